@@ -1,0 +1,332 @@
+"""Named experiments: each a function that returns an `Experiment` and shows only what differs from the defaults.
+
+`python -m perceiver.presets` prints their table. Architectures and recipes are those of the published examples of
+krasserm/perceiver-io and of the Perceiver papers (arXiv 2103.03206, 2107.14795, 2202.07765).
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from perceiver.config import (
+    CausalLMConfig,
+    ClassOutput,
+    DataConfig,
+    DecoderConfig,
+    EncoderConfig,
+    Experiment,
+    FlowInput,
+    FlowOutput,
+    ImageClassificationConfig,
+    ImageInput,
+    MaskedLMConfig,
+    OpticalFlowConfig,
+    OptimConfig,
+    ParallelConfig,
+    PerceiverARConfig,
+    PerceiverIOConfig,
+    RunConfig,
+    SymbolicAudioConfig,
+    TextClassificationConfig,
+    TextInput,
+    TrainingConfig,
+)
+
+# ---------------------------------------------------------------------------------------------------------------- images
+
+
+def quickstart() -> Experiment:
+    """A small Perceiver on 4,000 MNIST digits that come with the package; two workers on a laptop's CPU."""
+    return Experiment(
+        preset="quickstart",
+        task=ImageClassificationConfig(),
+        model=replace(
+            _mnist_model(),
+            num_latents=16,
+            num_latent_channels=64,
+            encoder=replace(_mnist_model().encoder, num_self_attention_heads=4, num_self_attention_layers_per_block=1),
+            output=ClassOutput(num_query_channels=64),
+        ),
+        data=DataConfig(source="mnist-mini"),
+        optim=OptimConfig(lr=3e-3, schedule="cosine", warmup_steps=20),
+        training=TrainingConfig(global_batch_size=64, max_epochs=5),
+        parallel=ParallelConfig(workers=2),
+        run=RunConfig(log_every=20, val_every=100, checkpoint_every=100),
+    )
+
+
+def img_clf_mnist() -> Experiment:
+    """MNIST classifier: every pixel attended, Fourier positions, two cross-attention layers."""
+    return Experiment(
+        preset="img-clf-mnist",
+        task=ImageClassificationConfig(),
+        model=_mnist_model(),
+        data=DataConfig(source="mnist"),
+        optim=OptimConfig(lr=1e-3, warmup_steps=500),
+        training=TrainingConfig(global_batch_size=256, max_epochs=30),
+        run=RunConfig(val_every=235, checkpoint_every=235),
+    )
+
+
+def img_clf_imagenet() -> Experiment:
+    """ImageNet classifier with 2D Fourier features (Perceiver IO paper, Section 4.4; vision-perceiver-fourier)."""
+    return Experiment(
+        preset="img-clf-imagenet",
+        task=ImageClassificationConfig(),
+        model=PerceiverIOConfig(
+            num_latents=512,
+            num_latent_channels=1024,
+            input=ImageInput(image_shape=(224, 224, 3), num_frequency_bands=64),
+            encoder=EncoderConfig(
+                num_cross_attention_heads=1,
+                num_self_attention_layers_per_block=6,
+                num_self_attention_blocks=8,
+            ),
+            decoder=DecoderConfig(num_cross_attention_heads=1),
+            output=ClassOutput(num_classes=1000, num_query_channels=1024),
+        ),
+        data=DataConfig(source="imagenet"),
+        training=TrainingConfig(global_batch_size=1024, max_epochs=110, precision="bf16"),
+    )
+
+
+def optical_flow() -> Experiment:
+    """Optical flow on pairs of frames (Perceiver IO paper, Section 4.2; optical-flow-perceiver)."""
+    return Experiment(
+        preset="optical-flow",
+        task=OpticalFlowConfig(),
+        model=PerceiverIOConfig(
+            num_latents=2048,
+            num_latent_channels=512,
+            input=FlowInput(),
+            encoder=EncoderConfig(
+                num_cross_attention_heads=1, num_self_attention_heads=16, num_self_attention_layers_per_block=24
+            ),
+            decoder=DecoderConfig(
+                num_cross_attention_heads=1,
+                num_cross_attention_qk_channels=512,
+                num_cross_attention_v_channels=512,
+                cross_attention_residual=False,
+            ),
+            output=FlowOutput(),
+        ),
+        data=DataConfig(source="flow"),
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------------ text
+
+
+def mlm_imdb() -> Experiment:
+    """Masked language model on IMDb's unlabelled reviews (Perceiver IO paper, Table 11: the 201M byte model)."""
+    return Experiment(
+        preset="mlm-imdb",
+        task=MaskedLMConfig(),
+        model=_text_model(
+            DecoderConfig(
+                num_cross_attention_qk_channels=256,
+                num_cross_attention_v_channels=768,
+                cross_attention_residual=False,
+                dropout=0.1,
+            ),
+        ),
+        data=DataConfig(source="imdb-unsupervised"),
+        optim=OptimConfig(lr=1e-5, warmup_steps=1000),
+        training=TrainingConfig(global_batch_size=64, max_epochs=12, precision="bf16"),
+        parallel=ParallelConfig(workers=2, activation_checkpointing=1),
+    )
+
+
+def txt_clf_imdb_decoder() -> Experiment:
+    """Sentiment on IMDb: a new decoder on the frozen encoder of a masked language model."""
+    return Experiment(
+        preset="txt-clf-imdb-decoder",
+        task=TextClassificationConfig(),
+        model=_classifier_model(freeze=True),
+        data=DataConfig(source="imdb"),
+        optim=OptimConfig(lr=1e-3, warmup_steps=100),
+        training=TrainingConfig(global_batch_size=256, max_epochs=12, precision="bf16"),
+        parallel=ParallelConfig(workers=4),
+    )
+
+
+def txt_clf_imdb_all() -> Experiment:
+    """Sentiment on IMDb: encoder and decoder trained together."""
+    return Experiment(
+        preset="txt-clf-imdb-all",
+        task=TextClassificationConfig(),
+        model=_classifier_model(freeze=False),
+        data=DataConfig(source="imdb"),
+        optim=OptimConfig(lr=5e-6, warmup_steps=100),
+        training=TrainingConfig(global_batch_size=256, max_epochs=10, precision="bf16"),
+        parallel=ParallelConfig(workers=4, activation_checkpointing=1),
+    )
+
+
+def clm_wikitext() -> Experiment:
+    """Perceiver AR byte language model on WikiText-103."""
+    return Experiment(
+        preset="clm-wikitext",
+        task=CausalLMConfig(random_shift=True),
+        model=PerceiverARConfig(),
+        data=DataConfig(source="wikitext-103-raw"),
+        optim=OptimConfig(
+            optimizer="adam", lr=2e-4, weight_decay=0.0, schedule="cosine", warmup_steps=200, max_grad_norm=0.5
+        ),
+        training=TrainingConfig(global_batch_size=96, max_steps=20_000),
+        parallel=ParallelConfig(workers=2, micro_batch_size=24),
+    )
+
+
+def clm_wikitext_small() -> Experiment:
+    """A Perceiver AR byte model that one CPU can train: WikiText-2, 1,024 bytes, 3.4 million parameters."""
+    base = clm_wikitext()
+    return replace(
+        base,
+        preset="clm-wikitext-small",
+        model=replace(
+            base.model,
+            max_seq_len=1024,
+            max_latents=512,
+            num_channels=256,
+            num_heads=4,
+            num_self_attention_layers=4,
+            cross_attention_dropout=0.1,
+        ),
+        data=DataConfig(source="wikitext-2-raw"),
+        optim=replace(base.optim, optimizer="adamw", lr=2e-3, weight_decay=0.01, warmup_steps=100, max_grad_norm=1.0),
+        training=TrainingConfig(global_batch_size=16, max_steps=2_000),
+        parallel=ParallelConfig(),
+        run=RunConfig(val_every=200, checkpoint_every=200),
+    )
+
+
+def clm_c4() -> Experiment:
+    """Perceiver AR on C4 with SentencePiece pieces (455M parameters, 79 billion tokens, FSDP on 8 GPUs)."""
+    return Experiment(
+        preset="clm-c4",
+        task=CausalLMConfig(),
+        model=PerceiverARConfig(
+            vocab_size=32_000,
+            max_seq_len=1024,
+            max_latents=512,
+            num_channels=1280,
+            num_heads=10,
+            num_self_attention_layers=20,
+            cross_attention_dropout=0.0,
+            abs_pos_emb=False,
+            output_norm=True,
+            output_bias=False,
+        ),
+        data=DataConfig(source="c4", tokenizer="spiece.model"),
+        optim=OptimConfig(lr=3e-4, schedule="cosine", warmup_steps=1000, min_lr_fraction=0.1, max_grad_norm=1.0),
+        training=TrainingConfig(global_batch_size=2048, max_steps=50_000, precision="bf16"),
+        parallel=ParallelConfig(workers=8, activation_checkpointing=1),
+        run=RunConfig(val_every=500, val_batches=20),
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------- music
+
+
+def sam_maestro() -> Experiment:
+    """Perceiver AR on piano performances (MAESTRO v3)."""
+    return Experiment(
+        preset="sam-maestro",
+        task=SymbolicAudioConfig(),
+        model=_music_model(max_seq_len=2048, max_latents=1024, num_channels=512, num_self_attention_layers=8),
+        data=DataConfig(source="maestro"),
+        optim=_music_optim(),
+        training=TrainingConfig(global_batch_size=192, max_steps=20_000),
+        parallel=ParallelConfig(workers=2, micro_batch_size=48),
+    )
+
+
+def sam_giantmidi() -> Experiment:
+    """Perceiver AR on transcribed piano recordings (GiantMIDI-Piano)."""
+    return Experiment(
+        preset="sam-giantmidi",
+        task=SymbolicAudioConfig(min_seq_len=2048),
+        model=_music_model(max_seq_len=6144, max_latents=2048, num_channels=768, num_self_attention_layers=18),
+        data=DataConfig(source="giantmidi"),
+        optim=_music_optim(),
+        training=TrainingConfig(global_batch_size=32, max_steps=20_000),
+        parallel=ParallelConfig(workers=2, micro_batch_size=8),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------- shared parts
+
+
+def _mnist_model() -> PerceiverIOConfig:
+    return PerceiverIOConfig(
+        num_latents=32,
+        num_latent_channels=128,
+        input=ImageInput(),
+        encoder=EncoderConfig(
+            num_cross_attention_heads=1,
+            num_cross_attention_layers=2,
+            num_self_attention_layers_per_block=3,
+            num_self_attention_blocks=3,
+            first_self_attention_block_shared=False,
+            dropout=0.1,
+        ),
+        decoder=DecoderConfig(num_cross_attention_heads=1, dropout=0.1),
+        output=ClassOutput(),
+        init_scale=0.1,
+    )
+
+
+def _text_model(decoder: DecoderConfig) -> PerceiverIOConfig:
+    return PerceiverIOConfig(
+        encoder=EncoderConfig(
+            num_cross_attention_qk_channels=256,
+            num_cross_attention_v_channels=1280,
+            num_self_attention_qk_channels=256,
+            num_self_attention_v_channels=1280,
+            num_self_attention_layers_per_block=26,
+            dropout=0.1,
+        ),
+        decoder=decoder,
+    )
+
+
+def _classifier_model(freeze: bool) -> PerceiverIOConfig:
+    model = _text_model(DecoderConfig(num_cross_attention_heads=1, dropout=0.1))
+    encoder = replace(model.encoder, freeze=freeze, dropout=0.0 if freeze else 0.1)
+    return replace(model, encoder=encoder, output=ClassOutput(num_classes=2, num_query_channels=768))
+
+
+def _music_model(**sizes: int) -> PerceiverARConfig:
+    return PerceiverARConfig(
+        vocab_size=389,
+        abs_pos_emb=False,
+        output_norm=True,
+        output_bias=False,
+        cross_attention_dropout=0.1,
+        post_attention_dropout=0.1,
+        residual_dropout=0.1,
+        **sizes,
+    )
+
+
+def _music_optim() -> OptimConfig:
+    return OptimConfig(lr=2e-4, schedule="cosine", warmup_steps=200, max_grad_norm=0.5)
+
+
+PRESETS: dict[str, Callable[[], Experiment]] = {
+    function.__name__.replace("_", "-"): function
+    for function in (
+        quickstart,
+        img_clf_mnist,
+        clm_wikitext,
+        clm_wikitext_small,
+        mlm_imdb,
+        txt_clf_imdb_decoder,
+        txt_clf_imdb_all,
+        clm_c4,
+        sam_maestro,
+        sam_giantmidi,
+        img_clf_imagenet,
+        optical_flow,
+    )
+}
