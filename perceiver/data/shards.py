@@ -1,0 +1,464 @@
+"""The format of prepared data: a folder with parquet shards and one manifest. Used by who writes it and by who reads it.
+
+    folder/manifest.json             written last: a folder without it holds no data set
+    folder/train-00000.parquet ...   and val-00000.parquet ...
+
+There are three kinds of rows:
+
+- "images":    image  fixed_size_list<uint8>[height * width * channels], channels last; label int32
+- "tokens":    tokens fixed_size_list<uint16>[T]: the token stream of all documents, cut end to end; 0 after its end
+- "documents": tokens list<uint16>, at most `row_length` ids; label int32
+
+Blocks (row groups) have a constant size, so that finding a row is arithmetic: block b holds the rows from b * rows_per_block on
+and lies in shard b // blocks_per_shard as row group b % blocks_per_shard. Only the last block and the last shard of a split may
+be shorter. Blocks of tokens end with one physical row more than they have logical rows (`lookahead`): the next T ids of the
+stream, whatever block or shard they lie in, so that windows can be shifted and the last target of a row is at hand.
+
+A stream of n ids has ceil((n - 1) / T) rows (at least 1): windows of T + 1 ids that overlap by one id, so that every id but the
+first is the target of exactly one window.
+
+Manifest and shards hold no times and no absolute paths: preparing the same input twice gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shlex
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+
+from perceiver.config import (
+    CausalLMConfig,
+    Experiment,
+    ImageClassificationConfig,
+    ImageInput,
+    MaskedLMConfig,
+    PerceiverARConfig,
+    PerceiverIOConfig,
+    TextClassificationConfig,
+    TextInput,
+    UserError,
+    differences,
+    digest,
+    flatten,
+)
+from perceiver.data.sources import source_label
+from perceiver.data.tokenizers import load_tokenizer
+from perceiver.presets import PRESETS
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+SPLITS = ("train", "val")
+
+_KINDS = {
+    ImageClassificationConfig: "images",
+    CausalLMConfig: "tokens",
+    MaskedLMConfig: "tokens",
+    TextClassificationConfig: "documents",
+}
+
+
+# -------------------------------------------------------------------------------------------------------------- manifest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """One parquet file of a split."""
+
+    file: str
+    rows: int
+    """Logical rows."""
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """The training or validation part of a data set."""
+
+    name: str
+    kind: str
+    rows: int
+    """Logical rows: images, windows or documents."""
+    tokens: int
+    """Ids of the stream, or of all documents as stored; 0 for images."""
+    bytes: int
+    """Bytes of the text as UTF-8 (without ids that mark documents), or of the pixels."""
+    words: int
+    """Words of the text, separated by ASCII whitespace."""
+    documents: int
+    """Documents (or images) that it was made from."""
+    row_length: int
+    """T, or height * width * channels, or the greatest length of a document."""
+    rows_per_block: int
+    blocks_per_shard: int
+    lookahead: int
+    """Physical rows at the end of a block that belong to the following block."""
+    shards: tuple[Shard, ...]
+
+    @property
+    def num_blocks(self) -> int:
+        return -(-self.rows // self.rows_per_block)
+
+    def block_rows(self, block: int) -> int:
+        """Logical rows of a block."""
+        return min(self.rows_per_block, self.rows - block * self.rows_per_block)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a prepared data set is and where it came from."""
+
+    format_version: int = FORMAT_VERSION
+    kind: str
+    settings: dict[str, Any]
+    """What was asked for, as far as it determines the content (`prepare_settings`)."""
+    settings_digest: str
+    splits: dict[str, Split]
+    tokenizer: dict[str, Any] | None = None
+    """Name, vocabulary size and hash of the tokenizer, for text."""
+    source: dict[str, Any] = field(default_factory=dict)
+    """Fingerprint of the input: files with size and sha256, or name and revision on the hub."""
+    stats: dict[str, Any] = field(default_factory=dict)
+    """What was skipped, counted by reason."""
+    image_shape: tuple[int, int, int] | None = None
+    """Height, width, channels, for images."""
+    num_classes: int | None = None
+    """Greatest label + 1, where rows have labels."""
+
+    @property
+    def digest(self) -> str:
+        """Hash of the manifest's content, and so of the data (it holds the hash of each shard)."""
+        return digest(asdict(self))
+
+    def save(self, folder: str | Path) -> None:
+        """Writes `manifest.json` at once as a whole."""
+        text = json.dumps(asdict(self), indent=1, sort_keys=True) + "\n"
+        write_file(folder, MANIFEST, lambda file: file.write(text.encode()))
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Manifest:
+        """Reads the manifest of a prepared data set.
+
+        Raises:
+            UserError: there is none, it is damaged, or this version does not know its format.
+        """
+        try:
+            data = json.loads(read_file(folder, MANIFEST))
+        except FileNotFoundError:
+            raise UserError(f"{folder} holds no prepared data set (no {MANIFEST})") from None
+        except ValueError as error:
+            raise UserError(f"{folder}/{MANIFEST} is damaged ({error})") from None
+        if data.get("format_version") != FORMAT_VERSION:
+            raise UserError(
+                f"{folder}/{MANIFEST} has format version {data.get('format_version')}, this version reads {FORMAT_VERSION}: "
+                "prepare the data again"
+            )
+        splits = {
+            name: Split(**{**split, "shards": tuple(Shard(**shard) for shard in split["shards"])})
+            for name, split in data.pop("splits").items()
+        }
+        shape = data.pop("image_shape")
+        known = {f.name for f in fields(cls)}
+        return cls(
+            splits=splits,
+            image_shape=None if shape is None else tuple(shape),
+            **{name: value for name, value in data.items() if name in known},
+        )
+
+
+def stream_rows(num_tokens: int, length: int) -> int:
+    """Rows of a stream: windows of length + 1 ids that overlap by one, every id but the first once a target."""
+    return max(1, -(-(num_tokens - 1) // length))
+
+
+def shard_name(split: str, shard: int) -> str:
+    return f"{split}-{shard:05d}.parquet"
+
+
+# --------------------------------------------------------------------------------------------------- reading and writing
+
+
+def schema(kind: str, row_length: int) -> pa.Schema:
+    """The columns of a shard. Nothing is ever null."""
+    if kind == "images":
+        image = pa.list_(pa.field("element", pa.uint8(), nullable=False), row_length)
+        return pa.schema([pa.field("image", image, nullable=False), pa.field("label", pa.int32(), nullable=False)])
+    item = pa.field("element", pa.uint16(), nullable=False)
+    if kind == "tokens":
+        return pa.schema([pa.field("tokens", pa.list_(item, row_length), nullable=False)])
+    return pa.schema([pa.field("tokens", pa.list_(item), nullable=False), pa.field("label", pa.int32(), nullable=False)])
+
+
+def read_block(folder: str | Path, split: Split, block: int) -> pa.Table:
+    """The physical rows of a block (`split.block_rows(block) + split.lookahead`), read by one request.
+
+    Args:
+        folder: a local path, or a URI that pyarrow or fsspec know (s3://, gs://, ...).
+    """
+    shard = split.shards[block // split.blocks_per_shard]
+    filesystem, path = open_folder(folder)
+    path = f"{path}/{shard.file}"
+    with filesystem.open_input_file(path) as source:
+        metadata = _metadata(str(folder), shard)
+        return pq.ParquetFile(source, metadata=metadata).read_row_group(block % split.blocks_per_shard)
+
+
+@lru_cache(maxsize=64)
+def _metadata(folder: str, shard: Shard) -> pq.FileMetaData:
+    """A shard's footer, kept because blocks are read one by one. The shard's hash is part of the key."""
+    filesystem, path = open_folder(folder)
+    with filesystem.open_input_file(f"{path}/{shard.file}") as source:
+        return pq.read_metadata(source)
+
+
+def fixed_array(table: pa.Table, column: str) -> np.ndarray:
+    """A fixed_size_list column as (rows, length); read-only and without copying where the table is in one piece."""
+    chunks = [_fixed_chunk(chunk) for chunk in table.column(column).chunks]
+    if not chunks:
+        kind = table.schema.field(column).type
+        return np.empty((0, kind.list_size), kind.value_type.to_pandas_dtype())
+    return chunks[0] if len(chunks) == 1 else np.concatenate(chunks)
+
+
+def _fixed_chunk(chunk: pa.FixedSizeListArray) -> np.ndarray:
+    length = chunk.type.list_size
+    values = chunk.values.slice(chunk.offset * length, len(chunk) * length)
+    return values.to_numpy(zero_copy_only=True).reshape(len(chunk), length)
+
+
+def fixed_column(values: np.ndarray) -> pa.FixedSizeListArray:
+    """The inverse of `fixed_array`: (rows, length) as a fixed_size_list column, without copying where contiguous."""
+    values = np.ascontiguousarray(values)
+    item = pa.field("element", pa.from_numpy_dtype(values.dtype), nullable=False)
+    return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), type=pa.list_(item, values.shape[1]))
+
+
+@lru_cache(maxsize=64)
+def open_folder(folder: str | Path) -> tuple[pafs.FileSystem, str]:
+    """The file system of a local path or URI, and the path in it. Schemes that pyarrow does not know go through fsspec."""
+    text = str(folder)
+    if "://" not in text:
+        return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(text))
+    try:
+        filesystem, path = pafs.FileSystem.from_uri(text)
+    except pa.ArrowInvalid:
+        import fsspec
+
+        remote, path = fsspec.core.url_to_fs(text)
+        filesystem = pafs.PyFileSystem(pafs.FSSpecHandler(remote))
+    return filesystem, path.rstrip("/")
+
+
+def write_file(folder: str | Path, name: str, write: Callable[[BinaryIO], Any]) -> None:
+    """Writes a file at once as a whole: under a temporary name, then renamed. (An object store does so by itself.)"""
+    filesystem, path = open_folder(folder)
+    filesystem.create_dir(path, recursive=True)
+    if not isinstance(filesystem, pafs.LocalFileSystem):
+        with filesystem.open_output_stream(f"{path}/{name}") as file:
+            write(file)
+        return
+    temporary = f"{path}/.{name}.{os.getpid()}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, f"{path}/{name}")
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def read_file(folder: str | Path, name: str) -> bytes:
+    """A whole file of a folder. Raises FileNotFoundError."""
+    filesystem, path = open_folder(folder)
+    with filesystem.open_input_stream(f"{path}/{name}", compression=None) as file:
+        return file.read()
+
+
+def list_folder(folder: str | Path) -> dict[str, int]:
+    """Names and sizes of the files that lie directly in a folder; none if it does not exist."""
+    filesystem, path = open_folder(folder)
+    infos = filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True))
+    return {info.base_name: info.size for info in infos if info.type == pafs.FileType.File}
+
+
+def file_sha256(folder: str | Path, name: str) -> str:
+    """The hash of a file of a folder."""
+    filesystem, path = open_folder(folder)
+    result = hashlib.sha256()
+    with filesystem.open_input_stream(f"{path}/{name}", compression=None) as file:
+        while part := file.read(1 << 20):
+            result.update(part)
+    return result.hexdigest()
+
+
+# ------------------------------------------------------------------------------------------- from experiment to data set
+
+
+def task_kind(experiment: Experiment) -> str:
+    """Which kind of rows the experiment's task reads.
+
+    Raises:
+        UserError: data for this task cannot be prepared.
+    """
+    kind = _KINDS.get(type(experiment.task))
+    if kind is None:
+        raise UserError(
+            f"{experiment.preset}: data for {type(experiment.task).__name__.removesuffix('Config')} cannot be prepared yet"
+        )
+    return kind
+
+
+def text_limits(experiment: Experiment) -> tuple[int, int]:
+    """Longest input in tokens and number of ids of the experiment's text model.
+
+    Raises:
+        UserError: the model does not read text.
+    """
+    model = experiment.model
+    if isinstance(model, PerceiverARConfig):
+        return model.max_seq_len, model.vocab_size
+    if isinstance(model, PerceiverIOConfig) and isinstance(model.input, TextInput):
+        return model.input.max_seq_len, model.input.vocab_size
+    raise UserError(f"{experiment.preset}: the task reads text, but the model's input is {type(model.input).__name__}")
+
+
+def prepare_settings(experiment: Experiment) -> dict[str, Any]:
+    """What determines the content of the experiment's data set, apart from the input files' content.
+
+    Raises:
+        UserError: the task's data cannot be prepared, the tokenizer's file is missing, or it has more ids than the model.
+    """
+    data, kind = experiment.data, task_kind(experiment)
+    if not data.source:
+        raise UserError(f"{experiment.preset}: data.source is empty: name a data set or your own files (see docs/data.md)")
+    if data.rows_per_block < 1 or data.blocks_per_shard < 1:
+        raise UserError("data.rows_per_block and data.blocks_per_shard must be at least 1")
+    if not 0 <= data.val_fraction < 1:
+        raise UserError(f"data.val_fraction is {data.val_fraction}, it must be at least 0 and below 1")
+    settings: dict[str, Any] = {
+        "kind": kind,
+        "source": source_label(data.source),
+        "val_source": None if data.val_source is None else source_label(data.val_source),
+        "val_fraction": None if data.val_source is not None else data.val_fraction,
+        "rows_per_block": data.rows_per_block,
+        "blocks_per_shard": data.blocks_per_shard,
+    }
+    if kind == "images":
+        return settings
+    max_seq_len, vocab_size = text_limits(experiment)
+    tokenizer = load_tokenizer(data.tokenizer)
+    if tokenizer.vocab_size > vocab_size:
+        raise UserError(
+            f"data.tokenizer {data.tokenizer} has {tokenizer.vocab_size} ids, but the model's vocab_size is {vocab_size}"
+        )
+    settings |= {"text_column": data.text_column, "tokenizer": tokenizer.fingerprint}
+    if kind == "documents":
+        return settings | {"label_column": data.label_column, "row_length": max_seq_len - 2}
+    marks = "cls-sep" if isinstance(experiment.task, MaskedLMConfig) else "eos"
+    return settings | {"row_length": max_seq_len, "document_marks": marks}
+
+
+def data_folder(experiment: Experiment) -> str:
+    """Where the experiment's prepared data lies: its name holds the source, the kind, and a hash of the settings."""
+    return _folder(experiment, prepare_settings(experiment))
+
+
+def _folder(experiment: Experiment, settings: dict[str, Any]) -> str:
+    return f"{experiment.data.root_path.rstrip('/')}/{_slug(settings)}-{digest(settings, 8)}"
+
+
+def _slug(settings: dict[str, Any]) -> str:
+    name = settings["source"].removeprefix("files:").removeprefix("hub:")
+    name = re.sub(r"\.(gz|txt|raw|tokens|jsonl|json|parquet)\b", "", name)
+    return f"{re.sub(r'[^A-Za-z0-9]+', '-', name).strip('-').lower() or 'data'}-{settings['kind']}"
+
+
+def load_prepared(experiment: Experiment) -> tuple[str, Manifest]:
+    """Folder and manifest of the experiment's prepared data.
+
+    Raises:
+        UserError: it is not prepared (then the sentence has the command that does it), was prepared with other settings (and
+            which), or does not fit the model.
+    """
+    settings = prepare_settings(experiment)
+    folder = _folder(experiment, settings)
+    if MANIFEST in list_folder(folder):
+        manifest = Manifest.load(folder)
+        check_fits(experiment, manifest)
+        return folder, manifest
+    message = f"data of {experiment.preset} is not prepared: run `{preprocess_command(experiment)}`"
+    others = [
+        f"{name} ({'; '.join(differences(flatten(other.settings), flatten(settings)))})"
+        for name, other in _others(experiment, settings)
+    ]
+    if others:
+        message += f" (prepared with other settings: {', '.join(others)})"
+    raise UserError(message)
+
+
+def _others(experiment: Experiment, settings: dict[str, Any]) -> list[tuple[str, Manifest]]:
+    """Data sets of the same source and kind that were prepared with other settings."""
+    filesystem, root = open_folder(experiment.data.root_path)
+    infos = filesystem.get_file_info(pafs.FileSelector(root, allow_not_found=True))
+    pattern = re.compile(re.escape(_slug(settings)) + "-[0-9a-f]{8}")
+    names = sorted(info.base_name for info in infos if pattern.fullmatch(info.base_name))
+    folders = [f"{experiment.data.root_path.rstrip('/')}/{name}" for name in names]
+    return [
+        (name, Manifest.load(folder)) for name, folder in zip(names, folders, strict=True) if MANIFEST in list_folder(folder)
+    ]
+
+
+def check_fits(experiment: Experiment, manifest: Manifest) -> None:
+    """Whether prepared data suits the experiment's model.
+
+    Raises:
+        UserError: images of another shape, or more classes than the model has.
+    """
+    model = experiment.model
+    classes = getattr(getattr(model, "output", None), "num_classes", None)
+    if manifest.num_classes is not None and classes is not None and manifest.num_classes > classes:
+        raise UserError(f"the data has labels up to {manifest.num_classes - 1}, but model.output.num_classes is {classes}")
+    if manifest.image_shape is None:
+        return
+    if not isinstance(model, PerceiverIOConfig) or not isinstance(model.input, ImageInput):
+        raise UserError(f"{experiment.preset}: the task reads images, but the model does not")
+    height, width, channels = manifest.image_shape
+    crop = getattr(experiment.task, "random_crop", None)
+    if crop is not None and not 1 <= crop <= min(height, width):
+        raise UserError(f"task.random_crop is {crop}, but the images have {height} x {width} pixels")
+    shape = (height, width, channels) if crop is None else (crop, crop, channels)
+    if tuple(model.input.image_shape) != shape:
+        raise UserError(
+            f"model.input.image_shape is {tuple(model.input.image_shape)}, but the images are {manifest.image_shape}"
+            + ("" if crop is None else f", cropped to {shape}")
+        )
+
+
+def preprocess_command(experiment: Experiment) -> str:
+    """The command that prepares the experiment's data, with what differs from its preset."""
+    words = ["python", "-m", "ray_jobs.preprocess", experiment.preset]
+    preset = PRESETS[experiment.preset]() if experiment.preset in PRESETS else None
+    for f in fields(experiment.data):
+        value = getattr(experiment.data, f.name)
+        if preset is None or value != getattr(preset.data, f.name):
+            words += [f"--data.{f.name.replace('_', '-')}", str(value)]
+    if task_kind(experiment) != "images":
+        length, vocab_size = text_limits(experiment)
+        section = "model" if isinstance(experiment.model, PerceiverARConfig) else "model.input"
+        old = (None, None) if preset is None else text_limits(preset)
+        words += [] if length == old[0] else [f"--{section}.max-seq-len", str(length)]
+        words += [] if vocab_size == old[1] else [f"--{section}.vocab-size", str(vocab_size)]
+    return shlex.join(words)

@@ -1,0 +1,215 @@
+"""Tokenizers: UTF-8 bytes (the Perceiver's), and SentencePiece models. Ids are uint16 arrays."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import string
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from perceiver.config import UserError
+
+PAD, BOS, EOS, MASK, CLS, SEP = range(6)
+_SPECIAL = ("[PAD]", "[BOS]", "[EOS]", "[MASK]", "[CLS]", "[SEP]")
+_OFFSET = len(_SPECIAL)
+
+
+@dataclass(frozen=True)
+class WordTable:
+    """What each id says about words: boolean arrays (vocab_size,). A word begins with the white space before it."""
+
+    special: np.ndarray
+    """The id belongs to no word."""
+    starts_blank: np.ndarray
+    """Its text starts with white space."""
+    all_blank: np.ndarray
+    """Its text is white space only."""
+
+
+class Tokenizer(ABC):
+    """Text to ids and back."""
+
+    vocab_size: int
+    pad_id: int | None
+    bos_id: int | None
+    eos_id: int | None
+    """Also marks the end of a document in a stream."""
+    mask_id: int | None
+    cls_id: int | None
+    sep_id: int | None
+    fingerprint: dict[str, Any]
+    """Name, vocabulary size and hash of the model (None for bytes): equal if and only if texts get equal ids."""
+    words: WordTable
+
+    @abstractmethod
+    def encode_batch(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of all texts, joined: uint16 (sum of lengths,), and their lengths: int64 (len(texts),). No special ids."""
+
+    @abstractmethod
+    def decode(self, ids: np.ndarray, skip_special: bool = True) -> str:
+        """Text of ids. Special ids are left out, or written by name. Bytes that are no UTF-8 become U+FFFD."""
+
+    def encode(self, text: str, special: bool = False) -> np.ndarray:
+        """Ids of a text, uint16; `special`: between [CLS] and [SEP]."""
+        ids, _ = self.encode_batch([text])
+        return np.concatenate([[self.cls_id], ids, [self.sep_id]]).astype(np.uint16) if special else ids
+
+    def decode_batch(self, ids: np.ndarray, lengths: np.ndarray, skip_special: bool = True) -> list[str]:
+        """Texts of joined ids, the inverse of `encode_batch`."""
+        ends = np.cumsum(lengths)
+        return [self.decode(ids[end - n : end], skip_special) for n, end in zip(lengths, ends, strict=True)]
+
+
+class ByteTokenizer(Tokenizer):
+    """UTF-8 bytes: byte b has id b + 6; 0 .. 5 are [PAD] [BOS] [EOS] [MASK] [CLS] [SEP] (Perceiver IO, Section 4.1)."""
+
+    vocab_size = 256 + _OFFSET
+    pad_id, bos_id, eos_id, mask_id, cls_id, sep_id = PAD, BOS, EOS, MASK, CLS, SEP
+    fingerprint = {"name": "bytes", "vocab_size": vocab_size, "sha256": None}
+
+    def __init__(self) -> None:
+        special = np.arange(self.vocab_size) < _OFFSET
+        blank = np.isin(np.arange(self.vocab_size), np.frombuffer(string.whitespace.encode(), np.uint8) + _OFFSET)
+        self.words = WordTable(special, blank, blank)
+
+    def encode_bytes(self, data: bytes | memoryview | np.ndarray) -> np.ndarray:
+        """Ids of bytes, uint16."""
+        return np.add(np.frombuffer(data, np.uint8), _OFFSET, dtype=np.uint16)
+
+    def encode_batch(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        encoded = [text.encode() for text in texts]
+        lengths = np.fromiter(map(len, encoded), np.int64, len(encoded))
+        return self.encode_bytes(b"".join(encoded)), lengths
+
+    def encode_with_special(self, text: str) -> np.ndarray:
+        """Like `encode`, but the names of special ids that stand in the text ("[MASK]") become these ids. For prompts."""
+        ids = self.encode(text)
+        data = text.encode()
+        keep = np.ones(len(ids), bool)
+        for special, name in enumerate(_SPECIAL):
+            start = data.find(name.encode())
+            while start >= 0:
+                ids[start] = special
+                keep[start + 1 : start + len(name)] = False
+                start = data.find(name.encode(), start + len(name))
+        return ids[keep]
+
+    def decode(self, ids: np.ndarray, skip_special: bool = True) -> str:
+        ids = np.asarray(ids).astype(np.int64, copy=False)
+        if len(ids) and not (0 <= ids.min() and ids.max() < self.vocab_size):
+            raise ValueError(f"ids must lie in 0 .. {self.vocab_size - 1}")
+        if skip_special:
+            return _text((ids[ids >= _OFFSET] - _OFFSET).astype(np.uint8))
+        lengths = np.ones(self.vocab_size, np.int64)
+        lengths[:_OFFSET] = list(map(len, _SPECIAL))
+        ends = np.cumsum(lengths[ids])
+        result = np.empty(int(ends[-1]) if len(ids) else 0, np.uint8)
+        is_byte = ids >= _OFFSET
+        result[ends[is_byte] - 1] = ids[is_byte] - _OFFSET
+        for special, name in enumerate(_SPECIAL):
+            places = ends[ids == special][:, None] - len(name) + np.arange(len(name))
+            result[places] = np.frombuffer(name.encode(), np.uint8)
+        return _text(result)
+
+
+def _text(data: np.ndarray) -> str:
+    return data.tobytes().decode("utf-8", errors="replace")
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A SentencePiece model (Kudo and Richardson, 2018). Its text normalisation applies, so that decoding may differ from the text.
+
+    Pickles with its model, so that tasks on other machines need no file.
+    """
+
+    def __init__(self, model: bytes, name: str) -> None:
+        """Raises UserError where `model` is not a SentencePiece model or has more than 65,536 ids."""
+        import sentencepiece
+
+        self.model, self.name = model, name
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        except RuntimeError:
+            raise UserError(f"data.tokenizer {name} is not a SentencePiece model") from None
+        processor = self._processor
+        self.vocab_size = processor.vocab_size()
+        if self.vocab_size > 2**16:
+            raise UserError(f"data.tokenizer {name} has {self.vocab_size} ids; at most 65,536 can be stored")
+        self.fingerprint = {
+            "name": name,
+            "vocab_size": self.vocab_size,
+            "sha256": hashlib.sha256(model).hexdigest(),
+        }
+        self.pad_id, self.mask_id = self._find("<pad>", "[PAD]"), self._find("<mask>", "[MASK]")
+        self.cls_id, self.sep_id = self._find("<cls>", "[CLS]", "<s>"), self._find("<sep>", "[SEP]", "</s>")
+        self.bos_id, self.eos_id = self._find("<s>", "[BOS]"), self._find("</s>", "<eod>", "[EOS]")
+        pieces = [processor.id_to_piece(i) for i in range(self.vocab_size)]
+        unknown = processor.unk_id()
+        special = [processor.is_control(i) or i in self._special_ids() for i in range(self.vocab_size)]
+        self.words = WordTable(
+            np.array(special) & (np.arange(self.vocab_size) != unknown),
+            np.array([piece.startswith("\u2581") for piece in pieces]),
+            np.array([set(piece) == {"\u2581"} for piece in pieces]),
+        )
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self.model, self.name)
+
+    def _find(self, *names: str) -> int | None:
+        unknown = self._processor.unk_id()
+        return next((i for name in names if (i := self._processor.piece_to_id(name)) != unknown), None)
+
+    def _special_ids(self) -> set[int | None]:
+        return {self.pad_id, self.mask_id, self.cls_id, self.sep_id, self.bos_id, self.eos_id}
+
+    def encode_batch(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        ids = self._processor.encode(list(texts), out_type=int, num_threads=1)
+        lengths = np.fromiter(map(len, ids), np.int64, len(ids))
+        return np.fromiter(chain.from_iterable(ids), np.uint16, int(lengths.sum())), lengths
+
+    def decode(self, ids: np.ndarray, skip_special: bool = True) -> str:
+        ids = np.asarray(ids).astype(np.int64)
+        if len(ids) and not (0 <= ids.min() and ids.max() < self.vocab_size):
+            raise ValueError(f"ids must lie in 0 .. {self.vocab_size - 1}")
+        special = self.words.special[ids]
+        if skip_special or not special.any():
+            return self._processor.decode(ids[~special].tolist())
+        borders = np.flatnonzero(np.diff(special, prepend=not special[0], append=not special[-1]))
+        runs = (ids[a:b].tolist() for a, b in zip(borders[:-1], borders[1:], strict=True))
+        return "".join(
+            "".join(map(self._processor.id_to_piece, run)) if self.words.special[run[0]] else self._processor.decode(run)
+            for run in runs
+        )
+
+
+def load_tokenizer(name: str) -> Tokenizer:
+    """The tokenizer of `data.tokenizer`: "bytes", or the path of a SentencePiece model.
+
+    Raises:
+        UserError: there is no such file, or it is no SentencePiece model.
+    """
+    if name == "bytes":
+        return _byte_tokenizer()
+    path = Path(name).expanduser()
+    if not path.is_file():
+        raise UserError(f'data.tokenizer is {name}: it must be "bytes" or the path of a SentencePiece model, which is not there')
+    info = os.stat(path)
+    return _load_sentencepiece(str(path.resolve()), info.st_size, info.st_mtime_ns)
+
+
+@lru_cache(maxsize=1)
+def _byte_tokenizer() -> ByteTokenizer:
+    return ByteTokenizer()
+
+
+@lru_cache(maxsize=4)
+def _load_sentencepiece(path: str, size: int, mtime_ns: int) -> SentencePieceTokenizer:
+    return SentencePieceTokenizer(Path(path).read_bytes(), Path(path).name)
