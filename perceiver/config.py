@@ -215,6 +215,9 @@ class CausalLMConfig:
 
     random_shift: bool = False
     """Shift all window boundaries by a random offset each epoch (training only)."""
+    val_stride: int | None = None
+    """Validation scores the last max_latents targets of windows that start so many tokens apart; None: max_seq_len (windows
+    do not overlap); max_latents: every target of the text is scored once."""
     sample_prompt: str = "The "
     """Prompt of the sample continuation that validation writes."""
     sample_tokens: int = 128

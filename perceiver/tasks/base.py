@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from perceiver.config import Experiment
-from perceiver.data.shards import Split
+from perceiver.data.shards import Manifest, Split
 
 Batch = dict[str, Tensor]
 
@@ -86,12 +86,27 @@ class Task(ABC):
         """What to show a person after a validation. Called on all ranks together (the model may be sharded)."""
         return []
 
+    def check(self) -> None:
+        """Checks what the configuration alone tells about the task; the model's own checks are elsewhere.
+
+        Raises:
+            UserError: settings of the task that do not fit its model.
+        """
+
+    def baselines(self, split: Split, manifest: Manifest) -> list[str]:
+        """Lines that say what a model that learned nothing would reach on the validation split."""
+        return []
+
     def unit(self) -> tuple[str, int]:
         """What throughput is counted in and how many of it an example holds, e.g. ("tokens", 4096)."""
         return "examples", 1
 
+    @abstractmethod
+    def flops_per_example(self) -> float:
+        """FLOPs of one training step per example: forward and backward, by count of the model's configuration."""
 
-def padded(values: np.ndarray, size: int, fill: float) -> Tensor:
+
+def padded(values: np.ndarray, size: int, fill: float = 0) -> Tensor:
     """(n, ...) as a tensor (size, ...), the missing rows filled with `fill`. Copies, so that the result can be written."""
     result = np.full((size, *values.shape[1:]), fill, dtype=values.dtype)
     result[: len(values)] = values

@@ -1,0 +1,267 @@
+"""Which samples form which batch: a pure function of (seed, step). No state, no clock, no number of workers.
+
+The order of an epoch, from the outside in:
+
+- *blocks* (row groups of the shards, all of `rows_per_block` rows but the last) are permuted by (seed, epoch);
+- `window_blocks` neighbours of that permutation form a *window*, whose rows are permuted by (seed, epoch, window). This gives
+  every row a *position* 0 .. rows - 1 in the epoch. Reading a window reads whole blocks; finding a position needs no reading;
+- the positions are cut into `lanes` equal stretches, and a global batch takes the same number of positions from each, all lanes
+  advancing together. So a batch mixes rows of distant windows, and a worker that serves few lanes reads few windows.
+
+A global batch is a list of slots. Batch s of an epoch with R rows and global batch G: for s < R // G it is full; if G does not
+divide R, one more batch holds the R % G rows left over, so that an epoch has every row exactly once. Worker r of W takes the
+slots [r * m, (r + 1) * m) with m = ceil(G / W); slots beyond the batch's rows are padding without targets. All workers therefore
+take the same number of steps with the same shapes, whatever W.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+Range = tuple[int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """The order of all epochs of a data set of `rows` rows."""
+
+    rows: int
+    rows_per_block: int
+    global_batch_size: int
+    window_blocks: int
+    max_lanes: int
+    seed: int
+
+    @property
+    def num_blocks(self) -> int:
+        return -(-self.rows // self.rows_per_block)
+
+    @property
+    def num_windows(self) -> int:
+        return -(-self.num_blocks // self.window_blocks)
+
+    @property
+    def lanes(self) -> int:
+        """The largest divisor of the global batch that is at most max_lanes and at most the number of windows."""
+        most = max(1, min(self.max_lanes, self.num_windows))
+        return next(n for n in range(most, 0, -1) if self.global_batch_size % n == 0)
+
+    @property
+    def full_batches(self) -> int:
+        return self.rows // self.global_batch_size
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-self.rows // self.global_batch_size)
+
+    def batch_ranges(self, s: int) -> list[Range]:
+        """The slots of batch s of an epoch, in order, as half-open ranges of positions."""
+        lane_rows = self.rows // self.lanes
+        share = self.global_batch_size // self.lanes
+        if s < self.full_batches:
+            return [(lane * lane_rows + s * share, lane * lane_rows + (s + 1) * share) for lane in range(self.lanes)]
+        ranges = [(lane * lane_rows + s * share, (lane + 1) * lane_rows) for lane in range(self.lanes)]
+        ranges.append((self.lanes * lane_rows, self.rows))
+        return [(start, stop) for start, stop in ranges if start < stop]
+
+    def batch_rows(self, step: int) -> np.ndarray:
+        """Row numbers of the global batch of a step (counted over all epochs), in slot order: int64, (n,), n <= G."""
+        epoch, s = divmod(step, self.steps_per_epoch)
+        return np.concatenate([self.rows_at(epoch, start, stop) for start, stop in self.batch_ranges(s)])
+
+    def rows_at(self, epoch: int, start: int, stop: int) -> np.ndarray:
+        """Row numbers at the positions start .. stop - 1 of an epoch: int64, (stop - start,)."""
+        parts = []
+        for window, first, last in self.windows(epoch, start, stop):
+            offset = self._window_start(epoch, window)
+            parts.append(self.window_rows(epoch, window)[first - offset : last - offset])
+        return np.concatenate(parts) if parts else np.empty(0, np.int64)
+
+    def windows(self, epoch: int, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """The windows that the positions start .. stop - 1 lie in: (window, first position, last position + 1)."""
+        _, starts = _block_permutation(self, epoch)
+        window = int(np.searchsorted(starts, start, side="right") - 1) // self.window_blocks
+        while start < stop:
+            end = min(stop, self._window_start(epoch, window + 1))
+            if start < end:
+                yield window, start, end
+            start = max(start, end)
+            window += 1
+
+    def window_blocks_of(self, epoch: int, window: int) -> np.ndarray:
+        """Numbers of the blocks in a window, in the order they are read: int64."""
+        permutation, _ = _block_permutation(self, epoch)
+        return permutation[window * self.window_blocks : (window + 1) * self.window_blocks]
+
+    def window_permutation(self, epoch: int, window: int) -> np.ndarray:
+        """Permutation of a window's rows, counted in the order of its blocks."""
+        blocks = self.window_blocks_of(epoch, window)
+        size = sum(self.block_rows(int(block)) for block in blocks)
+        return np.random.Generator(np.random.Philox([*_key(self.seed, epoch), window])).permutation(size)
+
+    def window_rows(self, epoch: int, window: int) -> np.ndarray:
+        """Row numbers of a window, in the order of positions: int64."""
+        blocks = self.window_blocks_of(epoch, window)
+        rows = np.concatenate(
+            [np.arange(block * self.rows_per_block, block * self.rows_per_block + self.block_rows(block)) for block in map(int, blocks)]
+        )
+        return rows[self.window_permutation(epoch, window)]
+
+    def block_rows(self, block: int) -> int:
+        return min(self.rows_per_block, self.rows - block * self.rows_per_block)
+
+    def window_start(self, epoch: int, window: int) -> int:
+        """The first position of a window."""
+        return self._window_start(epoch, window)
+
+    def _window_start(self, epoch: int, window: int) -> int:
+        _, starts = _block_permutation(self, epoch)
+        return int(starts[min(window * self.window_blocks, self.num_blocks)])
+
+
+@lru_cache(maxsize=4)
+def _block_permutation(order: Order, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    """Blocks in the order of an epoch, and the first position of each (with the number of rows at the end)."""
+    permutation = np.random.Generator(np.random.Philox([*_key(order.seed, epoch), 2**63])).permutation(order.num_blocks)
+    sizes = np.full(order.num_blocks, order.rows_per_block, np.int64)
+    sizes[permutation == order.num_blocks - 1] = order.block_rows(order.num_blocks - 1)
+    return permutation, np.concatenate([[0], np.cumsum(sizes)])
+
+
+def _key(seed: int, epoch: int) -> list[int]:
+    return [seed & (2**63 - 1), epoch]
+
+
+# ------------------------------------------------------------------------------------------------------------- reading plan
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Part of a window that one worker needs: what one data task reads and sends as one run of rows."""
+
+    epoch: int
+    window: int
+    start: int
+    """First position."""
+    stop: int
+    """Last position + 1."""
+    lane_start: int
+    """Positions p with low <= (p - lane_start) % share < high are kept, the others belong to other workers."""
+    share: int
+    low: int
+    high: int
+    lane: int
+    """Which of the worker's queues the rows go to; `lanes` is that of the last, partial batch."""
+    step: int
+    """The step (counted over all epochs) that needs its first row."""
+
+    @property
+    def num_rows(self) -> int:
+        return _kept(self.stop - self.lane_start, self) - _kept(self.start - self.lane_start, self)
+
+    def kept(self) -> np.ndarray:
+        """The kept positions, ascending: int64."""
+        positions = np.arange(self.start, self.stop)
+        phase = (positions - self.lane_start) % self.share
+        return positions[(phase >= self.low) & (phase < self.high)]
+
+
+def _kept(offset: int, unit: Unit) -> int:
+    """How many of the lane's offsets 0 .. offset - 1 the unit's worker keeps."""
+    whole, rest = divmod(offset, unit.share)
+    return whole * (unit.high - unit.low) + min(max(rest - unit.low, 0), unit.high - unit.low)
+
+
+def worker_slots(global_batch_size: int, rank: int, world: int) -> Range:
+    """The slots of a global batch that a worker takes: a half-open range of at most ceil(G / W)."""
+    share = -(-global_batch_size // world)
+    return min(rank * share, global_batch_size), min((rank + 1) * share, global_batch_size)
+
+
+def plan(order: Order, rank: int, world: int, start_step: int, stop_step: int) -> Iterator[Unit]:
+    """What worker `rank` of `world` has to read for the steps start_step .. stop_step - 1, in the order it is needed."""
+    step = start_step
+    while step < stop_step:
+        epoch, s = divmod(step, order.steps_per_epoch)
+        steps = min(order.steps_per_epoch - s, stop_step - step)
+        yield from _epoch_plan(order, epoch, s, s + steps, worker_slots(order.global_batch_size, rank, world))
+        step += steps
+
+
+def _epoch_plan(order: Order, epoch: int, start: int, stop: int, slots: Range) -> list[Unit]:
+    """The units of one epoch's batches start .. stop - 1 for the slots [slots[0], slots[1]) of each batch."""
+    first_step = epoch * order.steps_per_epoch
+    share = order.global_batch_size // order.lanes
+    lane_rows = order.rows // order.lanes
+    units = []
+    full_stop = min(stop, order.full_batches)
+    for lane in range(order.lanes):
+        low, high = (min(max(slot - lane * share, 0), share) for slot in slots)
+        if low == high or start >= full_stop:
+            continue
+        base = lane * lane_rows
+        for window, first, last in order.windows(epoch, base + start * share, base + full_stop * share):
+            unit = Unit(epoch, window, first, last, base, share, low, high, lane, 0)
+            if unit.num_rows:
+                step = (int(unit.kept()[0]) - base) // share
+                units.append(Unit(epoch, window, first, last, base, share, low, high, lane, first_step + step))
+    units.sort(key=lambda unit: (unit.step, unit.lane))
+    if stop > order.full_batches:
+        for first, last in _cut(order.batch_ranges(order.full_batches), slots):
+            for window, low, high in order.windows(epoch, first, last):
+                size = high - low
+                units.append(
+                    Unit(epoch, window, low, high, low, size, 0, size, order.lanes, first_step + order.full_batches)
+                )
+    return units
+
+
+def _cut(ranges: list[Range], slots: Range) -> Iterator[Range]:
+    """The part of a batch's ranges that lies in the given slots."""
+    offset = 0
+    for start, stop in ranges:
+        low, high = max(slots[0] - offset, 0), min(slots[1] - offset, stop - start)
+        if low < high:
+            yield start + low, start + high
+        offset += stop - start
+
+
+def rank_rows(order: Order, step: int, rank: int, world: int) -> list[tuple[int, int]]:
+    """How many rows worker `rank` takes from which of its queues for a step: (lane, rows), in slot order."""
+    s = step % order.steps_per_epoch
+    slots = worker_slots(order.global_batch_size, rank, world)
+    if s < order.full_batches:
+        share = order.global_batch_size // order.lanes
+        counts = [(lane, min(slots[1], (lane + 1) * share) - max(slots[0], lane * share)) for lane in range(order.lanes)]
+        return [(lane, count) for lane, count in counts if count > 0]
+    total = sum(stop - start for start, stop in _cut(order.batch_ranges(s), slots))
+    return [(order.lanes, total)] if total else []
+
+
+# ------------------------------------------------------------------------------------------------------- random per sample
+
+
+def uniforms(seed: int, epoch: np.ndarray | int, rows: np.ndarray, num: int, stream: int = 0) -> np.ndarray:
+    """Uniform numbers in [0, 1) that depend on (seed, epoch, row, stream) alone: float32, (len(rows), num).
+
+    A counter-based generator (splitmix64's finaliser, Steele et al., OOPSLA 2014, over a mixed key), so that the random choices of a
+    sample are the same in whichever process, batch or order it is made. `stream` separates different choices for one sample.
+    """
+    with np.errstate(over="ignore"):
+        key = _mix(np.uint64(seed & (2**64 - 1)) ^ np.uint64(0x9E3779B97F4A7C15))
+        key = _mix(key + _mix(np.asarray(epoch).astype(np.uint64) + np.uint64(stream) * np.uint64(0xD1342543DE82EF95)))
+        key = _mix(key + np.asarray(rows).astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15))
+        key = np.broadcast_to(key, np.shape(rows))[:, None]
+        counter = np.arange(1, num + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        bits = _mix(key + counter)
+    return (bits >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24)
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))

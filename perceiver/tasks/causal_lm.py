@@ -1,0 +1,155 @@
+"""Causal language modelling with Perceiver AR: next-token prediction on windows of a stream of text."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pyarrow as pa
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from perceiver.config import CausalLMConfig, PerceiverARConfig, UserError
+from perceiver.data.order import uniforms
+from perceiver.data.shards import Split, fixed_array, fixed_column
+from perceiver.data.tokenizers import load_tokenizer
+from perceiver.inference.generate import generate
+from perceiver.models import build_model
+from perceiver.models.flops import training_flops
+from perceiver.tasks.base import IGNORE_INDEX, Batch, Sample, Task, padded
+
+PAD_ID = 0
+"""Fills windows up on the left; such positions are masked, so that it may be any id."""
+
+
+class CausalLM(Task):
+    """Windows of max_seq_len + 1 tokens; the last max_latents of a window are predicted."""
+
+    kind = "tokens"
+
+    def check(self) -> None:
+        model, stride = self.experiment.model, self._settings.val_stride
+        if not isinstance(model, PerceiverARConfig):
+            raise UserError("causal language modelling needs a Perceiver AR model")
+        if stride is not None and (stride < 1 or model.max_seq_len % stride or stride > model.max_seq_len):
+            raise UserError(f"task.val-stride is {stride} and must divide model.max-seq-len ({model.max_seq_len})")
+
+    def build_model(self) -> nn.Module:
+        return build_model(self.experiment.model)
+
+    def examples(self, block: pa.Table, split: Split, first_row: int, epoch: int, train: bool) -> pa.Table:
+        """Windows "tokens" (T + 1 ids from the row's start on, plus the epoch's shift), and "length", how many are real.
+
+        With a validation stride below T, the "tokens" of a row reach so far that all windows starting in it are in them.
+        """
+        stream = fixed_array(block, "tokens").reshape(-1)
+        length, num_rows = split.row_length, block.num_rows - split.lookahead
+        shift = self._shift(epoch, length) if train and self._settings.random_shift else 0
+        size = length + 1 if train else length + 1 + length - self._stride
+        windows = np.lib.stride_tricks.sliding_window_view(stream[shift:], size)[::length][:num_rows]
+        starts = (first_row + np.arange(num_rows)) * length + shift
+        real = np.clip(split.tokens - starts, 0, size)
+        return pa.table({"tokens": fixed_column(windows), "length": pa.array(real)})
+
+    def collate(self, rows: pa.Table, size: int, split: Split, train: bool) -> Batch:
+        """ids (B, T) int64, labels (B, max_latents) int64; where needed pad_mask (B, T) bool, prefix_keep (B, K) int64.
+
+        B is `size`, or `size` times the windows that start in a row. Windows are right-aligned: padding is on the left.
+        """
+        model, stride = self._model, model_stride(self._settings, self._model, train)
+        length, latents = model.max_seq_len, model.max_latents
+        tokens = padded(fixed_array(rows, "tokens").astype(np.int64), size, PAD_ID).numpy()
+        real = padded(rows["length"].to_numpy(), size, 0).numpy()
+        starts = np.arange(0, length, stride)
+        windows = np.stack([tokens[:, s : s + length + 1] for s in starts], 1).reshape(-1, length + 1)
+        real = np.clip(real[:, None] - starts, 0, length + 1).reshape(-1)
+        missing = length + 1 - real
+        position = np.arange(length + 1) - missing[:, None]
+        windows = np.take_along_axis(windows, np.maximum(position, 0), 1)
+        # A window that the text's end cuts short is moved right, so some of its targets were another window's already.
+        first = np.full((size, len(starts)), 1 if stride == length else length + 1 - latents)
+        first[: rows.num_rows, 0][rows["row"].to_numpy() == 0] = 1
+        own = position >= first.reshape(-1, 1)
+        labels = np.where(own, windows, IGNORE_INDEX)[:, -latents:]
+        batch = {"ids": torch.from_numpy(windows[:, :-1].copy()), "labels": torch.from_numpy(labels.copy())}
+        if missing[: rows.num_rows * len(starts)].any():
+            batch["pad_mask"] = torch.from_numpy(position[:, :-1] < 0) & torch.from_numpy(real > 0)[:, None]
+        if train and (keep := self._prefix_keep(rows, size)) is not None:
+            batch["prefix_keep"] = keep
+        return batch
+
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        labels = batch["labels"]
+        prefix_len = batch["ids"].shape[1] - labels.shape[1]
+        logits = model(batch["ids"], prefix_len, batch.get("pad_mask"), batch.get("prefix_keep"))
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum", ignore_index=IGNORE_INDEX)
+        return loss, {}
+
+    def metrics(self, sums: dict[str, np.ndarray], split: Split) -> dict[str, float]:
+        """Loss in nats per token, bits per byte of the text, perplexity per token and per word."""
+        loss = super().metrics(sums, split)["loss"]
+        return {
+            "loss": loss,
+            "bits_per_byte": loss / math.log(2) * split.tokens / max(split.bytes, 1),
+            "perplexity": _exp(loss),
+            "word_perplexity": _exp(loss * split.tokens / max(split.words, 1)),
+        }
+
+    def samples(self, model: nn.Module, sums: dict[str, np.ndarray], split: Split) -> list[Sample]:
+        settings = self._settings
+        if settings.sample_tokens < 1:
+            return []
+        tokenizer = load_tokenizer(self.experiment.data.tokenizer)
+        prompt = torch.from_numpy(tokenizer.encode(settings.sample_prompt).astype(np.int64))[None]
+        device = next(model.parameters()).device
+        ids = generate(
+            model, prompt.to(device), max_new_tokens=settings.sample_tokens, num_latents=1, temperature=0.8, top_k=40, seed=0
+        )
+        return [Sample("continuation", text=tokenizer.decode(ids[0].cpu().numpy()))]
+
+    def unit(self) -> tuple[str, int]:
+        return "tokens", self._model.max_seq_len
+
+    def flops_per_example(self) -> float:
+        return training_flops(self._model)
+
+    @property
+    def _settings(self) -> CausalLMConfig:
+        assert isinstance(self.experiment.task, CausalLMConfig)
+        return self.experiment.task
+
+    @property
+    def _model(self) -> PerceiverARConfig:
+        assert isinstance(self.experiment.model, PerceiverARConfig)
+        return self.experiment.model
+
+    @property
+    def _stride(self) -> int:
+        return model_stride(self._settings, self._model, False)
+
+    def _shift(self, epoch: int, length: int) -> int:
+        """The epoch's shift of window boundaries, 0 .. length - 1; none in the first epoch."""
+        return int(uniforms(self.experiment.training.seed, epoch, np.zeros(1, np.int64), 1, stream=1)[0, 0] * length) if epoch else 0
+
+    def _prefix_keep(self, rows: pa.Table, size: int) -> Tensor | None:
+        """Prefix positions that take part, a random choice per example (prefix dropout, Perceiver AR, Section 3.1)."""
+        prefix_len = self._model.max_seq_len - self._model.max_latents
+        keep = prefix_len - int(prefix_len * self._model.cross_attention_dropout)
+        if keep == prefix_len:
+            return None
+        drawn = uniforms(self.experiment.training.seed, rows["epoch"].to_numpy(), rows["row"].to_numpy(), prefix_len)
+        chosen = np.sort(np.argpartition(drawn, keep, axis=1)[:, :keep], axis=1) if rows.num_rows else drawn[:, :keep]
+        result = np.tile(np.arange(keep), (size, 1))
+        result[: rows.num_rows] = chosen
+        return torch.from_numpy(result)
+
+
+def model_stride(settings: CausalLMConfig, model: PerceiverARConfig, train: bool) -> int:
+    """How many tokens the windows of a row are apart: training and plain validation have one window a row."""
+    return model.max_seq_len if train or settings.val_stride is None else settings.val_stride
+
+
+def _exp(value: float) -> float:
+    """exp, infinite instead of an error where a model is hopeless."""
+    return math.exp(value) if value < 700 else math.inf

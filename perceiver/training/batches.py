@@ -1,0 +1,134 @@
+"""A worker's batches: rows collated, cut into micro-batches, made ahead of time in a thread, moved to the device."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from perceiver.config import Experiment
+from perceiver.data.order import Order, Unit, plan, worker_slots
+from perceiver.data.shards import Split
+from perceiver.data.stream import empty_rows, rank_batches, read_unit
+
+if TYPE_CHECKING:
+    from perceiver.tasks.base import Task
+
+Batch = dict[str, Tensor]
+
+VALIDATION_SEED = 20_210_730
+"""Seed of the one fixed order of validation: a part of the set is then a fair sample of it, and the same for all runs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Feed:
+    """One split of a prepared data set, in one order, for one task."""
+
+    task: Task
+    folder: str
+    split: Split
+    order: Order
+    train: bool
+    micro_batch_size: int | None
+    """Most examples of a micro-batch."""
+
+    def read(self, unit: Unit) -> pa.Table:
+        """The rows of a unit of the reading plan."""
+        return read_unit(self.folder, self.split, self.order, unit, self.task.examples, self.train)
+
+    def micro_batches(self, world: int) -> tuple[int, int]:
+        """Number of micro-batches in a worker's share of a step, and examples of each."""
+        low, high = worker_slots(self.order.global_batch_size, 0, world)
+        count = -(-(high - low) // min(self.micro_batch_size or high - low, high - low))
+        return count, -(-(high - low) // count)
+
+    def steps(self, read_all: ReadAll, rank: int, world: int, start: int, stop: int) -> Iterator[list[Batch]]:
+        """For each of the steps start .. stop - 1 this worker's micro-batches, all of the same shapes."""
+        count, size = self.micro_batches(world)
+        tables = read_all(self, plan(self.order, rank, world, start, stop))
+        for rows in rank_batches(self.order, rank, world, start, stop, tables):
+            if rows is None:
+                rows = empty_rows(self.folder, self.split, self.task.examples)
+            parts = [rows.slice(i * size, size) for i in range(count)]
+            yield [self.task.collate(part, size, self.split, self.train) for part in parts]
+
+
+ReadAll = Callable[[Feed, Iterator[Unit]], Iterable[pa.Table]]
+"""Runs a feed's reads and gives their rows in order: in this process (`read_here`), or as Ray Data tasks."""
+
+
+def read_here(feed: Feed, units: Iterator[Unit]) -> Iterator[pa.Table]:
+    """Reads the units in this process, one when it is asked for."""
+    return map(feed.read, units)
+
+
+def make_feed(experiment: Experiment, task: Task, folder: str, split: Split, train: bool) -> Feed:
+    """The feed of an experiment's training or validation split."""
+    data, training = experiment.data, experiment.training
+    order = Order(
+        rows=split.rows,
+        rows_per_block=split.rows_per_block,
+        global_batch_size=training.global_batch_size,
+        window_blocks=data.shuffle_window_blocks,
+        max_lanes=data.lanes,
+        seed=training.seed if train else VALIDATION_SEED,
+    )
+    most = experiment.parallel.micro_batch_size
+    return Feed(task=task, folder=folder, split=split, order=order, train=train, micro_batch_size=most)
+
+
+class Prefetch:
+    """Iterates over `source` in a thread, `depth` items ahead, and measures the seconds its consumer waited.
+
+    An error in the source is raised at the consumer. `close` ends the thread at its next item.
+    """
+
+    _END = object()
+
+    def __init__(self, source: Iterable[list[Batch]], device: torch.device, depth: int = 2) -> None:
+        self.wait_seconds = 0.0
+        self._source = source
+        self._device = device
+        self._queue: queue.Queue[Any] = queue.Queue(maxsize=depth)
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._fill, name="prefetch", daemon=True)
+        self._thread.start()
+
+    def __iter__(self) -> Iterator[list[Batch]]:
+        while True:
+            start = time.perf_counter()
+            item = self._queue.get()
+            self.wait_seconds += time.perf_counter() - start
+            if item is self._END:
+                return
+            if isinstance(item, BaseException):
+                raise item
+            yield [{k: v.to(self._device, non_blocking=True) for k, v in batch.items()} for batch in item]
+
+    def close(self) -> None:
+        """Ends the thread; what it had made is dropped."""
+        self._stopped.set()
+        while self._thread.is_alive():
+            try:
+                self._queue.get(timeout=0.05)
+            except queue.Empty:
+                continue
+
+    def _fill(self) -> None:
+        try:
+            for item in self._source:
+                if self._device.type == "cuda":
+                    item = [{k: v.pin_memory() for k, v in batch.items()} for batch in item]
+                self._queue.put(item)
+                if self._stopped.is_set():
+                    break
+            self._queue.put(self._END)
+        except BaseException as error:  # handed to the consumer, who raises it
+            self._queue.put(error)

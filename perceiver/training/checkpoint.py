@@ -1,0 +1,170 @@
+"""Sharded checkpoints that are complete or do not count.
+
+A checkpoint is a folder `step-00001234` of files written by torch.distributed.checkpoint (each worker its shards of model and
+optimizer), and `checkpoint.json`, written last by one worker when all shards are down: a folder without it is not a checkpoint.
+Learning rate, order and random numbers are functions of (seed, step), so model, optimizer and step are the whole state.
+A checkpoint written by N workers loads on any number.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict, StateDictOptions
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+
+from perceiver.config import UserError
+
+MARKER = "checkpoint.json"
+
+
+@dataclass
+class TrainState:
+    """All that training changes."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    step: int = 0
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """A complete checkpoint on disk."""
+
+    path: Path
+    step: int
+    metrics: dict[str, float]
+
+
+def list_checkpoints(folder: str | Path) -> list[CheckpointInfo]:
+    """The complete checkpoints in a folder, oldest first."""
+    found = []
+    for marker in sorted(Path(folder).glob(f"step-*/{MARKER}")):
+        data = json.loads(marker.read_text())
+        found.append(CheckpointInfo(marker.parent, data["step"], data["metrics"]))
+    return found
+
+
+def best_of(checkpoints: list[CheckpointInfo], metric: str) -> CheckpointInfo | None:
+    """The checkpoint with the best value of a metric (accuracies: the highest, others: the lowest); None if none has it."""
+    having = [c for c in checkpoints if metric in c.metrics]
+    sign = -1 if metric.endswith("acc") else 1
+    return min(having, key=lambda c: (sign * c.metrics[metric], -c.step), default=None)
+
+
+def choose_checkpoint(folder: str | Path, which: str, metric: str) -> CheckpointInfo:
+    """The checkpoint named "last", "best" or by its step.
+
+    Raises:
+        UserError: there is none, or none of that step; names the ones there are.
+    """
+    checkpoints = list_checkpoints(folder)
+    if not checkpoints:
+        raise UserError(f"{folder} holds no complete checkpoint")
+    if which == "last":
+        return checkpoints[-1]
+    if which == "best":
+        return best_of(checkpoints, metric) or checkpoints[-1]
+    for checkpoint in checkpoints:
+        if which.removeprefix("step-").isdigit() and checkpoint.step == int(which.removeprefix("step-")):
+            return checkpoint
+    steps = ", ".join(str(c.step) for c in checkpoints)
+    raise UserError(f"checkpoint {which!r} does not exist: say best, last or one of the steps {steps}")
+
+
+class Checkpointer:
+    """Saves checkpoints of a run asynchronously and keeps the newest few and the best.
+
+    Training is blocked while the state is copied; files are written by a thread over a process group of its own.
+    `blocked_seconds` adds up the time that training waited.
+    """
+
+    def __init__(self, folder: str | Path, keep: int, best_metric: str, rank: int) -> None:
+        self.folder = Path(folder)
+        self.keep = keep
+        self.best_metric = best_metric
+        self.rank = rank
+        self.blocked_seconds = 0.0
+        self._group = dist.new_group(backend="gloo")
+        self._pending: tuple[Future, Path, dict[str, Any]] | None = None
+        self._saved_step = -1
+
+    def save(self, state: TrainState, metrics: dict[str, float]) -> None:
+        """Starts to save the state. Called by all workers; `metrics` are stored with it."""
+        if state.step == self._saved_step:
+            return
+        start = time.perf_counter()
+        self._finish()
+        path = self.folder / f"step-{state.step:08d}"
+        if self.rank == 0 and path.exists():
+            shutil.rmtree(path)
+        dist.barrier(self._group)
+        model, optimizer = get_state_dict(state.model, state.optimizer)
+        future = dcp.async_save(
+            {"model": model, "optimizer": optimizer}, checkpoint_id=str(path), process_group=self._group
+        )
+        self._pending = (future, path, {"step": state.step, "metrics": metrics})
+        self._saved_step = state.step
+        self.blocked_seconds += time.perf_counter() - start
+
+    def close(self) -> None:
+        """Waits until all is on disk."""
+        start = time.perf_counter()
+        self._finish()
+        self.blocked_seconds += time.perf_counter() - start
+
+    def poll(self) -> None:
+        """Completes a save whose files are all down, so that it counts at once."""
+        if self._pending and self._pending[0].done():
+            self._finish()
+
+    def _finish(self) -> None:
+        if self._pending is None:
+            return
+        future, path, content = self._pending
+        future.result()
+        self._pending = None
+        if self.rank == 0:
+            write_json(path / MARKER, content)
+            self._prune()
+
+    def _prune(self) -> None:
+        checkpoints = list_checkpoints(self.folder)
+        best = best_of(checkpoints, self.best_metric)
+        for checkpoint in checkpoints[: -self.keep]:
+            if best is None or checkpoint.step != best.step:
+                (checkpoint.path / MARKER).unlink()
+                shutil.rmtree(checkpoint.path)
+
+
+def load_state(path: str | Path, state: TrainState) -> None:
+    """Loads a checkpoint into a state whose model and optimizer are built and sharded, on any number of workers."""
+    model, optimizer = get_state_dict(state.model, state.optimizer)
+    dcp.load({"model": model, "optimizer": optimizer}, checkpoint_id=str(path))
+    set_state_dict(state.model, state.optimizer, model_state_dict=model, optim_state_dict=optimizer)
+    state.step = json.loads((Path(path) / MARKER).read_text())["step"]
+
+
+def load_model(path: str | Path, model: nn.Module) -> None:
+    """Loads the model alone from a checkpoint: sharded over the workers, or plain in one process without any."""
+    weights = get_model_state_dict(model)
+    dcp.load({"model": weights}, checkpoint_id=str(path), no_dist=not dist.is_initialized())
+    set_model_state_dict(model, weights, options=StateDictOptions(strict=True))
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes a file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+    os.replace(temporary, path)

@@ -1,0 +1,71 @@
+"""Throughput, model FLOP utilisation, waiting for data, time left."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+# Dense bf16 peak in FLOP/s by a part of the device's name, from the makers' data sheets (without sparsity).
+PEAK_FLOPS = {
+    "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10G": 70e12,
+    "V100": 125e12, "T4": 65e12, "B200": 2250e12,
+}  # fmt: skip
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """The device's peak in FLOP/s; None where it is not known (CPUs)."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+
+
+@dataclass
+class Meter:
+    """Measures between two reports. All rates are of the whole run, not of one worker."""
+
+    total_steps: int
+    units_per_step: float
+    """Examples or tokens of one global batch."""
+    flops_per_step: float | None
+    peak: float | None
+    """FLOP/s of all devices together."""
+    wait_seconds: Callable[[], float]
+    """Seconds waited for data since the start."""
+    step: int = 0
+    _time: float = field(default_factory=time.perf_counter)
+    _waited: float = 0.0
+    _excluded: float = 0.0
+
+    def exclude(self, seconds: float) -> None:
+        """Leaves time that is not training (validation, checkpoints) out of the next report's rates."""
+        self._excluded += seconds
+
+    def report(self, step: int) -> dict[str, float]:
+        """Rates since the last report: units/s, seconds per step, share waiting for data, MFU if known, seconds left."""
+        now, waited = time.perf_counter(), self.wait_seconds()
+        seconds = max(now - self._time - self._excluded, 1e-9)
+        steps = max(step - self.step, 1)
+        rates = {
+            "throughput": self.units_per_step * steps / seconds,
+            "step_seconds": seconds / steps,
+            "data_wait": (waited - self._waited) / seconds,
+            "seconds_left": (self.total_steps - step) * seconds / steps,
+        }
+        if self.flops_per_step and self.peak:
+            rates["mfu"] = self.flops_per_step * steps / seconds / self.peak
+        self.step, self._time, self._waited, self._excluded = step, now, waited, 0.0
+        return rates
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person reads them: 45s, 3m20s, 2h05m."""
+    seconds = int(seconds + 0.5)
+    if seconds < 60:
+        return f"{seconds}s"
+    if seconds < 3600:
+        return f"{seconds // 60}m{seconds % 60:02d}s"
+    return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"

@@ -1,0 +1,63 @@
+"""Parallelism from outside the model: devices, the mesh, sharding (FSDP2), activation checkpointing, compile, precision."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed._composable import checkpoint
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+from perceiver.config import ParallelConfig, TrainingConfig
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the workers of a run."""
+
+    rank: int
+    size: int
+    device: torch.device
+    mesh: DeviceMesh
+
+    def all_sum(self, tensor: Tensor) -> Tensor:
+        """The tensor summed over all workers (in place)."""
+        if self.size > 1:
+            dist.all_reduce(tensor, group=self.mesh.get_group())
+        return tensor
+
+
+def join_world(device: torch.device) -> World:
+    """The world of this process: the process group if there is one, else one of a single process, which it starts."""
+    if not dist.is_initialized():
+        dist.init_process_group("gloo" if device.type == "cpu" else "nccl", rank=0, world_size=1, store=dist.HashStore())
+    size = dist.get_world_size()
+    mesh = init_device_mesh(device.type, (size,), mesh_dim_names=("shard",))
+    return World(dist.get_rank(), size, device, mesh)
+
+
+def build_sharded(
+    model: nn.Module, world: World, parallel: ParallelConfig, training: TrainingConfig, layers: Iterable[nn.Module]
+) -> nn.Module:
+    """Shards a model that was built on the meta device, gives it memory on this worker, and draws its initial weights.
+
+    Each of `layers` becomes a unit of sharding, recomputation and compilation; what is left belongs to the model itself.
+    No process ever holds the whole model. Initial weights depend on the seed alone, not on the number of workers.
+    """
+    policy = MixedPrecisionPolicy()
+    if training.precision == "bf16":
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for number, layer in enumerate(layers):
+        if parallel.activation_checkpointing and number % parallel.activation_checkpointing == 0:
+            checkpoint(layer)
+        if parallel.compile:
+            layer.compile()
+        fully_shard(layer, mesh=world.mesh, mp_policy=policy)
+    fully_shard(model, mesh=world.mesh, mp_policy=policy)
+    model.to_empty(device=world.device)
+    model.init_weights(training.seed)
+    return model

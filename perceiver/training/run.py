@@ -1,0 +1,215 @@
+"""A whole training on one worker: build, continue, train, validate, save, record. The same with Ray and without."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from perceiver.config import Experiment, to_dict
+from perceiver.data.shards import Manifest
+from perceiver.training.batches import Feed, Prefetch, ReadAll, make_feed
+from perceiver.training.checkpoint import (
+    Checkpointer,
+    TrainState,
+    list_checkpoints,
+    load_state,
+    write_json,
+)
+from perceiver.training.loop import StepResult, fit, validate
+from perceiver.training.meters import Meter, peak_flops
+from perceiver.training.optim import build_optimizer
+from perceiver.training.parallel import World, build_sharded
+from perceiver.training.record import Recorder
+
+if TYPE_CHECKING:
+    from perceiver.tasks.base import Task
+
+CHECKPOINTS = "checkpoints"
+EXPERIMENT = "experiment.json"
+RESULT = "result.json"
+
+
+class NotFinite(Exception):
+    """The loss is NaN or infinite: no restart would help."""
+
+
+def total_steps(experiment: Experiment, rows: int) -> int:
+    """Optimizer steps of a training on `rows` rows: the shorter of max_steps and max_epochs."""
+    training = experiment.training
+    epoch = -(-rows // training.global_batch_size)
+    limits = [training.max_steps, training.max_epochs and training.max_epochs * epoch]
+    return min(limit for limit in limits if limit is not None)
+
+
+class Training:
+    """One worker's part of a training.
+
+    Args:
+        experiment: what to train.
+        task: its task.
+        data_folder, manifest: the prepared data.
+        world: this process among the workers.
+        run_folder: where the run is kept.
+        read_all: how data is read (in this process, or by Ray Data).
+        report: called on all workers with the metrics of every log, validation and checkpoint.
+        say: takes lines of progress (first worker).
+    """
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        task: Task,
+        data_folder: str,
+        manifest: Manifest,
+        world: World,
+        run_folder: Path,
+        read_all: ReadAll,
+        report: Callable[[dict[str, float]], None] = lambda metrics: None,
+        say: Callable[[str], None] = print,
+    ) -> None:
+        self.experiment, self.task, self.world, self.run_folder = experiment, task, world, run_folder
+        self.read_all, self.report = read_all, report
+        self.train_feed = make_feed(experiment, task, data_folder, manifest.splits["train"], train=True)
+        self.val_feed = make_feed(experiment, task, data_folder, manifest.splits["val"], train=False)
+        self.total_steps = total_steps(experiment, self.train_feed.split.rows)
+        self.state = build_state(experiment, task, world)
+        self.checkpointer = Checkpointer(
+            run_folder / CHECKPOINTS, experiment.run.keep_checkpoints, experiment.run.best_metric, world.rank
+        )
+        checkpoints = list_checkpoints(run_folder / CHECKPOINTS)
+        if checkpoints:
+            load_state(checkpoints[-1].path, self.state)
+        unit, per_example = task.unit()
+        self.recorder = Recorder(run_folder, self.state.step, self.total_steps, unit, world.rank == 0, say)
+        batch = experiment.training.global_batch_size
+        peak = peak_flops(world.device)
+        self.meter_settings: dict[str, Any] = {
+            "total_steps": self.total_steps,
+            "units_per_step": batch * per_example,
+            "flops_per_step": batch * task.flops_per_example(),
+            "peak": peak and peak * world.size,
+        }
+        self.val_metrics: dict[str, float] = {}
+        self._loss = torch.zeros(2, dtype=torch.float64, device=world.device)
+
+    def run(self) -> dict[str, float]:
+        """Trains to the end and returns the last metrics.
+
+        Raises:
+            NotFinite: the loss is not a number; on all workers alike.
+        """
+        self._announce()
+        step = self.state.step
+        batches = Prefetch(
+            self.train_feed.steps(self.read_all, self.world.rank, self.world.size, step, self.total_steps),
+            self.world.device,
+        )
+        self.meter = Meter(wait_seconds=lambda: batches.wait_seconds, step=step, **self.meter_settings)
+        try:
+            fit(self.experiment, self.task, self.state, batches, self.world, self.total_steps, self._after_step)
+        finally:
+            batches.close()
+        self.checkpointer.close()
+        metrics = self._finish()
+        self.recorder.close()
+        return metrics
+
+    def validate(self) -> dict[str, float]:
+        """Validates and returns the metrics, named val_..."""
+        limit, model = self.experiment.run.val_batches, self.state.model
+        metrics, sums = evaluate(self.task, model, self.val_feed, self.world, self.read_all, limit)
+        samples = self.task.samples(model, sums, self.val_feed.split)
+        self.recorder.samples(self.state.step, samples)
+        return metrics
+
+    def _announce(self) -> None:
+        step, epoch = self.state.step, self.train_feed.order.steps_per_epoch
+        begin = f"continuing from step {step:,}" if step else "starting"
+        workers = f"{self.world.size} worker{'s' if self.world.size > 1 else ''} ({self.world.device.type})"
+        self.recorder.say(
+            f"{begin}: {self.total_steps:,} steps of {self.experiment.training.global_batch_size} examples, "
+            f"{self.total_steps / epoch:.3g} epochs of {self.train_feed.split.rows:,} examples, on {workers}"
+        )
+
+    def _after_step(self, result: StepResult) -> None:
+        step, run = self.state.step, self.experiment.run
+        self._loss += torch.stack([result.loss_sum, result.targets.double() / self.world.size])
+        last = step == self.total_steps
+        checkpoint = last or step % run.checkpoint_every == 0
+        if last or checkpoint or step % run.log_every == 0:
+            self._log(result)
+        if last or step % run.val_every == 0:
+            self._apart(self._validate)
+        if checkpoint:
+            self._apart(lambda: self.checkpointer.save(self.state, self.val_metrics))
+        self.checkpointer.poll()
+
+    def _log(self, result: StepResult) -> None:
+        loss, targets = self.world.all_sum(self._loss.clone()).tolist()
+        self._loss.zero_()
+        norm = result.grad_norm
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        metrics = {"loss": loss / max(targets, 1), "lr": result.lr, "grad_norm": norm.item()}
+        if not math.isfinite(metrics["loss"]):
+            raise NotFinite(
+                f"the loss became {metrics['loss']} at or shortly before step {self.state.step}; "
+                "a lower optim.lr, a longer optim.warmup-steps or optim.max-grad-norm usually help"
+            )
+        metrics |= self.meter.report(self.state.step)
+        metrics["checkpoint_seconds"] = self.checkpointer.blocked_seconds
+        self.recorder.metrics(self.state.step, metrics)
+        self.recorder.progress(self.state.step, metrics)
+        self.report({"step": self.state.step, **metrics})
+
+    def _validate(self) -> None:
+        self.val_metrics = self.validate()
+        self.recorder.metrics(self.state.step, self.val_metrics)
+        text = "  ".join(f"{name} {value:.4f}" for name, value in self.val_metrics.items())
+        self.recorder.say(f"step {self.state.step:,}: {text}")
+        self.report({"step": self.state.step, **self.val_metrics})
+
+    def _apart(self, action: Callable[[], None]) -> None:
+        start = time.perf_counter()
+        action()
+        self.meter.exclude(time.perf_counter() - start)
+
+    def _finish(self) -> dict[str, float]:
+        checkpoints = list_checkpoints(self.run_folder / CHECKPOINTS)
+        metrics = {"step": self.state.step, **(self.val_metrics or checkpoints[-1].metrics)}
+        if self.world.rank == 0:
+            write_json(self.run_folder / RESULT, metrics)
+        return metrics
+
+
+def build_state(experiment: Experiment, task: Task, world: World) -> TrainState:
+    """Model and optimizer, sharded over the workers, with initial weights."""
+    with torch.device("meta"):
+        model = task.build_model()
+    model = build_sharded(model, world, experiment.parallel, experiment.training, model.layers())
+    return TrainState(model, build_optimizer(model, experiment.optim))
+
+
+def evaluate(
+    task: Task, model: nn.Module, feed: Feed, world: World, read_all: ReadAll, num_batches: int | None = None
+) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    """Metrics (named val_...) and their sums over the feed's first global batches (None: all of them)."""
+    stop = min(feed.order.steps_per_epoch, num_batches or feed.order.steps_per_epoch)
+    batches = Prefetch(feed.steps(read_all, world.rank, world.size, 0, stop), world.device)
+    try:
+        sums = validate(task, model, batches, world)
+    finally:
+        batches.close()
+    return {f"val_{name}": value for name, value in task.metrics(sums, feed.split).items()}, sums
+
+
+def save_experiment(folder: Path, experiment: Experiment, manifest: Manifest) -> None:
+    """Writes what a run is: its resolved configuration, and the data it is trained on."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / EXPERIMENT, {"experiment": to_dict(experiment), "data": manifest.digest})

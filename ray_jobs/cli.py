@@ -1,0 +1,114 @@
+"""Command lines: `<preset> [--dotted.override value ...]`, parsed by tyro; mistakes are one sentence and exit status 2."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import io
+import re
+import sys
+from collections.abc import Callable, Sequence
+
+import tyro
+
+from perceiver.config import Experiment, UserError, flatten, to_dict
+from perceiver.presets import PRESETS
+
+SHORTCUTS = {
+    "--workers": "--parallel.workers",
+    "--name": "--run.name",
+    "--storage": "--run.storage",
+    "--source": "--data.source",
+}
+
+
+def parse_experiment(argv: Sequence[str], prog: str) -> Experiment:
+    """The experiment of a command line: a preset's name and overrides by dotted names.
+
+    Raises:
+        UserError: unknown preset, field or value.
+        SystemExit: after `--help`.
+    """
+    if not argv or argv[0] in ("-h", "--help"):
+        names = ", ".join(PRESETS)
+        print(f"usage: python -m {prog} PRESET [--field value ...]\n\npresets: {names}")
+        print(f"shortcuts: {', '.join(f'{short} = {long}' for short, long in SHORTCUTS.items())}")
+        print(f"fields of a preset: python -m {prog} PRESET --help")
+        raise SystemExit(0)
+    return override(preset(argv[0]), argv[1:], f"{prog} {argv[0]}")
+
+
+def preset(name: str) -> Experiment:
+    """The experiment of a preset.
+
+    Raises:
+        UserError: there is none of that name; offers the nearest.
+    """
+    if name not in PRESETS:
+        raise UserError(f"preset {name!r} does not exist{_nearest(name, PRESETS)}; presets are {', '.join(PRESETS)}")
+    return PRESETS[name]()
+
+
+def override(experiment: Experiment, args: Sequence[str], prog: str) -> Experiment:
+    """An experiment with fields overridden by command-line arguments.
+
+    Raises:
+        UserError: an unknown field (offers the nearest) or a value that does not fit it.
+    """
+    args = [_long(arg) for arg in args]
+    fields = [name for name in flatten(to_dict(experiment)) if name.rpartition(".")[2] != "type" and name != "preset"]
+    for arg in args:
+        if re.match(r"--[a-zA-Z]", arg) and arg != "--help":
+            name = arg[2:].partition("=")[0].replace("-", "_")
+            if name not in fields:
+                raise UserError(f"field {arg.partition('=')[0]} does not exist{_nearest(name, fields, '--')}")
+    output = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(output):
+            return tyro.cli(
+                tyro.conf.AvoidSubcommands[Experiment], default=experiment, args=args, prog=f"python -m {prog}"
+            )
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        raise UserError(_first_sentence(output.getvalue())) from None
+
+
+def main_entry(main: Callable[[list[str]], int | None], argv: list[str] | None = None) -> None:
+    """Runs a job's main: a user's mistake is printed as one line, exit status 2, an interruption exit status 130."""
+    try:
+        status = main(sys.argv[1:] if argv is None else argv)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        status = 2
+    except KeyboardInterrupt:
+        print("\nstopped; the same command continues", file=sys.stderr)
+        status = 130
+    sys.exit(status or 0)
+
+
+def _long(arg: str) -> str:
+    name, equals, value = arg.partition("=")
+    return SHORTCUTS.get(name, name) + equals + value
+
+
+def _nearest(name: str, names: Sequence[str] | dict, prefix: str = "") -> str:
+    """", did you mean ...?" for a name that is not among `names`; a dotted name may be near in its last part alone."""
+    found = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)
+    if not found:
+        last = {n.rpartition(".")[2]: n for n in names}
+        close = difflib.get_close_matches(name.rpartition(".")[2], list(last), n=1, cutoff=0.6)
+        found = [last[n] for n in close]
+    return f", did you mean {prefix}{found[0].replace('_', '-') if prefix else found[0]}?" if found else ""
+
+
+def _first_sentence(box: str) -> str:
+    """What tyro's framed message says, without the frame and the help below it."""
+    lines = []
+    for line in box.splitlines():
+        text = line.strip("│ \t")
+        if text.startswith("──") and lines:
+            break
+        if text and not text.startswith("╭"):
+            lines.append(text)
+    return " ".join(lines)

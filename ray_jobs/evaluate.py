@@ -1,0 +1,106 @@
+"""`python -m ray_jobs.evaluate RUN [--checkpoint best|last|STEP] [--source FILES] [--workers N]`: metrics of a trained run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import uuid
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from perceiver.config import Experiment, UserError, from_dict, home
+from perceiver.data.shards import load_prepared
+from perceiver.training.checkpoint import CheckpointInfo, choose_checkpoint, write_json
+from perceiver.training.run import CHECKPOINTS, EXPERIMENT
+from ray_jobs.cli import main_entry, override
+from ray_jobs.preflight import check_experiment, plan_resources
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m ray_jobs.evaluate", description=__doc__)
+    parser.add_argument("run", help="folder of a run, or its name among the runs of $PERCEIVER_HOME")
+    parser.add_argument("--checkpoint", default="best", help="best (default), last, or a step")
+    args, overrides = parser.parse_known_args(argv)
+    evaluate_run(args.run, args.checkpoint, overrides, say=lambda text: print(text, flush=True))
+    return 0
+
+
+def evaluate_run(run: str | Path, checkpoint: str = "best", overrides: list[str] | None = None, say=print) -> dict[str, float]:
+    """Evaluates a checkpoint of a run over a whole validation set, and writes the result into the run's folder.
+
+    Args:
+        run: folder or name of a run.
+        checkpoint: "best", "last" or a step.
+        overrides: command-line arguments for fields that an evaluation may change: `--data.source FILES` (other files, all of
+            them), `--data.*`, `--task.*`, `--parallel.*`, `--training.global-batch-size`.
+
+    Returns:
+        The metrics, named val_...
+
+    Raises:
+        UserError: no such run, checkpoint or data.
+    """
+    folder = find_run(run)
+    trained = from_dict(json.loads((folder / EXPERIMENT).read_text())["experiment"])
+    experiment = override(trained, overrides or [], f"ray_jobs.evaluate {run}")
+    if experiment.model != trained.model:
+        raise UserError("the model of a run cannot be changed: only data, task, parallel and the batch size may be overridden")
+    other = experiment.data.source != trained.data.source
+    if other:
+        experiment = replace(experiment, data=replace(experiment.data, source="", val_source=experiment.data.source))
+    check_experiment(experiment)
+    chosen = choose_checkpoint(folder / CHECKPOINTS, checkpoint, trained.run.best_metric)
+
+    from ray_jobs import worker
+    from ray_jobs.preprocess import prepare
+    from ray_jobs.ray_env import connect
+
+    output = folder / f".evaluation-{uuid.uuid4().hex[:8]}.json"
+    with connect(experiment.parallel):
+        resources = plan_resources(experiment)
+        if other:
+            prepare(experiment, say)
+        data_folder, manifest = load_prepared(experiment)
+        try:
+            worker.evaluate_checkpoint(experiment, data_folder, folder, resources, chosen.path, output)
+            result = json.loads(output.read_text())
+        finally:
+            output.unlink(missing_ok=True)
+    name = f"step-{chosen.step:08d}-{manifest.digest}.json"
+    (folder / "evaluations").mkdir(exist_ok=True)
+    content = _content(experiment, chosen, data_folder, manifest.digest, result)
+    write_json(folder / "evaluations" / name, content)
+    _print_table(folder, chosen, content, folder / "evaluations" / name, say)
+    return result["metrics"]
+
+
+def find_run(run: str | Path) -> Path:
+    """The folder of a run that is given by path or by name.
+
+    Raises:
+        UserError: there is no such run.
+    """
+    for folder in (Path(run).expanduser(), home() / "runs" / str(run)):
+        if (folder / EXPERIMENT).exists():
+            return folder.absolute()
+    raise UserError(f"no run {str(run)!r}: neither a run's folder nor the name of one in {home() / 'runs'}")
+
+
+def _content(
+    experiment: Experiment, chosen: CheckpointInfo, data_folder: str, digest: str, result: dict[str, Any]
+) -> dict[str, Any]:
+    source = experiment.data.source or experiment.data.val_source
+    return {"checkpoint": chosen.path.name, "data": {"folder": data_folder, "source": source, "digest": digest}, **result}
+
+
+def _print_table(folder: Path, chosen: CheckpointInfo, content: dict[str, Any], path: Path, say) -> None:
+    targets = int(content["sums"]["targets"])
+    say(f"{folder.name}, step {chosen.step:,}, on {content['data']['source']}: {targets:,} targets")
+    for name, value in content["metrics"].items():
+        say(f"  {name:<22}{value:>12.4f}")
+    say(f"  written to {path}")
+
+
+if __name__ == "__main__":
+    main_entry(main)

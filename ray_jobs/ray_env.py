@@ -1,0 +1,93 @@
+"""Joining a Ray cluster or starting a local one, and finding out what it can carry."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+# Read by Ray when it is imported or its processes start: no second copy of workers' prints, one footer reader instead of 32.
+os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+os.environ.setdefault("RAY_DATA_PARQUET_FOOTER_NUM_ACTORS", "1")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+import ray  # noqa: E402
+
+from perceiver.config import ParallelConfig, UserError  # noqa: E402
+
+PACKAGES = Path(__file__).resolve().parent.parent
+"""The folder that `perceiver` and `ray_jobs` are imported from."""
+
+
+@contextmanager
+def connect(parallel: ParallelConfig) -> Iterator[None]:
+    """Joins the cluster of this process, of `parallel.address` or $RAY_ADDRESS; else runs a local one for the time being.
+
+    A local cluster counts one CPU more than the machine has: the workers may take all cores, and data tasks still find a slot.
+
+    Raises:
+        UserError: the cluster cannot be reached, or refuses the token.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    address = parallel.address or os.environ.get("RAY_ADDRESS")
+    quiet()
+    settings = {"log_to_driver": False, "logging_level": logging.WARNING, "runtime_env": {"env_vars": _python_path()}}
+    if address:
+        _choose_authentication()
+        try:
+            ray.init(address=address, **settings)
+        except Exception as error:
+            raise UserError(f"no Ray cluster could be joined at {address!r}: {_reason(error)}") from error
+    else:
+        cpus = os.cpu_count() or 1
+        ray.init(address="local", num_cpus=cpus + 1, include_dashboard=_with_dashboard(), **settings)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def quiet() -> None:
+    """Keeps Ray Data's execution plans and progress bars out of a job's output."""
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    for name in ("ray.data", "ray.train", "ray.tune"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def use_gpus(parallel: ParallelConfig) -> bool:
+    """Whether workers get GPUs: as told, or where the cluster has any."""
+    if parallel.device == "auto":
+        return ray.cluster_resources().get("GPU", 0) > 0
+    return parallel.device == "cuda"
+
+
+def _python_path() -> dict[str, str]:
+    """Workers import the packages that this process runs, also from a source tree that is not installed."""
+    if "site-packages" in PACKAGES.parts or os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"):
+        return {}
+    return {"PYTHONPATH": os.pathsep.join(filter(None, [str(PACKAGES), os.environ.get("PYTHONPATH")]))}
+
+
+def _choose_authentication() -> None:
+    """With an explicit address Ray does not look for a token by itself: use one where there is one."""
+    token = os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")
+    if "RAY_AUTH_MODE" not in os.environ and (token or Path("~/.ray/auth_token").expanduser().exists()):
+        os.environ["RAY_AUTH_MODE"] = "token"
+
+
+def _with_dashboard() -> bool:
+    return os.environ.get("PERCEIVER_DASHBOARD", "0") == "1"
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error, and what to do about the usual ones."""
+    text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if "auth" in text.lower() or "token" in text.lower():
+        return f"{text} (set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or ~/.ray/auth_token to the cluster's token)"
+    return f"{text} (is it running, and the address right?)"

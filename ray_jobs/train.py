@@ -1,0 +1,143 @@
+"""`python -m ray_jobs.train PRESET [--field value ...]`: trains an experiment on Ray, or continues it."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from perceiver.config import Experiment, UserError, differences, from_dict
+from perceiver.data.shards import Manifest, load_prepared
+from perceiver.data.sources import is_shipped
+from perceiver.tasks import build_task
+from perceiver.tasks.pictures import curves
+from perceiver.training.checkpoint import best_of, list_checkpoints
+from perceiver.training.meters import duration
+from perceiver.training.record import read_metrics
+from perceiver.training.run import CHECKPOINTS, EXPERIMENT, RESULT, save_experiment
+from ray_jobs.cli import main_entry, parse_experiment
+from ray_jobs.preflight import check_experiment, plan_resources
+
+
+def main(argv: list[str]) -> int:
+    experiment = parse_experiment(argv, "ray_jobs.train")
+    run(experiment, say=lambda text: print(text, flush=True))
+    return 0
+
+
+def run(experiment: Experiment, say=print) -> dict[str, float]:
+    """Trains an experiment to its end, from its last checkpoint on if there is one, and returns its last metrics.
+
+    Raises:
+        UserError: a mistake in the experiment, data that is not prepared, another experiment under the same name.
+        TrainingFailed: workers failed too often.
+    """
+    check_experiment(experiment)
+    run_folder = Path(experiment.run.storage_path).expanduser().absolute() / experiment.run_name
+    finished = check_run(experiment, run_folder)
+    if finished is not None:
+        say(f"run {experiment.run_name} is finished: {_summary(finished)}")
+        say(f"evaluate it: python -m ray_jobs.evaluate {run_folder}; another training needs another --run.name")
+        return finished
+    prepared = None if is_shipped(experiment.data.source) else load_prepared(experiment)
+
+    from ray_jobs import worker
+    from ray_jobs.preprocess import prepare
+    from ray_jobs.ray_env import connect
+
+    started = time.monotonic()
+    with locked(run_folder), connect(experiment.parallel):
+        resources = plan_resources(experiment)
+        if prepared is None:
+            prepare(experiment, say)
+            prepared = load_prepared(experiment)
+        data_folder, manifest = prepared
+        check_data(run_folder, manifest)
+        save_experiment(run_folder, experiment, manifest)
+        say(f"run {experiment.run_name} in {run_folder}")
+        worker.train(experiment, data_folder, run_folder, resources, say)
+    result = json.loads((run_folder / RESULT).read_text())
+    report(experiment, run_folder, result, manifest, time.monotonic() - started, say)
+    return result
+
+
+def check_run(experiment: Experiment, run_folder: Path) -> dict[str, float] | None:
+    """What there is under the run's name: the result of a finished run, or None.
+
+    Raises:
+        UserError: a run of another experiment; names the differences.
+    """
+    if not (run_folder / EXPERIMENT).exists():
+        return None
+    old = from_dict(json.loads((run_folder / EXPERIMENT).read_text())["experiment"])
+    changes = differences(old.identity, experiment.identity)
+    if changes:
+        raise UserError(
+            f"run {experiment.run_name!r} in {run_folder.parent} is another experiment ({'; '.join(changes)}): "
+            "choose another --run.name, or the same settings"
+        )
+    result = run_folder / RESULT
+    return json.loads(result.read_text()) if result.exists() else None
+
+
+def check_data(run_folder: Path, manifest: Manifest) -> None:
+    """Refuses to continue a run on data that has changed since it began.
+
+    Raises:
+        UserError: the prepared data is not that of the run's start.
+    """
+    path = run_folder / EXPERIMENT
+    if path.exists() and json.loads(path.read_text())["data"] != manifest.digest:
+        raise UserError(f"the prepared data has changed since {run_folder} began: choose another --run.name")
+
+
+@contextmanager
+def locked(run_folder: Path) -> Iterator[None]:
+    """Holds the run for this process: two drivers of one run would write over each other.
+
+    Raises:
+        UserError: another process trains it.
+    """
+    run_folder.mkdir(parents=True, exist_ok=True)
+    with open(run_folder / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"{run_folder} is being trained by another process: wait for it or stop it") from error
+        yield
+
+
+def report(
+    experiment: Experiment, run_folder: Path, result: dict[str, float], manifest: Manifest, seconds: float, say
+) -> None:
+    """Says what came out and where it is, and draws the loss curve."""
+    from PIL import Image
+
+    records = read_metrics(run_folder)
+    series = {
+        name: [(r["step"], r[name]) for r in records if name in r]
+        for name in ("loss", "val_loss")
+    }
+    Image.fromarray(curves(series, f"{experiment.run_name}: loss over steps")).save(run_folder / "curve.png")
+    checkpoints = list_checkpoints(run_folder / CHECKPOINTS)
+    best = best_of(checkpoints, experiment.run.best_metric) or checkpoints[-1]
+    say(f"finished after {duration(seconds)}: {_summary(result)}")
+    for line in build_task(experiment).baselines(manifest.splits["val"], manifest):
+        say(f"  to compare: {line}")
+    say(f"  run folder:   {run_folder}")
+    say(f"  checkpoints:  last step {checkpoints[-1].step}, best step {best.step} by {experiment.run.best_metric}")
+    say(f"  TensorBoard:  tensorboard --logdir {run_folder / 'tensorboard'}")
+    pictures = ", ".join(str(p) for p in [run_folder / "curve.png", *sorted((run_folder / "samples").glob("*.png"))[-1:]])
+    say(f"  pictures:     {pictures}")
+    say(f"  evaluate:     python -m ray_jobs.evaluate {run_folder}")
+
+
+def _summary(metrics: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:,.4g}" if name != "step" else f"step {value:,}" for name, value in metrics.items())
+
+
+if __name__ == "__main__":
+    main_entry(main)

@@ -1,0 +1,73 @@
+"""The rooms of the house and who may know whom (docs/architecture.md), held by reading the imports."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# What a room may import of the project, besides itself.
+ARROWS = {
+    "perceiver.config": set(),
+    "perceiver.presets": {"perceiver.config", "perceiver.models"},
+    "perceiver.models": {"perceiver.config"},
+    "perceiver.data": {"perceiver.config", "perceiver.presets"},
+    "perceiver.training": {"perceiver.config", "perceiver.data"},
+    "perceiver.inference": {"perceiver.config", "perceiver.models", "perceiver.data", "perceiver.training", "perceiver.tasks", "perceiver.hub"},
+    "perceiver.hub": {"perceiver.config", "perceiver.presets", "perceiver.models"},
+    "perceiver.tasks": {
+        "perceiver.config", "perceiver.models", "perceiver.data", "perceiver.training", "perceiver.inference",
+    },
+}  # fmt: skip
+
+
+def room(module: str) -> str:
+    return ".".join(module.split(".")[:2]) if module.startswith("perceiver.") else module.split(".")[0]
+
+
+def imports(path: Path) -> set[str]:
+    """Modules that a file imports at run time (imports for type checkers alone are left out)."""
+    found = set()
+
+    def visit(node: ast.AST) -> None:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.If) and isinstance(child.test, ast.Name) and child.test.id == "TYPE_CHECKING":
+                continue
+            if isinstance(child, ast.Import):
+                found.update(alias.name for alias in child.names)
+            elif isinstance(child, ast.ImportFrom) and child.module:
+                found.add(child.module)
+            visit(child)
+
+    visit(ast.parse(path.read_text()))
+    return found
+
+
+def files(package: str) -> list[Path]:
+    return sorted((ROOT / package).rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", files("perceiver"), ids=lambda p: str(p.relative_to(ROOT)))
+def test_the_library_knows_neither_ray_nor_the_jobs(path):
+    assert not {m.split(".")[0] for m in imports(path)} & {"ray", "ray_jobs", "tuning", "transformers", "lightning"}
+
+
+@pytest.mark.parametrize("path", files("perceiver"), ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_follow_the_arrows(path):
+    here = room(".".join(path.relative_to(ROOT).with_suffix("").parts))
+    allowed = ARROWS.get(here)
+    if allowed is None:
+        pytest.skip("the package's own entrance")
+    used = {room(m) for m in imports(path) if m.startswith("perceiver.")} - {here}
+    assert used <= allowed
+
+
+@pytest.mark.parametrize("path", files("ray_jobs"), ids=lambda p: str(p.relative_to(ROOT)))
+def test_ray_tune_stays_in_its_room(path):
+    assert not {m for m in imports(path) if m.startswith(("ray.tune", "tuning"))}
+
+
+def test_there_is_one_optimizer_step():
+    places = [p for package in ("perceiver", "ray_jobs", "tuning") for p in files(package) if "optimizer.step()" in p.read_text()]
+    assert [p.relative_to(ROOT).as_posix() for p in places] == ["perceiver/training/loop.py"]
