@@ -1,0 +1,282 @@
+"""Weights of other projects as ours: configurations and state dicts of krasserm/perceiver-io and of transformers.
+
+All functions are pure: dicts in, configurations and dicts out.
+"""
+
+import re
+from typing import Any
+
+from torch import Tensor
+
+from perceiver.config import (
+    ClassOutput,
+    DecoderConfig,
+    EncoderConfig,
+    FlowInput,
+    FlowOutput,
+    ImageInput,
+    ModelConfig,
+    PerceiverARConfig,
+    PerceiverIOConfig,
+    TextInput,
+    TextOutput,
+    UserError,
+)
+
+StateDict = dict[str, Tensor]
+Rules = tuple[tuple[str, str | None], ...]
+"""Pairs (pattern of a name's beginning, replacement): the first that fits is applied; None drops the entry."""
+
+# ------------------------------------------------------------------------------------------ krasserm/perceiver-io 0.11
+
+_REFERENCE_LAYER: Rules = (
+    (r"0\.(?:module\.)?(q_norm|kv_norm|norm|attention)\.", r"\1."),
+    (r"1\.(?:module\.)?0\.", "mlp.norm."),
+    (r"1\.(?:module\.)?1\.", "mlp.widen."),
+    (r"1\.(?:module\.)?3\.", "mlp.narrow."),
+)
+
+_REFERENCE_IO: Rules = (
+    (r"0\.input_adapter\.position_encoding\.position_encoding$", None),  # a constant
+    (r"0\.latent_provider\._query$", "encoder.latents"),
+    (r"0\.input_adapter\.", "encoder.input_adapter."),
+    (r"0\.cross_attn_(1|n)\.", r"encoder.cross_attention_\1."),
+    (r"0\.self_attn_(1|n)\.(\d+)\.", r"encoder.self_attention_\1.\2."),
+    (r"1\.output_query_provider\._query$", "decoder.queries"),
+    (r"1\.cross_attn\.", "decoder.cross_attention."),
+    (r"1\.output_adapter\.linear\.", "decoder.output."),
+    (r"1\.output_adapter\.bias$", "decoder.output_bias"),
+)
+
+_REFERENCE_AR: Rules = (
+    (r"input_adapter\.frq_pos_encoding\.inv_freq$", None),  # a constant
+    (r"input_adapter\.", "input_adapter."),
+    (r"cross_attention\.", "cross_attention."),
+    (r"self_attention\.(\d+)\.", r"self_attention.\1."),
+    (r"out_norm\.", "output_norm."),
+    (r"output_adapter\.bias$", "output_bias"),
+)
+
+_NO_MODEL_FIELDS = {"activation_checkpointing", "activation_offloading", "max_heads_parallel", "params"}
+"""Fields of the reference's configurations that do not change what a model computes."""
+
+
+def from_reference(state_dict: StateDict, config: ModelConfig) -> StateDict:
+    """Weights of krasserm/perceiver-io under our names.
+
+    Args:
+        state_dict: names as of a `PerceiverIO` or `PerceiverAR` there, also with a Lightning module's prefix "model." or a
+            hub model's "backend_model.".
+        config: the model's configuration, see `config_from_reference`.
+
+    Raises:
+        UserError: a name that such a model does not have.
+    """
+    for prefix in ("model.", "backend_model."):
+        if all(name.startswith(prefix) for name in state_dict):
+            state_dict = {name.removeprefix(prefix): tensor for name, tensor in state_dict.items()}
+    top = _REFERENCE_AR if isinstance(config, PerceiverARConfig) else _REFERENCE_IO
+    return _rename(state_dict, top, _REFERENCE_LAYER, "krasserm/perceiver-io")
+
+
+def config_from_reference(config: dict[str, Any]) -> ModelConfig:
+    """The model configuration of krasserm/perceiver-io ("model_config" of its hub models) as ours.
+
+    Raises:
+        UserError: a field that its models do not have.
+    """
+    config = {name: value for name, value in config.items() if name not in _NO_MODEL_FIELDS}
+    if "max_latents" in config:
+        return _build(PerceiverARConfig, config)
+    encoder = {name: value for name, value in config.pop("encoder").items() if name not in _NO_MODEL_FIELDS}
+    decoder = dict(config.pop("decoder"))
+    input_config: TextInput | ImageInput | FlowInput
+    if "vocab_size" in encoder:
+        names = {"vocab_size": "vocab_size", "max_seq_len": "max_seq_len", "num_input_channels": "num_channels"}
+        input_config = _build(TextInput, _take(encoder, names))
+    elif "num_patch_input_channels" in encoder:
+        names = ("image_shape", "num_patch_input_channels", "num_patch_hidden_channels", "num_frequency_bands")
+        input_config = _build(FlowInput, _take(encoder, dict(zip(names, names, strict=True))))
+    else:
+        names = ("image_shape", "num_frequency_bands")
+        input_config = _build(ImageInput, _take(encoder, dict(zip(names, names, strict=True))))
+    query_channels = decoder.pop("num_output_query_channels", None)
+    output: TextOutput | ClassOutput | FlowOutput
+    if "num_classes" in decoder:
+        names = {"num_classes": "num_classes", "num_output_queries": "num_queries"}
+        output = _build(ClassOutput, _take(decoder, names) | {"num_query_channels": query_channels})
+    elif "rescale_factor" in decoder:
+        output = FlowOutput(rescale_factor=decoder.pop("rescale_factor"))
+        del decoder["image_shape"]  # the encoder's
+    else:
+        output = TextOutput(num_query_channels=query_channels)
+        _take(decoder, {"vocab_size": "", "max_seq_len": ""})  # the encoder's
+    init_scale = encoder.pop("init_scale")
+    for name in ("init_scale", "freeze"):
+        decoder.pop(name)
+    return PerceiverIOConfig(
+        num_latents=config["num_latents"],
+        num_latent_channels=config["num_latent_channels"],
+        input=input_config,
+        encoder=_build(EncoderConfig, encoder),
+        decoder=_build(DecoderConfig, decoder),
+        output=output,
+        init_scale=init_scale,
+    )
+
+
+# --------------------------------------------------------------------------------------------------------- transformers
+
+_TRANSFORMERS_LAYER: Rules = (
+    (r"attention\.self\.layernorm1\.", "q_norm."),
+    (r"attention\.self\.layernorm2\.", "kv_norm."),
+    (r"attention\.self\.query\.", "attention.q_proj."),
+    (r"attention\.self\.key\.", "attention.k_proj."),
+    (r"attention\.self\.value\.", "attention.v_proj."),
+    (r"attention\.output\.dense\.", "attention.o_proj."),
+    (r"layernorm\.", "mlp.norm."),
+    (r"mlp\.dense1\.", "mlp.widen."),
+    (r"mlp\.dense2\.", "mlp.narrow."),
+)
+
+_TRANSFORMERS: Rules = (
+    (r"perceiver\.embeddings\.latents$", "encoder.latents"),
+    (r"perceiver\.input_preprocessor\.embeddings\.", "encoder.input_adapter.txt_embedding."),
+    (r"perceiver\.input_preprocessor\.position_embeddings\.", "encoder.input_adapter.pos_embedding."),
+    (r"perceiver\.input_preprocessor\.conv_after_patches\.", "encoder.input_adapter.linear."),
+    (r"perceiver\.encoder\.cross_attention\.", "encoder.cross_attention_1."),
+    (r"perceiver\.encoder\.self_attends\.(\d+)\.", r"encoder.self_attention_1.\1."),
+    (r"perceiver\.decoder\.(?:decoder\.)?decoding_cross_attention\.", "decoder.cross_attention."),
+    (r"perceiver\.decoder\.(?:decoder\.)?output_position_encodings\.position_embeddings$", "decoder.queries"),
+    (r"perceiver\.decoder\.(?:decoder\.)?final_layer\.", "decoder.output."),
+    (r"embedding_decoder\.bias$", "decoder.output_bias"),
+)
+
+_TRANSFORMERS_DEFAULTS: dict[str, Any] = {
+    "num_latents": 256, "d_latents": 1280, "d_model": 768, "num_blocks": 1, "num_self_attends_per_block": 26,
+    "num_self_attention_heads": 8, "num_cross_attention_heads": 8, "qk_channels": None, "v_channels": None,
+    "cross_attention_shape_for_attention": "kv", "self_attention_widening_factor": 1, "cross_attention_widening_factor": 1,
+    "hidden_act": "gelu", "attention_probs_dropout_prob": 0.1, "initializer_range": 0.02, "use_query_residual": True,
+    "vocab_size": 262, "max_position_embeddings": 2048, "train_size": (368, 496), "num_labels": 2,
+}  # fmt: skip
+"""What a config.json leaves out (transformers writes only what differs from these)."""
+
+
+def from_transformers(state_dict: StateDict, config: PerceiverIOConfig) -> StateDict:
+    """Weights of a transformers Perceiver under our names. For the configuration see `config_from_transformers`.
+
+    Raises:
+        UserError: a name that such a model does not have.
+    """
+    renamed = _rename(state_dict, _TRANSFORMERS, _TRANSFORMERS_LAYER, "transformers")
+    is_self_attention = re.compile(r"(encoder\.self_attention_1\.\d+\.)q_norm\.")
+    return {is_self_attention.sub(r"\1norm.", name): tensor for name, tensor in renamed.items()}
+
+
+def config_from_transformers(config: dict[str, Any], architecture: str | None = None) -> PerceiverIOConfig:
+    """A transformers PerceiverConfig (its config.json) as our model configuration.
+
+    Args:
+        architecture: class of the model, one of PerceiverForMaskedLM, PerceiverForImageClassificationFourier and
+            PerceiverForOpticalFlow; None: what the config says.
+
+    Raises:
+        UserError: another architecture, or settings that these models do not have.
+    """
+    architecture = architecture or (config.get("architectures") or ["none"])[0]
+    if "id2label" in config:
+        config = {"num_labels": len(config["id2label"])} | config
+    c = _TRANSFORMERS_DEFAULTS | config
+    if c["hidden_act"] != "gelu" or c["cross_attention_shape_for_attention"] != "kv" or not c["use_query_residual"]:
+        raise UserError("a transformers Perceiver must have hidden_act gelu, query residuals and attention shaped by kv")
+    output: TextOutput | ClassOutput | FlowOutput
+    input_config: TextInput | ImageInput | FlowInput
+    dropout, d_latents = c["attention_probs_dropout_prob"], c["d_latents"]
+    decoder = {"num_cross_attention_heads": 1}
+    # These models fix what their configuration does not say: image sizes and bands, the heads and widths of decoders.
+    match architecture:
+        case "PerceiverForMaskedLM":
+            d_model = c["d_model"]
+            input_config = TextInput(
+                vocab_size=c["vocab_size"], max_seq_len=c["max_position_embeddings"], num_channels=d_model
+            )
+            kv_channels, output = d_model, TextOutput()
+            decoder = {"num_cross_attention_heads": 8, "num_cross_attention_qk_channels": 256}
+            decoder |= {"num_cross_attention_v_channels": d_model, "cross_attention_residual": False}
+        case "PerceiverForImageClassificationFourier":
+            input_config = ImageInput(image_shape=(224, 224, 3), num_frequency_bands=64)
+            kv_channels, output = 261, ClassOutput(num_classes=c["num_labels"], num_query_channels=d_latents)
+        case "PerceiverForOpticalFlow":
+            input_config = FlowInput(image_shape=tuple(c["train_size"]))
+            kv_channels, output = 322, FlowOutput()
+            decoder |= {"num_cross_attention_qk_channels": d_latents, "num_cross_attention_v_channels": d_latents}
+            decoder |= {"cross_attention_residual": False}
+        case _:
+            raise UserError(
+                f"a transformers Perceiver of class {architecture} cannot be read: only PerceiverForMaskedLM, "
+                "PerceiverForImageClassificationFourier and PerceiverForOpticalFlow"
+            )
+    return PerceiverIOConfig(
+        num_latents=c["num_latents"],
+        num_latent_channels=d_latents,
+        input=input_config,
+        encoder=EncoderConfig(
+            num_cross_attention_heads=c["num_cross_attention_heads"],
+            num_cross_attention_qk_channels=c["qk_channels"] or kv_channels,
+            num_cross_attention_v_channels=c["v_channels"],
+            cross_attention_widening_factor=c["cross_attention_widening_factor"],
+            num_self_attention_heads=c["num_self_attention_heads"],
+            num_self_attention_qk_channels=c["qk_channels"],
+            num_self_attention_v_channels=c["v_channels"],
+            num_self_attention_layers_per_block=c["num_self_attends_per_block"],
+            num_self_attention_blocks=c["num_blocks"],
+            self_attention_widening_factor=c["self_attention_widening_factor"],
+            dropout=dropout,
+        ),
+        decoder=DecoderConfig(
+            cross_attention_widening_factor=c["cross_attention_widening_factor"], dropout=dropout, **decoder
+        ),
+        output=output,
+        init_scale=c["initializer_range"],
+    )
+
+
+# -------------------------------------------------------------------------------------------------------------- helpers
+
+
+def _rename(state_dict: StateDict, top: Rules, layer: Rules, origin: str) -> StateDict:
+    """Renames the beginning of each name by `top`, and what is left of an attention layer's name by `layer`."""
+    renamed: StateDict = {}
+    for name, tensor in state_dict.items():
+        match, replacement = _first_match(top, name)
+        if match is None:
+            raise UserError(f"weight {name!r} belongs to no Perceiver of {origin} that can be read")
+        if replacement is None:
+            continue
+        rest = name[match.end() :]
+        if "attention" in replacement:
+            inner, inner_replacement = _first_match(layer, rest)
+            if inner is None:
+                raise UserError(f"weight {name!r} belongs to no attention layer of {origin} that can be read")
+            rest = inner.expand(inner_replacement) + rest[inner.end() :]
+        renamed[match.expand(replacement) + rest] = tensor
+    return renamed
+
+
+def _first_match(rules: Rules, name: str) -> tuple[re.Match[str] | None, str | None]:
+    for pattern, replacement in rules:
+        if match := re.match(pattern, name):
+            return match, replacement
+    return None, None
+
+
+def _take(values: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
+    """Moves the named values out of a dict, under new names."""
+    return {new: values.pop(old) for old, new in names.items()}
+
+
+def _build(cls: type, values: dict[str, Any]) -> Any:
+    unknown = sorted(set(values) - set(cls.__dataclass_fields__))
+    if unknown:
+        raise UserError(f"a reference configuration for {cls.__name__} has an unknown field {', '.join(unknown)}")
+    return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})

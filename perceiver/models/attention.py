@@ -1,0 +1,251 @@
+"""Attention layers: pre-layer-norm, multi-head scaled-dot-product attention, MLP, residuals; and their key/value cache.
+
+Shapes: B batch, L queries, S keys, C channels, H heads, D channels of a head (queries/keys and values may differ).
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
+
+from perceiver.models.factored_attention import FactoredInput, factored_attention
+from perceiver.models.position import Rotation
+from perceiver.models.shapes import AttentionChannels
+
+
+@dataclass
+class KeyValueCache:
+    """Keys and values of one attention layer in a preallocated ring: the newest overwrite the oldest.
+
+    Keys are stored rotated, so that the order inside the ring does not matter to attention.
+    """
+
+    keys: Tensor
+    """(B, H, capacity, D)."""
+    values: Tensor
+    """(B, H, capacity, D of values)."""
+    num_written: int = 0
+    """Positions written so far, including those overwritten."""
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores (B, H, n, D) and returns what is to be attended: a first fill itself, later all that the ring holds.
+
+        n must be 1, except in the first fill.
+        """
+        capacity = self.keys.shape[2]
+        start, num_new = self.num_written % capacity, keys.shape[2]
+        assert start + num_new <= capacity and (num_new == 1 or self.num_written == 0)
+        self.keys[:, :, start : start + num_new] = keys
+        self.values[:, :, start : start + num_new] = values
+        self.num_written += num_new
+        if self.num_written == num_new:
+            return keys, values
+        filled = min(self.num_written, capacity)
+        return self.keys[:, :, :filled], self.values[:, :, :filled]
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, causal: bool = False, dropout: float = 0.0
+) -> Tensor:
+    """Scaled-dot-product attention.
+
+    Args:
+        q, k, v: (B, H, L, D), (B, H, S, D), (B, H, S, D of values).
+        mask: boolean, broadcastable to (B, H, L, S), True = may be attended. It already holds causality if wanted.
+        causal: query i sees the keys up to S - L + i (aligned at the right ends); not together with a mask.
+        dropout: probability for attention weights.
+
+    Returns:
+        (B, H, L, D of values).
+    """
+    num_queries, num_keys = q.shape[2], k.shape[2]
+    if causal and num_queries == 1:
+        causal = False
+    elif causal and num_queries != num_keys:
+        mask, causal = causal_lower_right(num_queries, num_keys), False
+    if q.device.type != "cuda":
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
+    # Fused GPU kernels want head sizes that are multiples of 8 (261 is none): zeros at the end change nothing.
+    scale, value_size = q.shape[-1] ** -0.5, v.shape[-1]
+    q, k, v = (F.pad(t, (0, -t.shape[-1] % 8)) if t.shape[-1] % 8 else t for t in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale)
+    return out[..., :value_size]
+
+
+class Attention(nn.Module):
+    """Multi-head attention with projections.
+
+    Args:
+        channels: of inputs, queries, keys and values.
+        num_heads: divides `qk_channels` and `v_channels`.
+        dropout: probability for attention weights.
+        qkv_bias, out_bias: whether the projections have biases.
+
+    The output has `q_channels` channels.
+    """
+
+    def __init__(
+        self,
+        channels: AttentionChannels,
+        *,
+        num_heads: int,
+        dropout: float = 0.0,
+        qkv_bias: bool = True,
+        out_bias: bool = True,
+    ) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.dropout = dropout
+        self.q_proj = nn.Linear(channels.q_channels, channels.qk_channels, bias=qkv_bias)
+        self.k_proj = nn.Linear(channels.kv_channels, channels.qk_channels, bias=qkv_bias)
+        self.v_proj = nn.Linear(channels.kv_channels, channels.v_channels, bias=qkv_bias)
+        self.o_proj = nn.Linear(channels.v_channels, channels.q_channels, bias=out_bias)
+
+    def split_heads(self, x: Tensor) -> Tensor:
+        """(B, N, H * D) -> (B, H, N, D)."""
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+    def forward(
+        self,
+        x_q: Tensor,
+        x_kv: Tensor,
+        *,
+        mask: Tensor | None = None,
+        causal: bool = False,
+        rotate_q: Rotation | None = None,
+        rotate_k: Rotation | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> Tensor:
+        """x_q (B or 1, L, q_channels), x_kv (B, S, kv_channels) -> (B, L, q_channels). For mask and causal see `attend`."""
+        q = self.split_heads(self.q_proj(x_q))
+        k = self.split_heads(self.k_proj(x_kv))
+        v = self.split_heads(self.v_proj(x_kv))
+        if q.shape[0] != k.shape[0]:
+            q = q.expand(k.shape[0], -1, -1, -1)
+        if rotate_q is not None:
+            q = rotate_q(q)
+        if rotate_k is not None:
+            k = rotate_k(k)
+        if cache is not None:
+            k, v = cache.append(k, v)
+        out = attend(q, k, v, mask=mask, causal=causal, dropout=self.dropout if self.training else 0.0)
+        return self.o_proj(out.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    """LayerNorm, Linear(C -> w C), GELU, Linear(w C -> C)."""
+
+    def __init__(self, num_channels: int, widening_factor: int, bias: bool = True) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(num_channels)
+        self.widen = nn.Linear(num_channels, widening_factor * num_channels, bias=bias)
+        self.narrow = nn.Linear(widening_factor * num_channels, num_channels, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.narrow(F.gelu(self.widen(self.norm(x))))
+
+
+class CrossAttentionLayer(nn.Module):
+    """Cross-attention and MLP, both with residual connections.
+
+    With `prefix`, keys and values come from [norm(prefix), norm(queries)] (Perceiver AR, arXiv 2202.07765); otherwise
+    from norm(x_kv) alone.
+
+    Args:
+        channels: kv_channels are those of x_kv or the prefix.
+        widening_factor: hidden channels of the MLP as a multiple of its channels.
+        attention_residual: whether the queries are added to the attention's output.
+        residual_dropout: dropout on both outputs before they are added.
+        mlp_bias: whether the MLP has biases.
+        Others: see `Attention`.
+    """
+
+    def __init__(
+        self,
+        channels: AttentionChannels,
+        *,
+        num_heads: int,
+        widening_factor: int,
+        dropout: float,
+        attention_residual: bool = True,
+        residual_dropout: float = 0.0,
+        qkv_bias: bool = True,
+        out_bias: bool = True,
+        mlp_bias: bool = True,
+    ) -> None:
+        super().__init__()
+        self.attention_residual = attention_residual
+        self.residual_dropout = residual_dropout
+        self.q_norm = nn.LayerNorm(channels.q_channels)
+        self.kv_norm = nn.LayerNorm(channels.kv_channels)
+        self.attention = Attention(
+            channels, num_heads=num_heads, dropout=dropout, qkv_bias=qkv_bias, out_bias=out_bias
+        )
+        self.mlp = MLP(channels.q_channels, widening_factor, bias=mlp_bias)
+
+    def forward(
+        self,
+        x_q: Tensor,
+        x_kv: Tensor | FactoredInput | None = None,
+        *,
+        prefix: Tensor | None = None,
+        mask: Tensor | None = None,
+        causal: bool = False,
+        rotate_q: Rotation | None = None,
+        rotate_k: Rotation | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> Tensor:
+        """x_q (B or 1, L, q_channels) and x_kv (B, S, kv_channels) or prefix (B, P, kv_channels) -> (B, L, q_channels)."""
+        queries = self.q_norm(x_q)
+        if isinstance(x_kv, FactoredInput):
+            out = factored_attention(self.attention, self.kv_norm, queries, x_kv)
+        else:
+            if prefix is not None:
+                x_kv = torch.cat([self.kv_norm(prefix), queries], dim=1) if prefix.shape[1] else queries
+            else:
+                x_kv = self.kv_norm(x_kv)
+            out = self.attention(
+                queries, x_kv, mask=mask, causal=causal, rotate_q=rotate_q, rotate_k=rotate_k, cache=cache
+            )
+        out = F.dropout(out, self.residual_dropout, self.training)
+        x = x_q + out if self.attention_residual else out
+        return x + F.dropout(self.mlp(x), self.residual_dropout, self.training)
+
+
+class SelfAttentionLayer(nn.Module):
+    """Self-attention and MLP, both with residual connections. Arguments: see `CrossAttentionLayer`."""
+
+    def __init__(
+        self,
+        channels: AttentionChannels,
+        *,
+        num_heads: int,
+        widening_factor: int,
+        dropout: float,
+        residual_dropout: float = 0.0,
+        bias: bool = True,
+    ) -> None:
+        super().__init__()
+        self.residual_dropout = residual_dropout
+        self.norm = nn.LayerNorm(channels.q_channels)
+        self.attention = Attention(channels, num_heads=num_heads, dropout=dropout, qkv_bias=bias, out_bias=bias)
+        self.mlp = MLP(channels.q_channels, widening_factor, bias=bias)
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        mask: Tensor | None = None,
+        causal: bool = False,
+        rotate: Rotation | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> Tensor:
+        """x (B, L, C) -> (B, L, C)."""
+        normed = self.norm(x)
+        out = self.attention(
+            normed, normed, mask=mask, causal=causal, rotate_q=rotate, rotate_k=rotate, cache=cache
+        )
+        x = x + F.dropout(out, self.residual_dropout, self.training)
+        return x + F.dropout(self.mlp(x), self.residual_dropout, self.training)

@@ -1,0 +1,3 @@
+def training_flops(config):
+    """Placeholder until the counter lands in a minute."""
+    return 1.0

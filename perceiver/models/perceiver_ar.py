@@ -1,0 +1,251 @@
+"""Perceiver AR (arXiv 2202.07765): a causal model whose last positions are latents and all before them is prefix.
+
+Shapes: B batch, N positions = P prefix + L latents, K prefix positions kept, C channels, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from perceiver.config import PerceiverARConfig
+from perceiver.models.adapters import TextAdapter
+from perceiver.models.attention import CrossAttentionLayer, KeyValueCache, SelfAttentionLayer
+from perceiver.models.initialize import initialize
+from perceiver.models.position import rotation, token_positions
+from perceiver.models.shapes import AttentionChannels
+
+
+@dataclass
+class PerceiverARCache:
+    """Keys and values of all layers, and what is known of the tokens they belong to. Made by `PerceiverAR.make_cache`.
+
+    The cross-attention keeps the newest max_seq_len tokens, each self-attention layer the newest max_latents latents. What is
+    kept stays as it was computed: a latent that a model without cache would turn into prefix, or move in its window, keeps
+    the norm, learned position and context that it had.
+    """
+
+    cross_attention: KeyValueCache
+    self_attention: list[KeyValueCache]
+    num_tokens: int = 0
+    """Tokens seen so far, padding included."""
+    num_padding: Tensor | None = None
+    """Left padding of each row's prompt (B, 1); None: no row is padded, and no mask is needed."""
+    padding: Tensor | None = None
+    """(B, ring of the cross-attention), True = padding."""
+    latent_padding: Tensor | None = None
+    """(B, ring of the self-attention), True = padding."""
+
+
+class PerceiverAR(nn.Module):
+    """Perceiver AR over token ids. Weights start uninitialised: `init_weights`, or a checkpoint.
+
+    Padding is on the left and may reach into the latents. A padded latent attends to itself alone and no other attends to
+    it: its output is finite and means nothing, those of the others are as without padding.
+    """
+
+    def __init__(self, config: PerceiverARConfig) -> None:
+        super().__init__()
+        self.config = config
+        channels, head_channels = config.num_channels, config.num_channels // config.num_heads
+        self.num_rotated_channels = head_channels // 2 if config.abs_pos_emb else head_channels
+        num_rotary_layers = config.num_self_attention_rotary_layers
+        self.num_rotary_layers = config.num_self_attention_layers if num_rotary_layers == -1 else num_rotary_layers
+
+        same = AttentionChannels(q_channels=channels, kv_channels=channels, qk_channels=channels, v_channels=channels)
+        self.input_adapter = TextAdapter(config.vocab_size, config.max_seq_len, channels, positions=config.abs_pos_emb)
+        self.cross_attention = CrossAttentionLayer(
+            same,
+            num_heads=config.num_heads,
+            widening_factor=config.cross_attention_widening_factor,
+            dropout=config.post_attention_dropout,
+            residual_dropout=config.residual_dropout,
+            qkv_bias=False,
+            mlp_bias=False,
+        )
+        self.self_attention = nn.ModuleList(
+            SelfAttentionLayer(
+                same,
+                num_heads=config.num_heads,
+                widening_factor=config.self_attention_widening_factor,
+                dropout=config.post_attention_dropout,
+                residual_dropout=config.residual_dropout,
+                bias=False,
+            )
+            for _ in range(config.num_self_attention_layers)
+        )
+        self.output_norm = nn.LayerNorm(channels) if config.output_norm else None
+        self.output_bias = nn.Parameter(torch.empty(config.vocab_size)) if config.output_bias else None
+
+    def layers(self) -> list[nn.Module]:
+        """Layers to shard, recompute and compile one by one."""
+        return [self.cross_attention, *self.self_attention]
+
+    def init_weights(self, seed: int) -> None:
+        """Draws all parameters; see `initialize`."""
+        initialize(self, self.config.init_scale, seed)
+
+    def reset_buffers(self) -> None:
+        """Nothing: there are no constants in memory."""
+
+    def make_cache(self, batch_size: int, max_tokens: int | None = None) -> PerceiverARCache:
+        """An empty cache, in the device and type of the weights.
+
+        Args:
+            max_tokens: length of prompt and continuation together, if known, to take no more memory than needed.
+        """
+        config, weight = self.config, self.cross_attention.attention.k_proj.weight
+        num_tokens = min(config.max_seq_len, max_tokens or config.max_seq_len)
+
+        def ring(capacity: int) -> KeyValueCache:
+            shape = (batch_size, config.num_heads, capacity, config.num_channels // config.num_heads)
+            return KeyValueCache(weight.new_zeros(shape), weight.new_zeros(shape))
+
+        num_latents = min(config.max_latents, num_tokens)
+        return PerceiverARCache(ring(num_tokens), [ring(num_latents) for _ in self.self_attention])
+
+    def forward(
+        self,
+        x: Tensor,
+        prefix_len: int = 0,
+        pad_mask: Tensor | None = None,
+        prefix_keep: Tensor | None = None,
+        cache: PerceiverARCache | None = None,
+        return_hidden: bool = False,
+    ) -> Tensor:
+        """Logits of the tokens that follow each latent.
+
+        Args:
+            x: token ids (B, N); with a filled cache the one next token (B, 1).
+            prefix_len: P, the first so many positions are prefix, the others latents.
+            pad_mask: (B, N), True = padding (on the left); with a filled cache None. Pass None where nothing is padded:
+                it saves the masks.
+            prefix_keep: (B, K) positions of the prefix that are kept, the others are left out (prefix dropout); None: all.
+            cache: an empty cache is filled by this call, a filled one is read and extended.
+            return_hidden: leave out the output matrix and return hidden states instead, see `head`.
+
+        Returns:
+            (B, L, V), or hidden states (B, L, C).
+        """
+        if cache is not None and cache.num_tokens:
+            hidden = self._hidden_next(x, cache)
+        else:
+            hidden = self._hidden(x, prefix_len, pad_mask, prefix_keep, cache)
+        return hidden if return_hidden else self.head(hidden)
+
+    def hidden(self, x: Tensor, prefix_len: int = 0, **arguments: Tensor | None) -> Tensor:
+        """Final hidden states (B, L, C), after the output norm: `forward` without `head`, same arguments."""
+        return self(x, prefix_len, return_hidden=True, **arguments)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits (..., V) of hidden states (..., C): by pieces of them, a loss needs no memory for all logits at once."""
+        return F.linear(hidden, self.input_adapter.txt_embedding.weight, self.output_bias)
+
+    def _hidden(
+        self,
+        x: Tensor,
+        prefix_len: int,
+        pad_mask: Tensor | None,
+        prefix_keep: Tensor | None,
+        cache: PerceiverARCache | None,
+    ) -> Tensor:
+        num_latents = x.shape[1] - prefix_len
+        assert 0 < num_latents <= self.config.max_latents and prefix_len <= self.config.max_seq_len - num_latents
+        positions = token_positions(x, pad_mask)
+        if prefix_keep is not None:
+            # Indices are chosen before embedding, so that nothing is computed for positions that are left out.
+            x, positions, pad_mask = (_keep(t, prefix_keep, prefix_len) for t in (x, positions, pad_mask))
+            prefix_len = prefix_keep.shape[1]
+        embedded = self.input_adapter(x, positions)
+        rotate = rotation(positions, self.num_rotated_channels)
+        rotate_latents = rotate.last(num_latents)
+        mask = latent_mask = None
+        if pad_mask is not None:
+            mask = causal_padding_mask(pad_mask, num_latents)
+            latent_mask = causal_padding_mask(pad_mask[:, prefix_len:], num_latents)
+        if cache is not None:
+            self._note_prompt(cache, x, pad_mask, num_latents)
+
+        hidden = self.cross_attention(
+            embedded[:, prefix_len:],
+            prefix=embedded[:, :prefix_len],
+            mask=mask,
+            causal=mask is None,
+            rotate_q=rotate_latents,
+            rotate_k=rotate,
+            cache=cache and cache.cross_attention,
+        )
+        for number, layer in enumerate(self.self_attention):
+            hidden = layer(
+                hidden,
+                mask=latent_mask,
+                causal=latent_mask is None,
+                rotate=rotate_latents if number < self.num_rotary_layers else None,
+                cache=cache and cache.self_attention[number],
+            )
+        return self.output_norm(hidden) if self.output_norm is not None else hidden
+
+    def _note_prompt(self, cache: PerceiverARCache, x: Tensor, pad_mask: Tensor | None, num_latents: int) -> None:
+        cache.num_tokens = x.shape[1]
+        if pad_mask is None:
+            return
+        cache.num_padding = pad_mask.sum(dim=1, keepdim=True)
+        cache.padding = pad_mask.new_zeros(x.shape[0], cache.cross_attention.keys.shape[2])
+        cache.padding[:, : x.shape[1]] = pad_mask
+        cache.latent_padding = pad_mask.new_zeros(x.shape[0], cache.self_attention[0].keys.shape[2])
+        cache.latent_padding[:, :num_latents] = pad_mask[:, -num_latents:]
+
+    def _hidden_next(self, x: Tensor, cache: PerceiverARCache) -> Tensor:
+        """One more latent after those of the cache. Positions count on: rotary embedding sees only their differences."""
+        assert x.shape[1] == 1
+        position = torch.full((1, 1), cache.num_tokens, device=x.device)
+        mask = latent_mask = None
+        if cache.num_padding is not None:
+            position = position - cache.num_padding
+            mask = _visible(cache.padding, cache.cross_attention.num_written)
+            latent_mask = _visible(cache.latent_padding, cache.self_attention[0].num_written)
+        cache.num_tokens += 1
+        # Learned positions end with the window: there a token that came later stands in the last place.
+        hidden = self.input_adapter(x, position.clamp(max=self.config.max_seq_len - 1))
+        rotate = rotation(position, self.num_rotated_channels)
+        hidden = self.cross_attention(
+            hidden, prefix=hidden[:, :0], mask=mask, rotate_q=rotate, rotate_k=rotate, cache=cache.cross_attention
+        )
+        for number, (layer, layer_cache) in enumerate(zip(self.self_attention, cache.self_attention, strict=True)):
+            rotate_layer = rotate if number < self.num_rotary_layers else None
+            hidden = layer(hidden, mask=latent_mask, rotate=rotate_layer, cache=layer_cache)
+        return self.output_norm(hidden) if self.output_norm is not None else hidden
+
+
+def causal_padding_mask(pad_mask: Tensor, num_queries: int) -> Tensor:
+    """What the last positions may attend: themselves, and all before them that is not padding.
+
+    Args:
+        pad_mask: (B, S), True = padding.
+
+    Returns:
+        (B, 1, num_queries, S), True = may be attended. No row is empty: a padded query sees itself.
+    """
+    num_keys = pad_mask.shape[1]
+    square = torch.ones(num_queries, num_keys, dtype=torch.bool, device=pad_mask.device)
+    causal = square.tril(num_keys - num_queries)
+    itself = causal.triu(num_keys - num_queries)
+    return (causal & ~pad_mask[:, None] | itself)[:, None]
+
+
+def _keep(t: Tensor | None, prefix_keep: Tensor, prefix_len: int) -> Tensor | None:
+    """Keeps the given positions of the prefix and all latents of a (B or 1, N) tensor."""
+    if t is None:
+        return None
+    t = t.expand(prefix_keep.shape[0], -1)
+    return torch.cat([t[:, :prefix_len].gather(1, prefix_keep), t[:, prefix_len:]], dim=1)
+
+
+def _visible(padding: Tensor, num_written: int) -> Tensor:
+    """Marks the ring's next place as no padding; returns what the next query may attend (B, 1, 1, filled places)."""
+    capacity = padding.shape[1]
+    padding[:, num_written % capacity] = False
+    return ~padding[:, None, None, : min(num_written + 1, capacity)]

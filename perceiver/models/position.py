@@ -1,0 +1,84 @@
+"""Positions: counted under left padding, as Fourier features of a grid, and as rotary embedding.
+
+Shapes: B batch, N positions, H heads, D channels of a head, R rotated channels.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def token_positions(x: Tensor, pad_mask: Tensor | None) -> Tensor:
+    """Positions of tokens, counted from the first that is not (left) padding; padding has position 0.
+
+    Args:
+        x: token ids (B, N).
+        pad_mask: (B, N), True = padding; None: no padding.
+
+    Returns:
+        (1, N) without padding, else (B, N), int64.
+    """
+    positions = torch.arange(x.shape[1], device=x.device)[None]
+    if pad_mask is None:
+        return positions
+    return (positions - pad_mask.sum(dim=1, keepdim=True)).clamp(min=0)
+
+
+def fourier_features(shape: tuple[int, ...], num_bands: int, device: torch.device | None = None) -> Tensor:
+    """Position features of every point of a grid (Perceiver, arXiv 2103.03206, Section 3.2).
+
+    Coordinates run from -1 to 1 along each axis; the frequencies of an axis are evenly spaced from 1 to half its length.
+
+    Returns:
+        (points, axes * (2 * num_bands + 1)), points in row-major order; channels: the coordinates, the sines of all axes,
+        the cosines of all axes.
+    """
+    axes = [torch.linspace(-1.0, 1.0, steps=size, device=device) for size in shape]
+    grid = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, -2)
+    angles = []
+    for axis, size in enumerate(shape):
+        frequencies = torch.linspace(1.0, size / 2.0, num_bands, device=device)
+        angles.append(torch.pi * grid[:, axis, None] * frequencies)
+    angle = torch.cat(angles, dim=-1)
+    return torch.cat([grid, angle.sin(), angle.cos()], dim=-1)
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """Sines and cosines of rotary embedding for N positions, made once a step and shared by all layers.
+
+    No tensor and no pytree on purpose: mixed precision that casts the inputs of layers leaves it in float32.
+    """
+
+    sin: Tensor
+    """(B or 1, 1, N, R)."""
+    cos: Tensor
+    """(B or 1, 1, N, R)."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Rotates the first R channels of queries or keys (B, H, N, D); the others pass."""
+        num_rotated = self.sin.shape[-1]
+        rotated, rest = x[..., :num_rotated], x[..., num_rotated:]
+        even, odd = rotated.unflatten(-1, (-1, 2)).unbind(-1)
+        turned = torch.stack([-odd, even], dim=-1).flatten(-2)
+        rotated = (rotated * self.cos + turned * self.sin).to(x.dtype)
+        return torch.cat([rotated, rest], dim=-1) if rest.shape[-1] else rotated
+
+    def last(self, num_positions: int) -> "Rotation":
+        """The rotation of the last so many positions."""
+        return Rotation(self.sin[:, :, -num_positions:], self.cos[:, :, -num_positions:])
+
+
+def rotation(positions: Tensor, num_channels: int) -> Rotation:
+    """Rotary position embedding (arXiv 2104.09864) of neighbouring channel pairs, frequencies 10000^(-2i / num_channels).
+
+    Args:
+        positions: (B or 1, N) int64.
+        num_channels: channels of a head that are rotated. An odd number rotates one more, with the frequencies of the
+            odd number (as the published Perceiver AR models do).
+    """
+    exponents = torch.arange(0, num_channels, 2, device=positions.device, dtype=torch.float32) / num_channels
+    angle = positions[..., None] * 10000.0**-exponents
+    angle = angle.repeat_interleave(2, dim=-1)[:, None]
+    return Rotation(angle.sin(), angle.cos())
