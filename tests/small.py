@@ -1,0 +1,124 @@
+"""Small prepared data sets and experiments, made in a moment and without Ray."""
+
+import hashlib
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from perceiver.config import (
+    CausalLMConfig,
+    ClassOutput,
+    DataConfig,
+    DecoderConfig,
+    EncoderConfig,
+    Experiment,
+    ImageClassificationConfig,
+    ImageInput,
+    OptimConfig,
+    PerceiverARConfig,
+    PerceiverIOConfig,
+    RunConfig,
+    TrainingConfig,
+)
+from perceiver.data.shards import Manifest, Shard, Split, fixed_column, schema, shard_name, stream_rows
+
+BLOCK, SHARD = 8, 3
+
+
+def image_experiment(**training) -> Experiment:
+    """A tiny Perceiver on 6 x 6 images of 3 classes."""
+    return Experiment(
+        preset="quickstart",
+        task=ImageClassificationConfig(),
+        model=PerceiverIOConfig(
+            num_latents=4,
+            num_latent_channels=16,
+            input=ImageInput(image_shape=(6, 6, 1), num_frequency_bands=3),
+            encoder=EncoderConfig(
+                num_cross_attention_heads=1,
+                num_cross_attention_layers=2,
+                num_self_attention_heads=2,
+                num_self_attention_layers_per_block=1,
+                num_self_attention_blocks=3,
+                dropout=0.1,
+            ),
+            decoder=DecoderConfig(num_cross_attention_heads=1),
+            output=ClassOutput(num_classes=3, num_query_channels=16),
+            init_scale=0.1,
+        ),
+        data=DataConfig(source="none", rows_per_block=BLOCK, blocks_per_shard=SHARD, shuffle_window_blocks=2, lanes=4),
+        optim=OptimConfig(lr=5e-3, schedule="cosine", warmup_steps=2, max_grad_norm=1.0),
+        training=replace(TrainingConfig(global_batch_size=12, max_steps=12), **training),
+        run=RunConfig(log_every=1, val_every=6, checkpoint_every=3),
+    )
+
+
+def text_experiment(**training) -> Experiment:
+    """A tiny Perceiver AR on windows of 16 ids."""
+    return Experiment(
+        preset="clm-wikitext",
+        task=CausalLMConfig(random_shift=True, sample_tokens=0),
+        model=PerceiverARConfig(
+            vocab_size=262, max_seq_len=16, max_latents=8, num_channels=16, num_heads=2, num_self_attention_layers=2
+        ),
+        data=DataConfig(source="none", rows_per_block=BLOCK, blocks_per_shard=SHARD, shuffle_window_blocks=2, lanes=4),
+        optim=OptimConfig(lr=5e-3),
+        training=replace(TrainingConfig(global_batch_size=6, max_steps=12), **training),
+        run=RunConfig(log_every=1, val_every=6, checkpoint_every=3),
+    )
+
+
+def write_images(folder: Path, train: int = 100, val: int = 17, seed: int = 0) -> Manifest:
+    """Images whose brightest third tells their class, so that they can be learned."""
+    rng = np.random.default_rng(seed)
+    splits = {}
+    for name, count in (("train", train), ("val", val)):
+        labels = rng.integers(0, 3, count).astype(np.int32)
+        images = rng.integers(0, 100, (count, 3, 12)).astype(np.uint8)
+        images[np.arange(count), labels] += 150
+        table = pa.table({"image": fixed_column(images.reshape(count, 36)), "label": pa.array(labels)})
+        blocks = [table.slice(i, BLOCK) for i in range(0, count, BLOCK)]
+        splits[name] = _write(folder, name, "images", blocks, count, 36, 0, tokens=0)
+    return _save(folder, "images", splits, image_shape=(6, 6, 1), num_classes=3)
+
+
+def write_stream(folder: Path, train: np.ndarray, val: np.ndarray, length: int = 16) -> Manifest:
+    """Token streams as rows of `length` ids."""
+    splits = {}
+    for name, stream in (("train", train), ("val", val)):
+        rows = stream_rows(len(stream), length)
+        whole = np.zeros((rows + BLOCK + 1) * length, np.uint16)
+        whole[: len(stream)] = stream
+        whole = whole.reshape(-1, length)
+        blocks = []
+        for first in range(0, rows, BLOCK):
+            count = min(BLOCK, rows - first)
+            blocks.append(pa.table({"tokens": fixed_column(whole[first : first + count + 1])}))
+        splits[name] = _write(folder, name, "tokens", blocks, rows, length, 1, tokens=len(stream))
+    return _save(folder, "tokens", splits)
+
+
+def _write(folder, name, kind, blocks, rows, row_length, lookahead, tokens) -> Split:
+    folder.mkdir(parents=True, exist_ok=True)
+    shards = []
+    for first in range(0, len(blocks), SHARD):
+        file = shard_name(name, first // SHARD)
+        with pq.ParquetWriter(folder / file, schema(kind, row_length)) as writer:
+            for block in blocks[first : first + SHARD]:
+                writer.write_table(block.cast(schema(kind, row_length)), row_group_size=len(block))
+        content = (folder / file).read_bytes()
+        logical = sum(len(block) - lookahead for block in blocks[first : first + SHARD])
+        shards.append(Shard(file=file, rows=logical, bytes=len(content), sha256=hashlib.sha256(content).hexdigest()))
+    return Split(
+        name=name, kind=kind, rows=rows, tokens=tokens, bytes=tokens, words=tokens // 5, documents=1, row_length=row_length,
+        rows_per_block=BLOCK, blocks_per_shard=SHARD, lookahead=lookahead, shards=tuple(shards),
+    )  # fmt: skip
+
+
+def _save(folder: Path, kind: str, splits: dict[str, Split], **fields) -> Manifest:
+    manifest = Manifest(kind=kind, settings={}, settings_digest="", splits=splits, **fields)
+    manifest.save(folder)
+    return manifest
