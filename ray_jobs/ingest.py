@@ -22,7 +22,7 @@ TASK_BYTES = 16 << 20
 
 def read_with_ray(feed: Feed, units: Iterator[Unit]) -> Iterator[pa.Table]:
     """The rows of `units`, in their order, read ahead by Ray Data tasks anywhere in the cluster."""
-    row_bytes = max(1, feed.split.bytes_per_row)
+    row_bytes = max(1, sum(shard.bytes for shard in feed.split.shards) // feed.split.rows)
     while chunk := list(islice(units, UNITS_PER_EXECUTION)):
         rows = sum(unit.num_rows for unit in chunk)
         num_tasks = min(len(chunk), max(1, -(-rows * row_bytes // TASK_BYTES)))
@@ -31,7 +31,9 @@ def read_with_ray(feed: Feed, units: Iterator[Unit]) -> Iterator[pa.Table]:
         context.enable_progress_bars = False
         context.print_on_execution_start = False
         plan = ray.data.from_items([dataclasses.asdict(unit) for unit in chunk], override_num_blocks=num_tasks)
-        tables = plan.map_batches(_read, fn_kwargs={"feed": feed}, batch_size=None, batch_format="pyarrow", num_cpus=DATA_CPUS)
+        tables = plan.map_batches(
+            _read, fn_kwargs={"feed": feed}, batch_size=None, batch_format="pyarrow", num_cpus=DATA_CPUS
+        )
         yield from tables.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
 
 

@@ -58,7 +58,7 @@ class Training:
         world: this process among the workers.
         run_folder: where the run is kept.
         read_all: how data is read (in this process, or by Ray Data).
-        report: called on all workers with the metrics of every log, validation and checkpoint.
+        report: called on all workers after every validation, with its metrics and the last ones of training.
         say: takes lines of progress (first worker).
     """
 
@@ -97,6 +97,7 @@ class Training:
             "peak": peak and peak * world.size,
         }
         self.val_metrics: dict[str, float] = {}
+        self._last_log: dict[str, float] = {}
         self._loss = torch.zeros(2, dtype=torch.float64, device=world.device)
 
     def run(self) -> dict[str, float]:
@@ -142,10 +143,10 @@ class Training:
         step, run = self.state.step, self.experiment.run
         self._loss += torch.stack([result.loss_sum, result.targets.double() / self.world.size])
         last = step == self.total_steps
-        checkpoint = last or step % run.checkpoint_every == 0
-        if last or checkpoint or step % run.log_every == 0:
+        checkpoint, validation = last or step % run.checkpoint_every == 0, last or step % run.val_every == 0
+        if checkpoint or validation or step % run.log_every == 0:
             self._log(result)
-        if last or step % run.val_every == 0:
+        if validation:
             self._apart(self._validate)
         if checkpoint:
             self._apart(lambda: self.checkpointer.save(self.state, self.val_metrics))
@@ -166,14 +167,14 @@ class Training:
         metrics["checkpoint_seconds"] = self.checkpointer.blocked_seconds
         self.recorder.metrics(self.state.step, metrics)
         self.recorder.progress(self.state.step, metrics)
-        self.report({"step": self.state.step, **metrics})
+        self._last_log = metrics
 
     def _validate(self) -> None:
         self.val_metrics = self.validate()
         self.recorder.metrics(self.state.step, self.val_metrics)
         text = "  ".join(f"{name} {value:.4f}" for name, value in self.val_metrics.items())
         self.recorder.say(f"step {self.state.step:,}: {text}")
-        self.report({"step": self.state.step, **self.val_metrics})
+        self.report({"step": self.state.step, **self._last_log, **self.val_metrics})
 
     def _apart(self, action: Callable[[], None]) -> None:
         start = time.perf_counter()
