@@ -53,7 +53,7 @@ def generate(
     model.eval()
     ids, pad = prompt, pad_mask
     prefix_len = prompt.shape[1] - num_latents
-    cache = model.make_cache(prompt.shape[0], prompt.shape[1] + max_new_tokens) if use_cache else None
+    cache = model.make_cache(prompt.shape[1] + max_new_tokens) if use_cache else None
     new: list[Tensor] = []
     for number in range(max_new_tokens):
         if cache is not None and number:

@@ -3,8 +3,6 @@
 Shapes: B batch, L queries, S keys, C channels, H heads, D channels of a head (queries/keys and values may differ).
 """
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,35 +13,42 @@ from perceiver.models.position import Rotation
 from perceiver.models.shapes import AttentionChannels
 
 
-@dataclass
 class KeyValueCache:
-    """Keys and values of one attention layer in a preallocated ring: the newest overwrite the oldest.
+    """Keys and values of one attention layer in a ring of fixed size: the newest overwrite the oldest.
 
-    Keys are stored rotated, so that the order inside the ring does not matter to attention.
+    Keys are stored rotated, so that the order inside the ring does not matter to attention. The memory is taken by the
+    first fill, in the type and on the device of what is stored.
+
+    Attributes:
+        capacity: positions that the ring holds.
+        num_written: positions written so far, including those overwritten.
     """
 
-    keys: Tensor
-    """(B, H, capacity, D)."""
-    values: Tensor
-    """(B, H, capacity, D of values)."""
-    num_written: int = 0
-    """Positions written so far, including those overwritten."""
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.num_written = 0
+        self._keys: Tensor | None = None
+        self._values: Tensor | None = None
 
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Stores (B, H, n, D) and returns what is to be attended: a first fill itself, later all that the ring holds.
 
-        n must be 1, except in the first fill.
+        n is at most the capacity in the first fill and 1 in all later ones.
         """
-        capacity = self.keys.shape[2]
-        start, num_new = self.num_written % capacity, keys.shape[2]
-        assert start + num_new <= capacity and (num_new == 1 or self.num_written == 0)
-        self.keys[:, :, start : start + num_new] = keys
-        self.values[:, :, start : start + num_new] = values
+        num_new, start = keys.shape[2], self.num_written % self.capacity
+        first = self._keys is None
+        if first:
+            assert num_new <= self.capacity
+            self._keys, self._values = (t.new_zeros(*t.shape[:2], self.capacity, t.shape[3]) for t in (keys, values))
+        else:
+            assert num_new == 1
+        self._keys[:, :, start : start + num_new] = keys
+        self._values[:, :, start : start + num_new] = values
         self.num_written += num_new
-        if self.num_written == num_new:
+        if first:
             return keys, values
-        filled = min(self.num_written, capacity)
-        return self.keys[:, :, :filled], self.values[:, :, :filled]
+        filled = min(self.num_written, self.capacity)
+        return self._keys[:, :, :filled], self._values[:, :, :filled]
 
 
 def attend(

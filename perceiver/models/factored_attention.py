@@ -81,7 +81,8 @@ def factored_attention(attention: Attention, norm: nn.LayerNorm, queries: Tensor
     q_gain = q_input * gain
     constant = (q_input @ shift)[..., None]
     if attention.k_proj.bias is not None:
-        constant = constant + (q * attention.k_proj.bias.to(dtype).unflatten(0, (num_heads, 1, -1))).sum(-1, keepdim=True)
+        b_k = attention.k_proj.bias.to(dtype).unflatten(0, (num_heads, 1, -1))
+        constant = constant + (q * b_k).sum(-1, keepdim=True)
     # scores = rstd (q_e . e + q_p . p - mean sum(q)) + constant, over (B, H, L, N)
     scores = q_gain[..., num_pixel:] @ table.T
     left = torch.cat([q_gain[..., :num_pixel], -q_gain.sum(-1, keepdim=True), constant], dim=-1)

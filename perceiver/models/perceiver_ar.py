@@ -91,21 +91,16 @@ class PerceiverAR(nn.Module):
     def reset_buffers(self) -> None:
         """Nothing: there are no constants in memory."""
 
-    def make_cache(self, batch_size: int, max_tokens: int | None = None) -> PerceiverARCache:
-        """An empty cache, in the device and type of the weights.
+    def make_cache(self, max_tokens: int | None = None) -> PerceiverARCache:
+        """An empty cache for one batch of sequences.
 
         Args:
             max_tokens: length of prompt and continuation together, if known, to take no more memory than needed.
         """
-        config, weight = self.config, self.cross_attention.attention.k_proj.weight
+        config = self.config
         num_tokens = min(config.max_seq_len, max_tokens or config.max_seq_len)
-
-        def ring(capacity: int) -> KeyValueCache:
-            shape = (batch_size, config.num_heads, capacity, config.num_channels // config.num_heads)
-            return KeyValueCache(weight.new_zeros(shape), weight.new_zeros(shape))
-
         num_latents = min(config.max_latents, num_tokens)
-        return PerceiverARCache(ring(num_tokens), [ring(num_latents) for _ in self.self_attention])
+        return PerceiverARCache(KeyValueCache(num_tokens), [KeyValueCache(num_latents) for _ in self.self_attention])
 
     def forward(
         self,
@@ -193,9 +188,9 @@ class PerceiverAR(nn.Module):
         if pad_mask is None:
             return
         cache.num_padding = pad_mask.sum(dim=1, keepdim=True)
-        cache.padding = pad_mask.new_zeros(x.shape[0], cache.cross_attention.keys.shape[2])
+        cache.padding = pad_mask.new_zeros(x.shape[0], cache.cross_attention.capacity)
         cache.padding[:, : x.shape[1]] = pad_mask
-        cache.latent_padding = pad_mask.new_zeros(x.shape[0], cache.self_attention[0].keys.shape[2])
+        cache.latent_padding = pad_mask.new_zeros(x.shape[0], cache.self_attention[0].capacity)
         cache.latent_padding[:, :num_latents] = pad_mask[:, -num_latents:]
 
     def _hidden_next(self, x: Tensor, cache: PerceiverARCache) -> Tensor:
