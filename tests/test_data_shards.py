@@ -14,18 +14,16 @@ from perceiver.data.shards import (
     Shard,
     Split,
     data_folder,
-    file_sha256,
     fixed_array,
     fixed_column,
-    list_folder,
     load_prepared,
     prepare_settings,
     read_block,
     schema,
     shard_name,
     stream_rows,
-    write_file,
 )
+from perceiver.data.storage import file_hash, list_folder, write_file
 
 
 def make_split(folder, rows=23, length=4, rows_per_block=3, blocks_per_shard=2) -> Split:
@@ -44,8 +42,8 @@ def make_split(folder, rows=23, length=4, rows_per_block=3, blocks_per_shard=2) 
 
         name = shard_name("train", k)
         write_file(folder, name, write)
-        size = list_folder(folder)[name]
-        shards.append(Shard(file=name, rows=min(per_shard, rows - k * per_shard), bytes=size, sha256=file_sha256(folder, name)))
+        size, sha256 = file_hash(folder, name)
+        shards.append(Shard(file=name, rows=min(per_shard, rows - k * per_shard), bytes=size, sha256=sha256))
     return Split(
         name="train", kind="tokens", rows=rows, tokens=rows * length, bytes=0, words=0, documents=1, row_length=length,
         rows_per_block=rows_per_block, blocks_per_shard=blocks_per_shard, lookahead=1, shards=tuple(shards),

@@ -22,12 +22,10 @@ Manifest and shards hold no times and no absolute paths: preparing the same inpu
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import re
 import shlex
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
@@ -54,6 +52,7 @@ from perceiver.config import (
     flatten,
 )
 from perceiver.data.sources import source_label
+from perceiver.data.storage import list_folder, open_folder, read_file, write_file
 from perceiver.data.tokenizers import load_tokenizer
 from perceiver.presets import PRESETS
 
@@ -67,6 +66,9 @@ _KINDS = {
     MaskedLMConfig: "tokens",
     TextClassificationConfig: "documents",
 }
+
+_READING_ONLY = ("shuffle_window_blocks", "lanes")
+"""Fields of the data's configuration that preparation does not depend on."""
 
 
 # -------------------------------------------------------------------------------------------------------------- manifest
@@ -111,6 +113,13 @@ class Split:
     def num_blocks(self) -> int:
         return -(-self.rows // self.rows_per_block)
 
+    @property
+    def bytes_per_row(self) -> int:
+        """Bytes of a row in memory, about."""
+        if self.kind == "documents":
+            return 2 * self.tokens // max(self.rows, 1) + 8
+        return self.row_length * (2 if self.kind == "tokens" else 1)
+
     def block_rows(self, block: int) -> int:
         """Logical rows of a block."""
         return min(self.rows_per_block, self.rows - block * self.rows_per_block)
@@ -131,7 +140,8 @@ class Manifest:
     source: dict[str, Any] = field(default_factory=dict)
     """Fingerprint of the input: files with size and sha256, or name and revision on the hub."""
     stats: dict[str, Any] = field(default_factory=dict)
-    """What was skipped, counted by reason."""
+    """ "skipped": what was left out, counted by reason; "unigram_nats_per_token": cross-entropy of the validation stream under the
+    training stream's id frequencies (tokens); "labels": how often each label occurs, by split (images, documents)."""
     image_shape: tuple[int, int, int] | None = None
     """Height, width, channels, for images."""
     num_classes: int | None = None
@@ -145,7 +155,7 @@ class Manifest:
     def save(self, folder: str | Path) -> None:
         """Writes `manifest.json` at once as a whole."""
         text = json.dumps(asdict(self), indent=1, sort_keys=True) + "\n"
-        write_file(folder, MANIFEST, lambda file: file.write(text.encode()))
+        write_file(folder, MANIFEST, text.encode())
 
     @classmethod
     def load(cls, folder: str | Path) -> Manifest:
@@ -201,6 +211,19 @@ def schema(kind: str, row_length: int) -> pa.Schema:
     return pa.schema([pa.field("tokens", pa.list_(item), nullable=False), pa.field("label", pa.int32(), nullable=False)])
 
 
+def write_blocks(file: BinaryIO, kind: str, row_length: int, blocks: Iterable[pa.Table]) -> None:
+    """Writes a shard: each table is a block. The same tables give the same bytes.
+
+    The encoding (bytes of equal place together, then zstd) was the smallest and the fastest to read of those that parquet has.
+    """
+    columns = schema(kind, row_length)
+    with pq.ParquetWriter(
+        file, columns, compression="zstd", use_dictionary=False, use_byte_stream_split=True, write_statistics=False
+    ) as writer:
+        for block in blocks:
+            writer.write_table(block.cast(columns), row_group_size=max(1, block.num_rows))
+
+
 def read_block(folder: str | Path, split: Split, block: int) -> pa.Table:
     """The physical rows of a block (`split.block_rows(block) + split.lookahead`), read by one request.
 
@@ -245,65 +268,6 @@ def fixed_column(values: np.ndarray) -> pa.FixedSizeListArray:
     return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), type=pa.list_(item, values.shape[1]))
 
 
-@lru_cache(maxsize=64)
-def open_folder(folder: str | Path) -> tuple[pafs.FileSystem, str]:
-    """The file system of a local path or URI, and the path in it. Schemes that pyarrow does not know go through fsspec."""
-    text = str(folder)
-    if "://" not in text:
-        return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(text))
-    try:
-        filesystem, path = pafs.FileSystem.from_uri(text)
-    except pa.ArrowInvalid:
-        import fsspec
-
-        remote, path = fsspec.core.url_to_fs(text)
-        filesystem = pafs.PyFileSystem(pafs.FSSpecHandler(remote))
-    return filesystem, path.rstrip("/")
-
-
-def write_file(folder: str | Path, name: str, write: Callable[[BinaryIO], Any]) -> None:
-    """Writes a file at once as a whole: under a temporary name, then renamed. (An object store does so by itself.)"""
-    filesystem, path = open_folder(folder)
-    filesystem.create_dir(path, recursive=True)
-    if not isinstance(filesystem, pafs.LocalFileSystem):
-        with filesystem.open_output_stream(f"{path}/{name}") as file:
-            write(file)
-        return
-    temporary = f"{path}/.{name}.{os.getpid()}.tmp"
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, f"{path}/{name}")
-    finally:
-        Path(temporary).unlink(missing_ok=True)
-
-
-def read_file(folder: str | Path, name: str) -> bytes:
-    """A whole file of a folder. Raises FileNotFoundError."""
-    filesystem, path = open_folder(folder)
-    with filesystem.open_input_stream(f"{path}/{name}", compression=None) as file:
-        return file.read()
-
-
-def list_folder(folder: str | Path) -> dict[str, int]:
-    """Names and sizes of the files that lie directly in a folder; none if it does not exist."""
-    filesystem, path = open_folder(folder)
-    infos = filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True))
-    return {info.base_name: info.size for info in infos if info.type == pafs.FileType.File}
-
-
-def file_sha256(folder: str | Path, name: str) -> str:
-    """The hash of a file of a folder."""
-    filesystem, path = open_folder(folder)
-    result = hashlib.sha256()
-    with filesystem.open_input_stream(f"{path}/{name}", compression=None) as file:
-        while part := file.read(1 << 20):
-            result.update(part)
-    return result.hexdigest()
-
-
 # ------------------------------------------------------------------------------------------- from experiment to data set
 
 
@@ -342,7 +306,7 @@ def prepare_settings(experiment: Experiment) -> dict[str, Any]:
         UserError: the task's data cannot be prepared, the tokenizer's file is missing, or it has more ids than the model.
     """
     data, kind = experiment.data, task_kind(experiment)
-    if not data.source:
+    if not data.source and not data.val_source:
         raise UserError(f"{experiment.preset}: data.source is empty: name a data set or your own files (see docs/data.md)")
     if data.rows_per_block < 1 or data.blocks_per_shard < 1:
         raise UserError("data.rows_per_block and data.blocks_per_shard must be at least 1")
@@ -351,8 +315,8 @@ def prepare_settings(experiment: Experiment) -> dict[str, Any]:
     settings: dict[str, Any] = {
         "kind": kind,
         "source": source_label(data.source),
-        "val_source": None if data.val_source is None else source_label(data.val_source),
-        "val_fraction": None if data.val_source is not None else data.val_fraction,
+        "val_source": source_label(data.val_source) if data.val_source else None,
+        "val_fraction": None if data.val_source else data.val_fraction,
         "rows_per_block": data.rows_per_block,
         "blocks_per_shard": data.blocks_per_shard,
     }
@@ -381,7 +345,7 @@ def _folder(experiment: Experiment, settings: dict[str, Any]) -> str:
 
 
 def _slug(settings: dict[str, Any]) -> str:
-    name = settings["source"].removeprefix("files:").removeprefix("hub:")
+    name = (settings["source"] or settings["val_source"]).removeprefix("files:").removeprefix("hub:")
     name = re.sub(r"\.(gz|txt|raw|tokens|jsonl|json|parquet)\b", "", name)
     return f"{re.sub(r'[^A-Za-z0-9]+', '-', name).strip('-').lower() or 'data'}-{settings['kind']}"
 
@@ -397,6 +361,8 @@ def load_prepared(experiment: Experiment) -> tuple[str, Manifest]:
     folder = _folder(experiment, settings)
     if MANIFEST in list_folder(folder):
         manifest = Manifest.load(folder)
+        if broken := broken_shards(folder, manifest):
+            raise UserError(f"{folder}/{broken[0]} is missing or damaged: run `{preprocess_command(experiment)}`")
         check_fits(experiment, manifest)
         return folder, manifest
     message = f"data of {experiment.preset} is not prepared: run `{preprocess_command(experiment)}`"
@@ -407,6 +373,13 @@ def load_prepared(experiment: Experiment) -> tuple[str, Manifest]:
     if others:
         message += f" (prepared with other settings: {', '.join(others)})"
     raise UserError(message)
+
+
+def broken_shards(folder: str | Path, manifest: Manifest) -> list[str]:
+    """Shards that are not there, or not of the size that the manifest says."""
+    there = list_folder(folder)
+    shards = (shard for split in manifest.splits.values() for shard in split.shards)
+    return [shard.file for shard in shards if there.get(shard.file) != shard.bytes]
 
 
 def _others(experiment: Experiment, settings: dict[str, Any]) -> list[tuple[str, Manifest]]:
@@ -427,22 +400,30 @@ def check_fits(experiment: Experiment, manifest: Manifest) -> None:
     Raises:
         UserError: images of another shape, or more classes than the model has.
     """
-    model = experiment.model
-    classes = getattr(getattr(model, "output", None), "num_classes", None)
+    classes = getattr(getattr(experiment.model, "output", None), "num_classes", None)
     if manifest.num_classes is not None and classes is not None and manifest.num_classes > classes:
         raise UserError(f"the data has labels up to {manifest.num_classes - 1}, but model.output.num_classes is {classes}")
-    if manifest.image_shape is None:
-        return
+    if manifest.image_shape is not None:
+        check_image_shape(experiment, manifest.image_shape)
+
+
+def check_image_shape(experiment: Experiment, image_shape: tuple[int, int, int]) -> None:
+    """Whether images of this shape (height, width, channels), cropped as told, are what the model takes.
+
+    Raises:
+        UserError: they are not.
+    """
+    model = experiment.model
     if not isinstance(model, PerceiverIOConfig) or not isinstance(model.input, ImageInput):
         raise UserError(f"{experiment.preset}: the task reads images, but the model does not")
-    height, width, channels = manifest.image_shape
+    height, width, channels = image_shape
     crop = getattr(experiment.task, "random_crop", None)
     if crop is not None and not 1 <= crop <= min(height, width):
         raise UserError(f"task.random_crop is {crop}, but the images have {height} x {width} pixels")
     shape = (height, width, channels) if crop is None else (crop, crop, channels)
     if tuple(model.input.image_shape) != shape:
         raise UserError(
-            f"model.input.image_shape is {tuple(model.input.image_shape)}, but the images are {manifest.image_shape}"
+            f"model.input.image_shape is {tuple(model.input.image_shape)}, but the images are {image_shape}"
             + ("" if crop is None else f", cropped to {shape}")
         )
 
@@ -453,7 +434,7 @@ def preprocess_command(experiment: Experiment) -> str:
     preset = PRESETS[experiment.preset]() if experiment.preset in PRESETS else None
     for f in fields(experiment.data):
         value = getattr(experiment.data, f.name)
-        if preset is None or value != getattr(preset.data, f.name):
+        if f.name not in _READING_ONLY and (preset is None or value != getattr(preset.data, f.name)):
             words += [f"--data.{f.name.replace('_', '-')}", str(value)]
     if task_kind(experiment) != "images":
         length, vocab_size = text_limits(experiment)

@@ -1,13 +1,103 @@
-"""Where data comes from: named data sets, names on the hub, and a user's own files."""
+"""Where data comes from: named data sets, names on the hub, and a user's own files. Finds files and their splits; reads none."""
 
 from __future__ import annotations
 
+import difflib
+import glob
 import re
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, Literal
 
-NAMED = (
-    "mnist-mini", "mnist", "wikitext-103-raw", "wikitext-2-raw", "wikitext-2", "imdb", "imdb-unsupervised", "c4",
-)  # fmt: skip
+import pyarrow.fs as pafs
+
+from perceiver.config import DataConfig, UserError
+from perceiver.data.storage import open_folder
+
+Format = Literal["text", "wikitext", "jsonl", "parquet", "wikitext-rows", "idx"]
+
+SHIPPED = Path(__file__).parent / "quickstart"
+"""The digits that come with the package."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Hub:
+    """A data set on the Hugging Face hub; `marks` says what its splits are used for where the usual rule does not fit."""
+
+    repository: str
+    config: str | None = None
+    format: Format | None = None
+    marks: dict[str, str] | None = None
+
+
+NAMED: dict[str, _Hub | Path] = {
+    "mnist-mini": SHIPPED,
+    "mnist": _Hub(repository="ylecun/mnist"),
+    "wikitext-103-raw": _Hub(repository="Salesforce/wikitext", config="wikitext-103-raw-v1", format="wikitext-rows"),
+    "wikitext-2-raw": _Hub(repository="Salesforce/wikitext", config="wikitext-2-raw-v1", format="wikitext-rows"),
+    "wikitext-2": _Hub(repository="Salesforce/wikitext", config="wikitext-2-v1", format="wikitext-rows"),
+    "imdb": _Hub(repository="stanfordnlp/imdb", marks={"train": "train", "test": "val"}),
+    "imdb-unsupervised": _Hub(repository="stanfordnlp/imdb", marks={"unsupervised": "train", "test": "val"}),
+    "c4": _Hub(repository="allenai/c4", config="en"),
+}
+
+_FORMATS = {
+    ".txt": "text", ".raw": "wikitext", ".tokens": "wikitext", ".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl",
+    ".parquet": "parquet",
+}  # fmt: skip
+_READABLE = {
+    "images": ("idx", "parquet"),
+    "tokens": ("text", "wikitext", "jsonl", "parquet", "wikitext-rows"),
+    "documents": ("jsonl", "parquet"),
+}
+_EXPECTED = {
+    "images": "idx files (train-images-idx3-ubyte and its labels, .gz or not) or .parquet",
+    "tokens": ".txt, .raw, .tokens, .jsonl, .json (.gz or not) or .parquet",
+    "documents": ".jsonl, .json (.gz or not) or .parquet, with a text and a label column",
+}
+_MARKS = {
+    "train": "train", "training": "train", "unsupervised": "unsupervised",
+    "valid": "val", "validation": "val", "val": "val", "dev": "val", "test": "test", "testing": "test", "t10k": "test",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputFile:
+    """A file to prepare."""
+
+    path: str
+    """Absolute path or URI."""
+    name: str
+    """How the manifest and messages call it: the source's last part and the path in it."""
+    format: Format
+    size: int
+    """Bytes, as stored."""
+    split: str = ""
+    """"train", "val", or "hash": each document goes where its hash says."""
+    labels_path: str | None = None
+    """The labels that belong to an idx file of images."""
+
+    @property
+    def compressed(self) -> bool:
+        return self.path.endswith(".gz")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """All files of a data set."""
+
+    files: tuple[InputFile, ...]
+    ignored: tuple[str, ...] = ()
+    """Names of files that lie there and are not used (a test split beside a validation split, say)."""
+    origin: dict[str, Any] | None = None
+    """Name and revision on the hub."""
+
+
+@dataclass(frozen=True)
+class _Found:
+    file: InputFile
+    mark: str | None
+    """Split that the file's name tells: train, val, test, unsupervised, or None."""
 
 
 def is_path(source: str) -> bool:
@@ -15,10 +105,208 @@ def is_path(source: str) -> bool:
     return source not in NAMED and not source.startswith("hub:")
 
 
-def source_label(source: str) -> str:
+def is_shipped(source: str) -> bool:
+    """Whether a source comes with the package."""
+    return isinstance(NAMED.get(source), Path)
+
+
+def source_label(source: str) -> str | None:
     """A source without its place on this machine: named data sets and hub names as they are, else "files:NAME"."""
-    if not is_path(source):
-        return source
+    if not source or not is_path(source):
+        return source or None
+    return f"files:{_short(source)}"
+
+
+def _short(source: str) -> str:
+    """The last part of a path; of a glob the last two."""
     parts = [part for part in re.split(r"[\\/]+", source.rstrip("/")) if part not in ("", ".", "..")]
     parts = parts or [Path(source).expanduser().resolve().name]
-    return "files:" + "/".join(parts[-2:] if any(c in parts[-1] for c in "*?[") else parts[-1:])
+    return "/".join(parts[-2:] if _is_glob(parts[-1]) else parts[-1:])
+
+
+def _is_glob(text: str) -> bool:
+    return any(c in text for c in "*?[")
+
+
+def resolve(data: DataConfig, kind: str) -> Source:
+    """The files of an experiment's data and the split that each belongs to.
+
+    Of a folder or glob, files with "train" in their name (or the names of folders in it) are for training and those with "valid",
+    "validation", "val" or "dev" for validation, else those with "test" or "t10k"; without any "train" the unmarked ones are for
+    training. Files marked "unsupervised" are what language models train on. Without validation files `val_fraction` of the
+    documents is held out.
+
+    Raises:
+        UserError: no such data set or files, nothing of a format that `kind` can be made from, nothing to validate on.
+    """
+    train: list[InputFile] = []
+    val: list[InputFile] = []
+    ignored: list[str] = []
+    origin = None
+    if data.source:
+        found, origin = _find(data.source, kind, "data.source")
+        train, val, ignored = _assign(found, kind)
+        if not train:
+            raise UserError(f"data.source {data.source} has no files to train on, only {', '.join(f.name for f in val)}")
+    if data.val_source:
+        found, _ = _find(data.val_source, kind, "data.val_source")
+        unmarked, marked, more = _assign(found, kind)
+        ignored += [f.name for f in val] + more + ([f.name for f in unmarked] if marked else [])
+        val = marked or unmarked
+    if not val and data.val_fraction <= 0:
+        raise UserError(
+            f"data.source {data.source} has no validation files: give them as data.val_source, or set data.val_fraction above 0"
+        )
+    train = [replace(f, split="train" if val else "hash") for f in train]
+    files = [*train, *(replace(f, split="val") for f in val)]
+    return Source(files=tuple(files), ignored=tuple(sorted(ignored)), origin=origin)
+
+
+def _assign(found: list[_Found], kind: str) -> tuple[list[InputFile], list[InputFile], list[str]]:
+    """Files for training, files for validation, and names of those that are for neither."""
+    by_mark: dict[str | None, list[InputFile]] = {}
+    for item in found:
+        by_mark.setdefault(item.mark, []).append(item.file)
+    unsupervised = by_mark.get("unsupervised", []) if kind == "tokens" else []
+    train = unsupervised or by_mark.get("train") or by_mark.get(None, [])
+    val = by_mark.get("val") or by_mark.get("test", [])
+    used = {f.path for f in (*train, *val)}
+    return train, val, [item.file.name for item in found if item.file.path not in used]
+
+
+def _find(source: str, kind: str, field: str) -> tuple[list[_Found], dict[str, Any] | None]:
+    named = NAMED.get(source)
+    if isinstance(named, Path):
+        return _files(str(named), source, kind, field), None
+    if named is not None:
+        return _hub_files(named, source, kind)
+    if source.startswith("hub:"):
+        name, _, config = source.removeprefix("hub:").partition(":")
+        return _hub_files(_Hub(repository=name, config=config or None), source, kind)
+    local_glob = "://" not in source and _is_glob(source)
+    return _files(source, _short(str(_glob_root(source))) if local_glob else _short(source), kind, field), None
+
+
+# ---------------------------------------------------------------------------------------------------------------- files
+
+
+def _files(source: str, label: str, kind: str, field: str) -> list[_Found]:
+    """The files of a path, folder or glob, sorted by name."""
+    listed = _list(source, field)
+    single = listed[0][1] == "" if len(listed) == 1 else False
+    if single and _format(listed[0][0]) is None:
+        raise UserError(f"{field} {source} is of no known format: {kind} are made from {_EXPECTED[kind]}")
+    result = []
+    sizes = {path: size for path, _, size in listed}
+    for path, inner, size in listed:
+        form = _format(path)
+        if form not in _READABLE[kind] or (form == "idx" and _labels_path(path) is None):
+            continue
+        labels = _labels_path(path) if form == "idx" else None
+        if labels is not None and labels not in sizes and not single:
+            raise UserError(f"{path} has no file of labels beside it: {Path(labels).name} is missing")
+        name = f"{label}/{inner}" if inner else label
+        file = InputFile(path=path, name=name, format=form, size=size, labels_path=labels)
+        result.append(_Found(file, None if single else _mark(inner)))
+    if not result:
+        raise UserError(f"{field} {source} holds nothing that {kind} are made from: {_EXPECTED[kind]}")
+    return result
+
+
+def _list(source: str, field: str) -> list[tuple[str, str, int]]:
+    """(path, path inside the source, size) of all files, sorted; a single file has no path inside."""
+    if "://" not in source and _is_glob(source):
+        paths = sorted(p for p in glob.glob(str(Path(source).expanduser()), recursive=True) if Path(p).is_file())
+        if not paths:
+            raise UserError(f"{field} {source} matches no file")
+        root = _glob_root(source)
+        return [(str(Path(p).absolute()), Path(p).relative_to(root).as_posix(), Path(p).stat().st_size) for p in paths]
+    filesystem, path = open_folder(source)
+    prefix = source.partition("://")[0] + "://" if "://" in source else ""
+    info = filesystem.get_file_info(path)
+    if info.type == pafs.FileType.NotFound:
+        near = difflib.get_close_matches(source, NAMED, n=1)
+        hint = f", did you mean {near[0]}?" if near else ""
+        raise UserError(
+            f"{field} {source} does not exist: it is no file, folder or glob, and no named data set "
+            f"({', '.join(NAMED)}){hint}"
+        )
+    if info.type == pafs.FileType.File:
+        return [(prefix + path, "", info.size)]
+    infos = filesystem.get_file_info(pafs.FileSelector(path, recursive=True))
+    inner = {i.path: i.path[len(path) :].strip("/") for i in infos if i.type == pafs.FileType.File}
+    visible = [i for i in infos if i.path in inner and not re.search(r"(^|/)[._]", inner[i.path])]
+    if not visible:
+        raise UserError(f"{field} {source} is a folder without files")
+    return sorted((prefix + i.path, inner[i.path], i.size) for i in visible)
+
+
+def _glob_root(source: str) -> Path:
+    """The folder that a glob starts in."""
+    return Path(re.split(r"[*?\[]", str(Path(source).expanduser()))[0] + "x").parent
+
+
+def _format(path: str) -> Format | None:
+    name = path.rpartition("/")[2].lower()
+    bare = name.removesuffix(".gz")
+    if re.search(r"idx[13]-ubyte$|\.idx[13]?$|^(train|t10k)-(images|labels)", bare):
+        return "idx"
+    form = _FORMATS.get(Path(bare).suffix)
+    return None if form == "parquet" and bare != name else form
+
+
+def _labels_path(path: str) -> str | None:
+    """The file of labels that belongs to an idx file of images; None if it is itself one of labels."""
+    folder, slash, name = path.rpartition("/")
+    if "images" not in name:
+        return None
+    return folder + slash + name.replace("images", "labels").replace("idx3", "idx1")
+
+
+def _mark(inner: str) -> str | None:
+    """The split that a path tells, the innermost name first."""
+    for part in reversed(inner.lower().split("/")):
+        for word in re.split(r"[^a-z0-9]+", part):
+            if word in _MARKS:
+                return _MARKS[word]
+    return None
+
+
+# ------------------------------------------------------------------------------------------------------------------ hub
+
+
+def _hub_files(hub: _Hub, source: str, kind: str) -> tuple[list[_Found], dict[str, Any]]:
+    """The files of a data set on the hub, as its `datasets` configuration lists them. They are read where they lie."""
+    import datasets
+
+    try:
+        builder = datasets.load_dataset_builder(hub.repository, hub.config)
+        listed = {str(split): list(paths) for split, paths in (builder.config.data_files or {}).items()}
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"data set {hub.repository} could not be found on the hub ({reason}): without a network give local files, "
+            "--data.source PATH (docs/data.md has their formats)"
+        ) from error
+    if not listed:
+        raise UserError(f"data set {hub.repository} has no files that can be read without its own code: give local files")
+    result, revisions = [], set()
+    for split, paths in listed.items():
+        for path in paths:
+            form = hub.format or _format(path)
+            if form not in _READABLE[kind]:
+                raise UserError(f"data set {hub.repository} has {path}: {kind} are made from {_EXPECTED[kind]}")
+            name = re.sub(r"^hf://datasets/[^@]+@[^/]+/", "", path)
+            revisions.update(re.findall(r"^hf://datasets/[^@]+@([^/]+)/", path))
+            mark = (hub.marks or {}).get(split, "skip") if hub.marks else _MARKS.get(split.lower(), split)
+            inner = name if name != path else Path(path).name
+            file = InputFile(path=path, name=f"{source}/{inner}", format=form, size=_size(path))
+            result.append(_Found(file, mark))
+    return result, {"hub": hub.repository, "config": hub.config, "revision": ",".join(sorted(revisions)) or None}
+
+
+def _size(path: str) -> int:
+    filesystem, inner = open_folder(path)
+    return filesystem.get_file_info(inner).size
+
+

@@ -1,0 +1,107 @@
+"""Files in folders that are local paths or URIs (s3://, gs://, ...): read, list, and written at once as a whole."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+
+
+@lru_cache(maxsize=64)
+def open_folder(folder: str | Path) -> tuple[pafs.FileSystem, str]:
+    """The file system of a local path or URI, and the path in it. Schemes that pyarrow does not know go through fsspec."""
+    text = str(folder)
+    if "://" not in text:
+        return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(text))
+    try:
+        filesystem, path = pafs.FileSystem.from_uri(text)
+    except pa.ArrowInvalid:
+        import fsspec
+
+        remote, path = fsspec.core.url_to_fs(text)
+        filesystem = pafs.PyFileSystem(pafs.FSSpecHandler(remote))
+    return filesystem, path.rstrip("/")
+
+
+@contextmanager
+def atomic_file(folder: str | Path, name: str) -> Iterator[BinaryIO]:
+    """A file of a folder to write to, which appears whole or, where the body raises, not at all.
+
+    Locally it has a temporary name until the end; an object store does so by itself.
+    """
+    filesystem, path = open_folder(folder)
+    filesystem.create_dir(path, recursive=True)
+    if not isinstance(filesystem, pafs.LocalFileSystem):
+        try:
+            with filesystem.open_output_stream(f"{path}/{name}") as file:
+                yield file
+        except BaseException:
+            filesystem.delete_file(f"{path}/{name}")  # closing the stream made an object of what there was
+            raise
+        return
+    temporary = f"{path}/.{name}.{os.getpid()}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, f"{path}/{name}")
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def write_file(folder: str | Path, name: str, content: bytes | Callable[[BinaryIO], Any]) -> None:
+    """Writes a file at once as a whole."""
+    with atomic_file(folder, name) as file:
+        file.write(content) if isinstance(content, bytes) else content(file)
+
+
+def read_file(folder: str | Path, name: str) -> bytes:
+    """A whole file of a folder. Raises FileNotFoundError."""
+    filesystem, path = open_folder(folder)
+    with filesystem.open_input_stream(f"{path}/{name}", compression=None) as file:
+        return file.read()
+
+
+def list_folder(folder: str | Path) -> dict[str, int]:
+    """Names and sizes of the files that lie directly in a folder; none if it does not exist."""
+    filesystem, path = open_folder(folder)
+    infos = filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True))
+    return {info.base_name: info.size for info in infos if info.type == pafs.FileType.File}
+
+
+def file_hash(folder: str | Path, name: str) -> tuple[int, str]:
+    """Size and sha256 of a file of a folder."""
+    filesystem, path = open_folder(folder)
+    result, size = hashlib.sha256(), 0
+    with filesystem.open_input_stream(f"{path}/{name}", compression=None) as file:
+        while part := file.read(1 << 20):
+            result.update(part)
+            size += len(part)
+    return size, result.hexdigest()
+
+
+def read_range(folder: str | Path, name: str, start: int, stop: int) -> bytes:
+    """The bytes start .. stop - 1 of a file of a folder."""
+    filesystem, path = open_folder(folder)
+    with filesystem.open_input_file(f"{path}/{name}") as file:
+        return file.read_at(stop - start, start)
+
+
+def remove_folder(folder: str | Path) -> None:
+    """Removes a folder with all that is in it, if it exists."""
+    filesystem, path = open_folder(folder)
+    if filesystem.get_file_info(path).type == pafs.FileType.Directory:
+        filesystem.delete_dir(path)
+
+
+def remove_file(folder: str | Path, name: str) -> None:
+    filesystem, path = open_folder(folder)
+    filesystem.delete_file(f"{path}/{name}")

@@ -1,0 +1,396 @@
+"""`python -m ray_jobs.preprocess PRESET [--data.source FILES] [--field value ...]`: prepares an experiment's data with Ray Data."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pyarrow.fs as pafs
+
+from perceiver.config import Experiment, ImageClassificationConfig, TextClassificationConfig, UserError, digest
+from perceiver.data.prepare import (
+    PIECE_BYTES,
+    Job,
+    Piece,
+    ShardPlan,
+    cut_pieces,
+    finished_pieces,
+    finished_shards,
+    histogram,
+    make_piece,
+    make_shard,
+    make_split,
+    plan_shards,
+    unigram_nats,
+)
+from perceiver.data.readers import Columns, image_shape
+from perceiver.data.shards import (
+    MANIFEST,
+    Manifest,
+    broken_shards,
+    check_fits,
+    check_image_shape,
+    data_folder,
+    prepare_settings,
+    task_kind,
+)
+from perceiver.data.sources import InputFile, Source, is_path, resolve
+from perceiver.data.storage import file_hash, list_folder, open_folder, read_file, remove_file, remove_folder, write_file
+from perceiver.data.tokenizers import SentencePieceTokenizer, load_tokenizer
+from ray_jobs.cli import main_entry, parse_experiment
+
+Say = Callable[[str], Any]
+
+HASHES = ".source-hashes.json"
+"""File in data.root that keeps the hashes of source files by path, size and time, so that they are not read again."""
+TOKENIZER = "tokenizer.model"
+"""Copy of the SentencePiece model in a prepared data set."""
+
+
+def main(argv: list[str]) -> int:
+    experiment = parse_experiment(argv, "ray_jobs.preprocess")
+    prepare(experiment, lambda text: print(text, flush=True))
+    return 0
+
+
+def prepare(experiment: Experiment, progress: Say = print, piece_bytes: int = PIECE_BYTES) -> Manifest:
+    """Prepares an experiment's data, or continues where an earlier call was stopped, or finds that there is nothing to do.
+
+    Joins the Ray cluster of this process, else runs a local one for the time being.
+
+    Args:
+        progress: takes lines of progress.
+        piece_bytes: input bytes of a task. The result does not depend on it.
+
+    Raises:
+        UserError: a mistake in the experiment or its source, or a fault in an input file. No data set is left then.
+    """
+    started = time.monotonic()
+    settings, folder = prepare_settings(experiment), data_folder(experiment)
+    old = Manifest.load(folder) if MANIFEST in list_folder(folder) else None
+    if old is not None and not is_path(experiment.data.source or experiment.data.val_source or ""):
+        return _nothing_to_do(experiment, folder, old, progress)  # the name stands for the content, no network is needed
+    source = resolve(experiment.data, task_kind(experiment))
+    fingerprint = _fingerprint(experiment, source, progress)
+    if old is not None:
+        _refuse_changed_source(experiment, folder, old, fingerprint)
+        if not (broken := broken_shards(folder, old)):
+            return _nothing_to_do(experiment, folder, old, progress)
+        progress(f"{folder}/{broken[0]} is missing or damaged: preparing again")
+        remove_file(folder, MANIFEST)
+    job = _job(experiment, settings, folder, fingerprint, source)
+
+    from ray_jobs.ray_env import connect
+
+    with connect(experiment.parallel):
+        notes, pieces_seconds = _make_pieces(job, cut_pieces(source.files, piece_bytes), progress, piece_bytes)
+        shards = _make_shards(experiment, job, notes, source, progress)
+    manifest = _finish(experiment, job, settings, fingerprint, notes, shards)
+    _summary(folder, manifest, source, time.monotonic() - started, pieces_seconds, progress)
+    return manifest
+
+
+def _nothing_to_do(experiment: Experiment, folder: str, manifest: Manifest, progress: Say) -> Manifest:
+    check_fits(experiment, manifest)
+    skipped = f" ({_skipped(manifest)})" if manifest.stats.get("skipped") else ""
+    progress(f"data of {experiment.preset} is prepared{skipped}, nothing to do: {folder}")
+    return manifest
+
+
+# ------------------------------------------------------------------------------------------------------------ the source
+
+
+def _fingerprint(experiment: Experiment, source: Source, progress: Say) -> dict[str, Any]:
+    """What the source's files are: names, sizes and hashes; for the hub names, sizes and its revision."""
+    paths = [p for f in source.files for p in (f.path, f.labels_path) if p is not None]
+    local = [p for p in paths if "://" not in p]
+    hashes = _hashes(local, experiment.data.root_path, progress)
+
+    def entry(file: InputFile) -> dict[str, Any]:
+        result: dict[str, Any] = {"name": file.name, "split": file.split, "bytes": file.size, "sha256": hashes.get(file.path)}
+        if file.labels_path is not None:
+            result["labels_sha256"] = hashes.get(file.labels_path)
+        return result
+
+    return {**(source.origin or {}), "files": [entry(file) for file in source.files]}
+
+
+def _hashes(paths: list[str], root: str, progress: Say) -> dict[str, str]:
+    """sha256 of local files, remembered by path, size and time of change.
+
+    Raises:
+        UserError: a file is missing or cannot be read.
+    """
+    known = json.loads(read_file(root, HASHES)) if HASHES in list_folder(root) else {}
+    try:
+        states = {path: [info.st_size, info.st_mtime_ns] for path, info in ((p, os.stat(p)) for p in paths)}
+        new = [path for path in states if known.get(path, [None])[:2] != states[path]]
+        total = sum(states[path][0] for path in new)
+        if total > 1 << 30:
+            progress(f"reading {len(new):,} source files once for their hashes ({total / 1e9:.1f} GB)")
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            for path, (_, sha256) in zip(new, pool.map(_hash, new), strict=True):
+                known[path] = [*states[path], sha256]
+    except OSError as error:
+        raise UserError(f"{error.filename or 'a source file'} cannot be read ({error.strerror or error})") from None
+    if new:
+        write_file(root, HASHES, json.dumps(known, indent=1).encode())
+    return {path: known[path][2] for path in paths}
+
+
+def _hash(path: str) -> tuple[int, str]:
+    folder, _, name = path.rpartition("/")
+    return file_hash(folder or "/", name)
+
+
+def _refuse_changed_source(experiment: Experiment, folder: str, old: Manifest, fingerprint: dict[str, Any]) -> None:
+    """Raises UserError where prepared data was made from other files than the source has now."""
+    before = {file["name"]: file for file in old.source["files"]}
+    now = {file["name"]: file for file in fingerprint["files"]}
+    changed = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+    if changed:
+        raise UserError(
+            f"data.source {experiment.data.source or experiment.data.val_source} has changed since {folder} was prepared from it "
+            f"({', '.join(changed[:5])}{', ...' if len(changed) > 5 else ''}): remove that folder, or prepare into another --data.root"
+        )
+
+
+def _job(experiment: Experiment, settings: dict[str, Any], folder: str, fingerprint: dict[str, Any], source: Source) -> Job:
+    """What all tasks need to know. Looks at the first image for the images' shape.
+
+    Raises:
+        UserError: images of a shape that the model does not take.
+    """
+    data, kind, task = experiment.data, settings["kind"], experiment.task
+    shape = None
+    if kind == "images":
+        shape = image_shape(source.files[0])
+        check_image_shape(experiment, shape)
+    classify = isinstance(task, (ImageClassificationConfig, TextClassificationConfig))
+    columns = Columns(
+        text=data.text_column,
+        label=data.label_column if classify else None,
+        num_classes=experiment.model.output.num_classes if classify else 0,
+        class_names=(task.class_names or ()) if classify else (),
+        image_shape=shape,
+    )
+    key = digest({"settings": settings, "source": fingerprint, "on_error": data.on_error}, 8)
+    return Job(
+        kind=kind,
+        folder=folder,
+        staging=f"{_staging_prefix(folder)}{key}",
+        columns=columns,
+        skip=data.on_error == "skip",
+        val_fraction=data.val_fraction,
+        row_length=settings["row_length"] if shape is None else shape[0] * shape[1] * shape[2],
+        rows_per_block=data.rows_per_block,
+        blocks_per_shard=data.blocks_per_shard,
+        tokenizer=None if kind == "images" else load_tokenizer(data.tokenizer),
+        document_marks=settings.get("document_marks", ""),
+    )
+
+
+def _staging_prefix(folder: str) -> str:
+    root, _, name = folder.rpartition("/")
+    return f"{root}/.staging-{name}-"
+
+
+# ------------------------------------------------------------------------------------------------------------ two passes
+
+
+def _make_pieces(
+    job: Job, pieces: list[Piece], progress: Say, piece_bytes: int
+) -> tuple[list[dict[str, Any]], float]:
+    """Pass 1: the notes on all pieces, and the seconds it took."""
+    layout = json.dumps({"piece_bytes": piece_bytes, "pieces": len(pieces)}).encode()
+    if "layout.json" in list_folder(job.staging) and read_file(job.staging, "layout.json") != layout:
+        remove_folder(job.staging)  # pieces cut otherwise: their numbers mean nothing here
+    write_file(job.staging, "layout.json", layout)
+    notes = finished_pieces(job, len(pieces))
+    weights = [piece.size for piece in pieces]
+    if notes:
+        progress(f"continuing: {len(notes)} of {len(pieces)} pieces are there")
+    meter = _Meter(progress, "pieces", len(pieces), sum(weights), len(notes), sum(weights[i] for i in notes))
+    todo = [i for i in range(len(pieces)) if i not in notes]
+    for i, note in _in_parallel(lambda i: make_piece(job, i, pieces[i]), todo):
+        notes[i] = note
+        meter.add(weights[i], sum(count["tokens"] for count in note["splits"].values()))
+    return [notes[i] for i in range(len(pieces))], meter.seconds
+
+
+def _make_shards(
+    experiment: Experiment, job: Job, notes: list[dict[str, Any]], source: Source, progress: Say
+) -> dict[str, list[dict[str, Any]]]:
+    """Pass 2: the notes on all shards, by split.
+
+    Raises:
+        UserError: a split is empty.
+    """
+    wanted = ("val",) if all(file.split == "val" for file in source.files) else ("train", "val")
+    plans: list[ShardPlan] = []
+    for split in wanted:
+        found = plan_shards(job, notes, split)
+        if not found:
+            remove_folder(job.staging)
+            raise UserError(_empty_split(experiment, split, source))
+        plans += found
+    done = finished_shards(job, plans)
+    todo = [i for i in range(len(plans)) if i not in done]
+    rows = [plan.rows for plan in plans]
+    meter = _Meter(progress, "shards", len(plans), sum(rows), len(done), sum(rows[i] for i in done))
+    for i, note in _in_parallel(lambda i: make_shard(job, plans[i]), todo):
+        done[i] = note
+        meter.add(rows[i])
+    return {split: [done[i] for i, plan in enumerate(plans) if plan.split == split] for split in wanted}
+
+
+def _empty_split(experiment: Experiment, split: str, source: Source) -> str:
+    what = experiment.data.source or experiment.data.val_source
+    if any(file.split == "hash" for file in source.files):
+        return (
+            f"data.source {what} has too few documents: none fell into the {split} split (data.val_fraction is "
+            f"{experiment.data.val_fraction}); give validation files as data.val_source, or change data.val_fraction"
+        )
+    return f"data.source {what} has no rows for the {split} split: everything in it is empty or was skipped"
+
+
+def _in_parallel(function: Callable[[int], dict[str, Any]], items: list[int]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Results of one task an item, by Ray Data, as they come.
+
+    Raises:
+        UserError: the first one that a task raised. (Tasks return it as data: an exception would come wrapped in Ray's.)
+    """
+    if not items:
+        return
+    import ray
+
+    def run(row: dict[str, Any]) -> dict[str, Any]:
+        try:
+            return {"item": row["item"], "result": json.dumps(function(int(row["item"]))), "error": ""}
+        except UserError as error:
+            return {"item": row["item"], "result": "", "error": str(error)}
+
+    plan = ray.data.from_items([{"item": i} for i in items], override_num_blocks=len(items))
+    for row in plan.map(run).iter_rows():
+        if row["error"]:
+            raise UserError(row["error"])
+        yield int(row["item"]), json.loads(row["result"])
+
+
+# ------------------------------------------------------------------------------------------------------------ the result
+
+
+def _finish(
+    experiment: Experiment,
+    job: Job,
+    settings: dict[str, Any],
+    fingerprint: dict[str, Any],
+    notes: list[dict[str, Any]],
+    shards: dict[str, list[dict[str, Any]]],
+) -> Manifest:
+    """Writes the manifest, and removes what is not part of the data set."""
+    splits = {name: make_split(job, notes, shards[name], name) for name in shards}
+    histograms = {name: histogram(job, name) for name in shards}
+    skipped: Counter[str] = Counter()
+    for note in notes:
+        skipped.update(note["skipped"])
+    stats: dict[str, Any] = {"skipped": dict(sorted(skipped.items()))}
+    if job.columns.label is not None:
+        stats["labels"] = {name: counts.tolist() for name, counts in histograms.items()}
+    elif "train" in histograms and job.tokenizer is not None:
+        nats = unigram_nats(histograms["train"], histograms["val"], job.tokenizer.vocab_size)
+        stats["unigram_nats_per_token"] = round(nats, 6)
+    manifest = Manifest(
+        kind=job.kind,
+        settings=settings,
+        settings_digest=digest(settings, 8),
+        splits=splits,
+        tokenizer=settings.get("tokenizer"),
+        source=fingerprint,
+        stats=stats,
+        image_shape=job.columns.image_shape,
+        num_classes=None if job.columns.label is None else max(len(counts) for counts in histograms.values()),
+    )
+    keep = {shard["file"] for notes in shards.values() for shard in notes}
+    for name in list_folder(job.folder):
+        if name not in keep:
+            remove_file(job.folder, name)
+    if isinstance(job.tokenizer, SentencePieceTokenizer):
+        write_file(job.folder, TOKENIZER, job.tokenizer.model)
+    manifest.save(job.folder)
+    _remove_staging(job.folder)
+    return manifest
+
+
+def _remove_staging(folder: str) -> None:
+    """Removes the staging folders of a data set, also those of attempts with other files."""
+    filesystem, root = open_folder(folder.rpartition("/")[0])
+    prefix = _staging_prefix(folder).rpartition("/")[2]
+    for info in filesystem.get_file_info(pafs.FileSelector(root)):
+        if info.base_name.startswith(prefix):
+            filesystem.delete_dir(info.path)
+
+
+def _summary(folder: str, manifest: Manifest, source: Source, seconds: float, pieces_seconds: float, progress: Say) -> None:
+    progress(f"prepared in {_duration(seconds)}: {folder}")
+    for name, split in manifest.splits.items():
+        parts = [f"{split.rows:,} rows"]
+        if manifest.kind == "images":
+            height, width, channels = manifest.image_shape
+            parts.append(f"images of {height} x {width} x {channels}")
+        else:
+            parts += [f"{split.tokens:,} tokens", f"{split.bytes:,} bytes", f"{split.words:,} words", f"{split.documents:,} documents"]
+        parts.append(f"{len(split.shards):,} shard{'s' * (len(split.shards) != 1)}")
+        progress(f"  {name + ':':<6} {', '.join(parts)}")
+    if manifest.stats.get("skipped"):
+        progress(f"  {_skipped(manifest)}")
+    if source.ignored:
+        more = ", ..." if len(source.ignored) > 5 else ""
+        progress(f"  not used: {', '.join(source.ignored[:5])}{more}")
+
+
+def _skipped(manifest: Manifest) -> str:
+    return "skipped: " + ", ".join(f"{count:,} x {reason}" for reason, count in manifest.stats["skipped"].items())
+
+
+class _Meter:
+    """Says how far a pass is, at most once a second and at its end."""
+
+    def __init__(self, progress: Say, what: str, total: int, weight: int, done: int, weight_done: int) -> None:
+        self._say, self._what, self._total, self._weight = progress, what, total, weight
+        self._done, self._weight_done, self._begin = done, weight_done, weight_done
+        self._started = self._said = time.monotonic()
+        self._tokens = 0
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._started
+
+    def add(self, weight: int, tokens: int = 0) -> None:
+        self._done += 1
+        self._weight_done += weight
+        self._tokens += tokens
+        now = time.monotonic()
+        if now - self._said < 1 and self._done < self._total:
+            return
+        self._said = now
+        seconds = max(now - self._started, 1e-9)
+        rate = (self._weight_done - self._begin) / seconds
+        left = _duration((self._weight - self._weight_done) / max(rate, 1e-9))
+        unit = f"{rate / 1e6:.1f} MB/s" if self._what == "pieces" else f"{rate:,.0f} rows/s"
+        tokens = f", {self._tokens / seconds / 1e6:.2f} million tokens/s" if self._tokens else ""
+        self._say(f"  {self._what} {self._done:,}/{self._total:,}, {unit}{tokens}, {left} left")
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"
+
+
+if __name__ == "__main__":
+    main_entry(main)
