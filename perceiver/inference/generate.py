@@ -1,6 +1,17 @@
-"""Text generation with Perceiver AR."""
+"""Text generation with Perceiver AR, on token ids: greedy, sampling and beam search, with and without key/value cache.
+
+The last `num_latents` prompt positions start as latents. Each new token adds a latent until max_latents are in use; then the
+prefix grows instead, until it holds max_seq_len - max_latents; then the oldest token falls out of the window. With the cache,
+keys and values stay as they were computed: the same tokens come out until the latents are full, afterwards what was a latent
+keeps the norm, place and context that it had as one. So each mode has its own, equally well defined, continuation.
+
+Shapes: B rows (prompts, or prompts times beams), N prompt positions, T new tokens, V vocabulary.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -8,7 +19,29 @@ from torch import Tensor, nn
 from perceiver.config import PerceiverARConfig, UserError
 
 
-@torch.no_grad()
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is chosen."""
+
+    temperature: float = 1.0
+    """0 takes the likeliest token; otherwise logits are divided by it and a token is drawn."""
+    top_k: int | None = None
+    """Draw only among the k likeliest tokens."""
+    top_p: float | None = None
+    """Draw only among the fewest tokens that have this probability together (arXiv 1904.09751)."""
+    seed: int | None = None
+    """Of the drawing; None: torch's own generator."""
+
+    def check(self) -> None:
+        """Raises UserError where a value is out of range."""
+        if self.temperature < 0:
+            raise UserError(f"temperature is {self.temperature} and must be 0 (greedy) or above")
+        if self.top_k is not None and self.top_k < 1:
+            raise UserError(f"top_k is {self.top_k} and must be at least 1")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise UserError(f"top_p is {self.top_p} and must be above 0 and at most 1")
+
+
 def generate(
     model: nn.Module,
     prompt: Tensor,
@@ -20,14 +53,10 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int | None = None,
+    eos_id: int | None = None,
     use_cache: bool = True,
 ) -> Tensor:
     """Continues prompts.
-
-    The last `num_latents` prompt positions start as latents. Each new token adds a latent until max_latents are in use; then
-    the prefix grows instead, until it holds max_seq_len - max_latents; then the oldest token falls out of the window. With
-    the cache, keys and values stay as they were computed: the same tokens come out until the latents are full, afterwards
-    what was a latent keeps the norm, place and context that it had as one.
 
     Args:
         model: a `PerceiverAR`, also a sharded one (then all workers call this together).
@@ -35,73 +64,215 @@ def generate(
         max_new_tokens: tokens to add.
         num_latents: prompt positions that start as latents: 1 .. max_latents.
         pad_mask: (B, N), True = padding, on the left.
-        temperature: 0 takes the likeliest token; otherwise logits are divided by it and a token is drawn.
-        top_k, top_p: draw only among the k likeliest tokens, or the fewest that have probability p together.
-        seed: of the drawing; None: torch's own generator.
+        temperature, top_k, top_p, seed: see `Sampling`.
+        eos_id: a row that has it is finished and filled up with it; None: no row ends before the others.
         use_cache: keep keys and values instead of computing them again for each token.
 
     Returns:
-        The new ids (B, max_new_tokens).
+        The new ids (B, T), T at most max_new_tokens: fewer where all rows are finished.
 
     Raises:
         UserError: a prompt that is empty or too long, or an argument out of range.
     """
-    config: PerceiverARConfig = model.config
-    _check(config, prompt, max_new_tokens, num_latents, temperature, top_k, top_p)
-    generator = None if seed is None else torch.Generator(prompt.device).manual_seed(seed)
-    training = model.training
-    model.eval()
-    ids, pad = prompt, pad_mask
-    prefix_len = prompt.shape[1] - num_latents
-    cache = model.make_cache(prompt.shape[1] + max_new_tokens) if use_cache else None
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    tokens = stream(
+        model, prompt, max_new_tokens=max_new_tokens, num_latents=num_latents, pad_mask=pad_mask, sampling=sampling,
+        use_cache=use_cache,
+    )  # fmt: skip
     new: list[Tensor] = []
-    for number in range(max_new_tokens):
-        if cache is not None and number:
-            logits = model(new[-1], cache=cache)
-        else:
-            logits = model(ids, prefix_len, pad, cache=cache)
-        new.append(_choose(logits[:, -1].float(), temperature, top_k, top_p, generator))
-        if cache is None:
-            ids, pad, prefix_len = _slide(config, ids, pad, prefix_len, new[-1])
-    model.train(training)
+    finished = torch.zeros_like(prompt[:, :1], dtype=torch.bool)
+    for token in tokens:
+        if eos_id is not None:
+            token = token.masked_fill(finished, eos_id)
+            finished |= token == eos_id
+        new.append(token)
+        if eos_id is not None and bool(finished.all()):
+            break
     return torch.cat(new, dim=1) if new else prompt[:, :0]
 
 
-def _slide(
-    config: PerceiverARConfig, ids: Tensor, pad: Tensor | None, prefix_len: int, token: Tensor
-) -> tuple[Tensor, Tensor | None, int]:
-    """The window with one more token: another latent, or a longer prefix, or without its oldest token."""
-    ids = torch.cat([ids, token], dim=1)
-    pad = None if pad is None else torch.cat([pad, torch.zeros_like(pad[:, :1])], dim=1)
-    if ids.shape[1] > config.max_seq_len:
-        ids, pad = ids[:, 1:], None if pad is None else pad[:, 1:]
-    return ids, pad, max(prefix_len, ids.shape[1] - config.max_latents)
+def stream(
+    model: nn.Module,
+    prompt: Tensor,
+    *,
+    max_new_tokens: int,
+    num_latents: int = 1,
+    pad_mask: Tensor | None = None,
+    sampling: Sampling = Sampling(),
+    use_cache: bool = True,
+) -> Iterator[Tensor]:
+    """Like `generate`, but gives each column of new ids (B, 1) as soon as it is there. Arguments are checked at once."""
+    check_prompt(model.config, prompt, max_new_tokens, num_latents)
+    sampling.check()
+    return _stream(model, prompt, max_new_tokens, num_latents, pad_mask, sampling, use_cache)
 
 
-def _choose(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator) -> Tensor:
-    """The next ids (B, 1) of logits (B, V)."""
-    if temperature == 0:
-        return logits.argmax(-1, keepdim=True)
-    logits = logits / temperature
-    if top_k is not None:
-        least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-        logits = logits.masked_fill(logits < least, -torch.inf)
-    if top_p is not None:
-        ordered, order = logits.sort(descending=True)
-        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
-        logits = logits.masked_fill((before >= top_p).gather(1, order.argsort(-1)), -torch.inf)
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator)
-
-
-def _check(
-    config: PerceiverARConfig,
+@torch.no_grad()
+def _stream(
+    model: nn.Module,
     prompt: Tensor,
     max_new_tokens: int,
     num_latents: int,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-) -> None:
+    pad_mask: Tensor | None,
+    sampling: Sampling,
+    use_cache: bool,
+) -> Iterator[Tensor]:
+    generator = None if sampling.seed is None else torch.Generator(prompt.device).manual_seed(sampling.seed)
+    training = model.training
+    model.eval()
+    try:
+        window = Window.start(model, prompt, pad_mask, num_latents, max_new_tokens, use_cache)
+        for number in range(max_new_tokens):
+            token = _choose(window.logits(), sampling, generator)
+            if number + 1 < max_new_tokens:
+                window.append(token)
+            yield token
+    finally:
+        model.train(training)
+
+
+@torch.no_grad()
+def beam_search(
+    model: nn.Module,
+    prompt: Tensor,
+    *,
+    max_new_tokens: int,
+    num_beams: int,
+    num_latents: int = 1,
+    pad_mask: Tensor | None = None,
+    eos_id: int | None = None,
+    length_penalty: float = 1.0,
+    use_cache: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """The likeliest continuation of each prompt that a beam search finds.
+
+    Args:
+        num_beams: continuations that are followed at once, for each prompt.
+        eos_id: a continuation that has it is finished; None: all have max_new_tokens.
+        length_penalty: continuations are compared by log-probability / length^length_penalty (arXiv 1609.08144 without its
+            constants); it matters only where they have different lengths.
+        Others: see `generate`.
+
+    Returns:
+        New ids (B, T), finished rows filled up with eos_id, and log-probabilities (B,) of each continuation.
+
+    Raises:
+        UserError: see `generate`.
+    """
+    check_prompt(model.config, prompt, max_new_tokens, num_latents)
+    if num_beams < 1:
+        raise UserError(f"num_beams is {num_beams} and must be at least 1")
+    num_prompts, device = prompt.shape[0], prompt.device
+    if max_new_tokens == 0:
+        return prompt[:, :0], torch.zeros(num_prompts, device=device)
+    training = model.training
+    model.eval()
+    window = Window.start(model, prompt, pad_mask, num_latents, max_new_tokens, use_cache)
+    window.select(torch.arange(num_prompts, device=device).repeat_interleave(num_beams))
+    # At first the beams of a prompt are equal: all but one are out of the race.
+    scores = torch.full((num_prompts, num_beams), -torch.inf, device=device)
+    scores[:, 0] = 0.0
+    ids = prompt.new_zeros(num_prompts, num_beams, 0)
+    lengths = torch.zeros_like(scores)
+    finished = torch.zeros_like(scores, dtype=torch.bool)
+    for number in range(max_new_tokens):
+        steps = window.logits().log_softmax(-1).view(num_prompts, num_beams, -1)
+        if eos_id is not None:
+            # A finished beam goes on in one way only, at no cost.
+            steps = steps.masked_fill(finished[..., None], -torch.inf)
+            steps[..., eos_id] = steps[..., eos_id].masked_fill(finished, 0.0)
+        totals = scores[..., None] + steps
+        new_lengths = (lengths + (~finished).to(lengths.dtype))[..., None]
+        ranking = (totals / new_lengths**length_penalty).flatten(1)
+        chosen = ranking.topk(num_beams, dim=1).indices
+        beam, token = chosen // steps.shape[-1], chosen % steps.shape[-1]
+        scores = totals.flatten(1).gather(1, chosen)
+        lengths = new_lengths.squeeze(-1).gather(1, beam)
+        finished = finished.gather(1, beam)
+        ids = torch.cat([ids.gather(1, beam[..., None].expand(-1, -1, ids.shape[-1])), token[..., None]], dim=-1)
+        if eos_id is not None:
+            finished |= token == eos_id
+            if bool(finished.all()):
+                break
+        if number + 1 < max_new_tokens:
+            window.select((beam + torch.arange(num_prompts, device=device)[:, None] * num_beams).flatten())
+            window.append(token.reshape(-1, 1))
+    model.train(training)
+    # topk has sorted each prompt's beams: the first is the best.
+    return ids[:, 0], scores[:, 0]
+
+
+class Window:
+    """What generation has seen so far, and the logits of what comes next: with a cache, or computed anew from the ids."""
+
+    def __init__(self, model: nn.Module, ids: Tensor, pad_mask: Tensor | None, prefix_len: int, cache) -> None:
+        self.model, self.ids, self.pad_mask, self.prefix_len, self.cache = model, ids, pad_mask, prefix_len, cache
+        self._logits: Tensor | None = None
+
+    @classmethod
+    def start(
+        cls,
+        model: nn.Module,
+        prompt: Tensor,
+        pad_mask: Tensor | None,
+        num_latents: int,
+        max_new_tokens: int,
+        use_cache: bool,
+    ) -> Window:
+        """The window of a prompt."""
+        cache = model.make_cache(prompt.shape[1] + max_new_tokens) if use_cache else None
+        if pad_mask is not None and not bool(pad_mask.any()):
+            pad_mask = None
+        return cls(model, prompt, pad_mask, prompt.shape[1] - num_latents, cache)
+
+    def logits(self) -> Tensor:
+        """Logits of the next token (B, V), float32 or better."""
+        if self._logits is None:
+            logits = self.model(self.ids, self.prefix_len, self.pad_mask, cache=self.cache, last_only=True)[:, -1]
+            self._logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return self._logits
+
+    def append(self, token: Tensor) -> None:
+        """One more token (B, 1): another latent, or a longer prefix, or the window without its oldest token."""
+        if self.cache is not None:
+            self.logits()
+            self.ids, self.prefix_len, self.pad_mask, self._logits = token, 0, None, None
+            return
+        config: PerceiverARConfig = self.model.config
+        ids = torch.cat([self.ids, token], dim=1)[:, -config.max_seq_len :]
+        if self.pad_mask is not None:
+            pad_mask = torch.cat([self.pad_mask, torch.zeros_like(token, dtype=torch.bool)], dim=1)
+            self.pad_mask = pad_mask[:, -config.max_seq_len :]
+        self.ids, self.prefix_len = ids, max(self.prefix_len, ids.shape[1] - config.max_latents)
+        self._logits = None
+
+    def select(self, rows: Tensor) -> None:
+        """Goes on with the given rows (any number of them, (R,))."""
+        self._logits = self.logits()[rows]
+        self.ids = self.ids[rows]
+        if self.pad_mask is not None:
+            self.pad_mask = self.pad_mask[rows]
+        if self.cache is not None:
+            self.cache.select(rows)
+
+
+def _choose(logits: Tensor, sampling: Sampling, generator: torch.Generator | None) -> Tensor:
+    """The next ids (B, 1) of logits (B, V)."""
+    if sampling.temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    logits = logits / sampling.temperature
+    if sampling.top_k is not None:
+        least = logits.topk(min(sampling.top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    if sampling.top_p is not None:
+        ordered, order = logits.sort(descending=True)
+        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
+        logits = logits.masked_fill((before >= sampling.top_p).gather(1, order.argsort(-1)), -torch.inf)
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator)
+
+
+def check_prompt(config: PerceiverARConfig, prompt: Tensor, max_new_tokens: int, num_latents: int) -> None:
+    """Raises UserError with the valid range where a prompt (B, N), or an argument, is out of it."""
     length, max_prefix = prompt.shape[1], config.max_seq_len - config.max_latents
     if not 1 <= length <= config.max_seq_len:
         raise UserError(f"the prompt has {length} tokens and must have 1 to {config.max_seq_len}")
@@ -110,9 +281,3 @@ def _check(
         raise UserError(f"num_latents is {num_latents} and must be {low} to {high} for a prompt of {length} tokens")
     if max_new_tokens < 0:
         raise UserError(f"max_new_tokens is {max_new_tokens} and must not be negative")
-    if temperature < 0:
-        raise UserError(f"temperature is {temperature} and must be 0 (greedy) or above")
-    if top_k is not None and top_k < 1:
-        raise UserError(f"top_k is {top_k} and must be at least 1")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise UserError(f"top_p is {top_p} and must be above 0 and at most 1")

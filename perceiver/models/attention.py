@@ -50,6 +50,11 @@ class KeyValueCache:
         filled = min(self.num_written, self.capacity)
         return self._keys[:, :, :filled], self._values[:, :, :filled]
 
+    def select(self, rows: Tensor) -> None:
+        """Keeps the given rows of the batch (R,), in this order, also several times (beams)."""
+        if self._keys is not None:
+            self._keys, self._values = self._keys[rows], self._values[rows]
+
 
 def attend(
     q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, causal: bool = False, dropout: float = 0.0

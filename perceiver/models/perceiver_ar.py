@@ -39,6 +39,14 @@ class PerceiverARCache:
     latent_padding: Tensor | None = None
     """(B, ring of the self-attention), True = padding."""
 
+    def select(self, rows: Tensor) -> None:
+        """Keeps the given rows of the batch (R,), in this order, also several times (beams)."""
+        for layer in (self.cross_attention, *self.self_attention):
+            layer.select(rows)
+        if self.num_padding is not None:
+            self.num_padding = self.num_padding[rows]
+            self.padding, self.latent_padding = self.padding[rows], self.latent_padding[rows]
+
 
 class PerceiverAR(nn.Module):
     """Perceiver AR over token ids. Weights start uninitialised: `init_weights`, or a checkpoint.
@@ -110,6 +118,7 @@ class PerceiverAR(nn.Module):
         prefix_keep: Tensor | None = None,
         cache: PerceiverARCache | None = None,
         return_hidden: bool = False,
+        last_only: bool = False,
     ) -> Tensor:
         """Logits of the tokens that follow each latent.
 
@@ -121,14 +130,17 @@ class PerceiverAR(nn.Module):
             prefix_keep: (B, K) positions of the prefix that are kept, the others are left out (prefix dropout); None: all.
             cache: an empty cache is filled by this call, a filled one is read and extended.
             return_hidden: leave out the output matrix and return hidden states instead, see `head`.
+            last_only: return the last latent's alone.
 
         Returns:
-            (B, L, V), or hidden states (B, L, C).
+            (B, L, V), or hidden states (B, L, C); with `last_only` L is 1.
         """
         if cache is not None and cache.num_tokens:
             hidden = self._hidden_next(x, cache)
         else:
             hidden = self._hidden(x, prefix_len, pad_mask, prefix_keep, cache)
+        if last_only:
+            hidden = hidden[:, -1:]
         return hidden if return_hidden else self.head(hidden)
 
     def hidden(self, x: Tensor, prefix_len: int = 0, **arguments: Tensor | None) -> Tensor:
