@@ -200,11 +200,9 @@ def _files(source: str, label: str, kind: str, field: str) -> list[_Found]:
     sizes = {path: size for path, _, size in listed}
     for path, inner, size in listed:
         form = _format(path)
-        if form not in _READABLE[kind] or (form == "idx" and _labels_path(path) is None):
+        if form not in _READABLE[kind] or (form == "idx" and not _labels_paths(path)):
             continue
-        labels = _labels_path(path) if form == "idx" else None
-        if labels is not None and labels not in sizes and not single:
-            raise UserError(f"{path} has no file of labels beside it: {Path(labels).name} is missing")
+        labels = _labels_beside(path, None if single else sizes) if form == "idx" else None
         name = f"{label}/{inner}" if inner else label
         file = InputFile(path=path, name=name, format=form, size=size, labels_path=labels)
         result.append(_Found(file, None if single else _mark(inner)))
@@ -255,12 +253,27 @@ def _format(path: str) -> Format | None:
     return None if form == "parquet" and bare != name else form
 
 
-def _labels_path(path: str) -> str | None:
-    """The file of labels that belongs to an idx file of images; None if it is itself one of labels."""
+def _labels_paths(path: str) -> list[str]:
+    """Where the labels that belong to an idx file of images may be; none if it is itself one of labels."""
     folder, slash, name = path.rpartition("/")
     if "images" not in name:
-        return None
-    return folder + slash + name.replace("images", "labels").replace("idx3", "idx1")
+        return []
+    bare = folder + slash + name.removesuffix(".gz").replace("images", "labels").replace("idx3", "idx1")
+    return [bare + ".gz", bare] if name.endswith(".gz") else [bare, bare + ".gz"]
+
+
+def _labels_beside(path: str, there: dict[str, int] | None) -> str:
+    """The labels of an idx file of images, among `there`, or where it lies.
+
+    Raises:
+        UserError: there are none.
+    """
+    for labels in _labels_paths(path):
+        filesystem, inner = open_folder(labels)
+        if labels in there if there is not None else filesystem.get_file_info(inner).type == pafs.FileType.File:
+            return labels
+    name = _labels_paths(path)[0].rpartition("/")[2]
+    raise UserError(f"{path} has no file of labels beside it: {name} is missing")
 
 
 def _mark(inner: str) -> str | None:

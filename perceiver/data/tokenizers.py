@@ -135,11 +135,13 @@ class SentencePieceTokenizer(Tokenizer):
         import sentencepiece
 
         self.model, self.name = model, name
+        self._processor = processor = sentencepiece.SentencePieceProcessor()
         try:
-            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+            loaded = bool(model) and processor.LoadFromSerializedProto(model)
         except RuntimeError:
-            raise UserError(f"data.tokenizer {name} is not a SentencePiece model") from None
-        processor = self._processor
+            loaded = False
+        if not loaded:
+            raise UserError(f"data.tokenizer {name} is not a SentencePiece model")
         self.vocab_size = processor.vocab_size()
         if self.vocab_size > 2**16:
             raise UserError(f"data.tokenizer {name} has {self.vocab_size} ids; at most 65,536 can be stored")
