@@ -21,7 +21,11 @@ from perceiver.config import (
     TextInput,
     TextOutput,
     UserError,
+    differences,
+    flatten,
+    to_dict,
 )
+from perceiver.models import shapes
 
 StateDict = dict[str, Tensor]
 Rules = tuple[tuple[str, str | None], ...]
@@ -241,6 +245,104 @@ def config_from_transformers(config: dict[str, Any], architecture: str | None = 
     )
 
 
+_TO_TRANSFORMERS_LAYER: Rules = (
+    (r"(?:q_)?norm\.", "attention.self.layernorm1."),
+    (r"kv_norm\.", "attention.self.layernorm2."),
+    (r"attention\.q_proj\.", "attention.self.query."),
+    (r"attention\.k_proj\.", "attention.self.key."),
+    (r"attention\.v_proj\.", "attention.self.value."),
+    (r"attention\.o_proj\.", "attention.output.dense."),
+    (r"mlp\.norm\.", "layernorm."),
+    (r"mlp\.widen\.", "mlp.dense1."),
+    (r"mlp\.narrow\.", "mlp.dense2."),
+)
+
+
+def to_transformers(state_dict: StateDict, config: PerceiverIOConfig) -> StateDict:
+    """The inverse of `from_transformers`: our weights under the names of transformers."""
+    decoder = "perceiver.decoder." if isinstance(config.output, TextOutput) else "perceiver.decoder.decoder."
+    rules: Rules = (
+        (r"encoder\.latents$", "perceiver.embeddings.latents"),
+        (r"encoder\.input_adapter\.txt_embedding\.", "perceiver.input_preprocessor.embeddings."),
+        (r"encoder\.input_adapter\.pos_embedding\.", "perceiver.input_preprocessor.position_embeddings."),
+        (r"encoder\.input_adapter\.linear\.", "perceiver.input_preprocessor.conv_after_patches."),
+        (r"encoder\.cross_attention_1\.", "perceiver.encoder.cross_attention."),
+        (r"encoder\.self_attention_1\.(\d+)\.", r"perceiver.encoder.self_attends.\1."),
+        (r"decoder\.cross_attention\.", f"{decoder}decoding_cross_attention."),
+        (r"decoder\.queries$", f"{decoder}output_position_encodings.position_embeddings"),
+        (r"decoder\.output\.", f"{decoder}final_layer."),
+        (r"decoder\.output_bias$", "embedding_decoder.bias"),
+    )
+    return _rename(state_dict, rules, _TO_TRANSFORMERS_LAYER, "this project")
+
+
+def config_to_transformers(config: ModelConfig) -> dict[str, Any]:
+    """The inverse of `config_from_transformers`: a config.json, with the class of the model under "architectures".
+
+    Raises:
+        UserError: transformers has no such model; names a field that differs from what its models have.
+    """
+    if not isinstance(config, PerceiverIOConfig):
+        raise UserError("transformers has no Perceiver AR: only Perceiver IO models can be exported to its format")
+    encoder, within = config.encoder, shapes.encoder_self_attention(config)
+    common: dict[str, Any] = {
+        "model_type": "perceiver",
+        "num_latents": config.num_latents,
+        "d_latents": config.num_latent_channels,
+        "num_blocks": encoder.num_self_attention_blocks,
+        "num_self_attends_per_block": encoder.num_self_attention_layers_per_block,
+        "num_self_attention_heads": encoder.num_self_attention_heads,
+        "num_cross_attention_heads": encoder.num_cross_attention_heads,
+        "self_attention_widening_factor": encoder.self_attention_widening_factor,
+        "cross_attention_widening_factor": encoder.cross_attention_widening_factor,
+        "attention_probs_dropout_prob": encoder.dropout,
+        "initializer_range": config.init_scale,
+        "d_model": shapes.adapted_channels(config.input),
+    }
+    match config.input, config.output:
+        case TextInput(vocab_size=vocab_size, max_seq_len=max_seq_len), TextOutput():
+            architecture = "PerceiverForMaskedLM"
+            common |= {"vocab_size": vocab_size, "max_position_embeddings": max_seq_len}
+        case ImageInput(), ClassOutput(num_classes=num_classes):
+            architecture = "PerceiverForImageClassificationFourier"
+            common["id2label"] = {str(i): f"LABEL_{i}" for i in range(num_classes)}
+            common["label2id"] = {f"LABEL_{i}": i for i in range(num_classes)}
+        case FlowInput(image_shape=image_shape), FlowOutput():
+            architecture = "PerceiverForOpticalFlow"
+            common["train_size"] = list(image_shape)
+        case _:
+            raise UserError(
+                f"transformers has no Perceiver from {type(config.input).__name__} to {type(config.output).__name__} that "
+                "is built as ours"
+            )
+    common["architectures"] = [architecture]
+    # Whether its models can be the same is seen by reading each candidate back.
+    changes: list[str] = []
+    for qk_channels in (within.qk_channels, None):
+        for v_channels in (within.v_channels, None):
+            candidate = common | {"qk_channels": qk_channels, "v_channels": v_channels}
+            changes = differences(_resolved(config), _resolved(config_from_transformers(candidate)))
+            if not changes:
+                return candidate
+    raise UserError(f"{architecture} of transformers cannot be this model ({'; '.join(changes)})")
+
+
+def _resolved(config: PerceiverIOConfig) -> dict[str, Any]:
+    """A configuration with all channels as numbers, and without what does not change the forward pass; flat."""
+    flat = flatten(to_dict(config))
+    for name, channels in (
+        ("encoder.num_cross_attention", shapes.encoder_cross_attention(config)),
+        ("encoder.num_self_attention", shapes.encoder_self_attention(config)),
+        ("decoder.num_cross_attention", shapes.decoder_cross_attention(config)),
+    ):
+        flat |= {f"{name}_qk_channels": channels.qk_channels, f"{name}_v_channels": channels.v_channels}
+    if config.encoder.num_cross_attention_layers == 1:
+        del flat["encoder.first_cross_attention_layer_shared"]
+    for name in ("encoder.freeze", "encoder.dropout", "decoder.dropout"):
+        del flat[name]
+    return flat
+
+
 # -------------------------------------------------------------------------------------------------------------- helpers
 
 
@@ -254,7 +356,7 @@ def _rename(state_dict: StateDict, top: Rules, layer: Rules, origin: str) -> Sta
         if replacement is None:
             continue
         rest = name[match.end() :]
-        if "attention" in replacement:
+        if "attention" in match.group() + replacement:
             inner, inner_replacement = _first_match(layer, rest)
             if inner is None:
                 raise UserError(f"weight {name!r} belongs to no attention layer of {origin} that can be read")

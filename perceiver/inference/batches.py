@@ -1,0 +1,103 @@
+"""Inputs of users as batches of a model: texts as ids with padding, images as pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from perceiver.config import ImageInput, UserError
+from perceiver.data.images import decode_image, random_crop
+
+ImageLike = Any
+"""An image: a path, the bytes of a PNG or JPEG file, an array (height, width[, channels]) of uint8, or a Pillow image."""
+
+
+def pad_left(rows: Sequence[np.ndarray], device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Rows of ids as (B, N), and where padding is (B, N); None where there is none."""
+    return _pad(rows, device, left=True)
+
+
+def pad_right(rows: Sequence[np.ndarray], device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Rows of ids as (B, N), and where padding is (B, N); None where there is none."""
+    return _pad(rows, device, left=False)
+
+
+def _pad(rows: Sequence[np.ndarray], device: torch.device, left: bool) -> tuple[Tensor, Tensor | None]:
+    length = max(map(len, rows))
+    ids, padding = np.zeros((len(rows), length), np.int64), np.ones((len(rows), length), bool)
+    for i, row in enumerate(rows):
+        place = slice(length - len(row), None) if left else slice(len(row))
+        ids[i, place], padding[i, place] = row, False
+    mask = torch.from_numpy(padding).to(device) if padding.any() else None
+    return torch.from_numpy(ids).to(device), mask
+
+
+def images_of(values: Sequence[Any], config: ImageInput, crop: int | None) -> np.ndarray:
+    """Images of a user as uint8 (B, height, width, channels) of the model's size.
+
+    Args:
+        values: see `ImageLike`.
+        crop: side length that larger images are cut to, in the middle, as in validation; None: none is cut.
+
+    Raises:
+        UserError: what is no image, or has another size than the model's.
+    """
+    return np.stack([_image(value, config, crop) for value in values])
+
+
+def _image(value: Any, config: ImageInput, crop: int | None) -> np.ndarray:
+    pixels, name = _pixels(value)
+    height, width, channels = config.image_shape
+    if pixels.shape[-1] != channels and {pixels.shape[-1], channels} == {1, 3}:
+        # ITU-R 601 luma, as Pillow converts.
+        grey = (pixels.astype(np.float32) @ np.float32([0.299, 0.587, 0.114]))[..., None] if channels == 1 else pixels
+        pixels = np.rint(np.repeat(grey, channels, -1)).astype(np.uint8)
+    if crop is not None and min(pixels.shape[:2]) >= crop and pixels.shape[:2] != (height, width):
+        pixels = random_crop(pixels[None], crop, np.full((1, 2), 0.5))[0]
+    if pixels.shape != config.image_shape:
+        raise UserError(
+            f"{name} is {pixels.shape[0]} x {pixels.shape[1]} pixels with {pixels.shape[2]} channels and must be "
+            f"{height} x {width} with {channels}, as the model was trained"
+        )
+    return pixels
+
+
+def _pixels(value: Any) -> tuple[np.ndarray, str]:
+    """An image as uint8 (height, width, channels), and what messages call it."""
+    if isinstance(value, np.ndarray):
+        if value.dtype != np.uint8 or value.ndim not in (2, 3):
+            raise UserError(f"an image array must be uint8 (height, width[, channels]), not {value.dtype} {value.shape}")
+        return (value[..., None] if value.ndim == 2 else value), "the image"
+    if isinstance(value, (str, Path)):
+        path, name = Path(value).expanduser(), str(value)
+        if not path.is_file():
+            raise UserError(f"there is no image file {name}")
+        value = path.read_bytes()
+    else:
+        name = "the image"
+    if isinstance(value, bytes):
+        try:
+            return decode_image(value), name
+        except OSError:
+            raise UserError(f"{name} is no image that can be read (PNG, JPEG)") from None
+    if hasattr(value, "convert") and hasattr(value, "mode"):  # a Pillow image, without importing Pillow
+        grey = value.mode in ("1", "L", "LA", "I;16")
+        pixels = np.asarray(value.convert("L" if grey else "RGB"))
+        return (pixels[..., None] if grey else pixels), name
+    raise UserError(f"an image must be a path, bytes, a uint8 array or a Pillow image, not {type(value).__name__}")
+
+
+def check_text(value: Any) -> str:
+    """Raises UserError where a value is no text that can be encoded."""
+    if not isinstance(value, str):
+        raise UserError(f"the input must be text, not {type(value).__name__}")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise UserError("the input has a lone surrogate, which no UTF-8 text can hold") from None
+    return value

@@ -1,0 +1,159 @@
+"""Trained models by name: a run's folder or name, an exported folder, published weights. Needs no Ray."""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from perceiver.config import ModelConfig, PerceiverARConfig, SymbolicAudioConfig, TextInput, UserError, from_dict, home
+from perceiver.data.tokenizers import Tokenizer, load_tokenizer
+from perceiver.inference.export import TOKENIZER, WEIGHTS, download, read_config
+from perceiver.inference.trained import TrainedModel
+from perceiver.models import PerceiverAR, PerceiverIO, build_model
+from perceiver.training.checkpoint import choose_checkpoint, load_model
+from perceiver.training.run import CHECKPOINTS, EXPERIMENT
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def load(
+    source: str | Path,
+    checkpoint: str = "best",
+    *,
+    device: str = "auto",
+    precision: Literal["fp32", "bf16"] = "fp32",
+) -> TrainedModel:
+    """A trained model, in this process and on one device.
+
+    Args:
+        source: folder of a run, name of a run among those of $PERCEIVER_HOME, a folder that `export` wrote, a folder or file
+            with published weights (of transformers or krasserm/perceiver-io), or a name on the Hugging Face hub.
+        checkpoint: of a run: "best" (by the run's own metric), "last" or a step.
+        device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1", ...
+        precision: of weights and computation.
+
+    Raises:
+        UserError: there is no such model; says where it was looked for.
+    """
+    target = _device(device)
+    if precision not in DTYPES:
+        raise UserError(f"precision is {precision!r} and must be one of {', '.join(DTYPES)}")
+    folder = find_run(source)
+    if folder is not None:
+        trained = load_run(folder, checkpoint, target)
+    else:
+        trained = _load_other(source, target)
+    trained.model.to(dtype=DTYPES[precision])
+    trained.model.requires_grad_(False)
+    trained.model.eval()
+    return trained
+
+
+def find_run(source: str | Path) -> Path | None:
+    """The folder of a run that is given by path or by name; None if there is none."""
+    candidates = [Path(source).expanduser()]
+    if not Path(source).is_absolute():
+        candidates.append(home() / "runs" / str(source))
+    return next((folder.absolute() for folder in candidates if (folder / EXPERIMENT).is_file()), None)
+
+
+def load_run(folder: Path, checkpoint: str, device: torch.device) -> TrainedModel:
+    """The model of a run's checkpoint.
+
+    Raises:
+        UserError: there is no such checkpoint, or the run's tokenizer is missing.
+    """
+    run = json.loads((folder / EXPERIMENT).read_text())
+    experiment = from_dict(run["experiment"])
+    chosen = choose_checkpoint(folder / CHECKPOINTS, str(checkpoint), experiment.run.best_metric)
+    model = empty_model(experiment.model, device)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # one process is what is meant
+        load_model(chosen.path, model)
+    music = isinstance(experiment.task, SymbolicAudioConfig)
+    tokenizer = None if music else tokenizer_of(experiment.model, experiment.data.tokenizer)
+    provenance = {"run": folder.name, "preset": experiment.preset, "step": chosen.step, "metrics": chosen.metrics, "data": run["data"]}
+    return TrainedModel(model=model, task=experiment.task, tokenizer=tokenizer, name=folder.name, provenance=provenance)
+
+
+def load_export(folder: Path, device: torch.device) -> TrainedModel:
+    """The model of a folder in our format (`perceiver.inference.export`).
+
+    Raises:
+        UserError: a file is missing or damaged, or its weights are not those of its config.json.
+    """
+    config = read_config(folder)
+    if config is None:
+        raise UserError(f"{folder} holds no exported model")
+    model_config = from_dict(config["model"])
+    model = empty_model(model_config, device)
+    try:
+        model.load_state_dict(load_file(folder / WEIGHTS, device=str(device)))
+    except (OSError, SafetensorError, RuntimeError) as error:
+        reason = (str(error).strip().splitlines() or [""])[-1].strip()
+        raise UserError(f"{folder / WEIGHTS} does not hold the weights of its config.json ({reason})") from error
+    tokenizer = config["tokenizer"]
+    if tokenizer is not None:
+        tokenizer = tokenizer_of(model_config, str(folder / TOKENIZER) if tokenizer == TOKENIZER else tokenizer)
+    return TrainedModel(
+        model=model, task=from_dict(config["task"]), tokenizer=tokenizer, name=config["name"], provenance=config["provenance"]
+    )
+
+
+def empty_model(config: ModelConfig, device: torch.device) -> PerceiverIO | PerceiverAR:
+    """A model on a device whose parameters wait for values; its constants are computed."""
+    with torch.device("meta"):
+        model = build_model(config)
+    model.to_empty(device=device)
+    model.reset_buffers()
+    return model
+
+
+def tokenizer_of(config: ModelConfig, name: str) -> Tokenizer | None:
+    """The tokenizer of a model that reads text; None for the others.
+
+    Raises:
+        UserError: it is missing or has more ids than the model.
+    """
+    if isinstance(config, PerceiverARConfig):
+        vocab_size = config.vocab_size
+    elif isinstance(config.input, TextInput):
+        vocab_size = config.input.vocab_size
+    else:
+        return None
+    tokenizer = load_tokenizer(name)
+    if tokenizer.vocab_size > vocab_size:
+        raise UserError(f"tokenizer {name} has {tokenizer.vocab_size} ids, but the model's vocab_size is {vocab_size}")
+    return tokenizer
+
+
+def _load_other(source: str | Path, device: torch.device) -> TrainedModel:
+    path = Path(source).expanduser()
+    if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+        path = download(str(source))
+    if read_config(path) is not None:
+        return load_export(path, device)
+    raise UserError(
+        f"no model {str(source)!r}: it is no run's folder, no name of a run in {home() / 'runs'}, no exported folder, "
+        "and no name on the Hugging Face hub"
+    )
+
+
+def _device(device: str) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise UserError(f"device is {device!r} and must be auto, cpu, cuda or cuda:NUMBER") from None
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device is {device!r}, but this machine has {torch.cuda.device_count()} GPUs that PyTorch can use")
+    return chosen

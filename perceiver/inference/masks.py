@@ -1,0 +1,110 @@
+"""Filling masked positions with a masked language model."""
+
+from __future__ import annotations
+
+import heapq
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from perceiver.config import UserError
+from perceiver.data.tokenizers import Tokenizer
+from perceiver.inference.batches import check_text, pad_right
+
+MARKS = ("<mask>", "[MASK]")
+"""How a masked position is written: one token each, so with a byte tokenizer one byte."""
+
+
+@dataclass(frozen=True)
+class Fill:
+    """One way to fill a text's masks."""
+
+    text: str
+    """The whole text."""
+    filled: tuple[str, ...]
+    """What stands in the place of each run of neighbouring masks."""
+    probability: float
+    """Of these tokens together; positions are filled independently of each other."""
+
+
+@torch.no_grad()
+def fill_masks(model: nn.Module, tokenizer: Tokenizer, texts: Sequence[str], top_k: int = 1) -> list[list[Fill]]:
+    """The likeliest ways to fill each text's masks, best first.
+
+    Args:
+        model: a `PerceiverIO` with text output.
+        texts: with masks written as in `MARKS`.
+        top_k: fills a text (fewer where there are not so many).
+
+    Raises:
+        UserError: a text without a mask or too long, a tokenizer without a mask id, top_k below 1.
+    """
+    if top_k < 1:
+        raise UserError(f"top_k is {top_k} and must be at least 1")
+    rows = [encode_masked(tokenizer, text, model.config.input.max_seq_len) for text in texts]
+    device = next(model.parameters()).device
+    ids, pad_mask = pad_right(rows, device)
+    # Only masked positions are decoded: (B, M), rows with fewer masks than others repeat position 0.
+    places = [np.flatnonzero(row == tokenizer.mask_id) for row in rows]
+    positions = torch.zeros(len(rows), max(map(len, places)), dtype=torch.long)
+    for i, row in enumerate(places):
+        positions[i, : len(row)] = torch.from_numpy(row)
+    logits = model(ids, pad_mask, positions=positions.to(device))
+    # A mask is never the answer to a mask, nor are the other special ids.
+    special = torch.from_numpy(np.flatnonzero(tokenizer.words.special)).to(device)
+    log_probs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1).index_fill(-1, special, -torch.inf)
+    return [
+        [_fill(tokenizer, row, where, chosen, score) for score, chosen in _best(scores[: len(where)], top_k)]
+        for row, where, scores in zip(rows, places, log_probs.cpu(), strict=True)
+    ]
+
+
+def encode_masked(tokenizer: Tokenizer, text: str, max_seq_len: int) -> np.ndarray:
+    """A text with masks as ids, between [CLS] and [SEP] where the tokenizer has these.
+
+    Raises:
+        UserError: see `fill_masks`.
+    """
+    check_text(text)
+    if tokenizer.mask_id is None:
+        raise UserError("the model's tokenizer has no mask id: it cannot fill masks")
+    parts = re.split("|".join(map(re.escape, MARKS)), text)
+    if len(parts) == 1:
+        raise UserError(f"the text has no mask: write {MARKS[0]} (or {MARKS[1]}) for each token to be filled in")
+    pieces: list[np.ndarray] = []
+    for number, part in enumerate(parts):
+        pieces += ([np.array([tokenizer.mask_id])] if number else []) + ([tokenizer.encode(part)] if part else [])
+    row = with_marks(tokenizer, np.concatenate(pieces))
+    if len(row) > max_seq_len:
+        raise UserError(f"the text has {len(row)} tokens and must have at most {max_seq_len}")
+    return row
+
+
+def with_marks(tokenizer: Tokenizer, ids: np.ndarray) -> np.ndarray:
+    """Ids of a text between [CLS] and [SEP], where the tokenizer has these."""
+    if tokenizer.cls_id is None or tokenizer.sep_id is None:
+        return ids
+    return np.concatenate([[tokenizer.cls_id], ids, [tokenizer.sep_id]])
+
+
+def _best(log_probs: Tensor, top_k: int) -> list[tuple[float, list[int]]]:
+    """The top_k best choices of one token a position, of independent log-probabilities (M, V): exact, position by position."""
+    beams: list[tuple[float, list[int]]] = [(0.0, [])]
+    best = log_probs.double().topk(min(top_k, log_probs.shape[-1]))
+    for choice, scores in zip(best.indices.tolist(), best.values.tolist(), strict=True):
+        extended = [
+            (score + s, [*chosen, t]) for score, chosen in beams for t, s in zip(choice, scores, strict=True) if s > -np.inf
+        ]
+        beams = heapq.nlargest(top_k, extended, key=lambda beam: beam[0])
+    return beams
+
+
+def _fill(tokenizer: Tokenizer, row: np.ndarray, places: np.ndarray, chosen: list[int], score: float) -> Fill:
+    ids = row.copy()
+    ids[places] = chosen
+    runs = np.split(np.array(chosen), np.flatnonzero(np.diff(places) > 1) + 1)
+    return Fill(tokenizer.decode(ids), tuple(tokenizer.decode(run) for run in runs), float(np.exp(score)))

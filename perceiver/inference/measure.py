@@ -1,0 +1,134 @@
+"""What a trained model says of whole inputs: classes, embeddings, losses.
+
+Shapes: B inputs, L latents, D channels of a latent.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from perceiver.config import UserError
+from perceiver.data.tokenizers import Tokenizer
+from perceiver.inference.batches import check_text, pad_left, pad_right
+from perceiver.inference.masks import with_marks
+
+IGNORE_INDEX = -100
+
+
+@dataclass(frozen=True)
+class Classification:
+    """The class of an input."""
+
+    label: str
+    index: int
+    probability: float
+    probabilities: tuple[float, ...]
+    """Of all classes, in their order."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """How well a language model foresees a document."""
+
+    loss: float
+    """Mean of -log p, in nats a token."""
+    bits_per_byte: float
+    """The same in bits a UTF-8 byte: comparable between tokenizers."""
+    tokens: int
+    """Tokens scored: all of the document."""
+
+
+def document_rows(tokenizer: Tokenizer, texts: Sequence[str], max_seq_len: int) -> list[np.ndarray]:
+    """Documents as ids [CLS] ... [SEP], cut to max_seq_len with both marks kept, as in training."""
+    room = max_seq_len - (2 if tokenizer.cls_id is not None and tokenizer.sep_id is not None else 0)
+    return [with_marks(tokenizer, tokenizer.encode(check_text(text))[:room]) for text in texts]
+
+
+def model_images(model: nn.Module, images: np.ndarray) -> Tensor:
+    """uint8 images (B, H, W, C) as the model takes them: pixels in [-1, 1], on its device."""
+    return torch.from_numpy(images).to(next(model.parameters()).device).float() / 127.5 - 1
+
+
+@torch.no_grad()
+def classify(model: nn.Module, x: Tensor, pad_mask: Tensor | None, class_names: Sequence[str]) -> list[Classification]:
+    """Classes of inputs.
+
+    Args:
+        model: a `PerceiverIO` with class output.
+        x: ids (B, N) or images (B, H, W, C) in [-1, 1].
+        pad_mask: (B, N), True = padding.
+        class_names: in the order of the classes.
+    """
+    probabilities = model(x, pad_mask).float().softmax(-1).cpu()
+    best = probabilities.argmax(-1).tolist()
+    return [
+        Classification(class_names[i], i, row[i], tuple(row)) for i, row in zip(best, probabilities.tolist(), strict=True)
+    ]
+
+
+@torch.no_grad()
+def embed(model: nn.Module, x: Tensor, pad_mask: Tensor | None, pool: bool) -> np.ndarray:
+    """Latents of a `PerceiverIO`: float32 (B, L, D), or their mean (B, D) if pooled. Arguments: see `classify`."""
+    latents = model.encode(x, pad_mask).float()
+    return (latents.mean(1) if pool else latents).cpu().numpy()
+
+
+@torch.no_grad()
+def embed_causal(model: nn.Module, rows: Sequence[np.ndarray], pool: bool) -> list[np.ndarray]:
+    """Final latents of a `PerceiverAR`, of the last max_latents tokens of each row of ids.
+
+    Returns:
+        For each row float32 (its latents, D), or their mean (D,) if pooled.
+    """
+    config = model.config
+    ids, pad_mask = pad_left([row[-config.max_seq_len :] for row in rows], next(model.parameters()).device)
+    num_latents = min(config.max_latents, ids.shape[1])
+    hidden = model(ids, ids.shape[1] - num_latents, pad_mask, return_hidden=True).float().cpu().numpy()
+    latents = [hidden[i, -min(len(row), num_latents) :] for i, row in enumerate(rows)]
+    return [latent.mean(0) for latent in latents] if pool else latents
+
+
+@torch.no_grad()
+def score(model: nn.Module, tokenizer: Tokenizer, texts: Sequence[str], batch_size: int) -> list[Score]:
+    """The loss of each document under a causal language model.
+
+    Every token is scored, the first one after the end of the document before. A token sees all before it that fits:
+    windows end max_latents tokens apart and score what the one before has not (as validation does with the same stride).
+
+    Raises:
+        UserError: a text is empty or no text, or the tokenizer has no id for the end of a document.
+    """
+    if tokenizer.eos_id is None:
+        raise UserError("the model's tokenizer has no id for the end of a document: documents cannot be scored from their start")
+    config, device = model.config, next(model.parameters()).device
+    windows: list[tuple[int, np.ndarray, int]] = []  # document, ids with the last target, targets to score
+    documents = [tokenizer.encode(check_text(text)) for text in texts]
+    if not all(map(len, documents)):
+        raise UserError("the text is empty: there is nothing to score")
+    for number, document in enumerate(documents):
+        ids = np.concatenate([[tokenizer.eos_id], document]).astype(np.int64)
+        for start in range(0, len(document), config.max_latents):
+            stop = min(start + config.max_latents, len(document))
+            windows.append((number, ids[max(0, stop - config.max_seq_len) : stop + 1], stop - start))
+    sums = np.zeros(len(documents))
+    for first in range(0, len(windows), batch_size):
+        numbers, rows, counts = zip(*windows[first : first + batch_size], strict=True)
+        ids, pad_mask = pad_left([row[:-1] for row in rows], device)
+        num_latents = min(config.max_latents, ids.shape[1])
+        labels = torch.full((len(rows), num_latents), IGNORE_INDEX)
+        for i, (row, count) in enumerate(zip(rows, counts, strict=True)):
+            labels[i, -count:] = torch.from_numpy(row[-count:])
+        logits = model(ids, ids.shape[1] - num_latents, pad_mask)
+        losses = F.cross_entropy(logits.transpose(1, 2).float(), labels.to(device), reduction="none", ignore_index=IGNORE_INDEX)
+        np.add.at(sums, list(numbers), losses.double().sum(1).cpu().numpy())
+    return [
+        Score(total / len(document), total / math.log(2) / len(text.encode()), len(document))
+        for total, document, text in zip(sums.tolist(), documents, texts, strict=True)
+    ]

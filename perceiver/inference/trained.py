@@ -1,0 +1,231 @@
+"""A trained model and what can be done with it: `perceiver.load` gives one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from perceiver.config import (
+    CausalLMConfig,
+    ClassOutput,
+    ImageClassificationConfig,
+    ImageInput,
+    MaskedLMConfig,
+    ModelConfig,
+    PerceiverARConfig,
+    PerceiverIOConfig,
+    TaskConfig,
+    TextClassificationConfig,
+    TextInput,
+    TextOutput,
+    UserError,
+)
+from perceiver.data.tokenizers import Tokenizer
+from perceiver.inference import measure
+from perceiver.inference.batches import ImageLike, check_text, images_of, pad_right
+from perceiver.inference.continuations import generate_text, stream_text
+from perceiver.inference.masks import Fill, fill_masks
+from perceiver.inference.generate import Sampling
+from perceiver.inference.measure import Classification, Score
+from perceiver.models import PerceiverAR, PerceiverIO
+
+Result = TypeVar("Result")
+
+_ABILITIES: dict[type, tuple[str, ...]] = {
+    CausalLMConfig: ("generate", "stream", "score", "embed"),
+    MaskedLMConfig: ("fill_mask", "embed"),
+    TextClassificationConfig: ("classify", "embed"),
+    ImageClassificationConfig: ("classify", "embed"),
+}
+"""What a model of a task can do."""
+
+
+@dataclass(kw_only=True)
+class TrainedModel:
+    """A model with its weights, its task and its tokenizer, ready for use in one process.
+
+    Inputs are single texts (or images) or lists of them; a list gives a list of results. Inputs of a list are computed
+    `batch_size` at once. All methods raise UserError for wrong input, and where the model's task is another one.
+    """
+
+    model: PerceiverIO | PerceiverAR
+    task: TaskConfig
+    tokenizer: Tokenizer | None = None
+    name: str = "model"
+    """What messages call it."""
+    provenance: dict[str, Any] = field(default_factory=dict)
+    """Where the weights come from: goes into exports."""
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.model.config
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def abilities(self) -> tuple[str, ...]:
+        """Names of the methods that this model's task allows."""
+        return _ABILITIES.get(type(self.task), ())
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes of a classifier; their numbers where they have none."""
+        assert isinstance(self.config, PerceiverIOConfig) and isinstance(self.config.output, ClassOutput)
+        names = getattr(self.task, "class_names", None)
+        return names or tuple(str(i) for i in range(self.config.output.num_classes))
+
+    def generate(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        max_new_tokens: int = 200,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        num_latents: int | None = None,
+        num_beams: int = 1,
+        seed: int | None = None,
+        stop: Sequence[str] = (),
+        use_cache: bool = True,
+        batch_size: int = 8,
+    ) -> Any:
+        """Continues a prompt, or several; returns the new text without the prompt.
+
+        Args:
+            temperature: 0 takes the likeliest token; otherwise logits are divided by it and a token is drawn.
+            top_k, top_p: draw only among the k likeliest tokens, or the fewest that have probability p together.
+            num_latents: prompt tokens that start as latents, 1 .. max_latents; None: as many as there are.
+            num_beams: above 1: beam search instead of drawing.
+            seed: of the drawing.
+            stop: strings that end the continuation and do not belong to it.
+        """
+        tokenizer = self._require("generate")
+        sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+        return _map(
+            lambda prompts: generate_text(
+                self.model, tokenizer, prompts, max_new_tokens=max_new_tokens, num_latents=num_latents, sampling=sampling,
+                num_beams=num_beams, stop=stop, use_cache=use_cache,
+            ),
+            prompt,
+            batch_size,
+        )  # fmt: skip
+
+    def stream(
+        self,
+        prompt: str,
+        *,
+        max_new_tokens: int = 200,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        num_latents: int | None = None,
+        seed: int | None = None,
+        stop: Sequence[str] = (),
+    ) -> Iterator[str]:
+        """Like `generate` for one prompt, but gives the text piece by piece as it comes."""
+        tokenizer = self._require("stream")
+        pieces = stream_text(
+            self.model, tokenizer, [prompt], max_new_tokens=max_new_tokens, num_latents=num_latents, stop=stop,
+            sampling=Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed),
+        )  # fmt: skip
+        return (piece for (piece,) in pieces if piece)
+
+    def fill_mask(self, text: str | Sequence[str], *, top_k: int = 1, batch_size: int = 8) -> Any:
+        """The top_k likeliest ways to fill the masks of a text, best first: lists of `Fill`.
+
+        Write "<mask>" (or "[MASK]") for each token to be filled in; with a byte tokenizer a token is a byte.
+        """
+        tokenizer = self._require("fill_mask")
+        return _map(lambda texts: fill_masks(self.model, tokenizer, texts, top_k), text, batch_size)
+
+    def classify(self, inputs: str | ImageLike | Sequence[str | ImageLike], *, batch_size: int = 16) -> Any:
+        """The class of a text or image, or of several: `Classification`."""
+        self._require("classify")
+        names = self.class_names
+        return _map(lambda batch: measure.classify(self.model, *self._inputs(batch), names), inputs, batch_size)
+
+    def embed(self, inputs: str | ImageLike | Sequence[str | ImageLike], *, pool: bool = True, batch_size: int = 16) -> Any:
+        """Latents of a text or image as a float32 vector (channels,): their mean; with `pool=False` all (latents, channels).
+
+        Of a causal language model: the final latents of the last max_latents tokens.
+        """
+        self._require("embed")
+        return _map(lambda batch: list(self._embed(batch, pool)), inputs, batch_size)
+
+    def score(self, text: str | Sequence[str], *, batch_size: int = 8) -> Any:
+        """The loss of a document under a causal language model: `Score`."""
+        tokenizer = self._require("score")
+        return _map(lambda texts: measure.score(self.model, tokenizer, texts, batch_size), text, batch_size)
+
+    def export(self, folder: str | Path, *, format: str = "perceiver") -> Path:
+        """Writes the model to a folder; see `perceiver.inference.export.export`."""
+        from perceiver.inference.export import export
+
+        return export(self, folder, format)
+
+    def _embed(self, batch: Sequence[Any], pool: bool) -> Sequence[np.ndarray]:
+        if not isinstance(self.config, PerceiverARConfig):
+            return measure.embed(self.model, *self._inputs(batch), pool)
+        assert self.tokenizer is not None
+        rows = [self.tokenizer.encode(check_text(text)) for text in batch]
+        if not all(map(len, rows)):
+            raise UserError("the text is empty: there is nothing to embed")
+        return measure.embed_causal(self.model, rows, pool)
+
+    def _inputs(self, batch: Sequence[Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Inputs of a Perceiver IO model, and where they are padding."""
+        assert isinstance(self.config, PerceiverIOConfig)
+        if isinstance(self.config.input, ImageInput):
+            crop = getattr(self.task, "random_crop", None)
+            return measure.model_images(self.model, images_of(batch, self.config.input, crop)), None
+        assert isinstance(self.config.input, TextInput) and self.tokenizer is not None
+        return pad_right(measure.document_rows(self.tokenizer, batch, self.config.input.max_seq_len), self.device)
+
+    def _require(self, ability: str) -> Tokenizer:
+        """The tokenizer, of a model that can do this; a model of images has none.
+
+        Raises:
+            UserError: the model's task is another one.
+        """
+        if ability not in self.abilities:
+            task = type(self.task).__name__.removesuffix("Config")
+            can = ", ".join(self.abilities) or "none of these"
+            raise UserError(f"{self.name} cannot {ability}: its task is {task}, which can {can}")
+        return self.tokenizer  # type: ignore[return-value]
+
+
+def task_of(config: ModelConfig) -> TaskConfig:
+    """The task that a model without one was made for, as its input and output tell.
+
+    Raises:
+        UserError: none of those that can be used.
+    """
+    if isinstance(config, PerceiverARConfig):
+        return CausalLMConfig()
+    match config.input, config.output:
+        case TextInput(), TextOutput():
+            return MaskedLMConfig()
+        case TextInput(), ClassOutput(num_classes=num_classes):
+            names = TextClassificationConfig().class_names
+            return TextClassificationConfig(
+                class_names=names if len(names) == num_classes else tuple(str(i) for i in range(num_classes))
+            )
+        case ImageInput(), ClassOutput():
+            return ImageClassificationConfig()
+    raise UserError(f"a model from {type(config.input).__name__} to {type(config.output).__name__} cannot be used here yet")
+
+
+def _map(function: Callable[[Sequence[Any]], Sequence[Result]], inputs: Any, batch_size: int) -> Any:
+    """Applies a function of batches to one input or a list of inputs."""
+    if batch_size < 1:
+        raise UserError(f"batch_size is {batch_size} and must be at least 1")
+    if not isinstance(inputs, (list, tuple)):
+        return function([inputs])[0]
+    return [result for i in range(0, len(inputs), batch_size) for result in function(inputs[i : i + batch_size])]
