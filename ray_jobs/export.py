@@ -1,0 +1,34 @@
+"""`python -m ray_jobs.export RUN --out FOLDER [--format perceiver|transformers] [--upload OWNER/NAME]`: a model as files that last.
+
+Needs no Ray: it stands here with the other jobs so that a cluster can run it where the checkpoints lie.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import perceiver
+from perceiver.inference.export import FORMATS, upload
+from ray_jobs.cli import main_entry
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m ray_jobs.export", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("run", help="folder or name of a run, an exported folder, or a name on the hub")
+    parser.add_argument("--out", required=True, help="folder to write; an earlier export in it is replaced")
+    parser.add_argument("--checkpoint", default="best", help="best (default), last, or a step")
+    parser.add_argument("--format", choices=FORMATS, default=FORMATS[0], help="ours (default), or that of transformers")
+    parser.add_argument("--upload", metavar="OWNER/NAME", help="upload the folder to the Hugging Face hub under this name")
+    parser.add_argument("--public", action="store_true", help="a repository made by --upload is public, not private")
+    args = parser.parse_args(argv)
+    trained = perceiver.load(args.run, args.checkpoint, device="cpu")
+    folder = trained.export(args.out, format=args.format)
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    print(f"{trained.name} written to {folder} ({size / 2**20:,.1f} MiB, format {args.format})", flush=True)
+    if args.upload:
+        print(f"uploaded to {upload(folder, args.upload, private=not args.public)}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    main_entry(main)
