@@ -234,6 +234,10 @@ class MaskedLMConfig:
     """Choose whole words instead of single tokens."""
     static: bool = False
     """The same masks in every epoch instead of new ones."""
+    sample_texts: tuple[str, ...] = ("I have watched this [movie] and it was [great].",)
+    """Sentences that validation fills in: what stands in brackets is masked, all its tokens; [MASK] is one masked token."""
+    sample_predictions: int = 3
+    """How many of the best predictions it writes for each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,6 +246,8 @@ class TextClassificationConfig:
 
     class_names: tuple[str, ...] = ("negative", "positive")
     """Names of the classes, in the order of their labels."""
+    group_by_length: bool = True
+    """Sort a worker's share of a global batch by length before it is cut into micro-batches: less padding, the same batches."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,10 +17,14 @@ from perceiver.config import (
     Experiment,
     ImageClassificationConfig,
     ImageInput,
+    MaskedLMConfig,
     OptimConfig,
     PerceiverARConfig,
     PerceiverIOConfig,
     RunConfig,
+    TextClassificationConfig,
+    TextInput,
+    TextOutput,
     TrainingConfig,
 )
 from perceiver.data.shards import Manifest, Shard, Split, fixed_column, schema, shard_name, stream_rows
@@ -71,6 +75,41 @@ def text_experiment(**training) -> Experiment:
     )
 
 
+def masked_experiment(**training) -> Experiment:
+    """A tiny masked language model on windows of 32 ids."""
+    return replace(
+        text_experiment(**training),
+        preset="mlm-imdb",
+        task=MaskedLMConfig(sample_texts=()),
+        model=PerceiverIOConfig(
+            num_latents=4,
+            num_latent_channels=16,
+            input=TextInput(max_seq_len=32, num_channels=8),
+            encoder=EncoderConfig(
+                num_cross_attention_heads=2, num_self_attention_heads=2, num_self_attention_layers_per_block=2
+            ),
+            decoder=DecoderConfig(num_cross_attention_heads=2, cross_attention_residual=False),
+            output=TextOutput(),
+            init_scale=0.1,
+        ),
+    )
+
+
+def classification_experiment(**training) -> Experiment:
+    """A tiny classifier of documents of at most 30 ids, with the encoder of `masked_experiment`."""
+    base = masked_experiment(**training)
+    return replace(
+        base,
+        preset="txt-clf-imdb-all",
+        task=TextClassificationConfig(),
+        model=replace(
+            base.model,
+            decoder=DecoderConfig(num_cross_attention_heads=1),
+            output=ClassOutput(num_classes=2, num_query_channels=8),
+        ),
+    )
+
+
 def write_images(folder: Path, train: int = 100, val: int = 17, seed: int = 0) -> Manifest:
     """Images whose brightest third tells their class, so that they can be learned."""
     rng = np.random.default_rng(seed)
@@ -99,6 +138,23 @@ def write_stream(folder: Path, train: np.ndarray, val: np.ndarray, length: int =
             blocks.append(pa.table({"tokens": fixed_column(whole[first : first + count + 1])}))
         splits[name] = _write(folder, name, "tokens", blocks, rows, length, 1, tokens=len(stream))
     return _save(folder, "tokens", splits)
+
+
+def write_documents(folder: Path, train: int = 60, val: int = 17, seed: int = 0) -> Manifest:
+    """Documents of 0 to 30 ids; those of class 1 hold the letter "z" and those of class 0 do not."""
+    rng = np.random.default_rng(seed)
+    splits = {}
+    for name, count in (("train", train), ("val", val)):
+        labels = rng.integers(0, 2, count).astype(np.int32)
+        documents = [rng.integers(6 + 97, 6 + 122, rng.integers(0, 30)).astype(np.uint16) for _ in labels]
+        z = np.full(1, 6 + 122, np.uint16)
+        documents = [np.concatenate([d, z]) if label else d for d, label in zip(documents, labels, strict=True)]
+        table = pa.table({"tokens": pa.array(documents, pa.list_(pa.uint16())), "label": pa.array(labels)})
+        table = table.cast(schema("documents", 30))
+        blocks = [table.slice(i, BLOCK) for i in range(0, count, BLOCK)]
+        tokens = sum(map(len, documents))
+        splits[name] = _write(folder, name, "documents", blocks, count, 30, 0, tokens=tokens)
+    return _save(folder, "documents", splits, num_classes=2)
 
 
 def _write(folder, name, kind, blocks, rows, row_length, lookahead, tokens) -> Split:

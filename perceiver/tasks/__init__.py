@@ -14,8 +14,15 @@ def build_task(experiment: Experiment) -> Task:
     """
     from perceiver.tasks.causal_lm import CausalLM
     from perceiver.tasks.image_classification import ImageClassification
+    from perceiver.tasks.masked_lm import MaskedLM
+    from perceiver.tasks.text_classification import TextClassification
 
-    tasks = {"CausalLMConfig": CausalLM, "ImageClassificationConfig": ImageClassification}
+    tasks = {
+        "CausalLMConfig": CausalLM,
+        "ImageClassificationConfig": ImageClassification,
+        "MaskedLMConfig": MaskedLM,
+        "TextClassificationConfig": TextClassification,
+    }
     name = type(experiment.task).__name__
     if name not in tasks:
         raise UserError(

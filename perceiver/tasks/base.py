@@ -57,6 +57,10 @@ class Task(ABC):
         """
         return block.slice(0, block.num_rows - split.lookahead)
 
+    def arrange(self, rows: pa.Table) -> pa.Table:
+        """A worker's rows of one step in the order in which they are cut into micro-batches. Any order gives the same step."""
+        return rows
+
     @abstractmethod
     def collate(self, rows: pa.Table, size: int, split: Split, train: bool) -> Batch:
         """Makes a batch of exactly `size` examples, all tensors with first dimension `size`.

@@ -56,6 +56,7 @@ class Feed:
         for rows in rank_batches(self.order, rank, world, start, stop, tables):
             if rows is None:
                 rows = empty_rows(self.folder, self.split, self.task.examples)
+            rows = self.task.arrange(rows)
             parts = [rows.slice(i * size, size) for i in range(count)]
             yield [self.task.collate(part, size, self.split, self.train) for part in parts]
 

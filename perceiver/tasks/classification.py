@@ -1,0 +1,66 @@
+"""What classification tasks share, whatever they classify: loss, accuracy, confusion matrix."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from perceiver.config import ClassOutput, UserError
+from perceiver.data.shards import Manifest, Split
+from perceiver.models import build_model
+from perceiver.models.flops import training_flops
+from perceiver.tasks.base import IGNORE_INDEX, Batch, Sample, Task
+from perceiver.tasks.pictures import confusion_matrix
+
+
+class Classification(Task):
+    """A class per example: a batch's "labels" are (B,), and `logits` are (B, classes)."""
+
+    @abstractmethod
+    def logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The model's logits (B, classes)."""
+
+    def check(self) -> None:
+        output, names = getattr(self.experiment.model, "output", None), self.experiment.task.class_names
+        if not isinstance(output, ClassOutput):
+            raise UserError("classification needs a Perceiver IO model with a ClassOutput")
+        if output.num_queries != 1:
+            raise UserError(f"model.output.num-queries is {output.num_queries} and must be 1 for a class per example")
+        if names is not None and len(names) != output.num_classes:
+            raise UserError(f"task.class-names has {len(names)} names but model.output.num-classes is {output.num_classes}")
+
+    def build_model(self) -> nn.Module:
+        return build_model(self.experiment.model)
+
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        labels = batch["labels"]
+        logits = self.logits(model, batch).float()
+        loss = F.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORE_INDEX)
+        if torch.is_grad_enabled():
+            return loss, {}
+        valid = labels != IGNORE_INDEX
+        num_classes = logits.shape[-1]
+        pairs = labels[valid] * num_classes + logits.argmax(-1)[valid]
+        return loss, {"confusion": torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)}
+
+    def metrics(self, sums: dict[str, np.ndarray], split: Split) -> dict[str, float]:
+        confusion = sums["confusion"]
+        return {**super().metrics(sums, split), "acc": float(np.trace(confusion) / max(confusion.sum(), 1))}
+
+    def samples(self, model: nn.Module, sums: dict[str, np.ndarray], split: Split) -> list[Sample]:
+        confusion = sums["confusion"]
+        names = self.experiment.task.class_names or tuple(str(i) for i in range(len(confusion)))
+        return [Sample("confusion", image=confusion_matrix(confusion, names))] if len(names) <= 100 else []
+
+    def baselines(self, split: Split, manifest: Manifest) -> list[str]:
+        num_classes = self.experiment.model.output.num_classes
+        return [f"chance is accuracy {1 / num_classes:.3f}, loss {math.log(num_classes):.3f}"]
+
+    def flops_per_example(self) -> float:
+        """Counted at the model's greatest input length."""
+        return training_flops(self.experiment.model)
