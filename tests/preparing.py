@@ -25,7 +25,7 @@ def serially(monkeypatch) -> None:
     monkeypatch.setattr(ray_jobs.ray_env, "connect", lambda parallel: nullcontext())
 
 
-def experiment(preset: str, root: Path, source: Path | str, length: int = 16, **data) -> Experiment:
+def experiment(preset: str, root: Path | str, source: Path | str, length: int = 16, **data) -> Experiment:
     """A preset with small rows, blocks and shards."""
     base = presets.PRESETS[preset]()
     settings = {"rows_per_block": 4, "blocks_per_shard": 3, "root": str(root), "source": str(source)} | data

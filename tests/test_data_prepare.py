@@ -344,3 +344,17 @@ def test_images_of_another_shape_are_refused_before_any_work(tmp_path):
     model = replace(chosen.model, input=replace(chosen.model.input, image_shape=(32, 32, 1)))
     with pytest.raises(UserError, match=r"image_shape is \(32, 32, 1\), but the images are \(28, 28, 1\)"):
         prepare(replace(chosen, model=model))
+
+
+def test_data_may_be_read_from_and_written_to_object_stores(tmp_path):
+    import fsspec
+
+    source = mixed_input(tmp_path / "in")
+    expected = content(prepare(experiment("clm-wikitext", tmp_path / "out", source, val_fraction=0.2))[0])
+    store = fsspec.filesystem("memory")
+    store.put(str(source), "/bucket/in", recursive=True)
+    chosen = experiment("clm-wikitext", "memory://bucket/out", "memory://bucket/in", val_fraction=0.2)
+    folder, manifest = prepare(chosen)
+    stored = {name: store.cat_file(f"/bucket/out/{folder.rpartition('/')[2]}/{name}") for name in expected}
+    del stored[MANIFEST], expected[MANIFEST]  # has no hashes of files that are not local
+    assert stored == expected and stream_of(folder, manifest, "val").size
