@@ -6,8 +6,8 @@ Shapes: B batch, L queries, S keys, C channels, H heads, D channels of a head (q
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.bias import causal_lower_right
 
+from perceiver.models.dropout import drop
 from perceiver.models.factored_attention import FactoredInput, factored_attention
 from perceiver.models.position import Rotation
 from perceiver.models.shapes import AttentionChannels
@@ -63,7 +63,8 @@ def attend(
 
     Args:
         q, k, v: (B, H, L, D), (B, H, S, D), (B, H, S, D of values).
-        mask: boolean, broadcastable to (B, H, L, S), True = may be attended. It already holds causality if wanted.
+        mask: boolean, broadcastable to (B, H, L, S), True = may be attended; a key at least
+            for each query. It already holds causality if wanted.
         causal: query i sees the keys up to S - L + i (aligned at the right ends); not together with a mask.
         dropout: probability for attention weights.
 
@@ -73,8 +74,11 @@ def attend(
     num_queries, num_keys = q.shape[2], k.shape[2]
     if causal and num_queries == 1:
         causal = False
-    elif causal and num_queries != num_keys:
-        mask, causal = causal_lower_right(num_queries, num_keys), False
+    elif causal and num_queries != num_keys:  # the fused kernels align shorter queries at the left
+        mask, causal = causal_mask(num_queries, num_keys, q.device), False
+    if q.device.type == "cpu" and (dropout or q.shape[-1] != v.shape[-1]):
+        mask = causal_mask(num_queries, num_keys, q.device) if causal else mask
+        return _attend_plainly(q, k, v, mask, dropout)
     if q.device.type != "cuda":
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
     # Fused GPU kernels want head sizes that are multiples of 8 (261 is none): zeros at the end change nothing.
@@ -82,6 +86,21 @@ def attend(
     q, k, v = (F.pad(t, (0, -t.shape[-1] % 8)) if t.shape[-1] % 8 else t for t in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale)
     return out[..., :value_size]
+
+
+def causal_mask(num_queries: int, num_keys: int, device: torch.device) -> Tensor:
+    """(num_queries, num_keys), True where query i sees key j: j <= num_keys - num_queries + i (aligned at the right ends)."""
+    return torch.ones(num_queries, num_keys, dtype=torch.bool, device=device).tril(num_keys - num_queries)
+
+
+def _attend_plainly(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+    """What PyTorch does on CPUs where it has no fused kernel, with a cheaper dropout, and a softmax that need not look for
+    queries without any key: no mask here has them."""
+    scores = (q * q.shape[-1] ** -0.5) @ k.mT
+    if mask is not None:
+        scores = scores.masked_fill_(~mask, -torch.inf)
+    weights, scale = drop(scores.softmax(dim=-1), dropout)
+    return weights @ (v * scale if dropout else v)
 
 
 class Attention(nn.Module):

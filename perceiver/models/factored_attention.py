@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from perceiver.models.dropout import drop
 from perceiver.models.shapes import AttentionChannels
 
 if TYPE_CHECKING:
@@ -88,15 +88,15 @@ def factored_attention(attention: Attention, norm: nn.LayerNorm, queries: Tensor
     left = torch.cat([q_gain[..., :num_pixel], -q_gain.sum(-1, keepdim=True), constant], dim=-1)
     right = torch.cat([pixels * rstd[..., None], (mean * rstd)[..., None], torch.ones_like(rstd)[..., None]], dim=-1)
     scores = torch.addcmul(left @ right.transpose(1, 2)[:, None], scores, rstd[:, None, None])
-    weights = F.dropout(scores.softmax(dim=-1), attention.dropout, attention.training)
+    weights, scale = drop(scores.softmax(dim=-1), attention.dropout if attention.training else 0.0)
 
     # Weighted means of the normed input: (B, H, L, C)
-    scaled = weights * rstd[:, None, None]
+    scaled = weights * (rstd * scale)[:, None, None]
     small = torch.cat([pixels, mean[..., None]], dim=-1)[:, None]
     mean_small = scaled @ small
     mean_table = scaled @ table
     means = torch.cat([mean_small[..., :num_pixel], mean_table], dim=-1) - mean_small[..., num_pixel:]
-    total = weights.sum(-1, keepdim=True)
+    total = weights.sum(-1, keepdim=True) * scale
     means = means * gain + total * shift
     w_v = attention.v_proj.weight.to(dtype).unflatten(0, (num_heads, -1))
     out = means @ w_v.transpose(1, 2)

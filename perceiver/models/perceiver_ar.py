@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from perceiver.config import PerceiverARConfig
 from perceiver.models.adapters import TextAdapter
-from perceiver.models.attention import CrossAttentionLayer, KeyValueCache, SelfAttentionLayer
+from perceiver.models.attention import CrossAttentionLayer, KeyValueCache, SelfAttentionLayer, causal_mask
 from perceiver.models.initialize import initialize
 from perceiver.models.position import rotation, token_positions
 from perceiver.models.shapes import AttentionChannels
@@ -237,8 +237,7 @@ def causal_padding_mask(pad_mask: Tensor, num_queries: int) -> Tensor:
         (B, 1, num_queries, S), True = may be attended. No row is empty: a padded query sees itself.
     """
     num_keys = pad_mask.shape[1]
-    square = torch.ones(num_queries, num_keys, dtype=torch.bool, device=pad_mask.device)
-    causal = square.tril(num_keys - num_queries)
+    causal = causal_mask(num_queries, num_keys, pad_mask.device)
     itself = causal.triu(num_keys - num_queries)
     return (causal & ~pad_mask[:, None] | itself)[:, None]
 

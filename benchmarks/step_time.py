@@ -1,0 +1,205 @@
+"""Time of a training step against the bound that the machine's matrix products set.
+
+    python -m benchmarks.step_time [--workloads img-clf-mnist clm-wikitext mlm-imdb] [--repeats 5] [--out results.json]
+
+A step is zero_grad, forward, loss, backward and a fused AdamW step, in float32, with the dropouts of the preset. The bound is
+the GFLOP of the reference implementation's model (krasserm/perceiver-io, constants below) divided by the rate of a large square
+float32 product, measured between the steps in the same process. The ratio of the two carries over between machines; times
+do not. Each workload runs in a process of its own, so that peak memory is its own. Where `transformers` is installed, its
+Perceiver runs beside ours on the workloads that it has: steps of both alternate (--with-transformers).
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from perceiver.models import build_model
+from perceiver.models.flops import num_kept
+from perceiver.presets import PRESETS
+
+MATMUL_SIZE = 3072
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is timed. The loss gets a model and a batch."""
+
+    batch_size: int
+    reference_gflop: float
+    """Of the reference's model: forward and backward of the whole batch, as its own step computes it."""
+    goal: float | None
+    """Ratio to the bound that is aimed at."""
+    batch: Callable[[int], dict[str, Tensor]]
+    loss: Callable[[nn.Module, dict[str, Tensor]], Tensor]
+
+
+def image_batch(size: int, shape: tuple[int, ...], num_classes: int) -> dict[str, Tensor]:
+    return {"x": torch.rand(size, *shape) * 2 - 1, "labels": torch.randint(num_classes, (size,))}
+
+
+def classification_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    return F.cross_entropy(model(batch["x"]), batch["labels"])
+
+
+def text_batch(size: int) -> dict[str, Tensor]:
+    """Windows of 4,096 bytes with 512 latents; half of the prefix is kept."""
+    ids = torch.randint(6, 262, (size, 4097))
+    kept = num_kept(3584, 0.5)
+    keep = torch.rand(size, 3584).topk(kept).indices.sort().values
+    return {"x": ids[:, :-1], "labels": ids[:, -512:], "prefix_keep": keep}
+
+
+def causal_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    logits = model(batch["x"], 3584, prefix_keep=batch["prefix_keep"])
+    return F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten())
+
+
+def masked_batch(size: int) -> dict[str, Tensor]:
+    """2,048 bytes, 15% of which carry a label."""
+    x = torch.randint(6, 262, (size, 2048))
+    positions = torch.rand(size, 2048).topk(307).indices.sort().values
+    return {"x": x, "positions": positions, "labels": x.gather(1, positions)}
+
+
+def masked_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    logits = model(batch["x"], positions=batch["positions"])
+    return F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten())
+
+
+WORKLOADS = {
+    "img-clf-mnist": Workload(128, 78.68, 1.0, lambda b: image_batch(b, (28, 28, 1), 10), classification_loss),
+    "clm-wikitext": Workload(2, 226.31, 1.2, text_batch, causal_loss),
+    "mlm-imdb": Workload(1, 362.85, 1.3, masked_batch, masked_loss),
+    "img-clf-imagenet": Workload(1, 1218.37, None, lambda b: image_batch(b, (224, 224, 3), 1000), classification_loss),
+}
+
+
+# --------------------------------------------------------------------------------------------------------- transformers
+
+
+def transformers_step(name: str, batch: dict[str, Tensor]) -> tuple[nn.Module, Callable[[nn.Module], Tensor]] | None:
+    """The same model by transformers and its loss; None for workloads that it does not have."""
+    from transformers import (
+        PerceiverConfig,
+        PerceiverForImageClassificationFourier,
+        PerceiverForMaskedLM,
+    )
+
+    if name == "mlm-imdb":
+        model = PerceiverForMaskedLM(PerceiverConfig(qk_channels=256, v_channels=1280))
+        labels = torch.full_like(batch["x"], -100).scatter(1, batch["positions"], batch["labels"])
+        return model, lambda m: m(inputs=batch["x"], labels=labels).loss
+    if name == "img-clf-imagenet":
+        config = PerceiverConfig(
+            num_latents=512, d_latents=1024, d_model=261, num_blocks=8, num_self_attends_per_block=6,
+            num_cross_attention_heads=1, num_labels=1000, attention_probs_dropout_prob=0.0,
+        )  # fmt: skip
+        images = batch["x"].permute(0, 3, 1, 2).contiguous()
+        model = PerceiverForImageClassificationFourier(config)
+        return model, lambda m: m(inputs=images, labels=batch["labels"]).loss
+    return None
+
+
+# ------------------------------------------------------------------------------------------------------------ measuring
+
+
+def matmul_rate(a: Tensor, b: Tensor, out: Tensor) -> float:
+    """FLOP/s of one large square product."""
+    start = time.perf_counter()
+    torch.mm(a, b, out=out)
+    return 2 * MATMUL_SIZE**3 / (time.perf_counter() - start)
+
+
+def timed_step(optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor]) -> tuple[float, float]:
+    """Seconds of a whole step, and of its forward and backward pass."""
+    start = time.perf_counter()
+    optimizer.zero_grad()
+    loss().backward()
+    middle = time.perf_counter()
+    optimizer.step()
+    return time.perf_counter() - start, middle - start
+
+
+def measure(name: str, repeats: int, threads: int, with_transformers: bool) -> list[dict[str, float | str]]:
+    """Rows for one workload, medians over the repeats. Run in a fresh process."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    workload = WORKLOADS[name]
+    batch = workload.batch(workload.batch_size)
+    model = build_model(PRESETS[name]().model).train()
+    sides = {"ours": (model, lambda: workload.loss(model, batch))}
+    if with_transformers and (other := transformers_step(name, batch)):
+        other_model, other_loss = other
+        sides["transformers"] = (other_model.train(), lambda: other_loss(other_model))
+    optimizers = {side: torch.optim.AdamW(m.parameters(), lr=1e-4, fused=True) for side, (m, _) in sides.items()}
+    a, b, out = torch.rand(3, MATMUL_SIZE, MATMUL_SIZE).unbind()
+    times: dict[str, list[tuple[float, float]]] = {side: [] for side in sides}
+    rates = []
+    for repeat in range(-1, repeats):  # the first is to warm up
+        for side, (_, loss) in sides.items():
+            seconds = timed_step(optimizers[side], loss)
+            rate = matmul_rate(a, b, out)
+            if repeat >= 0:
+                times[side].append(seconds)
+                rates.append(rate)
+    rate = statistics.median(rates)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    rows = []
+    for side, seconds in times.items():
+        step, passes = (statistics.median(column) for column in zip(*seconds, strict=True))
+        rows.append(
+            {
+                "workload": name,
+                "implementation": side,
+                "step_ms": 1e3 * step,
+                "forward_backward_ms": 1e3 * passes,
+                "matmul_gflop_per_s": rate / 1e9,
+                "ratio_to_bound": step * rate / (workload.reference_gflop * 1e9),
+                "peak_rss_mib": peak,
+            }
+        )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=[n for n, w in WORKLOADS.items() if w.goal])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--with-transformers", action="store_true")
+    parser.add_argument("--out", type=Path, help="JSON file to write the rows to")
+    args = parser.parse_args()
+    rows: list[dict[str, float | str]] = []
+    print(f"{'workload':18}{'implementation':16}{'step ms':>9}{'fwd+bwd':>9}{'GFLOP/s':>9}{'x bound':>9}{'goal':>6}{'RSS MiB':>9}")
+    context = multiprocessing.get_context("spawn")
+    for name in args.workloads:
+        with context.Pool(1) as pool:
+            new = pool.apply(measure, (name, args.repeats, args.threads, args.with_transformers))
+        for row in new:
+            goal = WORKLOADS[name].goal
+            print(
+                f"{name:18}{row['implementation']:16}{row['step_ms']:9.0f}{row['forward_backward_ms']:9.0f}"
+                f"{row['matmul_gflop_per_s']:9.1f}{row['ratio_to_bound']:9.2f}{goal or '':>6}{row['peak_rss_mib']:9.0f}",
+                flush=True,
+            )
+        rows += new
+    if args.out:
+        settings = {"threads": args.threads, "repeats": args.repeats, "torch": torch.__version__, "dtype": "float32"}
+        temporary = args.out.with_suffix(".tmp")
+        temporary.write_text(json.dumps({"settings": settings, "rows": rows}, indent=2))
+        os.replace(temporary, args.out)
+
+
+if __name__ == "__main__":
+    main()

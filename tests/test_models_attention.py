@@ -1,0 +1,139 @@
+"""Attention: what is seen, dropout, and the ring of the key/value cache."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from perceiver.models.attention import KeyValueCache, attend
+from perceiver.models.dropout import drop
+from perceiver.models.perceiver_ar import causal_padding_mask
+from perceiver.models.position import fourier_features, rotation, token_positions
+
+
+def heads(length: int, channels: int, seed: int) -> Tensor:
+    return torch.randn(2, 3, length, channels, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """The definition: softmax(q k^T / sqrt(d)) v over what the mask lets through."""
+    scores = q @ k.mT / q.shape[-1] ** 0.5
+    return scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v
+
+
+def right_aligned(num_queries: int, num_keys: int) -> Tensor:
+    """Query i sees key j where j <= num_keys - num_queries + i."""
+    i, j = torch.arange(num_queries)[:, None], torch.arange(num_keys)
+    return j <= num_keys - num_queries + i
+
+
+@pytest.mark.parametrize("value_channels", [8, 5])
+@pytest.mark.parametrize(("num_queries", "num_keys"), [(6, 6), (4, 9), (1, 9)])
+def test_causal_attention_is_aligned_at_the_right_ends(num_queries: int, num_keys: int, value_channels: int) -> None:
+    q, k, v = heads(num_queries, 8, 0), heads(num_keys, 8, 1), heads(num_keys, value_channels, 2)
+    expected = plain(q, k, v, right_aligned(num_queries, num_keys))
+    torch.testing.assert_close(attend(q, k, v, causal=True), expected)
+
+
+@pytest.mark.parametrize("value_channels", [8, 5])
+def test_masks_are_obeyed(value_channels: int) -> None:
+    q, k, v = heads(4, 8, 0), heads(9, 8, 1), heads(9, value_channels, 2)
+    mask = torch.rand(2, 1, 4, 9) > 0.4
+    mask[..., 0] = True
+    torch.testing.assert_close(attend(q, k, v, mask=mask), plain(q, k, v, mask.expand(2, 3, 4, 9)))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_dropout_keeps_the_mean_of_attention(causal: bool) -> None:
+    q, k, v = heads(4, 8, 0), heads(9, 8, 1), heads(9, 8, 2)
+    torch.manual_seed(0)
+    mean = torch.stack([attend(q, k, v, causal=causal, dropout=0.3) for _ in range(4000)]).mean(0)
+    torch.testing.assert_close(mean, attend(q, k, v, causal=causal), atol=0.08, rtol=0)
+
+
+@pytest.mark.parametrize("probability", [0.1, 0.5, 0.999])
+def test_drop_zeroes_the_wanted_share_and_nothing_else(probability: float) -> None:
+    torch.manual_seed(0)
+    weights = torch.rand(333, 3001) + 0.5  # a size that no 64-bit number ends with
+    dropped, scale = drop(weights, probability)
+    zero = dropped == 0
+    assert abs(float(zero.double().mean()) - probability) < 2e-3
+    torch.testing.assert_close(dropped[~zero], weights[~zero], atol=0, rtol=0)
+    assert abs(scale - 1 / (1 - probability)) < 0.02 * scale
+    # Neighbours, four of which share a random number, are independent.
+    together = (zero[:, 1:] & zero[:, :-1]).double().mean()
+    assert abs(float(together) - probability**2) < 3e-3
+
+
+def test_drop_follows_the_seed_and_probability_zero_draws_nothing() -> None:
+    weights = torch.rand(10, 10)
+    torch.manual_seed(3)
+    first, _ = drop(weights, 0.5)
+    torch.manual_seed(3)
+    second, _ = drop(weights, 0.5)
+    assert torch.equal(first, second)
+    assert drop(weights, 0.0) == (weights, 1.0)
+
+
+def test_ring_keeps_the_newest() -> None:
+    cache = KeyValueCache(capacity=4)
+    numbers = torch.arange(9.0).view(1, 1, 9, 1)
+    first, _ = cache.append(numbers[:, :, :3], -numbers[:, :, :3])
+    assert first.flatten().tolist() == [0, 1, 2]
+    for i in range(3, 9):
+        keys, values = cache.append(numbers[:, :, i : i + 1], -numbers[:, :, i : i + 1])
+        assert sorted(keys.flatten().tolist()) == list(range(max(0, i - 3), i + 1))
+        assert torch.equal(keys, -values)
+
+
+def test_padding_masks_leave_no_query_without_a_key() -> None:
+    pad_mask = torch.tensor([[True] * 6, [True, True, False, False, False, False]])
+    mask = causal_padding_mask(pad_mask, 3)[:, 0]
+    assert mask.any(-1).all()
+    assert torch.equal(mask[0], torch.eye(6, dtype=torch.bool)[3:])
+    assert torch.equal(mask[1], right_aligned(3, 6) & ~pad_mask[1])
+
+
+def test_positions_start_at_the_first_token_that_is_not_padding() -> None:
+    x = torch.zeros(2, 5, dtype=torch.long)
+    pad_mask = torch.tensor([[False] * 5, [True, True, False, False, False]])
+    assert token_positions(x, pad_mask).tolist() == [[0, 1, 2, 3, 4], [0, 0, 0, 1, 2]]
+    assert token_positions(x, None).tolist() == [[0, 1, 2, 3, 4]]
+
+
+def test_rotated_scores_depend_on_distance_alone() -> None:
+    q, k = heads(1, 8, 0), heads(1, 8, 1)
+
+    def score(position_q: int, position_k: int) -> Tensor:
+        turn_q, turn_k = (rotation(torch.tensor([[p]]), 6) for p in (position_q, position_k))
+        return (turn_q(q) * turn_k(k)).sum(-1)
+
+    torch.testing.assert_close(score(7, 3), score(1004, 1000), atol=1e-4, rtol=0)
+    assert not torch.allclose(score(7, 3), score(7, 4), atol=1e-3)
+
+
+def test_rotation_leaves_the_other_channels_and_all_lengths_alone() -> None:
+    q = heads(5, 8, 0)
+    turned = rotation(torch.arange(5)[None], 6)(q)
+    assert torch.equal(turned[..., 6:], q[..., 6:])
+    torch.testing.assert_close(turned.norm(dim=-1), q.norm(dim=-1), atol=1e-6, rtol=0)
+    assert torch.equal(turned[:, :, 0], q[:, :, 0])
+
+
+def test_fourier_features_of_a_grid() -> None:
+    features = fourier_features((3, 5), 4)
+    assert features.shape == (15, 2 * (2 * 4 + 1))
+    assert features[:, :2].view(3, 5, 2)[2, 0].tolist() == [1.0, -1.0]
+    # Second axis: frequencies 1 .. 5 / 2, its sines come after those of the first.
+    frequencies = torch.linspace(1, 2.5, 4)
+    x = torch.linspace(-1, 1, 5)[1]
+    torch.testing.assert_close(features.view(3, 5, -1)[0, 1, 6:10], torch.sin(torch.pi * x * frequencies))
+    torch.testing.assert_close(features.view(3, 5, -1)[0, 1, 14:18], torch.cos(torch.pi * x * frequencies))
+
+
+def test_head_sizes_padded_for_gpus_give_the_same_result() -> None:
+    """The padding that `attend` does on GPUs, on the CPU."""
+    q, k, v = heads(4, 5, 0), heads(9, 5, 1), heads(9, 3, 2)
+    padded = [F.pad(t, (0, -t.shape[-1] % 8)) for t in (q, k, v)]
+    out = F.scaled_dot_product_attention(*padded, scale=5**-0.5)[..., :3]
+    torch.testing.assert_close(out, attend(q, k, v))
