@@ -13,9 +13,10 @@ ARROWS = {
     "perceiver.presets": {"perceiver.config", "perceiver.models"},
     "perceiver.models": {"perceiver.config"},
     "perceiver.data": {"perceiver.config", "perceiver.presets"},
-    "perceiver.training": {"perceiver.config", "perceiver.data"},
-    "perceiver.inference": {"perceiver.config", "perceiver.models", "perceiver.data", "perceiver.training", "perceiver.tasks", "perceiver.hub"},
+    "perceiver.training": {"perceiver.config", "perceiver.data", "perceiver.hub", "perceiver.pretrained"},
+    "perceiver.inference": {"perceiver.config", "perceiver.models", "perceiver.data", "perceiver.training", "perceiver.tasks", "perceiver.hub", "perceiver.pretrained"},
     "perceiver.hub": {"perceiver.config", "perceiver.presets", "perceiver.models"},
+    "perceiver.pretrained": {"perceiver.config", "perceiver.hub"},
     "perceiver.tasks": {
         "perceiver.config", "perceiver.models", "perceiver.data", "perceiver.training", "perceiver.inference",
     },

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from perceiver.config import ImageInput, UserError
-from perceiver.data.images import decode_image, random_crop
+from perceiver.data.images import decode_image, random_crop, scale
 
 ImageLike = Any
 """An image: a path, the bytes of a PNG or JPEG file, an array (height, width[, channels]) of uint8, or a Pillow image."""
+
+_IMAGENET_MEAN, _IMAGENET_DEVIATION = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
 
 
 def pad_left(rows: Sequence[np.ndarray], device: torch.device) -> tuple[Tensor, Tensor | None]:
@@ -37,26 +39,45 @@ def _pad(rows: Sequence[np.ndarray], device: torch.device, left: bool) -> tuple[
     return torch.from_numpy(ids).to(device), mask
 
 
-def images_of(values: Sequence[Any], config: ImageInput, crop: int | None) -> np.ndarray:
-    """Images of a user as uint8 (B, height, width, channels) of the model's size.
+def images_of(values: Sequence[Any], config: ImageInput, crop: int | None = None, photos: bool = False) -> np.ndarray:
+    """Images of a user as a model takes them: float32 (B, height, width, channels).
 
     Args:
         values: see `ImageLike`.
         crop: side length that larger images are cut to, in the middle, as in validation; None: none is cut.
+        photos: images of any size, see `photo`; otherwise they must have the model's size, and pixels are scaled to [-1, 1].
 
     Raises:
         UserError: what is no image, or has another size than the model's.
     """
-    return np.stack([_image(value, config, crop) for value in values])
+    if photos:
+        return np.stack([photo(_pixels(value)[0], *config.image_shape[:2]) for value in values])
+    return scale(np.stack([_image(value, config, crop) for value in values]))
+
+
+def photo(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
+    """A photo as the published ImageNet models want it: the middle 7/8, scaled (bicubic), less ImageNet's mean, over its deviation.
+
+    Args:
+        pixels: uint8 (any height, any width, 1 or 3).
+
+    Returns:
+        float32 (height, width, 3).
+    """
+    from PIL import Image
+
+    pixels = _with_channels(pixels, 3)
+    side = int(0.875 * min(pixels.shape[:2]))
+    top, left = (pixels.shape[0] - side) // 2, (pixels.shape[1] - side) // 2
+    middle = Image.fromarray(pixels[top : top + side, left : left + side])
+    scaled = np.asarray(middle.resize((width, height), Image.Resampling.BICUBIC), np.float32) / 255
+    return (scaled - _IMAGENET_MEAN) / _IMAGENET_DEVIATION
 
 
 def _image(value: Any, config: ImageInput, crop: int | None) -> np.ndarray:
     pixels, name = _pixels(value)
     height, width, channels = config.image_shape
-    if pixels.shape[-1] != channels and {pixels.shape[-1], channels} == {1, 3}:
-        # ITU-R 601 luma, as Pillow converts.
-        grey = (pixels.astype(np.float32) @ np.float32([0.299, 0.587, 0.114]))[..., None] if channels == 1 else pixels
-        pixels = np.rint(np.repeat(grey, channels, -1)).astype(np.uint8)
+    pixels = _with_channels(pixels, channels)
     if crop is not None and min(pixels.shape[:2]) >= crop and pixels.shape[:2] != (height, width):
         pixels = random_crop(pixels[None], crop, np.full((1, 2), 0.5))[0]
     if pixels.shape != config.image_shape:
@@ -65,6 +86,13 @@ def _image(value: Any, config: ImageInput, crop: int | None) -> np.ndarray:
             f"{height} x {width} with {channels}, as the model was trained"
         )
     return pixels
+
+
+def _with_channels(pixels: np.ndarray, channels: int) -> np.ndarray:
+    """Grey as colour, or colour as grey (ITU-R 601 luma, as Pillow converts)."""
+    if pixels.shape[-1] == 3 and channels == 1:
+        return np.rint(pixels.astype(np.float32) @ np.float32([[0.299], [0.587], [0.114]])).astype(np.uint8)
+    return np.repeat(pixels, channels, -1) if pixels.shape[-1] == 1 else pixels
 
 
 def _pixels(value: Any) -> tuple[np.ndarray, str]:

@@ -75,6 +75,7 @@ def our_config(trained: TrainedModel) -> dict[str, Any]:
         "model": to_dict(trained.config),
         "task": to_dict(trained.task),
         "tokenizer": None if tokenizer is None else "bytes" if isinstance(tokenizer, ByteTokenizer) else TOKENIZER,
+        "photos": trained.photos,
         "name": trained.name,
         "provenance": trained.provenance,
     }
@@ -121,8 +122,8 @@ def upload(folder: str | Path, name: str, private: bool = True) -> str:
         raise UserError(f"the hub did not take {name} ({_reason(error)})") from error
 
 
-def download(name: str) -> Path:
-    """The folder of a model on the Hugging Face hub: downloaded, or where an earlier download put it.
+def download(name: str, files: list[str]) -> Path:
+    """The folder with these files of a model on the Hugging Face hub: downloaded, or where an earlier download put it.
 
     Raises:
         UserError: there is no such model, or the hub cannot be reached.
@@ -131,7 +132,7 @@ def download(name: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", TOKENIZER]))
+        return Path(snapshot_download(name, allow_patterns=files))
     except LocalEntryNotFoundError as error:
         raise UserError(f"the hub cannot be reached, and {name} was not downloaded before ({_reason(error)})") from error
     except (HfHubHTTPError, HFValidationError, OSError) as error:

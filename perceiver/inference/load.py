@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import re
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -13,13 +13,22 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from perceiver.config import ModelConfig, PerceiverARConfig, SymbolicAudioConfig, TextInput, UserError, from_dict, home
+from perceiver.config import (
+    ImageClassificationConfig,
+    ModelConfig,
+    PerceiverARConfig,
+    SymbolicAudioConfig,
+    TextInput,
+    UserError,
+    from_dict,
+    home,
+)
 from perceiver.data.tokenizers import Tokenizer, load_tokenizer
-from perceiver.inference.export import TOKENIZER, WEIGHTS, download, read_config
-from perceiver.inference.trained import TrainedModel
+from perceiver.inference.export import CONFIG, TOKENIZER, WEIGHTS, download, read_config
+from perceiver.inference.trained import TrainedModel, task_of
 from perceiver.models import PerceiverAR, PerceiverIO, build_model
-from perceiver.training.checkpoint import choose_checkpoint, load_model
-from perceiver.training.run import CHECKPOINTS, EXPERIMENT
+from perceiver.pretrained import is_hub_name, read_pretrained
+from perceiver.training.checkpoint import CHECKPOINTS, EXPERIMENT, choose_checkpoint, find_run, load_model
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -55,14 +64,6 @@ def load(
     trained.model.requires_grad_(False)
     trained.model.eval()
     return trained
-
-
-def find_run(source: str | Path) -> Path | None:
-    """The folder of a run that is given by path or by name; None if there is none."""
-    candidates = [Path(source).expanduser()]
-    if not Path(source).is_absolute():
-        candidates.append(home() / "runs" / str(source))
-    return next((folder.absolute() for folder in candidates if (folder / EXPERIMENT).is_file()), None)
 
 
 def load_run(folder: Path, checkpoint: str, device: torch.device) -> TrainedModel:
@@ -104,8 +105,9 @@ def load_export(folder: Path, device: torch.device) -> TrainedModel:
     if tokenizer is not None:
         tokenizer = tokenizer_of(model_config, str(folder / TOKENIZER) if tokenizer == TOKENIZER else tokenizer)
     return TrainedModel(
-        model=model, task=from_dict(config["task"]), tokenizer=tokenizer, name=config["name"], provenance=config["provenance"]
-    )
+        model=model, task=from_dict(config["task"]), tokenizer=tokenizer, photos=config["photos"], name=config["name"],
+        provenance=config["provenance"],
+    )  # fmt: skip
 
 
 def empty_model(config: ModelConfig, device: torch.device) -> PerceiverIO | PerceiverAR:
@@ -135,16 +137,51 @@ def tokenizer_of(config: ModelConfig, name: str) -> Tokenizer | None:
     return tokenizer
 
 
+def load_published(source: str | Path, folder: Path | None, device: torch.device) -> TrainedModel:
+    """A model of transformers or krasserm/perceiver-io, from a folder, a file, or the hub by name; see `perceiver.pretrained`.
+
+    Its task is told by its input and output, its tokenizer is that of UTF-8 bytes.
+
+    Args:
+        folder: where its config.json lies, if it has one.
+
+    Raises:
+        UserError: there is no such model, or none that can be used here.
+    """
+    pretrained = read_pretrained(source)
+    published = json.loads((folder / CONFIG).read_text()) if folder is not None and (folder / CONFIG).is_file() else {}
+    task = task_of(pretrained.config)
+    photos = published.get("architectures") == ["PerceiverForImageClassificationFourier"]
+    if isinstance(task, ImageClassificationConfig) and (labels := published.get("id2label")):
+        task = replace(task, class_names=tuple(labels[key] for key in sorted(labels, key=int)))
+    model = empty_model(pretrained.config, device)
+    try:
+        model.load_state_dict(pretrained.weights)
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise UserError(f"{source} does not hold the weights of its configuration ({reason})") from error
+    tokenizer = tokenizer_of(pretrained.config, "bytes")
+    name = Path(pretrained.origin).name
+    return TrainedModel(
+        model=model, task=task, tokenizer=tokenizer, photos=photos, name=name, provenance={"origin": name}
+    )
+
+
 def _load_other(source: str | Path, device: torch.device) -> TrainedModel:
     path = Path(source).expanduser()
-    if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
-        path = download(str(source))
-    if read_config(path) is not None:
-        return load_export(path, device)
-    raise UserError(
-        f"no model {str(source)!r}: it is no run's folder, no name of a run in {home() / 'runs'}, no exported folder, "
-        "and no name on the Hugging Face hub"
-    )
+    if path.exists():
+        if read_config(path) is not None:
+            return load_export(path, device)
+        return load_published(path, path if path.is_dir() else path.parent, device)
+    if not is_hub_name(str(source)):
+        raise UserError(
+            f"no model {str(source)!r}: it is no run's folder, no name of a run in {home() / 'runs'}, no exported folder, "
+            "and no name on the Hugging Face hub"
+        )
+    folder = download(str(source), [CONFIG])
+    if read_config(folder) is not None:
+        return load_export(download(str(source), [CONFIG, WEIGHTS, TOKENIZER]), device)
+    return load_published(str(source), folder, device)
 
 
 def _device(device: str) -> torch.device:

@@ -51,11 +51,6 @@ def document_rows(tokenizer: Tokenizer, texts: Sequence[str], max_seq_len: int) 
     return [with_marks(tokenizer, tokenizer.encode(check_text(text))[:room]) for text in texts]
 
 
-def model_images(model: nn.Module, images: np.ndarray) -> Tensor:
-    """uint8 images (B, H, W, C) as the model takes them: pixels in [-1, 1], on its device."""
-    return torch.from_numpy(images).to(next(model.parameters()).device).float() / 127.5 - 1
-
-
 @torch.no_grad()
 def classify(model: nn.Module, x: Tensor, pad_mask: Tensor | None, class_names: Sequence[str]) -> list[Classification]:
     """Classes of inputs.

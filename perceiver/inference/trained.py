@@ -56,6 +56,8 @@ class TrainedModel:
     model: PerceiverIO | PerceiverAR
     task: TaskConfig
     tokenizer: Tokenizer | None = None
+    photos: bool = False
+    """Images of any size are cut and scaled, as the published ImageNet models want it (`perceiver.inference.batches.photo`)."""
     name: str = "model"
     """What messages call it."""
     provenance: dict[str, Any] = field(default_factory=dict)
@@ -184,7 +186,8 @@ class TrainedModel:
         assert isinstance(self.config, PerceiverIOConfig)
         if isinstance(self.config.input, ImageInput):
             crop = getattr(self.task, "random_crop", None)
-            return measure.model_images(self.model, images_of(batch, self.config.input, crop)), None
+            pixels = images_of(batch, self.config.input, crop, self.photos)
+            return torch.from_numpy(pixels).to(self.device), None
         assert isinstance(self.config.input, TextInput) and self.tokenizer is not None
         return pad_right(measure.document_rows(self.tokenizer, batch, self.config.input.max_seq_len), self.device)
 
