@@ -29,6 +29,8 @@ from perceiver.data.tokenizers import ByteTokenizer, Tokenizer
 PIECE_BYTES = 32 << 20
 """Input bytes of a piece, about: small files are taken together, large plain files and parquet files cut."""
 
+_COUNTED_AT_ONCE = 1 << 16
+"""Values counted by one call: what it makes of them then stays in the cache."""
 _COUNTS = ("rows", "tokens", "bytes", "words", "documents")
 
 
@@ -150,9 +152,15 @@ class _PieceWriter:
             self._write("labels", labels.astype(np.int32))
         if lengths is not None:
             self._write("lengths", lengths.astype(np.int32))
-        counted = np.bincount(values if labels is None else labels, minlength=len(self._histogram))
-        counted[: len(self._histogram)] += self._histogram
-        self._histogram = counted
+        self._count(values if labels is None else labels)
+
+    def _count(self, values: np.ndarray) -> None:
+        if len(values):
+            missing = int(values.max()) + 1 - len(self._histogram)
+            self._histogram = np.pad(self._histogram, (0, max(missing, 0)))
+        for first in range(0, len(values), _COUNTED_AT_ONCE):
+            part = values[first : first + _COUNTED_AT_ONCE]
+            self._histogram += np.bincount(part, minlength=len(self._histogram))
 
     def finish(self) -> dict[str, int]:
         """Writes how often each id (or label) occurs; the counts."""
@@ -185,7 +193,7 @@ def _add_documents(job: Job, file: InputFile, documents: Documents, writers: dic
         complete = documents.complete[chosen]
         counts = {
             "bytes": sum(len(encoded[i]) for i in places),
-            "words": sum(count_words(encoded[i]) for i in places),
+            "words": count_words(b"\n".join(encoded[i] for i in places)),
             "documents": int(np.count_nonzero(complete)),
         }
         if job.kind == "tokens":
