@@ -169,7 +169,7 @@ def _job(experiment: Experiment, settings: dict[str, Any], folder: str, fingerpr
     data, kind, task = experiment.data, settings["kind"], experiment.task
     shape = None
     if kind == "images":
-        shape = image_shape(source.files[0])
+        shape = _first_image_shape(source, skip=data.on_error == "skip")
         check_image_shape(experiment, shape)
     classify = isinstance(task, (ImageClassificationConfig, TextClassificationConfig))
     columns = Columns(
@@ -193,6 +193,17 @@ def _job(experiment: Experiment, settings: dict[str, Any], folder: str, fingerpr
         tokenizer=None if kind == "images" else load_tokenizer(data.tokenizer),
         document_marks=settings.get("document_marks", ""),
     )
+
+
+def _first_image_shape(source: Source, skip: bool) -> tuple[int, int, int]:
+    """The shape of the first image; where faults are skipped, of the first file that is readable."""
+    for file in source.files[:-1]:
+        try:
+            return image_shape(file)
+        except UserError:
+            if not skip:
+                raise
+    return image_shape(source.files[-1])
 
 
 def _staging_prefix(folder: str) -> str:

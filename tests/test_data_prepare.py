@@ -317,7 +317,7 @@ def test_faults_end_with_one_sentence_and_no_data_set(tmp_path, capsys, fault):
     assert not list((tmp_path / "out").rglob(MANIFEST)) and not list((tmp_path / "out").rglob("*.parquet"))
 
 
-@pytest.mark.parametrize("fault", ["truncated", "utf8", "empty", "json", "column", "label", "idx-label"])
+@pytest.mark.parametrize("fault", ["truncated", "utf8", "empty", "json", "column", "parquet", "label", "idx-label"])
 def test_faults_are_skipped_and_counted_where_told(tmp_path, capsys, fault):
     preset, source = broken(tmp_path / "in", fault)
     if not fault.startswith("idx"):

@@ -10,10 +10,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from perceiver.config import DataConfig, UserError
-from perceiver.data import readers
+from perceiver.data import spans
 from perceiver.data.images import parse_idx
-from perceiver.data.readers import Columns, Problems, Span, read_documents
+from perceiver.data.readers import Columns, read_documents
 from perceiver.data.sources import SHIPPED, resolve, source_label
+from perceiver.data.spans import Problems, Span
 
 COLUMNS = Columns(text="text", label=None)
 
@@ -167,8 +168,8 @@ def test_real_wikitext_is_kept_byte_for_byte(shared, tmp_path, suffix):
 @pytest.mark.parametrize("name", ["a.txt", "a.raw", "a.jsonl", "a.parquet"])
 @pytest.mark.parametrize("slab", [100, 1 << 20])
 def test_documents_are_the_same_however_a_file_is_cut(tmp_path, monkeypatch, name, slab):
-    monkeypatch.setattr(readers, "SECTION", 64)
-    monkeypatch.setattr(readers, "SLAB", slab)
+    monkeypatch.setattr(spans, "SECTION", 64)
+    monkeypatch.setattr(spans, "SLAB", slab)
     rng = np.random.default_rng(0)
     lines = ["word " * int(n) for n in rng.integers(0, 40, 60)]
     path = tmp_path / name

@@ -19,9 +19,10 @@ from typing import Any, BinaryIO
 import numpy as np
 import pyarrow as pa
 
-from perceiver.data.readers import SECTION, Columns, Documents, Images, Problems, Span, parquet_rows, read_documents, read_images
+from perceiver.data.readers import Columns, Documents, Images, parquet_rows, read_documents, read_images
 from perceiver.data.shards import SPLITS, Shard, Split, fixed_column, shard_name, stream_rows, write_blocks
 from perceiver.data.sources import InputFile
+from perceiver.data.spans import SECTION, Problems, Span, Unreadable
 from perceiver.data.storage import atomic_file, file_hash, list_folder, read_file, read_range, write_file
 from perceiver.data.text import count_words, join_documents, truncate
 from perceiver.data.tokenizers import ByteTokenizer, Tokenizer
@@ -77,11 +78,7 @@ class Piece:
 
 
 def cut_pieces(files: tuple[InputFile, ...], piece_bytes: int = PIECE_BYTES) -> list[Piece]:
-    """The input in pieces of about `piece_bytes`, in order.
-
-    Raises:
-        UserError: a parquet file is damaged.
-    """
+    """The input in pieces of about `piece_bytes`, in order."""
     pieces: list[Piece] = []
     spans: list[Span] = []
     size = 0
@@ -97,14 +94,18 @@ def cut_pieces(files: tuple[InputFile, ...], piece_bytes: int = PIECE_BYTES) -> 
 
 def _spans(file: InputFile, piece_bytes: int) -> Iterator[tuple[Span, int]]:
     """A file's spans with their bytes. What cannot be entered in the middle stays whole."""
-    if file.format == "parquet":
-        rows, size = parquet_rows(file)
+    if file.format in ("parquet", "wikitext-rows"):
+        try:
+            rows, size = parquet_rows(file)
+        except Unreadable:  # whoever reads it will say so
+            rows, size = 0, file.size
+        if file.format == "wikitext-rows":
+            yield Span(file, 0, rows), size
+            return
         step = max(1, min(rows, rows * piece_bytes // max(size, 1)))
         for first in range(0, max(rows, 1), step):
             stop = min(first + step, rows)
             yield Span(file, first, stop), size * (stop - first) // max(rows, 1)
-    elif file.format == "wikitext-rows":
-        yield Span(file, 0, parquet_rows(file)[0]), file.size
     elif file.format == "idx" or file.compressed:
         yield Span(file, 0, file.size), file.size
     else:

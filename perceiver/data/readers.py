@@ -1,17 +1,9 @@
-"""Reads input files piece by piece: documents and images with their labels. Every fault names the file and the row or byte.
-
-A *span* is a part of a file that one task reads: bytes of a plain file, rows of parquet, or all of a compressed file. Spans cut
-only where documents begin, and where documents begin does not depend on spans: so any cutting gives the same documents.
-"""
+"""Reads input files piece by piece: documents and images with their labels. Every fault names the file and the row or byte."""
 
 from __future__ import annotations
 
-import gzip
 import json
-import re
-import zlib
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -23,28 +15,22 @@ import pyarrow.parquet as pq
 from perceiver.config import UserError
 from perceiver.data.images import decode_image, parse_idx
 from perceiver.data.sources import InputFile
+from perceiver.data.spans import (
+    SLAB,
+    Problems,
+    Span,
+    Unreadable,
+    article_borders,
+    byte_runs,
+    chunks,
+    line_borders,
+    line_number,
+    section_borders,
+)
 from perceiver.data.storage import open_folder
 
-SECTION = 1 << 16
-"""Plain text files are cut at line ends into sections of about this many bytes, the units of holding out validation text."""
-SLAB = 8 << 20
-"""Bytes read at once: what bounds a task's memory, whatever the size of a file."""
 MAX_ROWS = 4096
 """Rows of parquet taken at once, at most; fewer where they are large."""
-
-_ARTICLE = re.compile(rb"\n ?\n(?= = (?!=)[^\n]*(?<!=) = \n)")
-"""The end of the blank line before an article's title, ` = Title = `, in WikiText."""
-_LOOKBACK = 4096
-"""Bytes before a span that are searched for where its first document begins."""
-
-
-@dataclass(frozen=True)
-class Span:
-    """A part of a file: bytes, or rows of parquet."""
-
-    file: InputFile
-    start: int
-    stop: int
 
 
 @dataclass(frozen=True)
@@ -82,28 +68,6 @@ class Columns:
     image_shape: tuple[int, int, int] | None = None
 
 
-class Problems:
-    """What to do with faults: stop at the first, or count them by reason."""
-
-    def __init__(self, skip: bool) -> None:
-        self.skip = skip
-        self.counts: Counter[str] = Counter()
-
-    def report(self, reason: str, sentence: str) -> None:
-        """A fault of a row or a file: the caller leaves it out.
-
-        Raises:
-            UserError: faults are not to be skipped.
-        """
-        if not self.skip:
-            raise UserError(f"{sentence} (--data.on-error skip leaves out and counts such rows and files)")
-        self.counts[reason] += 1
-
-
-class _Unreadable(Exception):
-    """A file cannot be read any further: (reason, sentence)."""
-
-
 def read_documents(span: Span, columns: Columns, problems: Problems) -> Iterator[Documents]:
     """The documents of a span. Faulty rows and files go to `problems`.
 
@@ -119,7 +83,7 @@ def read_documents(span: Span, columns: Columns, problems: Problems) -> Iterator
     }
     try:
         yield from readers[span.file.format](span, columns, problems)
-    except _Unreadable as error:
+    except Unreadable as error:
         problems.report(*error.args)
 
 
@@ -130,7 +94,7 @@ def read_images(span: Span, columns: Columns, problems: Problems) -> Iterator[Im
             yield from _read_idx(span, columns, problems)
         else:
             yield from _read_parquet_images(span, columns, problems)
-    except _Unreadable as error:
+    except Unreadable as error:
         problems.report(*error.args)
 
 
@@ -138,120 +102,12 @@ def parquet_rows(file: InputFile) -> tuple[int, int]:
     """Rows of a parquet file, and their bytes unpacked.
 
     Raises:
-        UserError: it is damaged, or no parquet file.
+        Unreadable: it is damaged, or no parquet file.
     """
-    try:
-        with _open_parquet(file) as parquet:
-            metadata = parquet.metadata
-            size = sum(metadata.row_group(g).total_byte_size for g in range(metadata.num_row_groups))
-            return metadata.num_rows, size
-    except _Unreadable as error:
-        raise UserError(error.args[1]) from None
-
-
-# ------------------------------------------------------------------------------------------------------------ raw bytes
-
-
-def _chunks(span: Span, start: int) -> Iterator[bytes]:
-    """The bytes of a file from `start` on, unpacked, at most SLAB at once.
-
-    Raises:
-        _Unreadable: the file is missing, truncated or corrupt.
-    """
-    file = span.file
-    filesystem, path = open_folder(file.path)
-    read = 0
-    try:
-        if not file.compressed:
-            with filesystem.open_input_file(path) as source:
-                while chunk := source.read_at(SLAB, start):
-                    yield chunk
-                    start += len(chunk)
-            return
-        with filesystem.open_input_stream(path, compression=None) as source, gzip.GzipFile(fileobj=source) as unpacked:
-            while chunk := unpacked.read(SLAB):
-                yield chunk
-                read += len(chunk)
-    except EOFError:
-        raise _Unreadable("truncated file", f"{file.name} is truncated: its gzip data ends after byte {read:,}") from None
-    except (gzip.BadGzipFile, zlib.error) as error:
-        raise _Unreadable("corrupt file", f"{file.name} is corrupt after byte {read:,} of its text ({error})") from None
-    except OSError as error:
-        raise _Unreadable("unreadable file", f"{file.name} cannot be read ({error})") from None
-
-
-def _checked_chunks(span: Span, problems: Problems) -> Iterator[bytes]:
-    """All bytes of a compressed file; where faults are skipped, only after a first pass found it whole: no part of it is used."""
-    if problems.skip:
-        for _ in _chunks(span, 0):
-            pass
-    yield from _chunks(span, 0)
-
-
-def _documents(span: Span, problems: Problems, borders: Callable[[bytes, int], list[int]]) -> Iterator[tuple[int, bytes, bool]]:
-    """The byte runs of a span between borders: (first byte in the file, run, whether the file ends with it).
-
-    Args:
-        borders: of (buffer, its first byte in the file), the places in the buffer where a run begins, but the buffer's start.
-    """
-    compressed = span.file.compressed
-    first = 0 if compressed else max(0, span.start - _LOOKBACK)
-    chunks = _checked_chunks(span, problems) if compressed else _chunks(span, first)
-    base, carry = first, b""
-    begun = span.start == 0
-    for chunk in chunks:
-        buffer = carry + chunk
-        previous = 0
-        for cut in borders(buffer, base):
-            if base + cut >= span.start:
-                if begun:
-                    yield base + previous, buffer[previous:cut], False
-                if not compressed and base + cut >= span.stop:
-                    return
-                begun = True
-            previous = cut
-        carry = buffer[previous:]
-        base += previous
-    if begun and carry:
-        yield base, carry, True
-
-
-def _line_borders(span: Span) -> Callable[[bytes, int], list[int]]:
-    """Not all line starts: the last of a buffer, and those where the span begins and where it ends."""
-
-    def borders(buffer: bytes, base: int) -> list[int]:
-        found = {buffer.rfind(b"\n") + 1}
-        for edge in () if span.file.compressed else (span.start, span.stop):
-            if base < edge <= base + len(buffer):
-                found.add(buffer.find(b"\n", edge - base - 1) + 1)
-        return sorted(found - {0})
-
-    return borders
-
-
-def _section_borders(buffer: bytes, base: int) -> list[int]:
-    """Line starts at or first after a multiple of SECTION in the file."""
-    found = []
-    target = (base // SECTION + 1) * SECTION
-    while (cut := buffer.find(b"\n", max(target - base - 1, 0)) + 1) and cut < len(buffer):
-        found.append(cut)
-        target = ((base + cut) // SECTION + 1) * SECTION
-    return found
-
-
-def _article_borders(buffer: bytes, base: int) -> list[int]:
-    return [match.end() for match in _ARTICLE.finditer(buffer)]
-
-
-def _line_number(span: Span, byte: int) -> int:
-    """The number of the line (from 1) that a byte of the file lies in."""
-    number, position = 1, 0
-    for chunk in _chunks(span, 0):
-        number += chunk.count(b"\n", 0, max(0, byte - position))
-        position += len(chunk)
-        if position >= byte:
-            break
-    return number
+    with _open_parquet(file) as parquet:
+        metadata = parquet.metadata
+        size = sum(metadata.row_group(g).total_byte_size for g in range(metadata.num_row_groups))
+        return metadata.num_rows, size
 
 
 # ----------------------------------------------------------------------------------------------------------------- text
@@ -265,7 +121,7 @@ def _read_text(span: Span, columns: Columns, problems: Problems) -> Iterator[Doc
     begins: list[bool] = []
     complete: list[bool] = []
     size, any_text = 0, False
-    for start, run, last in _documents(span, problems, _article_borders if articles else _section_borders):
+    for start, run, last in byte_runs(span, problems, article_borders if articles else section_borders):
         any_text = True
         try:
             texts.append(run.decode())
@@ -281,7 +137,7 @@ def _read_text(span: Span, columns: Columns, problems: Problems) -> Iterator[Doc
     if texts:
         yield Documents(texts, None, np.array(begins), np.array(complete))
     if not any_text and span.start == 0:
-        raise _Unreadable("empty file", f"{file.name} is empty")
+        raise Unreadable("empty file", f"{file.name} is empty")
 
 
 def _read_wikitext_rows(span: Span, columns: Columns, problems: Problems) -> Iterator[Documents]:
@@ -290,7 +146,7 @@ def _read_wikitext_rows(span: Span, columns: Columns, problems: Problems) -> Ite
     for first, table in _parquet_tables(span, [columns.text]):
         lines = _strings(span, table, first, problems)
         buffer = carry + "".join(line or " \n" for line in lines if line is not None).encode()
-        borders = [0, *_article_borders(buffer, 0)]
+        borders = [0, *article_borders(buffer, 0)]
         runs = [buffer[a:b].decode() for a, b in zip(borders[:-1], borders[1:], strict=True)]
         if runs:
             yield _whole(runs)
@@ -309,7 +165,7 @@ def _whole(texts: list[str], labels: np.ndarray | None = None) -> Documents:
 def _read_jsonl(span: Span, columns: Columns, problems: Problems) -> Iterator[Documents]:
     """A JSON object a line."""
     any_row = False
-    for base, run, _ in _documents(span, problems, _line_borders(span)):
+    for base, run, _ in byte_runs(span, problems, line_borders(span)):
         texts, labels = [], []
         position = base
         for line in run.split(b"\n"):
@@ -323,14 +179,14 @@ def _read_jsonl(span: Span, columns: Columns, problems: Problems) -> Iterator[Do
         if texts:
             yield _whole(texts, np.array(labels, np.int64) if columns.label else None)
     if not any_row and span.start == 0:
-        raise _Unreadable("empty file", f"{span.file.name} is empty")
+        raise Unreadable("empty file", f"{span.file.name} is empty")
 
 
 def _parse_line(line: bytes, span: Span, position: int, columns: Columns, problems: Problems) -> tuple[str, int] | None:
     """Text and label of a line, or None where it is faulty and faults are skipped."""
 
     def fault(reason: str, what: str) -> None:
-        place = "" if problems.skip else f"line {_line_number(span, position):,}: "
+        place = "" if problems.skip else f"line {line_number(span, position):,}: "
         problems.report(reason, f"{span.file.name} {place}{what}")
 
     try:
@@ -401,7 +257,7 @@ def _strings(span: Span, table: pa.Table, first: int, problems: Problems) -> lis
     column, name = table.column(0), table.column_names[0]
     kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
     if not any(test(kind) for test in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)):
-        raise _Unreadable("wrong type", f"{span.file.name} column {name!r} holds {column.type}, not text")
+        raise Unreadable("wrong type", f"{span.file.name} column {name!r} holds {column.type}, not text")
     try:
         texts = column.to_pylist()
     except UnicodeDecodeError:
@@ -429,21 +285,21 @@ def _open_parquet(file: InputFile) -> Iterator[pq.ParquetFile]:
             yield parquet
     except (pa.ArrowInvalid, OSError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
-        raise _Unreadable("corrupt file", f"{file.name} is no readable parquet file ({reason})") from None
+        raise Unreadable("corrupt file", f"{file.name} is no readable parquet file ({reason})") from None
 
 
 def _parquet_tables(span: Span, wanted: list[str]) -> Iterator[tuple[int, pa.Table]]:
     """The rows of a span, some at once, with the number of the first.
 
     Raises:
-        _Unreadable: damaged file, missing column, no rows.
+        Unreadable: damaged file, missing column, no rows.
     """
     with _open_parquet(span.file) as parquet:
         there = parquet.schema_arrow.names
         if missing := [name for name in wanted if name not in there]:
-            raise _Unreadable("wrong schema", f"{span.file.name} has no column {missing[0]!r} (it has: {', '.join(there)})")
+            raise Unreadable("wrong schema", f"{span.file.name} has no column {missing[0]!r} (it has: {', '.join(there)})")
         if parquet.metadata.num_rows == 0:
-            raise _Unreadable("empty file", f"{span.file.name} has no rows")
+            raise Unreadable("empty file", f"{span.file.name} has no rows")
         first = 0
         for group in range(parquet.metadata.num_row_groups):
             stop = first + parquet.metadata.row_group(group).num_rows
@@ -470,18 +326,18 @@ def _read_idx(span: Span, columns: Columns, problems: Problems) -> Iterator[Imag
     for path, ndim in ((file.path, 3), (file.labels_path, 1)):
         name = file.name if path == file.path else f"{file.name.rpartition('/')[0]}/{path.rpartition('/')[2]}".lstrip("/")
         one = InputFile(path=path, name=name, format="idx", size=0)
-        data = b"".join(_chunks(Span(one, 0, 0), 0))
+        data = b"".join(chunks(Span(one, 0, 0), 0))
         try:
             parts.append(parse_idx(data, ndim, name))
         except UserError as error:
-            raise _Unreadable("bad idx file", str(error)) from None
+            raise Unreadable("bad idx file", str(error)) from None
     images, labels = parts
     if len(images) != len(labels):
-        raise _Unreadable("bad idx file", f"{file.name} has {len(images):,} images, but its labels file has {len(labels):,} labels")
+        raise Unreadable("bad idx file", f"{file.name} has {len(images):,} images, but its labels file has {len(labels):,} labels")
     if not len(images):
-        raise _Unreadable("empty file", f"{file.name} has no images")
+        raise Unreadable("empty file", f"{file.name} has no images")
     if (*images.shape[1:], 1) != columns.image_shape:
-        raise _Unreadable("bad image", f"{file.name} has images of shape {(*images.shape[1:], 1)}, not {columns.image_shape}")
+        raise Unreadable("bad image", f"{file.name} has images of shape {(*images.shape[1:], 1)}, not {columns.image_shape}")
     good = labels < columns.num_classes
     for i in np.flatnonzero(~good):
         problems.report("bad label", f"{file.name} image {i:,}: label {labels[i]} must be 0 .. {columns.num_classes - 1}")
@@ -519,11 +375,11 @@ def image_shape(file: InputFile) -> tuple[int, int, int]:
     """
     try:
         if file.format == "idx":
-            head = next(_chunks(Span(file, 0, 0), 0), b"")
+            head = next(chunks(Span(file, 0, 0), 0), b"")
             return (*parse_idx(head, 3, file.name, head_only=True), 1)
         for _, table in _parquet_tables(Span(file, 0, 1), ["image"]):
             value = table.column("image")[0].as_py()
             return decode_image(value.get("bytes") if isinstance(value, dict) else value).shape
-    except _Unreadable as error:
+    except Unreadable as error:
         raise UserError(error.args[1]) from None
     raise UserError(f"{file.name} has no images")

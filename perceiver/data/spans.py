@@ -1,0 +1,160 @@
+"""Bytes of input files, in runs that begin where documents do. Every fault names the file and the byte.
+
+A *span* is a part of a file that one task reads: bytes of a plain file, rows of parquet, or all of a compressed file. Spans cut
+only where documents begin, and where documents begin does not depend on spans: so any cutting gives the same documents.
+"""
+
+from __future__ import annotations
+
+import gzip
+import re
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from perceiver.config import UserError
+from perceiver.data.sources import InputFile
+from perceiver.data.storage import open_folder
+
+SECTION = 1 << 16
+"""Plain text files are cut at line ends into sections of about this many bytes, the units of holding out validation text."""
+SLAB = 8 << 20
+"""Bytes read at once: what bounds a task's memory, whatever the size of a file."""
+_ARTICLE = re.compile(rb"\n ?\n(?= = (?!=)[^\n]*(?<!=) = \n)")
+"""The end of the blank line before an article's title, ` = Title = `, in WikiText."""
+_LOOKBACK = 4096
+"""Bytes before a span that are searched for where its first document begins."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """A part of a file: bytes, or rows of parquet."""
+
+    file: InputFile
+    start: int
+    stop: int
+
+
+class Problems:
+    """What to do with faults: stop at the first, or count them by reason."""
+
+    def __init__(self, skip: bool) -> None:
+        self.skip = skip
+        self.counts: Counter[str] = Counter()
+
+    def report(self, reason: str, sentence: str) -> None:
+        """A fault of a row or a file: the caller leaves it out.
+
+        Raises:
+            UserError: faults are not to be skipped.
+        """
+        if not self.skip:
+            raise UserError(f"{sentence} (--data.on-error skip leaves out and counts such rows and files)")
+        self.counts[reason] += 1
+
+
+class Unreadable(Exception):
+    """A file cannot be read any further: (reason, sentence)."""
+
+
+def chunks(span: Span, start: int) -> Iterator[bytes]:
+    """The bytes of a file from `start` on, unpacked, at most SLAB at once.
+
+    Raises:
+        Unreadable: the file is missing, truncated or corrupt.
+    """
+    file = span.file
+    filesystem, path = open_folder(file.path)
+    read = 0
+    try:
+        if not file.compressed:
+            with filesystem.open_input_file(path) as source:
+                while chunk := source.read_at(SLAB, start):
+                    yield chunk
+                    start += len(chunk)
+            return
+        with filesystem.open_input_stream(path, compression=None) as source, gzip.GzipFile(fileobj=source) as unpacked:
+            while chunk := unpacked.read(SLAB):
+                yield chunk
+                read += len(chunk)
+    except EOFError:
+        raise Unreadable("truncated file", f"{file.name} is truncated: its gzip data ends after byte {read:,}") from None
+    except (gzip.BadGzipFile, zlib.error) as error:
+        raise Unreadable("corrupt file", f"{file.name} is corrupt after byte {read:,} of its text ({error})") from None
+    except OSError as error:
+        raise Unreadable("unreadable file", f"{file.name} cannot be read ({error})") from None
+
+
+def _checked_chunks(span: Span, problems: Problems) -> Iterator[bytes]:
+    """All bytes of a compressed file; where faults are skipped, only after a first pass found it whole: no part of it is used."""
+    if problems.skip:
+        for _ in chunks(span, 0):
+            pass
+    yield from chunks(span, 0)
+
+
+def byte_runs(span: Span, problems: Problems, borders: Callable[[bytes, int], list[int]]) -> Iterator[tuple[int, bytes, bool]]:
+    """The byte runs of a span between borders: (first byte in the file, run, whether the file ends with it).
+
+    Args:
+        borders: of (buffer, its first byte in the file), the places in the buffer where a run begins, but the buffer's start.
+    """
+    compressed = span.file.compressed
+    first = 0 if compressed else max(0, span.start - _LOOKBACK)
+    pieces = _checked_chunks(span, problems) if compressed else chunks(span, first)
+    base, carry = first, b""
+    begun = span.start == 0
+    for chunk in pieces:
+        buffer = carry + chunk
+        previous = 0
+        for cut in borders(buffer, base):
+            if base + cut >= span.start:
+                if begun:
+                    yield base + previous, buffer[previous:cut], False
+                if not compressed and base + cut >= span.stop:
+                    return
+                begun = True
+            previous = cut
+        carry = buffer[previous:]
+        base += previous
+    if begun and carry:
+        yield base, carry, True
+
+
+def line_borders(span: Span) -> Callable[[bytes, int], list[int]]:
+    """Not all line starts: the last of a buffer, and those where the span begins and where it ends."""
+
+    def borders(buffer: bytes, base: int) -> list[int]:
+        found = {buffer.rfind(b"\n") + 1}
+        for edge in () if span.file.compressed else (span.start, span.stop):
+            if base < edge <= base + len(buffer):
+                found.add(buffer.find(b"\n", edge - base - 1) + 1)
+        return sorted(found - {0})
+
+    return borders
+
+
+def section_borders(buffer: bytes, base: int) -> list[int]:
+    """Line starts at or first after a multiple of SECTION in the file."""
+    found = []
+    target = (base // SECTION + 1) * SECTION
+    while (cut := buffer.find(b"\n", max(target - base - 1, 0)) + 1) and cut < len(buffer):
+        found.append(cut)
+        target = ((base + cut) // SECTION + 1) * SECTION
+    return found
+
+
+def article_borders(buffer: bytes, base: int) -> list[int]:
+    return [match.end() for match in _ARTICLE.finditer(buffer)]
+
+
+def line_number(span: Span, byte: int) -> int:
+    """The number of the line (from 1) that a byte of the file lies in."""
+    number, position = 1, 0
+    for chunk in chunks(span, 0):
+        number += chunk.count(b"\n", 0, max(0, byte - position))
+        position += len(chunk)
+        if position >= byte:
+            break
+    return number
