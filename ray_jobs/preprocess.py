@@ -1,4 +1,4 @@
-"""`python -m ray_jobs.preprocess PRESET [--data.source FILES] [--field value ...]`: prepares an experiment's data with Ray Data."""
+"""`python -m ray_jobs.preprocess PRESET [--data.source FILES] [--field value ...]`: prepares data with Ray Data."""
 
 from __future__ import annotations
 
@@ -40,7 +40,15 @@ from perceiver.data.shards import (
     task_kind,
 )
 from perceiver.data.sources import InputFile, Source, is_path, resolve
-from perceiver.data.storage import file_hash, list_folder, open_folder, read_file, remove_file, remove_folder, write_file
+from perceiver.data.storage import (
+    file_hash,
+    list_folder,
+    open_folder,
+    read_file,
+    remove_file,
+    remove_folder,
+    write_file,
+)
 from perceiver.data.tokenizers import SentencePieceTokenizer, load_tokenizer
 from ray_jobs.cli import main_entry, parse_experiment
 
@@ -59,7 +67,7 @@ def main(argv: list[str]) -> int:
 
 
 def prepare(experiment: Experiment, progress: Say = print, piece_bytes: int = PIECE_BYTES) -> Manifest:
-    """Prepares an experiment's data, or continues where an earlier call was stopped, or finds that there is nothing to do.
+    """Prepares an experiment's data, or continues a stopped preparation, or finds that there is nothing to do.
 
     Joins the Ray cluster of this process, else runs a local one for the time being.
 
@@ -73,25 +81,27 @@ def prepare(experiment: Experiment, progress: Say = print, piece_bytes: int = PI
     started = time.monotonic()
     settings, folder = prepare_settings(experiment), data_folder(experiment)
     old = Manifest.load(folder) if MANIFEST in list_folder(folder) else None
-    if old is not None and not is_path(experiment.data.source or experiment.data.val_source or ""):
-        return _nothing_to_do(experiment, folder, old, progress)  # the name stands for the content, no network is needed
+    if old is not None and (broken := broken_shards(folder, old)):
+        progress(f"{folder}/{broken[0]} is missing or damaged: preparing again")
+        remove_file(folder, MANIFEST)
+        old = None
+    own_files = any(is_path(source) for source in (experiment.data.source, experiment.data.val_source) if source)
+    if old is not None and not own_files:  # the name stands for the content: no network is needed
+        return _nothing_to_do(experiment, folder, old, progress)
     source = resolve(experiment.data, task_kind(experiment))
     fingerprint = _fingerprint(experiment, source, progress)
     if old is not None:
         _refuse_changed_source(experiment, folder, old, fingerprint)
-        if not (broken := broken_shards(folder, old)):
-            return _nothing_to_do(experiment, folder, old, progress)
-        progress(f"{folder}/{broken[0]} is missing or damaged: preparing again")
-        remove_file(folder, MANIFEST)
+        return _nothing_to_do(experiment, folder, old, progress)
     job = _job(experiment, settings, folder, fingerprint, source)
 
     from ray_jobs.ray_env import connect
 
     with connect(experiment.parallel):
-        notes, pieces_seconds = _make_pieces(job, cut_pieces(source.files, piece_bytes), progress, piece_bytes)
+        notes = _make_pieces(job, cut_pieces(source.files, piece_bytes), progress, piece_bytes)
         shards = _make_shards(experiment, job, notes, source, progress)
-    manifest = _finish(experiment, job, settings, fingerprint, notes, shards)
-    _summary(folder, manifest, source, time.monotonic() - started, pieces_seconds, progress)
+    manifest = _finish(job, settings, fingerprint, notes, shards)
+    _summary(folder, manifest, source, time.monotonic() - started, progress)
     return manifest
 
 
@@ -102,7 +112,7 @@ def _nothing_to_do(experiment: Experiment, folder: str, manifest: Manifest, prog
     return manifest
 
 
-# ------------------------------------------------------------------------------------------------------------ the source
+# ----------------------------------------------------------------------------------------------------------- the source
 
 
 def _fingerprint(experiment: Experiment, source: Source, progress: Say) -> dict[str, Any]:
@@ -112,7 +122,12 @@ def _fingerprint(experiment: Experiment, source: Source, progress: Say) -> dict[
     hashes = _hashes(local, experiment.data.root_path, progress)
 
     def entry(file: InputFile) -> dict[str, Any]:
-        result: dict[str, Any] = {"name": file.name, "split": file.split, "bytes": file.size, "sha256": hashes.get(file.path)}
+        result: dict[str, Any] = {
+            "name": file.name,
+            "split": file.split,
+            "bytes": file.size,
+            "sha256": hashes.get(file.path),
+        }
         if file.labels_path is not None:
             result["labels_sha256"] = hashes.get(file.labels_path)
         return result
@@ -154,13 +169,16 @@ def _refuse_changed_source(experiment: Experiment, folder: str, old: Manifest, f
     now = {file["name"]: file for file in fingerprint["files"]}
     changed = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
     if changed:
+        what, more = experiment.data.source or experiment.data.val_source, ", ..." if len(changed) > 5 else ""
         raise UserError(
-            f"data.source {experiment.data.source or experiment.data.val_source} has changed since {folder} was prepared from it "
-            f"({', '.join(changed[:5])}{', ...' if len(changed) > 5 else ''}): remove that folder, or prepare into another --data.root"
+            f"data.source {what} has changed since {folder} was "
+            f"prepared from it ({', '.join(changed[:5])}{more}): remove that folder, or prepare into another --data.root"
         )
 
 
-def _job(experiment: Experiment, settings: dict[str, Any], folder: str, fingerprint: dict[str, Any], source: Source) -> Job:
+def _job(
+    experiment: Experiment, settings: dict[str, Any], folder: str, fingerprint: dict[str, Any], source: Source
+) -> Job:
     """What all tasks need to know. Looks at the first image for the images' shape.
 
     Raises:
@@ -211,13 +229,11 @@ def _staging_prefix(folder: str) -> str:
     return f"{root}/.staging-{name}-"
 
 
-# ------------------------------------------------------------------------------------------------------------ two passes
+# ----------------------------------------------------------------------------------------------------------- two passes
 
 
-def _make_pieces(
-    job: Job, pieces: list[Piece], progress: Say, piece_bytes: int
-) -> tuple[list[dict[str, Any]], float]:
-    """Pass 1: the notes on all pieces, and the seconds it took."""
+def _make_pieces(job: Job, pieces: list[Piece], progress: Say, piece_bytes: int) -> list[dict[str, Any]]:
+    """Pass 1: the notes on all pieces."""
     layout = json.dumps({"piece_bytes": piece_bytes, "pieces": len(pieces)}).encode()
     if "layout.json" in list_folder(job.staging) and read_file(job.staging, "layout.json") != layout:
         remove_folder(job.staging)  # pieces cut otherwise: their numbers mean nothing here
@@ -231,7 +247,7 @@ def _make_pieces(
     for i, note in _in_parallel(lambda i: make_piece(job, i, pieces[i]), todo):
         notes[i] = note
         meter.add(weights[i], sum(count["tokens"] for count in note["splits"].values()))
-    return [notes[i] for i in range(len(pieces))], meter.seconds
+    return [notes[i] for i in range(len(pieces))]
 
 
 def _make_shards(
@@ -274,7 +290,7 @@ def _in_parallel(function: Callable[[int], dict[str, Any]], items: list[int]) ->
     """Results of one task an item, by Ray Data, as they come.
 
     Raises:
-        UserError: the first one that a task raised. (Tasks return it as data: an exception would come wrapped in Ray's.)
+        UserError: the first one that a task raised (and returned as data: Ray would wrap the exception in its own).
     """
     if not items:
         return
@@ -293,11 +309,10 @@ def _in_parallel(function: Callable[[int], dict[str, Any]], items: list[int]) ->
         yield int(row["item"]), json.loads(row["result"])
 
 
-# ------------------------------------------------------------------------------------------------------------ the result
+# ----------------------------------------------------------------------------------------------------------- the result
 
 
 def _finish(
-    experiment: Experiment,
     job: Job,
     settings: dict[str, Any],
     fingerprint: dict[str, Any],
@@ -347,7 +362,7 @@ def _remove_staging(folder: str) -> None:
             filesystem.delete_dir(info.path)
 
 
-def _summary(folder: str, manifest: Manifest, source: Source, seconds: float, pieces_seconds: float, progress: Say) -> None:
+def _summary(folder: str, manifest: Manifest, source: Source, seconds: float, progress: Say) -> None:
     progress(f"prepared in {_duration(seconds)}: {folder}")
     for name, split in manifest.splits.items():
         parts = [f"{split.rows:,} rows"]
@@ -355,7 +370,12 @@ def _summary(folder: str, manifest: Manifest, source: Source, seconds: float, pi
             height, width, channels = manifest.image_shape
             parts.append(f"images of {height} x {width} x {channels}")
         else:
-            parts += [f"{split.tokens:,} tokens", f"{split.bytes:,} bytes", f"{split.words:,} words", f"{split.documents:,} documents"]
+            parts += [
+                f"{split.tokens:,} tokens",
+                f"{split.bytes:,} bytes",
+                f"{split.words:,} words",
+                f"{split.documents:,} documents",
+            ]
         parts.append(f"{len(split.shards):,} shard{'s' * (len(split.shards) != 1)}")
         progress(f"  {name + ':':<6} {', '.join(parts)}")
     if manifest.stats.get("skipped"):
@@ -377,10 +397,6 @@ class _Meter:
         self._done, self._weight_done, self._begin = done, weight_done, weight_done
         self._started = self._said = time.monotonic()
         self._tokens = 0
-
-    @property
-    def seconds(self) -> float:
-        return time.monotonic() - self._started
 
     def add(self, weight: int, tokens: int = 0) -> None:
         self._done += 1

@@ -58,7 +58,9 @@ def write_idx(folder: Path, split: str, num: int, seed: int = 0) -> None:
     pixels = rng.integers(0, 256, (num, 28, 28), np.uint8)
     (folder / f"{split}-images-idx3-ubyte").write_bytes(struct.pack(">4i", 2051, num, 28, 28) + pixels.tobytes())
     labels = rng.integers(0, 10, num, np.uint8)
-    (folder / f"{split}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(struct.pack(">2i", 2049, num) + labels.tobytes()))
+    (folder / f"{split}-labels-idx1-ubyte.gz").write_bytes(
+        gzip.compress(struct.pack(">2i", 2049, num) + labels.tobytes())
+    )
 
 
 def rows_of(folder: str, manifest: Manifest, split: str) -> pa.Table:
@@ -71,7 +73,10 @@ def rows_of(folder: str, manifest: Manifest, split: str) -> pa.Table:
 def stream_of(folder: str, manifest: Manifest, split: str) -> np.ndarray:
     """The ids of a token split: all logical rows, and the row after the last one."""
     part = manifest.splits[split]
-    tables = [rows_of(folder, manifest, split), read_block(folder, part, part.num_blocks - 1).slice(part.block_rows(part.num_blocks - 1))]
+    tables = [
+        rows_of(folder, manifest, split),
+        read_block(folder, part, part.num_blocks - 1).slice(part.block_rows(part.num_blocks - 1)),
+    ]
     flat = np.concatenate([fixed_array(table, "tokens").reshape(-1) for table in tables])
     assert not flat[part.tokens :].any()
     return flat[: part.tokens]

@@ -43,9 +43,7 @@ def test_marks_stand_where_documents_begin_and_end(parts):
     ids, lengths = BYTES.encode_batch([text for text, _, _ in parts])
     begins, complete = (np.array([part[i] for part in parts], bool) for i in (1, 2))
     expected = [
-        token
-        for text, begin, end in parts
-        for token in ([CLS] * begin + BYTES.encode(text).tolist() + [SEP] * end)
+        token for text, begin, end in parts for token in ([CLS] * begin + BYTES.encode(text).tolist() + [SEP] * end)
     ]
     assert join_documents(ids, lengths, begins, complete, CLS, SEP).tolist() == expected
     assert join_documents(ids, lengths, begins, complete).tolist() == ids.tolist()

@@ -83,7 +83,19 @@ def test_bytes_that_are_no_text_are_marked():
 
 def test_sentencepiece_ids_are_the_models(pieces):
     assert pieces.vocab_size == 32_000
-    assert pieces.encode("The quick brown fox, Perceiver.").tolist() == [32, 2049, 3442, 17, 13894, 19, 2427, 1138, 150, 2013, 9]
+    assert pieces.encode("The quick brown fox, Perceiver.").tolist() == [
+        32,
+        2049,
+        3442,
+        17,
+        13894,
+        19,
+        2427,
+        1138,
+        150,
+        2013,
+        9,
+    ]
     named = (pieces.bos_id, pieces.eos_id, pieces.cls_id, pieces.sep_id, pieces.pad_id, pieces.mask_id)
     assert named == (1, 2, 3, 4, 5, 6)
     ids, lengths = pieces.encode_batch(["one text", "", "and another"])

@@ -22,8 +22,9 @@ from ray_jobs.ray_env import quiet
 from tests.preparing import experiment
 root, source, cpus = sys.argv[1:]
 quiet()
-ray.init(address="local", num_cpus=int(cpus), include_dashboard=False, object_store_memory=100 << 20, log_to_driver=False)
-prepare(experiment("clm-wikitext", root, source, val_fraction=0.2, rows_per_block=2, blocks_per_shard=2), piece_bytes=500)
+ray.init(address="local", num_cpus=int(cpus), include_dashboard=False, object_store_memory=100 << 20,
+log_to_driver=False) prepare(experiment("clm-wikitext", root, source, val_fraction=0.2, rows_per_block=2,
+blocks_per_shard=2), piece_bytes=500)
 """
 
 
@@ -77,7 +78,9 @@ def test_the_command_prepares_and_then_has_nothing_to_do(tmp_path):
     started = time.monotonic()
     second = command(*arguments)
     assert second.returncode == 0 and "nothing to do" in second.stdout and time.monotonic() - started < 5
-    _, manifest = load_prepared(experiment("quickstart", tmp_path, "mnist-mini", rows_per_block=256, blocks_per_shard=64))
+    _, manifest = load_prepared(
+        experiment("quickstart", tmp_path, "mnist-mini", rows_per_block=256, blocks_per_shard=64)
+    )
     assert manifest.splits["val"].rows == 800
 
 
@@ -91,7 +94,9 @@ def test_a_fault_found_by_a_task_is_one_sentence_and_status_2(tmp_path):
     arguments = ("txt-clf-imdb-all", "--data.source", str(tmp_path), "--data.root", str(tmp_path / "out"))
     result = command(*arguments)
     assert result.returncode == 2 and "Traceback" not in result.stderr
-    assert [line for line in result.stderr.splitlines() if "train-1.jsonl.gz is truncated" in line] == result.stderr.splitlines()
+    assert [
+        line for line in result.stderr.splitlines() if "train-1.jsonl.gz is truncated" in line
+    ] == result.stderr.splitlines()
     assert not list((tmp_path / "out").rglob(MANIFEST))
     skipped = command(*arguments, "--data.on-error", "skip")
     assert skipped.returncode == 0 and "skipped: 1 x truncated file" in skipped.stdout

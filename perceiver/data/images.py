@@ -1,4 +1,4 @@
-"""Images: idx files, scaling, cropping. Arrays are (n, height, width, channels), uint8 as stored, float32 in [-1, 1] for models."""
+"""Images: idx files, scaling, cropping. Arrays are (n, height, width, channels), uint8 as stored."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def random_crop(images: np.ndarray, side: int, places: np.ndarray) -> np.ndarray
     Args:
         images: (n, height, width, channels).
         side: height and width of the squares.
-        places: (n, 2) in [0, 1): where between the top (left) and the bottom (right) each square lies; 0.5 is the middle.
+        places: (n, 2) in [0, 1): where between top (left) and bottom (right) each square lies; 0.5: in the middle.
 
     Returns:
         (n, side, side, channels).
@@ -69,7 +69,9 @@ def parse_idx(data: bytes, ndim: int, name: str, head_only: bool = False) -> np.
         raise UserError(f"{name} is no idx file: it has {len(data)} bytes, the head alone has {head}")
     magic, *shape = struct.unpack(f">{1 + ndim}i", data[:head])
     if magic != expected:
-        raise UserError(f"{name} is no idx file of unsigned bytes in {ndim} dimensions: magic {magic}, expected {expected}")
+        raise UserError(
+            f"{name} is no idx file of unsigned bytes in {ndim} dimensions: magic {magic}, expected {expected}"
+        )
     if any(size < 0 for size in shape) or any(size == 0 for size in shape[1:]):
         raise UserError(f"{name} is no idx file: its head says shape {tuple(shape)}")
     if head_only:

@@ -3,8 +3,9 @@
 Pass 1: the input is cut into pieces; each becomes a few files of ids (or pixels) and counts in a staging folder.
 Pass 2: from the sums of the counts it is known what each shard holds; each shard takes it from the pieces' files.
 
-Every job writes its files under temporary names and its `.json` last, so that a finished job is known by it; jobs that were
-killed are done again. Results do not depend on how the input is cut, on the number of processes, or on interruptions.
+Every job writes its files under temporary names and its `.json` last, so that a finished job is known by it; jobs
+that were killed are done again. Results do not depend on how the input is cut, on the number of processes, or on
+interruptions.
 """
 
 from __future__ import annotations
@@ -145,7 +146,9 @@ class _PieceWriter:
         self._counts = dict.fromkeys(_COUNTS, 0)
         self._histogram = np.zeros(0, np.int64)
 
-    def add(self, values: np.ndarray, counts: dict[str, int], labels: np.ndarray | None, lengths: np.ndarray | None) -> None:
+    def add(
+        self, values: np.ndarray, counts: dict[str, int], labels: np.ndarray | None, lengths: np.ndarray | None
+    ) -> None:
         for name, count in counts.items():
             self._counts[name] += count
         self._write("values", values)
@@ -178,7 +181,8 @@ class _PieceWriter:
 
 def _add_images(job: Job, file: InputFile, images: Images, writers: dict[str, _PieceWriter]) -> None:
     pixels = np.ascontiguousarray(images.pixels)
-    for split, chosen in _splits(file, [image.tobytes() for image in pixels] if file.split == "hash" else pixels, job.val_fraction):
+    contents = [image.tobytes() for image in pixels] if file.split == "hash" else pixels
+    for split, chosen in _splits(file, contents, job.val_fraction):
         values = pixels[chosen].reshape(-1)
         num = int(np.count_nonzero(chosen))
         counts = {"rows": num, "bytes": values.nbytes, "documents": num}
@@ -291,7 +295,8 @@ def _blocks(job: Job, plan: ShardPlan) -> Iterator[pa.Table]:
         num = min(job.rows_per_block, plan.rows - first)
         if job.kind == "tokens":
             block = np.zeros((num + 1) * job.row_length, np.uint16)
-            ids = _read_part(job, plan, "values", np.uint16, first * job.row_length, first * job.row_length + len(block))
+            start = first * job.row_length
+            ids = _read_part(job, plan, "values", np.uint16, start, start + len(block))
             block[: len(ids)] = ids
             yield pa.table({"tokens": fixed_column(block.reshape(num + 1, job.row_length))})
             continue
@@ -303,9 +308,7 @@ def _blocks(job: Job, plan: ShardPlan) -> Iterator[pa.Table]:
             yield pa.table({"tokens": _read_documents(job, plan, first, first + num), "label": labels})
 
 
-def _read_part(
-    job: Job, plan: ShardPlan, part: str, dtype: type, start: int, stop: int, width: int = 1
-) -> np.ndarray:
+def _read_part(job: Job, plan: ShardPlan, part: str, dtype: type, start: int, stop: int, width: int = 1) -> np.ndarray:
     """Values start .. stop - 1 of a shard (each of `width` numbers), from the pieces that they lie in."""
     size = np.dtype(dtype).itemsize * width
     found = []

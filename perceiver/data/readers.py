@@ -1,4 +1,4 @@
-"""Reads input files piece by piece: documents and images with their labels. Every fault names the file and the row or byte."""
+"""Reads documents and images with their labels from spans of files. Every fault names the file and the row or byte."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def parquet_rows(file: InputFile) -> tuple[int, int]:
 
 
 def _read_text(span: Span, columns: Columns, problems: Problems) -> Iterator[Documents]:
-    """Text files, byte for byte. A .txt file is one document (in sections), WikiText files have one document an article."""
+    """Text files, byte for byte. A .txt file is one document (in sections), an article of WikiText is one."""
     file = span.file
     articles = file.format == "wikitext"
     texts: list[str] = []
@@ -159,7 +159,7 @@ def _whole(texts: list[str], labels: np.ndarray | None = None) -> Documents:
     return Documents(texts, labels, np.ones(len(texts), bool), np.ones(len(texts), bool))
 
 
-# --------------------------------------------------------------------------------------------------------- JSON, parquet
+# -------------------------------------------------------------------------------------------------------- JSON, parquet
 
 
 def _read_jsonl(span: Span, columns: Columns, problems: Problems) -> Iterator[Documents]:
@@ -195,7 +195,9 @@ def _parse_line(line: bytes, span: Span, position: int, columns: Columns, proble
         text.encode()
         label = _label(row[columns.label], columns) if columns.label else 0
     except UnicodeDecodeError as error:
-        return fault("not UTF-8", f"is not UTF-8: byte {line[error.start]:#04x} at byte {position + error.start:,} of the file")
+        return fault(
+            "not UTF-8", f"is not UTF-8: byte {line[error.start]:#04x} at byte {position + error.start:,} of the file"
+        )
     except UnicodeEncodeError:
         return fault("not UTF-8", f"field {columns.text!r} has a lone surrogate, which no UTF-8 text can hold")
     except json.JSONDecodeError as error:
@@ -239,7 +241,9 @@ def _read_parquet(span: Span, columns: Columns, problems: Problems) -> Iterator[
             yield _whole(kept, None if labels is None else labels[np.array(keep)])
 
 
-def _labels(span: Span, table: pa.Table, first: int, keep: list[bool], columns: Columns, problems: Problems) -> np.ndarray:
+def _labels(
+    span: Span, table: pa.Table, first: int, keep: list[bool], columns: Columns, problems: Problems
+) -> np.ndarray:
     """The label column as class numbers; rows with a faulty label are taken out of `keep`."""
     result = np.zeros(table.num_rows, np.int64)
     for i, value in enumerate(table.column(columns.label).to_pylist()):
@@ -266,7 +270,10 @@ def _strings(span: Span, table: pa.Table, first: int, problems: Problems) -> lis
         if text is None:
             missing = not column[i].is_valid
             reason = "missing text" if missing else "not UTF-8"
-            problems.report(reason, f"{span.file.name} row {first + i:,}: column {name!r} {'is null' if missing else 'is not UTF-8'}")
+            problems.report(
+                reason,
+                f"{span.file.name} row {first + i:,}: column {name!r} {'is null' if missing else 'is not UTF-8'}",
+            )
     return texts
 
 
@@ -297,7 +304,9 @@ def _parquet_tables(span: Span, wanted: list[str]) -> Iterator[tuple[int, pa.Tab
     with _open_parquet(span.file) as parquet:
         there = parquet.schema_arrow.names
         if missing := [name for name in wanted if name not in there]:
-            raise Unreadable("wrong schema", f"{span.file.name} has no column {missing[0]!r} (it has: {', '.join(there)})")
+            raise Unreadable(
+                "wrong schema", f"{span.file.name} has no column {missing[0]!r} (it has: {', '.join(there)})"
+            )
         if parquet.metadata.num_rows == 0:
             raise Unreadable("empty file", f"{span.file.name} has no rows")
         first = 0
@@ -324,7 +333,9 @@ def _read_idx(span: Span, columns: Columns, problems: Problems) -> Iterator[Imag
     file = span.file
     parts = []
     for path, ndim in ((file.path, 3), (file.labels_path, 1)):
-        name = file.name if path == file.path else f"{file.name.rpartition('/')[0]}/{path.rpartition('/')[2]}".lstrip("/")
+        name = (
+            file.name if path == file.path else f"{file.name.rpartition('/')[0]}/{path.rpartition('/')[2]}".lstrip("/")
+        )
         one = InputFile(path=path, name=name, format="idx", size=0)
         data = b"".join(chunks(Span(one, 0, 0), 0))
         try:
@@ -333,14 +344,20 @@ def _read_idx(span: Span, columns: Columns, problems: Problems) -> Iterator[Imag
             raise Unreadable("bad idx file", str(error)) from None
     images, labels = parts
     if len(images) != len(labels):
-        raise Unreadable("bad idx file", f"{file.name} has {len(images):,} images, but its labels file has {len(labels):,} labels")
+        raise Unreadable(
+            "bad idx file", f"{file.name} has {len(images):,} images, but its labels file has {len(labels):,} labels"
+        )
     if not len(images):
         raise Unreadable("empty file", f"{file.name} has no images")
     if (*images.shape[1:], 1) != columns.image_shape:
-        raise Unreadable("bad image", f"{file.name} has images of shape {(*images.shape[1:], 1)}, not {columns.image_shape}")
+        raise Unreadable(
+            "bad image", f"{file.name} has images of shape {(*images.shape[1:], 1)}, not {columns.image_shape}"
+        )
     good = labels < columns.num_classes
     for i in np.flatnonzero(~good):
-        problems.report("bad label", f"{file.name} image {i:,}: label {labels[i]} must be 0 .. {columns.num_classes - 1}")
+        problems.report(
+            "bad label", f"{file.name} image {i:,}: label {labels[i]} must be 0 .. {columns.num_classes - 1}"
+        )
     yield Images(images[good][..., None], labels[good].astype(np.int64))
 
 

@@ -1,4 +1,4 @@
-"""The format of prepared data: a folder with parquet shards and one manifest. Used by who writes it and by who reads it.
+"""The format of prepared data: a folder with parquet shards and one manifest.
 
     folder/manifest.json             written last: a folder without it holds no data set
     folder/train-00000.parquet ...   and val-00000.parquet ...
@@ -9,13 +9,14 @@ There are three kinds of rows:
 - "tokens":    tokens fixed_size_list<uint16>[T]: the token stream of all documents, cut end to end; 0 after its end
 - "documents": tokens list<uint16>, at most `row_length` ids; label int32
 
-Blocks (row groups) have a constant size, so that finding a row is arithmetic: block b holds the rows from b * rows_per_block on
-and lies in shard b // blocks_per_shard as row group b % blocks_per_shard. Only the last block and the last shard of a split may
-be shorter. Blocks of tokens end with one physical row more than they have logical rows (`lookahead`): the next T ids of the
-stream, whatever block or shard they lie in, so that windows can be shifted and the last target of a row is at hand.
+Blocks (row groups) have a constant size, so that finding a row is arithmetic: block b holds the rows from b *
+rows_per_block on and lies in shard b // blocks_per_shard as row group b % blocks_per_shard. Only the last block and
+the last shard of a split may be shorter. Blocks of tokens end with one physical row more than they have logical rows
+(`lookahead`): the next T ids of the stream, whatever block or shard they lie in, so that windows can be shifted and
+the last target of a row is at hand.
 
-A stream of n ids has ceil((n - 1) / T) rows (at least 1): windows of T + 1 ids that overlap by one id, so that every id but the
-first is the target of exactly one window.
+A stream of n ids has ceil((n - 1) / T) rows (at least 1): windows of T + 1 ids that overlap by one id, so that every
+id but the first is the target of exactly one window.
 
 Manifest and shards hold no times and no absolute paths: preparing the same input twice gives the same bytes.
 """
@@ -71,7 +72,7 @@ _READING_ONLY = ("shuffle_window_blocks", "lanes")
 """Fields of the data's configuration that preparation does not depend on."""
 
 
-# -------------------------------------------------------------------------------------------------------------- manifest
+# ------------------------------------------------------------------------------------------------------------- manifest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,8 +141,10 @@ class Manifest:
     source: dict[str, Any] = field(default_factory=dict)
     """Fingerprint of the input: files with size and sha256, or name and revision on the hub."""
     stats: dict[str, Any] = field(default_factory=dict)
-    """ "skipped": what was left out, counted by reason; "unigram_nats_per_token": cross-entropy of the validation stream under the
-    training stream's id frequencies (tokens); "labels": how often each label occurs, by split (images, documents)."""
+    """ "skipped": what was left out, counted by reason; "unigram_nats_per_token": cross-entropy of the validation
+    stream under the training stream's id frequencies (tokens); "labels": how often each label occurs, by split
+    (images, documents).
+    """
     image_shape: tuple[int, int, int] | None = None
     """Height, width, channels, for images."""
     num_classes: int | None = None
@@ -172,8 +175,8 @@ class Manifest:
             raise UserError(f"{folder}/{MANIFEST} is damaged ({error})") from None
         if data.get("format_version") != FORMAT_VERSION:
             raise UserError(
-                f"{folder}/{MANIFEST} has format version {data.get('format_version')}, this version reads {FORMAT_VERSION}: "
-                "prepare the data again"
+                f"{folder}/{MANIFEST} has format version {data.get('format_version')}, this version reads "
+                f"{FORMAT_VERSION}: prepare the data again"
             )
         splits = {
             name: Split(**{**split, "shards": tuple(Shard(**shard) for shard in split["shards"])})
@@ -197,7 +200,7 @@ def shard_name(split: str, shard: int) -> str:
     return f"{split}-{shard:05d}.parquet"
 
 
-# --------------------------------------------------------------------------------------------------- reading and writing
+# -------------------------------------------------------------------------------------------------- reading and writing
 
 
 def schema(kind: str, row_length: int) -> pa.Schema:
@@ -208,13 +211,16 @@ def schema(kind: str, row_length: int) -> pa.Schema:
     item = pa.field("element", pa.uint16(), nullable=False)
     if kind == "tokens":
         return pa.schema([pa.field("tokens", pa.list_(item, row_length), nullable=False)])
-    return pa.schema([pa.field("tokens", pa.list_(item), nullable=False), pa.field("label", pa.int32(), nullable=False)])
+    return pa.schema(
+        [pa.field("tokens", pa.list_(item), nullable=False), pa.field("label", pa.int32(), nullable=False)]
+    )
 
 
 def write_blocks(file: BinaryIO, kind: str, row_length: int, blocks: Iterable[pa.Table]) -> None:
     """Writes a shard: each table is a block. The same tables give the same bytes.
 
-    The encoding (bytes of equal place together, then zstd) was the smallest and the fastest to read of those that parquet has.
+    The encoding (bytes of equal place together, then zstd) was the smallest and the fastest to read of those that
+    parquet has.
     """
     columns = schema(kind, row_length)
     with pq.ParquetWriter(
@@ -268,7 +274,7 @@ def fixed_column(values: np.ndarray) -> pa.FixedSizeListArray:
     return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), type=pa.list_(item, values.shape[1]))
 
 
-# ------------------------------------------------------------------------------------------- from experiment to data set
+# ------------------------------------------------------------------------------------------ from experiment to data set
 
 
 def task_kind(experiment: Experiment) -> str:
@@ -279,9 +285,8 @@ def task_kind(experiment: Experiment) -> str:
     """
     kind = _KINDS.get(type(experiment.task))
     if kind is None:
-        raise UserError(
-            f"{experiment.preset}: data for {type(experiment.task).__name__.removesuffix('Config')} cannot be prepared yet"
-        )
+        task = type(experiment.task).__name__.removesuffix("Config")
+        raise UserError(f"{experiment.preset}: data for {task} cannot be prepared yet")
     return kind
 
 
@@ -303,11 +308,14 @@ def prepare_settings(experiment: Experiment) -> dict[str, Any]:
     """What determines the content of the experiment's data set, apart from the input files' content.
 
     Raises:
-        UserError: the task's data cannot be prepared, the tokenizer's file is missing, or it has more ids than the model.
+        UserError: the task's data cannot be prepared, the tokenizer's file is missing, or it has more ids than the
+            model.
     """
     data, kind = experiment.data, task_kind(experiment)
     if not data.source and not data.val_source:
-        raise UserError(f"{experiment.preset}: data.source is empty: name a data set or your own files (see docs/data.md)")
+        raise UserError(
+            f"{experiment.preset}: data.source is empty: name a data set or your own files (see docs/data.md)"
+        )
     if data.rows_per_block < 1 or data.blocks_per_shard < 1:
         raise UserError("data.rows_per_block and data.blocks_per_shard must be at least 1")
     if not 0 <= data.val_fraction < 1:
@@ -326,7 +334,8 @@ def prepare_settings(experiment: Experiment) -> dict[str, Any]:
     tokenizer = load_tokenizer(data.tokenizer)
     if tokenizer.vocab_size > vocab_size:
         raise UserError(
-            f"data.tokenizer {data.tokenizer} has {tokenizer.vocab_size} ids, but the model's vocab_size is {vocab_size}"
+            f"data.tokenizer {data.tokenizer} has {tokenizer.vocab_size} ids, but the model's vocab_size is "
+            f"{vocab_size}"
         )
     settings |= {"text_column": data.text_column, "tokenizer": tokenizer.fingerprint}
     if kind == "documents":
@@ -354,8 +363,8 @@ def load_prepared(experiment: Experiment) -> tuple[str, Manifest]:
     """Folder and manifest of the experiment's prepared data.
 
     Raises:
-        UserError: it is not prepared (then the sentence has the command that does it), was prepared with other settings (and
-            which), or does not fit the model.
+        UserError: it is not prepared (then the sentence has the command that does it), was prepared with other
+            settings (and which), or does not fit the model.
     """
     settings = prepare_settings(experiment)
     folder = _folder(experiment, settings)
@@ -390,7 +399,9 @@ def _others(experiment: Experiment, settings: dict[str, Any]) -> list[tuple[str,
     names = sorted(info.base_name for info in infos if pattern.fullmatch(info.base_name))
     folders = [f"{experiment.data.root_path.rstrip('/')}/{name}" for name in names]
     return [
-        (name, Manifest.load(folder)) for name, folder in zip(names, folders, strict=True) if MANIFEST in list_folder(folder)
+        (name, Manifest.load(folder))
+        for name, folder in zip(names, folders, strict=True)
+        if MANIFEST in list_folder(folder)
     ]
 
 
@@ -402,7 +413,9 @@ def check_fits(experiment: Experiment, manifest: Manifest) -> None:
     """
     classes = getattr(getattr(experiment.model, "output", None), "num_classes", None)
     if manifest.num_classes is not None and classes is not None and manifest.num_classes > classes:
-        raise UserError(f"the data has labels up to {manifest.num_classes - 1}, but model.output.num_classes is {classes}")
+        raise UserError(
+            f"the data has labels up to {manifest.num_classes - 1}, but model.output.num_classes is {classes}"
+        )
     if manifest.image_shape is not None:
         check_image_shape(experiment, manifest.image_shape)
 

@@ -1,4 +1,4 @@
-"""Where data comes from: named data sets, names on the hub, and a user's own files. Finds files and their splits; reads none."""
+"""Where data comes from: named data sets, names on the hub, a user's own files. Finds files and splits; reads none."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SHIPPED = Path(__file__).parent / "quickstart"
 
 @dataclass(frozen=True, kw_only=True)
 class _Hub:
-    """A data set on the Hugging Face hub; `marks` says what its splits are used for where the usual rule does not fit."""
+    """A data set on the Hugging Face hub; `marks`: what its splits are used for where the usual rule does not fit."""
 
     repository: str
     config: str | None = None
@@ -131,10 +131,10 @@ def _is_glob(text: str) -> bool:
 def resolve(data: DataConfig, kind: str) -> Source:
     """The files of an experiment's data and the split that each belongs to.
 
-    Of a folder or glob, files with "train" in their name (or the names of folders in it) are for training and those with "valid",
-    "validation", "val" or "dev" for validation, else those with "test" or "t10k"; without any "train" the unmarked ones are for
-    training. Files marked "unsupervised" are what language models train on. Without validation files `val_fraction` of the
-    documents is held out.
+    Of a folder or glob, files with "train" in their name (or the names of folders in it) are for training and those
+    with "valid", "validation", "val" or "dev" for validation, else those with "test" or "t10k"; without any "train"
+    the unmarked ones are for training. Files marked "unsupervised" are what language models train on. Without
+    validation files `val_fraction` of the documents is held out.
 
     Raises:
         UserError: no such data set or files, nothing of a format that `kind` can be made from, nothing to validate on.
@@ -147,7 +147,9 @@ def resolve(data: DataConfig, kind: str) -> Source:
         found, origin = _find(data.source, kind, "data.source")
         train, val, ignored = _assign(found, kind)
         if not train:
-            raise UserError(f"data.source {data.source} has no files to train on, only {', '.join(f.name for f in val)}")
+            raise UserError(
+                f"data.source {data.source} has no files to train on, only {', '.join(f.name for f in val)}"
+            )
     if data.val_source:
         found, _ = _find(data.val_source, kind, "data.val_source")
         unmarked, marked, more = _assign(found, kind)
@@ -155,7 +157,8 @@ def resolve(data: DataConfig, kind: str) -> Source:
         val = marked or unmarked
     if not val and data.val_fraction <= 0:
         raise UserError(
-            f"data.source {data.source} has no validation files: give them as data.val_source, or set data.val_fraction above 0"
+            f"data.source {data.source} has no validation files: give them as data.val_source, or set "
+            "data.val_fraction above 0"
         )
     train = [replace(f, split="train" if val else "hash") for f in train]
     files = [*train, *(replace(f, split="val") for f in val)]
@@ -302,7 +305,9 @@ def _hub_files(hub: _Hub, source: str, kind: str) -> tuple[list[_Found], dict[st
             "--data.source PATH (docs/data.md has their formats)"
         ) from error
     if not listed:
-        raise UserError(f"data set {hub.repository} has no files that can be read without its own code: give local files")
+        raise UserError(
+            f"data set {hub.repository} has no files that can be read without its own code: give local files"
+        )
     result, revisions = [], set()
     for split, paths in listed.items():
         for path in paths:
@@ -321,5 +326,3 @@ def _hub_files(hub: _Hub, source: str, kind: str) -> tuple[list[_Found], dict[st
 def _size(path: str) -> int:
     filesystem, inner = open_folder(path)
     return filesystem.get_file_info(inner).size
-
-

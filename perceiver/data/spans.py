@@ -1,7 +1,8 @@
 """Bytes of input files, in runs that begin where documents do. Every fault names the file and the byte.
 
-A *span* is a part of a file that one task reads: bytes of a plain file, rows of parquet, or all of a compressed file. Spans cut
-only where documents begin, and where documents begin does not depend on spans: so any cutting gives the same documents.
+A *span* is a part of a file that one task reads: bytes of a plain file, rows of parquet, or all of a compressed file.
+Spans cut only where documents begin, and where documents begin does not depend on spans: so any cutting gives the
+same documents.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from perceiver.data.sources import InputFile
 from perceiver.data.storage import open_folder
 
 SECTION = 1 << 16
-"""Plain text files are cut at line ends into sections of about this many bytes, the units of holding out validation text."""
+"""Plain text files are cut at line ends into sections of about so many bytes, the units of holding out validation."""
 SLAB = 8 << 20
 """Bytes read at once: what bounds a task's memory, whatever the size of a file."""
 _ARTICLE = re.compile(rb"\n ?\n(?= = (?!=)[^\n]*(?<!=) = \n)")
@@ -79,7 +80,9 @@ def chunks(span: Span, start: int) -> Iterator[bytes]:
                 yield chunk
                 read += len(chunk)
     except EOFError:
-        raise Unreadable("truncated file", f"{file.name} is truncated: its gzip data ends after byte {read:,}") from None
+        raise Unreadable(
+            "truncated file", f"{file.name} is truncated: its gzip data ends after byte {read:,}"
+        ) from None
     except (gzip.BadGzipFile, zlib.error) as error:
         raise Unreadable("corrupt file", f"{file.name} is corrupt after byte {read:,} of its text ({error})") from None
     except OSError as error:
@@ -87,18 +90,21 @@ def chunks(span: Span, start: int) -> Iterator[bytes]:
 
 
 def _checked_chunks(span: Span, problems: Problems) -> Iterator[bytes]:
-    """All bytes of a compressed file; where faults are skipped, only after a first pass found it whole: no part of it is used."""
+    """All bytes of a compressed file; where faults are skipped, only after a first pass has found it whole."""
     if problems.skip:
         for _ in chunks(span, 0):
             pass
     yield from chunks(span, 0)
 
 
-def byte_runs(span: Span, problems: Problems, borders: Callable[[bytes, int], list[int]]) -> Iterator[tuple[int, bytes, bool]]:
+def byte_runs(
+    span: Span, problems: Problems, borders: Callable[[bytes, int], list[int]]
+) -> Iterator[tuple[int, bytes, bool]]:
     """The byte runs of a span between borders: (first byte in the file, run, whether the file ends with it).
 
     Args:
-        borders: of (buffer, its first byte in the file), the places in the buffer where a run begins, but the buffer's start.
+        borders: of (buffer, its first byte in the file), the places in the buffer where a run begins, but the
+            buffer's start.
     """
     compressed = span.file.compressed
     first = 0 if compressed else max(0, span.start - _LOOKBACK)

@@ -16,7 +16,7 @@ import pyarrow.fs as pafs
 
 @lru_cache(maxsize=64)
 def open_folder(folder: str | Path) -> tuple[pafs.FileSystem, str]:
-    """The file system of a local path or URI, and the path in it. Schemes that pyarrow does not know go through fsspec."""
+    """The file system of a local path or URI, and the path in it. What pyarrow does not know goes through fsspec."""
     text = str(folder)
     if "://" not in text:
         return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(text))

@@ -101,16 +101,21 @@ def word_starts(ids: np.ndarray, table: WordTable) -> np.ndarray:
 
     A row's first id begins a word, and so does the first one after a special id: words do not reach across documents.
     """
-    special, starts_blank, all_blank = table.special[ids], table.starts_blank[ids], table.all_blank[ids]
-    starts = np.ones(ids.shape, bool)
-    starts[:, 1:] = special[:, :-1] | (starts_blank[:, 1:] & ~all_blank[:, :-1])
-    return starts & ~special
+    return _word_starts(np.take(table.flags, ids))
+
+
+def _word_starts(flags: np.ndarray) -> np.ndarray:
+    starts = np.ones(flags.shape, bool)
+    here, before = flags[:, 1:], flags[:, :-1]
+    blank_begins = (here & WordTable.STARTS_BLANK != 0) & (before & WordTable.ALL_BLANK == 0)
+    np.logical_or(before & WordTable.SPECIAL != 0, blank_begins, out=starts[:, 1:])
+    return starts & (flags & WordTable.SPECIAL == 0)
 
 
 def word_ids(ids: np.ndarray, table: WordTable) -> np.ndarray:
     """The number of the word in its row that each id belongs to, -1 for special ids: int32 (n, T)."""
     numbers = np.cumsum(word_starts(ids, table), axis=1, dtype=np.int32) - np.int32(1)
-    return np.where(table.special[ids], np.int32(-1), numbers)
+    return np.where(np.take(table.flags, ids) & WordTable.SPECIAL, np.int32(-1), numbers)
 
 
 # -------------------------------------------------------------------------------------------------------------- masking
@@ -130,8 +135,8 @@ def mask_words(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Masks ids for masked language modelling (BERT's 80/10/10, arXiv 1810.04805, by whole words as in Perceiver IO).
 
-    Each word (or each id) is chosen with `probability`, independently. A chosen word becomes `mask_id` (80%), random ids of the
-    whole vocabulary, drawn anew for each of its ids (10%), or stays (10%). Special ids are never chosen.
+    Each word (or each id) is chosen with `probability`, independently. A chosen word becomes `mask_id` (80%), random
+    ids of the whole vocabulary, drawn anew for each of its ids (10%), or stays (10%). Special ids are never chosen.
 
     Args:
         ids: (n, T).
@@ -142,23 +147,40 @@ def mask_words(
     Returns:
         The model's input, (n, T), and the labels: the original ids where chosen and IGNORE elsewhere, int64 (n, T).
     """
-    special = table.special[ids] if valid is None else table.special[ids] | ~valid
+    num_rows, length = ids.shape
+    flags = (
+        np.take(table.flags, ids) if valid is None else np.where(valid, np.take(table.flags, ids), WordTable.SPECIAL)
+    )
+    special = (flags & WordTable.SPECIAL) != 0
+    starts = _word_starts(flags) if whole_words else ~special
+    # Words as runs of flat positions: from a start to the next start or special id.
+    borders = np.flatnonzero(starts | special)
+    sizes = np.diff(borders, append=ids.size)
+    is_word = starts.reshape(-1)[borders]
+    first, sizes = borders[is_word], sizes[is_word]
+    row = first // max(length, 1)
+    number = np.arange(len(first)) - np.searchsorted(row, np.arange(num_rows))[row]
     epochs = np.broadcast_to(np.asarray(epoch), np.shape(rows))
-    if whole_words:
-        numbers = np.cumsum(word_starts(ids, table), axis=1, dtype=np.int32)
-        per_word = uniforms(seed, epochs, rows, int(numbers.max(initial=0)) + 1, _CHOICE)
-        drawn = np.take_along_axis(per_word, numbers, 1)
-    else:
-        drawn = uniforms(seed, epochs, rows, ids.shape[1], _CHOICE)
-    row, column = np.nonzero((drawn < probability) & ~special)
-    fate = drawn[row, column] / probability
+    drawn = uniforms(seed, epochs, rows, int(number.max(initial=0)) + 1, _CHOICE)[row, number]
+
+    chosen = drawn < probability
+    first, sizes, fate = first[chosen], sizes[chosen], drawn[chosen] / probability
     labels = np.full(ids.shape, IGNORE, np.int64)
-    labels[row, column] = ids[row, column]
     inputs = ids.copy()
+    flat_ids, flat_labels, flat_inputs = ids.reshape(-1), labels.reshape(-1), inputs.reshape(-1)
+    places = _runs(first, sizes)
+    flat_labels[places] = flat_ids[places]
     masked = fate < 0.8
-    inputs[row[masked], column[masked]] = mask_id
+    flat_inputs[_runs(first[masked], sizes[masked])] = mask_id
     random = ~masked & (fate < 0.9)
-    row, column = row[random], column[random]
-    places = rows[row].astype(np.int64) * ids.shape[1] + column
-    inputs[row, column] = uniforms(seed, epochs[row], places, 1, _IDS)[:, 0] * len(table.special)
+    places = _runs(first[random], sizes[random])
+    row, column = np.divmod(places, max(length, 1))
+    counter = rows[row].astype(np.int64) * length + column
+    flat_inputs[places] = uniforms(seed, epochs[row], counter, 1, _IDS)[:, 0] * len(table.flags)
     return inputs, labels
+
+
+def _runs(first: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """The positions first .. first + size - 1 of all runs, one after the other."""
+    ends = np.cumsum(sizes)
+    return np.repeat(first - (ends - sizes), sizes) + np.arange(ends[-1] if len(ends) else 0)

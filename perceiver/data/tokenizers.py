@@ -7,7 +7,6 @@ import os
 import string
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
@@ -22,16 +21,21 @@ _SPECIAL = ("[PAD]", "[BOS]", "[EOS]", "[MASK]", "[CLS]", "[SEP]")
 _OFFSET = len(_SPECIAL)
 
 
-@dataclass(frozen=True)
 class WordTable:
-    """What each id says about words: boolean arrays (vocab_size,). A word begins with the white space before it."""
+    """What each id says about words: bits in `flags`, uint8 (vocab_size,). White space belongs to the word after it."""
 
-    special: np.ndarray
+    SPECIAL = np.uint8(1)
     """The id belongs to no word."""
-    starts_blank: np.ndarray
+    STARTS_BLANK = np.uint8(2)
     """Its text starts with white space."""
-    all_blank: np.ndarray
+    ALL_BLANK = np.uint8(4)
     """Its text is white space only."""
+
+    def __init__(self, special: np.ndarray, starts_blank: np.ndarray, all_blank: np.ndarray) -> None:
+        """From three boolean arrays (vocab_size,)."""
+        bits = zip((self.SPECIAL, self.STARTS_BLANK, self.ALL_BLANK), (special, starts_blank, all_blank), strict=True)
+        self.flags = np.bitwise_or.reduce([np.where(has, bit, np.uint8(0)) for bit, has in bits])
+        self.special = special
 
 
 class Tokenizer(ABC):
@@ -51,7 +55,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Ids of all texts, joined: uint16 (sum of lengths,), and their lengths: int64 (len(texts),). No special ids."""
+        """Ids of all texts without special ones, joined: uint16 (sum of lengths,); lengths: int64 (len(texts),)."""
 
     @abstractmethod
     def decode(self, ids: np.ndarray, skip_special: bool = True) -> str:
@@ -90,7 +94,7 @@ class ByteTokenizer(Tokenizer):
         return self.encode_bytes(b"".join(encoded)), lengths
 
     def encode_with_special(self, text: str) -> np.ndarray:
-        """Like `encode`, but the names of special ids that stand in the text ("[MASK]") become these ids. For prompts."""
+        """Like `encode`, but names of special ids in the text ("[MASK]") become these ids. For prompts."""
         ids = self.encode(text)
         data = text.encode()
         keep = np.ones(len(ids), bool)
@@ -125,7 +129,7 @@ def _text(data: np.ndarray) -> str:
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A SentencePiece model (Kudo and Richardson, 2018). Its text normalisation applies, so that decoding may differ from the text.
+    """A SentencePiece model (Kudo and Richardson, 2018). It normalises text, so that decoding may differ from it.
 
     Pickles with its model, so that tasks on other machines need no file.
     """
@@ -187,7 +191,9 @@ class SentencePieceTokenizer(Tokenizer):
         borders = np.flatnonzero(np.diff(special, prepend=not special[0], append=not special[-1]))
         runs = (ids[a:b].tolist() for a, b in zip(borders[:-1], borders[1:], strict=True))
         return "".join(
-            "".join(map(self._processor.id_to_piece, run)) if self.words.special[run[0]] else self._processor.decode(run)
+            "".join(map(self._processor.id_to_piece, run))
+            if self.words.special[run[0]]
+            else self._processor.decode(run)
             for run in runs
         )
 
@@ -202,7 +208,9 @@ def load_tokenizer(name: str) -> Tokenizer:
         return _byte_tokenizer()
     path = Path(name).expanduser()
     if not path.is_file():
-        raise UserError(f'data.tokenizer is {name}: it must be "bytes" or the path of a SentencePiece model, which is not there')
+        raise UserError(
+            f'data.tokenizer is {name}: it must be "bytes" or the path of a SentencePiece model, which is not there'
+        )
     info = os.stat(path)
     return _load_sentencepiece(str(path.resolve()), info.st_size, info.st_mtime_ns)
 
