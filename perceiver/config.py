@@ -215,6 +215,8 @@ class CausalLMConfig:
 
     random_shift: bool = False
     """Shift all window boundaries by a random offset each epoch (training only)."""
+    min_seq_len: int | None = None
+    """Windows are cut to a random length from here to max_seq_len in training, all of a step to the same; None: not cut."""
     val_stride: int | None = None
     """Validation scores the last max_latents targets of windows that start so many tokens apart; None: max_seq_len (windows
     do not overlap); max_latents: every target of the text is scored once."""
@@ -363,6 +365,12 @@ class TrainingConfig:
     """Seed of initial weights, order, masks, shifts and dropout."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16: parameters are cast to bfloat16 for forward and backward, reductions and updates stay fp32."""
+    init_from: str | None = None
+    """Start from the whole model of a run (its folder or name) or of other weights (a folder, a file, a name on the hub)."""
+    init_encoder_from: str | None = None
+    """Start from the encoder alone of a run or of other weights; the decoder is new."""
+    init_checkpoint: str = "best"
+    """Which checkpoint of that run: best, last, or a step."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -321,15 +321,25 @@ def config_to_transformers(config: ModelConfig) -> dict[str, Any]:
     for qk_channels in (within.qk_channels, None):
         for v_channels in (within.v_channels, None):
             candidate = common | {"qk_channels": qk_channels, "v_channels": v_channels}
-            changes = differences(_resolved(config), _resolved(config_from_transformers(candidate)))
+            there = config_from_transformers(candidate)
+            changes = differences(resolved_architecture(config), resolved_architecture(there))
             if not changes:
                 return candidate
     raise UserError(f"{architecture} of transformers cannot be this model ({'; '.join(changes)})")
 
 
-def _resolved(config: PerceiverIOConfig) -> dict[str, Any]:
-    """A configuration with all channels as numbers, and without what does not change the forward pass; flat."""
-    flat = flatten(to_dict(config))
+# ------------------------------------------------------------------------------------------------------------ comparison
+
+
+def resolved_architecture(config: ModelConfig) -> dict[str, Any]:
+    """What of a configuration decides which function its weights are; flat. Two models with the same are interchangeable.
+
+    All channels are numbers; dropout, initial weights and what is frozen are left out, and sharing where there is no second.
+    """
+    irrelevant = ("dropout", "init_scale", "freeze")
+    flat = {name: value for name, value in flatten(to_dict(config)).items() if not name.endswith(irrelevant)}
+    if isinstance(config, PerceiverARConfig):
+        return flat
     for name, channels in (
         ("encoder.num_cross_attention", shapes.encoder_cross_attention(config)),
         ("encoder.num_self_attention", shapes.encoder_self_attention(config)),
@@ -338,8 +348,8 @@ def _resolved(config: PerceiverIOConfig) -> dict[str, Any]:
         flat |= {f"{name}_qk_channels": channels.qk_channels, f"{name}_v_channels": channels.v_channels}
     if config.encoder.num_cross_attention_layers == 1:
         del flat["encoder.first_cross_attention_layer_shared"]
-    for name in ("encoder.freeze", "encoder.dropout", "decoder.dropout"):
-        del flat[name]
+    if config.encoder.num_self_attention_blocks == 1:
+        del flat["encoder.first_self_attention_block_shared"]
     return flat
 
 

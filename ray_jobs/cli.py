@@ -19,6 +19,9 @@ SHORTCUTS = {
     "--name": "--run.name",
     "--storage": "--run.storage",
     "--source": "--data.source",
+    "--init-from": "--training.init-from",
+    "--init-encoder-from": "--training.init-encoder-from",
+    "--init-checkpoint": "--training.init-checkpoint",
 }
 
 

@@ -11,8 +11,7 @@ from typing import Any
 
 from perceiver.config import Experiment, UserError, from_dict, home
 from perceiver.data.shards import load_prepared
-from perceiver.training.checkpoint import CheckpointInfo, choose_checkpoint, write_json
-from perceiver.training.run import CHECKPOINTS, EXPERIMENT
+from perceiver.training.checkpoint import CHECKPOINTS, EXPERIMENT, CheckpointInfo, choose_checkpoint, find_run, write_json
 from ray_jobs.cli import main_entry, override
 from ray_jobs.preflight import check_experiment, plan_resources
 
@@ -42,6 +41,8 @@ def evaluate_run(run: str | Path, checkpoint: str = "best", overrides: list[str]
         UserError: no such run, checkpoint or data.
     """
     folder = find_run(run)
+    if folder is None:
+        raise UserError(f"no run {str(run)!r}: neither a run's folder nor the name of one in {home() / 'runs'}")
     trained = from_dict(json.loads((folder / EXPERIMENT).read_text())["experiment"])
     experiment = override(trained, overrides or [], f"ray_jobs.evaluate {run}")
     if experiment.model != trained.model:
@@ -73,18 +74,6 @@ def evaluate_run(run: str | Path, checkpoint: str = "best", overrides: list[str]
     write_json(folder / "evaluations" / name, content)
     _print_table(folder, chosen, content, folder / "evaluations" / name, say)
     return result["metrics"]
-
-
-def find_run(run: str | Path) -> Path:
-    """The folder of a run that is given by path or by name.
-
-    Raises:
-        UserError: there is no such run.
-    """
-    for folder in (Path(run).expanduser(), home() / "runs" / str(run)):
-        if (folder / EXPERIMENT).exists():
-            return folder.absolute()
-    raise UserError(f"no run {str(run)!r}: neither a run's folder nor the name of one in {home() / 'runs'}")
 
 
 def _content(

@@ -9,12 +9,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+
 from perceiver.config import Experiment, UserError, differences, from_dict
 from perceiver.data.shards import Manifest, load_prepared
 from perceiver.data.sources import is_shipped
 from perceiver.tasks import build_task
 from perceiver.tasks.pictures import curves
 from perceiver.training.checkpoint import best_of, list_checkpoints
+from perceiver.training.init_from import START, Start, find_start
 from perceiver.training.meters import duration
 from perceiver.training.record import read_metrics
 from perceiver.training.run import CHECKPOINTS, EXPERIMENT, RESULT, save_experiment
@@ -42,6 +45,7 @@ def run(experiment: Experiment, say=print) -> dict[str, float]:
         say(f"run {experiment.run_name} is finished: {_summary(finished)}")
         say(f"evaluate it: python -m ray_jobs.evaluate {run_folder}; another training needs another --run.name")
         return finished
+    start = check_start(experiment, run_folder)
     prepared = None if is_shipped(experiment.data.source) else load_prepared(experiment)
 
     from ray_jobs import worker
@@ -58,6 +62,8 @@ def run(experiment: Experiment, say=print) -> dict[str, float]:
         check_data(run_folder, manifest)
         save_experiment(run_folder, experiment, manifest)
         say(f"run {experiment.run_name} in {run_folder}")
+        if start is not None:
+            say(f"{start} (names in {run_folder / START})")
         worker.train(experiment, data_folder, run_folder, resources, say)
     result = json.loads((run_folder / RESULT).read_text())
     report(experiment, run_folder, result, manifest, time.monotonic() - started, say)
@@ -81,6 +87,25 @@ def check_run(experiment: Experiment, run_folder: Path) -> dict[str, float] | No
         )
     result = run_folder / RESULT
     return json.loads(result.read_text()) if result.exists() else None
+
+
+def check_start(experiment: Experiment, run_folder: Path) -> Start | None:
+    """What a fresh run starts from, found and compared before anything is held; None for random weights or a continued run.
+
+    Raises:
+        UserError: nothing is there or it does not fit, or a frozen encoder has nothing to start from.
+    """
+    if list_checkpoints(run_folder / CHECKPOINTS):
+        return None
+    with torch.device("meta"):
+        model = build_task(experiment).build_model()
+    start = find_start(experiment, {name: tuple(p.shape) for name, p in model.named_parameters()})
+    if start is None and getattr(getattr(experiment.model, "encoder", None), "freeze", False):
+        raise UserError(
+            "model.encoder.freeze is on, so the encoder must come from somewhere: --init-encoder-from RUN (a masked language "
+            "model's, say) or weights"
+        )
+    return start
 
 
 def check_data(run_folder: Path, manifest: Manifest) -> None:

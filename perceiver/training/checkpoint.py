@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Collection
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +25,13 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict, StateDictOptions
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 
-from perceiver.config import UserError
+from perceiver.config import UserError, home
 
 MARKER = "checkpoint.json"
+CHECKPOINTS = "checkpoints"
+"""Folder of a run's checkpoints."""
+EXPERIMENT = "experiment.json"
+"""File that makes a folder a run: its resolved configuration and the hash of its data."""
 
 
 @dataclass
@@ -45,6 +50,14 @@ class CheckpointInfo:
     path: Path
     step: int
     metrics: dict[str, float]
+
+
+def find_run(source: str | Path, storage: str | Path | None = None) -> Path | None:
+    """The folder of a run that is given by its path, or by its name among those of `storage` or $PERCEIVER_HOME; else None."""
+    candidates = [Path(source).expanduser()]
+    if not Path(source).is_absolute():
+        candidates += [Path(folder).expanduser() / source for folder in (storage, home() / "runs") if folder]
+    return next((folder.absolute() for folder in candidates if (folder / EXPERIMENT).is_file()), None)
 
 
 def list_checkpoints(folder: str | Path) -> list[CheckpointInfo]:
@@ -161,6 +174,19 @@ def load_model(path: str | Path, model: nn.Module) -> None:
     weights = get_model_state_dict(model)
     dcp.load({"model": weights}, checkpoint_id=str(path), no_dist=not dist.is_initialized())
     set_model_state_dict(model, weights, options=StateDictOptions(strict=True))
+
+
+def stored_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a checkpoint's weights; reads none of them."""
+    entries = dcp.FileSystemReader(str(path)).read_metadata().state_dict_metadata
+    return {name.removeprefix("model."): tuple(e.size) for name, e in entries.items() if name.startswith("model.")}
+
+
+def load_weights(path: str | Path, model: nn.Module, names: Collection[str]) -> None:
+    """Loads some of the model's weights from a checkpoint and leaves the others as they are; otherwise as `load_model`."""
+    weights = {name: value for name, value in get_model_state_dict(model).items() if name in names}
+    dcp.load({"model": weights}, checkpoint_id=str(path), no_dist=not dist.is_initialized())
+    set_model_state_dict(model, weights, options=StateDictOptions(strict=False))
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -16,12 +16,15 @@ from perceiver.config import Experiment, to_dict
 from perceiver.data.shards import Manifest
 from perceiver.training.batches import Feed, Prefetch, ReadAll, make_feed
 from perceiver.training.checkpoint import (
+    CHECKPOINTS,
+    EXPERIMENT,
     Checkpointer,
     TrainState,
     list_checkpoints,
     load_state,
     write_json,
 )
+from perceiver.training.init_from import find_start
 from perceiver.training.loop import StepResult, fit, validate
 from perceiver.training.meters import Meter, peak_flops
 from perceiver.training.optim import build_optimizer
@@ -31,8 +34,6 @@ from perceiver.training.record import Recorder
 if TYPE_CHECKING:
     from perceiver.tasks.base import Task
 
-CHECKPOINTS = "checkpoints"
-EXPERIMENT = "experiment.json"
 RESULT = "result.json"
 
 
@@ -86,6 +87,10 @@ class Training:
         checkpoints = list_checkpoints(run_folder / CHECKPOINTS)
         if checkpoints:
             load_state(checkpoints[-1].path, self.state)
+        elif start := find_start(experiment, {name: p.shape for name, p in self.state.model.named_parameters()}):
+            start.apply(self.state.model)
+            if world.rank == 0:
+                start.save(run_folder)
         unit, per_example = task.unit()
         self.recorder = Recorder(run_folder, self.state.step, self.total_steps, unit, world.rank == 0, say)
         batch = experiment.training.global_batch_size

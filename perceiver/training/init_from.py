@@ -1,0 +1,156 @@
+"""Where a fresh run's weights start from: another run's model or encoder, or weights of other projects.
+
+What fits is decided by names, shapes and configurations before anything is loaded: a weight that is missing, left over or of
+another shape is refused, and so is a configuration under which the same weights would be another function (heads, say).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+from perceiver import hub
+from perceiver.config import Experiment, ModelConfig, PerceiverIOConfig, UserError, differences, from_dict
+from perceiver.pretrained import is_hub_name, read_pretrained
+from perceiver.training.checkpoint import (
+    CHECKPOINTS,
+    EXPERIMENT,
+    choose_checkpoint,
+    find_run,
+    load_weights,
+    stored_shapes,
+    write_json,
+)
+
+START = "start.json"
+"""File of a run that says what it started from."""
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """Initial weights that have been found and fit."""
+
+    origin: str
+    """Where they come from, for people."""
+    loaded: tuple[str, ...]
+    """Names of the model's weights that are taken from there."""
+    new: tuple[str, ...]
+    """Names of the model's other weights, which keep their random values."""
+    unused: tuple[str, ...]
+    """Names of weights there that the model does not take."""
+    weights: dict[str, Tensor] | None = None
+    """The weights themselves; None: they are in a checkpoint."""
+    checkpoint: Path | None = None
+
+    def apply(self, model: nn.Module) -> None:
+        """Puts the weights into a model, plain or sharded. Called by all workers; each takes its shards."""
+        if self.checkpoint is not None:
+            load_weights(self.checkpoint, model, self.loaded)
+            return
+        assert self.weights is not None
+        weights = {name: self.weights[name] for name in self.loaded}
+        set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, strict=False))
+
+    def save(self, run_folder: Path) -> None:
+        """Writes into the run's folder what was loaded, what is new, and what was left."""
+        report = {"origin": self.origin, "loaded": self.loaded, "new": self.new, "unused": self.unused}
+        run_folder.mkdir(parents=True, exist_ok=True)
+        write_json(run_folder / START, report)
+
+    def __str__(self) -> str:
+        parts = [f"weights from {self.origin}: {len(self.loaded)} tensors loaded"]
+        if self.new:
+            parts.append(f"{len(self.new)} new ({_few(self.new)})")
+        if self.unused:
+            parts.append(f"{len(self.unused)} not needed ({_few(self.unused)})")
+        return ", ".join(parts)
+
+
+def find_start(experiment: Experiment, shapes: Shapes) -> Start | None:
+    """What a fresh run of the experiment starts from; None: from random weights.
+
+    Args:
+        shapes: names and (whole) shapes of the experiment's weights.
+
+    Raises:
+        UserError: there are no such weights, or they do not fit; says in what.
+    """
+    training = experiment.training
+    if training.init_from and training.init_encoder_from:
+        raise UserError("training.init-from and training.init-encoder-from are both set: choose one")
+    source = training.init_from or training.init_encoder_from
+    if source is None:
+        return None
+    encoder_only = training.init_from is None
+    if encoder_only and not isinstance(experiment.model, PerceiverIOConfig):
+        raise UserError("training.init-encoder-from needs a Perceiver IO model: this one has no encoder of its own")
+    origin, config, found, where = _find(source, training.init_checkpoint, experiment.run.storage_path)
+    _check_architecture(origin, config, experiment.model, encoder_only)
+    wanted = {name: tuple(shape) for name, shape in shapes.items() if not encoder_only or name.startswith("encoder.")}
+    _check_shapes(origin, found, wanted, encoder_only)
+    return Start(
+        origin=origin,
+        loaded=tuple(sorted(wanted)),
+        new=tuple(sorted(shapes.keys() - wanted.keys())),
+        unused=tuple(sorted(found.keys() - wanted.keys())),
+        **where,
+    )
+
+
+def _find(source: str, which: str, storage: str) -> tuple[str, ModelConfig, Shapes, dict[str, Any]]:
+    """Origin, configuration and shapes of the weights, and where they are (fields of `Start`)."""
+    folder = find_run(source, storage)
+    if folder is not None:
+        trained = from_dict(json.loads((folder / EXPERIMENT).read_text())["experiment"])
+        chosen = choose_checkpoint(folder / CHECKPOINTS, which, trained.run.best_metric)
+        origin = f"run {folder.name}, step {chosen.step:,}"
+        return origin, trained.model, stored_shapes(chosen.path), {"checkpoint": chosen.path}
+    if not Path(source).expanduser().exists() and not is_hub_name(source):
+        raise UserError(
+            f"nothing to start from at {source!r}: it is no run's folder, no name of a run in {storage}, no file or folder of "
+            "weights, and no name on the hub (owner/name)"
+        )
+    pretrained = read_pretrained(source)
+    shapes = {name: tuple(tensor.shape) for name, tensor in pretrained.weights.items()}
+    return pretrained.origin, pretrained.config, shapes, {"weights": pretrained.weights}
+
+
+def _check_architecture(origin: str, there: ModelConfig, here: ModelConfig, encoder_only: bool) -> None:
+    old, new = hub.resolved_architecture(there), hub.resolved_architecture(here)
+    changes = differences(_of_encoder(old), _of_encoder(new)) if encoder_only else differences(old, new)
+    if not changes:
+        return
+    hint = ""
+    if not encoder_only and isinstance(here, PerceiverIOConfig) and _of_encoder(old) == _of_encoder(new):
+        hint = "; its encoder fits: start from that alone with --init-encoder-from"
+    what = "encoder" if encoder_only else "model"
+    raise UserError(f"{origin} is another {what} than this experiment's ({'; '.join(changes)}){hint}")
+
+
+def _of_encoder(flat: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in flat.items() if k.startswith(("input.", "encoder.", "num_latents", "num_latent_channels"))}
+
+
+def _check_shapes(origin: str, found: Shapes, wanted: Shapes, encoder_only: bool) -> None:
+    if missing := sorted(wanted.keys() - found.keys()):
+        raise UserError(f"{origin} lacks weights of this model: {_few(missing)}")
+    if left := sorted(found.keys() - wanted.keys()):
+        if not encoder_only:
+            raise UserError(f"{origin} has weights that this model has not: {_few(left)}")
+    wrong = [f"{name} is {found[name]}, not {shape}" for name, shape in sorted(wanted.items()) if found[name] != shape]
+    if wrong:
+        raise UserError(f"{origin} has weights of other shapes than this model: {_few(wrong, '; ')}")
+
+
+def _few(names: tuple[str, ...] | list[str], separator: str = ", ") -> str:
+    """The first few names, and how many more there are."""
+    more = len(names) - 4
+    return separator.join(names[:4]) + (f" and {more} more" if more > 0 else "")
