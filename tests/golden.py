@@ -17,7 +17,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from perceiver import hub
+from perceiver.inference.generate import generate
 from perceiver.models import PerceiverAR, PerceiverIO, build_model
+from tests import golden_text
 
 Model = PerceiverIO | PerceiverAR
 
@@ -167,8 +169,35 @@ def rename(reference_name: str, model: Model) -> str:
 
 # ----------------------------------------------------------------------------------------------------------- other cases
 
-CASES: dict[str, Callable[[Path], Result]] = {}
-"""Checks of the vector files that are no model cases, by file name without suffix."""
+
+def check_generation(folder: Path) -> list[str]:
+    """Greedy decoding without and with cache gives the documented ids."""
+    vectors = json.loads((folder / "generation.json").read_text())
+    wrong = []
+    for case in vectors["cases"]:
+        model, _, _ = load_model(folder, case["weights"])
+        pad_mask = torch.tensor(case["pad_mask"], dtype=torch.bool)
+        for mode, use_cache in (("uncached_documented", False), ("cached", True)):
+            new = generate(
+                model,
+                torch.tensor(case["prompt"]),
+                max_new_tokens=vectors["new_tokens"],
+                num_latents=case["num_latents"],
+                pad_mask=pad_mask if pad_mask.any() else None,
+                temperature=0,
+                use_cache=use_cache,
+            )
+            if new.tolist() != case["expected_new_ids"][mode]:
+                wrong.append(f"{case['weights']}, {case['label']}, {mode}")
+    return wrong
+
+
+CASES: dict[str, Callable[[Path], list[str]]] = {
+    "generation": check_generation,
+    "text_pipeline": golden_text.check_pipeline,
+    "text_tokenizer": golden_text.check_tokenizer,
+}
+"""Checks of the vector files that are no model cases, by file name without suffix. Each returns what is wrong."""
 
 
 def run_folder(folder: Path) -> list[Result]:
@@ -179,7 +208,7 @@ def run_folder(folder: Path) -> list[Result]:
         if path.stem in models or path.stem == "index":
             continue
         check = CASES.get(path.stem)
-        results.append(check(folder) if check else Result(path.stem, status="not covered yet"))
+        results.append(Result(path.stem, failures=check(folder)) if check else Result(path.stem, status="not covered yet"))
     return results
 
 

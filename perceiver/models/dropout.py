@@ -1,17 +1,21 @@
 """Dropout on attention weights, made for CPUs, where drawing random numbers is what it costs."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
 def drop(weights: Tensor, probability: float) -> tuple[Tensor, float]:
-    """Sets each weight to 0 with the given probability, rounded to a multiple of 2^-16.
+    """Sets each weight to 0 with the given probability.
 
-    Four decisions come from one 64-bit random number: on a CPU a seventh of the time of `torch.nn.functional.dropout`.
+    On a CPU the probability is rounded to a multiple of 2^-16, and four decisions come from one 64-bit random number: a third
+    of the time of `torch.nn.functional.dropout`. Compilers and GPUs have a fused dropout of their own.
 
     Returns:
         The weights, not yet scaled, and the factor that keeps their expectation: to be applied wherever it is cheapest.
     """
+    if weights.device.type != "cpu" or torch.compiler.is_compiling():
+        return F.dropout(weights, probability), 1.0
     threshold = round(probability * 2**16)
     if threshold == 0:
         return weights, 1.0

@@ -50,13 +50,14 @@ class FactoredInput:
         return cls(pixels, table, mean, torch.rsqrt(square - mean.square() + eps))
 
 
-def is_cheaper(num_query_heads: int, channels: AttentionChannels) -> bool:
-    """Whether the factored form needs less memory, and with it time, than keys and values.
+def is_cheaper(num_query_heads: int, channels: AttentionChannels, element_size: int) -> bool:
+    """Whether the factored form needs no more memory, and so less time, than keys and values.
 
-    Per input position it keeps a score and a weight of each query and head; the plain form keeps the input, its norm, keys
-    and values.
+    Per input position it keeps a score and a weight of each query and head in float32 or better; the plain form keeps the
+    input, its norm, keys and values, in elements of `element_size` bytes.
     """
-    return 2 * num_query_heads < 2 * channels.kv_channels + channels.qk_channels + channels.v_channels
+    plain = 2 * channels.kv_channels + channels.qk_channels + channels.v_channels
+    return 2 * num_query_heads * max(element_size, 4) < plain * element_size
 
 
 def factored_attention(attention: Attention, norm: nn.LayerNorm, queries: Tensor, x: FactoredInput) -> Tensor:

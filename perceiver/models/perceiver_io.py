@@ -72,9 +72,8 @@ class PerceiverEncoder(nn.Module):
         self.self_attention_n = self_attention_block() if second_block else None
 
         # Text has one embedding per position and example: nothing is shared by the batch that could be factored out.
-        self.factored = isinstance(config.input, ImageInput) and factored_attention.is_cheaper(
-            config.num_latents * encoder.num_cross_attention_heads, cross
-        )
+        self.factored = isinstance(config.input, ImageInput)
+        self.num_query_heads, self.cross_channels = config.num_latents * encoder.num_cross_attention_heads, cross
 
     def layers(self) -> Iterator[nn.Module]:
         yield self.cross_attention_1
@@ -88,7 +87,8 @@ class PerceiverEncoder(nn.Module):
         """The input as keys and values are made from it."""
         if x.is_floating_point():
             x = x.to(self.latents.dtype)
-        if self.factored:
+        element_size = self.latents.element_size()
+        if self.factored and factored_attention.is_cheaper(self.num_query_heads, self.cross_channels, element_size):
             norm = self.cross_attention_1.kv_norm
             return FactoredInput.of(x.flatten(1, 2), self.input_adapter.position_encoding, norm.eps)
         return self.input_adapter(x)
