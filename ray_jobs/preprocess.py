@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pyarrow.fs as pafs
@@ -97,10 +100,10 @@ def prepare(experiment: Experiment, progress: Say = print, piece_bytes: int = PI
 
     from ray_jobs.ray_env import connect
 
-    with connect(experiment.parallel):
+    with _locked(job), connect(experiment.parallel):
         notes = _make_pieces(job, cut_pieces(source.files, piece_bytes), progress, piece_bytes)
         shards = _make_shards(experiment, job, notes, source, progress)
-    manifest = _finish(job, settings, fingerprint, notes, shards)
+        manifest = _finish(job, settings, fingerprint, notes, shards)
     _summary(folder, manifest, source, time.monotonic() - started, progress)
     return manifest
 
@@ -171,8 +174,8 @@ def _refuse_changed_source(experiment: Experiment, folder: str, old: Manifest, f
     if changed:
         what, more = experiment.data.source or experiment.data.val_source, ", ..." if len(changed) > 5 else ""
         raise UserError(
-            f"data.source {what} has changed since {folder} was "
-            f"prepared from it ({', '.join(changed[:5])}{more}): remove that folder, or prepare into another --data.root"
+            f"data.source {what} has changed since {folder} was prepared from it ({', '.join(changed[:5])}{more}): "
+            "remove that folder, or prepare into another --data.root"
         )
 
 
@@ -211,6 +214,29 @@ def _job(
         tokenizer=None if kind == "images" else load_tokenizer(data.tokenizer),
         document_marks=settings.get("document_marks", ""),
     )
+
+
+@contextmanager
+def _locked(job: Job) -> Iterator[None]:
+    """Holds a local data set for this process: two preparations would remove each other's files.
+
+    Raises:
+        UserError: another process prepares it.
+    """
+    if "://" in job.folder:
+        yield
+        return
+    path = Path(f"{job.folder}.lock").expanduser()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{job.folder} is being prepared by another process: wait for it or stop it") from None
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def _first_image_shape(source: Source, skip: bool) -> tuple[int, int, int]:

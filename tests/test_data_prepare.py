@@ -262,6 +262,20 @@ def test_a_damaged_data_set_is_refused_and_prepared_again(tmp_path):
     assert content(folder) == expected
 
 
+def test_two_preparations_of_the_same_data_do_not_run_at_once(tmp_path, monkeypatch):
+    chosen = experiment("clm-wikitext", tmp_path / "out", mixed_input(tmp_path / "in"), val_fraction=0.2)
+
+    def meanwhile(function, items):
+        with pytest.raises(UserError, match="is being prepared by another process"):
+            preprocess.prepare(chosen, lambda line: None)
+        raise Stopped
+
+    with monkeypatch.context() as patched, pytest.raises(Stopped):
+        patched.setattr(preprocess, "_in_parallel", meanwhile)
+        prepare(chosen)
+    assert prepare(chosen)[1].splits["val"].rows
+
+
 def test_validation_files_alone_make_a_data_set_for_evaluation(tmp_path):
     (tmp_path / "other.txt").write_text("other text\n" * 9)
     folder, manifest = prepare(experiment("clm-wikitext", tmp_path / "out", "", val_source=str(tmp_path / "other.txt")))

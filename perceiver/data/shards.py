@@ -58,6 +58,7 @@ from perceiver.data.tokenizers import load_tokenizer
 from perceiver.presets import PRESETS
 
 FORMAT_VERSION = 1
+"""Who raises it also adds it to `prepare_settings`, so that data sets of the old format are not found any more."""
 MANIFEST = "manifest.json"
 SPLITS = ("train", "val")
 
@@ -397,12 +398,13 @@ def _others(experiment: Experiment, settings: dict[str, Any]) -> list[tuple[str,
     infos = filesystem.get_file_info(pafs.FileSelector(root, allow_not_found=True))
     pattern = re.compile(re.escape(_slug(settings)) + "-[0-9a-f]{8}")
     names = sorted(info.base_name for info in infos if pattern.fullmatch(info.base_name))
-    folders = [f"{experiment.data.root_path.rstrip('/')}/{name}" for name in names]
-    return [
-        (name, Manifest.load(folder))
-        for name, folder in zip(names, folders, strict=True)
-        if MANIFEST in list_folder(folder)
-    ]
+    found = []
+    for name in names:
+        try:
+            found.append((name, Manifest.load(f"{experiment.data.root_path.rstrip('/')}/{name}")))
+        except UserError:  # not finished, or of another version of the format: nothing to compare
+            continue
+    return found
 
 
 def check_fits(experiment: Experiment, manifest: Manifest) -> None:
