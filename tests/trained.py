@@ -20,8 +20,7 @@ from perceiver.config import (
     to_dict,
 )
 from perceiver.models import build_model
-from perceiver.training.checkpoint import MARKER
-from perceiver.training.run import CHECKPOINTS, EXPERIMENT
+from perceiver.training.checkpoint import CHECKPOINTS, EXPERIMENT, MARKER
 from tests.small import image_experiment, text_experiment
 
 TEXT_MODEL = PerceiverIOConfig(

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import warnings
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
-
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -18,6 +17,7 @@ from perceiver.config import (
     ModelConfig,
     PerceiverARConfig,
     SymbolicAudioConfig,
+    TaskConfig,
     TextInput,
     UserError,
     from_dict,
@@ -25,7 +25,7 @@ from perceiver.config import (
 )
 from perceiver.data.tokenizers import Tokenizer, load_tokenizer
 from perceiver.inference.export import CONFIG, TOKENIZER, WEIGHTS, download, read_config
-from perceiver.inference.trained import TrainedModel, task_of
+from perceiver.inference.trained import TrainedModel, abilities_of, task_of
 from perceiver.models import PerceiverAR, PerceiverIO, build_model
 from perceiver.pretrained import is_hub_name, read_pretrained
 from perceiver.training.checkpoint import CHECKPOINTS, EXPERIMENT, choose_checkpoint, find_run, load_model
@@ -64,6 +64,44 @@ def load(
     trained.model.requires_grad_(False)
     trained.model.eval()
     return trained
+
+
+@dataclass(frozen=True)
+class Description:
+    """What is known of a model without loading its weights."""
+
+    name: str
+    location: str
+    """The folder or file, or the name on the hub."""
+    checkpoint: str
+    """Of a run: the step chosen, which stays the same where "best" or "last" would move on."""
+    task: TaskConfig | None
+    """None: only loading tells (published weights)."""
+
+    @property
+    def abilities(self) -> tuple[str, ...]:
+        """See `TrainedModel.abilities`; empty where only loading tells."""
+        return () if self.task is None else abilities_of(self.task)
+
+
+def describe(source: str | Path, checkpoint: str = "best") -> Description:
+    """What `load` would load.
+
+    Raises:
+        UserError: a run without such a checkpoint, or a path or name that cannot be a model.
+    """
+    folder = find_run(source)
+    if folder is not None:
+        experiment = from_dict(json.loads((folder / EXPERIMENT).read_text())["experiment"])
+        chosen = choose_checkpoint(folder / CHECKPOINTS, str(checkpoint), experiment.run.best_metric)
+        return Description(folder.name, str(folder), str(chosen.step), experiment.task)
+    path = Path(source).expanduser()
+    config = read_config(path)
+    if config is not None:
+        return Description(config["name"], str(path.absolute()), checkpoint, from_dict(config["task"]))
+    if not path.exists() and not is_hub_name(str(source)):
+        raise _nothing(source)
+    return Description(str(source), str(path.absolute()) if path.exists() else str(source), checkpoint, None)
 
 
 def load_run(folder: Path, checkpoint: str, device: torch.device) -> TrainedModel:
@@ -174,14 +212,18 @@ def _load_other(source: str | Path, device: torch.device) -> TrainedModel:
             return load_export(path, device)
         return load_published(path, path if path.is_dir() else path.parent, device)
     if not is_hub_name(str(source)):
-        raise UserError(
-            f"no model {str(source)!r}: it is no run's folder, no name of a run in {home() / 'runs'}, no exported folder, "
-            "and no name on the Hugging Face hub"
-        )
+        raise _nothing(source)
     folder = download(str(source), [CONFIG])
     if read_config(folder) is not None:
         return load_export(download(str(source), [CONFIG, WEIGHTS, TOKENIZER]), device)
     return load_published(str(source), folder, device)
+
+
+def _nothing(source: str | Path) -> UserError:
+    return UserError(
+        f"no model {str(source)!r}: it is no run's folder, no name of a run in {home() / 'runs'}, no exported folder, "
+        "and no name on the Hugging Face hub"
+    )
 
 
 def _device(device: str) -> torch.device:

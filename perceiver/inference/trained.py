@@ -74,7 +74,7 @@ class TrainedModel:
     @property
     def abilities(self) -> tuple[str, ...]:
         """Names of the methods that this model's task allows."""
-        return _ABILITIES.get(type(self.task), ())
+        return abilities_of(self.task)
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -202,6 +202,11 @@ class TrainedModel:
             can = ", ".join(self.abilities) or "none of these"
             raise UserError(f"{self.name} cannot {ability}: its task is {task}, which can {can}")
         return self.tokenizer  # type: ignore[return-value]
+
+
+def abilities_of(task: TaskConfig) -> tuple[str, ...]:
+    """Names of the methods of `TrainedModel` that a task allows."""
+    return _ABILITIES.get(type(task), ())
 
 
 def task_of(config: ModelConfig) -> TaskConfig:

@@ -1,0 +1,108 @@
+"""`python -m perceiver.inference RUN [PROMPT ...]`: try a trained model: a prompt to continue, a sentence with <mask>, a text or image.
+
+Without a prompt it asks for one line after another, until an empty line or the end of the input.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+
+import perceiver
+from perceiver.config import UserError
+from perceiver.inference.trained import TrainedModel
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line; a user's mistake is one line and exit status 2 (in a dialogue: one line, and the next question)."""
+    args = parse(argv)
+    try:
+        model = perceiver.load(args.run, args.checkpoint, device=args.device, precision=args.precision)
+        action = args.action or next(iter(model.abilities), "")
+        if action not in model.abilities or action not in ACTIONS:
+            getattr(model, action or "generate")("")
+        print(f"{model.name}: {action}, on {model.device}", file=sys.stderr)
+        for prompt in args.prompt:
+            ACTIONS[action](model, prompt, args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if not args.prompt:
+        for prompt in ask(HINTS[action]):
+            try:
+                ACTIONS[action](model, prompt, args)
+            except UserError as error:
+                print(f"error: {error}", file=sys.stderr)
+    return 0
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m perceiver.inference", description=(__doc__ or "").partition(": ")[2])
+    parser.add_argument("run", help="folder or name of a run, an exported folder, published weights, or a name on the hub")
+    parser.add_argument("prompt", nargs="*", help="texts or image files; none: ask for them")
+    parser.add_argument("--action", choices=ACTIONS, help="what to do (default: what the model was trained for)")
+    parser.add_argument("--checkpoint", default="best", help="best (default), last, or a step")
+    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, ...")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of weights and computation")
+    parser.add_argument("--max-new-tokens", type=int, default=200, help="length of continuations in tokens (%(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (%(default)s)")
+    parser.add_argument("--top-k", type=int, help="draw only among the k likeliest tokens; number of fills (5) or classes (3)")
+    parser.add_argument("--top-p", type=float, help="draw only among the fewest tokens with this probability together")
+    parser.add_argument("--num-latents", type=int, help="prompt tokens that start as latents (default: all that can)")
+    parser.add_argument("--seed", type=int, help="of the drawing (default: another one each time)")
+    parser.add_argument("--stop", nargs="+", default=(), metavar="TEXT", help="strings that end a continuation")
+    return parser.parse_args(argv)
+
+
+def ask(hint: str) -> Iterator[str]:
+    """Lines that a person types."""
+    while True:
+        try:
+            line = input(f"{hint}> ")
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        if not line:
+            return
+        yield line
+
+
+def _generate(model: TrainedModel, prompt: str, args: argparse.Namespace) -> None:
+    pieces = model.stream(
+        prompt, max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
+        num_latents=args.num_latents, seed=args.seed, stop=args.stop,
+    )  # fmt: skip
+    print(prompt, end="", flush=True)
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print()
+
+
+def _fill_mask(model: TrainedModel, text: str, args: argparse.Namespace) -> None:
+    for fill in model.fill_mask(text, top_k=args.top_k or 5):
+        print(f"{fill.probability:8.2%}  {fill.text}")
+
+
+def _classify(model: TrainedModel, value: str, args: argparse.Namespace) -> None:
+    probabilities = model.classify(value).probabilities
+    ranking = sorted(zip(probabilities, model.class_names, strict=True), reverse=True)
+    print("  ".join(f"{name} {probability:.2%}" for probability, name in ranking[: args.top_k or 3]))
+
+
+def _score(model: TrainedModel, text: str, args: argparse.Namespace) -> None:
+    score = model.score(text)
+    print(f"loss {score.loss:.4f} nats a token, {score.bits_per_byte:.4f} bits a byte, {score.tokens:,} tokens")
+
+
+ACTIONS: dict[str, Callable[[TrainedModel, str, argparse.Namespace], None]] = {
+    "generate": _generate,
+    "fill_mask": _fill_mask,
+    "classify": _classify,
+    "score": _score,
+}
+HINTS = {"generate": "prompt", "fill_mask": "text with <mask>", "classify": "text or image file", "score": "text"}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,280 @@
+"""`python -m ray_jobs.predict RUN --input FILES --output FOLDER [--mode MODE]`: a trained model on many inputs, on Ray Data.
+
+Modes: classify, fill-mask, embed (mean of the latents), score (loss of each document), generate. Inputs are lines of .txt files,
+objects of .jsonl files, rows of .parquet files, or image files. The output folder gets parquet files with exactly one row for each
+input row, with its id, and errors.jsonl with the rows that could not be computed. A job that was stopped continues when it is
+started again: parts that are written are not computed again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from perceiver.config import ImageClassificationConfig, ParallelConfig, UserError, differences, flatten
+from perceiver.data.storage import atomic_file, list_folder, open_folder, read_file, write_file
+from perceiver.inference.load import describe
+from perceiver.inference.predict import MODES, PredictOptions, output_schema, predict_rows
+from perceiver.inference.rows import Part, Row, from_plain, list_inputs, plan_parts, read_part, to_plain
+from ray_jobs.cli import main_entry
+
+PLAN, ERRORS, SUMMARY = "plan.json", "errors.jsonl", "summary.json"
+READ_CPUS = 0.5
+"""CPUs of a task that reads a part."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PredictJob:
+    """What determines the output of a job."""
+
+    source: str
+    """Run, exported folder or hub name."""
+    checkpoint: str
+    inputs: tuple[str, ...]
+    kind: Literal["text", "image"]
+    column: str
+    id_column: str | None
+    rows_per_part: int
+    precision: str
+    options: PredictOptions
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Where a job runs. Not part of what it computes."""
+
+    actors: int = 1
+    device: str = "auto"
+    address: str | None = None
+
+
+def main(argv: list[str]) -> int:
+    job, output, placement = parse(argv)
+    predict(job, output, placement, say=lambda text: print(text, flush=True))
+    return 0
+
+
+def parse(argv: list[str]) -> tuple[PredictJob, str, Placement]:
+    """A command line as a job.
+
+    Raises:
+        UserError: a value out of range.
+        SystemExit: an unknown argument, or `--help`.
+    """
+    o = {f.name: f.default for f in dataclasses.fields(PredictOptions)}
+    parser = argparse.ArgumentParser(prog="python -m ray_jobs.predict", description=(__doc__ or "").partition("\n\n")[2])
+    parser.add_argument("run", help="folder or name of a run, an exported folder, or a name on the hub")
+    parser.add_argument("--input", nargs="+", required=True, metavar="PATH", help="files or folders")
+    parser.add_argument("--output", required=True, metavar="FOLDER", help="a new folder, or that of the same job before")
+    parser.add_argument("--mode", choices=MODES, help="what to compute (default: what the model was trained for)")
+    parser.add_argument("--checkpoint", default="best", help="best (default), last, or a step")
+    parser.add_argument("--column", help='column with the text or image (default: "text" or "image")')
+    parser.add_argument("--id-column", help="column with the rows' ids (default: file name and row number)")
+    parser.add_argument("--batch-size", type=int, default=o["batch_size"], help="rows computed at once (%(default)s)")
+    parser.add_argument("--rows-per-part", type=int, default=1000, help="rows of an output file (%(default)s)")
+    parser.add_argument("--actors", type=int, default=1, help="models side by side, each on a GPU, or on a share of the CPUs (1)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: GPUs where the cluster has them")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of weights and computation")
+    parser.add_argument("--address", help="Ray cluster to join (default: that of $RAY_ADDRESS, else a new local one)")
+    parser.add_argument("--top-k", type=int, help="fill-mask: fills a row; generate: draw among so many tokens")
+    parser.add_argument("--top-p", type=float, help="generate: draw among the fewest tokens with this probability together")
+    parser.add_argument("--temperature", type=float, default=o["temperature"], help="generate: 0 takes the likeliest (%(default)s)")
+    parser.add_argument("--max-new-tokens", type=int, default=o["max_new_tokens"], help="generate: length (%(default)s)")
+    parser.add_argument("--num-latents", type=int, help="generate: prompt tokens that start as latents (default: all that can)")
+    parser.add_argument("--stop", nargs="+", default=(), metavar="TEXT", help="generate: strings that end a continuation")
+    parser.add_argument("--seed", type=int, default=o["seed"], help="generate: of the drawing (%(default)s)")
+    args = parser.parse_args(argv)
+    for name in ("batch_size", "rows_per_part", "actors"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)} and must be at least 1")
+    model = describe(args.run, args.checkpoint)
+    names = {f.name for f in dataclasses.fields(PredictOptions)} - {"mode", "stop"}
+    options = PredictOptions(
+        mode=args.mode or _usual_mode(model.abilities, model.name), stop=tuple(args.stop), **{n: getattr(args, n) for n in names}
+    )
+    if model.abilities and MODES[options.mode].ability not in model.abilities:
+        can = ", ".join(name for name, mode in MODES.items() if mode.ability in model.abilities)
+        raise UserError(f"--mode is {options.mode}, but {model.name} can only {can}")
+    image = isinstance(model.task, ImageClassificationConfig) if model.task else args.column == "image"
+    job = PredictJob(
+        source=model.location, checkpoint=model.checkpoint, inputs=tuple(map(_absolute, args.input)),
+        kind="image" if image else "text", column=args.column or ("image" if image else "text"), id_column=args.id_column,
+        rows_per_part=args.rows_per_part, precision=args.precision, options=options,
+    )  # fmt: skip
+    return job, _absolute(args.output), Placement(actors=args.actors, device=args.device, address=args.address)
+
+
+def predict(job: PredictJob, output: str, placement: Placement, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """Runs a job to its end, from where an earlier call stopped, and returns its summary.
+
+    Args:
+        output: local folder or URI.
+
+    Raises:
+        UserError: a mistake in the job or its inputs, or another job's output in the folder.
+    """
+    parts = plan(job, output)
+    there = list_folder(output)
+    todo = [part for part in parts if part_name(part.number) not in there]
+    total = sum(part.rows for part in parts)
+    say(f"{total:,} rows in {len(parts):,} parts" + (f", {len(parts) - len(todo):,} of them done before" if len(todo) < len(parts) else ""))
+    started, done, bad = time.monotonic(), 0, 0
+    if todo:
+        for result in _compute(job, todo, output, placement):
+            done += result["rows"]
+            bad += result["errors"]
+            rate = done / (time.monotonic() - started)
+            left = sum(part.rows for part in todo) - done
+            say(f"{total - left:,} of {total:,} rows, {rate:,.1f} rows/s" + (f", {bad:,} with errors" if bad else ""))
+    seconds = time.monotonic() - started
+    summary = finish(parts, output)
+    say(f"finished: {summary['rows']:,} rows in {output}, {summary['errors']:,} with errors" + (f" ({ERRORS})" if summary["errors"] else ""))
+    return summary | {"rows_now": done, "seconds_now": seconds}
+
+
+def plan(job: PredictJob, output: str) -> list[Part]:
+    """The parts of a job: as an earlier call planned them, or made now and written to the output folder.
+
+    Raises:
+        UserError: the folder holds another job's output, or something else; or the input has changed.
+    """
+    files = list_inputs(job.inputs)
+    settings = flatten(dataclasses.asdict(job) | {"files": {name: size for _, name, size in files}})
+    settings = json.loads(json.dumps(settings))
+    there = list_folder(output)
+    if PLAN in there:
+        earlier = json.loads(read_file(output, PLAN))
+        if changes := differences(earlier["settings"], settings):
+            raise UserError(f"--output {output} holds the output of another job ({'; '.join(changes[:5])}): choose another folder")
+        return from_plain(earlier["parts"])
+    if there:
+        raise UserError(f"--output {output} is not empty and holds no earlier output: choose another folder")
+    parts = plan_parts(files, job.rows_per_part, job.column, job.id_column)
+    if not parts:
+        raise UserError("--input has no rows")
+    content = json.dumps({"settings": settings, "parts": to_plain(parts)}, indent=1) + "\n"
+    write_file(output, PLAN, content.encode())
+    return parts
+
+
+def part_name(number: int) -> str:
+    return f"part-{number:05d}.parquet"
+
+
+def finish(parts: list[Part], output: str) -> dict[str, Any]:
+    """Checks that every row is there, and writes errors.jsonl and summary.json."""
+    filesystem, path = open_folder(output)
+    rows, lines = 0, []
+    for part in parts:
+        table = pq.read_table(f"{path}/{part_name(part.number)}", columns=["id", "error"], filesystem=filesystem)
+        if table.num_rows != part.rows:
+            raise RuntimeError(f"{part_name(part.number)} has {table.num_rows} rows, not {part.rows}")
+        rows += table.num_rows
+        bad = table.filter(table["error"].is_valid())
+        lines += [json.dumps({**row, "part": part_name(part.number)}) + "\n" for row in bad.to_pylist()]
+    summary = {"rows": rows, "errors": len(lines), "parts": len(parts)}
+    write_file(output, ERRORS, "".join(lines).encode())
+    write_file(output, SUMMARY, (json.dumps(summary) + "\n").encode())
+    return summary
+
+
+# ------------------------------------------------------------------------------------------------------------------ Ray
+
+
+def _compute(job: PredictJob, parts: list[Part], output: str, placement: Placement) -> Iterator[dict[str, int]]:
+    """Computes parts with a pool of actors; yields what each of them was, as it is done."""
+    import ray
+
+    from ray_jobs.ray_env import connect, use_gpus
+
+    parallel = ParallelConfig(device=placement.device, address=placement.address)
+    with connect(parallel):
+        gpu = use_gpus(parallel)
+        cluster = ray.cluster_resources()
+        kind, available = ("GPU", cluster.get("GPU", 0)) if gpu else ("CPU", cluster.get("CPU", 0) - READ_CPUS)
+        actors = min(placement.actors, len(parts))
+        if actors > available:
+            raise UserError(f"--actors is {placement.actors}, but the cluster has room for {int(available)} ({kind}s)")
+        context = ray.data.DataContext.get_current()
+        # A part stays in one piece from its reader to the actor, which writes it as one file.
+        context.target_max_block_size = None
+        context.execution_options.preserve_order = False
+        items = [{"part": json.dumps(to_plain([part])[0])} for part in parts]
+        data = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+            _read, fn_kwargs={"job": job}, batch_size=None, batch_format="pyarrow", num_cpus=READ_CPUS
+        )
+        results = data.map_batches(
+            Predictor,
+            fn_constructor_kwargs={
+                "job": job, "output": output, "device": "cuda" if gpu else "cpu", "actors": 0 if gpu else actors,
+            },
+            batch_size=None, batch_format="pyarrow", num_cpus=1, num_gpus=1 if gpu else 0, concurrency=actors,
+        )  # fmt: skip
+        for batch in results.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+            yield from batch.to_pylist()
+
+
+def _read(items: pa.Table, job: PredictJob) -> pa.Table:
+    """The rows of one part as a table."""
+    (item,) = items.to_pylist()
+    (part,) = from_plain([json.loads(item["part"])])
+    rows = read_part(part, job.kind, job.column, job.id_column)
+    # As bytes: a text with a lone surrogate is a bad row, and must arrive as one.
+    values = [v.encode("utf-8", "surrogatepass") if isinstance(v := row.value, str) else v for row in rows]
+    return pa.table({
+        "number": pa.array([part.number] * len(rows), pa.int64()),
+        "id": pa.array([row.id for row in rows], pa.string()),
+        "value": pa.array(values, pa.large_binary()),
+        "error": pa.array([row.error for row in rows], pa.string()),
+    })  # fmt: skip
+
+
+class Predictor:
+    """An actor with one model: computes a part and writes its output file, whole or not at all."""
+
+    def __init__(self, job: PredictJob, output: str, device: str, actors: int) -> None:
+        import torch
+
+        import perceiver
+
+        if actors:
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // actors))
+        self.job, self.output = job, output
+        self.model = perceiver.load(job.source, job.checkpoint, device=device, precision=job.precision)
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        number = table["number"][0].as_py()
+        text = self.job.kind == "text"
+        rows = [
+            Row(identity, value.decode("utf-8", "surrogatepass") if text and value is not None else value, error)
+            for identity, value, error in zip(*(table[c].to_pylist() for c in ("id", "value", "error")), strict=True)
+        ]
+        result = predict_rows(self.model, rows, self.job.options, stream=str(number))
+        with atomic_file(self.output, part_name(number)) as file:
+            pq.write_table(result.cast(output_schema(self.job.options.mode)), file)
+        errors = len(rows) - result["error"].null_count
+        return pa.table({"number": [number], "rows": [len(rows)], "errors": [errors]})
+
+
+def _absolute(path: str) -> str:
+    """A local path as seen from any folder; URIs as they are."""
+    return path if "://" in path else os.path.abspath(os.path.expanduser(path))
+
+
+def _usual_mode(abilities: tuple[str, ...], name: str) -> str:
+    mode = next((mode for mode, what in MODES.items() if what.ability in abilities), None)
+    if mode is None:
+        raise UserError(f"--mode is needed for {name}: one of {', '.join(MODES)}")
+    return mode
+
+
+if __name__ == "__main__":
+    main_entry(main)
