@@ -2,11 +2,11 @@
 
     python -m benchmarks.step_time [--workloads img-clf-mnist clm-wikitext mlm-imdb] [--repeats 5] [--out results.json]
 
-A step is zero_grad, forward, loss, backward and a fused AdamW step, in float32, with the dropouts of the preset. The bound is
-the GFLOP of the reference implementation's model (krasserm/perceiver-io, constants below) divided by the rate of a large square
-float32 product, measured between the steps in the same process. The ratio of the two carries over between machines; times
-do not. Each workload runs in a process of its own, so that peak memory is its own. Where `transformers` is installed, its
-Perceiver runs beside ours on the workloads that it has: steps of both alternate (--with-transformers).
+A step is zero_grad, forward, loss, backward and a fused AdamW step, in float32, with the dropouts of the preset. The
+bound is the GFLOP of the reference implementation's model (krasserm/perceiver-io, constants below) divided by the rate
+of a large square float32 product, measured between the steps in the same process. The ratio of the two carries over
+between machines; times do not. Each workload runs in a process of its own, so that peak memory is its own. Where
+`transformers` is installed, its Perceiver can run beside ours where it has the same model (--with-transformers).
 """
 
 import argparse
@@ -174,14 +174,17 @@ def measure(name: str, repeats: int, threads: int, with_transformers: bool) -> l
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=[n for n, w in WORKLOADS.items() if w.goal])
+    parser.add_argument(
+        "--workloads", nargs="+", choices=WORKLOADS, default=[n for n, w in WORKLOADS.items() if w.goal]
+    )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--with-transformers", action="store_true")
     parser.add_argument("--out", type=Path, help="JSON file to write the rows to")
     args = parser.parse_args()
     rows: list[dict[str, float | str]] = []
-    print(f"{'workload':18}{'implementation':16}{'step ms':>9}{'fwd+bwd':>9}{'GFLOP/s':>9}{'x bound':>9}{'goal':>6}{'RSS MiB':>9}")
+    columns = ("step ms", "fwd+bwd", "GFLOP/s", "x bound", "goal", "RSS MiB")
+    print(f"{'workload':18}{'implementation':16}" + "".join(f"{column:>9}" for column in columns))
     context = multiprocessing.get_context("spawn")
     for name in args.workloads:
         with context.Pool(1) as pool:
@@ -190,7 +193,8 @@ def main() -> None:
             goal = WORKLOADS[name].goal
             print(
                 f"{name:18}{row['implementation']:16}{row['step_ms']:9.0f}{row['forward_backward_ms']:9.0f}"
-                f"{row['matmul_gflop_per_s']:9.1f}{row['ratio_to_bound']:9.2f}{goal or '':>6}{row['peak_rss_mib']:9.0f}",
+                f"{row['matmul_gflop_per_s']:9.1f}{row['ratio_to_bound']:9.2f}{goal or '':>9}"
+                f"{row['peak_rss_mib']:9.0f}",
                 flush=True,
             )
         rows += new

@@ -27,11 +27,10 @@ from perceiver.config import (
     RunConfig,
     SymbolicAudioConfig,
     TextClassificationConfig,
-    TextInput,
     TrainingConfig,
 )
 
-# ---------------------------------------------------------------------------------------------------------------- images
+# --------------------------------------------------------------------------------------------------------------- images
 
 
 def quickstart() -> Experiment:
@@ -113,7 +112,7 @@ def optical_flow() -> Experiment:
     )
 
 
-# ------------------------------------------------------------------------------------------------------------------ text
+# ----------------------------------------------------------------------------------------------------------------- text
 
 
 def mlm_imdb() -> Experiment:
@@ -204,7 +203,7 @@ def clm_c4() -> Experiment:
     """Perceiver AR on C4 with SentencePiece pieces (455M parameters, 79 billion tokens, FSDP on 8 GPUs)."""
     return Experiment(
         preset="clm-c4",
-        task=CausalLMConfig(),
+        task=CausalLMConfig(min_seq_len=512),
         model=PerceiverARConfig(
             vocab_size=32_000,
             max_seq_len=1024,
@@ -225,7 +224,7 @@ def clm_c4() -> Experiment:
     )
 
 
-# ----------------------------------------------------------------------------------------------------------------- music
+# ---------------------------------------------------------------------------------------------------------------- music
 
 
 def sam_maestro() -> Experiment:
@@ -254,7 +253,7 @@ def sam_giantmidi() -> Experiment:
     )
 
 
-# ---------------------------------------------------------------------------------------------------------- shared parts
+# --------------------------------------------------------------------------------------------------------- shared parts
 
 
 def _mnist_model() -> PerceiverIOConfig:

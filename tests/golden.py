@@ -1,7 +1,7 @@
 """Golden vectors: `python -m tests.golden DIR` compares the models with every vector file in a folder.
 
-One line a file: the largest absolute errors of outputs, loss and gradients. The exit status is 1 if any is out of tolerance.
-All sizes, inputs, expected values and tolerances come from the folder's JSON files.
+One line a file: the largest absolute errors of outputs, loss and gradients. The exit status is 1 if any is out of
+tolerance. All sizes, inputs, expected values and tolerances come from the folder's JSON files.
 """
 
 import json
@@ -53,7 +53,7 @@ class Result:
         return "\n    ".join([f"{self.name:26} {status:15} {errors}".rstrip(), *self.failures])
 
 
-# ----------------------------------------------------------------------------------------------------------- model cases
+# ---------------------------------------------------------------------------------------------------------- model cases
 
 
 def load_model(folder: Path, name: str) -> tuple[Model, dict[str, Any], dict[str, Tensor]]:
@@ -150,7 +150,9 @@ def run_training(
     for reference_name, key in step["full_grads"].items():
         gradient = parameters[rename(reference_name, model)].grad
         call = case["calls"][0]
-        result.compare("gradient", f"gradient of {reference_name}", gradient, tensors[key], call["atol"], step["grad_norm_rtol"])
+        result.compare(
+            "gradient", f"gradient of {reference_name}", gradient, tensors[key], call["atol"], step["grad_norm_rtol"]
+        )
     total = torch.stack([p.grad.norm() for p in parameters.values()]).norm()
     expected_total = torch.tensor(step["grad_norm_total"])
     result.compare("gradient norm", "grad_norm_total", total, expected_total, 0.0, step["grad_norm_rtol"])
@@ -167,7 +169,7 @@ def rename(reference_name: str, model: Model) -> str:
     return name
 
 
-# ----------------------------------------------------------------------------------------------------------- other cases
+# ---------------------------------------------------------------------------------------------------------- other cases
 
 
 def check_generation(folder: Path) -> list[str]:
@@ -208,7 +210,9 @@ def run_folder(folder: Path) -> list[Result]:
         if path.stem in models or path.stem == "index":
             continue
         check = CASES.get(path.stem)
-        results.append(Result(path.stem, failures=check(folder)) if check else Result(path.stem, status="not covered yet"))
+        results.append(
+            Result(path.stem, failures=check(folder)) if check else Result(path.stem, status="not covered yet")
+        )
     return results
 
 

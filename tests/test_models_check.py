@@ -11,7 +11,10 @@ from tests.test_models_perceiver_ar import CONFIG as AR
 from tests.test_models_perceiver_io import ENCODER, FLOW, IMAGE, TEXT
 
 WRONG = {
-    "heads": (replace(AR, num_heads=5), "model.num_heads is 5, but must divide model.num_channels, 32: one of 1, 2, 4, 8"),
+    "heads": (
+        replace(AR, num_heads=5),
+        "model.num_heads is 5, but must divide model.num_channels, 32: one of 1, 2, 4, 8",
+    ),
     "tiny heads": (replace(AR, num_heads=32), "at most 16 heads"),
     "latents": (replace(AR, max_latents=25), "model.max_latents is 25, but must be at most model.max_seq_len, 24"),
     "rotary layers": (replace(AR, num_self_attention_rotary_layers=4), "must be -1 (all) or 0 to"),
@@ -20,7 +23,8 @@ WRONG = {
     "scale": (replace(AR, init_scale=0.0), "model.init_scale is 0.0"),
     "encoder heads": (
         replace(TEXT, encoder=replace(TEXT.encoder, num_cross_attention_heads=3)),
-        "model.encoder.num_cross_attention_heads is 3, but must divide model.encoder.num_cross_attention_qk_channels, 4",
+        "model.encoder.num_cross_attention_heads is 3, but must divide "
+        "model.encoder.num_cross_attention_qk_channels, 4",
     ),
     "value heads": (
         replace(IMAGE, encoder=replace(IMAGE.encoder, num_self_attention_heads=4, num_self_attention_v_channels=6)),
@@ -34,7 +38,10 @@ WRONG = {
         replace(IMAGE, encoder=replace(ENCODER, num_cross_attention_heads=1, num_cross_attention_layers=4)),
         "at most model.encoder.num_self_attention_blocks, 3",
     ),
-    "text of images": (replace(IMAGE, output=TextOutput()), "model.output is TextOutput, which needs model.input to be TextInput"),
+    "text of images": (
+        replace(IMAGE, output=TextOutput()),
+        "model.output is TextOutput, which needs model.input to be TextInput",
+    ),
     "flow of text": (replace(TEXT, output=FlowOutput()), "needs model.input to be FlowInput, not TextInput"),
     "image": (replace(IMAGE, input=ImageInput(image_shape=(0, 4, 1))), "model.input.image_shape is (0, 4, 1)"),
     "classes": (replace(TEXT, output=ClassOutput(num_classes=0)), "model.output.num_classes is 0"),

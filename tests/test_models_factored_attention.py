@@ -28,7 +28,10 @@ def make_layer(heads: int, qk: int, v: int, dropout: float, dtype: torch.dtype) 
 
 
 def value_and_gradients(
-    layer: CrossAttentionLayer, queries: Tensor, pixels: Tensor, keys_and_values: Callable[[Tensor], Tensor | FactoredInput]
+    layer: CrossAttentionLayer,
+    queries: Tensor,
+    pixels: Tensor,
+    keys_and_values: Callable[[Tensor], Tensor | FactoredInput],
 ) -> list[Tensor]:
     """The output and the gradients of a scalar of it: of queries, pixels and all parameters."""
     layer.zero_grad()
@@ -38,15 +41,15 @@ def value_and_gradients(
     return [out.detach(), queries.grad, pixels.grad, *(p.grad for p in layer.parameters())]
 
 
-def both_ways(layer: CrossAttentionLayer, shared_queries: bool, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+def both_ways(
+    layer: CrossAttentionLayer, shared_queries: bool, dtype: torch.dtype
+) -> tuple[list[Tensor], list[Tensor]]:
     torch.manual_seed(1)
     queries = torch.randn(1 if shared_queries else BATCH, QUERIES, 16, dtype=dtype)
     pixels = torch.randn(BATCH, TABLE.shape[0], PIXEL, dtype=dtype)
     table = TABLE.to(dtype)
     torch.manual_seed(2)
-    plain = value_and_gradients(
-        layer, queries, pixels, lambda p: torch.cat([p, table.expand(BATCH, -1, -1)], dim=-1)
-    )
+    plain = value_and_gradients(layer, queries, pixels, lambda p: torch.cat([p, table.expand(BATCH, -1, -1)], dim=-1))
     torch.manual_seed(2)
     factored = value_and_gradients(layer, queries, pixels, lambda p: FactoredInput.of(p, table, layer.kv_norm.eps))
     return plain, factored
@@ -115,7 +118,11 @@ def image_model(**sizes: int) -> PerceiverIO:
 
 def test_models_choose_by_shape_and_precision() -> None:
     images = torch.rand(1, 10, 8, 1)
-    for num_latents, dtype, factored in ((4, torch.float32, True), (40, torch.float32, True), (40, torch.bfloat16, False)):
+    for num_latents, dtype, factored in (
+        (4, torch.float32, True),
+        (40, torch.float32, True),
+        (40, torch.bfloat16, False),
+    ):
         adapted = image_model(num_latents=num_latents).to(dtype).encoder.adapt(images)
         assert isinstance(adapted, FactoredInput) == factored
     assert isinstance(image_model(num_latents=1000).encoder.adapt(images), Tensor)

@@ -51,7 +51,7 @@ def test_training_flops_are_forward_and_backward_with_prefix_dropout() -> None:
     x = torch.randint(0, 50, (1, 24))
     config = replace(AR, cross_attention_dropout=0.4)
     keep = torch.arange(flops.num_kept(16, 0.4))[None]
-    # PyTorch counts the scores twice in the backward pass of fused attention, which recomputes them: once is the model's.
+    # PyTorch counts the scores once more in the backward pass of fused attention, which recomputes them.
     recomputed = sum(
         2 * 8 * keys * config.num_channels for keys in (keep.shape[1] + 8, *[8] * config.num_self_attention_layers)
     )
@@ -74,6 +74,11 @@ def test_prefix_dropout_keeps_what_the_recipe_keeps() -> None:
 
 @pytest.mark.parametrize("name", ["clm-wikitext", "mlm-imdb", "img-clf-mnist", "img-clf-imagenet"])
 def test_flops_of_the_published_models_are_those_published_within_a_few_percent(name: str) -> None:
-    published = {"clm-wikitext": 226.31 / 2, "mlm-imdb": 362.85, "img-clf-mnist": 78.68 / 128, "img-clf-imagenet": 1218.37}
+    published = {
+        "clm-wikitext": 226.31 / 2,
+        "mlm-imdb": 362.85,
+        "img-clf-mnist": 78.68 / 128,
+        "img-clf-imagenet": 1218.37,
+    }
     gflop = flops.training_flops(PRESETS[name]().model) / 1e9
     assert gflop == pytest.approx(published[name], rel=0.05)

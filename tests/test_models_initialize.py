@@ -61,7 +61,7 @@ def test_seeds_and_names_give_different_weights(config: ModelConfig) -> None:
 
 
 def check_worker(rank: int, num_workers: int, folder: str) -> None:
-    """What one of several processes sees: its pieces of the weights, and of the gradients, are those of the whole model."""
+    """One of several processes: its pieces of the weights, and of the gradients, are those of the whole model."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=num_workers)
     mesh = dist.init_device_mesh("cpu", (num_workers,))

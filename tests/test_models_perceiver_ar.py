@@ -24,7 +24,10 @@ CONFIG = PerceiverARConfig(
     num_self_attention_rotary_layers=2,
     init_scale=0.3,
 )
-CONFIGS = {"learned and rotary positions": CONFIG, "rotary positions only": replace(CONFIG, abs_pos_emb=False, output_norm=True)}
+CONFIGS = {
+    "learned and rotary positions": CONFIG,
+    "rotary positions only": replace(CONFIG, abs_pos_emb=False, output_norm=True),
+}
 
 
 @pytest.fixture(params=CONFIGS.values(), ids=CONFIGS.keys())
@@ -126,7 +129,7 @@ def test_logits_are_the_head_of_the_hidden_states(model: PerceiverAR) -> None:
     torch.testing.assert_close(model.head(model.hidden(x, 12)), model(x, 12))
 
 
-# ----------------------------------------------------------------------------------------------------------------- cache
+# ---------------------------------------------------------------------------------------------------------------- cache
 
 
 def greedy_uncached(model: PerceiverAR, x: Tensor, pad_mask: Tensor | None, num_latents: int, steps: int) -> Tensor:

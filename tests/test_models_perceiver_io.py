@@ -20,14 +20,19 @@ from perceiver.config import (
 from perceiver.models import PerceiverIO, build_model
 
 ENCODER = EncoderConfig(
-    num_cross_attention_heads=2, num_self_attention_heads=2, num_self_attention_layers_per_block=2, num_self_attention_blocks=3
+    num_cross_attention_heads=2,
+    num_self_attention_heads=2,
+    num_self_attention_layers_per_block=2,
+    num_self_attention_blocks=3,
 )
 TEXT = PerceiverIOConfig(
     num_latents=6,
     num_latent_channels=16,
     input=TextInput(vocab_size=40, max_seq_len=12, num_channels=8),
     encoder=replace(ENCODER, num_cross_attention_qk_channels=4, num_cross_attention_v_channels=16),
-    decoder=DecoderConfig(num_cross_attention_heads=2, num_cross_attention_qk_channels=4, num_cross_attention_v_channels=8),
+    decoder=DecoderConfig(
+        num_cross_attention_heads=2, num_cross_attention_qk_channels=4, num_cross_attention_v_channels=8
+    ),
     init_scale=0.3,
 )
 IMAGE = PerceiverIOConfig(
@@ -158,7 +163,11 @@ def test_a_frozen_encoder_has_no_gradients_and_the_decoder_has() -> None:
 
 
 def test_batch_rows_do_not_mix() -> None:
-    for config, x in ((TEXT, ids(3, 9)), (IMAGE, torch.randn(3, 6, 4, 2).double()), (FLOW, torch.randn(3, 2, 3, 6, 4).double())):
+    for config, x in (
+        (TEXT, ids(3, 9)),
+        (IMAGE, torch.randn(3, 6, 4, 2).double()),
+        (FLOW, torch.randn(3, 2, 3, 6, 4).double()),
+    ):
         model = model_of(config)
         rows = torch.cat([model(x[i : i + 1]) for i in range(3)])
         torch.testing.assert_close(model(x), rows)

@@ -89,13 +89,13 @@ def attend(
 
 
 def causal_mask(num_queries: int, num_keys: int, device: torch.device) -> Tensor:
-    """(num_queries, num_keys), True where query i sees key j: j <= num_keys - num_queries + i (aligned at the right ends)."""
+    """(num_queries, num_keys), True where query i sees key j: j <= num_keys - num_queries + i (right ends aligned)."""
     return torch.ones(num_queries, num_keys, dtype=torch.bool, device=device).tril(num_keys - num_queries)
 
 
 def _attend_plainly(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
-    """What PyTorch does on CPUs where it has no fused kernel, with a cheaper dropout, and a softmax that need not look for
-    queries without any key: no mask here has them."""
+    """What PyTorch does on CPUs where it has no fused kernel, but with a cheaper dropout, and with a softmax that need
+    not look for queries without any key: no mask here has them."""
     scores = (q * q.shape[-1] ** -0.5) @ k.mT
     if mask is not None:
         scores = scores.masked_fill_(~mask, -torch.inf)
@@ -147,7 +147,7 @@ class Attention(nn.Module):
         rotate_k: Rotation | None = None,
         cache: KeyValueCache | None = None,
     ) -> Tensor:
-        """x_q (B or 1, L, q_channels), x_kv (B, S, kv_channels) -> (B, L, q_channels). For mask and causal see `attend`."""
+        """x_q (B or 1, L, q_channels), x_kv (B, S, kv_channels) -> (B, L, q_channels). Mask, causal: see `attend`."""
         q = self.split_heads(self.q_proj(x_q))
         k = self.split_heads(self.k_proj(x_kv))
         v = self.split_heads(self.v_proj(x_kv))
@@ -209,9 +209,7 @@ class CrossAttentionLayer(nn.Module):
         self.residual_dropout = residual_dropout
         self.q_norm = nn.LayerNorm(channels.q_channels)
         self.kv_norm = nn.LayerNorm(channels.kv_channels)
-        self.attention = Attention(
-            channels, num_heads=num_heads, dropout=dropout, qkv_bias=qkv_bias, out_bias=out_bias
-        )
+        self.attention = Attention(channels, num_heads=num_heads, dropout=dropout, qkv_bias=qkv_bias, out_bias=out_bias)
         self.mlp = MLP(channels.q_channels, widening_factor, bias=mlp_bias)
 
     def forward(
@@ -226,7 +224,7 @@ class CrossAttentionLayer(nn.Module):
         rotate_k: Rotation | None = None,
         cache: KeyValueCache | None = None,
     ) -> Tensor:
-        """x_q (B or 1, L, q_channels) and x_kv (B, S, kv_channels) or prefix (B, P, kv_channels) -> (B, L, q_channels)."""
+        """x_q (B or 1, L, q_channels), x_kv (B, S, kv_channels) or prefix (B, P, kv_channels) -> (B, L, q_channels)."""
         queries = self.q_norm(x_q)
         if isinstance(x_kv, FactoredInput):
             out = factored_attention(self.attention, self.kv_norm, queries, x_kv)
@@ -273,8 +271,6 @@ class SelfAttentionLayer(nn.Module):
     ) -> Tensor:
         """x (B, L, C) -> (B, L, C)."""
         normed = self.norm(x)
-        out = self.attention(
-            normed, normed, mask=mask, causal=causal, rotate_q=rotate, rotate_k=rotate, cache=cache
-        )
+        out = self.attention(normed, normed, mask=mask, causal=causal, rotate_q=rotate, rotate_k=rotate, cache=cache)
         x = x + F.dropout(out, self.residual_dropout, self.training)
         return x + F.dropout(self.mlp(x), self.residual_dropout, self.training)

@@ -33,8 +33,8 @@ def _check_ar(config: PerceiverARConfig) -> None:
     _heads(config.num_heads, config.num_channels, "model.num_heads", "model.num_channels")
     if config.num_channels // config.num_heads < 2:
         raise UserError(
-            f"model.num_heads is {config.num_heads} for {config.num_channels} channels, but rotary embedding needs heads of at "
-            f"least 2 channels: at most {config.num_channels // 2} heads"
+            f"model.num_heads is {config.num_heads} for {config.num_channels} channels, but rotary embedding needs "
+            f"heads of at least 2 channels: at most {config.num_channels // 2} heads"
         )
     if config.max_latents > config.max_seq_len:
         raise UserError(
@@ -42,8 +42,8 @@ def _check_ar(config: PerceiverARConfig) -> None:
         )
     if not -1 <= config.num_self_attention_rotary_layers <= config.num_self_attention_layers:
         raise UserError(
-            f"model.num_self_attention_rotary_layers is {config.num_self_attention_rotary_layers}, but must be -1 (all) or "
-            f"0 to model.num_self_attention_layers, {config.num_self_attention_layers}"
+            f"model.num_self_attention_rotary_layers is {config.num_self_attention_rotary_layers}, but must be -1 "
+            f"(all) or 0 to model.num_self_attention_layers, {config.num_self_attention_layers}"
         )
 
 
@@ -63,12 +63,17 @@ def _check_io(config: PerceiverIOConfig) -> None:
     if encoder.num_cross_attention_layers > encoder.num_self_attention_blocks:
         raise UserError(
             f"model.encoder.num_cross_attention_layers is {encoder.num_cross_attention_layers}, but each precedes a "
-            f"self-attention block: at most model.encoder.num_self_attention_blocks, {encoder.num_self_attention_blocks}"
+            "self-attention block: at most model.encoder.num_self_attention_blocks, "
+            f"{encoder.num_self_attention_blocks}"
         )
     for field, heads, channels in (
         ("encoder.num_cross_attention", encoder.num_cross_attention_heads, shapes.encoder_cross_attention(config)),
         ("encoder.num_self_attention", encoder.num_self_attention_heads, shapes.encoder_self_attention(config)),
-        ("decoder.num_cross_attention", config.decoder.num_cross_attention_heads, shapes.decoder_cross_attention(config)),
+        (
+            "decoder.num_cross_attention",
+            config.decoder.num_cross_attention_heads,
+            shapes.decoder_cross_attention(config),
+        ),
     ):
         _heads(heads, channels.qk_channels, f"model.{field}_heads", f"model.{field}_qk_channels")
         _heads(heads, channels.v_channels, f"model.{field}_heads", f"model.{field}_v_channels")

@@ -8,8 +8,8 @@ from torch import Tensor
 def drop(weights: Tensor, probability: float) -> tuple[Tensor, float]:
     """Sets each weight to 0 with the given probability.
 
-    On a CPU the probability is rounded to a multiple of 2^-16, and four decisions come from one 64-bit random number: a third
-    of the time of `torch.nn.functional.dropout`. Compilers and GPUs have a fused dropout of their own.
+    On a CPU the probability is rounded to a multiple of 2^-16, and four decisions come from one 64-bit random number: a
+    third of the time of `torch.nn.functional.dropout`. Compilers and GPUs have a fused dropout of their own.
 
     Returns:
         The weights, not yet scaled, and the factor that keeps their expectation: to be applied wherever it is cheapest.

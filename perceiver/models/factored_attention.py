@@ -1,15 +1,16 @@
 """Cross-attention to an image whose channels are mostly positions, without forming keys and values.
 
-An image's input channels are x_n = [p_n, e_n]: a few pixel channels p_n of each image and many position features e_n that
-are the same for all images. Attention is linear in keys and values before and after its softmax, so projections can be
-moved from the inputs to the (few) queries and (few) weighted means:
+An image's input channels are x_n = [p_n, e_n]: a few pixel channels p_n of each image and many position features e_n
+that are the same for all images. Attention is linear in keys and values before and after its softmax, so projections
+can be moved from the inputs to the (few) queries and (few) weighted means:
 
     scores   q . (W_k norm(x_n) + b_k)            = (W_k^T q) . norm(x_n) + q . b_k
     outputs  sum_n a_n (W_v norm(x_n) + b_v)      = W_v (sum_n a_n norm(x_n)) + (sum_n a_n) b_v
 
-and, since LayerNorm is linear but for its two statistics, norm(x_n) = g * r_n (x_n - m_n 1) + b splits into a product with
-the position table (one matrix product for the whole batch; a single one where the batch shares its queries, as in the first
-cross-attention to learned latents) and rank-one terms of p_n and m_n. It is exact: see tests/test_models_factored_attention.py.
+and, since LayerNorm is linear but for its two statistics, norm(x_n) = g * r_n (x_n - m_n 1) + b splits into a product
+with the position table (one matrix product for the whole batch; a single one where the batch shares its queries, as in
+the first cross-attention to learned latents) and rank-one terms of p_n and m_n. It is exact: see
+tests/test_models_factored_attention.py.
 
 Shapes: B batch, L queries, N positions, H heads, P pixel channels, E position channels, C = P + E.
 """
@@ -53,8 +54,8 @@ class FactoredInput:
 def is_cheaper(num_query_heads: int, channels: AttentionChannels, element_size: int) -> bool:
     """Whether the factored form needs no more memory, and so less time, than keys and values.
 
-    Per input position it keeps a score and a weight of each query and head in float32 or better; the plain form keeps the
-    input, its norm, keys and values, in elements of `element_size` bytes.
+    Per input position it keeps a score and a weight of each query and head in float32 or better; the plain form keeps
+    the input, its norm, keys and values, in elements of `element_size` bytes.
     """
     plain = 2 * channels.kv_channels + channels.qk_channels + channels.v_channels
     return 2 * num_query_heads * max(element_size, 4) < plain * element_size

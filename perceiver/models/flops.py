@@ -1,19 +1,28 @@
 """Parameters and FLOPs of a model from its configuration alone.
 
-Counted is what tensor cores would do: 2 per multiply-add of every matrix product with weights and of the two products of
-attention (of a whole rectangle of queries and keys: what causality masks is counted, as kernels that count themselves do).
-Not counted: norms, softmax, activations, embeddings, rotation. The backward pass counts twice the forward pass, except for
-what needs no gradient (frozen weights, the input); recomputation by activation checkpointing does not count, so that
+Counted is what tensor cores would do: 2 per multiply-add of every matrix product with weights and of the two products
+of attention (of a whole rectangle of queries and keys: what causality masks is counted, as kernels that count
+themselves do). Not counted: norms, softmax, activations, embeddings, rotation. The backward pass counts twice the
+forward pass, without that of a frozen encoder; recomputation by activation checkpointing does not count, so that
 utilisation compares models and not settings.
 
-The count is that of the plain computation: the factored cross-attention of small-channel images takes less than it says.
+The count is that of the plain computation: the factored cross-attention of small-channel images takes less than
+it says.
 """
 
 from dataclasses import dataclass, fields
 
 import torch
 
-from perceiver.config import FlowInput, ImageInput, ModelConfig, PerceiverARConfig, PerceiverIOConfig, TextInput, TextOutput
+from perceiver.config import (
+    FlowInput,
+    ImageInput,
+    ModelConfig,
+    PerceiverARConfig,
+    PerceiverIOConfig,
+    TextInput,
+    TextOutput,
+)
 from perceiver.models import build_model, shapes
 from perceiver.models.shapes import AttentionChannels
 
@@ -29,7 +38,7 @@ class ForwardFlops:
     """FLOPs of one forward pass of one example, by part."""
 
     inputs: float
-    """What is done per input (Perceiver IO) or prefix position (Perceiver AR): their projection, their keys and values."""
+    """What is done per input (Perceiver IO) or prefix position (Perceiver AR): projection, keys and values."""
     cross_attention: float
     """Encoder cross-attention: queries, products of attention, output projection, MLP."""
     self_attention: float
@@ -132,7 +141,8 @@ def _forward_io(config: PerceiverIOConfig, seq_len: int | None, num_queries: int
     layer += _attention(num_latents, num_latents, within, encoder.self_attention_widening_factor)
 
     output, decoding = shapes.output_queries(config), shapes.decoder_cross_attention(config)
-    num_queries = num_queries or (num_inputs if isinstance(config.output, TextOutput) else output.num_learned or num_inputs)
+    if num_queries is None:
+        num_queries = num_inputs if isinstance(config.output, TextOutput) else output.num_learned or num_inputs
     queries = _keys_and_values(num_latents, decoding)
     queries += _attention(num_queries, num_latents, decoding, config.decoder.cross_attention_widening_factor)
     return ForwardFlops(

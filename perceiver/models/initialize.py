@@ -11,8 +11,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 def initialize(model: nn.Module, scale: float, seed: int) -> None:
     """Draws all parameters: matrices from N(0, scale^2), biases 0, LayerNorm 1 and 0.
 
-    Each parameter has a generator of its own, seeded with (seed, name), and is drawn as a whole on the CPU, one at a time,
-    before a process keeps its shard. So weights are the same on any device and for any number of FSDP workers.
+    Each parameter has a generator of its own, seeded with (seed, name), and is drawn as a whole on the CPU, one at a
+    time, before a process keeps its shard. So weights are the same on any device and for any number of FSDP workers.
     """
     norms = {id(module.weight) for module in model.modules() if isinstance(module, nn.LayerNorm)}
     for name, parameter in model.named_parameters():

@@ -23,9 +23,9 @@ from perceiver.models.shapes import AttentionChannels
 class PerceiverARCache:
     """Keys and values of all layers, and what is known of the tokens they belong to. Made by `PerceiverAR.make_cache`.
 
-    The cross-attention keeps the newest max_seq_len tokens, each self-attention layer the newest max_latents latents. What is
-    kept stays as it was computed: a latent that a model without cache would turn into prefix, or move in its window, keeps
-    the norm, learned position and context that it had.
+    The cross-attention keeps the newest max_seq_len tokens, each self-attention layer the newest max_latents latents.
+    What is kept stays as it was computed: a latent that a model without cache would turn into prefix, or move in its
+    window, keeps the norm, learned position and context that it had.
     """
 
     cross_attention: KeyValueCache
@@ -51,8 +51,8 @@ class PerceiverARCache:
 class PerceiverAR(nn.Module):
     """Perceiver AR over token ids. Weights start uninitialised: `init_weights`, or a checkpoint.
 
-    Padding is on the left and may reach into the latents. A padded latent attends to itself alone and no other attends to
-    it: its output is finite and means nothing, those of the others are as without padding.
+    Padding is on the left and may reach into the latents. A padded latent attends to itself alone and no other attends
+    to it: its output is finite and means nothing, those of the others are as without padding.
     """
 
     def __init__(self, config: PerceiverARConfig) -> None:
@@ -127,7 +127,7 @@ class PerceiverAR(nn.Module):
             prefix_len: P, the first so many positions are prefix, the others latents.
             pad_mask: (B, N), True = padding (on the left); with a filled cache None. Pass None where nothing is padded:
                 it saves the masks.
-            prefix_keep: (B, K) positions of the prefix that are kept, the others are left out (prefix dropout); None: all.
+            prefix_keep: (B, K) positions of the prefix that are kept, others are left out (prefix dropout); None: all.
             cache: an empty cache is filled by this call, a filled one is read and extended.
             return_hidden: leave out the output matrix and return hidden states instead, see `head`.
             last_only: return the last latent's alone.
@@ -148,8 +148,12 @@ class PerceiverAR(nn.Module):
         return self(x, prefix_len, return_hidden=True, **arguments)
 
     def head(self, hidden: Tensor) -> Tensor:
-        """Logits (..., V) of hidden states (..., C): by pieces of them, a loss needs no memory for all logits at once."""
-        return F.linear(hidden, self.input_adapter.txt_embedding.weight, self.output_bias)
+        """Logits (..., V) of hidden states (..., C): piece by piece, a loss needs no memory for all logits at once."""
+        return F.linear(hidden, *self.output_matrix())
+
+    def output_matrix(self) -> tuple[Tensor, Tensor | None]:
+        """The matrix (V, C) and bias (V,) or None of `head`."""
+        return self.input_adapter.txt_embedding.weight, self.output_bias
 
     def _hidden(
         self,
@@ -206,7 +210,7 @@ class PerceiverAR(nn.Module):
         cache.latent_padding[:, :num_latents] = pad_mask[:, -num_latents:]
 
     def _hidden_next(self, x: Tensor, cache: PerceiverARCache) -> Tensor:
-        """One more latent after those of the cache. Positions count on: rotary embedding sees only their differences."""
+        """One more latent after those of the cache. Positions count on: rotary embedding sees but their differences."""
         assert x.shape[1] == 1
         position = torch.full((1, 1), cache.num_tokens, device=x.device)
         mask = latent_mask = None

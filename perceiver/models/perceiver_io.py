@@ -31,8 +31,8 @@ def build_adapter(config: TextInput | ImageInput | FlowInput) -> TextAdapter | I
 class PerceiverEncoder(nn.Module):
     """Input to latents: block i is self-attention, preceded by cross-attention to the input in the first few blocks.
 
-    `cross_attention_n` and `self_attention_n` are the second set of weights, which all later layers or blocks share; None
-    where there is none because the first set serves them too, or because there is no later one.
+    `cross_attention_n` and `self_attention_n` are the second set of weights, which all later layers or blocks share;
+    None where there is none because the first set serves them too, or because there is no later one.
     """
 
     def __init__(self, config: PerceiverIOConfig) -> None:
@@ -181,7 +181,7 @@ class PerceiverIO(nn.Module):
         """The model's output.
 
         Args:
-            x: token ids (B, N); images (B, height, width, channels); or pairs of frames (B, 2, features, height, width).
+            x: token ids (B, N); images (B, height, width, channels); pairs of frames (B, 2, features, height, width).
             pad_mask: for text: (B, N), True = padding.
             positions: for text output: only decode these query positions (B, M).
 
@@ -193,11 +193,13 @@ class PerceiverIO(nn.Module):
         latents = self.encoder(adapted, pad_mask)
         match self.config.output:
             case TextOutput():
-                queries = self.decoder.queries[None, : x.shape[1]] if positions is None else self.decoder.queries[positions]
+                learned = self.decoder.queries
+                queries = learned[None, : x.shape[1]] if positions is None else learned[positions]
                 return self.decoder(queries, latents, self.encoder.input_adapter.txt_embedding.weight)
             case ClassOutput():
                 logits = self.decoder(self.decoder.queries[None], latents)
-                return logits.squeeze(1) if logits.shape[1] == 1 else logits
+                # A copy, not a view: FSDP hangs its hook for the backward pass on what the model returns.
+                return logits.squeeze(1).clone() if logits.shape[1] == 1 else logits
             case FlowOutput(rescale_factor=factor):
                 flow = self.decoder(adapted, latents) / factor
                 return flow.unflatten(1, self.config.input.image_shape)

@@ -28,11 +28,11 @@ def token_positions(x: Tensor, pad_mask: Tensor | None) -> Tensor:
 def fourier_features(shape: tuple[int, ...], num_bands: int, device: torch.device | None = None) -> Tensor:
     """Position features of every point of a grid (Perceiver, arXiv 2103.03206, Section 3.2).
 
-    Coordinates run from -1 to 1 along each axis; the frequencies of an axis are evenly spaced from 1 to half its length.
+    Coordinates run from -1 to 1 along each axis; an axis has frequencies evenly spaced from 1 to half its length.
 
     Returns:
-        (points, axes * (2 * num_bands + 1)), points in row-major order; channels: the coordinates, the sines of all axes,
-        the cosines of all axes.
+        (points, axes * (2 * num_bands + 1)), points in row-major order; channels: the coordinates, then the sines of
+        all axes, then the cosines.
     """
     axes = [torch.linspace(-1.0, 1.0, steps=size, device=device) for size in shape]
     grid = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, -2)
@@ -71,7 +71,9 @@ class Rotation:
 
 
 def rotation(positions: Tensor, num_channels: int) -> Rotation:
-    """Rotary position embedding (arXiv 2104.09864) of neighbouring channel pairs, frequencies 10000^(-2i / num_channels).
+    """Rotary position embedding (arXiv 2104.09864) of neighbouring channel pairs.
+
+    Pair i turns by position * 10000^(-2i / num_channels).
 
     Args:
         positions: (B or 1, N) int64.
