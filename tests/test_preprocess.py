@@ -22,9 +22,10 @@ from ray_jobs.ray_env import quiet
 from tests.preparing import experiment
 root, source, cpus = sys.argv[1:]
 quiet()
-ray.init(address="local", num_cpus=int(cpus), include_dashboard=False, object_store_memory=100 << 20,
-log_to_driver=False) prepare(experiment("clm-wikitext", root, source, val_fraction=0.2, rows_per_block=2,
-blocks_per_shard=2), piece_bytes=500)
+settings = {"include_dashboard": False, "object_store_memory": 100 << 20, "log_to_driver": False}
+ray.init(address="local", num_cpus=int(cpus), **settings)
+data = {"val_fraction": 0.2, "rows_per_block": 2, "blocks_per_shard": 2}
+prepare(experiment("clm-wikitext", root, source, **data), piece_bytes=500)
 """
 
 
