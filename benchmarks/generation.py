@@ -1,0 +1,157 @@
+"""Speed of generation with the key/value cache, beside the bound from reading the weights once per step.
+
+    python -m benchmarks.generation [--preset clm-wikitext] [--tokens 128] [--device cpu|cuda] [--threads N] [--out results.json]
+
+Weights are random: speed does not depend on them. The bound is a matrix-vector product over as many bytes as the model's weights
+have, in the same process, right before and after each run; ratios compare across machines, times do not. A step gives one token
+for each row of the batch.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from perceiver.config import PerceiverARConfig
+from perceiver.inference.generate import Sampling, stream
+from perceiver.models import PerceiverAR, build_model
+from perceiver.presets import PRESETS
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="clm-wikitext")
+    parser.add_argument("--prompt", type=int, default=1024, help="prompt tokens (%(default)s)")
+    parser.add_argument("--tokens", type=int, default=128, help="new tokens (%(default)s)")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="batch sizes (1 8)")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--threads", type=int, help="compute threads; default: PyTorch's choice")
+    parser.add_argument("--uncached", action="store_true", help="measure generation without cache too (8 tokens)")
+    parser.add_argument("--out", type=Path, help="write the results there as JSON")
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    device = torch.device(args.device)
+    config = PRESETS[args.preset]().model
+    assert isinstance(config, PerceiverARConfig), "generation is Perceiver AR's"
+    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
+    model = build_model(config).to(device=device, dtype=dtype).eval().requires_grad_(False)
+    results = []
+    for batch in args.batches:
+        # As many latents as there are, and one, from which they grow.
+        for num_latents in sorted({min(config.max_latents, args.prompt), least_latents(config, args.prompt)}, reverse=True):
+            for use_cache in (True, False)[: 1 + args.uncached]:
+                tokens = args.tokens if use_cache else min(8, args.tokens)
+                results.append(measure(model, batch, args.prompt, num_latents, tokens, args.repeats, use_cache))
+                print_row(results[-1], first=len(results) == 1)
+    if args.out:
+        args.out.write_text(json.dumps({"settings": {k: str(v) for k, v in vars(args).items()}, "results": results}, indent=1))
+
+
+def least_latents(config: PerceiverARConfig, prompt: int) -> int:
+    return max(1, prompt - (config.max_seq_len - config.max_latents))
+
+
+def measure(
+    model: PerceiverAR, batch: int, prompt: int, num_latents: int, tokens: int, repeats: int, use_cache: bool
+) -> dict[str, Any]:
+    """Prefill and steps of one setting: medians over the repeats, each between two measurements of the bound."""
+    device = next(model.parameters()).device
+    ids = torch.randint(6, model.config.vocab_size, (batch, prompt), generator=torch.Generator().manual_seed(0)).to(device)
+    runs = []
+    for _ in range(repeats):
+        before = read_seconds(model)
+        times = list(step_times(model, ids, num_latents, tokens, use_cache))
+        bound = (before + read_seconds(model)) / 2
+        prefill, steps = times[0], times[1:]
+        step, quarter = statistics.mean(steps), max(1, len(steps) // 4)
+        runs.append({
+            "prefill_ms": 1e3 * prefill,
+            "step_ms": 1e3 * step,
+            "first_quarter_ms": 1e3 * statistics.mean(steps[:quarter]),
+            "last_quarter_ms": 1e3 * statistics.mean(steps[-quarter:]),
+            "tokens_per_s": batch / step,
+            "bound_ms": 1e3 * bound,
+            "x_bound": step / bound,
+        })  # fmt: skip
+    middle = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
+    return {
+        "batch": batch, "latents": num_latents, "cache": use_cache, **middle, "cache_MiB": cache_bytes(model, batch, prompt + tokens) / 2**20,
+        "peak_MiB": peak_bytes(device) / 2**20,
+    }  # fmt: skip
+
+
+def step_times(model: PerceiverAR, ids: torch.Tensor, num_latents: int, tokens: int, use_cache: bool) -> Iterator[float]:
+    """Seconds of the prefill with the first token, then of each further token."""
+    generated = stream(
+        model, ids, max_new_tokens=tokens, num_latents=num_latents, sampling=Sampling(temperature=0), use_cache=use_cache
+    )
+    done = object()
+    while True:
+        start = time.perf_counter()
+        token = next(generated, done)
+        if token is done:
+            return
+        synchronize(ids.device)
+        yield time.perf_counter() - start
+
+
+def read_seconds(model: PerceiverAR, repeats: int = 15) -> float:
+    """Seconds to read as many bytes as the model's weights, as a matrix-vector product does: the median of some."""
+    weights = sum(p.numel() for p in model.parameters())
+    sample = next(model.parameters())
+    matrix = torch.ones(weights // 512, 512, device=sample.device, dtype=sample.dtype)
+    vector = torch.ones(512, device=sample.device, dtype=sample.dtype)
+    times = [seconds(lambda: torch.mv(matrix, vector), sample.device) for _ in range(repeats)]
+    return statistics.median(times)
+
+
+def seconds(function: Callable[[], Any], device: torch.device) -> float:
+    synchronize(device)
+    start = time.perf_counter()
+    function()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def cache_bytes(model: PerceiverAR, batch: int, num_tokens: int) -> int:
+    """Memory of the key/value cache."""
+    config = model.config
+    tokens = min(config.max_seq_len, num_tokens)
+    latents = min(config.max_latents, tokens)
+    places = tokens + config.num_self_attention_layers * latents
+    return 2 * batch * config.num_channels * places * next(model.parameters()).element_size()
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Peak memory of the device, or of the process (Linux counts it in KiB)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def print_row(row: dict[str, Any], first: bool) -> None:
+    if first:
+        print(f"{'batch':>6}{'latents':>9}{'cache':>7}{'prefill ms':>12}{'step ms':>9}{'first/last quarter':>20}"
+              f"{'tokens/s':>10}{'bound ms':>10}{'x bound':>9}{'cache MiB':>11}{'peak MiB':>10}")  # fmt: skip
+    quarters = f"{row['first_quarter_ms']:.2f} / {row['last_quarter_ms']:.2f}"
+    print(f"{row['batch']:>6}{row['latents']:>9}{'yes' if row['cache'] else 'no':>7}{row['prefill_ms']:>12.1f}{row['step_ms']:>9.2f}"
+          f"{quarters:>20}{row['tokens_per_s']:>10.1f}{row['bound_ms']:>10.2f}{row['x_bound']:>9.2f}"
+          f"{row['cache_MiB']:>11.1f}{row['peak_MiB']:>10.0f}", flush=True)  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
