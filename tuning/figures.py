@@ -1,0 +1,142 @@
+"""Panels with lines, points, bars and logarithmic axes, drawn with Pillow: what reports of sweeps need of a plot library."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+
+Colour = tuple[int, int, int]
+Point = tuple[float, float]
+
+GREY: Colour = (150, 150, 150)
+PALETTE: tuple[Colour, ...] = (
+    (31, 90, 200), (220, 90, 20), (30, 150, 60), (150, 50, 160), (200, 40, 60), (20, 150, 160), (120, 90, 40), (90, 90, 90),
+)  # fmt: skip
+
+_LEFT, _RIGHT, _TOP, _BOTTOM = 72, 18, 34, 46
+
+
+@dataclass
+class Panel:
+    """One pair of axes. Things are added in data units; `draw` finds the axes' ranges."""
+
+    title: str
+    x_label: str = ""
+    y_label: str = ""
+    log_x: bool = False
+    log_y: bool = False
+    size: tuple[int, int] = (640, 400)
+    lines: list[tuple[list[Point], Colour, int]] = field(default_factory=list)
+    points: list[tuple[list[Point], Colour]] = field(default_factory=list)
+    bars: list[tuple[float, float, float, Colour]] = field(default_factory=list)
+    labels: list[tuple[str, Colour]] = field(default_factory=list)
+    y_names: list[str] = field(default_factory=list)
+    """Names of rows 0, 1, ... instead of numbers at the y axis."""
+
+    def line(self, points: Iterable[Point], colour: Colour, width: int = 2) -> None:
+        self.lines.append((self._finite(points), colour, width))
+
+    def dots(self, points: Iterable[Point], colour: Colour) -> None:
+        self.points.append((self._finite(points), colour))
+
+    def bar(self, row: float, start: float, end: float, colour: Colour) -> None:
+        """A horizontal bar from x = start to x = end in a row."""
+        self.bars.append((row, start, end, colour))
+
+    def label(self, text: str, colour: Colour) -> None:
+        self.labels.append((text, colour))
+
+    def draw(self) -> Image.Image:
+        """The panel as an RGB picture."""
+        image = Image.new("RGB", self.size, "white")
+        draw = ImageDraw.Draw(image)
+        width, height = self.size
+        bottom = _BOTTOM + 16 * (-(-len(self.labels) // 4))
+        everything = [p for points, *_ in [*self.lines, *self.points] for p in points]
+        everything += [(x, row + d) for row, start, end, _ in self.bars for x, d in ((start, -0.5), (end, 0.5))]
+        x_at = _Axis([p[0] for p in everything], self.log_x, _LEFT, width - _RIGHT)
+        y_at = _Axis([p[1] for p in everything], self.log_y, height - bottom, _TOP)
+        self._frame(draw, x_at, y_at)
+        for row, start, end, colour in self.bars:
+            top, low = sorted((y_at(row - 0.35), y_at(row + 0.35)))
+            draw.rectangle((x_at(start), top, max(x_at(end), x_at(start) + 1), low), fill=colour)
+        for points, colour, line_width in self.lines:
+            if len(points) > 1:
+                draw.line([(x_at(x), y_at(y)) for x, y in points], fill=colour, width=line_width)
+        for points, colour in self.points:
+            for x, y in points:
+                draw.ellipse((x_at(x) - 4, y_at(y) - 4, x_at(x) + 4, y_at(y) + 4), fill=colour, outline="white")
+        for number, (text, colour) in enumerate(self.labels):
+            place = (_LEFT + number % 4 * (width - _LEFT) // 4, height - bottom + 42 + 16 * (number // 4))
+            draw.text(place, f"- {text}", fill=colour)
+        return image
+
+    def _frame(self, draw: ImageDraw.ImageDraw, x_at: _Axis, y_at: _Axis) -> None:
+        draw.text((8, 8), self.title, fill="black")
+        draw.text(((x_at.start + x_at.end) / 2 - 3 * len(self.x_label), y_at.start + 22), self.x_label, fill="black")
+        draw.text((8, 21), self.y_label, fill=(90, 90, 90))
+        for x in x_at.ticks():
+            draw.line((x_at(x), y_at.start, x_at(x), y_at.end), fill=(232, 232, 232))
+            draw.text((x_at(x) - 12, y_at.start + 6), number(x), fill="black")
+        rows = list(enumerate(self.y_names)) or [(y, number(y)) for y in y_at.ticks()]
+        for y, text in rows:
+            draw.line((x_at.start, y_at(y), x_at.end, y_at(y)), fill=(232, 232, 232))
+            draw.text((4, y_at(y) - 6), text[:11], fill="black")
+
+    def _finite(self, points: Iterable[Point]) -> list[Point]:
+        return [
+            (float(x), float(y))
+            for x, y in points
+            if math.isfinite(x) and math.isfinite(y) and (x > 0 or not self.log_x) and (y > 0 or not self.log_y)
+        ]
+
+
+class _Axis:
+    """Data to pixels."""
+
+    def __init__(self, values: Sequence[float], log: bool, start: float, end: float) -> None:
+        self._scale: Callable[[float], float] = math.log10 if log else float
+        self._log, self.start, self.end = log, start, end
+        scaled = [self._scale(v) for v in values] or [0.0, 1.0]
+        low, high = min(scaled), max(scaled)
+        margin = (high - low) * 0.04 or abs(high) * 0.05 or 0.5
+        self._low, self._high = low - margin, high + margin
+
+    def __call__(self, value: float) -> float:
+        share = (self._scale(value) - self._low) / (self._high - self._low)
+        return self.start + share * (self.end - self.start)
+
+    def ticks(self) -> list[float]:
+        values = [self._low + (self._high - self._low) * (i + 0.5) / 5 for i in range(5)]
+        return [10**v for v in values] if self._log else values
+
+
+def number(value: float) -> str:
+    """A number short enough for an axis."""
+    return f"{value:.3g}".replace("e+0", "e").replace("e+", "e").replace("e-0", "e-")
+
+
+def stack(panels: Sequence[Image.Image], columns: int = 1) -> Image.Image:
+    """Pictures beside and below each other."""
+    rows = [panels[i : i + columns] for i in range(0, len(panels), columns)]
+    width = max(sum(p.width for p in row) for row in rows)
+    image = Image.new("RGB", (width, sum(max(p.height for p in row) for row in rows)), "white")
+    y = 0
+    for row in rows:
+        x = 0
+        for panel in row:
+            image.paste(panel, (x, y))
+            x += panel.width
+        y += max(p.height for p in row)
+    return image
+
+
+def save(image: Image.Image, path: Path) -> None:
+    """Writes a PNG whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    image.save(temporary, format="PNG")
+    temporary.replace(path)
