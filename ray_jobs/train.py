@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -31,8 +31,18 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def run(experiment: Experiment, say=print) -> dict[str, float]:
+def run(
+    experiment: Experiment,
+    say=print,
+    on_report: Callable[[dict[str, float]], None] | None = None,
+    stop_at: int | None = None,
+) -> dict[str, float]:
     """Trains an experiment to its end, from its last checkpoint on if there is one, and returns its last metrics.
+
+    Args:
+        say: takes lines of progress.
+        on_report: called in a thread with the metrics of each validation.
+        stop_at: end with a validation and a checkpoint at this step, to be continued later.
 
     Raises:
         UserError: a mistake in the experiment, data that is not prepared, another experiment under the same name.
@@ -64,7 +74,10 @@ def run(experiment: Experiment, say=print) -> dict[str, float]:
         say(f"run {experiment.run_name} in {run_folder}")
         if start is not None:
             say(f"{start} (names in {run_folder / START})")
-        worker.train(experiment, data_folder, run_folder, resources, say)
+        worker.train(experiment, data_folder, run_folder, resources, say, on_report, stop_at)
+    if not (run_folder / RESULT).exists():
+        last = list_checkpoints(run_folder / CHECKPOINTS)[-1]
+        return {"step": last.step, **last.metrics}
     result = json.loads((run_folder / RESULT).read_text())
     report(experiment, run_folder, result, manifest, time.monotonic() - started, say)
     return result

@@ -31,10 +31,17 @@ class TrainingFailed(Exception):
 
 
 def train(
-    experiment: Experiment, data_folder: str, run_folder: Path, resources: Resources, say: Callable[[str], None]
+    experiment: Experiment,
+    data_folder: str,
+    run_folder: Path,
+    resources: Resources,
+    say: Callable[[str], None],
+    on_report: Callable[[dict[str, float]], None] | None = None,
+    stop_at: int | None = None,
 ) -> None:
-    """Trains an experiment on Ray Train workers until it is finished.
+    """Trains an experiment on Ray Train workers until it is finished, or to step `stop_at`.
 
+    `on_report` is called in this process, in a thread, with the metrics of each validation.
     Workers that die are replaced, and training continues from the last checkpoint, `run.max_failures` times.
 
     Raises:
@@ -42,7 +49,7 @@ def train(
         TrainingFailed: workers failed too often.
     """
     (run_folder / FAILURE).unlink(missing_ok=True)
-    _fit(_train_worker, experiment, data_folder, run_folder, resources, say, {})
+    _fit(_train_worker, experiment, data_folder, run_folder, resources, say, {"stop_at": stop_at}, on_report)
     if (run_folder / FAILURE).exists():
         raise UserError((run_folder / FAILURE).read_text().strip().strip('"'))
 
@@ -63,11 +70,12 @@ def _fit(
     resources: Resources,
     say: Callable[[str], None],
     settings: dict[str, Any],
+    on_report: Callable[[dict[str, float]], None] | None = None,
 ) -> None:
     # What Ray keeps of a run is rebuilt by every start: our own checkpoints say where to continue.
     ray_folder = run_folder / "ray"
     shutil.rmtree(ray_folder, ignore_errors=True)
-    with Messages(say) as messages:
+    with Messages(say, on_report) as messages:
         trainer = TorchTrainer(
             function,
             train_loop_config={
@@ -100,6 +108,12 @@ def _train_worker(config: dict[str, Any]) -> None:
     experiment, world, say = _enter(config)
     run_folder = Path(config["run_folder"])
     data_folder = config["data_folder"]
+
+    def report(metrics: dict[str, float]) -> None:
+        ray.train.report(metrics)
+        if world.rank == 0:
+            config["messages"].put.remote(metrics)
+
     try:
         training = Training(
             experiment,
@@ -109,8 +123,9 @@ def _train_worker(config: dict[str, Any]) -> None:
             world,
             run_folder,
             read_with_ray,
-            report=ray.train.report,
+            report=report,
             say=say,
+            stop_at=config["stop_at"],
         )
         training.run()
     except (NotFinite, UserError) as error:
@@ -150,22 +165,28 @@ def _describe(error: Exception) -> str:
 @ray.remote(num_cpus=0)
 class _Mailbox:
     def __init__(self) -> None:
-        self._lines: list[str] = []
+        self._items: list[str | dict[str, float]] = []
 
-    def put(self, line: str) -> None:
-        self._lines.append(line)
+    def put(self, item: str | dict[str, float]) -> None:
+        self._items.append(item)
 
-    def take(self) -> list[str]:
-        lines, self._lines = self._lines, []
-        return lines
+    def take(self) -> list[str | dict[str, float]]:
+        items, self._items = self._items, []
+        return items
 
 
 class Messages:
-    """Lines from workers to the driver, without the noise of Ray's log forwarding."""
+    """Lines and reported metrics from workers to the driver, without the noise of Ray's log forwarding."""
 
-    def __init__(self, say: Callable[[str], None], every: float = 0.5) -> None:
+    def __init__(
+        self,
+        say: Callable[[str], None],
+        on_report: Callable[[dict[str, float]], None] | None = None,
+        every: float = 0.5,
+    ) -> None:
         self.actor = _Mailbox.remote()
         self._say = say
+        self._on_report = on_report
         self._every = every
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._pump, daemon=True)
@@ -182,8 +203,11 @@ class Messages:
     def _pump(self) -> None:
         while True:
             ended = self._ended.is_set()
-            for line in ray.get(self.actor.take.remote()):
-                self._say(line)
+            for item in ray.get(self.actor.take.remote()):
+                if isinstance(item, str):
+                    self._say(item)
+                elif self._on_report is not None:
+                    self._on_report(item)
             if ended:
                 return
             self._ended.wait(self._every)

@@ -162,10 +162,16 @@ class Checkpointer:
 
 
 def load_state(path: str | Path, state: TrainState) -> None:
-    """Loads a checkpoint into a state whose model and optimizer are built and sharded, on any number of workers."""
+    """Loads a checkpoint into a state whose model and optimizer are built and sharded, on any number of workers.
+
+    The optimizer's settings (weight decay, betas, ...) stay those it was built with: they are the experiment's, not the state's.
+    """
+    settings = [{k: v for k, v in group.items() if k != "params"} for group in state.optimizer.param_groups]
     model, optimizer = get_state_dict(state.model, state.optimizer)
     dcp.load({"model": model, "optimizer": optimizer}, checkpoint_id=str(path))
     set_state_dict(state.model, state.optimizer, model_state_dict=model, optim_state_dict=optimizer)
+    for group, own in zip(state.optimizer.param_groups, settings, strict=True):
+        group.update(own)
     state.step = json.loads((Path(path) / MARKER).read_text())["step"]
 
 

@@ -61,6 +61,7 @@ class Training:
         read_all: how data is read (in this process, or by Ray Data).
         report: called on all workers after every validation, with its metrics and the last ones of training.
         say: takes lines of progress (first worker).
+        stop_at: end with a validation and a checkpoint at this step, to be continued later; None: at the last.
     """
 
     def __init__(
@@ -74,12 +75,14 @@ class Training:
         read_all: ReadAll,
         report: Callable[[dict[str, float]], None] = lambda metrics: None,
         say: Callable[[str], None] = print,
+        stop_at: int | None = None,
     ) -> None:
         self.experiment, self.task, self.world, self.run_folder = experiment, task, world, run_folder
         self.read_all, self.report = read_all, report
         self.train_feed = make_feed(experiment, task, data_folder, manifest.splits["train"], train=True)
         self.val_feed = make_feed(experiment, task, data_folder, manifest.splits["val"], train=False)
         self.total_steps = total_steps(experiment, self.train_feed.split.rows)
+        self.stop_step = min(self.total_steps, stop_at or self.total_steps)
         self.state = build_state(experiment, task, world)
         self.checkpointer = Checkpointer(
             run_folder / CHECKPOINTS, experiment.run.keep_checkpoints, experiment.run.best_metric, world.rank
@@ -114,7 +117,7 @@ class Training:
         self._announce()
         step = self.state.step
         batches = Prefetch(
-            self.train_feed.steps(self.read_all, self.world.rank, self.world.size, step, self.total_steps),
+            self.train_feed.steps(self.read_all, self.world.rank, self.world.size, step, self.stop_step),
             self.world.device,
         )
         self.meter = Meter(wait_seconds=lambda: batches.wait_seconds, step=step, **self.meter_settings)
@@ -147,7 +150,7 @@ class Training:
     def _after_step(self, result: StepResult) -> None:
         step, run = self.state.step, self.experiment.run
         self._loss += torch.stack([result.loss_sum, result.targets.double() / self.world.size])
-        last = step == self.total_steps
+        last = step == self.stop_step
         checkpoint, validation = last or step % run.checkpoint_every == 0, last or step % run.val_every == 0
         if checkpoint or validation or step % run.log_every == 0:
             self._log(result)
@@ -189,7 +192,7 @@ class Training:
     def _finish(self) -> dict[str, float]:
         checkpoints = list_checkpoints(self.run_folder / CHECKPOINTS)
         metrics = {"step": self.state.step, **(self.val_metrics or checkpoints[-1].metrics)}
-        if self.world.rank == 0:
+        if self.world.rank == 0 and self.state.step == self.total_steps:
             write_json(self.run_folder / RESULT, metrics)
         return metrics
 
