@@ -391,6 +391,8 @@ class ParallelConfig:
     """CPUs reserved in Ray for a worker; None: what leaves room for the data tasks."""
     threads_per_worker: int | None = None
     """Compute threads of a CPU worker; None: the machine's cores divided by its workers."""
+    wait_minutes: float = 0.0
+    """How long to wait for a cluster to grow to what the run needs (its autoscaler is asked); 0: what is there must do."""
     address: str | None = None
     """Ray cluster to join; None: the one this process runs in, else $RAY_ADDRESS, else a new local one."""
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import os
+import time
 from dataclasses import dataclass
 
 import ray
+from ray.autoscaler.sdk import request_resources
 
-from perceiver.config import Experiment, UserError
+from perceiver.config import Experiment, ParallelConfig, UserError
 from perceiver.models import check_model
 from perceiver.tasks import build_task
 from ray_jobs.ingest import DATA_CPUS
@@ -78,6 +80,7 @@ def plan_resources(experiment: Experiment) -> Resources:
     """
     parallel = experiment.parallel
     gpu = use_gpus(parallel)
+    _wait_for_growth(parallel, gpu)
     total = ray.cluster_resources()
     cpus = total.get("CPU", 0.0)
     cores = _cores()
@@ -98,6 +101,24 @@ def plan_resources(experiment: Experiment) -> Resources:
     on_node = math.ceil(parallel.workers / max(1, len([n for n in ray.nodes() if n["Alive"]])))
     threads = parallel.threads_per_worker or max(1, (os.cpu_count() or 1) // on_node)
     return Resources(parallel.workers, gpu, share, threads)
+
+
+def _wait_for_growth(parallel: ParallelConfig, gpu: bool) -> None:
+    """Asks the cluster's autoscaler for what the workers need and waits for it, at most parallel.wait_minutes."""
+
+    def enough() -> bool:
+        total = ray.cluster_resources()
+        return total.get("CPU", 0) >= cpus and (not gpu or total.get("GPU", 0) >= parallel.workers)
+
+    cpus = parallel.workers * (parallel.cpus_per_worker or 1.0) + DATA_CPUS
+    end = time.monotonic() + 60 * parallel.wait_minutes
+    if enough() or parallel.wait_minutes <= 0:
+        return
+    bundle = {"CPU": parallel.cpus_per_worker or 1, **({"GPU": 1} if gpu else {})}
+    request_resources(bundles=[bundle] * parallel.workers + [{"CPU": 1}])
+    while not enough() and time.monotonic() < end:
+        time.sleep(2)
+    request_resources(bundles=[])
 
 
 def _cores() -> int:

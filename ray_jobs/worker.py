@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,14 @@ from perceiver.training.batches import make_feed
 from perceiver.training.checkpoint import load_model, write_json
 from perceiver.training.parallel import World, join_world
 from perceiver.training.run import NotFinite, Training, build_state, evaluate
-from ray_jobs.ingest import read_with_ray
+from ray_jobs.ingest import DATA_CPUS, read_with_ray
 from ray_jobs.preflight import Resources
 
 FAILURE = "failure.json"
+DATA_PATIENCE = 600.0
+"""Seconds without data after which a worker gives up (the run then restarts from its last checkpoint)."""
+START_PATIENCE = 60.0
+"""Seconds without a sign of the workers after which the driver says what they may be waiting for."""
 
 
 class TrainingFailed(Exception):
@@ -75,7 +80,7 @@ def _fit(
     # What Ray keeps of a run is rebuilt by every start: our own checkpoints say where to continue.
     ray_folder = run_folder / "ray"
     shutil.rmtree(ray_folder, ignore_errors=True)
-    with Messages(say, on_report) as messages:
+    with Messages(say, lambda: _why_no_workers(resources), on_report) as messages:
         trainer = TorchTrainer(
             function,
             train_loop_config={
@@ -104,6 +109,15 @@ def _fit(
             raise TrainingFailed(_describe(error)) from error
 
 
+def _why_no_workers(resources: Resources) -> str:
+    free = ray.available_resources()
+    wanted = f"{resources.cpus_per_worker:g} CPUs" + (" and a GPU" if resources.gpu else "")
+    return (
+        f"still waiting for {resources.workers} workers with {wanted} each; free in the cluster: "
+        f"{free.get('CPU', 0.0):g} CPUs, {free.get('GPU', 0.0):g} GPUs (`ray status` tells who holds the others)"
+    )
+
+
 def _train_worker(config: dict[str, Any]) -> None:
     experiment, world, say = _enter(config)
     run_folder = Path(config["run_folder"])
@@ -125,6 +139,7 @@ def _train_worker(config: dict[str, Any]) -> None:
             read_with_ray,
             report=report,
             say=say,
+            stalled=lambda seconds: stalled(seconds, world.rank, say),
             stop_at=config["stop_at"],
         )
         training.run()
@@ -155,6 +170,21 @@ def _enter(config: dict[str, Any]) -> tuple[Experiment, World, Callable[[str], N
     return from_dict(config["experiment"]), join_world(device), lambda text: actor.put.remote(text)
 
 
+def stalled(seconds: float, rank: int, say: Callable[[str], None]) -> None:
+    """Says why data does not come, and gives up after DATA_PATIENCE.
+
+    Raises:
+        RuntimeError: no data for DATA_PATIENCE.
+    """
+    free, total = ray.available_resources().get("CPU", 0.0), ray.cluster_resources().get("CPU", 0.0)
+    text = f"worker {rank} has waited {seconds:.0f} s for data: {free:g} of the cluster's {total:g} CPUs are free"
+    if free < DATA_CPUS:
+        text += f", and a data task needs {DATA_CPUS:g}: lower --parallel.cpus-per-worker or --workers, or wait for other jobs"
+    if seconds > DATA_PATIENCE:
+        raise RuntimeError(text)
+    say(text)
+
+
 def _describe(error: Exception) -> str:
     """The workers' own errors, the first line of each."""
     failures = getattr(error, "worker_failures", {}) or {}
@@ -181,11 +211,13 @@ class Messages:
     def __init__(
         self,
         say: Callable[[str], None],
+        why_silent: Callable[[], str],
         on_report: Callable[[dict[str, float]], None] | None = None,
         every: float = 0.5,
     ) -> None:
         self.actor = _Mailbox.remote()
         self._say = say
+        self._why_silent = why_silent
         self._on_report = on_report
         self._every = every
         self._ended = threading.Event()
@@ -201,13 +233,18 @@ class Messages:
         ray.kill(self.actor)
 
     def _pump(self) -> None:
+        silent_since: float | None = time.monotonic()
         while True:
             ended = self._ended.is_set()
             for item in ray.get(self.actor.take.remote()):
+                silent_since = None
                 if isinstance(item, str):
                     self._say(item)
                 elif self._on_report is not None:
                     self._on_report(item)
             if ended:
                 return
+            if silent_since is not None and time.monotonic() - silent_since > START_PATIENCE:
+                self._say(self._why_silent())
+                silent_since = time.monotonic()
             self._ended.wait(self._every)

@@ -266,3 +266,26 @@ def test_prefix_dropout_depends_on_seed_epoch_and_row_alone(stream):
     assert whole["prefix_keep"].shape == (6, 4)
     assert torch.equal(whole["prefix_keep"], torch.cat([half["prefix_keep"] for half in halves]))
     assert torch.equal(whole["ids"], torch.cat([half["ids"] for half in halves]))
+
+
+def test_data_that_does_not_come_is_noticed():
+    import threading
+
+    from perceiver.training.batches import Prefetch
+
+    class Impatient(Prefetch):
+        STALL_SECONDS = 0.05
+
+    release, waits = threading.Event(), []
+
+    def source():
+        release.wait()
+        yield [{"x": torch.ones(1)}]
+
+    def stalled(seconds: float) -> None:
+        waits.append(seconds)
+        if len(waits) == 3:
+            release.set()
+
+    assert len(list(Impatient(source(), torch.device("cpu"), stalled=stalled))) == 1
+    assert len(waits) >= 3 and waits == sorted(waits)

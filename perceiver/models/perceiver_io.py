@@ -175,7 +175,8 @@ class PerceiverIO(nn.Module):
 
     def encode(self, x: Tensor, pad_mask: Tensor | None = None) -> Tensor:
         """The latents (B, L, D) of an input as in `forward`."""
-        return self.encoder(self.encoder.adapt(x), pad_mask)
+        with self._encoder_gradients():
+            return self.encoder(self.encoder.adapt(x), pad_mask)
 
     def forward(self, x: Tensor, pad_mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
         """The model's output.
@@ -189,8 +190,9 @@ class PerceiverIO(nn.Module):
             Text: logits (B, N or M, vocabulary). Classes: logits (B, classes), or (B, queries, classes) if there are
             several queries. Flow: (B, height, width, 2).
         """
-        adapted = self.encoder.adapt(x)
-        latents = self.encoder(adapted, pad_mask)
+        with self._encoder_gradients():
+            adapted = self.encoder.adapt(x)
+            latents = self.encoder(adapted, pad_mask)
         match self.config.output:
             case TextOutput():
                 learned = self.decoder.queries
@@ -203,3 +205,7 @@ class PerceiverIO(nn.Module):
             case FlowOutput(rescale_factor=factor):
                 flow = self.decoder(adapted, latents) / factor
                 return flow.unflatten(1, self.config.input.image_shape)
+
+    def _encoder_gradients(self) -> torch.set_grad_enabled:
+        """A frozen encoder runs as in evaluation: no activation is kept for a backward pass that would change nothing."""
+        return torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.encoder.freeze)

@@ -53,12 +53,12 @@ class Feed:
         """For each of the steps start .. stop - 1 this worker's micro-batches, all of the same shapes."""
         count, size = self.micro_batches(world)
         tables = read_all(self, plan(self.order, rank, world, start, stop))
-        for rows in rank_batches(self.order, rank, world, start, stop, tables):
+        for step, rows in enumerate(rank_batches(self.order, rank, world, start, stop, tables), start):
             if rows is None:
                 rows = empty_rows(self.folder, self.split, self.task.examples)
             rows = self.task.arrange(rows)
             parts = [rows.slice(i * size, size) for i in range(count)]
-            yield [self.task.collate(part, size, self.split, self.train) for part in parts]
+            yield [self.task.collate(part, size, self.split, self.train, step) for part in parts]
 
 
 ReadAll = Callable[[Feed, Iterator[Unit]], Iterable[pa.Table]]
@@ -88,13 +88,22 @@ def make_feed(experiment: Experiment, task: Task, folder: str, split: Split, tra
 class Prefetch:
     """Iterates over `source` in a thread, `depth` items ahead, and measures the seconds its consumer waited.
 
-    An error in the source is raised at the consumer. `close` ends the thread at its next item.
+    An error in the source is raised at the consumer. `close` ends the thread at its next item. After every
+    `STALL_SECONDS` of waiting for one item, `stalled` is called with the seconds waited.
     """
 
     _END = object()
+    STALL_SECONDS = 30.0
 
-    def __init__(self, source: Iterable[list[Batch]], device: torch.device, depth: int = 2) -> None:
+    def __init__(
+        self,
+        source: Iterable[list[Batch]],
+        device: torch.device,
+        depth: int = 2,
+        stalled: Callable[[float], None] = lambda seconds: None,
+    ) -> None:
         self.wait_seconds = 0.0
+        self._stalled = stalled
         self._source = source
         self._device = device
         self._queue: queue.Queue[Any] = queue.Queue(maxsize=depth)
@@ -105,13 +114,20 @@ class Prefetch:
     def __iter__(self) -> Iterator[list[Batch]]:
         while True:
             start = time.perf_counter()
-            item = self._queue.get()
+            item = self._next(start)
             self.wait_seconds += time.perf_counter() - start
             if item is self._END:
                 return
             if isinstance(item, BaseException):
                 raise item
             yield [{k: v.to(self._device, non_blocking=True) for k, v in batch.items()} for batch in item]
+
+    def _next(self, start: float) -> Any:
+        while True:
+            try:
+                return self._queue.get(timeout=self.STALL_SECONDS)
+            except queue.Empty:
+                self._stalled(time.perf_counter() - start)
 
     def close(self) -> None:
         """Ends the thread; what it had made is dropped."""

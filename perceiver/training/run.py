@@ -61,6 +61,7 @@ class Training:
         read_all: how data is read (in this process, or by Ray Data).
         report: called on all workers after every validation, with its metrics and the last ones of training.
         say: takes lines of progress (first worker).
+        stalled: called from time to time while data does not come, with the seconds waited.
         stop_at: end with a validation and a checkpoint at this step, to be continued later; None: at the last.
     """
 
@@ -75,10 +76,11 @@ class Training:
         read_all: ReadAll,
         report: Callable[[dict[str, float]], None] = lambda metrics: None,
         say: Callable[[str], None] = print,
+        stalled: Callable[[float], None] = lambda seconds: None,
         stop_at: int | None = None,
     ) -> None:
         self.experiment, self.task, self.world, self.run_folder = experiment, task, world, run_folder
-        self.read_all, self.report = read_all, report
+        self.read_all, self.report, self.stalled = read_all, report, stalled
         self.train_feed = make_feed(experiment, task, data_folder, manifest.splits["train"], train=True)
         self.val_feed = make_feed(experiment, task, data_folder, manifest.splits["val"], train=False)
         self.total_steps = total_steps(experiment, self.train_feed.split.rows)
@@ -119,6 +121,7 @@ class Training:
         batches = Prefetch(
             self.train_feed.steps(self.read_all, self.world.rank, self.world.size, step, self.stop_step),
             self.world.device,
+            stalled=self.stalled,
         )
         self.meter = Meter(wait_seconds=lambda: batches.wait_seconds, step=step, **self.meter_settings)
         try:

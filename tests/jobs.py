@@ -1,0 +1,91 @@
+"""Running jobs as a user does, in processes of their own, and killing parts of them."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from perceiver.training.record import read_metrics
+from tests.conftest import ROOT
+
+QUICK = [
+    "--training.max-epochs", "None", "--training.max-steps", "150", "--training.global-batch-size", "32",
+    "--run.checkpoint-every", "20", "--run.val-every", "75", "--run.log-every", "1", "--run.val-batches", "4",
+]  # fmt: skip
+"""150 small steps of the quickstart model, with checkpoints often enough to lose little."""
+
+WITHOUT_DROPOUT = ["--model.encoder.dropout", "0", "--model.decoder.dropout", "0"]
+
+
+class Job:
+    """`python -m MODULE ARGS`, or a script, with its own home; knows its processes by a mark in their environment."""
+
+    def __init__(self, module: str, *args: str, home: Path, **environment: str) -> None:
+        self.mark = f"PERCEIVER_TEST_MARK={home}/{time.time_ns()}"
+        name, _, value = self.mark.partition("=")
+        env = {**os.environ, "PERCEIVER_HOME": str(home), "RAY_worker_niceness": "0", name: value, **environment}
+        self.log = home / f"log-{time.time_ns()}.txt"
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, *([] if module.endswith(".py") else ["-m"]), module, *args]
+        with open(self.log, "w") as output:
+            self.process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=output, stderr=subprocess.STDOUT)
+
+    @property
+    def output(self) -> str:
+        return self.log.read_text()
+
+    def wait(self, timeout: float = 300) -> int:
+        """The exit status."""
+        try:
+            return self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            raise AssertionError(f"no end after {timeout} s:\n{self.output}") from None
+
+    def finish(self, timeout: float = 300) -> str:
+        """Waits for exit status 0; the output."""
+        status = self.wait(timeout)
+        assert status == 0, self.output
+        return self.output
+
+    def pids(self, name: str) -> list[int]:
+        """Processes of this job whose command line starts with `name`."""
+        found = []
+        for folder in Path("/proc").iterdir():
+            try:
+                if folder.name.isdigit() and (folder / "cmdline").read_text().startswith(name):
+                    if self.mark in (folder / "environ").read_text():
+                        found.append(int(folder.name))
+            except OSError:
+                continue  # it ended meanwhile
+        return found
+
+    def wait_for_step(self, run: Path, step: int, timeout: float = 240) -> None:
+        """Until the run's metrics have reached a step."""
+        end = time.monotonic() + timeout
+        while time.monotonic() < end:
+            records = read_metrics(run)
+            if records and records[-1]["step"] >= step:
+                return
+            assert self.process.poll() is None, self.output
+            time.sleep(0.1)
+        raise AssertionError(f"step {step} not reached:\n{self.output}")
+
+    def kill_worker(self) -> None:
+        """Ends one training worker without a word."""
+        os.kill(self.pids("ray::RayTrainWorker")[0], signal.SIGKILL)
+
+    def kill_driver(self) -> None:
+        """Ends the driver without a word, and waits until its workers have noticed."""
+        self.process.kill()
+        self.process.wait()
+        end = time.monotonic() + 60
+        while self.pids("ray::") and time.monotonic() < end:
+            time.sleep(0.2)
+        assert not self.pids("ray::")
+
+
+def losses(run: Path) -> list[tuple[int, float]]:
+    return [(record["step"], record["loss"]) for record in read_metrics(run) if "loss" in record]
