@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from perceiver.models.attention import KeyValueCache, attend
+from perceiver.models.attention import LONG_ENOUGH_TO_SPLIT, KeyValueCache, attend
 from perceiver.models.dropout import drop
 from perceiver.models.perceiver_ar import causal_padding_mask
 from perceiver.models.position import fourier_features, rotation, token_positions
@@ -33,6 +33,19 @@ def test_causal_attention_is_aligned_at_the_right_ends(num_queries: int, num_key
     q, k, v = heads(num_queries, 8, 0), heads(num_keys, 8, 1), heads(num_keys, value_channels, 2)
     expected = plain(q, k, v, right_aligned(num_queries, num_keys))
     torch.testing.assert_close(attend(q, k, v, causal=True), expected)
+
+
+@pytest.mark.parametrize("value_channels", [8, 5])
+def test_long_causal_attention_in_parts_equals_the_definition_in_value_and_gradient(value_channels: int) -> None:
+    length = 2 * LONG_ENOUGH_TO_SPLIT + 3
+    inputs = [heads(length, channels, seed)[:1, :1] for seed, channels in enumerate((8, 8, value_channels))]
+    results = []
+    for function in (lambda *t: attend(*t, causal=True), lambda *t: plain(*t, right_aligned(length, length))):
+        tensors = [t.clone().requires_grad_() for t in inputs]
+        out = function(*tensors)
+        (out * torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)).sum().backward()
+        results.append([out.detach(), *(t.grad for t in tensors)])
+    torch.testing.assert_close(results[0], results[1])
 
 
 @pytest.mark.parametrize("value_channels", [8, 5])

@@ -56,6 +56,11 @@ class KeyValueCache:
             self._keys, self._values = self._keys[rows], self._values[rows]
 
 
+LONG_ENOUGH_TO_SPLIT = 512
+"""CPU kernels compute what causality masks. From this length on, the first half of the queries is left alone with the
+first half of the keys, which saves a quarter of the work."""
+
+
 def attend(
     q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, causal: bool = False, dropout: float = 0.0
 ) -> Tensor:
@@ -74,6 +79,10 @@ def attend(
     num_queries, num_keys = q.shape[2], k.shape[2]
     if causal and num_queries == 1:
         causal = False
+    elif causal and num_queries == num_keys and num_keys >= LONG_ENOUGH_TO_SPLIT and q.device.type == "cpu":
+        half = num_keys // 2
+        first = attend(*(t[:, :, :half] for t in (q, k, v)), causal=True, dropout=dropout)
+        return torch.cat([first, attend(q[:, :, half:], k, v, causal=True, dropout=dropout)], dim=2)
     elif causal and num_queries != num_keys:  # the fused kernels align shorter queries at the left
         mask, causal = causal_mask(num_queries, num_keys, q.device), False
     if q.device.type == "cpu" and (dropout or q.shape[-1] != v.shape[-1]):
