@@ -111,13 +111,12 @@ def config_from_reference(config: dict[str, Any]) -> ModelConfig:
         output = _build(ClassOutput, _take(decoder, names) | {"num_query_channels": query_channels})
     elif "rescale_factor" in decoder:
         output = FlowOutput(rescale_factor=decoder.pop("rescale_factor"))
-        del decoder["image_shape"]  # the encoder's
+        decoder.pop("image_shape", None)  # the encoder's
     else:
         output = TextOutput(num_query_channels=query_channels)
         _take(decoder, {"vocab_size": "", "max_seq_len": ""})  # the encoder's
-    init_scale = encoder.pop("init_scale")
-    for name in ("init_scale", "freeze"):
-        decoder.pop(name)
+    scale = {"init_scale": encoder.pop("init_scale")} if "init_scale" in encoder else {}
+    decoder = {name: value for name, value in decoder.items() if name not in ("init_scale", "freeze")}
     return PerceiverIOConfig(
         num_latents=config["num_latents"],
         num_latent_channels=config["num_latent_channels"],
@@ -125,7 +124,7 @@ def config_from_reference(config: dict[str, Any]) -> ModelConfig:
         encoder=_build(EncoderConfig, encoder),
         decoder=_build(DecoderConfig, decoder),
         output=output,
-        init_scale=init_scale,
+        **scale,
     )
 
 
@@ -383,8 +382,8 @@ def _first_match(rules: Rules, name: str) -> tuple[re.Match[str] | None, str | N
 
 
 def _take(values: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
-    """Moves the named values out of a dict, under new names."""
-    return {new: values.pop(old) for old, new in names.items()}
+    """Moves the named values out of a dict, under new names; what is not there is left to its default."""
+    return {new: values.pop(old) for old, new in names.items() if old in values}
 
 
 def _build(cls: type, values: dict[str, Any]) -> Any:
