@@ -155,7 +155,7 @@ def plan(job: PredictJob, output: str) -> list[Part]:
         if changes := differences(earlier["settings"], settings):
             raise UserError(f"--output {output} holds the output of another job ({'; '.join(changes[:5])}): choose another folder")
         return from_plain(earlier["parts"])
-    if there:
+    if any(not name.startswith(".") for name in there):  # a first start may have been stopped in the middle of its first file
         raise UserError(f"--output {output} is not empty and holds no earlier output: choose another folder")
     parts = plan_parts(files, job.rows_per_part, job.column, job.id_column)
     if not parts:
@@ -277,4 +277,7 @@ def _usual_mode(abilities: tuple[str, ...], name: str) -> str:
 
 
 if __name__ == "__main__":
-    main_entry(main)
+    # By the module's own name: what goes to Ray's workers is then found there by reference.
+    from ray_jobs.predict import main as job
+
+    main_entry(job)

@@ -180,6 +180,31 @@ def test_an_output_folder_belongs_to_one_job(runs, tmp_path):
         plan(job(), str(tmp_path / "in"))
 
 
+@pytest.mark.parametrize("rows_per_part", [3, 100])
+def test_parts_go_from_reader_to_actor_to_file_and_every_row_is_there(runs, tmp_path, rows_per_part):
+    """What Ray's tasks and actors do, called here one after another."""
+    from ray_jobs.predict import Predictor, _read, finish, parse, part_name, plan
+
+    write_inputs(tmp_path / "in")
+    (tmp_path / "in" / "bad.jsonl").write_text('{"text": "\\ud800"}\nno json\n{"text": "good"}\n')
+    out = str(tmp_path / "out")
+    job, _, _ = parse([
+        str(runs["sentiment"]), "--input", str(tmp_path / "in"), "--output", out, "--rows-per-part", str(rows_per_part)
+    ])  # fmt: skip
+    parts = plan(job, out)
+    actor = Predictor(job, out, "cpu", 0)
+    for part in parts:
+        (done,) = actor(_read(pa.table({"part": [json.dumps(to_plain([part])[0])]}), job)).to_pylist()
+        assert (done["number"], done["rows"]) == (part.number, part.rows)
+    summary = finish(parts, out)
+    assert (summary["rows"], summary["errors"]) == (23, 2)
+    table = pa.concat_tables([pq.read_table(f"{out}/{part_name(part.number)}") for part in parts])
+    names = {"bad.jsonl": 3, "lines.txt": 5, "objects.jsonl": 5, "packed.jsonl.gz": 5, "table.parquet": 5}
+    assert table["id"].to_pylist() == [f"{name}:{i}" for name, count in names.items() for i in range(count)]
+    errors = [json.loads(line) for line in (tmp_path / "out" / "errors.jsonl").read_text().splitlines()]
+    assert [e["id"] for e in errors] == ["bad.jsonl:0", "bad.jsonl:1"] and "surrogate" in errors[0]["error"]
+
+
 # ------------------------------------------------------------------------------------------------------------------- Ray
 
 
@@ -203,7 +228,7 @@ def test_a_killed_job_continues_and_every_row_is_there_once(runs, tmp_path):
     command = predict_command(runs["sentiment"], tmp_path / "in", out, "--id-column", "id", "--actors", "2", "--rows-per-part", "50")
     environment = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     first = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 180
+    deadline = time.monotonic() + 400
     while len(list(out.glob("part-*"))) < 3 and time.monotonic() < deadline and first.poll() is None:
         time.sleep(0.02)
     assert first.poll() is None
@@ -211,7 +236,7 @@ def test_a_killed_job_continues_and_every_row_is_there_once(runs, tmp_path):
     first.wait()
     before = {path.name: path.stat().st_mtime_ns for path in out.glob("part-*")}
     assert 3 <= len(before) < 80
-    second = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    second = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
     assert second.returncode == 0, second.stderr
     assert "done before" in second.stdout and "finished: 4,000 rows" in second.stdout and "3 with errors" in second.stdout
     assert {name: (out / name).stat().st_mtime_ns for name in before} == before
@@ -240,7 +265,7 @@ def test_images_are_rows_by_file_name(runs, tmp_path):
     (tmp_path / "in" / "broken.png").write_bytes(b"no image")
     environment = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     command = predict_command(runs["images"], tmp_path / "in", tmp_path / "out", "--rows-per-part", "4")
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr
     table = pa.concat_tables([pq.read_table(path) for path in sorted((tmp_path / "out").glob("part-*.parquet"))])
     assert table["id"].to_pylist() == ["0.png", "2.png", "4.png", "broken.png", "more/1.png", "more/3.png"]
