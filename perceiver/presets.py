@@ -161,6 +161,45 @@ def txt_clf_imdb_all() -> Experiment:
     )
 
 
+def mlm_imdb_small() -> Experiment:
+    """The masked language model at a size that one CPU can train: 512 bytes, 2.2 million parameters."""
+    base = mlm_imdb()
+    return replace(
+        base,
+        preset="mlm-imdb-small",
+        model=_small_text_model(base.model),
+        optim=OptimConfig(lr=2e-3, schedule="cosine", warmup_steps=200, max_grad_norm=1.0),
+        training=TrainingConfig(global_batch_size=32, max_steps=4_000),
+        parallel=ParallelConfig(),
+        run=RunConfig(val_every=500, val_batches=40, checkpoint_every=250),
+    )
+
+
+def txt_clf_imdb_decoder_small() -> Experiment:
+    """Sentiment with a new decoder on the frozen encoder of mlm-imdb-small."""
+    base = txt_clf_imdb_decoder()
+    return replace(
+        base,
+        preset="txt-clf-imdb-decoder-small",
+        model=_small_text_model(base.model),
+        optim=OptimConfig(lr=1e-3, schedule="cosine", warmup_steps=100, max_grad_norm=1.0),
+        training=TrainingConfig(global_batch_size=64, max_epochs=2),
+        parallel=ParallelConfig(micro_batch_size=32),
+        run=RunConfig(val_every=200, val_batches=40, checkpoint_every=200),
+    )
+
+
+def txt_clf_imdb_all_small() -> Experiment:
+    """Sentiment with encoder and decoder of that size trained together."""
+    base = txt_clf_imdb_decoder_small()
+    return replace(
+        base,
+        preset="txt-clf-imdb-all-small",
+        model=_small_text_model(txt_clf_imdb_all().model),
+        optim=replace(base.optim, lr=3e-4),
+    )
+
+
 def clm_wikitext() -> Experiment:
     """Perceiver AR byte language model on WikiText-103."""
     return Experiment(
@@ -295,6 +334,29 @@ def _classifier_model(freeze: bool) -> PerceiverIOConfig:
     return replace(model, encoder=encoder, output=ClassOutput(num_classes=2, num_query_channels=768))
 
 
+def _small_text_model(model: PerceiverIOConfig) -> PerceiverIOConfig:
+    """A text model of the same kind on windows of 512 bytes, 5 self-attention layers of 64 latents x 256 channels."""
+    channels = {"num_cross_attention_qk_channels": 128}
+    value_channels = None if model.decoder.num_cross_attention_v_channels is None else 128
+    return replace(
+        model,
+        num_latents=64,
+        num_latent_channels=256,
+        input=replace(model.input, max_seq_len=512, num_channels=128),
+        encoder=replace(
+            model.encoder,
+            num_cross_attention_v_channels=256,
+            num_self_attention_qk_channels=128,
+            num_self_attention_v_channels=256,
+            num_self_attention_layers_per_block=5,
+            dropout=0.0,
+            **channels,
+        ),
+        decoder=replace(model.decoder, num_cross_attention_v_channels=value_channels, **channels),
+        output=replace(model.output, num_query_channels=128) if isinstance(model.output, ClassOutput) else model.output,
+    )
+
+
 def _music_model(**sizes: int) -> PerceiverARConfig:
     return PerceiverARConfig(
         vocab_size=389,
@@ -320,8 +382,11 @@ PRESETS: dict[str, Callable[[], Experiment]] = {
         clm_wikitext,
         clm_wikitext_small,
         mlm_imdb,
+        mlm_imdb_small,
         txt_clf_imdb_decoder,
+        txt_clf_imdb_decoder_small,
         txt_clf_imdb_all,
+        txt_clf_imdb_all_small,
         clm_c4,
         sam_maestro,
         sam_giantmidi,

@@ -14,13 +14,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from perceiver import pretrained
-from perceiver.config import UserError, to_dict
+from perceiver.config import ParallelConfig, UserError, to_dict
 from perceiver.hub import resolved_architecture
 from perceiver.models import build_model
+from perceiver.models.flops import training_flops
 from perceiver.presets import PRESETS
 from perceiver.pretrained import read_lightning, read_pretrained
 from perceiver.training.checkpoint import choose_checkpoint, load_model
 from perceiver.training.init_from import find_start
+from perceiver.training.optim import build_optimizer
 from tests.small import classification_experiment, masked_experiment, write_documents, write_stream
 from tests.test_tasks_text import text_ids
 from tests.test_training import losses, run
@@ -263,7 +265,7 @@ def started(experiment, folder: Path, data: Path, world: int) -> dict[str, np.nd
         start.save(folder)
         return {name: p.detach().numpy() for name, p in model.named_parameters()}
     training = replace(experiment.training, max_steps=1)
-    optim = replace(experiment.optim, lr=1e-30, weight_decay=0.0)
+    optim = replace(experiment.optim, warmup_steps=1)  # the first step has the learning rate 0
     return run(replace(experiment, training=training, optim=optim), data, folder, world=world)
 
 
@@ -372,3 +374,61 @@ def test_weights_of_another_shape_than_their_configuration_are_refused(chain, tm
     save_file(OrderedDict((k, v) for k, v in state.items() if k != "encoder.latents"), tmp_path / "model.safetensors")
     with pytest.raises(UserError, match="lacks weights of this model: encoder.latents"):
         find_start(experiment, shapes(experiment))
+
+
+# -------------------------------------------------------------------------------------------------------- frozen encoder
+
+
+def test_a_frozen_encoder_stays_as_it_was_and_its_decoder_learns(chain, tmp_path):
+    """Two workers, a crash and activation checkpointing in between: weights as loaded, bit by bit."""
+    folder, weights = chain
+    experiment = frozen(classification_experiment(init_encoder_from=str(folder / "mlm"), init_checkpoint="last"))
+    experiment = replace(experiment, parallel=ParallelConfig(activation_checkpointing=1))
+    run(experiment, folder / "documents", tmp_path / "run", world=2, stop_at=6)
+    after = run(experiment, folder / "documents", tmp_path / "run", world=2)
+    fresh = dict(build_model(experiment.model, seed=experiment.training.seed).named_parameters())
+    for name, value in after.items():
+        if name.startswith("encoder."):
+            np.testing.assert_array_equal(value, weights[name], err_msg=name)
+        elif not name.endswith("k_proj.bias"):  # whose gradient is 0
+            assert np.abs(value - fresh[name].detach().numpy()).max() > 1e-4, name
+
+
+def frozen(experiment, freeze=True):
+    return replace(experiment, model=replace(experiment.model, encoder=replace(experiment.model.encoder, freeze=freeze)))
+
+
+def test_a_frozen_encoder_has_no_gradients_no_optimizer_state_and_keeps_no_activations():
+    saved = {}
+    for freeze in (False, True):
+        experiment = frozen(classification_experiment(), freeze)
+        model = build_model(experiment.model)
+        optimizer = build_optimizer(model, experiment.optim)
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, sizes=sizes: sizes.append(t.numel()) or t, lambda t: t):
+            loss = model(torch.randint(6, 262, (5, 32))).sum()
+        loss.backward()
+        optimizer.step()
+        saved[freeze] = sum(sizes)
+        named = {p: name for name, p in model.named_parameters()}
+        if freeze:
+            assert all(named[p].startswith("decoder.") for group in optimizer.param_groups for p in group["params"])
+            assert all(named[p].startswith("decoder.") for p in optimizer.state)
+        assert all((p.grad is None) is (freeze and name.startswith("encoder.")) for name, p in model.named_parameters())
+        latents = model.encode(torch.randint(6, 262, (5, 32)))
+        assert latents.requires_grad is not freeze
+    # All that is kept lies behind the latents (5 x 4 x 16): nothing of the 5 x 32 inputs, nothing of three layers.
+    assert saved[True] < saved[False] / 3
+
+
+def test_a_frozen_model_computes_what_it_does_unfrozen():
+    base = classification_experiment()
+    ids = torch.randint(6, 262, (5, 32), generator=torch.Generator().manual_seed(0))
+    plain, freezing = (build_model(frozen(base, freeze).model)(ids) for freeze in (False, True))
+    assert torch.equal(plain, freezing)
+
+
+def test_a_whole_step_costs_more_than_2_5_steps_of_the_decoder_alone():
+    """By count of FLOPs."""
+    decoder, whole = (PRESETS[f"txt-clf-imdb-{name}"]().model for name in ("decoder", "all"))
+    assert training_flops(whole) > 2.5 * training_flops(decoder)

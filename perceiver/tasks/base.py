@@ -62,12 +62,15 @@ class Task(ABC):
         return rows
 
     @abstractmethod
-    def collate(self, rows: pa.Table, size: int, split: Split, train: bool) -> Batch:
+    def collate(self, rows: pa.Table, size: int, split: Split, train: bool, step: int) -> Batch:
         """Makes a batch of exactly `size` examples, all tensors with first dimension `size`.
 
         `rows` has the columns of `examples` and, besides, "row" (int64, its number in the split) and "epoch" (int64).
         It holds between 0 and `size` rows; the examples missing at its end are padding that carries no target: their
         "labels" are IGNORE_INDEX. (So shapes are the same for all batches, and a last, partial batch counts right.)
+
+        `step` counts optimizer steps over all epochs: what all examples of a step share, on all workers, may depend on
+        (seed, step).
         """
 
     @abstractmethod

@@ -25,7 +25,7 @@ class ImageClassification(Classification):
             raise UserError("image classification needs a Perceiver IO model with an ImageInput")
         super().check()
 
-    def collate(self, rows: pa.Table, size: int, split: Split, train: bool) -> Batch:
+    def collate(self, rows: pa.Table, size: int, split: Split, train: bool, step: int) -> Batch:
         """images (size, H, W, C) uint8, labels (size,) int64."""
         images = fixed_array(rows, "image").reshape(rows.num_rows, *self._stored_shape(split))
         crop = self._settings.random_crop

@@ -44,7 +44,7 @@ class MaskedLM(Task):
     def build_model(self) -> nn.Module:
         return build_model(self.experiment.model)
 
-    def collate(self, rows: pa.Table, size: int, split: Split, train: bool) -> Batch:
+    def collate(self, rows: pa.Table, size: int, split: Split, train: bool, step: int) -> Batch:
         """ids (B, T), and of the M positions to decode their numbers (B, M) and labels (B, M); all int64.
 
         M is the same for nearly all batches (`usual_positions`); one with a row of more labels has the next multiple that

@@ -38,7 +38,7 @@ class TextClassification(Classification):
             return rows
         return rows.take(pa.array(np.argsort(_lengths(rows), kind="stable")))
 
-    def collate(self, rows: pa.Table, size: int, split: Split, train: bool) -> Batch:
+    def collate(self, rows: pa.Table, size: int, split: Split, train: bool, step: int) -> Batch:
         """ids (size, L) int64, labels (size,) int64; where documents differ in length, pad_mask (size, L) bool."""
         tokenizer = load_tokenizer(self.experiment.data.tokenizer)
         lengths, num = _lengths(rows), rows.num_rows
