@@ -25,6 +25,10 @@ SHORTCUTS = {
 }
 
 
+class JobFailed(Exception):
+    """A job that ended without a result, through no mistake that could be named before."""
+
+
 def parse_experiment(argv: Sequence[str], prog: str) -> Experiment:
     """The experiment of a command line: a preset's name and overrides by dotted names.
 
@@ -78,12 +82,19 @@ def override(experiment: Experiment, args: Sequence[str], prog: str) -> Experime
 
 
 def main_entry(main: Callable[[list[str]], int | None], argv: list[str] | None = None) -> None:
-    """Runs a job's main: a user's mistake is printed as one line, exit status 2, an interruption exit status 130."""
+    """Runs a job's main and ends the process.
+
+    A user's mistake is printed as one line, exit status 2; a job that failed with its reason, exit status 1; an interruption
+    has exit status 130.
+    """
     try:
         status = main(sys.argv[1:] if argv is None else argv)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         status = 2
+    except JobFailed as error:
+        print(f"failed: {error}", file=sys.stderr)
+        status = 1
     except KeyboardInterrupt:
         print("\nstopped; the same command continues", file=sys.stderr)
         status = 130

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,17 +23,21 @@ from perceiver.training.batches import make_feed
 from perceiver.training.checkpoint import load_model, write_json
 from perceiver.training.parallel import World, join_world
 from perceiver.training.run import NotFinite, Training, build_state, evaluate
+from ray_jobs.cli import JobFailed
 from ray_jobs.ingest import DATA_CPUS, read_with_ray
 from ray_jobs.preflight import Resources
 
 FAILURE = "failure.json"
+"""In a run's folder: why its last start failed for good; workers that are started again find it and end at once."""
+PROGRAM_FAULTS = (TypeError, ValueError, KeyError, IndexError, AttributeError, AssertionError, ImportError, NotImplementedError)
+"""Faults of the program or its files; what a lost worker or a broken connection raises is none of them."""
 DATA_PATIENCE = 600.0
 """Seconds without data after which a worker gives up (the run then restarts from its last checkpoint)."""
 START_PATIENCE = 60.0
 """Seconds without a sign of the workers after which the driver says what they may be waiting for."""
 
 
-class TrainingFailed(Exception):
+class TrainingFailed(JobFailed):
     """A training that ended without a result: workers died more often than allowed."""
 
 
@@ -56,7 +62,8 @@ def train(
     (run_folder / FAILURE).unlink(missing_ok=True)
     _fit(_train_worker, experiment, data_folder, run_folder, resources, say, {"stop_at": stop_at}, on_report)
     if (run_folder / FAILURE).exists():
-        raise UserError((run_folder / FAILURE).read_text().strip().strip('"'))
+        failure = json.loads((run_folder / FAILURE).read_text())
+        raise (UserError if failure["users"] else TrainingFailed)(failure["reason"])
 
 
 def evaluate_checkpoint(
@@ -119,8 +126,10 @@ def _why_no_workers(resources: Resources) -> str:
 
 
 def _train_worker(config: dict[str, Any]) -> None:
-    experiment, world, say = _enter(config)
     run_folder = Path(config["run_folder"])
+    if (run_folder / FAILURE).exists():
+        return
+    experiment, world, say = _enter(config)
     data_folder = config["data_folder"]
 
     def report(metrics: dict[str, float]) -> None:
@@ -146,7 +155,12 @@ def _train_worker(config: dict[str, Any]) -> None:
     except (NotFinite, UserError) as error:
         # Raised by all workers alike, and again at every restart: end the run instead of restarting it.
         if world.rank == 0:
-            write_json(run_folder / FAILURE, str(error))
+            write_json(run_folder / FAILURE, {"users": True, "reason": str(error)})
+    except PROGRAM_FAULTS as error:
+        # A restart would only raise it again; but maybe one worker alone raised it, and the others wait for that one.
+        lines = traceback.format_exception(error)
+        write_json(run_folder / FAILURE, {"users": False, "reason": f"worker {world.rank}:\n{''.join(lines)}"})
+        raise
 
 
 def _evaluate_worker(config: dict[str, Any]) -> None:
@@ -167,7 +181,8 @@ def _enter(config: dict[str, Any]) -> tuple[Experiment, World, Callable[[str], N
     torch.set_num_threads(config["threads"])
     device = get_device()
     actor = config["messages"]
-    return from_dict(config["experiment"]), join_world(device), lambda text: actor.put.remote(text)
+    experiment = from_dict(config["experiment"])
+    return experiment, join_world(device, experiment.parallel.replicas), lambda text: actor.put.remote(text)
 
 
 def stalled(seconds: float, rank: int, say: Callable[[str], None]) -> None:

@@ -7,7 +7,6 @@ import math
 import numpy as np
 import pyarrow as pa
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from perceiver.config import CausalLMConfig, PerceiverARConfig, UserError
@@ -16,11 +15,14 @@ from perceiver.data.shards import Split, fixed_array, fixed_column
 from perceiver.data.tokenizers import load_tokenizer
 from perceiver.inference.generate import generate
 from perceiver.models import build_model
-from perceiver.models.flops import training_flops
+from perceiver.models.flops import num_kept, training_flops
 from perceiver.tasks.base import IGNORE_INDEX, Batch, Sample, Task, padded
+from perceiver.tasks.chunked_loss import chunked_cross_entropy
 
 PAD_ID = 0
 """Fills windows up on the left; such positions are masked, so that it may be any id."""
+LENGTHS = 2
+"""Stream of random numbers of the windows' lengths."""
 
 
 class CausalLM(Task):
@@ -29,11 +31,16 @@ class CausalLM(Task):
     kind = "tokens"
 
     def check(self) -> None:
-        model, stride = self.experiment.model, self._settings.val_stride
+        model, stride, shortest = self.experiment.model, self._settings.val_stride, self._settings.min_seq_len
         if not isinstance(model, PerceiverARConfig):
             raise UserError("causal language modelling needs a Perceiver AR model")
         if stride is not None and (stride < 1 or model.max_seq_len % stride or stride > model.max_seq_len):
             raise UserError(f"task.val-stride is {stride} and must divide model.max-seq-len ({model.max_seq_len})")
+        if shortest is not None and not model.max_latents <= shortest <= model.max_seq_len:
+            raise UserError(
+                f"task.min-seq-len is {shortest} and must be from model.max-latents ({model.max_latents}) "
+                f"to model.max-seq-len ({model.max_seq_len})"
+            )
 
     def build_model(self) -> nn.Module:
         return build_model(self.experiment.model)
@@ -52,39 +59,40 @@ class CausalLM(Task):
         real = np.clip(split.tokens - starts, 0, size)
         return pa.table({"tokens": fixed_column(windows), "length": pa.array(real)})
 
-    def collate(self, rows: pa.Table, size: int, split: Split, train: bool) -> Batch:
+    def collate(self, rows: pa.Table, size: int, split: Split, train: bool, step: int) -> Batch:
         """ids (B, T) int64, labels (B, max_latents) int64; where needed pad_mask (B, T) bool, prefix_keep (B, K) int64.
 
-        B is `size`, or `size` times the windows that start in a row. Windows are right-aligned: padding is on the left.
+        B is `size`, or `size` times the windows that start in a row. T is max_seq_len, or in training the step's length (of
+        a row's window the first T + 1 tokens). Windows are right-aligned: padding is on the left.
         """
         model, stride = self._model, model_stride(self._settings, self._model, train)
-        length, latents = model.max_seq_len, model.max_latents
+        length, latents = self._length(step) if train else model.max_seq_len, model.max_latents
         tokens = padded(fixed_array(rows, "tokens").astype(np.int64), size, PAD_ID).numpy()
         real = padded(rows["length"].to_numpy(), size, 0).numpy()
-        starts = np.arange(0, length, stride)
+        starts = np.arange(0, model.max_seq_len, stride)
         windows = np.stack([tokens[:, s : s + length + 1] for s in starts], 1).reshape(-1, length + 1)
         real = np.clip(real[:, None] - starts, 0, length + 1).reshape(-1)
         missing = length + 1 - real
         position = np.arange(length + 1) - missing[:, None]
         windows = np.take_along_axis(windows, np.maximum(position, 0), 1)
         # A window that the text's end cuts short is moved right, so some of its targets were another window's already.
-        first = np.full((size, len(starts)), 1 if stride == length else length + 1 - latents)
+        first = np.full((size, len(starts)), 1 if stride == model.max_seq_len else length + 1 - latents)
         first[: rows.num_rows, 0][rows["row"].to_numpy() == 0] = 1
         own = position >= first.reshape(-1, 1)
         labels = np.where(own, windows, IGNORE_INDEX)[:, -latents:]
         batch = {"ids": torch.from_numpy(windows[:, :-1].copy()), "labels": torch.from_numpy(labels.copy())}
         if missing[: rows.num_rows * len(starts)].any():
             batch["pad_mask"] = torch.from_numpy(position[:, :-1] < 0) & torch.from_numpy(real > 0)[:, None]
-        if train and (keep := self._prefix_keep(rows, size)) is not None:
+        if train and (keep := self._prefix_keep(rows, size, length - latents)) is not None:
             batch["prefix_keep"] = keep
         return batch
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         labels = batch["labels"]
         prefix_len = batch["ids"].shape[1] - labels.shape[1]
-        logits = model(batch["ids"], prefix_len, batch.get("pad_mask"), batch.get("prefix_keep"))
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum", ignore_index=IGNORE_INDEX)
-        return loss, {}
+        hidden = model(batch["ids"], prefix_len, batch.get("pad_mask"), batch.get("prefix_keep"), return_hidden=True)
+        # The output matrix is the model's own, not a layer's: sharding leaves it whole from forward to backward.
+        return chunked_cross_entropy(hidden, *model.output_matrix(), labels), {}
 
     def metrics(self, sums: dict[str, np.ndarray], split: Split) -> dict[str, float]:
         """Loss in nats per token, bits per byte of the text, perplexity per token and per word."""
@@ -109,10 +117,10 @@ class CausalLM(Task):
         return [Sample("continuation", text=tokenizer.decode(ids[0].cpu().numpy()))]
 
     def unit(self) -> tuple[str, int]:
-        return "tokens", self._model.max_seq_len
+        return "tokens", self._mean_length
 
     def flops_per_example(self) -> float:
-        return training_flops(self._model)
+        return training_flops(self._model, seq_len=self._mean_length)
 
     @property
     def _settings(self) -> CausalLMConfig:
@@ -128,14 +136,25 @@ class CausalLM(Task):
     def _stride(self) -> int:
         return model_stride(self._settings, self._model, False)
 
+    @property
+    def _mean_length(self) -> int:
+        longest = self._model.max_seq_len
+        return (longest + (self._settings.min_seq_len or longest)) // 2
+
+    def _length(self, step: int) -> int:
+        """Length of a step's windows, uniform from min_seq_len to max_seq_len: the same for all its examples and workers."""
+        longest = self._model.max_seq_len
+        shortest = self._settings.min_seq_len or longest
+        drawn = uniforms(self.experiment.training.seed, 0, np.array([step]), 1, stream=LENGTHS)[0, 0]
+        return shortest + int(drawn * (longest + 1 - shortest))
+
     def _shift(self, epoch: int, length: int) -> int:
         """The epoch's shift of window boundaries, 0 .. length - 1; none in the first epoch."""
         return int(uniforms(self.experiment.training.seed, epoch, np.zeros(1, np.int64), 1, stream=1)[0, 0] * length) if epoch else 0
 
-    def _prefix_keep(self, rows: pa.Table, size: int) -> Tensor | None:
+    def _prefix_keep(self, rows: pa.Table, size: int, prefix_len: int) -> Tensor | None:
         """Prefix positions that take part, a random choice per example (prefix dropout, Perceiver AR, Section 3.1)."""
-        prefix_len = self._model.max_seq_len - self._model.max_latents
-        keep = prefix_len - int(prefix_len * self._model.cross_attention_dropout)
+        keep = num_kept(prefix_len, self._model.cross_attention_dropout)
         if keep == prefix_len:
             return None
         drawn = uniforms(self.experiment.training.seed, rows["epoch"].to_numpy(), rows["row"].to_numpy(), prefix_len)

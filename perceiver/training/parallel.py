@@ -23,20 +23,28 @@ class World:
     size: int
     device: torch.device
     mesh: DeviceMesh
+    """Over all workers, or (replicas, workers of a replica)."""
 
     def all_sum(self, tensor: Tensor) -> Tensor:
         """The tensor summed over all workers (in place)."""
         if self.size > 1:
-            dist.all_reduce(tensor, group=self.mesh.get_group())
+            dist.all_reduce(tensor)
         return tensor
 
 
-def join_world(device: torch.device) -> World:
-    """The world of this process: the process group if there is one, else one of a single process, which it starts."""
+def join_world(device: torch.device, replicas: int = 1) -> World:
+    """The world of this process: the process group if there is one, else one of a single process, which it starts.
+
+    With `replicas`, which divides the number of workers, parameters are sharded over neighbouring workers and replicated
+    over such groups (HSDP): only gradients cross the groups' borders.
+    """
     if not dist.is_initialized():
         dist.init_process_group("gloo" if device.type == "cpu" else "nccl", rank=0, world_size=1, store=dist.HashStore())
     size = dist.get_world_size()
-    mesh = init_device_mesh(device.type, (size,), mesh_dim_names=("shard",))
+    if replicas == 1:
+        mesh = init_device_mesh(device.type, (size,), mesh_dim_names=("shard",))
+    else:
+        mesh = init_device_mesh(device.type, (replicas, size // replicas), mesh_dim_names=("replicate", "shard"))
     return World(dist.get_rank(), size, device, mesh)
 
 
@@ -57,7 +65,8 @@ def build_sharded(
         if parallel.compile:
             layer.compile()
         fully_shard(layer, mesh=world.mesh, mp_policy=policy)
-    fully_shard(model, mesh=world.mesh, mp_policy=policy)
+    # What belongs to no layer stays whole from the forward to the backward pass, so that a loss may use the output matrix.
+    fully_shard(model, mesh=world.mesh, mp_policy=policy, reshard_after_forward=False)
     model.to_empty(device=world.device)
     model.init_weights(training.seed)
     return model

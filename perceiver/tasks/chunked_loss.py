@@ -1,0 +1,94 @@
+"""Cross-entropy over a large vocabulary without all logits in memory at once.
+
+Of N positions and V classes the logits take N x V numbers in fp32, and again as much for their gradient: 16,384 positions and
+32,000 classes 2.1 GB each. Here they are made a chunk of positions at a time, and the chunk's gradients with them, so that only
+gradients of the size of the hidden states and of the matrix are kept. The computation is the same, no product is done twice.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from perceiver.tasks.base import IGNORE_INDEX
+
+CHUNK_ELEMENTS = 2**26
+"""Most logits that are in memory at once, in fp32: 256 MiB."""
+
+
+def chunked_cross_entropy(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, chunk_elements: int = CHUNK_ELEMENTS
+) -> Tensor:
+    """Sum of the cross-entropy of softmax(hidden weight^T + bias) over the valid labels; differentiable once.
+
+    Args:
+        hidden: (..., C).
+        weight: (V, C), of the same type as `hidden`: products are computed in it, all else in fp32.
+        bias: (V,) or None.
+        labels: (...), int64; IGNORE_INDEX where there is no target.
+        chunk_elements: most logits at once.
+
+    Returns:
+        (), fp32.
+    """
+    return _ChunkedCrossEntropy.apply(hidden.flatten(0, -2), weight, bias, labels.flatten(), chunk_elements)
+
+
+def chunk_rows(num_classes: int, chunk_elements: int = CHUNK_ELEMENTS) -> int:
+    """Positions whose logits are computed at once."""
+    return max(1, chunk_elements // num_classes)
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Gradients are computed with the loss, while a chunk's logits are there; backward only scales them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, chunk_elements: int
+    ) -> Tensor:
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+        # Sums over chunks in fp32, whatever the type of the products.
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if needs_bias else None
+        size = chunk_rows(weight.shape[0], chunk_elements)
+        for start in range(0, len(labels), size):
+            part, target = hidden[start : start + size], labels[start : start + size]
+            valid = target != IGNORE_INDEX
+            target = target.clamp(min=0)[:, None]
+            scores = F.linear(part, weight, bias).float()
+            scores -= scores.amax(dim=-1, keepdim=True)
+            wanted = scores.gather(1, target)
+            total = scores.exp_().sum(dim=-1, keepdim=True)
+            loss += ((total.log() - wanted)[:, 0] * valid).sum()
+            if not (needs_hidden or needs_weight or needs_bias):
+                continue
+            scores /= total  # now probabilities, and with the next two lines the gradient of the scores
+            scores.scatter_add_(1, target, -torch.ones_like(wanted))
+            scores *= valid[:, None]
+            if needs_bias:
+                grad_bias += scores.sum(dim=0)
+            scores = scores.to(hidden.dtype)
+            if needs_hidden:
+                torch.mm(scores, weight, out=grad_hidden[start : start + size])
+            if needs_weight:
+                grad_weight += scores.mT @ part
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+        ctx.dtypes = weight.dtype, bias.dtype if bias is not None else None
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
+        return (
+            None if grad_hidden is None else grad_hidden * grad.to(grad_hidden.dtype),
+            None if grad_weight is None else (grad_weight * grad).to(ctx.dtypes[0]),
+            None if grad_bias is None else (grad_bias * grad).to(ctx.dtypes[1]),
+            None,
+            None,
+        )
