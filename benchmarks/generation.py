@@ -23,6 +23,9 @@ from perceiver.inference.generate import Sampling, stream
 from perceiver.models import PerceiverAR, build_model
 from perceiver.presets import PRESETS
 
+Clock = Callable[[], float]
+"""Seconds."""
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -34,11 +37,13 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--threads", type=int, help="compute threads; default: PyTorch's choice")
+    parser.add_argument("--busy", action="store_true", help="count CPU time, not the clock's: on a machine that others use, one thread")
     parser.add_argument("--uncached", action="store_true", help="measure generation without cache too (8 tokens)")
     parser.add_argument("--out", type=Path, help="write the results there as JSON")
     args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    if args.threads or args.busy:
+        torch.set_num_threads(1 if args.busy else args.threads)
+    clock = time.process_time if args.busy else time.perf_counter
     device = torch.device(args.device)
     config = PRESETS[args.preset]().model
     assert isinstance(config, PerceiverARConfig), "generation is Perceiver AR's"
@@ -50,7 +55,7 @@ def main() -> None:
         for num_latents in sorted({min(config.max_latents, args.prompt), least_latents(config, args.prompt)}, reverse=True):
             for use_cache in (True, False)[: 1 + args.uncached]:
                 tokens = args.tokens if use_cache else min(8, args.tokens)
-                results.append(measure(model, batch, args.prompt, num_latents, tokens, args.repeats, use_cache))
+                results.append(measure(model, batch, args.prompt, num_latents, tokens, args.repeats, use_cache, clock))
                 print_row(results[-1], first=len(results) == 1)
     if args.out:
         args.out.write_text(json.dumps({"settings": {k: str(v) for k, v in vars(args).items()}, "results": results}, indent=1))
@@ -61,16 +66,16 @@ def least_latents(config: PerceiverARConfig, prompt: int) -> int:
 
 
 def measure(
-    model: PerceiverAR, batch: int, prompt: int, num_latents: int, tokens: int, repeats: int, use_cache: bool
+    model: PerceiverAR, batch: int, prompt: int, num_latents: int, tokens: int, repeats: int, use_cache: bool, clock: Clock
 ) -> dict[str, Any]:
     """Prefill and steps of one setting: medians over the repeats, each between two measurements of the bound."""
     device = next(model.parameters()).device
     ids = torch.randint(6, model.config.vocab_size, (batch, prompt), generator=torch.Generator().manual_seed(0)).to(device)
     runs = []
     for _ in range(repeats):
-        before = read_seconds(model)
-        times = list(step_times(model, ids, num_latents, tokens, use_cache))
-        bound = (before + read_seconds(model)) / 2
+        before = read_seconds(model, clock)
+        times = list(step_times(model, ids, num_latents, tokens, use_cache, clock))
+        bound = (before + read_seconds(model, clock)) / 2
         prefill, steps = times[0], times[1:]
         step, quarter = statistics.mean(steps), max(1, len(steps) // 4)
         runs.append({
@@ -89,37 +94,39 @@ def measure(
     }  # fmt: skip
 
 
-def step_times(model: PerceiverAR, ids: torch.Tensor, num_latents: int, tokens: int, use_cache: bool) -> Iterator[float]:
+def step_times(
+    model: PerceiverAR, ids: torch.Tensor, num_latents: int, tokens: int, use_cache: bool, clock: Clock
+) -> Iterator[float]:
     """Seconds of the prefill with the first token, then of each further token."""
     generated = stream(
         model, ids, max_new_tokens=tokens, num_latents=num_latents, sampling=Sampling(temperature=0), use_cache=use_cache
     )
     done = object()
     while True:
-        start = time.perf_counter()
+        start = clock()
         token = next(generated, done)
         if token is done:
             return
         synchronize(ids.device)
-        yield time.perf_counter() - start
+        yield clock() - start
 
 
-def read_seconds(model: PerceiverAR, repeats: int = 15) -> float:
+def read_seconds(model: PerceiverAR, clock: Clock, repeats: int = 15) -> float:
     """Seconds to read as many bytes as the model's weights, as a matrix-vector product does: the median of some."""
     weights = sum(p.numel() for p in model.parameters())
     sample = next(model.parameters())
     matrix = torch.ones(weights // 512, 512, device=sample.device, dtype=sample.dtype)
     vector = torch.ones(512, device=sample.device, dtype=sample.dtype)
-    times = [seconds(lambda: torch.mv(matrix, vector), sample.device) for _ in range(repeats)]
+    times = [seconds(lambda: torch.mv(matrix, vector), sample.device, clock) for _ in range(repeats)]
     return statistics.median(times)
 
 
-def seconds(function: Callable[[], Any], device: torch.device) -> float:
+def seconds(function: Callable[[], Any], device: torch.device, clock: Clock) -> float:
     synchronize(device)
-    start = time.perf_counter()
+    start = clock()
     function()
     synchronize(device)
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def synchronize(device: torch.device) -> None:
