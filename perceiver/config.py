@@ -379,6 +379,8 @@ class ParallelConfig:
 
     workers: int = 1
     """Workers, one a GPU (or one a process on CPUs); `--workers N` for short."""
+    replicas: int = 1
+    """Copies of the model: each is sharded over workers / replicas neighbours (HSDP: one a node, say); 1: over all workers."""
     micro_batch_size: int | None = None
     """Examples a worker takes at once; the rest of its share of the global batch is accumulated. None: all at once."""
     activation_checkpointing: int = 0

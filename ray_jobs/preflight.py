@@ -41,6 +41,7 @@ def check_experiment(experiment: Experiment) -> None:
         "training.max-steps": training.max_steps,
         "training.max-epochs": training.max_epochs,
         "parallel.workers": parallel.workers,
+        "parallel.replicas": parallel.replicas,
         "parallel.micro-batch-size": parallel.micro_batch_size,
         "parallel.threads-per-worker": parallel.threads_per_worker,
         "data.rows-per-block": data.rows_per_block,
@@ -56,6 +57,8 @@ def check_experiment(experiment: Experiment) -> None:
     for name, value in least_one.items():
         if value is not None and value < 1:
             raise UserError(f"{name} is {value} and must be at least 1")
+    if parallel.workers % parallel.replicas:
+        raise UserError(f"parallel.replicas is {parallel.replicas} and must divide parallel.workers ({parallel.workers})")
     if training.max_steps is None and training.max_epochs is None:
         raise UserError("training.max-steps and training.max-epochs are both None: set one of them")
     if not optim.lr > 0 or not math.isfinite(optim.lr):
