@@ -1,0 +1,102 @@
+"""A job submitted to a running Ray cluster with token authentication, as the README says."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+pytestmark = pytest.mark.slow
+
+RAY = str(Path(sys.executable).with_name("ray"))
+SHORT = [
+    "--training.max-epochs", "None", "--training.max-steps", "4", "--run.val-batches", "1", "--name", "submitted",
+]  # fmt: skip
+
+
+def free_ports(number: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(number)]
+    for s in sockets:
+        s.bind(("127.0.0.1", 0))
+    ports = [s.getsockname()[1] for s in sockets]
+    for s in sockets:
+        s.close()
+    return ports
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    """A head node with its own ports, folder and token: (dashboard's address, environment of its clients)."""
+    folder = tmp_path_factory.mktemp("cluster")
+    gcs, dashboard, client, agent = free_ports(4)
+    token = folder / "token"
+    token.write_text("0123456789abcdef0123456789abcdef")
+    environment = {
+        **os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "PERCEIVER_HOME": str(folder / "home"),
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT),
+    }  # fmt: skip
+    command = [
+        RAY, "start", "--head", "--block", f"--port={gcs}", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1",
+        f"--ray-client-server-port={client}", f"--dashboard-agent-listen-port={agent}", "--num-cpus=3",
+        "--object-store-memory=200000000", f"--temp-dir=/tmp/rt-{os.getpid()}", "--disable-usage-stats",
+    ]  # fmt: skip
+    log = open(folder / "head.txt", "w")
+    head = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+    address = f"http://127.0.0.1:{dashboard}"
+    end = time.monotonic() + 120
+    while time.monotonic() < end and not answers(address):
+        assert head.poll() is None, (folder / "head.txt").read_text()
+        time.sleep(0.5)
+    yield address, environment
+    os.killpg(head.pid, signal.SIGTERM)
+    try:
+        head.wait(30)
+    except subprocess.TimeoutExpired:
+        os.killpg(head.pid, signal.SIGKILL)
+
+
+def answers(address: str) -> bool:
+    try:
+        urllib.request.urlopen(f"{address}/api/version", timeout=5)
+    except urllib.error.HTTPError:
+        return True  # refuses us, so it is there
+    except OSError:
+        return False
+    return True
+
+
+def submit(cluster, *job: str, **environment: str) -> subprocess.CompletedProcess:
+    address, env = cluster
+    command = [RAY, "job", "submit", "--address", address, "--working-dir", ".", "--", "python", "-m", *job]
+    return subprocess.run(
+        command, cwd=ROOT, env={**env, **environment}, capture_output=True, text=True, timeout=400
+    )
+
+
+def test_a_submitted_training_joins_the_cluster_and_finishes(cluster):
+    result = submit(cluster, "ray_jobs.train", "quickstart", *SHORT, "--workers", "2")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "on 2 workers" in result.stdout and "finished after" in result.stdout
+    run = Path(cluster[1]["PERCEIVER_HOME"]) / "runs" / "submitted"
+    assert (run / "result.json").exists()
+
+
+def test_a_mistake_in_a_submitted_job_fails_it_with_its_sentence(cluster):
+    result = submit(cluster, "ray_jobs.train", "quickstart", "--workers", "50")
+    assert result.returncode != 0 and "parallel.workers is 50" in result.stdout + result.stderr
+
+
+def test_without_the_token_nothing_is_accepted(cluster, tmp_path):
+    (tmp_path / "token").write_text("wrong" * 8)
+    result = submit(cluster, "ray_jobs.train", "quickstart", RAY_AUTH_TOKEN_PATH=str(tmp_path / "token"))
+    assert result.returncode != 0 and "401" in result.stdout + result.stderr or "nauth" in result.stdout + result.stderr
+    with pytest.raises(urllib.error.HTTPError, match="401"):
+        urllib.request.urlopen(f"{cluster[0]}/api/jobs/", timeout=10)
