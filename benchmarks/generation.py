@@ -1,10 +1,11 @@
 """Speed of generation with the key/value cache, beside the bound from reading the weights once per step.
 
-    python -m benchmarks.generation [--preset clm-wikitext] [--tokens 128] [--device cpu|cuda] [--threads N] [--out results.json]
+    python -m benchmarks.generation [--preset clm-wikitext] [--tokens 128] [--device cpu|cuda] [--threads N] [--out
+    results.json]
 
-Weights are random: speed does not depend on them. The bound is a matrix-vector product over as many bytes as the model's weights
-have, in the same process, right before and after each run; ratios compare across machines, times do not. A step gives one token
-for each row of the batch.
+Weights are random: speed does not depend on them. The bound is a matrix-vector product over as many bytes as the
+model's weights have, in the same process, right before and after each run; ratios compare across machines, times do
+not. A step gives one token for each row of the batch.
 """
 
 import argparse
@@ -37,7 +38,9 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--threads", type=int, help="compute threads; default: PyTorch's choice")
-    parser.add_argument("--busy", action="store_true", help="count CPU time, not the clock's: on a machine that others use, one thread")
+    parser.add_argument(
+        "--busy", action="store_true", help="count CPU time, not the clock's: on a machine that others use, one thread"
+    )
     parser.add_argument("--uncached", action="store_true", help="measure generation without cache too (8 tokens)")
     parser.add_argument("--out", type=Path, help="write the results there as JSON")
     args = parser.parse_args()
@@ -52,13 +55,17 @@ def main() -> None:
     results = []
     for batch in args.batches:
         # As many latents as there are, and one, from which they grow.
-        for num_latents in sorted({min(config.max_latents, args.prompt), least_latents(config, args.prompt)}, reverse=True):
+        for num_latents in sorted(
+            {min(config.max_latents, args.prompt), least_latents(config, args.prompt)}, reverse=True
+        ):
             for use_cache in (True, False)[: 1 + args.uncached]:
                 tokens = args.tokens if use_cache else min(8, args.tokens)
                 results.append(measure(model, batch, args.prompt, num_latents, tokens, args.repeats, use_cache, clock))
                 print_row(results[-1], first=len(results) == 1)
     if args.out:
-        args.out.write_text(json.dumps({"settings": {k: str(v) for k, v in vars(args).items()}, "results": results}, indent=1))
+        args.out.write_text(
+            json.dumps({"settings": {k: str(v) for k, v in vars(args).items()}, "results": results}, indent=1)
+        )
 
 
 def least_latents(config: PerceiverARConfig, prompt: int) -> int:
@@ -66,11 +73,20 @@ def least_latents(config: PerceiverARConfig, prompt: int) -> int:
 
 
 def measure(
-    model: PerceiverAR, batch: int, prompt: int, num_latents: int, tokens: int, repeats: int, use_cache: bool, clock: Clock
+    model: PerceiverAR,
+    batch: int,
+    prompt: int,
+    num_latents: int,
+    tokens: int,
+    repeats: int,
+    use_cache: bool,
+    clock: Clock,
 ) -> dict[str, Any]:
     """Prefill and steps of one setting: medians over the repeats, each between two measurements of the bound."""
     device = next(model.parameters()).device
-    ids = torch.randint(6, model.config.vocab_size, (batch, prompt), generator=torch.Generator().manual_seed(0)).to(device)
+    ids = torch.randint(6, model.config.vocab_size, (batch, prompt), generator=torch.Generator().manual_seed(0)).to(
+        device
+    )
     runs = []
     for _ in range(repeats):
         before = read_seconds(model, clock)
@@ -78,20 +94,26 @@ def measure(
         bound = (before + read_seconds(model, clock)) / 2
         prefill, steps = times[0], times[1:]
         step, quarter = statistics.mean(steps), max(1, len(steps) // 4)
-        runs.append({
-            "prefill_ms": 1e3 * prefill,
-            "step_ms": 1e3 * step,
-            "first_quarter_ms": 1e3 * statistics.mean(steps[:quarter]),
-            "last_quarter_ms": 1e3 * statistics.mean(steps[-quarter:]),
-            "tokens_per_s": batch / step,
-            "bound_ms": 1e3 * bound,
-            "x_bound": step / bound,
-        })  # fmt: skip
+        runs.append(
+            {
+                "prefill_ms": 1e3 * prefill,
+                "step_ms": 1e3 * step,
+                "first_quarter_ms": 1e3 * statistics.mean(steps[:quarter]),
+                "last_quarter_ms": 1e3 * statistics.mean(steps[-quarter:]),
+                "tokens_per_s": batch / step,
+                "bound_ms": 1e3 * bound,
+                "x_bound": step / bound,
+            }
+        )
     middle = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
     return {
-        "batch": batch, "latents": num_latents, "cache": use_cache, **middle, "cache_MiB": cache_bytes(model, batch, prompt + tokens) / 2**20,
+        "batch": batch,
+        "latents": num_latents,
+        "cache": use_cache,
+        **middle,
+        "cache_MiB": cache_bytes(model, batch, prompt + tokens) / 2**20,
         "peak_MiB": peak_bytes(device) / 2**20,
-    }  # fmt: skip
+    }
 
 
 def step_times(
@@ -99,7 +121,12 @@ def step_times(
 ) -> Iterator[float]:
     """Seconds of the prefill with the first token, then of each further token."""
     generated = stream(
-        model, ids, max_new_tokens=tokens, num_latents=num_latents, sampling=Sampling(temperature=0), use_cache=use_cache
+        model,
+        ids,
+        max_new_tokens=tokens,
+        num_latents=num_latents,
+        sampling=Sampling(temperature=0),
+        use_cache=use_cache,
     )
     done = object()
     while True:
@@ -151,13 +178,24 @@ def peak_bytes(device: torch.device) -> int:
 
 
 def print_row(row: dict[str, Any], first: bool) -> None:
+    """One line; above the first one the names of its columns."""
+    columns = {
+        "batch": f"{row['batch']}",
+        "latents": f"{row['latents']}",
+        "cache": "yes" if row["cache"] else "no",
+        "prefill ms": f"{row['prefill_ms']:.1f}",
+        "step ms": f"{row['step_ms']:.2f}",
+        "first/last quarter": f"{row['first_quarter_ms']:.2f} / {row['last_quarter_ms']:.2f}",
+        "tokens/s": f"{row['tokens_per_s']:.1f}",
+        "bound ms": f"{row['bound_ms']:.2f}",
+        "x bound": f"{row['x_bound']:.2f}",
+        "cache MiB": f"{row['cache_MiB']:.1f}",
+        "peak MiB": f"{row['peak_MiB']:.0f}",
+    }
+    widths = {name: max(len(name), 9) + 2 for name in columns}
     if first:
-        print(f"{'batch':>6}{'latents':>9}{'cache':>7}{'prefill ms':>12}{'step ms':>9}{'first/last quarter':>20}"
-              f"{'tokens/s':>10}{'bound ms':>10}{'x bound':>9}{'cache MiB':>11}{'peak MiB':>10}")  # fmt: skip
-    quarters = f"{row['first_quarter_ms']:.2f} / {row['last_quarter_ms']:.2f}"
-    print(f"{row['batch']:>6}{row['latents']:>9}{'yes' if row['cache'] else 'no':>7}{row['prefill_ms']:>12.1f}{row['step_ms']:>9.2f}"
-          f"{quarters:>20}{row['tokens_per_s']:>10.1f}{row['bound_ms']:>10.2f}{row['x_bound']:>9.2f}"
-          f"{row['cache_MiB']:>11.1f}{row['peak_MiB']:>10.0f}", flush=True)  # fmt: skip
+        print("".join(f"{name:>{widths[name]}}" for name in columns))
+    print("".join(f"{value:>{widths[name]}}" for name, value in columns.items()), flush=True)
 
 
 if __name__ == "__main__":

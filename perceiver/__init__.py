@@ -1,4 +1,5 @@
-"""Perceiver, Perceiver IO and Perceiver AR in PyTorch: models, tasks, data, training, inference. Knows nothing of Ray."""
+"""Perceiver, Perceiver IO and Perceiver AR in PyTorch: models, tasks, data, training, inference. Knows nothing of
+Ray."""
 
 from __future__ import annotations
 
@@ -11,8 +12,11 @@ if TYPE_CHECKING:
 __all__ = ["load"]
 
 
-def load(source: str | Path, checkpoint: str = "best", *, device: str = "auto", precision: str = "fp32") -> TrainedModel:
-    """A trained model by a run's folder or name, an exported folder, or a name on the hub; see `perceiver.inference.load`.
+def load(
+    source: str | Path, checkpoint: str = "best", *, device: str = "auto", precision: str = "fp32"
+) -> TrainedModel:
+    """A trained model by a run's folder or name, an exported folder, or a name on the hub; see
+    `perceiver.inference.load`.
 
     Raises:
         UserError: there is no such model; says where it was looked for.

@@ -1,9 +1,10 @@
-"""`python -m ray_jobs.predict RUN --input FILES --output FOLDER [--mode MODE]`: a trained model on many inputs, on Ray Data.
+"""`python -m ray_jobs.predict RUN --input FILES --output FOLDER [--mode MODE]`: a trained model on many inputs, on Ray
+Data.
 
-Modes: classify, fill-mask, embed (mean of the latents), score (loss of each document), generate. Inputs are lines of .txt files,
-objects of .jsonl files, rows of .parquet files, or image files. The output folder gets parquet files with exactly one row for each
-input row, with its id, and errors.jsonl with the rows that could not be computed. A job that was stopped continues when it is
-started again: parts that are written are not computed again.
+Modes: classify, fill-mask, embed (mean of the latents), score (loss of each document), generate. Inputs are lines of
+.txt files, objects of .jsonl files, rows of .parquet files, or image files. The output folder gets parquet files with
+exactly one row for each input row, with its id, and errors.jsonl with the rows that could not be computed. A job that
+was stopped continues when it is started again: parts that are written are not computed again.
 """
 
 from __future__ import annotations
@@ -70,26 +71,44 @@ def parse(argv: list[str]) -> tuple[PredictJob, str, Placement]:
         SystemExit: an unknown argument, or `--help`.
     """
     o = {f.name: f.default for f in dataclasses.fields(PredictOptions)}
-    parser = argparse.ArgumentParser(prog="python -m ray_jobs.predict", description=(__doc__ or "").partition("\n\n")[2])
+    parser = argparse.ArgumentParser(
+        prog="python -m ray_jobs.predict", description=(__doc__ or "").partition("\n\n")[2]
+    )
     parser.add_argument("run", help="folder or name of a run, an exported folder, or a name on the hub")
     parser.add_argument("--input", nargs="+", required=True, metavar="PATH", help="files or folders")
-    parser.add_argument("--output", required=True, metavar="FOLDER", help="a new folder, or that of the same job before")
+    parser.add_argument(
+        "--output", required=True, metavar="FOLDER", help="a new folder, or that of the same job before"
+    )
     parser.add_argument("--mode", choices=MODES, help="what to compute (default: what the model was trained for)")
     parser.add_argument("--checkpoint", default="best", help="best (default), last, or a step")
     parser.add_argument("--column", help='column with the text or image (default: "text" or "image")')
     parser.add_argument("--id-column", help="column with the rows' ids (default: file name and row number)")
     parser.add_argument("--batch-size", type=int, default=o["batch_size"], help="rows computed at once (%(default)s)")
     parser.add_argument("--rows-per-part", type=int, default=1000, help="rows of an output file (%(default)s)")
-    parser.add_argument("--actors", type=int, default=1, help="models side by side, each on a GPU, or on a share of the CPUs (1)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: GPUs where the cluster has them")
+    parser.add_argument(
+        "--actors", type=int, default=1, help="models side by side, each on a GPU, or on a share of the CPUs (1)"
+    )
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: GPUs where the cluster has them"
+    )
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of weights and computation")
     parser.add_argument("--address", help="Ray cluster to join (default: that of $RAY_ADDRESS, else a new local one)")
     parser.add_argument("--top-k", type=int, help="fill-mask: fills a row; generate: draw among so many tokens")
-    parser.add_argument("--top-p", type=float, help="generate: draw among the fewest tokens with this probability together")
-    parser.add_argument("--temperature", type=float, default=o["temperature"], help="generate: 0 takes the likeliest (%(default)s)")
-    parser.add_argument("--max-new-tokens", type=int, default=o["max_new_tokens"], help="generate: length (%(default)s)")
-    parser.add_argument("--num-latents", type=int, help="generate: prompt tokens that start as latents (default: all that can)")
-    parser.add_argument("--stop", nargs="+", default=(), metavar="TEXT", help="generate: strings that end a continuation")
+    parser.add_argument(
+        "--top-p", type=float, help="generate: draw among the fewest tokens with this probability together"
+    )
+    parser.add_argument(
+        "--temperature", type=float, default=o["temperature"], help="generate: 0 takes the likeliest (%(default)s)"
+    )
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=o["max_new_tokens"], help="generate: length (%(default)s)"
+    )
+    parser.add_argument(
+        "--num-latents", type=int, help="generate: prompt tokens that start as latents (default: all that can)"
+    )
+    parser.add_argument(
+        "--stop", nargs="+", default=(), metavar="TEXT", help="generate: strings that end a continuation"
+    )
     parser.add_argument("--seed", type=int, default=o["seed"], help="generate: of the drawing (%(default)s)")
     args = parser.parse_args(argv)
     for name in ("batch_size", "rows_per_part", "actors"):
@@ -98,17 +117,25 @@ def parse(argv: list[str]) -> tuple[PredictJob, str, Placement]:
     model = describe(args.run, args.checkpoint)
     names = {f.name for f in dataclasses.fields(PredictOptions)} - {"mode", "stop"}
     options = PredictOptions(
-        mode=args.mode or _usual_mode(model.abilities, model.name), stop=tuple(args.stop), **{n: getattr(args, n) for n in names}
+        mode=args.mode or _usual_mode(model.abilities, model.name),
+        stop=tuple(args.stop),
+        **{n: getattr(args, n) for n in names},
     )
     if model.abilities and MODES[options.mode].ability not in model.abilities:
         can = ", ".join(name for name, mode in MODES.items() if mode.ability in model.abilities)
         raise UserError(f"--mode is {options.mode}, but {model.name} can only {can}")
     image = isinstance(model.task, ImageClassificationConfig) if model.task else args.column == "image"
     job = PredictJob(
-        source=model.location, checkpoint=model.checkpoint, inputs=tuple(map(_absolute, args.input)),
-        kind="image" if image else "text", column=args.column or ("image" if image else "text"), id_column=args.id_column,
-        rows_per_part=args.rows_per_part, precision=args.precision, options=options,
-    )  # fmt: skip
+        source=model.location,
+        checkpoint=model.checkpoint,
+        inputs=tuple(map(_absolute, args.input)),
+        kind="image" if image else "text",
+        column=args.column or ("image" if image else "text"),
+        id_column=args.id_column,
+        rows_per_part=args.rows_per_part,
+        precision=args.precision,
+        options=options,
+    )
     return job, _absolute(args.output), Placement(actors=args.actors, device=args.device, address=args.address)
 
 
@@ -125,7 +152,10 @@ def predict(job: PredictJob, output: str, placement: Placement, say: Callable[[s
     there = list_folder(output)
     todo = [part for part in parts if part_name(part.number) not in there]
     total = sum(part.rows for part in parts)
-    say(f"{total:,} rows in {len(parts):,} parts" + (f", {len(parts) - len(todo):,} of them done before" if len(todo) < len(parts) else ""))
+    say(
+        f"{total:,} rows in {len(parts):,} parts"
+        + (f", {len(parts) - len(todo):,} of them done before" if len(todo) < len(parts) else "")
+    )
     started, done, bad = time.monotonic(), 0, 0
     if todo:
         for result in _compute(job, todo, output, placement):
@@ -136,7 +166,10 @@ def predict(job: PredictJob, output: str, placement: Placement, say: Callable[[s
             say(f"{total - left:,} of {total:,} rows, {rate:,.1f} rows/s" + (f", {bad:,} with errors" if bad else ""))
     seconds = time.monotonic() - started
     summary = finish(parts, output)
-    say(f"finished: {summary['rows']:,} rows in {output}, {summary['errors']:,} with errors" + (f" ({ERRORS})" if summary["errors"] else ""))
+    say(
+        f"finished: {summary['rows']:,} rows in {output}, {summary['errors']:,} with errors"
+        + (f" ({ERRORS})" if summary["errors"] else "")
+    )
     return summary | {"rows_now": done, "seconds_now": seconds}
 
 
@@ -153,9 +186,13 @@ def plan(job: PredictJob, output: str) -> list[Part]:
     if PLAN in there:
         earlier = json.loads(read_file(output, PLAN))
         if changes := differences(earlier["settings"], settings):
-            raise UserError(f"--output {output} holds the output of another job ({'; '.join(changes[:5])}): choose another folder")
+            raise UserError(
+                f"--output {output} holds the output of another job ({'; '.join(changes[:5])}): choose another folder"
+            )
         return from_plain(earlier["parts"])
-    if any(not name.startswith(".") for name in there):  # a first start may have been stopped in the middle of its first file
+    if any(
+        not name.startswith(".") for name in there
+    ):  # a first start may have been stopped in the middle of its first file
         raise UserError(f"--output {output} is not empty and holds no earlier output: choose another folder")
     parts = plan_parts(files, job.rows_per_part, job.column, job.id_column)
     if not parts:
@@ -214,10 +251,17 @@ def _compute(job: PredictJob, parts: list[Part], output: str, placement: Placeme
         results = data.map_batches(
             Predictor,
             fn_constructor_kwargs={
-                "job": job, "output": output, "device": "cuda" if gpu else "cpu", "actors": 0 if gpu else actors,
+                "job": job,
+                "output": output,
+                "device": "cuda" if gpu else "cpu",
+                "actors": 0 if gpu else actors,
             },
-            batch_size=None, batch_format="pyarrow", num_cpus=1, num_gpus=1 if gpu else 0, concurrency=actors,
-        )  # fmt: skip
+            batch_size=None,
+            batch_format="pyarrow",
+            num_cpus=1,
+            num_gpus=1 if gpu else 0,
+            concurrency=actors,
+        )
         for batch in results.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
             yield from batch.to_pylist()
 
@@ -229,12 +273,14 @@ def _read(items: pa.Table, job: PredictJob) -> pa.Table:
     rows = read_part(part, job.kind, job.column, job.id_column)
     # As bytes: a text with a lone surrogate is a bad row, and must arrive as one.
     values = [v.encode("utf-8", "surrogatepass") if isinstance(v := row.value, str) else v for row in rows]
-    return pa.table({
-        "number": pa.array([part.number] * len(rows), pa.int64()),
-        "id": pa.array([row.id for row in rows], pa.string()),
-        "value": pa.array(values, pa.large_binary()),
-        "error": pa.array([row.error for row in rows], pa.string()),
-    })  # fmt: skip
+    return pa.table(
+        {
+            "number": pa.array([part.number] * len(rows), pa.int64()),
+            "id": pa.array([row.id for row in rows], pa.string()),
+            "value": pa.array(values, pa.large_binary()),
+            "error": pa.array([row.error for row in rows], pa.string()),
+        }
+    )
 
 
 class Predictor:

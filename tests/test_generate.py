@@ -21,7 +21,11 @@ def golden_cases(shared):
         name = case["weights"]
         if name not in models:
             config = config_from_reference(json.loads((shared / "golden" / f"{name}.json").read_text())["config"])
-            weights = {k.removeprefix("weights."): v for k, v in load_file(shared / "golden" / f"{name}.safetensors").items() if k.startswith("weights.")}
+            weights = {
+                k.removeprefix("weights."): v
+                for k, v in load_file(shared / "golden" / f"{name}.safetensors").items()
+                if k.startswith("weights.")
+            }
             model = build_model(config)
             model.load_state_dict(from_reference(weights, config))
             models[name] = model.eval()
@@ -48,12 +52,21 @@ def model():
     from perceiver.models import build_model
 
     config = PerceiverARConfig(
-        vocab_size=20, max_seq_len=12, max_latents=5, num_channels=16, num_heads=2, num_self_attention_layers=2, init_scale=0.5
+        vocab_size=20,
+        max_seq_len=12,
+        max_latents=5,
+        num_channels=16,
+        num_heads=2,
+        num_self_attention_layers=2,
+        init_scale=0.5,
     )
     return build_model(config).eval()
 
 
-@pytest.mark.parametrize("length, latents, message", [(13, 5, "1 to 12"), (0, 1, "1 to 12"), (8, 6, "1 to 5"), (10, 2, "3 to 5"), (8, 0, "1 to 5")])
+@pytest.mark.parametrize(
+    "length, latents, message",
+    [(13, 5, "1 to 12"), (0, 1, "1 to 12"), (8, 6, "1 to 5"), (10, 2, "3 to 5"), (8, 0, "1 to 5")],
+)
 def test_what_does_not_fit_is_refused_with_the_valid_range(model, length, latents, message):
     with pytest.raises(UserError, match=message):
         generate(model, torch.zeros(1, length, dtype=torch.long), max_new_tokens=1, num_latents=latents)

@@ -43,10 +43,15 @@ def test_in_a_dialogue_a_mistake_is_one_line_and_the_next_question(runs, capsys,
     assert streams.out.count("%") == 2 and "error: the text has no mask" in streams.err
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["nothing"], "no model 'nothing'"), (["masked", "x", "--action", "generate"], "cannot generate: its task is MaskedLM"),
-    (["causal", "x" * 99], "99 tokens and must have 1 to 16"), (["images", "nowhere.png"], "no image file nowhere.png"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["nothing"], "no model 'nothing'"),
+        (["masked", "x", "--action", "generate"], "cannot generate: its task is MaskedLM"),
+        (["causal", "x" * 99], "99 tokens and must have 1 to 16"),
+        (["images", "nowhere.png"], "no image file nowhere.png"),
+    ],
+)
 def test_a_mistake_is_one_line_and_exit_status_2(runs, capsys, arguments, message):
     assert main([runs.get(arguments[0], arguments[0]), *arguments[1:]]) == 2
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]

@@ -44,12 +44,19 @@ def test_a_sentencepiece_model_travels_with_the_export(shared, tmp_path):
     (path,) = sorted((shared / "data" / "sentencepiece").glob("*.model"))[:1]
     tokenizer = load_tokenizer(str(path))
     config = PerceiverARConfig(
-        vocab_size=tokenizer.vocab_size, max_seq_len=16, max_latents=8, num_channels=8, num_heads=2, num_self_attention_layers=1
+        vocab_size=tokenizer.vocab_size,
+        max_seq_len=16,
+        max_latents=8,
+        num_channels=8,
+        num_heads=2,
+        num_self_attention_layers=1,
     )
     trained = TrainedModel(model=build_model(config), task=experiment("causal").task, tokenizer=tokenizer)
     again = perceiver.load(trained.export(tmp_path / "out"), device="cpu")
     assert again.tokenizer.fingerprint["sha256"] == tokenizer.fingerprint["sha256"]
-    assert again.generate("The meaning", max_new_tokens=5, seed=0) == trained.generate("The meaning", max_new_tokens=5, seed=0)
+    assert again.generate("The meaning", max_new_tokens=5, seed=0) == trained.generate(
+        "The meaning", max_new_tokens=5, seed=0
+    )
 
 
 def test_an_earlier_export_is_replaced_and_nothing_else(tmp_path):
@@ -174,4 +181,6 @@ def test_the_export_job_writes_what_load_reads(tmp_path, capsys):
     write_run(tmp_path / "run", "masked", {1: 2.0, 2: 1.0})
     assert main([str(tmp_path / "run"), "--out", str(tmp_path / "out"), "--checkpoint", "1"]) == 0
     assert str(tmp_path / "out") in capsys.readouterr().out
-    assert same_weights(perceiver.load(tmp_path / "out", device="cpu").model, build_model(experiment("masked").model, seed=1))
+    assert same_weights(
+        perceiver.load(tmp_path / "out", device="cpu").model, build_model(experiment("masked").model, seed=1)
+    )

@@ -18,9 +18,18 @@ from perceiver.models import build_model
 from tests.trained import write_run
 
 CONFIG = PerceiverARConfig(
-    vocab_size=30, max_seq_len=20, max_latents=8, num_channels=16, num_heads=2, num_self_attention_layers=2, init_scale=0.5
+    vocab_size=30,
+    max_seq_len=20,
+    max_latents=8,
+    num_channels=16,
+    num_heads=2,
+    num_self_attention_layers=2,
+    init_scale=0.5,
 )
-CONFIGS = {"learned and rotary": CONFIG, "rotary only": replace(CONFIG, abs_pos_emb=False, output_norm=True, output_bias=False)}
+CONFIGS = {
+    "learned and rotary": CONFIG,
+    "rotary only": replace(CONFIG, abs_pos_emb=False, output_norm=True, output_bias=False),
+}
 # In float64, so that no rounding flips a greedy choice.
 MODELS = {name: build_model(config, seed=2).double().eval() for name, config in CONFIGS.items()}
 VARIANTS = st.sampled_from(sorted(MODELS))
@@ -49,7 +58,15 @@ def test_cached_equals_uncached_until_the_latents_are_full(variant, lengths, sha
     # The step that finds all latents in use still sees the same; the one after it does not.
     steps = CONFIG.max_latents - num_latents + 1
     cached, plain = (
-        generate(MODELS[variant], ids, max_new_tokens=steps, num_latents=num_latents, pad_mask=pad_mask, temperature=0, use_cache=c)
+        generate(
+            MODELS[variant],
+            ids,
+            max_new_tokens=steps,
+            num_latents=num_latents,
+            pad_mask=pad_mask,
+            temperature=0,
+            use_cache=c,
+        )
         for c in (True, False)
     )
     assert cached.tolist() == plain.tolist()
@@ -75,9 +92,17 @@ def test_latents_and_window_never_grow_beyond_the_model(variant, lengths, share,
     ids, pad_mask = pad_left(prompts(lengths, seed), torch.device("cpu"))
     for use_cache in (True, False):
         new = generate(
-            MODELS[variant], ids, max_new_tokens=50, num_latents=fitting(max(lengths), share), pad_mask=pad_mask, use_cache=use_cache,
-            seed=seed, temperature=1.5, top_k=10, top_p=0.9,
-        )  # fmt: skip
+            MODELS[variant],
+            ids,
+            max_new_tokens=50,
+            num_latents=fitting(max(lengths), share),
+            pad_mask=pad_mask,
+            use_cache=use_cache,
+            seed=seed,
+            temperature=1.5,
+            top_k=10,
+            top_p=0.9,
+        )
         assert new.shape == (len(lengths), 50) and bool(((new >= 0) & (new < 30)).all())
 
 
@@ -85,7 +110,9 @@ def test_a_stream_is_the_whole_in_pieces():
     model, ids = MODELS["rotary only"], torch.tensor([[1, 2, 3], [4, 5, 6]])
     options = {"max_new_tokens": 12, "num_latents": 2}
     whole = generate(model, ids, temperature=0.8, seed=5, **options)
-    assert torch.equal(torch.cat(list(stream(model, ids, sampling=Sampling(temperature=0.8, seed=5), **options)), 1), whole)
+    assert torch.equal(
+        torch.cat(list(stream(model, ids, sampling=Sampling(temperature=0.8, seed=5), **options)), 1), whole
+    )
 
 
 def test_generation_leaves_the_model_as_it_was():
@@ -186,12 +213,17 @@ def test_text_prompts_of_any_length_are_batched_and_streamed_alike(model):
 
 def test_text_generation_refuses_what_does_not_fit(model):
     for arguments, message in [
-        ({"prompt": "seventeen letters"}, "17 tokens and must have 1 to 16"), ({"prompt": "four", "num_latents": 9}, "1 to 4"),
-        ({"prompt": "x", "temperature": -1}, "temperature is -1"), ({"prompt": "x", "top_k": 0}, "top_k is 0"),
-        ({"prompt": "x", "top_p": 1.5}, "top_p is 1.5"), ({"prompt": "x", "stop": "ab"}, "list of strings"),
-        ({"prompt": "x", "num_beams": 0}, "num_beams is 0"), ({"prompt": 7}, "must be text"), ({"prompt": "\ud800"}, "surrogate"),
+        ({"prompt": "seventeen letters"}, "17 tokens and must have 1 to 16"),
+        ({"prompt": "four", "num_latents": 9}, "1 to 4"),
+        ({"prompt": "x", "temperature": -1}, "temperature is -1"),
+        ({"prompt": "x", "top_k": 0}, "top_k is 0"),
+        ({"prompt": "x", "top_p": 1.5}, "top_p is 1.5"),
+        ({"prompt": "x", "stop": "ab"}, "list of strings"),
+        ({"prompt": "x", "num_beams": 0}, "num_beams is 0"),
+        ({"prompt": 7}, "must be text"),
+        ({"prompt": "\ud800"}, "surrogate"),
         ({"prompt": "x", "max_new_tokens": -1}, "must not be negative"),
-    ]:  # fmt: skip
+    ]:
         with pytest.raises(UserError, match=message):
             model.generate(**arguments)
 

@@ -73,10 +73,17 @@ def test_what_is_not_there_is_one_sentence(runs, tmp_path, monkeypatch):
         perceiver.load("nobody/nothing")
 
 
-@pytest.mark.parametrize("task, wrong, input", [
-    ("causal", "fill_mask", "a <mask>"), ("causal", "classify", "a"), ("masked", "generate", "a"), ("masked", "score", "a"),
-    ("sentiment", "fill_mask", "a"), ("images", "generate", "a"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "task, wrong, input",
+    [
+        ("causal", "fill_mask", "a <mask>"),
+        ("causal", "classify", "a"),
+        ("masked", "generate", "a"),
+        ("masked", "score", "a"),
+        ("sentiment", "fill_mask", "a"),
+        ("images", "generate", "a"),
+    ],
+)
 def test_a_model_says_what_it_can_do_instead(models, task, wrong, input):
     with pytest.raises(UserError, match=f"cannot {wrong}: its task is .* which can .*embed"):
         getattr(models[task], wrong)(input)
@@ -147,7 +154,9 @@ def test_fills_are_the_best_combinations_of_all(models):
     """Against all pairs of the likeliest tokens of two masks."""
     masked = models["masked"]
     tokenizer = masked.tokenizer
-    ids = torch.tensor([[tokenizer.cls_id, tokenizer.mask_id, *tokenizer.encode("xy").tolist(), tokenizer.mask_id, tokenizer.sep_id]])
+    ids = torch.tensor(
+        [[tokenizer.cls_id, tokenizer.mask_id, *tokenizer.encode("xy").tolist(), tokenizer.mask_id, tokenizer.sep_id]]
+    )
     log_probs = masked.model(ids).log_softmax(-1)[0, [1, 4]].double()
     log_probs[:, :6] = -torch.inf
     pairs = (log_probs[0][:, None] + log_probs[1]).flatten().topk(40).values.exp()
@@ -155,9 +164,15 @@ def test_fills_are_the_best_combinations_of_all(models):
     np.testing.assert_allclose([f.probability for f in fills], pairs.numpy(), rtol=1e-4)
 
 
-@pytest.mark.parametrize("text, top_k, message", [
-    ("no mask", 1, "has no mask"), ("<mask>" * 40, 1, "at most 32"), ("<mask>", 0, "at least 1"), (3, 1, "must be text"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, top_k, message",
+    [
+        ("no mask", 1, "has no mask"),
+        ("<mask>" * 40, 1, "at most 32"),
+        ("<mask>", 0, "at least 1"),
+        (3, 1, "must be text"),
+    ],
+)
 def test_masks_that_cannot_be_filled_are_refused(models, text, top_k, message):
     with pytest.raises(UserError, match=message):
         models["masked"].fill_mask(text, top_k=top_k)
@@ -172,17 +187,29 @@ def test_an_image_is_the_same_as_array_file_bytes_and_picture(models, tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (6, 6), np.uint8)
     picture = Image.fromarray(pixels)
     picture.save(tmp_path / "x.png")
-    images = [pixels, pixels[..., None], picture, tmp_path / "x.png", str(tmp_path / "x.png"), (tmp_path / "x.png").read_bytes()]
+    images = [
+        pixels,
+        pixels[..., None],
+        picture,
+        tmp_path / "x.png",
+        str(tmp_path / "x.png"),
+        (tmp_path / "x.png").read_bytes(),
+    ]
     first, *others = models["images"].classify(images)
     assert all(other == first for other in others)
     assert first.label in ("0", "1", "2") and sum(first.probabilities) == pytest.approx(1)
 
 
-@pytest.mark.parametrize("image, message", [
-    (np.zeros((5, 6), np.uint8), "5 x 6 pixels with 1 channels and must be 6 x 6 with 1"),
-    (np.zeros((6, 6)), "must be uint8"), ("nowhere.png", "no image file nowhere.png"), (b"no image", "no image that can be read"),
-    (7, "must be a path, bytes"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "image, message",
+    [
+        (np.zeros((5, 6), np.uint8), "5 x 6 pixels with 1 channels and must be 6 x 6 with 1"),
+        (np.zeros((6, 6)), "must be uint8"),
+        ("nowhere.png", "no image file nowhere.png"),
+        (b"no image", "no image that can be read"),
+        (7, "must be a path, bytes"),
+    ],
+)
 def test_what_is_no_image_of_the_model_is_refused(models, image, message):
     with pytest.raises(UserError, match=message):
         models["images"].classify(image)

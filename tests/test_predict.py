@@ -37,7 +37,9 @@ def write_inputs(folder: Path) -> None:
     objects = "".join(json.dumps({"text": line, "name": f"n{i}"}) + "\n" for i, line in enumerate(LINES))
     (folder / "objects.jsonl").write_text(objects)
     (folder / "packed.jsonl.gz").write_bytes(gzip.compress(objects.encode()))
-    pq.write_table(pa.table({"text": LINES, "name": [f"n{i}" for i in range(5)]}), folder / "table.parquet", row_group_size=2)
+    pq.write_table(
+        pa.table({"text": LINES, "name": [f"n{i}" for i in range(5)]}), folder / "table.parquet", row_group_size=2
+    )
 
 
 @pytest.mark.parametrize("rows_per_part", [1, 2, 3, 5, 100])
@@ -69,13 +71,25 @@ def test_ids_are_taken_from_their_column(tmp_path):
 
 
 def test_rows_that_cannot_be_read_are_rows_with_an_error(tmp_path):
-    lines = [b'{"text": "good"}', b"no json", b'{"text": 3}', b'{"other": 1}', b'"text"', b'{"text": "\xff"}', b'{"text": "good too"}']
+    lines = [
+        b'{"text": "good"}',
+        b"no json",
+        b'{"text": 3}',
+        b'{"other": 1}',
+        b'"text"',
+        b'{"text": "\xff"}',
+        b'{"text": "good too"}',
+    ]
     (tmp_path / "x.jsonl").write_bytes(b"\n".join(lines) + b"\n")
     (part,) = plan_parts(list_inputs([str(tmp_path)]), 10, "text", None)
     rows = read_part(part, "text", "text", None)
     assert [row.error is None for row in rows] == [True, False, False, False, False, False, True]
     assert [row.id for row in rows] == [f"x.jsonl:{i}" for i in range(7)]
-    for row, message in zip(rows[1:6], ["not a JSON object", "is int, not text", "missing or null", "not a JSON object", "not UTF-8"], strict=True):
+    for row, message in zip(
+        rows[1:6],
+        ["not a JSON object", "is int, not text", "missing or null", "not a JSON object", "not UTF-8"],
+        strict=True,
+    ):
         assert message in row.error
 
 
@@ -93,7 +107,8 @@ def test_inputs_that_cannot_be_planned_are_refused(tmp_path):
         plan_parts(list_inputs([str(tmp_path)]), 10, "text", None)
 
 
-# -------------------------------------------------------------------------------------------------- rows through a model
+# -------------------------------------------------------------------------------------------------- rows through a
+# model
 
 
 INPUTS = {
@@ -120,7 +135,7 @@ def test_a_bad_row_has_an_error_and_the_others_are_as_without_it(runs, mode, bat
     assert [error is None for error in errors] == [True, False, True, True, False] and errors[-1] == "no such row"
     alone = predict_rows(model, [Row("x", value) for value in good], options)
     kept = table.filter(pa.array([True, False, True, True, False]))
-    for name, kind in MODES[mode].columns:
+    for name, _ in MODES[mode].columns:
         for one, other in zip(kept[name].to_pylist(), alone[name].to_pylist(), strict=True):
             if isinstance(one, (str, int)) or (one and isinstance(one[0] if isinstance(one, list) else one, str)):
                 assert one == other
@@ -143,20 +158,25 @@ def test_a_model_of_another_task_is_refused(runs):
         predict_rows(model, [Row("x", "y")], PredictOptions(mode="generate"))
 
 
-# ---------------------------------------------------------------------------------------------------------- command line
+# ---------------------------------------------------------------------------------------------------------- command
+# line
 
 
 def test_a_command_line_becomes_a_job_with_its_checkpoint_settled(runs, tmp_path):
     from ray_jobs.predict import parse
 
-    job, output, placement = parse([str(runs["sentiment"]), "--input", "in", "--output", str(tmp_path / "out"), "--actors", "2"])
+    job, output, placement = parse(
+        [str(runs["sentiment"]), "--input", "in", "--output", str(tmp_path / "out"), "--actors", "2"]
+    )
     assert (job.options.mode, job.column, job.checkpoint, placement.actors) == ("classify", "text", "1", 2)
     assert job.inputs == (os.path.abspath("in"),) and output == str(tmp_path / "out")
     job, _, _ = parse([str(runs["images"]), "--input", "in", "--output", "out", "--mode", "embed"])
     assert (job.options.mode, job.column, job.kind) == ("embed", "image", "image")
     for arguments, message in [
-        (["--mode", "generate"], "can only classify, embed"), (["--actors", "0"], "--actors is 0"), (["--checkpoint", "9"], "steps 1"),
-    ]:  # fmt: skip
+        (["--mode", "generate"], "can only classify, embed"),
+        (["--actors", "0"], "--actors is 0"),
+        (["--checkpoint", "9"], "steps 1"),
+    ]:
         with pytest.raises(UserError, match=message):
             parse([str(runs["sentiment"]), "--input", "in", "--output", "out", *arguments])
 
@@ -167,7 +187,9 @@ def test_an_output_folder_belongs_to_one_job(runs, tmp_path):
     write_inputs(tmp_path / "in")
 
     def job(*more):
-        return parse([str(runs["sentiment"]), "--input", str(tmp_path / "in"), "--output", str(tmp_path / "out"), *more])[0]
+        return parse(
+            [str(runs["sentiment"]), "--input", str(tmp_path / "in"), "--output", str(tmp_path / "out"), *more]
+        )[0]
 
     parts = plan(job(), str(tmp_path / "out"))
     assert plan(job(), str(tmp_path / "out")) == parts
@@ -188,9 +210,17 @@ def test_parts_go_from_reader_to_actor_to_file_and_every_row_is_there(runs, tmp_
     write_inputs(tmp_path / "in")
     (tmp_path / "in" / "bad.jsonl").write_text('{"text": "\\ud800"}\nno json\n{"text": "good"}\n')
     out = str(tmp_path / "out")
-    job, _, _ = parse([
-        str(runs["sentiment"]), "--input", str(tmp_path / "in"), "--output", out, "--rows-per-part", str(rows_per_part)
-    ])  # fmt: skip
+    job, _, _ = parse(
+        [
+            str(runs["sentiment"]),
+            "--input",
+            str(tmp_path / "in"),
+            "--output",
+            out,
+            "--rows-per-part",
+            str(rows_per_part),
+        ]
+    )
     parts = plan(job, out)
     actor = Predictor(job, out, "cpu", 0)
     for part in parts:
@@ -205,7 +235,8 @@ def test_parts_go_from_reader_to_actor_to_file_and_every_row_is_there(runs, tmp_
     assert [e["id"] for e in errors] == ["bad.jsonl:0", "bad.jsonl:1"] and "surrogate" in errors[0]["error"]
 
 
-# ------------------------------------------------------------------------------------------------------------------- Ray
+# -------------------------------------------------------------------------------------------------------------------
+# Ray
 
 
 def predict_command(run: Path, inputs: Path, output: Path, *more: str) -> list[str]:
@@ -225,7 +256,9 @@ def test_a_killed_job_continues_and_every_row_is_there_once(runs, tmp_path):
             lines.append(bad.get(i, json.dumps({"id": f"r{i}", "text": text}) + "\n"))
         (tmp_path / "in" / f"{file}.jsonl").write_text("".join(lines))
     out = tmp_path / "out"
-    command = predict_command(runs["sentiment"], tmp_path / "in", out, "--id-column", "id", "--actors", "2", "--rows-per-part", "50")
+    command = predict_command(
+        runs["sentiment"], tmp_path / "in", out, "--id-column", "id", "--actors", "2", "--rows-per-part", "50"
+    )
     environment = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     first = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 400
@@ -238,18 +271,24 @@ def test_a_killed_job_continues_and_every_row_is_there_once(runs, tmp_path):
     assert 3 <= len(before) < 80
     second = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
     assert second.returncode == 0, second.stderr
-    assert "done before" in second.stdout and "finished: 4,000 rows" in second.stdout and "3 with errors" in second.stdout
+    assert (
+        "done before" in second.stdout and "finished: 4,000 rows" in second.stdout and "3 with errors" in second.stdout
+    )
     assert {name: (out / name).stat().st_mtime_ns for name in before} == before
     table = pa.concat_tables([pq.read_table(path) for path in sorted(out.glob("part-*.parquet"))])
     expected = {f"r{i}" for i in range(4000)} - {"r17"} | {"0.jsonl:17"}
     assert table.num_rows == 4000 and set(table["id"].to_pylist()) == expected
     wrong = table.filter(table["error"].is_valid())
     assert wrong["id"].to_pylist() == ["0.jsonl:17", "r1234", "r3999"] and wrong["label"].null_count == 3
-    assert [json.loads(line)["id"] for line in (out / "errors.jsonl").read_text().splitlines()] == wrong["id"].to_pylist()
+    assert [json.loads(line)["id"] for line in (out / "errors.jsonl").read_text().splitlines()] == wrong[
+        "id"
+    ].to_pylist()
     assert not [path.name for path in out.iterdir() if path.name.endswith(".tmp")]
     model = perceiver.load(runs["sentiment"], device="cpu")
     rows = [json.loads(line) for line in (tmp_path / "in" / "2.jsonl").read_text().splitlines()]
-    expected = {row["id"]: c.probability for row, c in zip(rows, model.classify([r["text"] for r in rows]), strict=True)}
+    expected = {
+        row["id"]: c.probability for row, c in zip(rows, model.classify([r["text"] for r in rows]), strict=True)
+    }
     found = dict(zip(table["id"].to_pylist(), table["probability"].to_pylist(), strict=True))
     np.testing.assert_allclose([found[i] for i in expected], list(expected.values()), rtol=1e-4)
 

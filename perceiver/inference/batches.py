@@ -14,7 +14,8 @@ from perceiver.config import ImageInput, UserError
 from perceiver.data.images import decode_image, random_crop, scale
 
 ImageLike = Any
-"""An image: a path, the bytes of a PNG or JPEG file, an array (height, width[, channels]) of uint8, or a Pillow image."""
+"""An image: a path, the bytes of a PNG or JPEG file, an array (height, width[, channels]) of uint8, or a Pillow
+image."""
 
 _IMAGENET_MEAN, _IMAGENET_DEVIATION = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
 
@@ -45,7 +46,8 @@ def images_of(values: Sequence[Any], config: ImageInput, crop: int | None = None
     Args:
         values: see `ImageLike`.
         crop: side length that larger images are cut to, in the middle, as in validation; None: none is cut.
-        photos: images of any size, see `photo`; otherwise they must have the model's size, and pixels are scaled to [-1, 1].
+        photos: images of any size, see `photo`; otherwise they must have the model's size, and pixels are scaled to
+            [-1, 1].
 
     Raises:
         UserError: what is no image, or has another size than the model's.
@@ -56,7 +58,8 @@ def images_of(values: Sequence[Any], config: ImageInput, crop: int | None = None
 
 
 def photo(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
-    """A photo as the published ImageNet models want it: the middle 7/8, scaled (bicubic), less ImageNet's mean, over its deviation.
+    """A photo as the published ImageNet models want it: the middle 7/8, scaled (bicubic), less ImageNet's mean, over
+    its deviation.
 
     Args:
         pixels: uint8 (any height, any width, 1 or 3).
@@ -99,7 +102,9 @@ def _pixels(value: Any) -> tuple[np.ndarray, str]:
     """An image as uint8 (height, width, channels), and what messages call it."""
     if isinstance(value, np.ndarray):
         if value.dtype != np.uint8 or value.ndim not in (2, 3):
-            raise UserError(f"an image array must be uint8 (height, width[, channels]), not {value.dtype} {value.shape}")
+            raise UserError(
+                f"an image array must be uint8 (height, width[, channels]), not {value.dtype} {value.shape}"
+            )
         return (value[..., None] if value.ndim == 2 else value), "the image"
     if isinstance(value, (str, Path)):
         path, name = Path(value).expanduser(), str(value)

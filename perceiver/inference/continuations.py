@@ -11,7 +11,7 @@ from torch import nn
 from perceiver.config import UserError
 from perceiver.data.tokenizers import Tokenizer
 from perceiver.inference.batches import check_text, pad_left
-from perceiver.inference.generate import Sampling, beam_search, stream
+from perceiver.inference.generate import DEFAULT_SAMPLING, Sampling, beam_search, stream
 
 _CONTEXT = 16
 """Ids of the prompt that are decoded with a continuation: white space between pieces depends on the piece before."""
@@ -78,7 +78,7 @@ def stream_text(
     *,
     max_new_tokens: int,
     num_latents: int | None = None,
-    sampling: Sampling = Sampling(),
+    sampling: Sampling = DEFAULT_SAMPLING,
     stop: Sequence[str] = (),
     use_cache: bool = True,
 ) -> Iterator[list[str]]:
@@ -91,9 +91,14 @@ def stream_text(
     device = next(model.parameters()).device
     ids, pad_mask = pad_left(rows, device)
     tokens = stream(
-        model, ids, max_new_tokens=max_new_tokens, num_latents=_num_latents(model, rows, num_latents), pad_mask=pad_mask,
-        sampling=sampling, use_cache=use_cache,
-    )  # fmt: skip
+        model,
+        ids,
+        max_new_tokens=max_new_tokens,
+        num_latents=_num_latents(model, rows, num_latents),
+        pad_mask=pad_mask,
+        sampling=sampling,
+        use_cache=use_cache,
+    )
     return _pieces(tokens, [Continuation(tokenizer, row, stop, tokenizer.eos_id) for row in rows])
 
 
@@ -114,7 +119,7 @@ def generate_text(
     *,
     max_new_tokens: int,
     num_latents: int | None = None,
-    sampling: Sampling = Sampling(),
+    sampling: Sampling = DEFAULT_SAMPLING,
     num_beams: int = 1,
     stop: Sequence[str] = (),
     use_cache: bool = True,
@@ -136,18 +141,30 @@ def generate_text(
     if num_beams == 1:
         result = ["" for _ in prompts]
         for pieces in stream_text(
-            model, tokenizer, prompts, max_new_tokens=max_new_tokens, num_latents=num_latents, sampling=sampling, stop=stop,
+            model,
+            tokenizer,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            num_latents=num_latents,
+            sampling=sampling,
+            stop=stop,
             use_cache=use_cache,
-        ):  # fmt: skip
+        ):
             result = [text + piece for text, piece in zip(result, pieces, strict=True)]
         return result
     rows = encode_prompts(tokenizer, prompts)
     _check_stop(stop)
     ids, pad_mask = pad_left(rows, next(model.parameters()).device)
     new, _ = beam_search(
-        model, ids, max_new_tokens=max_new_tokens, num_beams=num_beams, num_latents=_num_latents(model, rows, num_latents),
-        pad_mask=pad_mask, eos_id=tokenizer.eos_id, use_cache=use_cache,
-    )  # fmt: skip
+        model,
+        ids,
+        max_new_tokens=max_new_tokens,
+        num_beams=num_beams,
+        num_latents=_num_latents(model, rows, num_latents),
+        pad_mask=pad_mask,
+        eos_id=tokenizer.eos_id,
+        use_cache=use_cache,
+    )
     continuations = [Continuation(tokenizer, row, stop, tokenizer.eos_id) for row in rows]
     for continuation, row_ids in zip(continuations, new.tolist(), strict=True):
         for token in row_ids:

@@ -1,8 +1,8 @@
 """Trained models as folders of files that last: config.json, model.safetensors and the tokenizer; and the hub.
 
-A folder in our format has `config.json` with the model's and the task's configuration, `model.safetensors` with our weight
-names, and `tokenizer.model` where the tokenizer is a SentencePiece model. Nothing in it is pickled. The format of transformers
-has its own config.json and weight names, for those models that it has too.
+A folder in our format has `config.json` with the model's and the task's configuration, `model.safetensors` with our
+weight names, and `tokenizer.model` where the tokenizer is a SentencePiece model. Nothing in it is pickled. The format
+of transformers has its own config.json and weight names, for those models that it has too.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors.torch import save_file
 
 from perceiver import hub
@@ -94,7 +93,9 @@ def read_config(folder: Path) -> dict[str, Any] | None:
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         return None
     if config.get("format_version") != FORMAT_VERSION:
-        raise UserError(f"{folder} has format version {config.get('format_version')}, this version reads {FORMAT_VERSION}")
+        raise UserError(
+            f"{folder} has format version {config.get('format_version')}, this version reads {FORMAT_VERSION}"
+        )
     return config
 
 
@@ -134,7 +135,9 @@ def download(name: str, files: list[str]) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=files))
     except LocalEntryNotFoundError as error:
-        raise UserError(f"the hub cannot be reached, and {name} was not downloaded before ({_reason(error)})") from error
+        raise UserError(
+            f"the hub cannot be reached, and {name} was not downloaded before ({_reason(error)})"
+        ) from error
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise UserError(f"no model {name!r} here or on the hub ({_reason(error)})") from error
 

@@ -1,9 +1,10 @@
 """Text generation with Perceiver AR, on token ids: greedy, sampling and beam search, with and without key/value cache.
 
-The last `num_latents` prompt positions start as latents. Each new token adds a latent until max_latents are in use; then the
-prefix grows instead, until it holds max_seq_len - max_latents; then the oldest token falls out of the window. With the cache,
-keys and values stay as they were computed: the same tokens come out until the latents are full, afterwards what was a latent
-keeps the norm, place and context that it had as one. So each mode has its own, equally well defined, continuation.
+The last `num_latents` prompt positions start as latents. Each new token adds a latent until max_latents are in use;
+then the prefix grows instead, until it holds max_seq_len - max_latents; then the oldest token falls out of the window.
+With the cache, keys and values stay as they were computed: the same tokens come out until the latents are full,
+afterwards what was a latent keeps the norm, place and context that it had as one. So each mode has its own, equally
+well defined, continuation.
 
 Shapes: B rows (prompts, or prompts times beams), N prompt positions, T new tokens, V vocabulary.
 """
@@ -40,6 +41,10 @@ class Sampling:
             raise UserError(f"top_k is {self.top_k} and must be at least 1")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise UserError(f"top_p is {self.top_p} and must be above 0 and at most 1")
+
+
+DEFAULT_SAMPLING = Sampling()
+"""Draws from the model's own distribution."""
 
 
 def generate(
@@ -98,10 +103,11 @@ def stream(
     max_new_tokens: int,
     num_latents: int = 1,
     pad_mask: Tensor | None = None,
-    sampling: Sampling = Sampling(),
+    sampling: Sampling = DEFAULT_SAMPLING,
     use_cache: bool = True,
 ) -> Iterator[Tensor]:
-    """Like `generate`, but gives each column of new ids (B, 1) as soon as it is there. Arguments are checked at once."""
+    """Like `generate`, but gives each column of new ids (B, 1) as soon as it is there. Arguments are checked at
+    once."""
     check_prompt(model.config, prompt, max_new_tokens, num_latents)
     sampling.check()
     return _stream(model, prompt, max_new_tokens, num_latents, pad_mask, sampling, use_cache)
@@ -149,8 +155,8 @@ def beam_search(
     Args:
         num_beams: continuations that are followed at once, for each prompt.
         eos_id: a continuation that has it is finished; None: all have max_new_tokens.
-        length_penalty: continuations are compared by log-probability / length^length_penalty (arXiv 1609.08144 without its
-            constants); it matters only where they have different lengths.
+        length_penalty: continuations are compared by log-probability / length^length_penalty (arXiv 1609.08144 without
+            its constants); it matters only where they have different lengths.
         Others: see `generate`.
 
     Returns:
@@ -203,7 +209,8 @@ def beam_search(
 
 
 class Window:
-    """What generation has seen so far, and the logits of what comes next: with a cache, or computed anew from the ids."""
+    """What generation has seen so far, and the logits of what comes next: with a cache, or computed anew from the
+    ids."""
 
     def __init__(self, model: nn.Module, ids: Tensor, pad_mask: Tensor | None, prefix_len: int, cache) -> None:
         self.model, self.ids, self.pad_mask, self.prefix_len, self.cache = model, ids, pad_mask, prefix_len, cache

@@ -43,8 +43,8 @@ def load(
     """A trained model, in this process and on one device.
 
     Args:
-        source: folder of a run, name of a run among those of $PERCEIVER_HOME, a folder that `export` wrote, a folder or file
-            with published weights (of transformers or krasserm/perceiver-io), or a name on the Hugging Face hub.
+        source: folder of a run, name of a run among those of $PERCEIVER_HOME, a folder that `export` wrote, a folder or
+            file with published weights (of transformers or krasserm/perceiver-io), or a name on the Hugging Face hub.
         checkpoint: of a run: "best" (by the run's own metric), "last" or a step.
         device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1", ...
         precision: of weights and computation.
@@ -119,7 +119,13 @@ def load_run(folder: Path, checkpoint: str, device: torch.device) -> TrainedMode
         load_model(chosen.path, model)
     music = isinstance(experiment.task, SymbolicAudioConfig)
     tokenizer = None if music else tokenizer_of(experiment.model, experiment.data.tokenizer)
-    provenance = {"run": folder.name, "preset": experiment.preset, "step": chosen.step, "metrics": chosen.metrics, "data": run["data"]}
+    provenance = {
+        "run": folder.name,
+        "preset": experiment.preset,
+        "step": chosen.step,
+        "metrics": chosen.metrics,
+        "data": run["data"],
+    }
     return TrainedModel(model=model, task=experiment.task, tokenizer=tokenizer, name=folder.name, provenance=provenance)
 
 
@@ -176,7 +182,8 @@ def tokenizer_of(config: ModelConfig, name: str) -> Tokenizer | None:
 
 
 def load_published(source: str | Path, folder: Path | None, device: torch.device) -> TrainedModel:
-    """A model of transformers or krasserm/perceiver-io, from a folder, a file, or the hub by name; see `perceiver.pretrained`.
+    """A model of transformers or krasserm/perceiver-io, from a folder, a file, or the hub by name; see
+    `perceiver.pretrained`.
 
     Its task is told by its input and output, its tokenizer is that of UTF-8 bytes.
 
@@ -234,5 +241,7 @@ def _device(device: str) -> torch.device:
     except RuntimeError:
         raise UserError(f"device is {device!r} and must be auto, cpu, cuda or cuda:NUMBER") from None
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"device is {device!r}, but this machine has {torch.cuda.device_count()} GPUs that PyTorch can use")
+        raise UserError(
+            f"device is {device!r}, but this machine has {torch.cuda.device_count()} GPUs that PyTorch can use"
+        )
     return chosen

@@ -70,19 +70,33 @@ def _score(model: TrainedModel, values: list[Any], options: PredictOptions, seed
 
 def _generate(model: TrainedModel, values: list[Any], options: PredictOptions, seed: int) -> list[tuple]:
     texts = model.generate(
-        values, max_new_tokens=options.max_new_tokens, temperature=options.temperature, top_k=options.top_k, top_p=options.top_p,
-        num_latents=options.num_latents, stop=options.stop, seed=seed, batch_size=len(values),
-    )  # fmt: skip
+        values,
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        num_latents=options.num_latents,
+        stop=options.stop,
+        seed=seed,
+        batch_size=len(values),
+    )
     return [(text,) for text in texts]
 
 
 MODES: dict[str, Mode] = {
     "classify": Mode(
         "classify",
-        (("label", pa.string()), ("index", pa.int32()), ("probability", pa.float32()), ("probabilities", pa.list_(pa.float32()))),
+        (
+            ("label", pa.string()),
+            ("index", pa.int32()),
+            ("probability", pa.float32()),
+            ("probabilities", pa.list_(pa.float32())),
+        ),
         _classify,
     ),
-    "fill-mask": Mode("fill_mask", (("texts", pa.list_(pa.string())), ("probabilities", pa.list_(pa.float32()))), _fill_mask),
+    "fill-mask": Mode(
+        "fill_mask", (("texts", pa.list_(pa.string())), ("probabilities", pa.list_(pa.float32()))), _fill_mask
+    ),
     "embed": Mode("embed", (("embedding", pa.list_(pa.float32())),), _embed),
     "score": Mode("score", (("loss", pa.float64()), ("bits_per_byte", pa.float64()), ("tokens", pa.int64())), _score),
     "generate": Mode("generate", (("text", pa.string()),), _generate),
@@ -92,8 +106,8 @@ MODES: dict[str, Mode] = {
 def predict_rows(model: TrainedModel, rows: Sequence[Row], options: PredictOptions, stream: str = "") -> pa.Table:
     """One output row for each input row, in order: "id", the mode's columns, and "error" (null where all is well).
 
-    A row that the model refuses has an error and nulls; the others of its batch are computed without it. What comes out of
-    a row does not depend on the others, but for random draws, which depend on (seed, stream) and the rows together.
+    A row that the model refuses has an error and nulls; the others of its batch are computed without it. What comes out
+    of a row does not depend on the others, but for random draws, which depend on (seed, stream) and the rows together.
 
     Args:
         stream: what sets random draws of these rows apart from those of others.
@@ -113,7 +127,9 @@ def predict_rows(model: TrainedModel, rows: Sequence[Row], options: PredictOptio
         for group in (places, *([i] for i in places)):
             seed = seed_of(options.seed, f"{stream}/{start}/{group[0]}/{len(group)}")
             try:
-                for i, result in zip(group, mode.run(model, [rows[i].value for i in group], options, seed), strict=True):
+                for i, result in zip(
+                    group, mode.run(model, [rows[i].value for i in group], options, seed), strict=True
+                ):
                     results[i] = result
             except UserError as error:
                 # The batch is taken apart, and the one that is refused alone is the bad row.

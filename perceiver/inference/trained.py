@@ -29,9 +29,8 @@ from perceiver.data.tokenizers import Tokenizer
 from perceiver.inference import measure
 from perceiver.inference.batches import ImageLike, check_text, images_of, pad_right
 from perceiver.inference.continuations import generate_text, stream_text
-from perceiver.inference.masks import Fill, fill_masks
 from perceiver.inference.generate import Sampling
-from perceiver.inference.measure import Classification, Score
+from perceiver.inference.masks import fill_masks
 from perceiver.models import PerceiverAR, PerceiverIO
 
 Result = TypeVar("Result")
@@ -57,7 +56,8 @@ class TrainedModel:
     task: TaskConfig
     tokenizer: Tokenizer | None = None
     photos: bool = False
-    """Images of any size are cut and scaled, as the published ImageNet models want it (`perceiver.inference.batches.photo`)."""
+    """Images of any size are cut and scaled, as the published ImageNet models want it
+    (`perceiver.inference.batches.photo`)."""
     name: str = "model"
     """What messages call it."""
     provenance: dict[str, Any] = field(default_factory=dict)
@@ -112,12 +112,19 @@ class TrainedModel:
         sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
         return _map(
             lambda prompts: generate_text(
-                self.model, tokenizer, prompts, max_new_tokens=max_new_tokens, num_latents=num_latents, sampling=sampling,
-                num_beams=num_beams, stop=stop, use_cache=use_cache,
+                self.model,
+                tokenizer,
+                prompts,
+                max_new_tokens=max_new_tokens,
+                num_latents=num_latents,
+                sampling=sampling,
+                num_beams=num_beams,
+                stop=stop,
+                use_cache=use_cache,
             ),
             prompt,
             batch_size,
-        )  # fmt: skip
+        )
 
     def stream(
         self,
@@ -134,9 +141,14 @@ class TrainedModel:
         """Like `generate` for one prompt, but gives the text piece by piece as it comes."""
         tokenizer = self._require("stream")
         pieces = stream_text(
-            self.model, tokenizer, [prompt], max_new_tokens=max_new_tokens, num_latents=num_latents, stop=stop,
+            self.model,
+            tokenizer,
+            [prompt],
+            max_new_tokens=max_new_tokens,
+            num_latents=num_latents,
+            stop=stop,
             sampling=Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed),
-        )  # fmt: skip
+        )
         return (piece for (piece,) in pieces if piece)
 
     def fill_mask(self, text: str | Sequence[str], *, top_k: int = 1, batch_size: int = 8) -> Any:
@@ -153,8 +165,11 @@ class TrainedModel:
         names = self.class_names
         return _map(lambda batch: measure.classify(self.model, *self._inputs(batch), names), inputs, batch_size)
 
-    def embed(self, inputs: str | ImageLike | Sequence[str | ImageLike], *, pool: bool = True, batch_size: int = 16) -> Any:
-        """Latents of a text or image as a float32 vector (channels,): their mean; with `pool=False` all (latents, channels).
+    def embed(
+        self, inputs: str | ImageLike | Sequence[str | ImageLike], *, pool: bool = True, batch_size: int = 16
+    ) -> Any:
+        """Latents of a text or image as a float32 vector (channels,): their mean; with `pool=False` all (latents,
+        channels).
 
         Of a causal language model: the final latents of the last max_latents tokens.
         """
@@ -227,7 +242,9 @@ def task_of(config: ModelConfig) -> TaskConfig:
             )
         case ImageInput(), ClassOutput():
             return ImageClassificationConfig()
-    raise UserError(f"a model from {type(config.input).__name__} to {type(config.output).__name__} cannot be used here yet")
+    raise UserError(
+        f"a model from {type(config.input).__name__} to {type(config.output).__name__} cannot be used here yet"
+    )
 
 
 def _map(function: Callable[[Sequence[Any]], Sequence[Result]], inputs: Any, batch_size: int) -> Any:
