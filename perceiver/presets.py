@@ -46,10 +46,10 @@ def quickstart() -> Experiment:
             output=ClassOutput(num_query_channels=64),
         ),
         data=DataConfig(source="mnist-mini"),
-        optim=OptimConfig(lr=3e-3, schedule="cosine", warmup_steps=20),
-        training=TrainingConfig(global_batch_size=64, max_epochs=5),
+        optim=OptimConfig(lr=3e-3, schedule="cosine", warmup_steps=50),
+        training=TrainingConfig(global_batch_size=32, max_epochs=8),
         parallel=ParallelConfig(workers=2),
-        run=RunConfig(log_every=20, val_every=100, checkpoint_every=100),
+        run=RunConfig(log_every=50, val_every=250, checkpoint_every=250),
     )
 
 
@@ -263,6 +263,23 @@ def clm_c4() -> Experiment:
     )
 
 
+def clm_c4_small() -> Experiment:
+    """clm-c4 with fewer channels, layers and positions, for one CPU: 4.9 million parameters, windows of 128 to 256 pieces."""
+    base = clm_c4()
+    return replace(
+        base,
+        preset="clm-c4-small",
+        task=replace(base.task, min_seq_len=128),
+        model=replace(
+            base.model, max_seq_len=256, max_latents=128, num_channels=128, num_heads=4, num_self_attention_layers=3
+        ),
+        optim=replace(base.optim, lr=2e-3, warmup_steps=50),
+        training=TrainingConfig(global_batch_size=16, max_steps=1_000),
+        parallel=ParallelConfig(workers=2),
+        run=RunConfig(val_every=100, val_batches=20, checkpoint_every=100),
+    )
+
+
 # ---------------------------------------------------------------------------------------------------------------- music
 
 
@@ -388,6 +405,7 @@ PRESETS: dict[str, Callable[[], Experiment]] = {
         txt_clf_imdb_all,
         txt_clf_imdb_all_small,
         clm_c4,
+        clm_c4_small,
         sam_maestro,
         sam_giantmidi,
         img_clf_imagenet,
