@@ -425,7 +425,7 @@ def test_a_frozen_model_computes_what_it_does_unfrozen():
     base = classification_experiment()
     ids = torch.randint(6, 262, (5, 32), generator=torch.Generator().manual_seed(0))
     plain, freezing = (build_model(frozen(base, freeze).model)(ids) for freeze in (False, True))
-    assert torch.equal(plain, freezing)
+    torch.testing.assert_close(freezing, plain)  # attention may choose another kernel where nothing needs gradients
 
 
 def test_a_whole_step_costs_more_than_2_5_steps_of_the_decoder_alone():
