@@ -1,6 +1,6 @@
 """Numbers proof: the same training under any number of workers, sharding, recomputation and accumulation.
 
-Processes with gloo, through the code that Ray's workers run. `python -m tests.test_parallel` prints the table of docs/large-run.md.
+Processes with gloo, through the code that Ray's workers run. `python -m tests.test_parallel` prints the numbers.
 """
 
 import multiprocessing
@@ -62,14 +62,13 @@ def worker(rank: int, port: int, config: dict, data: str, folder: str, stop_at: 
     if made.parallel.replicas > 1:
         assert world.mesh.shape == (made.parallel.replicas, size // made.parallel.replicas)
     settings = {} if stop_at is None else {"stop_at": stop_at}
-    Training(
-        made, build_task(made), data, Manifest.load(data), world, Path(folder), read_here, say=lambda text: None, **settings
-    ).run()
+    manifest, task = Manifest.load(data), build_task(made)
+    Training(made, task, data, manifest, world, Path(folder), read_here, say=lambda text: None, **settings).run()
     dist.destroy_process_group()
 
 
 def train(made: Experiment, data: Path, folder: Path, stop_at: int | None = None) -> None:
-    """Trains with as many processes as the experiment has workers. They are forked from a server that has all imported."""
+    """Trains with as many processes as the experiment has workers, forked from a server that has all imported."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -144,7 +143,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         data = make_data(Path(folder) / "data")
         reference = None
-        print(f"| layout | loss, step 1 | loss, step {STEPS} | validation loss | largest relative difference of the {STEPS} losses |")
+        print(f"| layout | loss, step 1 | loss, step {STEPS} | validation loss | largest difference of a loss |")
         print("|---|---:|---:|---:|---:|")
         for number, (name, parallel) in enumerate(LAYOUTS.items()):
             run = Path(folder) / f"run{number}"
