@@ -112,6 +112,9 @@ def _fit(
         )
         try:
             trainer.fit()
+        except SystemExit:
+            # Ray Train's own handler of Ctrl-C ends its workers and then the process.
+            raise KeyboardInterrupt from None
         except ray.train.TrainingFailedError as error:
             raise TrainingFailed(_describe(error)) from error
 
