@@ -47,7 +47,7 @@ def quickstart() -> Experiment:
         ),
         data=DataConfig(source="mnist-mini"),
         optim=OptimConfig(lr=3e-3, schedule="cosine", warmup_steps=50),
-        training=TrainingConfig(global_batch_size=32, max_epochs=8),
+        training=TrainingConfig(global_batch_size=32, max_epochs=6),
         parallel=ParallelConfig(workers=2),
         run=RunConfig(log_every=50, val_every=250, checkpoint_every=250),
     )
