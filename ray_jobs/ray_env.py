@@ -56,7 +56,7 @@ def quiet() -> None:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    for name in ("ray.data", "ray.train", "ray.tune"):
+    for name in ("ray.data", "ray.train"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
