@@ -61,15 +61,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--source", default="mnist-mini", help="MNIST: a name or a folder (see docs/data.md)")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of the worker")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    threads = os.cpu_count() or 1
     base = PRESETS["img-clf-mnist"]()
     experiment = replace(
         base,
         data=replace(base.data, source=args.source),
         training=replace(base.training, global_batch_size=128, max_epochs=None, max_steps=args.steps),
-        parallel=replace(base.parallel, threads_per_worker=threads),
+        parallel=replace(base.parallel, threads_per_worker=args.threads),
         run=replace(base.run, log_every=EVERY, val_every=10**9, checkpoint_every=10**9, val_batches=1),
     )
     from ray_jobs.preprocess import prepare
@@ -82,7 +82,7 @@ def main() -> None:
         for repeat in range(args.repeats):
             plain, ray = Path(folder) / f"plain-{repeat}", Path(folder) / f"ray-{repeat}"
             process = multiprocessing.get_context("spawn").Process(
-                target=without_ray, args=(to_dict(experiment), data, str(plain), threads)
+                target=without_ray, args=(to_dict(experiment), data, str(plain), args.threads)
             )
             process.start()
             process.join()
@@ -95,7 +95,7 @@ def main() -> None:
         "seconds_per_step": medians,
         "ratio": medians["with Ray"] / medians["without Ray"],
         "data_wait": statistics.median(waits),
-        "threads": threads,
+        "threads": args.threads,
         "all": seconds,
     }
     for name, value in medians.items():

@@ -5,8 +5,8 @@
 A step is zero_grad, forward, loss, backward and a fused AdamW step, in float32, with the dropouts of the preset. The
 bound is the GFLOP of the reference implementation's model (krasserm/perceiver-io, constants below) divided by the rate
 of a large square float32 product, measured between the steps in the same process. The ratio of the two carries over
-between machines; times do not. Each workload runs in a process of its own, so that peak memory is its own. Where
-`transformers` is installed, its Perceiver can run beside ours where it has the same model (--with-transformers).
+between machines; times do not. Peak memory is that of a process which does nothing else. Where `transformers` is
+installed, its Perceiver can run beside ours where it has the same model (--with-transformers).
 """
 
 import argparse
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from perceiver.models import build_model
 from perceiver.models.flops import num_kept
 from perceiver.presets import PRESETS
+from perceiver.training.parallel import reuse_freed_memory
 
 MATMUL_SIZE = 3072
 
@@ -131,30 +132,48 @@ def timed_step(optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor]) -> 
     return time.perf_counter() - start, middle - start
 
 
-def measure(name: str, repeats: int, threads: int, with_transformers: bool) -> list[dict[str, float | str]]:
-    """Rows for one workload, medians over the repeats. Run in a fresh process."""
+def build_side(name: str, side: str, threads: int) -> tuple[nn.Module, Callable[[], Tensor], torch.optim.Optimizer] | None:
+    """A model, its loss on a fixed batch and its optimizer; None where transformers does not have the model."""
     torch.set_num_threads(threads)
+    reuse_freed_memory()
     torch.manual_seed(0)
     workload = WORKLOADS[name]
     batch = workload.batch(workload.batch_size)
-    model = build_model(PRESETS[name]().model).train()
-    sides = {"ours": (model, lambda: workload.loss(model, batch))}
-    if with_transformers and (other := transformers_step(name, batch)):
-        other_model, other_loss = other
-        sides["transformers"] = (other_model.train(), lambda: other_loss(other_model))
-    optimizers = {side: torch.optim.AdamW(m.parameters(), lr=1e-4, fused=True) for side, (m, _) in sides.items()}
+    if side == "ours":
+        model, loss = build_model(PRESETS[name]().model), workload.loss
+        step = lambda: loss(model, batch)  # noqa: E731
+    elif other := transformers_step(name, batch):
+        model, other_loss = other
+        step = lambda: other_loss(model)  # noqa: E731
+    else:
+        return None
+    return model.train(), step, torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+
+def peak_memory(name: str, side: str, threads: int) -> float:
+    """Peak resident memory in MiB of a process that does three steps and nothing else. Run in a fresh process."""
+    _, loss, optimizer = build_side(name, side, threads)
+    for _ in range(3):
+        timed_step(optimizer, loss)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def measure(name: str, repeats: int, threads: int, with_transformers: bool) -> list[dict[str, float | str]]:
+    """Rows for one workload, medians over the repeats. Run in a fresh process."""
+    sides = {"ours": build_side(name, "ours", threads)}
+    if with_transformers and (other := build_side(name, "transformers", threads)):
+        sides["transformers"] = other
     a, b, out = torch.rand(3, MATMUL_SIZE, MATMUL_SIZE).unbind()
     times: dict[str, list[tuple[float, float]]] = {side: [] for side in sides}
     rates = []
     for repeat in range(-1, repeats):  # the first is to warm up
-        for side, (_, loss) in sides.items():
-            seconds = timed_step(optimizers[side], loss)
+        for side, (_, loss, optimizer) in sides.items():
+            seconds = timed_step(optimizer, loss)
             rate = matmul_rate(a, b, out)
             if repeat >= 0:
                 times[side].append(seconds)
                 rates.append(rate)
     rate = statistics.median(rates)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     rows = []
     for side, seconds in times.items():
         step, passes = (statistics.median(column) for column in zip(*seconds, strict=True))
@@ -165,8 +184,7 @@ def measure(name: str, repeats: int, threads: int, with_transformers: bool) -> l
                 "step_ms": 1e3 * step,
                 "forward_backward_ms": 1e3 * passes,
                 "matmul_gflop_per_s": rate / 1e9,
-                "ratio_to_bound": step * rate / (workload.reference_gflop * 1e9),
-                "peak_rss_mib": peak,
+                "ratio_to_bound": step * rate / (WORKLOADS[name].reference_gflop * 1e9),
             }
         )
     return rows
@@ -189,6 +207,9 @@ def main() -> None:
     for name in args.workloads:
         with context.Pool(1) as pool:
             new = pool.apply(measure, (name, args.repeats, args.threads, args.with_transformers))
+        for row in new:
+            with context.Pool(1) as pool:
+                row["peak_rss_mib"] = pool.apply(peak_memory, (name, row["implementation"], args.threads))
         for row in new:
             goal = WORKLOADS[name].goal
             print(

@@ -84,7 +84,8 @@ class Job:
         end = time.monotonic() + 60
         while self.pids("ray::") and time.monotonic() < end:
             time.sleep(0.2)
-        assert not self.pids("ray::")
+        left = [(Path("/proc") / str(pid) / "cmdline").read_text() for pid in self.pids("ray::")]
+        assert not left, f"still running a minute after the driver's end: {left}"
 
 
 def losses(run: Path) -> list[tuple[int, float]]:
