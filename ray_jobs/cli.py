@@ -52,7 +52,7 @@ def preset(name: str) -> Experiment:
         UserError: there is none of that name; offers the nearest.
     """
     if name not in PRESETS:
-        raise UserError(f"preset {name!r} does not exist{_nearest(name, PRESETS)}; presets are {', '.join(PRESETS)}")
+        raise UserError(f"preset {name!r} does not exist{nearest(name, PRESETS)}; presets are {', '.join(PRESETS)}")
     return PRESETS[name]()
 
 
@@ -68,12 +68,12 @@ def override(experiment: Experiment, args: Sequence[str], prog: str) -> Experime
         if re.match(r"--[a-zA-Z]", arg) and arg != "--help":
             name = arg[2:].partition("=")[0].replace("-", "_")
             if name not in fields:
-                raise UserError(f"field {arg.partition('=')[0]} does not exist{_nearest(name, fields, '--')}")
+                raise UserError(f"field {arg.partition('=')[0]} does not exist{nearest(name, fields, '--')}")
     output = io.StringIO()
     try:
         with contextlib.redirect_stderr(output):
             return tyro.cli(
-                tyro.conf.AvoidSubcommands[Experiment], default=experiment, args=args, prog=f"python -m {prog}"
+                tyro.conf.AvoidSubcommands[tyro.conf.FlagConversionOff[Experiment]], default=experiment, args=args, prog=f"python -m {prog}"
             )
     except SystemExit as stop:
         if stop.code in (0, None):
@@ -106,7 +106,7 @@ def _long(arg: str) -> str:
     return SHORTCUTS.get(name, name) + equals + value
 
 
-def _nearest(name: str, names: Sequence[str] | dict, prefix: str = "") -> str:
+def nearest(name: str, names: Sequence[str] | dict, prefix: str = "") -> str:
     """", did you mean ...?" for a name that is not among `names`; a dotted name may be near in its last part alone."""
     found = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)
     if not found:

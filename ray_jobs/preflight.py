@@ -86,7 +86,7 @@ def plan_resources(experiment: Experiment) -> Resources:
     _wait_for_growth(parallel, gpu)
     total = ray.cluster_resources()
     cpus = total.get("CPU", 0.0)
-    cores = _cores()
+    cores = cluster_cores()
     if gpu and total.get("GPU", 0) < parallel.workers:
         raise UserError(
             f"parallel.workers is {parallel.workers} but the cluster has {total.get('GPU', 0):g} GPUs: "
@@ -124,7 +124,7 @@ def _wait_for_growth(parallel: ParallelConfig, gpu: bool) -> None:
     request_resources(bundles=[])
 
 
-def _cores() -> int:
+def cluster_cores() -> int:
     """CPUs of the cluster, without the extra one that a local cluster counts for data tasks."""
     total = int(ray.cluster_resources().get("CPU", 0))
     alone = len(ray.nodes()) == 1

@@ -7,6 +7,9 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+import torch.distributed.checkpoint as dcp
+
 from perceiver.training.record import read_metrics
 from tests.conftest import ROOT
 
@@ -78,14 +81,30 @@ class Job:
         os.kill(self.pids("ray::RayTrainWorker")[0], signal.SIGKILL)
 
     def kill_driver(self) -> None:
-        """Ends the driver without a word, and waits until its workers have noticed."""
+        """Ends the driver without a word, and waits until its workers have noticed. Ray's agents of the node may take longer."""
         self.process.kill()
         self.process.wait()
         end = time.monotonic() + 60
-        while self.pids("ray::") and time.monotonic() < end:
+        while (left := self._working()) and time.monotonic() < end:
             time.sleep(0.2)
-        left = [(Path("/proc") / str(pid) / "cmdline").read_text() for pid in self.pids("ray::")]
         assert not left, f"still running a minute after the driver's end: {left}"
+
+    def _working(self) -> list[str]:
+        names = []
+        for pid in self.pids("ray::"):
+            try:
+                names.append((Path("/proc") / str(pid) / "cmdline").read_text().rstrip("\0"))
+            except OSError:
+                continue  # it ended meanwhile
+        return [name for name in names if not name.endswith("Agent")]
+
+
+def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Model and optimizer in a checkpoint, by name."""
+    metadata = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    tensors = {k: torch.empty(m.size, dtype=m.properties.dtype) for k, m in metadata.items() if hasattr(m, "size")}
+    dcp.load(tensors, checkpoint_id=checkpoint, no_dist=True)
+    return tensors
 
 
 def losses(run: Path) -> list[tuple[int, float]]:

@@ -190,6 +190,7 @@ def test_an_image_is_the_same_as_array_file_bytes_and_picture(models, tmp_path):
     images = [
         pixels,
         pixels[..., None],
+        torch.from_numpy(pixels),
         picture,
         tmp_path / "x.png",
         str(tmp_path / "x.png"),
@@ -197,6 +198,7 @@ def test_an_image_is_the_same_as_array_file_bytes_and_picture(models, tmp_path):
     ]
     first, *others = models["images"].classify(images)
     assert all(other == first for other in others)
+    assert models["images"].classify(np.stack([pixels[..., None]] * 2)) == [first, first]
     assert first.label in ("0", "1", "2") and sum(first.probabilities) == pytest.approx(1)
 
 

@@ -36,6 +36,8 @@ class Panel:
     labels: list[tuple[str, Colour]] = field(default_factory=list)
     y_names: list[str] = field(default_factory=list)
     """Names of rows 0, 1, ... instead of numbers at the y axis."""
+    x_names: list[str] = field(default_factory=list)
+    """Names of columns 0, 1, ... instead of numbers at the x axis."""
 
     def line(self, points: Iterable[Point], colour: Colour, width: int = 2) -> None:
         self.lines.append((self._finite(points), colour, width))
@@ -79,9 +81,9 @@ class Panel:
         draw.text((8, 8), self.title, fill="black")
         draw.text(((x_at.start + x_at.end) / 2 - 3 * len(self.x_label), y_at.start + 22), self.x_label, fill="black")
         draw.text((8, 21), self.y_label, fill=(90, 90, 90))
-        for x in x_at.ticks():
+        for x, text in list(enumerate(self.x_names)) or [(x, number(x)) for x in x_at.ticks()]:
             draw.line((x_at(x), y_at.start, x_at(x), y_at.end), fill=(232, 232, 232))
-            draw.text((x_at(x) - 12, y_at.start + 6), number(x), fill="black")
+            draw.text((max(2, min(x_at(x) - 3 * len(text), self.size[0] - 6 * len(text))), y_at.start + 6), text, fill="black")
         rows = list(enumerate(self.y_names)) or [(y, number(y)) for y in y_at.ticks()]
         for y, text in rows:
             draw.line((x_at.start, y_at(y), x_at.end, y_at(y)), fill=(232, 232, 232))

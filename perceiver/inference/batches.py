@@ -14,8 +14,8 @@ from perceiver.config import ImageInput, UserError
 from perceiver.data.images import decode_image, random_crop, scale
 
 ImageLike = Any
-"""An image: a path, the bytes of a PNG or JPEG file, an array (height, width[, channels]) of uint8, or a Pillow
-image."""
+"""An image: a path, the bytes of a PNG or JPEG file, an array or tensor (height, width[, channels]) of uint8,
+or a Pillow image. Several: a list of them, or an array or tensor (images, height, width, channels)."""
 
 _IMAGENET_MEAN, _IMAGENET_DEVIATION = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
 
@@ -100,6 +100,8 @@ def _with_channels(pixels: np.ndarray, channels: int) -> np.ndarray:
 
 def _pixels(value: Any) -> tuple[np.ndarray, str]:
     """An image as uint8 (height, width, channels), and what messages call it."""
+    if isinstance(value, torch.Tensor):
+        value = value.cpu().numpy()
     if isinstance(value, np.ndarray):
         if value.dtype != np.uint8 or value.ndim not in (2, 3):
             raise UserError(
@@ -122,7 +124,7 @@ def _pixels(value: Any) -> tuple[np.ndarray, str]:
         grey = value.mode in ("1", "L", "LA", "I;16")
         pixels = np.asarray(value.convert("L" if grey else "RGB"))
         return (pixels[..., None] if grey else pixels), name
-    raise UserError(f"an image must be a path, bytes, a uint8 array or a Pillow image, not {type(value).__name__}")
+    raise UserError(f"an image must be a path, bytes, a uint8 array or tensor, or a Pillow image, not {type(value).__name__}")
 
 
 def check_text(value: Any) -> str:

@@ -251,6 +251,8 @@ def _map(function: Callable[[Sequence[Any]], Sequence[Result]], inputs: Any, bat
     """Applies a function of batches to one input or a list of inputs."""
     if batch_size < 1:
         raise UserError(f"batch_size is {batch_size} and must be at least 1")
+    if getattr(inputs, "ndim", 0) == 4:  # an array or tensor of images
+        inputs = list(inputs)
     if not isinstance(inputs, (list, tuple)):
         return function([inputs])[0]
     return [result for i in range(0, len(inputs), batch_size) for result in function(inputs[i : i + batch_size])]

@@ -1,0 +1,170 @@
+"""Sweeps without a training: what is refused, what fits, exchanges of checkpoints, reports, isoFLOP plans."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import ray
+from ray import tune
+
+from perceiver.config import UserError, to_dict
+from perceiver.presets import PRESETS
+from perceiver.training.checkpoint import list_checkpoints, write_json
+from tuning import population, report, sweep
+from tuning.record import prune
+from tuning.scaling_laws import plan, step_flops
+from tuning.sweeps import SWEEPS, Sweep, check_sweep, find_sweep, trial_experiment
+
+GOOD = Sweep(preset="quickstart", space={"optim.lr": tune.loguniform(1e-4, 1e-2)})
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_ready_made_sweeps_are_sound_and_describe_themselves_alike_each_time(name):
+    sweep.check_values(find_sweep(name))
+    first, second = (json.dumps(sweep.describe(find_sweep(name))) for _ in range(2))
+    assert first == second and " object at " not in first
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"preset": "quickstrat"}, "did you mean quickstart"),
+        ({"space": {"optim.lrr": tune.uniform(0, 1)}}, "optim.lrr of the sweep's space does not exist, did you mean optim.lr"),
+        ({"space": {}}, "either a space or points"),
+        ({"space": {"run.name": tune.choice(["a"])}}, "run.name cannot be varied"),
+        ({"space": {"optim.lr": tune.choice(["fast"])}}, "fast"),
+        ({"trials": 0}, "trials is 0"),
+        ({"scheduler": "pbt", "space": {"model.num_latents": tune.choice([8])}}, "pbt can change optim"),
+        ({"scheduler": "best"}, "must be one of fifo, asha, hyperband, pbt"),
+        ({"search": "optuna", "space": {"optim.lr": tune.grid_search([1e-3])}}, "draws its own samples"),
+    ],
+)
+def test_a_sweep_that_cannot_be_right_is_refused_with_a_sentence(changes, message):
+    with pytest.raises(UserError, match=message):
+        sweep.check_values(replace(GOOD, **changes))
+
+
+def test_a_sweep_of_a_file_is_found_and_others_are_refused(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from tuning.sweeps import Sweep\nfrom ray import tune\n"
+        "def good():\n    return Sweep(preset='quickstart', space={'optim.lr': tune.uniform(0, 1)})\ndef bad():\n    return 3\n"
+    )
+    assert find_sweep(f"{tmp_path}/mine.py:good").preset == "quickstart"
+    for name in (f"{tmp_path}/mine.py:bad", f"{tmp_path}/mine.py:none", f"{tmp_path}/other.py:good", "quickstar"):
+        with pytest.raises(UserError, match="sweep "):
+            find_sweep(name)
+
+
+@pytest.mark.parametrize("cpus, workers, asked, fits", [(3, 1, None, 2), (3, 2, None, 1), (16, 2, None, 6), (16, 2, 3, 3)])
+def test_as_many_trials_run_at_once_as_their_workers_and_data_tasks_fit(monkeypatch, cpus, workers, asked, fits):
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": float(cpus)})
+    monkeypatch.setattr(sweep, "cluster_cores", lambda: cpus)
+    base = PRESETS["quickstart"]()
+    room = sweep.plan_room(replace(base, parallel=replace(base.parallel, workers=workers)), asked)
+    assert room.concurrent == fits and room.threads_per_worker == max(1, cpus // (fits * workers))
+
+
+def test_trials_that_do_not_fit_are_refused_with_the_sum(monkeypatch):
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4.0})
+    monkeypatch.setattr(sweep, "cluster_cores", lambda: 4)
+    base = PRESETS["quickstart"]()
+    with pytest.raises(UserError, match="4.5 CPUs in all; the cluster has 4 CPUs .* room for 0"):
+        sweep.plan_room(replace(base, parallel=replace(base.parallel, workers=4)), None)
+    with pytest.raises(UserError, match="room for 2 at once: lower"):
+        sweep.plan_room(replace(base, parallel=replace(base.parallel, workers=1)), 3)
+
+
+def make_run(folder: Path, steps: list[int], metrics: list[float] | None = None) -> Path:
+    """A run folder with checkpoints that hold their own name."""
+    folder.mkdir(parents=True)
+    write = folder / "checkpoints"
+    for step in steps:
+        (write / f"step-{step:08d}").mkdir(parents=True)
+        (write / f"step-{step:08d}" / "weights").write_text(f"{folder.name} {step}")
+        write_json(write / f"step-{step:08d}" / "checkpoint.json", {"step": step, "metrics": {"val_loss": 1 / step}})
+    write_json(folder / "experiment.json", {"experiment": to_dict(PRESETS["quickstart"]()), "data": "abc"})
+    write_json(folder / "values.json", {"optim.lr": 0.1 * len(steps)})
+    lines = [{"step": step, "val_loss": value} for step, value in zip(steps, metrics or [], strict=False)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def test_a_takeover_leaves_the_donors_checkpoint_as_the_last_one_and_can_be_done_again(tmp_path):
+    donor, run = make_run(tmp_path / "donor", [10, 20, 30]), make_run(tmp_path / "run", [10, 20, 30])
+    changed = trial_experiment(PRESETS["quickstart"](), {"optim.lr": 0.5})
+    for _ in range(2):
+        population.take_over(donor, 20, run, changed, {"optim.lr": 0.5})
+        checkpoints = list_checkpoints(run / "checkpoints")
+        assert [c.step for c in checkpoints] == [10, 20]
+        assert [(c.path / "weights").read_text() for c in checkpoints] == ["run 10", "donor 20"]
+    assert json.loads((run / "experiment.json").read_text()) == {"experiment": to_dict(changed), "data": "abc"}
+    assert population.exchanges(run)[-1] == {"step": 20, "from": "donor", "values": {"optim.lr": 0.5}}
+    assert [c.step for c in list_checkpoints(donor / "checkpoints")] == [10, 20, 30]
+
+
+def test_a_donor_without_a_complete_checkpoint_is_an_error_and_the_run_stays_as_it_was(tmp_path, monkeypatch):
+    monkeypatch.setattr(population, "PATIENCE", 0.1)
+    donor, run = make_run(tmp_path / "donor", [10]), make_run(tmp_path / "run", [10, 20])
+    (donor / "checkpoints" / "step-00000010" / "checkpoint.json").unlink()
+    with pytest.raises(population.DonorLost):
+        population.take_over(donor, 10, run, PRESETS["quickstart"](), {})
+    assert [c.step for c in list_checkpoints(run / "checkpoints")] == [10, 20]
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A sweep with a winner, a stopped trial, a diverged one and a failed one."""
+    runs = {
+        "trial-0": ([10, 20, 30], [2.0, 1.5, 1.0]), "trial-1": ([10, 20], [2.1, 1.9]), "trial-2": ([10], [2.2]), "trial-3": ([], []),
+    }  # fmt: skip
+    losses = {"trial-2": [2.0, 9.0]}
+    events, now = [], 0.0
+    for name, (steps, values) in runs.items():
+        make_run(tmp_path / "trials" / name, steps, values)
+        events.append({"time": now, "trial": name, "event": "start"})
+        for number, loss in enumerate(losses.get(name, [2.0] * len(steps))):
+            event = {"event": "report", "step": 10 * (number + 1), "examples": 320 * (number + 1), "loss": loss}
+            events.append({"time": now + number, "trial": name, **event})
+        events.append({"time": now + 5, "trial": name, "event": "end"})
+        now += 3
+    (tmp_path / "trials" / "trial-0" / "result.json").write_text("{}")
+    (tmp_path / "trials" / "trial-3" / "failed.txt").write_text("the loss became nan")
+    (tmp_path / "events.jsonl").write_text("".join(json.dumps(e) + "\n" for e in events) + '{"cut of')
+    write_json(tmp_path / "sweep.json", {**sweep.describe(GOOD), "default": {"optim.lr": 0.2}})
+    return tmp_path
+
+
+def test_the_report_orders_the_trials_names_what_became_of_them_and_what_was_gained(folder):
+    trials = report.write(folder)
+    assert [(t["trial"], t["status"]) for t in trials] == [
+        ("trial-0", "finished"), ("trial-1", "stopped"), ("trial-2", "diverged"), ("trial-3", "failed"),
+    ]  # fmt: skip
+    lines = "\n".join(report.table(trials, report.read_settings(folder)))
+    assert "trial-3" in lines and "the loss became nan" in lines
+    assert "at step 20 the winner (trial-0) has val_loss 1.5000, the preset's own values (trial-1) 1.9000: better" in lines
+    assert "python -m ray_jobs.train quickstart --optim.lr 0.3" in lines
+    assert {"results.csv", "results.parquet", "report.html", "report.png"} <= {path.name for path in folder.iterdir()}
+
+
+def test_checkpoints_of_losing_trials_are_thrown_away(folder):
+    prune(folder, report.read_trials(folder), 1)
+    left = {run.name: [c.step for c in list_checkpoints(run / "checkpoints")] for run in (folder / "trials").iterdir()}
+    assert left == {"trial-0": [30], "trial-1": [], "trial-2": [], "trial-3": []}
+
+
+def test_all_trainings_of_a_budget_cost_the_same(tmp_path):
+    budgets, widths = [3e13, 1e14], [64, 96, 128, 192, 256]
+    study, skipped = plan("clm-wikitext-small", ["--model.max-seq-len", "256", "--model.max-latents", "128"], budgets, widths)
+    base = study.experiment()
+    costs = []
+    for point in study.points:
+        made = trial_experiment(base, point)
+        check_sweep(replace(study, points=(point,)))
+        costs.append(made.training.max_steps * step_flops(made))
+    per_budget = [[c for c in costs if abs(c / b - 1) < 0.02] for b in budgets]
+    assert sum(map(len, per_budget)) == len(costs) == 2 * len(widths) - len(skipped)
+    with pytest.raises(UserError, match="pays for 0 of the widths"):
+        plan("clm-wikitext-small", [], [1e9, 1e10], widths)
+    with pytest.raises(UserError, match="need a causal language model"):
+        plan("quickstart", [], budgets, widths)

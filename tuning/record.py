@@ -1,0 +1,114 @@
+"""What happens in a sweep, written down as it happens; divergence; what is thrown away."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ray.tune import Callback, Stopper
+
+from perceiver.training.checkpoint import CHECKPOINTS, best_of, list_checkpoints
+from perceiver.training.run import RESULT
+from tuning.sweeps import Sweep
+from tuning.trial import FAILED, VALUES, run_name
+
+EVENTS = "events.jsonl"
+"""In a sweep's folder: a line for every start, report and end of a trial, with its time."""
+DIVERGED = 3.0
+"""A trial whose training loss is so many times that of its first report has diverged."""
+
+
+class StopDiverged(Stopper):
+    """Ends trials whose loss grows; a loss that is not a number ends its training by itself."""
+
+    def __init__(self) -> None:
+        self._first: dict[str, float] = {}
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        loss = result.get("loss")
+        return loss is not None and diverged(self._first.setdefault(trial_id, loss), loss)
+
+    def stop_all(self) -> bool:
+        return False
+
+
+def diverged(first: float, loss: float) -> bool:
+    return loss > DIVERGED * first > 0
+
+
+class Record(Callback):
+    """Writes `events.jsonl`, says lines of progress, and throws checkpoints of losing trials away as trials end."""
+
+    def __init__(self, folder: Path, sweep: Sweep, steps: int, say) -> None:
+        self._folder, self._sweep, self._steps, self._say = folder, sweep, steps, say
+
+    def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        self._write(trial, "start")
+
+    def on_trial_restore(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        self._write(trial, "start")
+
+    def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict[str, Any], **info: Any) -> None:
+        metric = self._sweep.metric
+        if metric not in result:
+            return
+        self._write(trial, "report", step=result["step"], examples=result["examples"], loss=result.get("loss"), value=result[metric])
+        over = sum(t.is_finished() for t in trials)
+        self._say(
+            f"{run_name(trial.trial_id)}: step {result['step']:,}  {metric} {result[metric]:.4f}  ({over} of {len(trials)} trials over)"
+        )
+
+    def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        self._end(trial)
+
+    def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        self._end(trial)
+
+    def _end(self, trial: Any) -> None:
+        run = self._folder / "trials" / run_name(trial.trial_id)
+        if not (run / VALUES).exists():
+            run.mkdir(parents=True, exist_ok=True)
+            (run / VALUES).write_text(json.dumps(trial.config["values"]))
+        self._write(trial, "end")
+        if (run / FAILED).exists():
+            self._say(f"{run.name} failed: {(run / FAILED).read_text()}")
+        elif not (run / RESULT).exists():
+            self._say(f"{run.name} was stopped")
+        if self._sweep.scheduler != "pbt":
+            from tuning.report import read_trials
+
+            prune(self._folder, [t for t in read_trials(self._folder) if t["status"] != "running"], self._sweep.keep)
+
+    def _write(self, trial: Any, event: str, **values: Any) -> None:
+        line = {"time": time.time(), "trial": run_name(trial.trial_id), "event": event, **values}
+        with open(self._folder / EVENTS, "a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def read_events(folder: Path) -> list[dict[str, Any]]:
+    """The events of a sweep; a last line cut off by a crash is left out."""
+    path = folder / EVENTS
+    events = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            events.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return events
+
+
+def prune(folder: Path, trials: Sequence[dict[str, Any]], keep: int) -> None:
+    """Throws away checkpoints of trials that are over: all of those that are not among the best `keep`, and of the best
+    all but the last and the best one."""
+    for place, trial in enumerate(trials):
+        checkpoints = list_checkpoints(folder / "trials" / trial["trial"] / CHECKPOINTS)
+        wanted = {checkpoints[-1].step} if checkpoints and place < keep else set()
+        if wanted and (best := best_of(checkpoints, trial["metric"])):
+            wanted.add(best.step)
+        for checkpoint in checkpoints:
+            if checkpoint.step not in wanted:
+                shutil.rmtree(checkpoint.path)

@@ -1,0 +1,283 @@
+"""`python -m tuning.report SWEEP`: table, results.csv, results.parquet and report.html of a sweep, at any time."""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import html
+import io
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+from PIL import Image
+
+from perceiver.config import UserError, home
+from perceiver.training.record import read_metrics
+from perceiver.training.run import RESULT
+from ray_jobs.cli import main_entry
+from tuning.figures import GREY, PALETTE, Panel, save, stack
+from tuning.population import exchanges
+from tuning.record import diverged, read_events
+from tuning.sweeps import arguments
+from tuning.trial import FAILED, VALUES
+
+Trial = dict[str, Any]
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tuning.report", description=__doc__)
+    parser.add_argument("sweep", help="a sweep's folder, or its name in $PERCEIVER_HOME/sweeps")
+    folder = Path(parser.parse_args(argv).sweep).expanduser()
+    if not (folder / "sweep.json").exists():
+        folder = home() / "sweeps" / folder
+    if not (folder / "sweep.json").exists():
+        raise UserError(f"sweep {argv[0]!r} does not exist: give its folder, or the name of one in {home() / 'sweeps'}")
+    for line in table(write(folder), read_settings(folder)):
+        print(line)
+    return 0
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "sweep.json").read_text())
+
+
+def read_trials(folder: Path) -> list[Trial]:
+    """All trials of a sweep, best first: those with the metric by its best value, then the others.
+
+    Each has trial, status (finished, stopped, diverged, failed, running), reason, metric, value (its best), step and examples
+    reached, loss (the last), seconds (of running), spans (start and end times), values (of the fields that are varied).
+    """
+    settings = read_settings(folder)
+    metric, sign = settings["metric"], -1 if settings["mode"] == "max" else 1
+    events: dict[str, list[dict[str, Any]]] = {}
+    for event in read_events(folder):
+        events.setdefault(event["trial"], []).append(event)
+    trials = []
+    for path in sorted((folder / "trials").glob(f"*/{VALUES}")):
+        run = path.parent
+        own = events.get(run.name, [])
+        values = [(r[metric], r["step"]) for r in read_metrics(run) if metric in r and np.isfinite(r[metric])]
+        best = min(values, key=lambda v: sign * v[0], default=(None, None))
+        reports = [e for e in own if e["event"] == "report"]
+        status, reason = _status(run, own, reports)
+        spans = _spans(own)
+        trials.append(
+            {
+                "trial": run.name, "status": status, "reason": reason, "metric": metric, "value": best[0], "best_step": best[1],
+                "last_value": values[-1][0] if values else None,
+                "step": reports[-1]["step"] if reports else 0, "examples": reports[-1]["examples"] if reports else 0,
+                "loss": reports[-1]["loss"] if reports else None, "seconds": sum(end - start for start, end in spans),
+                "spans": spans, "values": json.loads(path.read_text()), "run": str(run), "exchanges": exchanges(run),
+            }
+        )  # fmt: skip
+    return sorted(trials, key=lambda t: (t["value"] is None, sign * (t["value"] or 0), t["trial"]))
+
+
+def _status(run: Path, events: Sequence[dict], reports: Sequence[dict]) -> tuple[str, str]:
+    if (run / FAILED).exists():
+        return "failed", (run / FAILED).read_text()
+    if (run / RESULT).exists():
+        return "finished", ""
+    if not events or events[-1]["event"] != "end":
+        return "running", ""
+    if reports and reports[0]["loss"] and diverged(reports[0]["loss"], reports[-1]["loss"]):
+        return "diverged", f"the loss grew from {reports[0]['loss']:.4g} to {reports[-1]['loss']:.4g}"
+    return ("stopped", "by the scheduler") if reports else ("failed", "ended without a report")
+
+
+def _spans(events: Sequence[dict]) -> list[tuple[float, float]]:
+    """When a trial ran: from each start to the last event before the next start."""
+    spans: list[tuple[float, float]] = []
+    for event in events:
+        if event["event"] == "start":
+            spans.append((event["time"], event["time"]))
+        elif spans:
+            spans[-1] = (spans[-1][0], event["time"])
+    return spans
+
+
+def command(settings: dict[str, Any], trial: Trial, name: str) -> str:
+    """The command that trains with a trial's values."""
+    words = [settings["preset"], settings["overrides"], *(f"{field} {value}" for field, value in arguments(trial["values"]))]
+    return f"python -m ray_jobs.train {' '.join(w for w in words if w)} --name {name}"
+
+
+def table(trials: Sequence[Trial], settings: dict[str, Any]) -> list[str]:
+    """Lines for a person: the trials, best first; what the sweep gained; how to train the winner."""
+    fields = sorted({field for trial in trials for field in trial["values"]})
+    header = ["", "trial", settings["metric"], "step", "status", *fields]
+    rows = [header]
+    for place, trial in enumerate(trials, 1):
+        value = "" if trial["value"] is None else f"{trial['value']:.4f}"
+        shown = [_short(trial["values"].get(field)) for field in fields]
+        status = trial["status"] + (f" ({trial['reason'][:60]})" if trial["status"] == "failed" else "")
+        rows.append([str(place), trial["trial"], value, f"{trial['step']:,}", status, *shown])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    if not trials or trials[0]["value"] is None:
+        return [*lines, "no trial has a result"]
+    lines.append(gain(trials, settings))
+    lines.append(f"the winner at full length: {command(settings, trials[0], 'winner')}")
+    return lines
+
+
+def gain(trials: Sequence[Trial], settings: dict[str, Any]) -> str:
+    """The winner against the preset's own values, at the last step that both have reached."""
+    default = next((t for t in trials if t["values"] == settings["default"] and settings["default"]), None)
+    if default is None:
+        return "the preset's own values were not among the trials"
+    if default is trials[0]:
+        return f"no trial is better than the preset's own values ({default['trial']})"
+    curves = [_curve(trial) for trial in (trials[0], default)]
+    common = max(set(curves[0]) & set(curves[1]), default=None)
+    if common is None:
+        return f"the preset's own values ({default['trial']}) share no step with the winner"
+    winner, own = (curve[common] for curve in curves)
+    better = winner > own if settings["mode"] == "max" else winner < own
+    return (
+        f"at step {common:,} the winner ({trials[0]['trial']}) has {settings['metric']} {winner:.4f}, the preset's own values "
+        f"({default['trial']}) {own:.4f}: {'better' if better else 'not better'}"
+    )
+
+
+def write(folder: Path) -> list[Trial]:
+    """Writes results.csv, results.parquet, report.html and report.png; returns the trials, best first."""
+    trials, settings = read_trials(folder), read_settings(folder)
+    if not trials:
+        return trials
+    fields = sorted({field for trial in trials for field in trial["values"]})
+    columns = ("trial", "status", "reason", "metric", "value", "best_step", "step", "examples", "loss", "seconds", "run")
+    rows = [
+        {name: trial[name] for name in columns}
+        | {field: trial["values"].get(field) for field in fields}
+        | {"command": command(settings, trial, trial["trial"])}
+        for trial in trials
+    ]
+    results = pa.Table.from_pylist(rows)
+    _whole(folder / "results.parquet", lambda path: pq.write_table(results, path))
+    _whole(folder / "results.csv", lambda path: pa.csv.write_csv(results, path))
+    picture = stack([panel.draw() for panel in (learning_curves(trials), parallel(trials, settings), schedule(trials))])
+    save(picture, folder / "report.png")
+    _whole(folder / "report.html", lambda path: path.write_text(_page(folder, trials, settings, picture)))
+    return trials
+
+
+def learning_curves(trials: Sequence[Trial]) -> Panel:
+    panel = Panel(f"{trials[0]['metric']} over steps", "step", trials[0]["metric"], size=(960, 420))
+    for place, trial in reversed(list(enumerate(trials))):
+        colour = _colour(place)
+        panel.line(_curve(trial).items(), colour, 3 if place == 0 else 2)
+        panel.dots(list(_curve(trial).items())[-1:], colour)
+    for place, trial in enumerate(trials[: len(PALETTE)]):
+        panel.label(trial["trial"], _colour(place))
+    return panel
+
+
+def parallel(trials: Sequence[Trial], settings: dict[str, Any]) -> Panel:
+    """Parallel coordinates: a line per trial over the fields that are varied, each from its least to its largest value."""
+    fields = sorted({field for trial in trials for field in trial["values"]})
+    correlations = importance(trials)
+    names = [f"{field} ({correlations[field]:+.2f})" for field in fields] + [settings["metric"]]
+    title = f"values of the trials (and their rank correlation with {settings['metric']})"
+    panel = Panel(title, y_label="least to largest", size=(960, 380), x_names=names)
+    scales = {field: _scale([t["values"].get(field) for t in trials]) for field in fields}
+    values = [t["value"] for t in trials if t["value"] is not None]
+    scales["="] = _scale(values)
+    for place, trial in reversed(list(enumerate(trials))):
+        points = [(i, scales[field](trial["values"].get(field))) for i, field in enumerate(fields)]
+        if trial["value"] is not None:
+            points.append((len(fields), scales["="](trial["value"])))
+        panel.line(points, _colour(place), 3 if place == 0 else 1)
+        panel.dots(points, _colour(place))
+    return panel
+
+
+def schedule(trials: Sequence[Trial]) -> Panel:
+    """When each trial ran."""
+    start = min((s for t in trials for s, _ in t["spans"]), default=0.0)
+    rows = sorted(range(len(trials)), key=lambda i: trials[i]["trial"], reverse=True)
+    panel = Panel("trials over time", "seconds", size=(960, 60 + 24 * max(4, len(trials))), y_names=[trials[i]["trial"] for i in rows])
+    for row, place in enumerate(rows):
+        for begin, end in trials[place]["spans"]:
+            panel.bar(row, begin - start, end - start, _colour(place))
+    return panel
+
+
+def importance(trials: Sequence[Trial]) -> dict[str, float]:
+    """Spearman's rank correlation of each field's values with the metric, over trials that have it; 0 where undefined."""
+    done = [t for t in trials if t["value"] is not None]
+    ranks = _ranks([t["value"] for t in done])
+    found = {}
+    for field in sorted({field for trial in trials for field in trial["values"]}):
+        own = _ranks([_number(t["values"].get(field)) for t in done])
+        varied = len(done) > 2 and own.std() > 0 and ranks.std() > 0
+        found[field] = float(np.corrcoef(own, ranks)[0, 1]) if varied else 0.0
+    return found
+
+
+def _ranks(values: Sequence[float]) -> np.ndarray:
+    """Ranks from 0; equal values share their mean rank."""
+    array = np.array(values, dtype=float)
+    return np.array([(array < v).sum() + ((array == v).sum() - 1) / 2 for v in array])
+
+
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, (int, float)) else float(len(str(value)))
+
+
+def _scale(values: Sequence[Any]) -> Callable[[Any], float]:
+    """Values to 0..1: by logarithm where all are above 0 and far apart; what is no number by its place among the values."""
+    if all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values) and values:
+        log = min(values) > 0 and max(values) / min(values) > 20
+        transform = np.log if log else float
+        low, high = transform(min(values)), transform(max(values))
+        return lambda value: float((transform(value) - low) / (high - low)) if high > low else 0.5
+    names = sorted({str(v) for v in values})
+    return lambda value: names.index(str(value)) / max(1, len(names) - 1)
+
+
+def _curve(trial: Trial) -> dict[int, float]:
+    return {r["step"]: r[trial["metric"]] for r in read_metrics(Path(trial["run"])) if trial["metric"] in r}
+
+
+def _colour(place: int) -> tuple[int, int, int]:
+    return PALETTE[place] if place < len(PALETTE) else GREY
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _page(folder: Path, trials: Sequence[Trial], settings: dict[str, Any], picture: Image.Image) -> str:
+    data = io.BytesIO()
+    picture.save(data, format="PNG")
+    text = html.escape("\n".join(table(trials, settings)))
+    changes = [f"{t['trial']}: at step {e['step']:,} from {e['from']}, then {e['values']}" for t in trials for e in t["exchanges"]]
+    exchanged = f"<h2>Exchanges</h2><pre>{html.escape(chr(10).join(changes))}</pre>" if changes else ""
+    failed = [f"{t['trial']}: {t['reason']}" for t in trials if t["status"] in ("failed", "diverged")]
+    failures = f"<h2>Failed</h2><pre>{html.escape(chr(10).join(failed))}</pre>" if failed else ""
+    return (
+        f"<!doctype html><meta charset=utf-8><title>{html.escape(folder.name)}</title>"
+        "<style>body{font-family:sans-serif;max-width:1000px;margin:2em auto}pre{overflow-x:auto}</style>"
+        f"<h1>{html.escape(folder.name)}</h1><p>{html.escape(settings['preset'])}, {settings['scheduler']}, "
+        f"{len(trials)} trials</p><pre>{text}</pre>{failures}{exchanged}"
+        f'<img alt="curves, values, schedule" src="data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}">\n'
+    )
+
+
+def _whole(path: Path, write: Callable[[Path], Any]) -> None:
+    """Writes a file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    write(temporary)
+    os.replace(temporary, path)
+
+
+if __name__ == "__main__":
+    main_entry(main)

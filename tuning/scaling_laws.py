@@ -1,0 +1,164 @@
+"""`python -m tuning.scaling_laws clm-... --budgets 1e12,3e12 --channels 48,64,96,128`: isoFLOP studies of Perceiver AR.
+
+For each budget every width is trained on as many steps as the budget pays for, by the FLOPs that perceiver/models/flops.py
+counts (prefix, latents and output apart, backward twice the forward). The study is a sweep (`tuning.sweep`) of those
+trainings, so it continues when started again. Parabolas over model sizes give each budget's best size; a power law over the
+budgets gives the exponents, with intervals (tuning/power_law.py; arXiv 2203.15556, Section 3.2, Approach 2).
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from perceiver.config import CausalLMConfig, Experiment, UserError, home
+from perceiver.models import check_model
+from perceiver.models.flops import num_parameters
+from perceiver.tasks import build_task
+from perceiver.training.checkpoint import write_json
+from ray_jobs.cli import main_entry
+from tuning.figures import GREY, PALETTE, Panel, save, stack
+from tuning.power_law import Measurement, Study, fit_study
+from tuning.sweep import run_sweep
+from tuning.sweeps import Sweep, trial_experiment
+
+LEAST_STEPS = 30
+"""A training of fewer steps says nothing about its size."""
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tuning.scaling_laws", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("preset", help="of a causal language model")
+    parser.add_argument("--budgets", required=True, help="training FLOPs, separated by commas: at least two")
+    parser.add_argument("--channels", required=True, help="widths of the model, separated by commas: at least three")
+    parser.add_argument("--predict", type=float, help="a budget to predict the best size for")
+    parser.add_argument("--name", help="folder of the study; default: the preset's name and -scaling")
+    parser.add_argument("--storage", help="folder of all sweeps; default: $PERCEIVER_HOME/sweeps")
+    parser.add_argument("--concurrent", type=int, help="trainings at once; default: as many as the cluster has room for")
+    args, overrides = parser.parse_known_args(argv)
+    budgets, channels = _numbers("budgets", args.budgets, 2), [int(c) for c in _numbers("channels", args.channels, 3)]
+    sweep, skipped = plan(args.preset, overrides, budgets, channels)
+    for line in skipped:
+        print(line)
+    storage = Path(args.storage).expanduser() if args.storage else home() / "sweeps"
+    folder = (storage / (args.name or f"{args.preset}-scaling")).absolute()
+    trials = run_sweep(sweep, folder, args.concurrent, say=lambda text: print(text, flush=True))
+    study = fit_study(measurements(sweep.experiment(), trials, budgets))
+    write(folder, study)
+    for line in describe(study, args.predict):
+        print(line)
+    print(f"written to {folder / 'scaling.json'} and {folder / 'scaling.png'}")
+    return 0
+
+
+def plan(preset: str, overrides: Sequence[str], budgets: Sequence[float], channels: Sequence[int]) -> tuple[Sweep, list[str]]:
+    """The trainings of a study, and lines about sizes that a budget cannot pay for.
+
+    Raises:
+        UserError: no causal language model, a width that cannot be, or fewer than three sizes at a budget.
+    """
+    base = Sweep(preset=preset, overrides=tuple(overrides), points=({},), scheduler="fifo", reports=4, keep=1)
+    experiment = base.experiment()
+    if not isinstance(experiment.task, CausalLMConfig):
+        raise UserError(f"scaling laws need a causal language model, and {preset} is none: clm-wikitext-small, say")
+    points, skipped = [], []
+    for budget in budgets:
+        here = []
+        for width in channels:
+            sized = trial_experiment(experiment, {"model.num_channels": width})
+            check_model(sized.model)
+            steps = round(budget / step_flops(sized))
+            if steps < LEAST_STEPS:
+                skipped.append(f"budget {budget:.3g} pays for {steps} steps of {width} channels: left out (at least {LEAST_STEPS})")
+                continue
+            here.append({"model.num_channels": width, "training.max_steps": steps, "optim.warmup_steps": max(1, steps // 10)})
+        if len(here) < 3:
+            raise UserError(f"budget {budget:.3g} pays for {len(here)} of the widths; a parabola needs 3: add smaller ones, or raise it")
+        points += here
+    return replace(base, points=tuple(points)), skipped
+
+
+def step_flops(experiment: Experiment) -> float:
+    """FLOPs of an optimizer step."""
+    return build_task(experiment).flops_per_example() * experiment.training.global_batch_size
+
+
+def measurements(base: Experiment, trials: Sequence[dict[str, Any]], budgets: Sequence[float]) -> list[Measurement]:
+    """What the finished trainings of a study measured: the validation loss at their end."""
+    found = []
+    for trial in trials:
+        if trial["status"] != "finished":
+            continue
+        experiment = trial_experiment(base, trial["values"])
+        steps = experiment.training.max_steps
+        spent = steps * step_flops(experiment)
+        found.append(
+            Measurement(
+                budget=min(budgets, key=lambda b: abs(np.log(b / spent))),
+                parameters=num_parameters(experiment.model),
+                tokens=steps * experiment.training.global_batch_size * experiment.model.max_latents,
+                loss=trial["last_value"],
+            )
+        )
+    return found
+
+
+def describe(study: Study, predict: float | None) -> list[str]:
+    """Lines for a person."""
+    lines = ["budget      best parameters   best tokens       loss"]
+    for p in study.parabolas:
+        note = "" if p.inside else "   (outside the sizes tried: a guess)"
+        lines.append(f"{p.budget:<10.3g}  {p.parameters:>15,.0f}  {p.tokens:>12,.0f}  {p.loss:9.4f}{note}")
+    for name, law in (("parameters", study.parameters), ("tokens", study.tokens)):
+        lines.append(
+            f"best {name} = {law.factor:.3g} x budget^{law.exponent:.3f}  "
+            f"({law.level:.0%} interval of the exponent: {law.exponent_low:.3f} to {law.exponent_high:.3f})"
+        )
+    if predict is not None:
+        for name, law in (("parameters", study.parameters), ("tokens", study.tokens)):
+            value, low, high = law.predict(predict)
+            lines.append(f"at {predict:.3g} FLOPs: {value:,.0f} {name} ({low:,.0f} to {high:,.0f})")
+    return lines
+
+
+def write(folder: Path, study: Study) -> None:
+    """Writes scaling.json and scaling.png."""
+    plain = asdict(study)
+    for law in ("parameters", "tokens"):
+        del plain[law]["samples"]
+    write_json(folder / "scaling.json", plain)
+    losses = Panel("validation loss over parameters, by budget", "parameters", "loss", log_x=True, size=(760, 420))
+    for number, parabola in enumerate(study.parabolas):
+        colour = PALETTE[number % len(PALETTE)]
+        own = sorted((m.parameters, m.loss) for m in study.measurements if m.budget == parabola.budget)
+        losses.dots(own, colour)
+        x = np.linspace(np.log10(own[0][0]), np.log10(own[-1][0]), 60)
+        losses.line(zip(10**x, np.polyval(parabola.coefficients, x), strict=True), colour)
+        losses.label(f"{parabola.budget:.3g}", colour)
+    best = Panel("best parameters over FLOPs", "FLOPs", "parameters", log_x=True, log_y=True, size=(760, 360))
+    budgets = [p.budget for p in study.parabolas]
+    best.dots([(p.budget, p.parameters) for p in study.parabolas], PALETTE[0])
+    grid = np.geomspace(min(budgets) / 2, max(budgets) * 4, 40)
+    for part, colour in ((0, PALETTE[0]), (1, GREY), (2, GREY)):
+        best.line([(b, study.parameters.predict(b)[part]) for b in grid], colour)
+    save(stack([losses.draw(), best.draw()]), folder / "scaling.png")
+
+
+def _numbers(name: str, text: str, least: int) -> list[float]:
+    try:
+        values = sorted({float(part) for part in text.split(",")})
+    except ValueError:
+        raise UserError(f"{name} is {text!r} and must be numbers separated by commas") from None
+    if len(values) < least or values[0] <= 0:
+        raise UserError(f"{name} is {text!r} and must be at least {least} different numbers above 0")
+    return values
+
+
+if __name__ == "__main__":
+    main_entry(main)

@@ -1,0 +1,256 @@
+"""`python -m tuning.sweep SWEEP [--trials N ...] [--field value ...]`: many trainings of one preset with Ray Tune, or their continuation.
+
+A trial is a training as `ray_jobs.train` runs it, in a run folder of its own. A sweep is a folder: its settings, one run per
+trial, Ray Tune's state, and what came out. The same command continues a sweep that was stopped or killed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import time
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import tune
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, HyperBandScheduler, PopulationBasedTraining
+from ray.tune.search.basic_variant import BasicVariantGenerator
+
+from perceiver.config import Experiment, UserError, differences, digest, flatten, home, to_dict
+from perceiver.data.shards import load_prepared
+from perceiver.data.sources import is_shipped
+from perceiver.training.checkpoint import write_json
+from perceiver.training.meters import duration
+from perceiver.training.run import total_steps
+from ray_jobs.cli import main_entry, override
+from ray_jobs.ingest import DATA_CPUS
+from ray_jobs.preflight import check_experiment, cluster_cores
+from ray_jobs.ray_env import connect, use_gpus
+from ray_jobs.train import locked
+from tuning import report
+from tuning.record import Record, StopDiverged, prune
+from tuning.sweeps import SWEEPS, Sweep, check_sweep, find_sweep, trial_experiment
+from tuning.trial import run_trial
+
+SETTINGS = "sweep.json"
+OPTIONS = {"trials": int, "search": str, "scheduler": str, "metric": str, "reports": int, "keep": int, "seed": int}
+"""Fields of a sweep that the command line can change."""
+
+
+@dataclass(frozen=True)
+class Room:
+    """How many trials run at once, and what each of their workers gets."""
+
+    concurrent: int
+    cpus_per_worker: float
+    threads_per_worker: int | None
+    why: str
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tuning.sweep", description=__doc__, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"sweeps: {', '.join(SWEEPS)}, or file.py:function",
+    )  # fmt: skip
+    parser.add_argument("sweep")
+    parser.add_argument("--name", help="folder of the sweep; default: the sweep's name")
+    parser.add_argument("--storage", help="folder of all sweeps; default: $PERCEIVER_HOME/sweeps")
+    parser.add_argument("--concurrent", type=int, help="trials at once; default: as many as the cluster has room for")
+    for option, kind in OPTIONS.items():
+        parser.add_argument(f"--{option}", type=kind, help="see tuning/sweeps.py")
+    args, overrides = parser.parse_known_args(argv)
+    sweep = find_sweep(args.sweep)
+    given = {option: getattr(args, option) for option in OPTIONS if getattr(args, option) is not None}
+    sweep = replace(sweep, **given, overrides=(*sweep.overrides, *overrides))
+    name = args.name or args.sweep.rpartition(":")[2].replace("_", "-")
+    storage = Path(args.storage).expanduser() if args.storage else home() / "sweeps"
+    run_sweep(sweep, (storage / name).absolute(), args.concurrent, say=lambda text: print(text, flush=True))
+    return 0
+
+
+def run_sweep(sweep: Sweep, folder: Path, concurrent: int | None = None, say=print) -> list[dict[str, Any]]:
+    """Runs a sweep to its end, or continues it, and returns its trials, best first (see `tuning.report.read_trials`).
+
+    Raises:
+        UserError: a mistake in the sweep, another sweep in the same folder, or trials that the cluster has no room for.
+    """
+    check_values(sweep)
+    base = sweep.experiment()
+    check_experiment(base)
+    check_folder(sweep, folder)
+    prepared = None if is_shipped(base.data.source) else load_prepared(base)
+    with locked(folder), connect(base.parallel):
+        if prepared is None:
+            from ray_jobs.preprocess import prepare
+
+            prepare(base, say)
+            prepared = load_prepared(base)
+        write_json(folder / SETTINGS, describe(sweep))
+        room = plan_room(base, concurrent)
+        steps = total_steps(base, prepared[1].splits["train"].rows)
+        say(f"sweep in {folder}: {room.why}; {steps:,} steps in a whole training")
+        started = time.monotonic()
+        fit(sweep, folder, base, room, steps, say)
+        trials = report.write(folder)
+        prune(folder, trials, sweep.keep)
+    say(f"finished after {duration(time.monotonic() - started)}")
+    for line in report.table(trials, describe(sweep)):
+        say(line)
+    return trials
+
+
+def check_values(sweep: Sweep) -> None:
+    """Checks the sweep and, where they are listed, its values; samples are checked by the trials themselves.
+
+    Raises:
+        UserError: the first thing that cannot be right.
+    """
+    for name, allowed in {"search": ("random", "optuna"), "scheduler": ("fifo", "asha", "hyperband", "pbt")}.items():
+        if getattr(sweep, name) not in allowed:
+            raise UserError(f"{name} is {getattr(sweep, name)!r} and must be one of {', '.join(allowed)}")
+    check_sweep(sweep)
+    base = sweep.experiment()
+    for name, domain in sweep.space.items():
+        values = domain["grid_search"] if isinstance(domain, dict) else getattr(domain, "categories", [])
+        for value in values:
+            trial_experiment(base, {name: value})
+    for point in sweep.points:
+        trial_experiment(base, point)
+
+
+def check_folder(sweep: Sweep, folder: Path) -> None:
+    """Refuses another sweep in the same folder.
+
+    Raises:
+        UserError: names the differences.
+    """
+    path = folder / SETTINGS
+    if path.exists():
+        changes = differences(flatten(json.loads(path.read_text())), flatten(json.loads(json.dumps(describe(sweep)))))
+        if changes:
+            raise UserError(f"{folder} holds another sweep ({'; '.join(changes)}): choose another --name, or the same settings")
+
+
+def describe(sweep: Sweep) -> dict[str, Any]:
+    """A sweep as JSON-ready data: what makes it the same sweep."""
+    plain = {f.name: getattr(sweep, f.name) for f in fields(sweep) if f.name not in ("space", "points", "overrides")}
+    space = {
+        name: d if isinstance(d, dict) else f"{type(d).__name__} {d.domain_str} {d.sampler}" for name, d in sweep.space.items()
+    }
+    identity = sweep.experiment().identity
+    return {**plain, "mode": sweep.mode, "space": space, "points": list(map(dict, sweep.points)), "default": sweep.default(),
+            "experiment": digest(identity), "overrides": " ".join(sweep.overrides)}  # fmt: skip
+
+
+def plan_room(experiment: Experiment, concurrent: int | None) -> Room:
+    """How many trials fit into the cluster side by side, each with its workers and a data task.
+
+    Raises:
+        UserError: not one, or fewer than asked for; shows the sum.
+    """
+    parallel, total = experiment.parallel, ray.cluster_resources()
+    gpu, cpus, workers = use_gpus(parallel), total.get("CPU", 0.0), parallel.workers
+    share = parallel.cpus_per_worker or 1.0
+    need = workers * share + DATA_CPUS
+    fits = int(cpus // need)
+    if gpu:
+        fits = min(fits, int(total.get("GPU", 0) // workers))
+    elif workers > cluster_cores():
+        fits = 0
+    sum_of = (
+        f"a trial needs {workers} workers with {share:g} CPUs{' and a GPU' if gpu else ''} each and {DATA_CPUS:g} CPUs for data, "
+        f"{need:g} CPUs in all; the cluster has {cpus:g} CPUs and {total.get('GPU', 0):g} GPUs, which is room for {fits} at once"
+    )
+    if fits < (concurrent or 1):
+        advice = "lower parallel.workers, parallel.cpus-per-worker or --concurrent, or use a larger cluster"
+        raise UserError(f"{sum_of}: {advice}")
+    count = concurrent or fits
+    threads = parallel.threads_per_worker or (None if gpu else max(1, cluster_cores() // (count * workers)))
+    return Room(count, share, threads, f"{count} at once ({sum_of})")
+
+
+def fit(sweep: Sweep, folder: Path, base: Experiment, room: Room, steps: int, say) -> None:
+    """Runs the trials with Ray Tune, or those that are not over yet."""
+    parallel = replace(base.parallel, cpus_per_worker=room.cpus_per_worker, threads_per_worker=room.threads_per_worker)
+    settings = {
+        "experiment": to_dict(replace(base, parallel=parallel)),
+        "reports": sweep.reports,
+        "population": sweep.scheduler == "pbt",
+        "trials": str(folder / "trials"),
+    }
+    trainable = tune.with_resources(
+        tune.with_parameters(run_trial, settings=settings), tune.PlacementGroupFactory([{"CPU": 0.001}])
+    )
+    examples = steps * base.training.global_batch_size
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(room.concurrent)
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    random.seed(sweep.seed)  # Ray's population-based training draws from here
+    state = folder / "tune"
+    if tune.Tuner.can_restore(str(state)):
+        say("continuing the sweep")
+        tuner = tune.Tuner.restore(str(state), trainable=trainable, param_space=param_space(sweep), resume_unfinished=True)
+    else:
+        tuner = tune.Tuner(
+            trainable,
+            param_space=param_space(sweep),
+            tune_config=tune.TuneConfig(
+                metric=sweep.metric,
+                mode=sweep.mode,
+                scheduler=scheduler(sweep, examples),
+                search_alg=search(sweep, room.concurrent),
+                num_samples=1 if sweep.points else sweep.trials,
+                max_concurrent_trials=None,
+            ),
+            run_config=tune.RunConfig(
+                name=state.name, storage_path=str(folder), callbacks=[Record(folder, sweep, steps, say)], verbose=0, stop=StopDiverged(),
+                failure_config=tune.FailureConfig(max_failures=0),
+            ),
+        )  # fmt: skip
+    tuner.fit()
+
+
+def param_space(sweep: Sweep) -> dict[str, Any]:
+    return {"values": tune.grid_search([dict(p) for p in sweep.points]) if sweep.points else dict(sweep.space)}
+
+
+def search(sweep: Sweep, concurrent: int) -> Any:
+    """Ray Tune's search algorithm. The first sample is the preset's own values, so that a sweep says what it gained."""
+    first = [] if sweep.points or sweep.has_grid else [{"values": sweep.default()}]
+    if sweep.search == "optuna":
+        try:
+            import optuna
+            from ray.tune.search import ConcurrencyLimiter
+            from ray.tune.search.optuna import OptunaSearch
+        except ImportError:
+            raise UserError("search optuna needs a package that is not installed: pip install 'perceiver-ray[tune]'") from None
+        flat = [{f"values/{name}": value for name, value in point["values"].items()} for point in first]
+        algorithm = OptunaSearch(sampler=optuna.samplers.TPESampler(seed=sweep.seed), points_to_evaluate=flat or None)
+        return ConcurrencyLimiter(algorithm, max_concurrent=concurrent)
+    return BasicVariantGenerator(points_to_evaluate=first, random_state=sweep.seed, max_concurrent=concurrent)
+
+
+def scheduler(sweep: Sweep, examples: int) -> Any:
+    """Ray Tune's scheduler; time is counted in examples, so that batch sizes can be compared."""
+    longest = examples + 1  # a whole training ends by itself, with its result written
+    match sweep.scheduler:
+        case "asha":
+            return ASHAScheduler(
+                time_attr="examples", max_t=longest, grace_period=max(1, int(sweep.grace * examples)),
+                reduction_factor=sweep.reduction,
+            )  # fmt: skip
+        case "hyperband":
+            return HyperBandScheduler(time_attr="examples", max_t=longest, reduction_factor=sweep.reduction)
+        case "pbt":
+            return PopulationBasedTraining(
+                time_attr="examples", perturbation_interval=max(1, int(sweep.perturb * examples)),
+                hyperparam_mutations={"values": dict(sweep.space)}, quantile_fraction=0.25 if sweep.trials >= 4 else 0.5,
+            )  # fmt: skip
+    return FIFOScheduler()
+
+
+if __name__ == "__main__":
+    main_entry(main)

@@ -1,0 +1,213 @@
+"""What a sweep is, and the ready-made ones. A sweep of your own is a function in a file: `python -m tuning.sweep my.py:sweep`.
+
+    from ray import tune
+    from tuning.sweeps import Sweep
+
+    def sweep() -> Sweep:
+        return Sweep(preset="quickstart", space={"optim.lr": tune.loguniform(1e-4, 1e-2)}, trials=8)
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from ray import tune
+
+from perceiver.config import Experiment, UserError, flatten, to_dict
+from ray_jobs.cli import nearest, override, preset
+
+Scheduler = Literal["fifo", "asha", "hyperband", "pbt"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """Trainings of one preset that differ in some fields."""
+
+    preset: str
+    """The preset that all trials start from."""
+    space: Mapping[str, Any] = field(default_factory=dict)
+    """What is varied: dotted field -> one of Ray Tune's domains (tune.loguniform, tune.uniform, tune.choice, tune.grid_search)."""
+    points: tuple[Mapping[str, Any], ...] = ()
+    """Trials given one by one, as values of fields; instead of a space."""
+    overrides: tuple[str, ...] = ()
+    """Fields that are other than the preset's in all trials, as on the command line."""
+    metric: str = "val_loss"
+    """What is compared: a validation metric (those ending in acc: higher is better, others: lower)."""
+    trials: int = 8
+    """Samples of the space (each of them with every combination of its grids)."""
+    search: Literal["random", "optuna"] = "random"
+    """How samples are drawn; grids need random."""
+    scheduler: Scheduler = "asha"
+    """fifo: all run to the end; asha, hyperband: losing trials are stopped early, by examples seen; pbt: losing trials take
+    over the checkpoint of a winning one with changed values."""
+    reports: int = 9
+    """Validations (and checkpoints) of a whole training: the moments at which a scheduler can act."""
+    reduction: int = 3
+    """asha, hyperband: one of so many trials goes on at each rung."""
+    grace: float = 1 / 9
+    """asha: share of a whole training that every trial gets."""
+    perturb: float = 1 / 3
+    """pbt: share of a whole training between two exchanges."""
+    keep: int = 3
+    """Best trials whose checkpoints are kept."""
+    seed: int = 0
+    """Of the samples (the seed of the trainings is training.seed)."""
+
+    @property
+    def mode(self) -> Literal["min", "max"]:
+        return "max" if self.metric.endswith("acc") else "min"
+
+    @property
+    def has_grid(self) -> bool:
+        return any(isinstance(domain, dict) and "grid_search" in domain for domain in self.space.values())
+
+    def experiment(self) -> Experiment:
+        """The experiment that trials vary.
+
+        Raises:
+            UserError: an unknown preset or field.
+        """
+        return override(preset(self.preset), self.overrides, f"tuning.sweep {self.preset}")
+
+    def default(self) -> dict[str, Any]:
+        """The preset's own values of the fields that are varied."""
+        flat = flatten(to_dict(self.experiment()))
+        return {name: flat[name] for name in self.space}
+
+
+def trial_experiment(base: Experiment, values: Mapping[str, Any]) -> Experiment:
+    """An experiment with a trial's values.
+
+    Raises:
+        UserError: an unknown field, or a value that does not fit it.
+    """
+    return override(base, [word for pair in arguments(values) for word in pair], f"tuning.sweep {base.preset}")
+
+
+def arguments(values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Values of fields as on the command line."""
+    return [(f"--{name.replace('_', '-')}", str(value)) for name, value in values.items()]
+
+
+def check_sweep(sweep: Sweep) -> None:
+    """Checks what the sweep alone tells, with the first and last values of each domain where it has such.
+
+    Raises:
+        UserError: the first thing that cannot be right.
+    """
+    if bool(sweep.space) == bool(sweep.points):
+        raise UserError("a sweep needs either a space or points")
+    fields = flatten(to_dict(sweep.experiment()))
+    for name in [*sweep.space, *(name for point in sweep.points for name in point)]:
+        if name.replace("-", "_") not in fields:
+            raise UserError(f"field {name} of the sweep's space does not exist{nearest(name, fields)}")
+        if name.startswith(("run.", "parallel.workers")):
+            raise UserError(f"field {name} cannot be varied: it is no part of what is trained")
+    for name, value in {"trials": sweep.trials, "reports": sweep.reports, "keep": sweep.keep}.items():
+        if value < 1:
+            raise UserError(f"{name} is {value} and must be at least 1")
+    if sweep.reduction < 2:
+        raise UserError(f"reduction is {sweep.reduction} and must be at least 2")
+    for name, share in {"grace": sweep.grace, "perturb": sweep.perturb}.items():
+        if not 0 < share <= 1:
+            raise UserError(f"{name} is {share:g} and must be above 0 and at most 1")
+    if sweep.search == "optuna" and (sweep.has_grid or sweep.points):
+        raise UserError("search is optuna, which draws its own samples: use no grid_search and no points, or search random")
+    if sweep.scheduler == "pbt" and (sweep.search != "random" or sweep.trials < 2):
+        raise UserError(f"scheduler pbt needs search random and at least 2 trials, not {sweep.search} and {sweep.trials}")
+    if sweep.scheduler == "pbt" and (sweep.points or sweep.has_grid):
+        raise UserError("scheduler pbt changes values while training: it needs a space of ranges and choices")
+    if sweep.scheduler == "pbt" and (bad := [n for n in sweep.space if not n.startswith("optim.")]):
+        raise UserError(f"scheduler pbt can change optim.* while training, not {', '.join(bad)}")
+
+
+def find_sweep(name: str) -> Sweep:
+    """A ready-made sweep by its name, or one from a file: `path.py:function`.
+
+    Raises:
+        UserError: there is none of that name, or the file has no such function.
+    """
+    if name in SWEEPS:
+        return SWEEPS[name]()
+    path, colon, function = name.rpartition(":")
+    if not colon:
+        raise UserError(f"sweep {name!r} does not exist{nearest(name, SWEEPS)}; there are {', '.join(SWEEPS)}, or yours: file.py:function")
+    if not Path(path).is_file():
+        raise UserError(f"sweep {name!r}: there is no file {path}")
+    spec = importlib.util.spec_from_file_location("sweep_of_user", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    found = getattr(module, function, None)
+    made = found() if callable(found) else None
+    if not isinstance(made, Sweep):
+        raise UserError(f"sweep {name!r}: {path} has no function {function} that returns a Sweep")
+    return made
+
+
+def quickstart() -> Sweep:
+    """Learning rate, warm-up and dropout on the digits of the package: minutes on two cores."""
+    return Sweep(
+        preset="quickstart",
+        space={
+            "optim.lr": tune.loguniform(3e-4, 2e-2),
+            "optim.warmup_steps": tune.choice([0, 50, 150]),
+            "model.encoder.dropout": tune.uniform(0.0, 0.3),
+        },
+        overrides=("--workers", "1"),
+    )
+
+
+def img_clf_mnist() -> Sweep:
+    """Learning rate, warm-up and dropout."""
+    return Sweep(
+        preset="img-clf-mnist",
+        space={
+            "optim.lr": tune.loguniform(1e-4, 1e-2),
+            "optim.warmup_steps": tune.choice([0, 200, 1000]),
+            "model.encoder.dropout": tune.uniform(0.0, 0.3),
+        },
+        trials=16,
+    )
+
+
+def clm_shape() -> Sweep:
+    """Width, depth and number of latents of a causal language model, with a learning rate for each."""
+    return Sweep(
+        preset="clm-wikitext-small",
+        space={
+            "model.num_channels": tune.choice([128, 192, 256, 384]),
+            "model.num_self_attention_layers": tune.choice([2, 4, 6, 8]),
+            "model.max_latents": tune.choice([128, 256, 512]),
+            "optim.lr": tune.loguniform(5e-4, 5e-3),
+        },
+        trials=24,
+    )
+
+
+def mlm_masking() -> Sweep:
+    """The share of words that are masked."""
+    return Sweep(
+        preset="mlm-imdb-small",
+        space={"task.mask_probability": tune.grid_search([0.1, 0.15, 0.2, 0.3, 0.4])},
+        trials=1,
+        scheduler="fifo",
+    )
+
+
+def optim_pbt() -> Sweep:
+    """A schedule of learning rate and weight decay, found by a population of four."""
+    return Sweep(
+        preset="img-clf-mnist",
+        space={"optim.lr": tune.loguniform(1e-4, 1e-2), "optim.weight_decay": tune.loguniform(1e-4, 1e-1)},
+        scheduler="pbt",
+        trials=4,
+    )
+
+
+SWEEPS: dict[str, Callable[[], Sweep]] = {
+    function.__name__.replace("_", "-"): function for function in (quickstart, img_clf_mnist, clm_shape, mlm_masking, optim_pbt)
+}

@@ -1,0 +1,100 @@
+"""What one trial of a sweep runs: the training of `ray_jobs.train`, in a run folder of its own, reporting to Ray Tune."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+
+from perceiver.config import Experiment, UserError, from_dict
+from perceiver.data.shards import load_prepared
+from perceiver.training.checkpoint import EXPERIMENT, write_json
+from perceiver.training.run import total_steps
+from ray_jobs import train
+from ray_jobs.cli import JobFailed
+from ray_jobs.ray_env import quiet
+from tuning.population import DonorLost, take_over
+from tuning.sweeps import trial_experiment
+
+VALUES, FAILED = "values.json", "failed.txt"
+"""In a trial's run folder: its values of the fields that are varied; why it failed."""
+KEEP_ALL = 1_000_000
+
+
+def run_name(trial_id: str) -> str:
+    """Ray Tune's name of a trial without the part that is random."""
+    return f"trial-{trial_id.rpartition('_')[2]}"
+
+
+def run_trial(config: dict[str, Any], settings: dict[str, Any]) -> None:
+    """The trainable of a sweep.
+
+    Args:
+        config: {"values": {dotted field: value}}.
+        settings: "experiment": what trials vary (plain data), "reports", "population" (bool), "trials": folder of runs.
+    """
+    quiet()
+    name = run_name(tune.get_context().get_trial_id())
+    run = Path(settings["trials"]) / name
+    run.mkdir(parents=True, exist_ok=True)
+    values = config["values"]
+    write_json(run / VALUES, values)
+    last = -1
+
+    def report(metrics: dict[str, float]) -> None:
+        """To Ray Tune, with the place of the weights as its checkpoint."""
+        nonlocal last
+        if metrics["step"] == last:
+            return
+        last = int(metrics["step"])
+        result = {**metrics, "step": last, "examples": last * experiment.training.global_batch_size}
+        with tempfile.TemporaryDirectory() as folder:
+            write_json(Path(folder) / "place.json", {"run": run.name, "step": last})
+            tune.report(result, checkpoint=tune.Checkpoint.from_directory(folder))
+
+    try:
+        experiment = _experiment(from_dict(settings["experiment"]), values, name, settings)
+        _continue_from_donor(run, experiment, values)
+        metrics = train.run(experiment, say=lambda text: _log(run, text), on_report=report)
+    except (UserError, JobFailed, DonorLost) as error:
+        (run / FAILED).write_text(str(error))
+        raise
+    report(metrics)  # a run that was finished already has reported nothing by itself
+
+
+def _experiment(base: Experiment, values: dict[str, Any], name: str, settings: dict[str, Any]) -> Experiment:
+    """The trial's experiment. Its reports and checkpoints fall on the same steps: nothing reported is taken again."""
+    experiment = trial_experiment(base, values)
+    _, manifest = load_prepared(experiment)
+    steps = total_steps(experiment, manifest.splits["train"].rows)
+    every = max(1, steps // settings["reports"])
+    return replace(
+        experiment,
+        run=replace(
+            experiment.run,
+            name=name,
+            storage=settings["trials"],
+            val_every=every,
+            checkpoint_every=every,
+            keep_checkpoints=KEEP_ALL if settings["population"] else experiment.run.keep_checkpoints,
+        ),
+    )
+
+
+def _continue_from_donor(run: Path, experiment: Experiment, values: dict[str, Any]) -> None:
+    checkpoint = tune.get_checkpoint()
+    if checkpoint is None or not (run / EXPERIMENT).exists():
+        return
+    with checkpoint.as_directory() as folder:
+        place = json.loads((Path(folder) / "place.json").read_text())
+    if place["run"] != run.name:
+        take_over(run.parent / place["run"], place["step"], run, experiment, values)
+
+
+def _log(run: Path, text: str) -> None:
+    with open(run / "log.txt", "a") as file:
+        file.write(text + "\n")
