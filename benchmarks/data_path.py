@@ -206,7 +206,7 @@ def preparation(texts: list[str], tokenizer: str, folder: Path) -> list[dict]:
             shards = [make_shard(job, planned) for planned in plan_shards(job, notes, split)]
             splits[split] = make_split(job, notes, shards, split)
 
-    name = loaded.fingerprint["name"]
+    name = f"{loaded.fingerprint['name']} ({loaded.vocab_size:,})"
     times = best(ours, lambda: with_datasets(path, loaded, folder))
     train = splits["train"].tokens / 1e6
     tokens = train + splits["val"].tokens / 1e6

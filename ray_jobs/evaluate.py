@@ -11,6 +11,7 @@ from typing import Any
 
 from perceiver.config import Experiment, UserError, from_dict, home
 from perceiver.data.shards import load_prepared
+from perceiver.data.tokenizers import TOKENIZER
 from perceiver.training.checkpoint import CHECKPOINTS, EXPERIMENT, CheckpointInfo, choose_checkpoint, find_run, write_json
 from ray_jobs.cli import main_entry, override
 from ray_jobs.preflight import check_experiment, plan_resources
@@ -47,6 +48,8 @@ def evaluate_run(run: str | Path, checkpoint: str = "best", overrides: list[str]
     experiment = override(trained, overrides or [], f"ray_jobs.evaluate {run}")
     if experiment.model != trained.model:
         raise UserError("the model of a run cannot be changed: only data, task, parallel and the batch size may be overridden")
+    if experiment.data.tokenizer == trained.data.tokenizer and (folder / TOKENIZER).is_file():
+        experiment = replace(experiment, data=replace(experiment.data, tokenizer=str(folder / TOKENIZER)))
     other = experiment.data.source != trained.data.source
     if other:
         experiment = replace(experiment, data=replace(experiment.data, source="", val_source=experiment.data.source))

@@ -35,12 +35,13 @@ from perceiver.data.readers import Columns, image_shape
 from perceiver.data.shards import (
     MANIFEST,
     Manifest,
-    broken_shards,
+    broken_files,
     check_fits,
     check_image_shape,
     data_folder,
     prepare_settings,
     task_kind,
+    with_tokenizer,
 )
 from perceiver.data.sources import InputFile, Source, is_path, resolve
 from perceiver.data.storage import (
@@ -52,15 +53,13 @@ from perceiver.data.storage import (
     remove_folder,
     write_file,
 )
-from perceiver.data.tokenizers import SentencePieceTokenizer, load_tokenizer
+from perceiver.data.tokenizers import TOKENIZER, SentencePieceTokenizer, load_tokenizer
 from ray_jobs.cli import main_entry, parse_experiment
 
 Say = Callable[[str], Any]
 
 HASHES = ".source-hashes.json"
 """File in data.root that keeps the hashes of source files by path, size and time, so that they are not read again."""
-TOKENIZER = "tokenizer.model"
-"""Copy of the SentencePiece model in a prepared data set."""
 
 
 def main(argv: list[str]) -> int:
@@ -82,9 +81,10 @@ def prepare(experiment: Experiment, progress: Say = print, piece_bytes: int = PI
         UserError: a mistake in the experiment or its source, or a fault in an input file. No data set is left then.
     """
     started = time.monotonic()
+    experiment = with_tokenizer(experiment)
     settings, folder = prepare_settings(experiment), data_folder(experiment)
     old = Manifest.load(folder) if MANIFEST in list_folder(folder) else None
-    if old is not None and (broken := broken_shards(folder, old)):
+    if old is not None and (broken := broken_files(folder, old)):
         progress(f"{folder}/{broken[0]} is missing or damaged: preparing again")
         remove_file(folder, MANIFEST)
         old = None

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from perceiver.config import Experiment, UserError, differences, from_dict
-from perceiver.data.shards import Manifest, load_prepared
+from perceiver.data.shards import Manifest, load_prepared, with_tokenizer
 from perceiver.data.sources import is_shipped
 from perceiver.tasks import build_task
 from perceiver.tasks.pictures import curves
@@ -48,6 +48,7 @@ def run(
         UserError: a mistake in the experiment, data that is not prepared, another experiment under the same name.
         TrainingFailed: workers failed too often.
     """
+    experiment = with_tokenizer(experiment)
     check_experiment(experiment)
     run_folder = Path(experiment.run.storage_path).expanduser().absolute() / experiment.run_name
     finished = check_run(experiment, run_folder)
@@ -70,7 +71,7 @@ def run(
             prepared = load_prepared(experiment)
         data_folder, manifest = prepared
         check_data(run_folder, manifest)
-        save_experiment(run_folder, experiment, manifest)
+        save_experiment(run_folder, experiment, manifest, data_folder)
         say(f"run {experiment.run_name} in {run_folder}")
         if start is not None:
             say(f"{start} (names in {run_folder / START})")

@@ -17,7 +17,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 from perceiver.config import Experiment, UserError, from_dict, to_dict
-from perceiver.data.shards import Manifest
+from perceiver.data.shards import Manifest, with_prepared_tokenizer
 from perceiver.tasks import build_task
 from perceiver.training.batches import make_feed
 from perceiver.training.checkpoint import load_model, write_json
@@ -86,6 +86,7 @@ def _fit(
 ) -> None:
     # What Ray keeps of a run is rebuilt by every start: our own checkpoints say where to continue.
     ray_folder = run_folder / "ray"
+    experiment = with_prepared_tokenizer(experiment, data_folder, Manifest.load(data_folder))
     shutil.rmtree(ray_folder, ignore_errors=True)
     with Messages(say, lambda: _why_no_workers(resources), on_report) as messages:
         trainer = TorchTrainer(

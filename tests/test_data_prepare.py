@@ -11,8 +11,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from perceiver.config import UserError
-from perceiver.data.shards import MANIFEST, Manifest, data_folder, fixed_array, load_prepared, read_block
-from perceiver.data.tokenizers import CLS, EOS, SEP, ByteTokenizer, load_tokenizer
+from perceiver.data.shards import (
+    MANIFEST,
+    Manifest,
+    data_folder,
+    fixed_array,
+    load_prepared,
+    read_block,
+    with_prepared_tokenizer,
+    with_tokenizer,
+)
+from perceiver.data.tokenizers import CLS, EOS, SEP, TOKENIZER, ByteTokenizer, load_tokenizer
+from perceiver.training.run import save_experiment
 from ray_jobs import preprocess
 from ray_jobs.cli import main_entry
 from tests import preparing
@@ -130,7 +140,49 @@ def test_sentencepiece_documents_end_with_its_end_id(shared, tmp_path):
     expected = [*pieces.encode("one two"), pieces.eos_id, *pieces.encode("three"), pieces.eos_id]
     assert stream_of(folder, manifest, "train").tolist() == expected
     assert manifest.tokenizer == pieces.fingerprint and manifest.tokenizer["sha256"]
-    assert (Path(folder) / preprocess.TOKENIZER).read_bytes() == model.read_bytes()
+    assert (Path(folder) / TOKENIZER).read_bytes() == model.read_bytes()
+
+
+def test_data_of_a_sentencepiece_model_needs_the_models_file_no_more(shared, tmp_path):
+    model = tmp_path / "elsewhere" / "my.model"
+    model.parent.mkdir()
+    model.write_bytes((shared / "data" / "sentencepiece" / "spiece.model").read_bytes())
+    write_jsonl(tmp_path / "a.jsonl", [{"text": "one two"}, {"text": "three"}])
+    own = {"tokenizer": str(model), "val_source": str(tmp_path / "a.jsonl")}
+    chosen = experiment("clm-c4", tmp_path / "out", tmp_path / "a.jsonl", **own)
+    folder, manifest = prepare(chosen)
+    copy = f"{folder}/{TOKENIZER}"
+    model.unlink()
+
+    found = with_tokenizer(chosen)
+    assert found.data.tokenizer == copy and load_prepared(found) == (folder, manifest)
+    assert found.identity == chosen.identity != replace(chosen, data=replace(chosen.data, tokenizer="bytes")).identity
+    assert prepare(found) == (folder, manifest)
+    assert with_prepared_tokenizer(chosen, folder, manifest).data.tokenizer == copy
+    save_experiment(tmp_path / "run", chosen, manifest, folder)
+    assert load_tokenizer(str(tmp_path / "run" / TOKENIZER)).fingerprint == manifest.tokenizer
+
+    other = tmp_path / "other.model"  # another tokenizer, of other bytes: now it cannot be known which is meant
+    other.write_bytes(tiny_sentencepiece_model())
+    prepare(replace(chosen, data=replace(chosen.data, tokenizer=str(other))))
+    with pytest.raises(UserError, match="is not there, and data was prepared with 2 others: give --data.tokenizer"):
+        with_tokenizer(chosen)
+    Path(copy).write_bytes(b"damaged")
+    with pytest.raises(UserError, match="tokenizer.model is missing or damaged: run `python -m ray_jobs.preprocess"):
+        load_prepared(replace(chosen, data=replace(chosen.data, tokenizer=str(shared / "data/sentencepiece/spiece.model"))))
+
+
+def tiny_sentencepiece_model() -> bytes:
+    import io
+
+    import sentencepiece
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["one two three", "four five six"]), model_writer=model, vocab_size=20, hard_vocab_limit=False,
+        minloglevel=2,
+    )  # fmt: skip
+    return model.getvalue()
 
 
 def test_held_out_documents_do_not_depend_on_order_and_equal_ones_stay_together(tmp_path):

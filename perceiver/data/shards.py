@@ -27,7 +27,7 @@ import json
 import re
 import shlex
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -53,8 +53,8 @@ from perceiver.config import (
     flatten,
 )
 from perceiver.data.sources import source_label
-from perceiver.data.storage import list_folder, open_folder, read_file, write_file
-from perceiver.data.tokenizers import load_tokenizer
+from perceiver.data.storage import file_hash, list_folder, open_folder, read_file, write_file
+from perceiver.data.tokenizers import TOKENIZER, load_tokenizer, tokenizer_is_there
 from perceiver.presets import PRESETS
 
 FORMAT_VERSION = 1
@@ -312,6 +312,20 @@ def prepare_settings(experiment: Experiment) -> dict[str, Any]:
         UserError: the task's data cannot be prepared, the tokenizer's file is missing, or it has more ids than the
             model.
     """
+    settings = _settings(experiment)
+    if settings["kind"] == "images":
+        return settings
+    name, (_, vocab_size) = experiment.data.tokenizer, text_limits(experiment)
+    tokenizer = load_tokenizer(name)
+    if tokenizer.vocab_size > vocab_size:
+        raise UserError(
+            f"data.tokenizer {name} has {tokenizer.vocab_size} ids, but the model's vocab_size is {vocab_size}"
+        )
+    return settings | {"tokenizer": tokenizer.fingerprint}
+
+
+def _settings(experiment: Experiment) -> dict[str, Any]:
+    """`prepare_settings` without the tokenizer."""
     data, kind = experiment.data, task_kind(experiment)
     if not data.source and not data.val_source:
         raise UserError(
@@ -331,18 +345,45 @@ def prepare_settings(experiment: Experiment) -> dict[str, Any]:
     }
     if kind == "images":
         return settings
-    max_seq_len, vocab_size = text_limits(experiment)
-    tokenizer = load_tokenizer(data.tokenizer)
-    if tokenizer.vocab_size > vocab_size:
-        raise UserError(
-            f"data.tokenizer {data.tokenizer} has {tokenizer.vocab_size} ids, but the model's vocab_size is "
-            f"{vocab_size}"
-        )
-    settings |= {"text_column": data.text_column, "tokenizer": tokenizer.fingerprint}
+    max_seq_len, _ = text_limits(experiment)
+    settings |= {"text_column": data.text_column}
     if kind == "documents":
         return settings | {"label_column": data.label_column, "row_length": max_seq_len - 2}
     marks = "cls-sep" if isinstance(experiment.task, MaskedLMConfig) else "eos"
     return settings | {"row_length": max_seq_len, "document_marks": marks}
+
+
+def with_tokenizer(experiment: Experiment) -> Experiment:
+    """The experiment with a tokenizer that is there: its own, else the copy in the one data set prepared for it.
+
+    So a prepared data set is enough to train on another machine. Without any, the experiment as it is.
+
+    Raises:
+        UserError: its own is not there, and several prepared data sets differ in nothing but the tokenizer.
+    """
+    data = experiment.data
+    if _KINDS.get(type(experiment.task), "images") == "images" or tokenizer_is_there(data.tokenizer):
+        return experiment
+    settings = _settings(experiment)
+    found = [
+        f"{data.root_path.rstrip('/')}/{name}"
+        for name, other in _others(experiment, settings)
+        if TOKENIZER in list_folder(f"{data.root_path.rstrip('/')}/{name}")
+        and {**other.settings, "tokenizer": None} == {**settings, "tokenizer": None}
+    ]
+    if len(found) > 1:
+        raise UserError(
+            f"data.tokenizer is {data.tokenizer}, which is not there, and data was prepared with {len(found)} others: give "
+            f"--data.tokenizer {' or '.join(f'{folder}/{TOKENIZER}' for folder in found)}"
+        )
+    return replace(experiment, data=replace(data, tokenizer=f"{found[0]}/{TOKENIZER}")) if found else experiment
+
+
+def with_prepared_tokenizer(experiment: Experiment, folder: str, manifest: Manifest) -> Experiment:
+    """The experiment with the copy of its tokenizer that lies beside its shards, where all workers read."""
+    if (manifest.tokenizer or {}).get("sha256") is None:
+        return experiment
+    return replace(experiment, data=replace(experiment.data, tokenizer=f"{folder}/{TOKENIZER}"))
 
 
 def data_folder(experiment: Experiment) -> str:
@@ -371,7 +412,7 @@ def load_prepared(experiment: Experiment) -> tuple[str, Manifest]:
     folder = _folder(experiment, settings)
     if MANIFEST in list_folder(folder):
         manifest = Manifest.load(folder)
-        if broken := broken_shards(folder, manifest):
+        if broken := broken_files(folder, manifest):
             raise UserError(f"{folder}/{broken[0]} is missing or damaged: run `{preprocess_command(experiment)}`")
         check_fits(experiment, manifest)
         return folder, manifest
@@ -385,11 +426,15 @@ def load_prepared(experiment: Experiment) -> tuple[str, Manifest]:
     raise UserError(message)
 
 
-def broken_shards(folder: str | Path, manifest: Manifest) -> list[str]:
-    """Shards that are not there, or not of the size that the manifest says."""
+def broken_files(folder: str | Path, manifest: Manifest) -> list[str]:
+    """Shards that are not there, or not of the size that the manifest says; the tokenizer if it is not the manifest's."""
     there = list_folder(folder)
     shards = (shard for split in manifest.splits.values() for shard in split.shards)
-    return [shard.file for shard in shards if there.get(shard.file) != shard.bytes]
+    broken = [shard.file for shard in shards if there.get(shard.file) != shard.bytes]
+    wanted = (manifest.tokenizer or {}).get("sha256")
+    if wanted and (TOKENIZER not in there or file_hash(folder, TOKENIZER)[1] != wanted):
+        broken.append(TOKENIZER)
+    return broken
 
 
 def _others(experiment: Experiment, settings: dict[str, Any]) -> list[tuple[str, Manifest]]:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import string
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.fs as pafs
 
 from perceiver.config import UserError
+from perceiver.data.storage import open_folder, read_file
+
+TOKENIZER = "tokenizer.model"
+"""Copy of the SentencePiece model in a prepared data set and in a run."""
 
 PAD, BOS, EOS, MASK, CLS, SEP = range(6)
 _SPECIAL = ("[PAD]", "[BOS]", "[EOS]", "[MASK]", "[CLS]", "[SEP]")
@@ -50,7 +53,7 @@ class Tokenizer(ABC):
     cls_id: int | None
     sep_id: int | None
     fingerprint: dict[str, Any]
-    """Name, vocabulary size and hash of the model (None for bytes): equal if and only if texts get equal ids."""
+    """Kind, vocabulary size and hash of the model (None for bytes), not its file's name: equal models are one tokenizer."""
     words: WordTable
 
     @abstractmethod
@@ -150,7 +153,7 @@ class SentencePieceTokenizer(Tokenizer):
         if self.vocab_size > 2**16:
             raise UserError(f"data.tokenizer {name} has {self.vocab_size} ids; at most 65,536 can be stored")
         self.fingerprint = {
-            "name": name,
+            "name": "sentencepiece",
             "vocab_size": self.vocab_size,
             "sha256": hashlib.sha256(model).hexdigest(),
         }
@@ -199,20 +202,29 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 def load_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer of `data.tokenizer`: "bytes", or the path of a SentencePiece model.
+    """The tokenizer of `data.tokenizer`: "bytes", or the path or URI of a SentencePiece model.
 
     Raises:
         UserError: there is no such file, or it is no SentencePiece model.
     """
     if name == "bytes":
         return _byte_tokenizer()
-    path = Path(name).expanduser()
-    if not path.is_file():
+    info = _file_info(name)
+    if info.type != pafs.FileType.File:
         raise UserError(
             f'data.tokenizer is {name}: it must be "bytes" or the path of a SentencePiece model, which is not there'
         )
-    info = os.stat(path)
-    return _load_sentencepiece(str(path.resolve()), info.st_size, info.st_mtime_ns)
+    return _load_sentencepiece(name, info.size, info.mtime_ns)
+
+
+def tokenizer_is_there(name: str) -> bool:
+    """Whether `load_tokenizer` would find its file."""
+    return name == "bytes" or _file_info(name).type == pafs.FileType.File
+
+
+def _file_info(name: str) -> pafs.FileInfo:
+    filesystem, path = open_folder(name)
+    return filesystem.get_file_info(path)
 
 
 @lru_cache(maxsize=1)
@@ -221,5 +233,6 @@ def _byte_tokenizer() -> ByteTokenizer:
 
 
 @lru_cache(maxsize=4)
-def _load_sentencepiece(path: str, size: int, mtime_ns: int) -> SentencePieceTokenizer:
-    return SentencePieceTokenizer(Path(path).read_bytes(), Path(path).name)
+def _load_sentencepiece(name: str, size: int, mtime_ns: int) -> SentencePieceTokenizer:
+    folder, _, file = name.rpartition("/")
+    return SentencePieceTokenizer(read_file(folder or ("/" if name.startswith("/") else "."), file), file)

@@ -17,12 +17,12 @@ from safetensors.torch import save_file
 
 from perceiver import hub
 from perceiver.config import ImageInput, UserError, to_dict
-from perceiver.data.tokenizers import ByteTokenizer, SentencePieceTokenizer, Tokenizer
+from perceiver.data.tokenizers import TOKENIZER, ByteTokenizer, SentencePieceTokenizer, Tokenizer
 
 if TYPE_CHECKING:
     from perceiver.inference.trained import TrainedModel
 
-CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.model"
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
 FORMAT, FORMAT_VERSION = "perceiver", 1
 FORMATS = ("perceiver", "transformers")
 

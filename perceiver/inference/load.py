@@ -23,8 +23,8 @@ from perceiver.config import (
     from_dict,
     home,
 )
-from perceiver.data.tokenizers import Tokenizer, load_tokenizer
-from perceiver.inference.export import CONFIG, TOKENIZER, WEIGHTS, download, read_config
+from perceiver.data.tokenizers import TOKENIZER, Tokenizer, load_tokenizer
+from perceiver.inference.export import CONFIG, WEIGHTS, download, read_config
 from perceiver.inference.trained import TrainedModel, abilities_of, task_of
 from perceiver.models import PerceiverAR, PerceiverIO, build_model
 from perceiver.pretrained import is_hub_name, read_pretrained
@@ -118,7 +118,9 @@ def load_run(folder: Path, checkpoint: str, device: torch.device) -> TrainedMode
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # one process is what is meant
         load_model(chosen.path, model)
     music = isinstance(experiment.task, SymbolicAudioConfig)
-    tokenizer = None if music else tokenizer_of(experiment.model, experiment.data.tokenizer)
+    copy = folder / TOKENIZER
+    name = str(copy) if copy.is_file() else experiment.data.tokenizer
+    tokenizer = None if music else tokenizer_of(experiment.model, name)
     provenance = {
         "run": folder.name,
         "preset": experiment.preset,

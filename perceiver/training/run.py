@@ -14,6 +14,8 @@ from torch import nn
 
 from perceiver.config import Experiment, to_dict
 from perceiver.data.shards import Manifest
+from perceiver.data.storage import read_file, write_file
+from perceiver.data.tokenizers import TOKENIZER
 from perceiver.training.batches import Feed, Prefetch, ReadAll, make_feed
 from perceiver.training.checkpoint import (
     CHECKPOINTS,
@@ -221,7 +223,9 @@ def evaluate(
     return {f"val_{name}": value for name, value in task.metrics(sums, feed.split).items()}, sums
 
 
-def save_experiment(folder: Path, experiment: Experiment, manifest: Manifest) -> None:
-    """Writes what a run is: its resolved configuration, and the data it is trained on."""
+def save_experiment(folder: Path, experiment: Experiment, manifest: Manifest, data_folder: str) -> None:
+    """Writes what a run is: its resolved configuration, the data it is trained on, a copy of the data's tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
+    if (manifest.tokenizer or {}).get("sha256") is not None:
+        write_file(folder, TOKENIZER, read_file(data_folder, TOKENIZER))
     write_json(folder / EXPERIMENT, {"experiment": to_dict(experiment), "data": manifest.digest})
