@@ -63,7 +63,8 @@ def read_trials(folder: Path) -> list[Trial]:
     for path in sorted((folder / "trials").glob(f"*/{VALUES}")):
         run = path.parent
         own = events.get(run.name, [])
-        values = [(r[metric], r["step"]) for r in read_metrics(run) if metric in r and np.isfinite(r[metric])]
+        metrics = read_metrics(run)
+        values = [(r[metric], r["step"]) for r in metrics if metric in r and np.isfinite(r[metric])]
         best = min(values, key=lambda v: sign * v[0], default=(None, None))
         reports = [e for e in own if e["event"] == "report"]
         status, reason = _status(run, own, reports)
@@ -73,7 +74,7 @@ def read_trials(folder: Path) -> list[Trial]:
                 "trial": run.name, "status": status, "reason": reason, "metric": metric, "value": best[0], "best_step": best[1],
                 "last_value": values[-1][0] if values else None,
                 "step": reports[-1]["step"] if reports else 0, "examples": reports[-1]["examples"] if reports else 0,
-                "loss": reports[-1]["loss"] if reports else None, "seconds": sum(end - start for start, end in spans),
+                "loss": next((r["loss"] for r in reversed(metrics) if "loss" in r), None), "seconds": sum(end - start for start, end in spans),
                 "spans": spans, "values": json.loads(path.read_text()), "run": str(run), "exchanges": exchanges(run),
             }
         )  # fmt: skip
@@ -87,8 +88,9 @@ def _status(run: Path, events: Sequence[dict], reports: Sequence[dict]) -> tuple
         return "finished", ""
     if not events or events[-1]["event"] != "end":
         return "running", ""
-    if reports and reports[0]["loss"] and diverged(reports[0]["loss"], reports[-1]["loss"]):
-        return "diverged", f"the loss grew from {reports[0]['loss']:.4g} to {reports[-1]['loss']:.4g}"
+    losses = [report["loss"] for report in reports if report["loss"] is not None]
+    if losses and diverged(losses[0], losses[-1]):
+        return "diverged", f"the loss grew from {losses[0]:.4g} to {losses[-1]:.4g}"
     return ("stopped", "by the scheduler") if reports else ("failed", "ended without a report")
 
 
