@@ -22,9 +22,10 @@ PACKAGES = Path(__file__).resolve().parent.parent
 
 
 @contextmanager
-def connect(parallel: ParallelConfig) -> Iterator[None]:
+def connect(parallel: ParallelConfig, dashboard: bool = False) -> Iterator[None]:
     """Joins the cluster of this process, of `parallel.address` or $RAY_ADDRESS; else runs a local one for the time being.
 
+    With `dashboard` a local cluster has Ray's dashboard (as with PERCEIVER_DASHBOARD=1), whose state service some of Ray needs.
     A local cluster counts one CPU more than the machine has: the workers may take all cores, and data tasks still find a slot.
 
     Raises:
@@ -44,7 +45,7 @@ def connect(parallel: ParallelConfig) -> Iterator[None]:
             raise UserError(f"no Ray cluster could be joined at {address!r}: {_reason(error)}") from error
     else:
         cpus = os.cpu_count() or 1
-        ray.init(address="local", num_cpus=cpus + 1, include_dashboard=_with_dashboard(), **settings)
+        ray.init(address="local", num_cpus=cpus + 1, include_dashboard=dashboard or _with_dashboard(), **settings)
     try:
         yield
     finally:

@@ -83,7 +83,8 @@ def run_sweep(sweep: Sweep, folder: Path, concurrent: int | None = None, say=pri
     check_experiment(base)
     check_folder(sweep, folder)
     prepared = None if is_shipped(base.data.source) else load_prepared(base)
-    with locked(folder), connect(base.parallel):
+    # Ray Train frees what the workers of a stopped trial held by way of the dashboard's state service.
+    with locked(folder), connect(base.parallel, dashboard=True):
         if prepared is None:
             from ray_jobs.preprocess import prepare
 
