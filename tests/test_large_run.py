@@ -41,8 +41,8 @@ def test_a_killed_run_on_c4_goes_on_with_another_number_of_workers_as_if_nothing
 
     killed, whole = (np.array([loss for _, loss in losses(home / "runs" / name)]) for name in ("killed", "whole"))
     assert len(killed) == len(whole) == 60
-    # Another batch, or another window of one, would differ by tenths.
-    np.testing.assert_allclose(killed, whole, rtol=2e-4)
+    # Two workers' sums round differently, and training multiplies that; another batch, or another window, would differ by tenths.
+    np.testing.assert_allclose(killed, whole, rtol=1e-3)
     assert whole[-5:].mean() < whole[:5].mean() - 2.0
 
     table = Job("ray_jobs.evaluate", str(run), "--parallel.workers", "1", home=home).finish()
