@@ -147,6 +147,13 @@ def test_the_report_orders_the_trials_names_what_became_of_them_and_what_was_gai
     assert {"results.csv", "results.parquet", "report.html", "report.png"} <= {path.name for path in folder.iterdir()}
 
 
+def test_a_trial_is_not_finished_before_ray_tune_says_so(folder):
+    """Its process may still be at its last words, for which it needs its checkpoints."""
+    events = (folder / "events.jsonl").read_text().splitlines()
+    (folder / "events.jsonl").write_text("\n".join(e for e in events if not ('"end"' in e and '"trial-0"' in e)))
+    assert {t["trial"]: t["status"] for t in report.read_trials(folder)}["trial-0"] == "running"
+
+
 def test_checkpoints_of_losing_trials_are_thrown_away(folder):
     prune(folder, report.read_trials(folder), 1)
     left = {run.name: [c.step for c in list_checkpoints(run / "checkpoints")] for run in (folder / "trials").iterdir()}

@@ -84,10 +84,10 @@ def read_trials(folder: Path) -> list[Trial]:
 def _status(run: Path, events: Sequence[dict], reports: Sequence[dict]) -> tuple[str, str]:
     if (run / FAILED).exists():
         return "failed", (run / FAILED).read_text()
-    if (run / RESULT).exists():
-        return "finished", ""
     if not events or events[-1]["event"] != "end":
         return "running", ""
+    if (run / RESULT).exists():
+        return "finished", ""
     losses = [report["loss"] for report in reports if report["loss"] is not None]
     if losses and diverged(losses[0], losses[-1]):
         return "diverged", f"the loss grew from {losses[0]:.4g} to {losses[-1]:.4g}"

@@ -60,8 +60,9 @@ def run_trial(config: dict[str, Any], settings: dict[str, Any]) -> None:
         experiment = _experiment(from_dict(settings["experiment"]), values, name, settings)
         _continue_from_donor(run, experiment, values)
         metrics = train.run(experiment, say=lambda text: _log(run, text), on_report=report)
-    except (UserError, JobFailed, DonorLost) as error:
-        (run / FAILED).write_text(str(error))
+    except Exception as error:
+        told = isinstance(error, (UserError, JobFailed, DonorLost))
+        (run / FAILED).write_text(str(error) if told else f"{type(error).__name__}: {error}")
         raise
     report(metrics)  # a run that was finished already has reported nothing by itself
 
