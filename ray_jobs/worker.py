@@ -25,6 +25,7 @@ from perceiver.training.parallel import World, join_world
 from perceiver.training.run import NotFinite, Training, build_state, evaluate
 from ray_jobs.cli import JobFailed
 from ray_jobs.ingest import DATA_CPUS, read_with_ray
+from ray_jobs.gauges import Gauges
 from ray_jobs.preflight import Resources
 
 FAILURE = "failure.json"
@@ -152,6 +153,7 @@ def _train_worker(config: dict[str, Any]) -> None:
             read_with_ray,
             report=report,
             say=say,
+            measured=Gauges(run_folder.name),
             stalled=lambda seconds: stalled(seconds, world.rank, say),
             stop_at=config["stop_at"],
         )

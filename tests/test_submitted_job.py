@@ -1,6 +1,8 @@
 """A job submitted to a running Ray cluster with token authentication, as the README says."""
 
+import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -12,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from perceiver.training.record import read_metrics
 from tests.conftest import ROOT
 
 pytestmark = pytest.mark.slow
@@ -87,6 +90,39 @@ def test_a_submitted_training_joins_the_cluster_and_finishes(cluster):
     assert "on 2 workers" in result.stdout and "finished after" in result.stdout
     run = Path(cluster[1]["PERCEIVER_HOME"]) / "runs" / "submitted"
     assert (run / "result.json").exists()
+
+
+def test_prometheus_sees_the_numbers_of_the_metrics_file_while_a_job_runs(cluster):
+    address, environment = cluster
+    args = ["quickstart", *SHORT, "--name", "metered", "--training.max-steps", "2000", "--run.log-every", "20", "--workers", "1"]
+    job = [RAY, "job", "submit", "--address", address, "--submission-id", "metered", "--no-wait", "--working-dir", "."]
+    subprocess.run([*job, "--", "python", "-m", "ray_jobs.train", *args], cwd=ROOT, env=environment, check=True, capture_output=True)
+    run = Path(environment["PERCEIVER_HOME"]) / "runs" / "metered"
+    end, seen = time.monotonic() + 240, {}
+    while time.monotonic() < end and not {"step", "loss", "goodput"} <= seen.keys():
+        time.sleep(1)
+        seen = gauges("metered")
+    subprocess.run([RAY, "job", "stop", "--address", address, "metered"], env=environment, check=True, capture_output=True)
+    records = read_metrics(run)
+    assert {"step", "loss", "goodput", "throughput", "data_wait_share"} <= seen.keys()
+    assert seen["step"] in {record["step"] for record in records}
+    for name in ("loss", "throughput", "goodput"):
+        assert any(seen[name] == pytest.approx(record[name], rel=1e-6) for record in records if name in record)
+
+
+def gauges(run: str) -> dict[str, float]:
+    """The gauges of a run, from the endpoints that the cluster tells Prometheus to scrape."""
+    discovery = Path(f"/tmp/rt-{os.getpid()}/prom_metrics_service_discovery.json")
+    found = {}
+    for target in [t for group in json.loads(discovery.read_text()) for t in group["targets"]] if discovery.exists() else []:
+        try:
+            text = urllib.request.urlopen(f"http://{target}/metrics", timeout=5).read().decode()
+        except OSError:
+            continue
+        for name, tags, value in re.findall(r"^ray_perceiver_(\w+)\{(.*)\} (\S+)$", text, flags=re.M):
+            if f'run="{run}"' in tags.lower():
+                found[name] = float(value)
+    return found
 
 
 def test_a_mistake_in_a_submitted_job_fails_it_with_its_sentence(cluster):

@@ -109,6 +109,9 @@ def prune(folder: Path, trials: Sequence[dict[str, Any]], keep: int) -> None:
         wanted = {checkpoints[-1].step} if checkpoints and place < keep else set()
         if wanted and (best := best_of(checkpoints, trial["metric"])):
             wanted.add(best.step)
+        if not wanted:  # also what was being written when the trial was stopped
+            shutil.rmtree(folder / "trials" / trial["trial"] / CHECKPOINTS, ignore_errors=True)
+            continue
         for checkpoint in checkpoints:
             if checkpoint.step not in wanted:
                 shutil.rmtree(checkpoint.path)

@@ -45,14 +45,19 @@ class Meter:
         self._excluded += seconds
 
     def report(self, step: int) -> dict[str, float]:
-        """Rates since the last report: units/s, seconds per step, share waiting for data, MFU if known, seconds left."""
+        """Rates since the last report: units/s, seconds per step, share waiting for data, goodput, MFU if known, seconds left.
+
+        Goodput is the share of all time, validation and checkpoints included, in which steps were computed.
+        """
         now, waited = time.perf_counter(), self.wait_seconds()
-        seconds = max(now - self._time - self._excluded, 1e-9)
+        whole = max(now - self._time, 1e-9)
+        seconds = max(whole - self._excluded, 1e-9)
         steps = max(step - self.step, 1)
         rates = {
             "throughput": self.units_per_step * steps / seconds,
             "step_seconds": seconds / steps,
             "data_wait": (waited - self._waited) / seconds,
+            "goodput": max(0.0, seconds - (waited - self._waited)) / whole,
             "seconds_left": (self.total_steps - step) * seconds / steps,
         }
         if self.flops_per_step and self.peak:

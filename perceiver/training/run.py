@@ -63,6 +63,7 @@ class Training:
         read_all: how data is read (in this process, or by Ray Data).
         report: called on all workers after every validation, with its metrics and the last ones of training.
         say: takes lines of progress (first worker).
+        measured: called on the first worker with the step and every set of training metrics.
         stalled: called from time to time while data does not come, with the seconds waited.
         stop_at: end with a validation and a checkpoint at this step, to be continued later; None: at the last.
     """
@@ -78,11 +79,12 @@ class Training:
         read_all: ReadAll,
         report: Callable[[dict[str, float]], None] = lambda metrics: None,
         say: Callable[[str], None] = print,
+        measured: Callable[[dict[str, float]], None] = lambda metrics: None,
         stalled: Callable[[float], None] = lambda seconds: None,
         stop_at: int | None = None,
     ) -> None:
         self.experiment, self.task, self.world, self.run_folder = experiment, task, world, run_folder
-        self.read_all, self.report, self.stalled = read_all, report, stalled
+        self.read_all, self.report, self.measured, self.stalled = read_all, report, measured, stalled
         self.train_feed = make_feed(experiment, task, data_folder, manifest.splits["train"], train=True)
         self.val_feed = make_feed(experiment, task, data_folder, manifest.splits["val"], train=False)
         self.total_steps = total_steps(experiment, self.train_feed.split.rows)
@@ -180,6 +182,8 @@ class Training:
         metrics["checkpoint_seconds"] = self.checkpointer.blocked_seconds
         self.recorder.metrics(self.state.step, metrics)
         self.recorder.progress(self.state.step, metrics)
+        if self.world.rank == 0:
+            self.measured({"step": self.state.step, **metrics})
         self._last_log = metrics
 
     def _validate(self) -> None:
