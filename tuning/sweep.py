@@ -234,6 +234,19 @@ def search(sweep: Sweep, concurrent: int) -> Any:
     return BasicVariantGenerator(points_to_evaluate=first, random_state=sweep.seed, max_concurrent=concurrent)
 
 
+class Population(PopulationBasedTraining):
+    """Ray Tune's population-based training without an exchange at the end, after which nothing is trained any more."""
+
+    def __init__(self, examples: int, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._examples = examples
+
+    def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        if result["examples"] >= self._examples:
+            return self.CONTINUE
+        return super().on_trial_result(controller, trial, result)
+
+
 def scheduler(sweep: Sweep, examples: int) -> Any:
     """Ray Tune's scheduler; time is counted in examples, so that batch sizes can be compared."""
     longest = examples + 1  # a whole training ends by itself, with its result written
@@ -246,8 +259,8 @@ def scheduler(sweep: Sweep, examples: int) -> Any:
         case "hyperband":
             return HyperBandScheduler(time_attr="examples", max_t=longest, reduction_factor=sweep.reduction)
         case "pbt":
-            return PopulationBasedTraining(
-                time_attr="examples", perturbation_interval=max(1, int(sweep.perturb * examples)),
+            return Population(
+                examples, time_attr="examples", perturbation_interval=max(1, int(sweep.perturb * examples)),
                 hyperparam_mutations={"values": dict(sweep.space)}, quantile_fraction=0.25 if sweep.trials >= 4 else 0.5,
             )  # fmt: skip
     return FIFOScheduler()
