@@ -10,6 +10,7 @@ from torch.distributed.fsdp import fully_shard
 
 from perceiver.config import ModelConfig
 from perceiver.models import PerceiverAR, PerceiverIO, build_model
+from tests.small import leave
 from tests.test_models_perceiver_ar import CONFIG as AR
 from tests.test_models_perceiver_io import FLOW, IMAGE, TEXT
 
@@ -84,7 +85,7 @@ def check_worker(rank: int, num_workers: int, folder: str) -> None:
         for name, parameter in model.named_parameters():
             expected = piece(full.get_parameter(name).grad, rank, num_workers)
             torch.testing.assert_close(parameter.grad.to_local(), expected, atol=1e-5, rtol=1e-3, msg=name)
-    dist.destroy_process_group()
+    leave()
 
 
 def piece(tensor: torch.Tensor, rank: int, num_workers: int) -> torch.Tensor:

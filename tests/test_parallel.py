@@ -24,7 +24,7 @@ from perceiver.training.parallel import join_world
 from perceiver.training.record import read_metrics
 from perceiver.training.run import Training
 from ray_jobs.preflight import check_experiment
-from tests.small import text_experiment, write_stream
+from tests.small import leave, text_experiment, write_stream
 
 STEPS = 50
 LAYOUTS = {
@@ -64,7 +64,7 @@ def worker(rank: int, port: int, config: dict, data: str, folder: str, stop_at: 
     settings = {} if stop_at is None else {"stop_at": stop_at}
     manifest, task = Manifest.load(data), build_task(made)
     Training(made, task, data, manifest, world, Path(folder), read_here, say=lambda text: None, **settings).run()
-    dist.destroy_process_group()
+    leave()
 
 
 def train(made: Experiment, data: Path, folder: Path, stop_at: int | None = None) -> None:

@@ -20,7 +20,7 @@ from perceiver.training.checkpoint import choose_checkpoint, list_checkpoints
 from perceiver.training.parallel import join_world
 from perceiver.training.record import read_metrics
 from perceiver.training.run import NotFinite, Training
-from tests.small import image_experiment, text_experiment, write_images, write_stream
+from tests.small import image_experiment, leave, text_experiment, write_images, write_stream
 
 
 def train_here(rank: int, world: int, port: int, config: dict, data: str, run: str, stop_at: int | None, pipe) -> None:
@@ -38,8 +38,7 @@ def train_here(rank: int, world: int, port: int, config: dict, data: str, run: s
     weights = {name: p.full_tensor().detach().numpy() for name, p in training.state.model.named_parameters()}
     if pipe is not None and rank == 0:
         np.savez(pipe, **weights)
-    dist.barrier()
-    dist.destroy_process_group()
+    leave()
 
 
 def _die(training: Training) -> None:
