@@ -42,6 +42,7 @@ def main() -> None:
         "--busy", action="store_true", help="count CPU time, not the clock's: on a machine that others use, one thread"
     )
     parser.add_argument("--uncached", action="store_true", help="measure generation without cache too (8 tokens)")
+    parser.add_argument("--compile", action="store_true", help="measure generation with a compiled step too")
     parser.add_argument("--out", type=Path, help="write the results there as JSON")
     args = parser.parse_args()
     if args.threads or args.busy:
@@ -58,9 +59,9 @@ def main() -> None:
         for num_latents in sorted(
             {min(config.max_latents, args.prompt), least_latents(config, args.prompt)}, reverse=True
         ):
-            for use_cache in (True, False)[: 1 + args.uncached]:
-                tokens = args.tokens if use_cache else min(8, args.tokens)
-                results.append(measure(model, batch, args.prompt, num_latents, tokens, args.repeats, use_cache, clock))
+            for mode in ["cached"] + ["compiled"] * args.compile + ["uncached"] * args.uncached:
+                tokens = args.tokens if mode != "uncached" else min(8, args.tokens)
+                results.append(measure(model, batch, args.prompt, num_latents, tokens, args.repeats, mode, clock))
                 print_row(results[-1], first=len(results) == 1)
     if args.out:
         args.out.write_text(
@@ -79,18 +80,20 @@ def measure(
     num_latents: int,
     tokens: int,
     repeats: int,
-    use_cache: bool,
+    mode: str,
     clock: Clock,
 ) -> dict[str, Any]:
-    """Prefill and steps of one setting: medians over the repeats, each between two measurements of the bound."""
+    """Prefill and steps of one setting ("cached", "compiled" or "uncached"): medians over the repeats, each between two measurements of the bound."""
     device = next(model.parameters()).device
     ids = torch.randint(6, model.config.vocab_size, (batch, prompt), generator=torch.Generator().manual_seed(0)).to(
         device
     )
     runs = []
+    if mode == "compiled":
+        list(step_times(model, ids, num_latents, 3, mode, clock))
     for _ in range(repeats):
         before = read_seconds(model, clock)
-        times = list(step_times(model, ids, num_latents, tokens, use_cache, clock))
+        times = list(step_times(model, ids, num_latents, tokens, mode, clock))
         bound = (before + read_seconds(model, clock)) / 2
         prefill, steps = times[0], times[1:]
         step, quarter = statistics.mean(steps), max(1, len(steps) // 4)
@@ -109,7 +112,7 @@ def measure(
     return {
         "batch": batch,
         "latents": num_latents,
-        "cache": use_cache,
+        "mode": mode,
         **middle,
         "cache_MiB": cache_bytes(model, batch, prompt + tokens) / 2**20,
         "peak_MiB": peak_bytes(device) / 2**20,
@@ -117,7 +120,7 @@ def measure(
 
 
 def step_times(
-    model: PerceiverAR, ids: torch.Tensor, num_latents: int, tokens: int, use_cache: bool, clock: Clock
+    model: PerceiverAR, ids: torch.Tensor, num_latents: int, tokens: int, mode: str, clock: Clock
 ) -> Iterator[float]:
     """Seconds of the prefill with the first token, then of each further token."""
     generated = stream(
@@ -126,7 +129,8 @@ def step_times(
         max_new_tokens=tokens,
         num_latents=num_latents,
         sampling=Sampling(temperature=0),
-        use_cache=use_cache,
+        use_cache=mode != "uncached",
+        compile=mode == "compiled",
     )
     done = object()
     while True:
@@ -182,7 +186,7 @@ def print_row(row: dict[str, Any], first: bool) -> None:
     columns = {
         "batch": f"{row['batch']}",
         "latents": f"{row['latents']}",
-        "cache": "yes" if row["cache"] else "no",
+        "mode": row["mode"],
         "prefill ms": f"{row['prefill_ms']:.1f}",
         "step ms": f"{row['step_ms']:.2f}",
         "first/last quarter": f"{row['first_quarter_ms']:.2f} / {row['last_quarter_ms']:.2f}",

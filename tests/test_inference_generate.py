@@ -52,6 +52,42 @@ SHARE = st.floats(0, 1)
 
 @settings(deadline=None, max_examples=30)
 @given(VARIANTS, LENGTHS, SHARE, st.integers(0, 99))
+def test_a_cache_of_static_shapes_gives_what_a_growing_one_gives(variant, lengths, share, seed):
+    model = MODELS[variant]
+    ids, pad_mask = pad_left(prompts(lengths, seed), torch.device("cpu"))
+    prefix_len = max(lengths) - fitting(max(lengths), share)
+    with torch.no_grad():
+        caches = [model.make_cache(static=static) for static in (False, True)]
+        logits = [model(ids, prefix_len, pad_mask, cache=cache, last_only=True) for cache in caches]
+        for _ in range(CONFIG.max_seq_len + 2):  # until each ring has gone round
+            torch.testing.assert_close(logits[0], logits[1], rtol=1e-9, atol=1e-9)
+            token = logits[0][:, -1].argmax(-1, keepdim=True)
+            logits = [model(token, cache=cache, last_only=True) for cache in caches]
+
+
+def test_one_graph_serves_all_steps_of_a_compiled_generation(monkeypatch):
+    model = build_model(CONFIG, seed=2).double().eval()
+    ids, pad_mask = pad_left(prompts([9, 12], 0), torch.device("cpu"))
+    options = {"max_new_tokens": 40, "num_latents": 3, "pad_mask": pad_mask, "temperature": 0}
+    plain = generate(model, ids, **options)
+    graphs = []
+    whole = torch.compile
+
+    def count(function, **settings):
+        def backend(graph, inputs):
+            graphs.append(graph)
+            return graph.forward
+
+        return whole(function, backend=backend, **settings)
+
+    monkeypatch.setattr(torch, "compile", count)
+    for _ in range(2):
+        assert generate(model, ids, **options, compile=True).tolist() == plain.tolist()
+    assert len(graphs) == 1
+
+
+@settings(deadline=None, max_examples=30)
+@given(VARIANTS, LENGTHS, SHARE, st.integers(0, 99))
 def test_cached_equals_uncached_until_the_latents_are_full(variant, lengths, share, seed):
     ids, pad_mask = pad_left(prompts(lengths, seed), torch.device("cpu"))
     num_latents = fitting(max(lengths), share)

@@ -36,7 +36,7 @@ def test_a_killed_run_on_c4_goes_on_with_another_number_of_workers_as_if_nothing
     job.wait_for_step(run, 25)
     job.kill_driver()
     output = Job(*command, "--name", "killed", "--workers", "1", home=home).finish()
-    assert re.search(r"continuing from step [12]0", output)
+    assert re.search(r"continuing from step [1-5]0", output)
     Job(*command, "--name", "whole", "--workers", "1", home=home).finish()
 
     killed, whole = (np.array([loss for _, loss in losses(home / "runs" / name)]) for name in ("killed", "whole"))

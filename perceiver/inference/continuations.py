@@ -81,6 +81,7 @@ def stream_text(
     sampling: Sampling = DEFAULT_SAMPLING,
     stop: Sequence[str] = (),
     use_cache: bool = True,
+    compile: bool = False,
 ) -> Iterator[list[str]]:
     """The continuations of prompts as they grow: for each step the new pieces of text, one a prompt (often "").
 
@@ -98,6 +99,7 @@ def stream_text(
         pad_mask=pad_mask,
         sampling=sampling,
         use_cache=use_cache,
+        compile=compile,
     )
     return _pieces(tokens, [Continuation(tokenizer, row, stop, tokenizer.eos_id) for row in rows])
 
@@ -123,6 +125,7 @@ def generate_text(
     num_beams: int = 1,
     stop: Sequence[str] = (),
     use_cache: bool = True,
+    compile: bool = False,
 ) -> list[str]:
     """The continuations of prompts, without the prompts.
 
@@ -133,7 +136,7 @@ def generate_text(
         num_latents: prompt positions that start as latents; None: as many as the model has, as in training.
         num_beams: above 1: beam search for the likeliest continuation, without sampling.
         stop: strings that end a continuation and do not belong to it.
-        use_cache: see `perceiver.inference.generate`.
+        use_cache, compile: see `perceiver.inference.generate`; beams are not compiled.
 
     Raises:
         UserError: a prompt that is too long or no text, or an argument out of range.
@@ -149,6 +152,7 @@ def generate_text(
             sampling=sampling,
             stop=stop,
             use_cache=use_cache,
+            compile=compile,
         ):
             result = [text + piece for text, piece in zip(result, pieces, strict=True)]
         return result

@@ -60,6 +60,7 @@ def generate(
     seed: int | None = None,
     eos_id: int | None = None,
     use_cache: bool = True,
+    compile: bool = False,
 ) -> Tensor:
     """Continues prompts.
 
@@ -72,6 +73,8 @@ def generate(
         temperature, top_k, top_p, seed: see `Sampling`.
         eos_id: a row that has it is finished and filled up with it; None: no row ends before the others.
         use_cache: keep keys and values instead of computing them again for each token.
+        compile: with the cache, compile the step of a token: it takes long once for a batch size, and less for each token
+            after that. The cache then has its full size from the start.
 
     Returns:
         The new ids (B, T), T at most max_new_tokens: fewer where all rows are finished.
@@ -82,7 +85,7 @@ def generate(
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     tokens = stream(
         model, prompt, max_new_tokens=max_new_tokens, num_latents=num_latents, pad_mask=pad_mask, sampling=sampling,
-        use_cache=use_cache,
+        use_cache=use_cache, compile=compile,
     )  # fmt: skip
     new: list[Tensor] = []
     finished = torch.zeros_like(prompt[:, :1], dtype=torch.bool)
@@ -105,12 +108,13 @@ def stream(
     pad_mask: Tensor | None = None,
     sampling: Sampling = DEFAULT_SAMPLING,
     use_cache: bool = True,
+    compile: bool = False,
 ) -> Iterator[Tensor]:
     """Like `generate`, but gives each column of new ids (B, 1) as soon as it is there. Arguments are checked at
     once."""
     check_prompt(model.config, prompt, max_new_tokens, num_latents)
     sampling.check()
-    return _stream(model, prompt, max_new_tokens, num_latents, pad_mask, sampling, use_cache)
+    return _stream(model, prompt, max_new_tokens, num_latents, pad_mask, sampling, use_cache, compile)
 
 
 @torch.no_grad()
@@ -122,12 +126,13 @@ def _stream(
     pad_mask: Tensor | None,
     sampling: Sampling,
     use_cache: bool,
+    compile: bool,
 ) -> Iterator[Tensor]:
     generator = None if sampling.seed is None else torch.Generator(prompt.device).manual_seed(sampling.seed)
     training = model.training
     model.eval()
     try:
-        window = Window.start(model, prompt, pad_mask, num_latents, max_new_tokens, use_cache)
+        window = Window.start(model, prompt, pad_mask, num_latents, max_new_tokens, use_cache, compile)
         for number in range(max_new_tokens):
             token = _choose(window.logits(), sampling, generator)
             if number + 1 < max_new_tokens:
@@ -225,9 +230,12 @@ class Window:
         num_latents: int,
         max_new_tokens: int,
         use_cache: bool,
+        compile: bool = False,
     ) -> Window:
         """The window of a prompt."""
-        cache = model.make_cache(prompt.shape[1] + max_new_tokens) if use_cache else None
+        cache = model.make_cache(prompt.shape[1] + max_new_tokens, static=compile) if use_cache else None
+        if compile and use_cache:
+            model.compile_next()
         if pad_mask is not None and not bool(pad_mask.any()):
             pad_mask = None
         return cls(model, prompt, pad_mask, prompt.shape[1] - num_latents, cache)

@@ -96,6 +96,7 @@ class TrainedModel:
         seed: int | None = None,
         stop: Sequence[str] = (),
         use_cache: bool = True,
+        compile: bool = False,
         batch_size: int = 8,
     ) -> Any:
         """Continues a prompt, or several; returns the new text without the prompt.
@@ -107,6 +108,7 @@ class TrainedModel:
             num_beams: above 1: beam search instead of drawing.
             seed: of the drawing.
             stop: strings that end the continuation and do not belong to it.
+            compile: compile the step of a token: worth its minute where much is generated.
         """
         tokenizer = self._require("generate")
         sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
@@ -121,6 +123,7 @@ class TrainedModel:
                 num_beams=num_beams,
                 stop=stop,
                 use_cache=use_cache,
+                compile=compile,
             ),
             prompt,
             batch_size,

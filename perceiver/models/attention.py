@@ -26,34 +26,83 @@ class KeyValueCache:
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
-        self.num_written = 0
+        self.num_written: int | Tensor = 0
         self._keys: Tensor | None = None
         self._values: Tensor | None = None
 
+    @property
+    def filled(self) -> bool:
+        """Whether the first fill has been."""
+        return self._keys is not None
+
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores (B, H, n, D) and returns what is to be attended: a first fill itself, later all that the ring holds.
+        """Stores (B, H, n, D) and returns what is to be attended: a first fill itself, later what the ring holds.
 
         n is at most the capacity in the first fill and 1 in all later ones.
         """
-        num_new, start = keys.shape[2], self.num_written % self.capacity
-        first = self._keys is None
-        if first:
-            assert num_new <= self.capacity
-            self._keys, self._values = (t.new_zeros(*t.shape[:2], self.capacity, t.shape[3]) for t in (keys, values))
-        else:
-            assert num_new == 1
-        self._keys[:, :, start : start + num_new] = keys
-        self._values[:, :, start : start + num_new] = values
-        self.num_written += num_new
-        if first:
-            return keys, values
-        filled = min(self.num_written, self.capacity)
-        return self._keys[:, :, :filled], self._values[:, :, :filled]
+        if self.filled:
+            assert keys.shape[2] == 1
+            return self._extend(keys, values)
+        num_new = keys.shape[2]
+        assert num_new <= self.capacity
+        self._keys, self._values = (t.new_zeros(*t.shape[:2], self.capacity, t.shape[3]) for t in (keys, values))
+        self._keys[:, :, :num_new] = keys
+        self._values[:, :, :num_new] = values
+        self.num_written = self._count(num_new)
+        return keys, values
+
+    def next_mask(self, padding: Tensor | None) -> Tensor | None:
+        """What the query of the next position may attend of that which its `append` will return.
+
+        Args:
+            padding: (B, capacity), True = padding, or None where there is none. The next place is marked as none.
+
+        Returns:
+            (B or 1, 1, 1, places), True = may be attended; None: all.
+        """
+        if padding is None:
+            return None
+        padding[:, self.num_written % self.capacity] = False
+        return ~padding[:, None, None, : min(self.num_written + 1, self.capacity)]
 
     def select(self, rows: Tensor) -> None:
         """Keeps the given rows of the batch (R,), in this order, also several times (beams)."""
-        if self._keys is not None:
+        if self.filled:
             self._keys, self._values = self._keys[rows], self._values[rows]
+
+    def _count(self, num: int) -> int | Tensor:
+        return num
+
+    def _extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        place = self.num_written % self.capacity
+        self._keys[:, :, place : place + 1] = keys
+        self._values[:, :, place : place + 1] = values
+        self.num_written += 1
+        filled = min(self.num_written, self.capacity)
+        return self._keys[:, :, :filled], self._values[:, :, :filled]
+
+
+class StaticKeyValueCache(KeyValueCache):
+    """The same with shapes that never change, for compiled models: a later `append` returns the whole ring, of which
+    `next_mask` tells what is filled. `num_written` is a tensor (1,) on the device of the keys."""
+
+    def next_mask(self, padding: Tensor | None) -> Tensor:
+        """Of the whole ring; see `KeyValueCache.next_mask`."""
+        visible = torch.arange(self.capacity, device=self.num_written.device)[None] <= self.num_written
+        if padding is not None:
+            padding.index_fill_(1, self.num_written % self.capacity, False)
+            visible = visible & ~padding
+        return visible[:, None, None]
+
+    def _count(self, num: int) -> Tensor:
+        return torch.full((1,), num, device=self._keys.device)
+
+    def _extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        place = self.num_written % self.capacity
+        self._keys.index_copy_(2, place, keys)
+        self._values.index_copy_(2, place, values)
+        self.num_written += 1
+        return self._keys, self._values
 
 
 LONG_ENOUGH_TO_SPLIT = 512

@@ -13,7 +13,13 @@ from torch import Tensor, nn
 
 from perceiver.config import PerceiverARConfig
 from perceiver.models.adapters import TextAdapter
-from perceiver.models.attention import CrossAttentionLayer, KeyValueCache, SelfAttentionLayer, causal_mask
+from perceiver.models.attention import (
+    CrossAttentionLayer,
+    KeyValueCache,
+    SelfAttentionLayer,
+    StaticKeyValueCache,
+    causal_mask,
+)
 from perceiver.models.initialize import initialize
 from perceiver.models.position import rotation, token_positions
 from perceiver.models.shapes import AttentionChannels
@@ -30,8 +36,6 @@ class PerceiverARCache:
 
     cross_attention: KeyValueCache
     self_attention: list[KeyValueCache]
-    num_tokens: int = 0
-    """Tokens seen so far, padding included."""
     num_padding: Tensor | None = None
     """Left padding of each row's prompt (B, 1); None: no row is padded, and no mask is needed."""
     padding: Tensor | None = None
@@ -99,13 +103,22 @@ class PerceiverAR(nn.Module):
     def reset_buffers(self) -> None:
         """Nothing: there are no constants in memory."""
 
-    def make_cache(self, max_tokens: int | None = None) -> PerceiverARCache:
+    def compile_next(self) -> None:
+        """Compiles the step of one more token with a static cache, one graph for a batch size (no effect if it is)."""
+        if "_hidden_next" not in self.__dict__:
+            self._hidden_next = torch.compile(self._hidden_next, fullgraph=True, dynamic=False)
+
+    def make_cache(self, max_tokens: int | None = None, static: bool = False) -> PerceiverARCache:
         """An empty cache for one batch of sequences.
 
         Args:
             max_tokens: length of prompt and continuation together, if known, to take no more memory than needed.
+            static: for a compiled step: of full size whatever `max_tokens`, and of the same shapes at every step.
         """
         config = self.config
+        if static:
+            layers = [StaticKeyValueCache(config.max_latents) for _ in self.self_attention]
+            return PerceiverARCache(StaticKeyValueCache(config.max_seq_len), layers)
         num_tokens = min(config.max_seq_len, max_tokens or config.max_seq_len)
         num_latents = min(config.max_latents, num_tokens)
         return PerceiverARCache(KeyValueCache(num_tokens), [KeyValueCache(num_latents) for _ in self.self_attention])
@@ -135,7 +148,7 @@ class PerceiverAR(nn.Module):
         Returns:
             (B, L, V), or hidden states (B, L, C); with `last_only` L is 1.
         """
-        if cache is not None and cache.num_tokens:
+        if cache is not None and cache.cross_attention.filled:
             hidden = self._hidden_next(x, cache)
         else:
             hidden = self._hidden(x, prefix_len, pad_mask, prefix_keep, cache)
@@ -200,7 +213,6 @@ class PerceiverAR(nn.Module):
         return self.output_norm(hidden) if self.output_norm is not None else hidden
 
     def _note_prompt(self, cache: PerceiverARCache, x: Tensor, pad_mask: Tensor | None, num_latents: int) -> None:
-        cache.num_tokens = x.shape[1]
         if pad_mask is None:
             return
         cache.num_padding = pad_mask.sum(dim=1, keepdim=True)
@@ -212,13 +224,15 @@ class PerceiverAR(nn.Module):
     def _hidden_next(self, x: Tensor, cache: PerceiverARCache) -> Tensor:
         """One more latent after those of the cache. Positions count on: rotary embedding sees but their differences."""
         assert x.shape[1] == 1
-        position = torch.full((1, 1), cache.num_tokens, device=x.device)
-        mask = latent_mask = None
+        # The cross-attention's ring has been given all tokens so far.
+        num_tokens = cache.cross_attention.num_written
+        # A copy: the count goes on before the position has been used.
+        position = num_tokens.clone() if isinstance(num_tokens, Tensor) else torch.full((1,), num_tokens, device=x.device)
+        position = position[None]
         if cache.num_padding is not None:
             position = position - cache.num_padding
-            mask = _visible(cache.padding, cache.cross_attention.num_written)
-            latent_mask = _visible(cache.latent_padding, cache.self_attention[0].num_written)
-        cache.num_tokens += 1
+        mask = cache.cross_attention.next_mask(cache.padding)
+        latent_mask = cache.self_attention[0].next_mask(cache.latent_padding)
         # Learned positions end with the window: there a token that came later stands in the last place.
         hidden = self.input_adapter(x, position.clamp(max=self.config.max_seq_len - 1))
         rotate = rotation(position, self.num_rotated_channels)
@@ -252,10 +266,3 @@ def _keep(t: Tensor | None, prefix_keep: Tensor, prefix_len: int) -> Tensor | No
         return None
     t = t.expand(prefix_keep.shape[0], -1)
     return torch.cat([t[:, :prefix_len].gather(1, prefix_keep), t[:, prefix_len:]], dim=1)
-
-
-def _visible(padding: Tensor, num_written: int) -> Tensor:
-    """Marks the ring's next place as no padding; returns what the next query may attend (B, 1, 1, filled places)."""
-    capacity = padding.shape[1]
-    padding[:, num_written % capacity] = False
-    return ~padding[:, None, None, : min(num_written + 1, capacity)]
