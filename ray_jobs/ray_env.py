@@ -38,7 +38,7 @@ def connect(parallel: ParallelConfig, dashboard: bool = False) -> Iterator[None]
     quiet()
     settings = {"log_to_driver": False, "logging_level": logging.WARNING, "runtime_env": {"env_vars": _python_path()}}
     if address:
-        _choose_authentication()
+        choose_authentication()
         try:
             ray.init(address=address, **settings)
         except Exception as error:
@@ -75,7 +75,7 @@ def _python_path() -> dict[str, str]:
     return {"PYTHONPATH": os.pathsep.join(filter(None, [str(PACKAGES), os.environ.get("PYTHONPATH")]))}
 
 
-def _choose_authentication() -> None:
+def choose_authentication() -> None:
     """With an explicit address Ray does not look for a token by itself: use one where there is one."""
     token = os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")
     if "RAY_AUTH_MODE" not in os.environ and (token or Path("~/.ray/auth_token").expanduser().exists()):

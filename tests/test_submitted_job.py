@@ -37,7 +37,7 @@ def free_ports(number: int) -> list[int]:
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
-    """A head node with its own ports, folder and token: (dashboard's address, environment of its clients)."""
+    """A head node with its own ports, folder and token: (dashboard's address, environment of its clients, process)."""
     folder = tmp_path_factory.mktemp("cluster")
     gcs, dashboard, client, agent = free_ports(4)
     token = folder / "token"
@@ -58,12 +58,23 @@ def cluster(tmp_path_factory):
     while time.monotonic() < end and not answers(address):
         assert head.poll() is None, (folder / "head.txt").read_text()
         time.sleep(0.5)
-    yield address, environment
-    os.killpg(head.pid, signal.SIGTERM)
+    yield address, environment, head
+    if head.poll() is None:
+        os.killpg(head.pid, signal.SIGTERM)
     try:
         head.wait(30)
     except subprocess.TimeoutExpired:
         os.killpg(head.pid, signal.SIGKILL)
+
+
+def kill_all(mark: str, but: int | None = None) -> None:
+    """Ends all processes with `mark` in their environment without a word."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if int(folder.name) not in (but, os.getpid()) and mark in (folder / "environ").read_text():
+                os.kill(int(folder.name), signal.SIGKILL)
+        except OSError:
+            continue  # it has ended, or is not ours
 
 
 def answers(address: str) -> bool:
@@ -77,7 +88,7 @@ def answers(address: str) -> bool:
 
 
 def submit(cluster, *job: str, **environment: str) -> subprocess.CompletedProcess:
-    address, env = cluster
+    address, env, _ = cluster
     command = [RAY, "job", "submit", "--address", address, "--working-dir", ".", "--", "python", "-m", *job]
     return subprocess.run(
         command, cwd=ROOT, env={**env, **environment}, capture_output=True, text=True, timeout=400
@@ -93,7 +104,7 @@ def test_a_submitted_training_joins_the_cluster_and_finishes(cluster):
 
 
 def test_prometheus_sees_the_numbers_of_the_metrics_file_while_a_job_runs(cluster):
-    address, environment = cluster
+    address, environment, _ = cluster
     args = ["quickstart", *SHORT, "--name", "metered", "--training.max-steps", "2000", "--run.log-every", "20", "--workers", "1"]
     job = [RAY, "job", "submit", "--address", address, "--submission-id", "metered", "--no-wait", "--working-dir", "."]
     subprocess.run([*job, "--", "python", "-m", "ray_jobs.train", *args], cwd=ROOT, env=environment, check=True, capture_output=True)
@@ -125,9 +136,61 @@ def gauges(run: str) -> dict[str, float]:
     return found
 
 
-def test_a_mistake_in_a_submitted_job_fails_it_with_its_sentence(cluster):
-    result = submit(cluster, "ray_jobs.train", "quickstart", "--workers", "50")
-    assert result.returncode != 0 and "parallel.workers is 50" in result.stdout + result.stderr
+def ours(cluster, *args: str, **environment: str) -> subprocess.Popen:
+    """`python -m ray_jobs.submit`."""
+    address, env, _ = cluster
+    return subprocess.Popen(
+        [sys.executable, "-m", "ray_jobs.submit", "--address", address, *args], cwd=ROOT, env={**env, **environment},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def test_submit_follows_a_job_and_has_its_exit_status(cluster):
+    job = ours(cluster, "--id", "good", "train", "quickstart", *SHORT, "--name", "good")
+    output = job.communicate(timeout=400)[0]
+    assert job.returncode == 0, output
+    assert "finished after" in output and output.strip().endswith("job good succeeded")
+    assert output.count("run good in ") == 1  # every line once
+    address, environment, _ = cluster
+    listed = subprocess.run([RAY, "job", "list", "--address", address], env=environment, capture_output=True, text=True).stdout
+    assert "'git': " in listed and "quickstart" in listed
+
+    job = ours(cluster, "train", "quickstart", *SHORT, "--name", "bad", "--init-from", "nowhere")
+    output = job.communicate(timeout=400)[0]
+    assert job.returncode == 2, output
+    assert "error: " in output and "nowhere" in output and "failed: " in output and "succeeded" not in output
+
+
+def test_submit_refuses_what_cannot_run_before_it_submits(cluster, tmp_path):
+    job = ours(cluster, "train", "quickstart", "--workers", "50")
+    output = job.communicate(timeout=100)[0]
+    assert job.returncode == 2 and "parallel.workers is 50 but the cluster's 1 nodes have 3 CPUs" in output
+    (tmp_path / "token").write_text("wrong" * 8)
+    job = ours(cluster, "train", "quickstart", RAY_AUTH_TOKEN_PATH=str(tmp_path / "token"))
+    output = job.communicate(timeout=100)[0]
+    assert job.returncode == 2 and "refuses the authentication token" in output and "Traceback" not in output
+
+
+def test_an_interrupt_detaches_from_a_job_or_stops_it(cluster):
+    address, environment, _ = cluster
+    long = [*SHORT, "--training.max-steps", "100000", "--run.log-every", "5", "--workers", "1"]
+    job = ours(cluster, "--id", "long", "train", "quickstart", *long, "--name", "long")
+    read_until(job, "step ")
+    job.send_signal(signal.SIGINT)
+    output = job.communicate(timeout=60)[0]
+    assert job.returncode == 130 and "the job goes on" in output
+    job = ours(cluster, "--on-interrupt", "stop", "--follow", "long")
+    read_until(job, "step ")
+    job.send_signal(signal.SIGINT)
+    output = job.communicate(timeout=120)[0]
+    assert job.returncode == 130 and "job long stopped" in output
+
+
+def read_until(job: subprocess.Popen, text: str) -> None:
+    for line in job.stdout:
+        if text in line:
+            return
+    raise AssertionError(f"the job ended without {text!r}")
 
 
 def test_without_the_token_nothing_is_accepted(cluster, tmp_path):
@@ -136,3 +199,15 @@ def test_without_the_token_nothing_is_accepted(cluster, tmp_path):
     assert result.returncode != 0 and "authentication token" in (result.stdout + result.stderr).lower(), result.stderr
     with pytest.raises(urllib.error.HTTPError, match="401"):
         urllib.request.urlopen(f"{cluster[0]}/api/jobs/", timeout=10)
+
+
+def test_submit_never_says_success_for_a_dead_head(cluster):
+    """The last test of this file: it ends the cluster."""
+    job = ours(cluster, "--patience", "5", "train", "quickstart", *SHORT, "--training.max-steps", "100000", "--name", "lost")
+    read_until(job, "step ")
+    kill_all(cluster[1]["RAY_AUTH_TOKEN_PATH"], but=job.pid)
+    output = job.communicate(timeout=120)[0]
+    assert job.returncode == 1 and "has not answered for 5 seconds" in output and "succeeded" not in output
+    job = ours(cluster, "train", "quickstart")
+    output = job.communicate(timeout=60)[0]
+    assert job.returncode == 2 and "no cluster answers at" in output
