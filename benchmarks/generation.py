@@ -1,17 +1,24 @@
 """Speed of generation with the key/value cache, beside the bound from reading the weights once per step.
 
     python -m benchmarks.generation [--preset clm-wikitext] [--tokens 128] [--device cpu|cuda] [--threads N] [--out
-    results.json]
+    results.json] [--reference FOLDER]
 
 Weights are random: speed does not depend on them. The bound is a matrix-vector product over as many bytes as the
 model's weights have, in the same process, right before and after each run; ratios compare across machines, times do
 not. A step gives one token for each row of the batch.
+
+With --reference, krasserm/perceiver-io 0.6.0 generates in between, with a model of the same sizes. FOLDER is made by
+    pip install --no-deps --target FOLDER perceiver-io==0.6.0 pytorch-lightning==1.9.5 lightning-utilities torchmetrics \
+        fairscale jsonargparse 'setuptools<80'
 """
 
 import argparse
 import json
+import os
 import resource
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -43,6 +50,7 @@ def main() -> None:
     )
     parser.add_argument("--uncached", action="store_true", help="measure generation without cache too (8 tokens)")
     parser.add_argument("--compile", action="store_true", help="measure generation with a compiled step too")
+    parser.add_argument("--reference", type=Path, help="folder with krasserm/perceiver-io: measure it too (8 tokens, CPU)")
     parser.add_argument("--out", type=Path, help="write the results there as JSON")
     args = parser.parse_args()
     if args.threads or args.busy:
@@ -63,6 +71,9 @@ def main() -> None:
                 tokens = args.tokens if mode != "uncached" else min(8, args.tokens)
                 results.append(measure(model, batch, args.prompt, num_latents, tokens, args.repeats, mode, clock))
                 print_row(results[-1], first=len(results) == 1)
+        if args.reference:
+            results.append(measure_reference(args.reference, model, batch, args.prompt, args.repeats, clock))
+            print_row(results[-1], first=False)
     if args.out:
         args.out.write_text(
             json.dumps({"settings": {k: str(v) for k, v in vars(args).items()}, "results": results}, indent=1)
@@ -117,6 +128,30 @@ def measure(
         "cache_MiB": cache_bytes(model, batch, prompt + tokens) / 2**20,
         "peak_MiB": peak_bytes(device) / 2**20,
     }
+
+
+def measure_reference(
+    folder: Path, model: PerceiverAR, batch: int, prompt: int, repeats: int, clock: Clock
+) -> dict[str, Any]:
+    """The reference in a process of its own, like `measure`: it has no cache, so all its steps cost the same."""
+    config, tokens = model.config, 8
+    sizes = {name: getattr(config, name) for name in ("vocab_size", "max_seq_len", "num_channels", "num_heads")}
+    sizes |= {"num_latents": config.max_latents, "num_self_attention_layers": config.num_self_attention_layers}
+    settings = {"model": sizes, "batch": batch, "prompt": prompt, "tokens": tokens, "threads": torch.get_num_threads()}
+    script = Path(__file__).with_name("reference_generation.py")
+    runs = []
+    for _ in range(repeats):
+        before = read_seconds(model, clock)
+        child = subprocess.run(
+            [sys.executable, str(script), json.dumps(settings)],
+            env={**os.environ, "PYTHONPATH": str(folder.absolute())}, stdout=subprocess.PIPE, text=True, check=True,
+        )  # fmt: skip
+        run = json.loads(child.stdout.splitlines()[-1])
+        bound, step = 1e3 * (before + read_seconds(model, clock)) / 2, run["step_ms"]
+        quarters = {"first_quarter_ms": step, "last_quarter_ms": step}
+        runs.append({**run, **quarters, "tokens_per_s": 1e3 * batch / step, "bound_ms": bound, "x_bound": step / bound})
+    middle = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
+    return {"batch": batch, "latents": min(config.max_latents, prompt), "mode": "reference", **middle, "cache_MiB": 0.0}
 
 
 def step_times(
