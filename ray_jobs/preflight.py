@@ -33,6 +33,7 @@ def check_experiment(experiment: Experiment) -> None:
     Raises:
         UserError: the first field that cannot be right.
     """
+    task = build_task(experiment)
     training, optim, data, run, parallel = (
         experiment.training, experiment.optim, experiment.data, experiment.run, experiment.parallel,
     )  # fmt: skip
@@ -72,7 +73,7 @@ def check_experiment(experiment: Experiment) -> None:
     if "/" in experiment.run_name or experiment.run_name.startswith("."):
         raise UserError(f"run.name is {experiment.run_name!r} and must be a plain folder name (the folder of runs is run.storage)")
     check_model(experiment.model)
-    build_task(experiment).check()
+    task.check()
 
 
 def plan_resources(experiment: Experiment) -> Resources:
