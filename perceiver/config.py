@@ -406,7 +406,8 @@ class RunConfig:
     name: str = ""
     """Name of the run; "": the preset's name."""
     storage: str = ""
-    """Folder of all runs, local, shared or s3://, gs://; "": $PERCEIVER_HOME/runs."""
+    """Folder of all runs, on a file system that all nodes share (or there is one node); or s3://, gs://, ...: checkpoints and
+    records are copied there from local folders, and a run goes on from there on any machine. "": $PERCEIVER_HOME/runs."""
     log_every: int = 10
     """Steps between lines of progress and metrics."""
     val_every: int = 500
@@ -424,7 +425,13 @@ class RunConfig:
 
     @property
     def storage_path(self) -> str:
-        return self.storage or str(home() / "runs")
+        """The local folder of runs."""
+        return str(home() / "runs") if self.mirror_root or not self.storage else self.storage
+
+    @property
+    def mirror_root(self) -> str | None:
+        """The URI that runs are copied to; None: nowhere."""
+        return self.storage if "://" in self.storage else None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import uuid
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from ray_jobs.preflight import check_experiment, plan_resources
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m ray_jobs.evaluate", description=__doc__)
-    parser.add_argument("run", help="folder of a run, or its name among the runs of $PERCEIVER_HOME")
+    parser.add_argument("run", help="folder or URI of a run, or its name among the runs of $PERCEIVER_HOME")
     parser.add_argument("--checkpoint", default="best", help="best (default), last, or a step")
     args, overrides = parser.parse_known_args(argv)
     evaluate_run(args.run, args.checkpoint, overrides, say=lambda text: print(text, flush=True))
@@ -60,17 +59,13 @@ def evaluate_run(run: str | Path, checkpoint: str = "best", overrides: list[str]
     from ray_jobs.preprocess import prepare
     from ray_jobs.ray_env import connect
 
-    output = folder / f".evaluation-{uuid.uuid4().hex[:8]}.json"
     with connect(experiment.parallel):
         resources = plan_resources(experiment)
         if other:
             prepare(experiment, say)
         data_folder, manifest = load_prepared(experiment)
-        try:
-            worker.evaluate_checkpoint(experiment, data_folder, folder, resources, chosen.path, output)
-            result = json.loads(output.read_text())
-        finally:
-            output.unlink(missing_ok=True)
+        origin = str(run) if "://" in str(run) else None
+        result = worker.evaluate_checkpoint(experiment, data_folder, folder, resources, chosen.path, origin)
     name = f"step-{chosen.step:08d}-{manifest.digest}.json"
     (folder / "evaluations").mkdir(exist_ok=True)
     content = _content(experiment, chosen, data_folder, manifest.digest, result)

@@ -16,9 +16,10 @@ from perceiver.data.shards import Manifest, load_prepared, with_tokenizer
 from perceiver.data.sources import is_shipped
 from perceiver.tasks import build_task
 from perceiver.tasks.pictures import curves
-from perceiver.training.checkpoint import best_of, list_checkpoints
+from perceiver.training.checkpoint import CheckpointInfo, best_of, list_checkpoints, mirrored
 from perceiver.training.init_from import START, Start, find_start
 from perceiver.training.meters import duration
+from perceiver.training.mirror import Mirror
 from perceiver.training.record import read_metrics
 from perceiver.training.run import CHECKPOINTS, EXPERIMENT, RESULT, save_experiment
 from ray_jobs.cli import main_entry, parse_experiment
@@ -51,12 +52,16 @@ def run(
     experiment = with_tokenizer(experiment)
     check_experiment(experiment)
     run_folder = Path(experiment.run.storage_path).expanduser().absolute() / experiment.run_name
+    mirror = Mirror.of(experiment.run, run_folder)
+    if mirror is not None:
+        mirror.check()
+        mirror.fetch(0)
     finished = check_run(experiment, run_folder)
     if finished is not None:
         say(f"run {experiment.run_name} is finished: {_summary(finished)}")
-        say(f"evaluate it: python -m ray_jobs.evaluate {run_folder}; another training needs another --run.name")
+        say(f"evaluate it: python -m ray_jobs.evaluate {_place(experiment, run_folder)}; another training needs another --run.name")
         return finished
-    start = check_start(experiment, run_folder)
+    start = check_start(experiment, _checkpoints(run_folder, mirror))
     prepared = None if is_shipped(experiment.data.source) else load_prepared(experiment)
 
     from ray_jobs import worker
@@ -72,16 +77,22 @@ def run(
         data_folder, manifest = prepared
         check_data(run_folder, manifest)
         save_experiment(run_folder, experiment, manifest, data_folder)
-        say(f"run {experiment.run_name} in {run_folder}")
+        if mirror is not None:
+            mirror.send_records()
+        say(f"run {experiment.run_name} in {run_folder}" + (f", kept in {mirror.uri}" if mirror is not None else ""))
         if start is not None:
             say(f"{start} (names in {run_folder / START})")
         worker.train(experiment, data_folder, run_folder, resources, say, on_report, stop_at)
+    checkpoints = _checkpoints(run_folder, mirror)
     if not (run_folder / RESULT).exists():
-        last = list_checkpoints(run_folder / CHECKPOINTS)[-1]
-        return {"step": last.step, **last.metrics}
+        return {"step": checkpoints[-1].step, **checkpoints[-1].metrics}
     result = json.loads((run_folder / RESULT).read_text())
-    report(experiment, run_folder, result, manifest, time.monotonic() - started, say)
+    report(experiment, run_folder, checkpoints, result, manifest, time.monotonic() - started, say)
     return result
+
+
+def _checkpoints(run_folder: Path, mirror: Mirror | None) -> list[CheckpointInfo]:
+    return mirrored(mirror) if mirror is not None else list_checkpoints(run_folder / CHECKPOINTS)
 
 
 def check_run(experiment: Experiment, run_folder: Path) -> dict[str, float] | None:
@@ -103,13 +114,13 @@ def check_run(experiment: Experiment, run_folder: Path) -> dict[str, float] | No
     return json.loads(result.read_text()) if result.exists() else None
 
 
-def check_start(experiment: Experiment, run_folder: Path) -> Start | None:
+def check_start(experiment: Experiment, checkpoints: list[CheckpointInfo]) -> Start | None:
     """What a fresh run starts from, found and compared before anything is held; None for random weights or a continued run.
 
     Raises:
         UserError: nothing is there or it does not fit, or a frozen encoder has nothing to start from.
     """
-    if list_checkpoints(run_folder / CHECKPOINTS):
+    if checkpoints:
         return None
     with torch.device("meta"):
         model = build_task(experiment).build_model()
@@ -150,7 +161,13 @@ def locked(run_folder: Path) -> Iterator[None]:
 
 
 def report(
-    experiment: Experiment, run_folder: Path, result: dict[str, float], manifest: Manifest, seconds: float, say
+    experiment: Experiment,
+    run_folder: Path,
+    checkpoints: list[CheckpointInfo],
+    result: dict[str, float],
+    manifest: Manifest,
+    seconds: float,
+    say,
 ) -> None:
     """Says what came out and where it is, and draws the loss curve."""
     from PIL import Image
@@ -161,7 +178,6 @@ def report(
         for name in ("loss", "val_loss")
     }
     Image.fromarray(curves(series, f"{experiment.run_name}: loss over steps")).save(run_folder / "curve.png")
-    checkpoints = list_checkpoints(run_folder / CHECKPOINTS)
     best = best_of(checkpoints, experiment.run.best_metric) or checkpoints[-1]
     say(f"finished after {duration(seconds)}: {_summary(result)}")
     for line in build_task(experiment).baselines(manifest.splits["val"], manifest):
@@ -171,7 +187,13 @@ def report(
     say(f"  TensorBoard:  tensorboard --logdir {run_folder / 'tensorboard'}")
     pictures = ", ".join(str(p) for p in [run_folder / "curve.png", *sorted((run_folder / "samples").glob("*.png"))[-1:]])
     say(f"  pictures:     {pictures}")
-    say(f"  evaluate:     python -m ray_jobs.evaluate {run_folder}")
+    say(f"  evaluate:     python -m ray_jobs.evaluate {_place(experiment, run_folder)}")
+
+
+def _place(experiment: Experiment, run_folder: Path) -> str:
+    """The run's folder, or the URI that it is kept at."""
+    mirror = Mirror.of(experiment.run, run_folder)
+    return str(run_folder) if mirror is None else mirror.uri
 
 
 def _summary(metrics: dict[str, float]) -> str:

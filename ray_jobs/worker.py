@@ -21,6 +21,7 @@ from perceiver.data.shards import Manifest, with_prepared_tokenizer
 from perceiver.tasks import build_task
 from perceiver.training.batches import make_feed
 from perceiver.training.checkpoint import load_model, write_json
+from perceiver.training.mirror import CHECKPOINTS, Mirror, fetch_run
 from perceiver.training.parallel import World, join_world
 from perceiver.training.run import NotFinite, Training, build_state, evaluate
 from ray_jobs.cli import JobFailed
@@ -60,19 +61,34 @@ def train(
         UserError: the training cannot succeed (the loss is not a number).
         TrainingFailed: workers failed too often.
     """
+    mirror = Mirror.of(experiment.run, run_folder)
     (run_folder / FAILURE).unlink(missing_ok=True)
+    if mirror is not None:
+        mirror.forget_failure()
     _fit(_train_worker, experiment, data_folder, run_folder, resources, say, {"stop_at": stop_at}, on_report)
+    if mirror is not None:
+        mirror.fetch(0)
     if (run_folder / FAILURE).exists():
         failure = json.loads((run_folder / FAILURE).read_text())
         raise (UserError if failure["users"] else TrainingFailed)(failure["reason"])
 
 
 def evaluate_checkpoint(
-    experiment: Experiment, data_folder: str, run_folder: Path, resources: Resources, checkpoint: Path, output: Path
-) -> None:
-    """Evaluates a checkpoint on the validation split of prepared data and writes the metrics to `output` (JSON)."""
-    settings = {"checkpoint": str(checkpoint), "output": str(output)}
-    _fit(_evaluate_worker, experiment, data_folder, run_folder, resources, print, settings)
+    experiment: Experiment,
+    data_folder: str,
+    run_folder: Path,
+    resources: Resources,
+    checkpoint: Path,
+    origin: str | None = None,
+) -> dict[str, Any]:
+    """Evaluates a checkpoint on the validation split of prepared data: its metrics, and the sums that they are made from.
+
+    `origin`: URI of the run in an object store, from which workers on other machines get the checkpoint.
+    """
+    results: list[dict[str, Any]] = []
+    settings = {"checkpoint": str(checkpoint), "origin": origin}
+    _fit(_evaluate_worker, experiment, data_folder, run_folder, resources, print, settings, results.append)
+    return results[-1]
 
 
 def _fit(
@@ -132,6 +148,9 @@ def _why_no_workers(resources: Resources) -> str:
 
 def _train_worker(config: dict[str, Any]) -> None:
     run_folder = Path(config["run_folder"])
+    mirror = Mirror.of(from_dict(config["experiment"]).run, run_folder)
+    if mirror is not None:
+        mirror.fetch(0)
     if (run_folder / FAILURE).exists():
         return
     experiment, world, say = _enter(config)
@@ -161,12 +180,18 @@ def _train_worker(config: dict[str, Any]) -> None:
     except (NotFinite, UserError) as error:
         # Raised by all workers alike, and again at every restart: end the run instead of restarting it.
         if world.rank == 0:
-            write_json(run_folder / FAILURE, {"users": True, "reason": str(error)})
+            _note_failure(run_folder, mirror, True, str(error))
     except PROGRAM_FAULTS as error:
         # A restart would only raise it again; but maybe one worker alone raised it, and the others wait for that one.
         lines = traceback.format_exception(error)
-        write_json(run_folder / FAILURE, {"users": False, "reason": f"worker {world.rank}:\n{''.join(lines)}"})
+        _note_failure(run_folder, mirror, False, f"worker {world.rank}:\n{''.join(lines)}")
         raise
+
+
+def _note_failure(run_folder: Path, mirror: Mirror | None, users: bool, reason: str) -> None:
+    write_json(run_folder / FAILURE, {"users": users, "reason": reason})
+    if mirror is not None:
+        mirror.send(FAILURE)
 
 
 def _evaluate_worker(config: dict[str, Any]) -> None:
@@ -175,11 +200,14 @@ def _evaluate_worker(config: dict[str, Any]) -> None:
     manifest = Manifest.load(config["data_folder"])
     feed = make_feed(experiment, task, config["data_folder"], manifest.splits["val"], train=False)
     model = build_state(experiment, task, world).model
-    load_model(config["checkpoint"], model)
+    checkpoint = Path(config["checkpoint"])
+    if config["origin"] is not None:  # this machine may not have it yet
+        checkpoint = fetch_run(config["origin"]) / CHECKPOINTS / checkpoint.name
+    load_model(checkpoint, model)
     metrics, sums = evaluate(task, model, feed, world, read_with_ray)
     if world.rank == 0:
         counts = {name: value.tolist() for name, value in sums.items()}
-        write_json(Path(config["output"]), {"metrics": metrics, "sums": counts})
+        ray.get(config["messages"].put.remote({"metrics": metrics, "sums": counts}))
 
 
 def _enter(config: dict[str, Any]) -> tuple[Experiment, World, Callable[[str], None]]:
@@ -216,12 +244,12 @@ def _describe(error: Exception) -> str:
 @ray.remote(num_cpus=0)
 class _Mailbox:
     def __init__(self) -> None:
-        self._items: list[str | dict[str, float]] = []
+        self._items: list[str | dict[str, Any]] = []
 
-    def put(self, item: str | dict[str, float]) -> None:
+    def put(self, item: str | dict[str, Any]) -> None:
         self._items.append(item)
 
-    def take(self) -> list[str | dict[str, float]]:
+    def take(self) -> list[str | dict[str, Any]]:
         items, self._items = self._items, []
         return items
 

@@ -77,6 +77,21 @@ def list_folder(folder: str | Path) -> dict[str, int]:
     return {info.base_name: info.size for info in infos if info.type == pafs.FileType.File}
 
 
+def list_tree(folder: str | Path) -> dict[str, int]:
+    """Paths relative to a folder and sizes of all files in it and below it; none if it does not exist."""
+    filesystem, path = open_folder(folder)
+    infos = filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True, recursive=True))
+    return {info.path[len(path) :].lstrip("/"): info.size for info in infos if info.type == pafs.FileType.File}
+
+
+def copy_file(source: str | Path, name: str, target: str | Path) -> None:
+    """Copies a file of one folder into another, where it appears whole."""
+    filesystem, path = open_folder(source)
+    with filesystem.open_input_stream(f"{path}/{name}", compression=None) as file, atomic_file(target, name) as copy:
+        while part := file.read(8 << 20):
+            copy.write(part)
+
+
 def file_hash(folder: str | Path, name: str) -> tuple[int, str]:
     """Size and sha256 of a file of a folder."""
     filesystem, path = open_folder(folder)

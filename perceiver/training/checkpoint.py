@@ -13,7 +13,7 @@ import os
 import shutil
 import time
 from collections.abc import Collection
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,8 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 
 from perceiver.config import UserError, home
+from perceiver.training.mirror import CHECKPOINTS, MARKER, Mirror, fetch_run
 
-MARKER = "checkpoint.json"
-CHECKPOINTS = "checkpoints"
-"""Folder of a run's checkpoints."""
 EXPERIMENT = "experiment.json"
 """File that makes a folder a run: its resolved configuration and the hash of its data."""
 
@@ -53,7 +51,10 @@ class CheckpointInfo:
 
 
 def find_run(source: str | Path, storage: str | Path | None = None) -> Path | None:
-    """The folder of a run that is given by its path, or by its name among those of `storage` or $PERCEIVER_HOME; else None."""
+    """The folder of a run that is given by its path, its URI in an object store (then fetched), or its name among those of
+    `storage` or $PERCEIVER_HOME; else None."""
+    if "://" in str(source):
+        return fetch_run(str(source))
     candidates = [Path(source).expanduser()]
     if not Path(source).is_absolute():
         candidates += [Path(folder).expanduser() / source for folder in (storage, home() / "runs") if folder]
@@ -67,6 +68,11 @@ def list_checkpoints(folder: str | Path) -> list[CheckpointInfo]:
         data = json.loads(marker.read_text())
         found.append(CheckpointInfo(marker.parent, data["step"], data["metrics"]))
     return found
+
+
+def mirrored(mirror: Mirror) -> list[CheckpointInfo]:
+    """The complete checkpoints of a run's mirror, oldest first; their paths are names alone."""
+    return [CheckpointInfo(Path(name), data["step"], data["metrics"]) for name, data in mirror.checkpoints().items()]
 
 
 def best_of(checkpoints: list[CheckpointInfo], metric: str) -> CheckpointInfo | None:
@@ -100,15 +106,20 @@ class Checkpointer:
     """Saves checkpoints of a run asynchronously and keeps the newest few and the best.
 
     Training is blocked while the state is copied; files are written by a thread over a process group of its own.
-    `blocked_seconds` adds up the time that training waited.
+    `blocked_seconds` adds up the time that training waited. With a mirror each worker copies its shards there, in the same thread,
+    and a checkpoint counts when all have.
     """
 
-    def __init__(self, folder: str | Path, keep: int, best_metric: str, rank: int) -> None:
+    def __init__(
+        self, folder: str | Path, keep: int, best_metric: str, rank: int, mirror: Mirror | None = None
+    ) -> None:
         self.folder = Path(folder)
         self.keep = keep
         self.best_metric = best_metric
         self.rank = rank
+        self.mirror = mirror
         self.blocked_seconds = 0.0
+        self._copies = ThreadPoolExecutor(1, "mirror")
         self._group = dist.new_group(backend="gloo")
         self._pending: tuple[Future, Path, dict[str, Any]] | None = None
         self._saved_step = -1
@@ -127,7 +138,10 @@ class Checkpointer:
         future = dcp.async_save(
             {"model": model, "optimizer": optimizer}, checkpoint_id=str(path), process_group=self._group
         )
-        self._pending = (future, path, {"step": state.step, "metrics": metrics})
+        content = {"step": state.step, "metrics": metrics}
+        if self.mirror is not None:
+            future = self._copies.submit(self._copy, future, path.name, content)
+        self._pending = (future, path, content)
         self._saved_step = state.step
         self.blocked_seconds += time.perf_counter() - start
 
@@ -148,17 +162,32 @@ class Checkpointer:
         future, path, content = self._pending
         future.result()
         self._pending = None
-        if self.rank == 0:
+        if self.rank == 0 or self.mirror is not None:
             write_json(path / MARKER, content)
             self._prune()
 
+    def _copy(self, written: Future, checkpoint: str, content: dict[str, Any]) -> None:
+        """Copies this worker's shards when they are written; when all workers have, the checkpoint counts."""
+        written.result()
+        assert self.mirror is not None
+        self.mirror.send_shards(checkpoint, self.rank)
+        dist.barrier(self._group)
+        if self.rank == 0:
+            self.mirror.complete(checkpoint, json.dumps(content).encode())
+            self.mirror.send_records()
+            for old in self._superfluous(mirrored(self.mirror)):
+                self.mirror.remove(old.path.name)
+
     def _prune(self) -> None:
-        checkpoints = list_checkpoints(self.folder)
+        """Removes what is neither among the newest nor the best. With a mirror each worker does so: its folder may be its own."""
+        for checkpoint in self._superfluous(list_checkpoints(self.folder)):
+            # Another worker of the same folder may be at it too.
+            (checkpoint.path / MARKER).unlink(missing_ok=True)
+            shutil.rmtree(checkpoint.path, ignore_errors=self.mirror is not None)
+
+    def _superfluous(self, checkpoints: list[CheckpointInfo]) -> list[CheckpointInfo]:
         best = best_of(checkpoints, self.best_metric)
-        for checkpoint in checkpoints[: -self.keep]:
-            if best is None or checkpoint.step != best.step:
-                (checkpoint.path / MARKER).unlink()
-                shutil.rmtree(checkpoint.path)
+        return [c for c in checkpoints[: -self.keep] if best is None or c.step != best.step]
 
 
 def load_state(path: str | Path, state: TrainState) -> None:

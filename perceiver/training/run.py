@@ -28,6 +28,7 @@ from perceiver.training.checkpoint import (
 )
 from perceiver.training.init_from import find_start
 from perceiver.training.loop import StepResult, fit, validate
+from perceiver.training.mirror import Mirror
 from perceiver.training.meters import Meter, peak_flops
 from perceiver.training.optim import build_optimizer
 from perceiver.training.parallel import World, build_sharded
@@ -90,8 +91,11 @@ class Training:
         self.total_steps = total_steps(experiment, self.train_feed.split.rows)
         self.stop_step = min(self.total_steps, stop_at or self.total_steps)
         self.state = build_state(experiment, task, world)
+        self.mirror = Mirror.of(experiment.run, run_folder)
+        if self.mirror is not None:
+            self.mirror.fetch()
         self.checkpointer = Checkpointer(
-            run_folder / CHECKPOINTS, experiment.run.keep_checkpoints, experiment.run.best_metric, world.rank
+            run_folder / CHECKPOINTS, experiment.run.keep_checkpoints, experiment.run.best_metric, world.rank, self.mirror
         )
         checkpoints = list_checkpoints(run_folder / CHECKPOINTS)
         if checkpoints:
@@ -135,6 +139,8 @@ class Training:
         self.checkpointer.close()
         metrics = self._finish()
         self.recorder.close()
+        if self.mirror is not None and self.world.rank == 0:
+            self.mirror.send_records()
         return metrics
 
     def validate(self) -> dict[str, float]:

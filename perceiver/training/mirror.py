@@ -1,0 +1,145 @@
+"""Copies of a run in an object store (`run.storage s3://bucket/runs`), from which it goes on on any machine.
+
+Workers train in a local folder, which need not be shared: each copies its own shards of a checkpoint when they are written, and
+one the run's records. What counts is the store: a checkpoint without its marker there does not exist, and a worker that starts
+gets the newest one's files, whoever wrote them.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from perceiver.config import RunConfig, UserError, home
+from perceiver.data.storage import copy_file, list_folder, list_tree, read_file, remove_file, remove_folder, write_file
+from perceiver.data.tokenizers import TOKENIZER
+
+MARKER = "checkpoint.json"
+"""Written into a checkpoint's folder when all else is there."""
+CHECKPOINTS = "checkpoints"
+"""Folder of a run's checkpoints."""
+RECORDS = ("experiment.json", "start.json", "metrics.jsonl", "result.json", "failure.json", TOKENIZER)
+RECORD_FOLDERS = ("tensorboard", "samples")
+
+
+class Mirror:
+    """The copy of one run.
+
+    Args:
+        root: URI of the folder of runs (s3://, gs://, file://, ... as pyarrow or fsspec know them).
+        folder: the run's local folder; its name is the run's.
+    """
+
+    def __init__(self, root: str, folder: Path) -> None:
+        self.uri = f"{root.rstrip('/')}/{folder.name}"
+        self.folder = folder
+        self._sent: dict[str, tuple[int, int]] = {}
+
+    @classmethod
+    def of(cls, run: RunConfig, folder: Path) -> Mirror | None:
+        """The mirror of a run whose storage is an object store; None for others."""
+        return cls(run.mirror_root, folder) if run.mirror_root else None
+
+    def check(self) -> None:
+        """Raises UserError where the store cannot be reached or read."""
+        try:
+            list_folder(self.uri)
+        except (OSError, ValueError, ImportError) as error:
+            raise UserError(f"run.storage {self.uri.rpartition('/')[0]} cannot be read: {str(error).splitlines()[0]}") from error
+
+    def send_shards(self, checkpoint: str, rank: int) -> None:
+        """Copies what this worker wrote of a checkpoint."""
+        for path in sorted((self.folder / CHECKPOINTS / checkpoint).iterdir()):
+            if path.name.startswith(f"__{rank}_") or (rank == 0 and path.name == ".metadata"):
+                copy_file(path.parent, path.name, f"{self.uri}/{CHECKPOINTS}/{checkpoint}")
+
+    def complete(self, checkpoint: str, content: bytes) -> None:
+        """Marks a checkpoint whose shards are all there."""
+        write_file(f"{self.uri}/{CHECKPOINTS}/{checkpoint}", MARKER, content)
+
+    def remove(self, checkpoint: str) -> None:
+        """Removes a checkpoint, its marker first."""
+        folder = f"{self.uri}/{CHECKPOINTS}/{checkpoint}"
+        if MARKER in list_folder(folder):
+            remove_file(folder, MARKER)
+        remove_folder(folder)
+
+    def send_records(self) -> None:
+        """Copies the run's records that have changed since they were last copied."""
+        paths = [self.folder / name for name in RECORDS]
+        paths += [path for name in RECORD_FOLDERS for path in sorted((self.folder / name).rglob("*"))]
+        for path in filter(Path.is_file, paths):
+            stat, name = path.stat(), str(path.relative_to(self.folder))
+            if self._sent.get(name) != (stat.st_mtime_ns, stat.st_size):
+                copy_file(path.parent, path.name, f"{self.uri}/{path.parent.relative_to(self.folder)}".removesuffix("/."))
+                self._sent[name] = (stat.st_mtime_ns, stat.st_size)
+
+    def send(self, record: str) -> None:
+        """Copies one of the run's records."""
+        copy_file(self.folder, record, self.uri)
+
+    def forget_failure(self) -> None:
+        """Removes the note of why the run's last start failed."""
+        if "failure.json" in list_folder(self.uri):
+            remove_file(self.uri, "failure.json")
+
+    def checkpoints(self) -> dict[str, dict]:
+        """Contents of the markers of the checkpoints that are complete, by folder, oldest first."""
+        markers = sorted(name for name in list_tree(f"{self.uri}/{CHECKPOINTS}") if name.endswith(f"/{MARKER}"))
+        return {
+            name.partition("/")[0]: json.loads(read_file(f"{self.uri}/{CHECKPOINTS}/{name.partition('/')[0]}", MARKER))
+            for name in markers
+        }
+
+    def fetch(self, checkpoints: int | None = 1) -> None:
+        """Brings the local folder to what the store has: all records, and the newest so many checkpoints (None: all).
+
+        Local checkpoints that the store has not are removed: they were not complete. Several processes of a machine may call
+        this at once.
+        """
+        with self._alone():
+            there = list_tree(self.uri)
+            for name in there:
+                if name in RECORDS or name.partition("/")[0] in RECORD_FOLDERS:
+                    self._get(name)
+            complete = sorted(name.split("/")[1] for name in there if name.startswith(CHECKPOINTS) and name.endswith(f"/{MARKER}"))
+            for path in (self.folder / CHECKPOINTS).glob("step-*"):
+                if path.name not in complete:
+                    shutil.rmtree(path)
+            for checkpoint in complete if checkpoints is None else complete[max(0, len(complete) - checkpoints) :]:
+                files = [name for name in there if name.startswith(f"{CHECKPOINTS}/{checkpoint}/")]
+                for name in sorted(files, key=lambda name: name.endswith(MARKER)):
+                    if not (self.folder / name).is_file():
+                        self._get(name)
+
+    def _get(self, name: str) -> None:
+        path = self.folder / name
+        copy_file(f"{self.uri}/{name}".rpartition("/")[0], path.name, path.parent)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with open(self.folder / ".fetch.lock", "w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+
+def fetch_run(uri: str) -> Path | None:
+    """A local copy of a run of an object store, with all its checkpoints, brought up to date; None: there is no such run.
+
+    Raises:
+        UserError: the store cannot be reached.
+    """
+    root, _, name = uri.rstrip("/").rpartition("/")
+    folder = home() / "fetched" / hashlib.sha256(root.encode()).hexdigest()[:8] / name
+    mirror = Mirror(root, folder)
+    mirror.check()
+    if "experiment.json" not in list_folder(uri):
+        return None
+    mirror.fetch(None)
+    return folder
