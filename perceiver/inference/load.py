@@ -72,7 +72,7 @@ class Description:
 
     name: str
     location: str
-    """The folder or file, or the name on the hub."""
+    """The folder or file, the URI of a run, or the name on the hub."""
     checkpoint: str
     """Of a run: the step chosen, which stays the same where "best" or "last" would move on."""
     task: TaskConfig | None
@@ -94,7 +94,9 @@ def describe(source: str | Path, checkpoint: str = "best") -> Description:
     if folder is not None:
         experiment = from_dict(json.loads((folder / EXPERIMENT).read_text())["experiment"])
         chosen = choose_checkpoint(folder / CHECKPOINTS, str(checkpoint), experiment.run.best_metric)
-        return Description(folder.name, str(folder), str(chosen.step), experiment.task)
+        # Who loads it may be on another machine: a URI means the same there.
+        location = str(source) if "://" in str(source) else str(folder)
+        return Description(folder.name, location, str(chosen.step), experiment.task)
     path = Path(source).expanduser()
     config = read_config(path)
     if config is not None:
