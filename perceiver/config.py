@@ -164,6 +164,9 @@ class PerceiverIOConfig:
     """What comes out."""
     init_scale: float = 0.02
     """Standard deviation of initial weights."""
+    init: Literal["normal", "local"] = "normal"
+    """normal: all matrices random, as published. local: a text model's attention starts at neighbouring positions, without which
+    a small one does not learn from random weights (docs/text-chain.md); init_scale is then that of the embeddings."""
 
 
 @dataclass(frozen=True, kw_only=True)
