@@ -35,10 +35,10 @@ def check_local_init(config: PerceiverIOConfig) -> None:
     channels, needed = config.input.num_channels, config.input.num_channels // 2
     if channels % 4:
         raise UserError(f"model.input.num_channels is {channels} and must be a multiple of 4 for model.init local")
-    for name, number in (
-        ("model.num_latent_channels", config.num_latent_channels),
-        ("model.output.num_query_channels", shapes.output_queries(config).num_channels),
-    ):
+    places = {"model.num_latent_channels": config.num_latent_channels}
+    if isinstance(config.output, TextOutput):
+        places["model.output.num_query_channels"] = shapes.output_queries(config).num_channels
+    for name, number in places.items():
         if number < needed:
             raise UserError(f"{name} is {number} and must be at least {needed} for model.init local")
     for name, layer, heads in (
@@ -116,7 +116,7 @@ class LocalInit:
         return values
 
     def _heads(self, name: str) -> tuple[int | None, float, float, list[float]]:
-        """Of the attention that a projection belongs to: heads (None: it has no places), sharpness, noise, distances in positions."""
+        """Of the attention of a projection: heads (None: it has no places), sharpness, noise, distances in positions."""
         encoder, decoder, spacing = self.config.encoder, self.config.decoder, self.spacing
         if name.startswith("decoder."):
             heads = decoder.num_cross_attention_heads
