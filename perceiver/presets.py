@@ -172,7 +172,7 @@ def mlm_imdb_small() -> Experiment:
         preset="mlm-imdb-small",
         model=_small_text_model(base.model),
         optim=OptimConfig(lr=3e-3, schedule="cosine", warmup_steps=100, max_grad_norm=1.0),
-        training=TrainingConfig(global_batch_size=16, max_steps=3_000),
+        training=TrainingConfig(global_batch_size=16, max_steps=6_000),
         parallel=ParallelConfig(),
         run=RunConfig(log_every=50, val_every=500, val_batches=50, checkpoint_every=250),
     )
