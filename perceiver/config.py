@@ -239,8 +239,9 @@ class MaskedLMConfig:
     """Choose whole words instead of single tokens."""
     static: bool = False
     """The same masks in every epoch instead of new ones."""
-    sample_texts: tuple[str, ...] = ("I have watched this [movie] and it was [great].",)
-    """Sentences that validation fills in: what stands in brackets is masked, all its tokens; [MASK] is one masked token."""
+    sample_texts: tuple[str, ...] = ("I have watched this[ movie] and it was[ great].",)
+    """Sentences that validation fills in: what stands in brackets is masked, all its tokens, the space before a word as in
+    training; [MASK] is one masked token."""
     sample_predictions: int = 3
     """How many of the best predictions it writes for each."""
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from perceiver.config import DecoderConfig, EncoderConfig, PerceiverIOConfig, TextInput, TextOutput, UserError
+from perceiver.hub import resolved_architecture
 from perceiver.models import PerceiverIO, attention, build_model, check_model
 from tests.test_models_perceiver_io import IMAGE
 
@@ -51,9 +52,10 @@ def test_heads_start_by_looking_at_places_around_their_own(monkeypatch: pytest.M
     assert near[:, middle].max() <= 1
 
 
-def test_a_model_that_starts_locally_has_the_same_parameters() -> None:
+def test_a_model_that_starts_locally_is_the_same_model() -> None:
     local, normal = (dict(build_model(c).named_parameters()) for c in (LOCAL, replace(LOCAL, init="normal")))
     assert {n: p.shape for n, p in local.items()} == {n: p.shape for n, p in normal.items()}
+    assert resolved_architecture(LOCAL) == resolved_architecture(replace(LOCAL, init="normal"))
 
 
 def loss_after_training(config: PerceiverIOConfig, steps: int) -> float:
