@@ -164,6 +164,9 @@ class PerceiverIOConfig:
     """What comes out."""
     init_scale: float = 0.02
     """Standard deviation of initial weights."""
+    init: Literal["normal", "local"] = "normal"
+    """normal: all matrices random, as published. local: a text model's attention starts at neighbouring positions, without which
+    a small one does not learn from random weights (docs/text-chain.md); init_scale is then that of the embeddings."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,8 +239,9 @@ class MaskedLMConfig:
     """Choose whole words instead of single tokens."""
     static: bool = False
     """The same masks in every epoch instead of new ones."""
-    sample_texts: tuple[str, ...] = ("I have watched this [movie] and it was [great].",)
-    """Sentences that validation fills in: what stands in brackets is masked, all its tokens; [MASK] is one masked token."""
+    sample_texts: tuple[str, ...] = ("I have watched this[ movie] and it was[ great].",)
+    """Sentences that validation fills in: what stands in brackets is masked, all its tokens, the space before a word as in
+    training; [MASK] is one masked token."""
     sample_predictions: int = 3
     """How many of the best predictions it writes for each."""
 

@@ -335,7 +335,7 @@ def resolved_architecture(config: ModelConfig) -> dict[str, Any]:
 
     All channels are numbers; dropout, initial weights and what is frozen are left out, and sharing where there is no second.
     """
-    irrelevant = ("dropout", "init_scale", "freeze")
+    irrelevant = ("dropout", "init_scale", "init", "freeze")
     flat = {name: value for name, value in flatten(to_dict(config)).items() if not name.endswith(irrelevant)}
     if isinstance(config, PerceiverARConfig):
         return flat

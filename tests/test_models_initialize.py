@@ -1,6 +1,7 @@
 """Initial weights follow from seed and name: not from the device, the order of building, or the number of workers."""
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -66,7 +67,10 @@ def check_worker(rank: int, num_workers: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=num_workers)
     mesh = dist.init_device_mesh("cpu", (num_workers,))
-    for config, (x, *args) in ((TEXT, (IDS,)), (IMAGE, (IMAGES,)), (FLOW, (PAIRS,)), (AR, (IDS, 4))):
+    local = replace(TEXT, init="local")
+    for config, (x, *args) in (
+        (TEXT, (IDS,)), (local, (IDS,)), (IMAGE, (IMAGES,)), (FLOW, (PAIRS,)), (AR, (IDS, 4))
+    ):  # fmt: skip
         full = build_model(config, seed=7).train()
         with torch.device("meta"):
             model = build_model(config).train()

@@ -14,6 +14,7 @@ from perceiver.config import (
     UserError,
 )
 from perceiver.models import shapes
+from perceiver.models.local_init import check_local_init
 
 
 def check_model(config: ModelConfig) -> None:
@@ -77,6 +78,8 @@ def _check_io(config: PerceiverIOConfig) -> None:
     ):
         _heads(heads, channels.qk_channels, f"model.{field}_heads", f"model.{field}_qk_channels")
         _heads(heads, channels.v_channels, f"model.{field}_heads", f"model.{field}_v_channels")
+    if config.init == "local":
+        check_local_init(config)
 
 
 def _positive_counts(config: Any, section: str, except_for: str = "") -> None:

@@ -1,6 +1,7 @@
 """Initial weights that depend on a seed and the parameters' names alone."""
 
 import hashlib
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -8,8 +9,12 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 @torch.no_grad()
-def initialize(model: nn.Module, scale: float, seed: int) -> None:
+def initialize(
+    model: nn.Module, scale: float, seed: int, adapt: Callable[[str, Tensor], Tensor] = lambda name, values: values
+) -> None:
     """Draws all parameters: matrices from N(0, scale^2), biases 0, LayerNorm 1 and 0.
+
+    `adapt` takes each matrix' name and drawn values, which it may change in place, and returns the initial ones.
 
     Each parameter has a generator of its own, seeded with (seed, name), and is drawn as a whole on the CPU, one at a
     time, before a process keeps its shard. So weights are the same on any device and for any number of FSDP workers.
@@ -23,7 +28,7 @@ def initialize(model: nn.Module, scale: float, seed: int) -> None:
         elif not parameter.is_meta:
             generator = torch.Generator().manual_seed(seed_of(seed, name))
             values = torch.empty(parameter.shape).normal_(0.0, scale, generator=generator)
-            copy_into(parameter, values)
+            copy_into(parameter, adapt(name, values))
 
 
 def seed_of(seed: int, name: str) -> int:

@@ -15,6 +15,7 @@ from perceiver.models.adapters import FlowAdapter, ImageAdapter, TextAdapter
 from perceiver.models.attention import CrossAttentionLayer, SelfAttentionLayer
 from perceiver.models.factored_attention import FactoredInput
 from perceiver.models.initialize import initialize
+from perceiver.models.local_init import LocalInit
 
 
 def build_adapter(config: TextInput | ImageInput | FlowInput) -> TextAdapter | ImageAdapter | FlowAdapter:
@@ -165,9 +166,12 @@ class PerceiverIO(nn.Module):
         return [*self.encoder.layers(), self.decoder.cross_attention]
 
     def init_weights(self, seed: int) -> None:
-        """Draws all parameters and computes all buffers; see `initialize`."""
+        """Draws all parameters and computes all buffers; see `initialize` and, for `init` local, `LocalInit`."""
         self.reset_buffers()
-        initialize(self, self.config.init_scale, seed)
+        if self.config.init == "local":
+            initialize(self, self.config.init_scale, seed, LocalInit(self.config))
+        else:
+            initialize(self, self.config.init_scale, seed)
 
     def reset_buffers(self) -> None:
         """Computes the constants that are not in checkpoints anew, in place (after `to_empty`)."""
