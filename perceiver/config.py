@@ -386,7 +386,7 @@ class ParallelConfig:
     activation_checkpointing: int = 0
     """Recompute every n-th layer in the backward pass to save memory; 0: none, 1: all."""
     cpu_offload: bool = False
-    """Keep parameters, gradients and optimizer in the host's memory, where the optimizer then computes (GPUs only)."""
+    """Keep parameters, gradients and optimizer in the host's memory, where the optimizer then computes (on CPUs they are there)."""
     compile: bool = False
     """torch.compile each layer."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

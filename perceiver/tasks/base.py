@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from perceiver.config import Experiment
 from perceiver.data.shards import Manifest, Split
-from perceiver.models.memory import StepSizes
+from perceiver.models.activations import StepSizes
 
 Batch = dict[str, Tensor]
 
