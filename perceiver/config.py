@@ -389,10 +389,14 @@ class ParallelConfig:
     """Examples a worker takes at once; the rest of its share of the global batch is accumulated. None: all at once."""
     activation_checkpointing: int = 0
     """Recompute every n-th layer in the backward pass to save memory; 0: none, 1: all."""
+    cpu_offload: bool = False
+    """Keep parameters, gradients and optimizer in the host's memory, where the optimizer then computes (on CPUs they are there)."""
     compile: bool = False
     """torch.compile each layer."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: GPUs where the cluster has them."""
+    device_memory_gib: float | None = None
+    """GiB of memory of a worker's device, for the check whether a step fits; None: as found."""
     cpus_per_worker: float | None = None
     """CPUs reserved in Ray for a worker; None: what leaves room for the data tasks."""
     threads_per_worker: int | None = None

@@ -58,6 +58,8 @@ def check_experiment(experiment: Experiment) -> None:
     for name, value in least_one.items():
         if value is not None and value < 1:
             raise UserError(f"{name} is {value} and must be at least 1")
+    if parallel.device_memory_gib is not None and not parallel.device_memory_gib > 0:
+        raise UserError(f"parallel.device-memory-gib is {parallel.device_memory_gib} and must be above 0, or None for what is found")
     if parallel.workers % parallel.replicas:
         raise UserError(f"parallel.replicas is {parallel.replicas} and must divide parallel.workers ({parallel.workers})")
     if training.max_steps is None and training.max_epochs is None:

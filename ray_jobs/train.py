@@ -24,6 +24,7 @@ from perceiver.training.record import read_metrics
 from perceiver.training.run import CHECKPOINTS, EXPERIMENT, RESULT, save_experiment
 from ray_jobs.cli import main_entry, parse_experiment
 from ray_jobs.preflight import check_experiment, plan_resources
+from ray_jobs.room import check_memory
 
 
 def main(argv: list[str]) -> int:
@@ -71,6 +72,7 @@ def run(
     started = time.monotonic()
     with locked(run_folder), connect(experiment.parallel):
         resources = plan_resources(experiment)
+        check_memory(experiment, resources.gpu)
         if prepared is None:
             prepare(experiment, say)
             prepared = load_prepared(experiment)

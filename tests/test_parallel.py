@@ -132,6 +132,12 @@ def test_a_run_of_two_replicas_of_two_workers_continues_on_one_worker(data, alon
     np.testing.assert_allclose(losses(tmp_path / "run"), losses(alone), rtol=TOLERANCE)
 
 
+@pytest.mark.slow
+def test_shards_in_the_hosts_memory_give_the_same_losses(data, alone, tmp_path):
+    train(replace(experiment(), parallel=ParallelConfig(workers=2, cpu_offload=True)), data, tmp_path / "run", stop_at=10)
+    np.testing.assert_allclose(losses(tmp_path / "run"), losses(alone)[:10], rtol=TOLERANCE)
+
+
 def test_replicas_that_do_not_divide_the_workers_are_refused():
     made = replace(experiment(), parallel=ParallelConfig(workers=4, replicas=3))
     with pytest.raises(UserError, match="parallel.replicas is 3 and must divide parallel.workers .4."):

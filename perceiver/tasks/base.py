@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from perceiver.config import Experiment
 from perceiver.data.shards import Manifest, Split
+from perceiver.models.activations import StepSizes
 
 Batch = dict[str, Tensor]
 
@@ -107,6 +108,10 @@ class Task(ABC):
     def unit(self) -> tuple[str, int]:
         """What throughput is counted in and how many of it an example holds, e.g. ("tokens", 4096)."""
         return "examples", 1
+
+    def step_sizes(self) -> StepSizes:
+        """What of an example the model computes at once at most, where that is not all: for the memory of a step."""
+        return StepSizes()
 
     @abstractmethod
     def flops_per_example(self) -> float:

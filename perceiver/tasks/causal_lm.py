@@ -16,8 +16,9 @@ from perceiver.data.tokenizers import load_tokenizer
 from perceiver.inference.generate import generate
 from perceiver.models import build_model
 from perceiver.models.flops import num_kept, training_flops
+from perceiver.models.activations import StepSizes
 from perceiver.tasks.base import IGNORE_INDEX, Batch, Sample, Task, padded
-from perceiver.tasks.chunked_loss import chunked_cross_entropy
+from perceiver.tasks.chunked_loss import CHUNK_ELEMENTS, chunked_cross_entropy
 
 PAD_ID = 0
 """Fills windows up on the left; such positions are masked, so that it may be any id."""
@@ -118,6 +119,10 @@ class CausalLM(Task):
 
     def unit(self) -> tuple[str, int]:
         return "tokens", self._mean_length
+
+    def step_sizes(self) -> StepSizes:
+        """A step of the longest windows; logits a chunk at a time."""
+        return StepSizes(chunk_elements=CHUNK_ELEMENTS)
 
     def flops_per_example(self) -> float:
         return training_flops(self._model, seq_len=self._mean_length)

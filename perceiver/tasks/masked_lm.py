@@ -18,6 +18,7 @@ from perceiver.data.tokenizers import Tokenizer, load_tokenizer
 from perceiver.inference.masks import MARKS, encode_masked, fill_masks
 from perceiver.models import build_model
 from perceiver.models.flops import training_flops
+from perceiver.models.activations import StepSizes
 from perceiver.tasks.base import IGNORE_INDEX, Batch, Sample, Task, padded
 from perceiver.training.batches import VALIDATION_SEED
 
@@ -113,6 +114,10 @@ class MaskedLM(Task):
 
     def unit(self) -> tuple[str, int]:
         return "tokens", self._model.input.max_seq_len
+
+    def step_sizes(self) -> StepSizes:
+        """The positions that nearly all batches decode."""
+        return StepSizes(num_queries=usual_positions(self._model.input.max_seq_len, self._settings.mask_probability)[0])
 
     def flops_per_example(self) -> float:
         decoded, _ = usual_positions(self._model.input.max_seq_len, self._settings.mask_probability)

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed._composable import checkpoint
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from perceiver.config import ParallelConfig, TrainingConfig
 
@@ -46,7 +46,7 @@ def join_world(device: torch.device, replicas: int = 1) -> World:
     over such groups (HSDP): only gradients cross the groups' borders.
     """
     if not dist.is_initialized():
-        dist.init_process_group("gloo" if device.type == "cpu" else "nccl", rank=0, world_size=1, store=dist.HashStore())
+        dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl", rank=0, world_size=1, store=dist.HashStore())
     if device.type == "cpu":
         reuse_freed_memory()
     size = dist.get_world_size()
@@ -75,19 +75,26 @@ def build_sharded(
     """Shards a model that was built on the meta device, gives it memory on this worker, and draws its initial weights.
 
     Each of `layers` becomes a unit of sharding, recomputation and compilation; what is left belongs to the model itself.
+    With `parallel.cpu_offload` the shards stay in the host's memory (pinned for GPUs): a layer's parameters come to the device when they
+    are used, gradients go back, and the optimizer computes on the host.
     No process ever holds the whole model. Initial weights depend on the seed alone, not on the number of workers.
     """
     policy = MixedPrecisionPolicy()
     if training.precision == "bf16":
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    offload = CPUOffloadPolicy(pin_memory=world.device.type == "cuda") if parallel.cpu_offload else OffloadPolicy()
     for number, layer in enumerate(layers):
         if parallel.activation_checkpointing and number % parallel.activation_checkpointing == 0:
             checkpoint(layer)
         if parallel.compile:
             layer.compile()
-        fully_shard(layer, mesh=world.mesh, mp_policy=policy)
+        fully_shard(layer, mesh=world.mesh, mp_policy=policy, offload_policy=offload)
     # What belongs to no layer stays whole from the forward to the backward pass, so that a loss may use the output matrix.
-    fully_shard(model, mesh=world.mesh, mp_policy=policy, reshard_after_forward=False)
-    model.to_empty(device=world.device)
+    fully_shard(model, mesh=world.mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=False)
+    model.to_empty(device="cpu" if parallel.cpu_offload else world.device)
+    if parallel.cpu_offload:  # constants are the model's own and stay on the device
+        for module in model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.to(world.device))
     model.init_weights(training.seed)
     return model

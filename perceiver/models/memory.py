@@ -1,0 +1,190 @@
+"""Memory of a training step on one device, from the configuration alone: arithmetic, no tensor is made.
+
+The step is walked through as it runs (forward layer by layer, loss, backward, optimizer), and what is in memory is added up at every
+moment by kind; the moment with the most is the answer. tests/test_models_memory.py compares it with the allocator's own count.
+
+Activations are those of `activations.py`. Of FSDP2 (`perceiver/training/parallel.py`): a shard of parameters, gradients and two moments
+in fp32; the whole parameters of the layer at work in the type of computation, the next layer's as they arrive, gradients before they are
+reduced, and the reduction's input in fp32. Parameters outside of layers (embeddings) stay whole from forward to backward.
+
+Not counted: what the allocator loses to fragments, the device's context, the communication library's own buffers.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache
+
+import torch
+
+from perceiver.config import ModelConfig
+from perceiver.models import build_model
+from perceiver.models.activations import FP32, Call, Layout, StepSizes, step_calls
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes on one device, by kind, at the moment of a step that has the most."""
+
+    parameters: float = 0.0
+    """The shard, in fp32."""
+    gradients: float = 0.0
+    """The shard, in fp32."""
+    optimizer: float = 0.0
+    """Two moments of the shard, in fp32."""
+    activations: float = 0.0
+    """Kept for the backward pass, and what the layer at work needs besides."""
+    loss: float = 0.0
+    """Logits (or a chunk of them) and their gradients."""
+    gathered: float = 0.0
+    """Whole parameters of the layers at work and of those outside of layers, and buffers they arrive in."""
+    reduced: float = 0.0
+    """Whole gradients that are not reduced to shards yet, and the reduction's buffer."""
+
+    @property
+    def total(self) -> float:
+        return sum(getattr(self, field.name) for field in fields(self))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unit:
+    """Parameters that are gathered and reduced as one: a layer's, or all that belong to none."""
+
+    size: int
+    """Numbers, with the padding of their shards."""
+    trained: int
+    """Those of them that get gradients."""
+
+
+@lru_cache(maxsize=16)
+def units(config: ModelConfig, shards: int) -> tuple[Unit, ...]:
+    """The units of sharding: one for each of `layers()`, then one for what is left."""
+    with torch.device("meta"):
+        model = build_model(config)
+    parts = [list(layer.parameters()) for layer in model.layers()]
+    own = {id(parameter) for part in parts for parameter in part}
+    parts.append([parameter for parameter in model.parameters() if id(parameter) not in own])
+    # Shards are slices of the first dimension; those that do not divide evenly are padded.
+    sizes = [[(-(-p.shape[0] // shards) * shards * (p.numel() // p.shape[0]), p.requires_grad) for p in part] for part in parts]
+    return tuple(Unit(size=sum(n for n, _ in part), trained=sum(n for n, grad in part if grad)) for part in sizes)
+
+
+def step_memory(config: ModelConfig, layout: Layout, sizes: StepSizes) -> Memory:
+    """Memory of a training step (from the second on, when the optimizer has its moments)."""
+    return max(_moments(config, layout, sizes), key=lambda memory: memory.total)
+
+
+def most_of_each(config: ModelConfig, layout: Layout, sizes: StepSizes) -> Memory:
+    """The most that there is of each kind in a step, which is not all at one moment."""
+    moments = list(_moments(config, layout, sizes))
+    return Memory(**{field.name: max(getattr(moment, field.name) for moment in moments) for field in fields(Memory)})
+
+
+def largest_micro_batch(config: ModelConfig, layout: Layout, sizes: StepSizes, limit: float, most: int) -> int:
+    """The largest number of examples, up to `most`, whose step takes at most `limit` bytes; 0: not even one fits.
+
+    `most` is the device's share of a step: a smaller micro-batch is accumulated.
+    """
+
+    def fits(size: int) -> bool:
+        smaller = replace(layout, micro_batch_size=size, accumulated=-(-most // size))
+        return step_memory(config, smaller, sizes).total <= limit
+
+    if fits(most):  # nothing is accumulated then, which saves the whole gradients
+        return most
+    low, high = 0, most - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+@dataclass(frozen=True, kw_only=True)
+class Traffic:
+    """Bytes that one device receives in a step."""
+
+    gathered: float
+    """Parameters of other shards, for forward and backward pass of every micro-batch."""
+    reduced: float
+    """Gradients, summed into its shard (reduce-scatter, fp32)."""
+    all_reduced: float
+    """Its shard's gradients, summed over replicas (a ring sends each number twice)."""
+
+
+def step_traffic(config: ModelConfig, layout: Layout, sizes: StepSizes, replicas: int = 1) -> Traffic:
+    """What FSDP2 sends: a layer is gathered for each of its runs forward and backward, what belongs to no layer once.
+
+    Gradients are reduced once a step, also those of a layer that runs several times.
+    """
+    *layers, root = units(config, layout.shards)
+    calls, _ = step_calls(config, layout, sizes)
+    others = (layout.shards - 1) / layout.shards
+    runs = sum(layers[call.unit].size * (2 if call.trained else 1) for call in calls) + root.size
+    reduced = sum(unit.trained for unit in layers) + root.trained
+    return Traffic(
+        gathered=layout.accumulated * layout.element_size * others * runs,
+        reduced=FP32 * others * reduced,
+        all_reduced=FP32 * 2 * (replicas - 1) / replicas * reduced / layout.shards,
+    )
+
+
+def _moments(config: ModelConfig, layout: Layout, sizes: StepSizes) -> Iterator[Memory]:
+    """What is in memory at the moments of a step that can have the most."""
+    e, shards = layout.element_size, layout.shards
+    parts = units(config, shards)
+    *layers, root = parts
+    owned = 0.0 if layout.cpu_offload else 1.0
+    size, trained = sum(unit.size for unit in parts) / shards, sum(unit.trained for unit in parts) / shards
+    base = Counter(parameters=owned * FP32 * size, optimizer=owned * 2 * FP32 * trained, gathered=e * root.size)
+    calls, loss = step_calls(config, layout, sizes)
+    whole = 0.0
+    if layout.accumulated > 1:  # gradients stay whole, in fp32, until the step's last micro-batch
+        whole = FP32 * sum(unit.trained for unit in parts)
+
+    # Forward: activations pile up.
+    live = Counter(base)
+    live["reduced"] += whole
+    for call in calls:
+        arriving = 2 * layers[call.unit].size if shards > 1 else 0
+        yield _memory(live, activations=call.held + call.saved + call.working, gathered=e * (layers[call.unit].size + arriving))
+        live["activations"] += call.held + (call.saved if _keeps(call, layout) else 0.0)
+    live["activations"] += loss.held
+    yield _memory(live, loss=loss.peak)
+
+    # Backward: they are used up from the end, each after it was recomputed where it was not kept.
+    live["reduced"] += e * loss.shared_gradient
+    held_input, reduced = 0.0, set()
+    for number, call in reversed(list(enumerate(calls))):
+        if not call.trained:
+            break
+        unit = layers[call.unit]
+        before = layers[calls[number - 1].unit].size if number and shards > 1 else 0
+        if not _keeps(call, layout):
+            live["activations"] += call.saved
+        gradients = 0.0 if whole and e == FP32 else e * unit.trained
+        yield _memory(live, activations=call.extra, gathered=e * (unit.size + before), reduced=held_input + gradients)
+        live["activations"] -= call.saved + call.held
+        yield _memory(live, gathered=e * before, reduced=gradients + FP32 * unit.trained)
+        held_input = FP32 * unit.trained
+        if call.unit not in reduced:
+            live["gradients"] += owned * FP32 * unit.trained / shards
+        reduced.add(call.unit)
+    live["activations"] = 0.0
+    # Embeddings: a dense gradient, added to that of the output matrix where it is the same one.
+    live["reduced"] += held_input
+    yield _memory(live, reduced=e * root.trained)
+    live["gathered"] = 0.0
+    yield _memory(live, reduced=(e + FP32) * root.trained - e * loss.shared_gradient)
+    yield _memory(Counter(base, gradients=owned * FP32 * trained, gathered=0.0))
+
+
+def _keeps(call: Call, layout: Layout) -> bool:
+    """Whether a call's activations stay from forward to backward pass."""
+    every = layout.checkpoint_every
+    return call.trained and not (every and call.unit % every == 0)
+
+
+def _memory(live: Counter, **more: float) -> Memory:
+    return Memory(**{field.name: live[field.name] + more.get(field.name, 0.0) for field in fields(Memory)})

@@ -1,0 +1,189 @@
+"""`python -m ray_jobs.plan PRESET [--field value ...] [--device NAME]`: what a training takes, before it is paid for.
+
+Parameters, FLOPs, memory of a GPU by kind, the largest micro-batch, traffic, checkpoints, time. Arithmetic of the configuration: it
+starts no cluster and needs no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+
+from perceiver.config import Experiment, PerceiverARConfig, UserError
+from perceiver.data.shards import load_prepared, with_tokenizer
+from perceiver.models.flops import num_parameters
+from perceiver.models.memory import Memory, Traffic, most_of_each, step_memory, step_traffic, units
+from perceiver.tasks import build_task
+from perceiver.training.meters import DEVICES, GIB, Device
+from perceiver.training.run import total_steps
+from ray_jobs.cli import main_entry, parse_experiment
+from ray_jobs.preflight import check_experiment
+from ray_jobs.room import largest, layout_of, share, usable
+
+FACTORS = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a training takes. Bytes and FLOPs; of one device where not said otherwise."""
+
+    parameters: int
+    unit: str
+    """What throughput counts: tokens or examples."""
+    units_per_step: float
+    flops_per_unit: float
+    steps: int | None
+    """None: not known before the data is prepared."""
+    memory: Memory
+    """At the fullest moment of a step."""
+    most: Memory
+    """Of each kind at its own fullest moment."""
+    limit: float
+    """Bytes that a device has for a step."""
+    micro_batch: int
+    largest_micro_batches: dict[str, int]
+    """By the setting of recomputation."""
+    traffic: Traffic
+    checkpoint: float
+    """Of all workers together."""
+    seconds_per_step: float
+
+    @property
+    def flops_per_step(self) -> float:
+        return self.flops_per_unit * self.units_per_step
+
+
+def make_plan(experiment: Experiment, device: Device, mfu: float) -> Plan:
+    """The plan of an experiment on devices of one kind.
+
+    Args:
+        mfu: share of the devices' peak at which they compute what the model asks for (without recomputation).
+    """
+    task, layout, parallel = build_task(experiment), layout_of(experiment), experiment.parallel
+    sizes, limit, batch = task.step_sizes(), usable(device.memory), experiment.training.global_batch_size
+    unit, per_example = task.unit()
+    peak = device.bf16 if experiment.training.precision == "bf16" else device.fp32
+    parts = units(experiment.model, 1)
+    return Plan(
+        parameters=num_parameters(experiment.model),
+        unit=unit,
+        units_per_step=batch * per_example,
+        flops_per_unit=task.flops_per_example() / per_example,
+        steps=_steps(experiment),
+        memory=step_memory(experiment.model, layout, sizes),
+        most=most_of_each(experiment.model, layout, sizes),
+        limit=limit,
+        micro_batch=layout.micro_batch_size,
+        largest_micro_batches={
+            name: largest(replace(experiment, parallel=replace(parallel, activation_checkpointing=every)), limit)
+            for name, every in (("no layer", 0), ("every second layer", 2), ("every layer", 1))
+        },
+        traffic=step_traffic(experiment.model, layout, sizes, parallel.replicas),
+        checkpoint=4.0 * sum(part.size + 2 * part.trained for part in parts),
+        seconds_per_step=batch * task.flops_per_example() / (parallel.workers * peak * mfu),
+    )
+
+
+def _steps(experiment: Experiment) -> int | None:
+    training = experiment.training
+    if training.max_epochs is None:
+        return training.max_steps
+    try:
+        _, manifest = load_prepared(experiment)
+    except UserError:  # not prepared: only an upper limit may be known
+        return training.max_steps
+    return total_steps(experiment, manifest.splits["train"].rows)
+
+
+def lines(plan: Plan, experiment: Experiment, device: Device, name: str, mfu: float) -> Iterator[str]:
+    """The plan for a person."""
+    parallel, layout = experiment.parallel, layout_of(experiment)
+    yield f"{experiment.preset} on {parallel.workers} x {name} ({device.memory / GIB:.1f} GiB), {experiment.training.precision}"
+    yield f"  parameters         {plan.parameters:,}"
+    yield f"  computation        {_si(plan.flops_per_unit)}FLOP per {plan.unit.removesuffix('s')}, {_si(plan.flops_per_step)}FLOP per step"
+    yield (
+        f"  step               {experiment.training.global_batch_size:,} examples, {plan.units_per_step:,.0f} {plan.unit}: "
+        f"{share(experiment):,} examples a worker, {layout.accumulated} micro-batch{'es' if layout.accumulated > 1 else ''} of "
+        f"{plan.micro_batch}"
+    )
+    every = parallel.activation_checkpointing
+    yield (
+        f"  layout             {layout.shards} shards x {parallel.replicas} replicas; recomputed: "
+        f"{'every layer' if every == 1 else f'every {every}th layer' if every else 'no layer'}"
+    )
+    yield "  memory of a GPU     at its fullest moment    at most of this kind"
+    for field in fields(Memory):
+        now, most = (getattr(memory, field.name) / GIB for memory in (plan.memory, plan.most))
+        yield f"    {field.name:<16} {now:8.2f} GiB {most:20.2f} GiB"
+    verdict = "fits" if plan.memory.total <= plan.limit else "does NOT fit"
+    yield f"    {'together':<16} {plan.memory.total / GIB:8.2f} GiB of {plan.limit / GIB:.1f} GiB: {verdict}"
+    yield "  largest micro-batch, recomputing " + ", ".join(f"{k}: {v or 'none fits'}" for k, v in plan.largest_micro_batches.items())
+    traffic = f"{_si(plan.traffic.gathered)}B gathered, {_si(plan.traffic.reduced)}B reduced"
+    if parallel.replicas > 1:
+        traffic += f", {_si(plan.traffic.all_reduced)}B summed over replicas"
+    yield f"  traffic of a GPU   {traffic} per step"
+    yield f"  checkpoint         {_si(plan.checkpoint)}B (weights and optimizer), {_si(4.0 * plan.parameters)}B weights alone"
+    yield (
+        f"  at {mfu:.0%} MFU         {plan.seconds_per_step:.3g} s per step, "
+        f"{plan.units_per_step / plan.seconds_per_step:,.0f} {plan.unit}/s in all"
+    )
+    if plan.steps is None:
+        yield "  whole training     unknown before the data is prepared (or give --training.max-steps)"
+        return
+    hours = plan.steps * plan.seconds_per_step / 3600
+    yield (
+        f"  whole training     {plan.steps:,} steps, {plan.steps * plan.units_per_step:,.0f} {plan.unit}, "
+        f"{_si(plan.steps * plan.flops_per_step)}FLOP: {hours:,.1f} hours, {hours * parallel.workers:,.0f} GPU-hours"
+    )
+    if isinstance(experiment.model, PerceiverARConfig):
+        latents = min(experiment.model.max_latents, experiment.model.max_seq_len)
+        yield f"  of these tokens    {plan.steps * experiment.training.global_batch_size * latents:,} are targets"
+
+
+def _si(value: float) -> str:
+    """12.3 T: to be followed by a unit."""
+    factor, prefix = next(((f, p) for f, p in FACTORS if value >= f), (1.0, ""))
+    return f"{value / factor:.3g} {prefix}"
+
+
+def find_device(name: str, memory: float | None, flops: float | None) -> Device:
+    """A known device, or one of which memory (GiB) and peak (TFLOP/s) are given.
+
+    Raises:
+        UserError: neither.
+    """
+    if memory is not None and flops is not None:
+        return Device(name, memory * GIB, flops * 1e12, flops * 1e12)
+    if name not in DEVICES:
+        raise UserError(
+            f"device {name!r} is not known: use one of {', '.join(DEVICES)}, or give --device-memory GIB and --device-flops TFLOPS"
+        )
+    return replace(DEVICES[name], memory=memory * GIB) if memory is not None else DEVICES[name]
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m ray_jobs.plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False, add_help=False,
+    )  # fmt: skip
+    parser.add_argument("--device", default="a100-40gb", help=f"kind of GPU: {', '.join(DEVICES)} (%(default)s)")
+    parser.add_argument("--device-memory", type=float, metavar="GIB", help="memory of another kind of GPU, in GiB")
+    parser.add_argument("--device-flops", type=float, metavar="TFLOPS", help="its dense peak in the precision of the training")
+    parser.add_argument("--mfu", type=float, default=0.4, help="share of the peak that is reached (%(default)s)")
+    own, rest = parser.parse_known_args(argv)
+    if not rest or rest[0] in ("-h", "--help"):
+        print(parser.format_help())
+    if not 0 < own.mfu <= 1:
+        raise UserError(f"--mfu is {own.mfu} and must be above 0 and at most 1")
+    device = find_device(own.device, own.device_memory, own.device_flops)
+    name = own.device if own.device_flops is None else "unknown GPU"
+    experiment = with_tokenizer(parse_experiment(rest, "ray_jobs.plan"))
+    check_experiment(experiment)
+    plan = make_plan(experiment, device, own.mfu)
+    print("\n".join(lines(plan, experiment, device, name, own.mfu)))
+    return 0
+
+
+if __name__ == "__main__":
+    main_entry(main)

@@ -1,0 +1,131 @@
+"""Whether a step of an experiment fits into the memory of its devices, and what would."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import replace
+
+import torch
+
+from perceiver.config import Experiment, UserError
+from perceiver.models.activations import Layout
+from perceiver.models.memory import largest_micro_batch, step_memory
+from perceiver.tasks import build_task
+from perceiver.training.meters import DEVICES, GIB
+
+CONTEXT = 1.5 * GIB
+"""Of a GPU: its context, kernels, and the buffers of NCCL. An assumption, as is the next."""
+FRAGMENTS = 0.05
+"""Share of a GPU's memory that PyTorch's allocator loses to fragments."""
+RAY_TYPES = {"A100-40G": "a100-40gb", "A100-80G": "a100-80gb", "A10G": "a10g", "L4": "l4", "L40S": "l40s", "T4": "t4",
+             "H100": "h100", "H200": "h200", "B200": "b200"}  # fmt: skip
+"""Names of Ray's accelerator types that tell the memory ("A100" alone does not)."""
+
+
+def usable(memory: float) -> float:
+    """Bytes of a GPU that are left for tensors."""
+    return memory * (1 - FRAGMENTS) - CONTEXT
+
+
+def share(experiment: Experiment) -> int:
+    """Examples of a global batch that the worker with the most of them takes."""
+    return -(-experiment.training.global_batch_size // experiment.parallel.workers)
+
+
+def layout_of(experiment: Experiment, cuda: bool = True) -> Layout:
+    """The layout of an experiment's training step on one of its workers (see `Feed.micro_batches`)."""
+    parallel, examples = experiment.parallel, share(experiment)
+    count = -(-examples // min(parallel.micro_batch_size or examples, examples))
+    return Layout(
+        micro_batch_size=-(-examples // count),
+        accumulated=count,
+        shards=parallel.workers // parallel.replicas,
+        precision=experiment.training.precision,
+        checkpoint_every=parallel.activation_checkpointing,
+        cpu_offload=parallel.cpu_offload,
+        cuda=cuda,
+    )
+
+
+def largest(experiment: Experiment, limit: float, cuda: bool = True) -> int:
+    """The largest micro-batch whose step takes at most `limit` bytes of a worker's device; 0: none."""
+    sizes = build_task(experiment).step_sizes()
+    return largest_micro_batch(experiment.model, layout_of(experiment, cuda), sizes, limit, share(experiment))
+
+
+def check_fits(experiment: Experiment, limit: float, cuda: bool = True, where: str = "a device") -> None:
+    """Checks that a step fits into `limit` bytes.
+
+    Raises:
+        UserError: it does not; says which change would make it fit.
+    """
+    layout = layout_of(experiment, cuda)
+    needed = step_memory(experiment.model, layout, build_task(experiment).step_sizes()).total
+    if needed <= limit:
+        return
+    raise UserError(
+        f"a step with a micro-batch of {layout.micro_batch_size} needs {needed / GIB:.1f} GiB but {where} has {limit / GIB:.1f} GiB for "
+        f"it: {_what_would(experiment, limit, cuda)}"
+    )
+
+
+def _what_would(experiment: Experiment, limit: float, cuda: bool) -> str:
+    """The least change that makes a step fit."""
+    parallel = experiment.parallel
+    micro_batch = "--parallel.micro-batch-size"
+    if size := largest(experiment, limit, cuda):
+        return f"{micro_batch} {size} fits"
+    recomputed = replace(experiment, parallel=replace(parallel, activation_checkpointing=1))
+    if size := largest(recomputed, limit, cuda):
+        return f"--parallel.activation-checkpointing 1 with {micro_batch} {size} fits"
+    for factor in (2, 4, 8, 16, 32, 64):
+        more = replace(recomputed, parallel=replace(recomputed.parallel, workers=parallel.workers * factor))
+        if cuda and (size := largest(more, limit, cuda)):
+            return f"--workers {more.parallel.workers} with --parallel.activation-checkpointing 1 and {micro_batch} {size} fits"
+    offloaded = replace(recomputed, parallel=replace(recomputed.parallel, cpu_offload=True))
+    if cuda and (size := largest(offloaded, limit, cuda)):
+        return f"--parallel.cpu-offload True with --parallel.activation-checkpointing 1 and {micro_batch} {size} fits"
+    return "it takes devices with more memory, or a smaller model"
+
+
+def check_memory(experiment: Experiment, gpu: bool) -> None:
+    """Checks a training in the joined cluster: against parallel.device-memory-gib, else the GPUs' memory, else that of the nodes.
+
+    On GPUs whose memory nobody knows nothing is checked.
+
+    Raises:
+        UserError: see `check_fits`.
+    """
+    told = experiment.parallel.device_memory_gib
+    if gpu:
+        memory = told * GIB if told else _gpu_memory()
+        if memory is not None:
+            check_fits(experiment, usable(memory), where=f"a GPU of {memory / GIB:.1f} GiB")
+    else:
+        limit = told * GIB if told else _node_memory(experiment.parallel.workers)
+        check_fits(experiment, limit, cuda=False, where="each worker")
+
+
+def _gpu_memory() -> float | None:
+    """Memory of the cluster's smallest GPUs by their type, or of this machine's; None: not known."""
+    import ray
+
+    types = {name.removeprefix("accelerator_type:") for name in ray.cluster_resources() if name.startswith("accelerator_type:")}
+    known = [DEVICES[RAY_TYPES[name]].memory for name in types if name in RAY_TYPES]
+    if known and len(known) == len(types):
+        return min(known)
+    if torch.cuda.is_available():
+        return float(torch.cuda.get_device_properties(0).total_memory)
+    return None
+
+
+def _node_memory(workers: int) -> float:
+    """Memory of a CPU worker where workers fill the nodes evenly: what the smallest node gives Ray, its object store included."""
+    import ray
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
+    if not nodes:
+        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    smallest = min(node.get("memory", 0) + node.get("object_store_memory", 0) for node in nodes)
+    return smallest / math.ceil(workers / len(nodes))
