@@ -126,10 +126,11 @@ def folder(tmp_path) -> Path:
         for number, loss in enumerate(losses.get(name, [2.0] * len(steps))):
             event = {"event": "report", "step": 10 * (number + 1), "examples": 320 * (number + 1), "loss": loss}
             events.append({"time": now + number, "trial": name, **event})
-        events.append({"time": now + 5, "trial": name, "event": "end"})
+        failed = "the loss became nan" if name == "trial-3" else ""
+        events.append({"time": now + 5, "trial": name, "event": "end", "failed": failed})
         now += 3
     (tmp_path / "trials" / "trial-0" / "result.json").write_text("{}")
-    (tmp_path / "trials" / "trial-3" / "failed.txt").write_text("the loss became nan")
+    (tmp_path / "trials" / "trial-1" / "failed.txt").write_text("its workers were taken from it")
     (tmp_path / "events.jsonl").write_text("".join(json.dumps(e) + "\n" for e in events) + '{"cut of')
     write_json(tmp_path / "sweep.json", {**sweep.describe(GOOD), "default": {"optim.lr": 0.2}})
     return tmp_path

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import random
+import shlex
 import time
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -17,8 +19,6 @@ from typing import Any
 
 import ray
 from ray import tune
-from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, HyperBandScheduler, PopulationBasedTraining
-from ray.tune.search.basic_variant import BasicVariantGenerator
 
 from perceiver.config import Experiment, UserError, differences, digest, flatten, home, to_dict
 from perceiver.data.shards import load_prepared
@@ -33,10 +33,14 @@ from ray_jobs.ray_env import connect, use_gpus
 from ray_jobs.train import locked
 from tuning import report
 from tuning.record import Record, StopDiverged, prune
+from tuning.schedulers import PAUSING, scheduler, search
 from tuning.sweeps import SWEEPS, Sweep, check_sweep, find_sweep, trial_experiment
 from tuning.trial import run_trial
 
 SETTINGS = "sweep.json"
+ROOM = "node:__internal_head__"
+"""A resource that every Ray cluster has once. Trials take shares of it, so that no more of them run, of this sweep and of others at
+the same time, than their workers have room for: Ray Train's workers are not among the resources that Ray Tune knows of."""
 OPTIONS = {"trials": int, "search": str, "scheduler": str, "metric": str, "reports": int, "keep": int, "seed": int}
 """Fields of a sweep that the command line can change."""
 
@@ -48,6 +52,8 @@ class Room:
     concurrent: int
     cpus_per_worker: float
     threads_per_worker: int | None
+    share: float
+    """Of the cluster's room, for a trial."""
     why: str
 
 
@@ -77,8 +83,11 @@ def run_sweep(sweep: Sweep, folder: Path, concurrent: int | None = None, say=pri
 
     Raises:
         UserError: a mistake in the sweep, another sweep in the same folder, or trials that the cluster has no room for.
+        KeyboardInterrupt: it was interrupted; what is there so far is reported, and the same call continues.
     """
     check_values(sweep)
+    if concurrent is not None and concurrent < 1:
+        raise UserError(f"--concurrent is {concurrent} and must be at least 1")
     base = sweep.experiment()
     check_experiment(base)
     check_folder(sweep, folder)
@@ -97,6 +106,8 @@ def run_sweep(sweep: Sweep, folder: Path, concurrent: int | None = None, say=pri
         started = time.monotonic()
         fit(sweep, folder, base, room, steps, say)
         trials = report.write(folder)
+        if sum(trial["status"] != "running" for trial in trials) < sweep.size:
+            raise KeyboardInterrupt  # Ray Tune has taken the signal, saved its state, and returned
         prune(folder, trials, sweep.keep)
     say(f"finished after {duration(time.monotonic() - started)}")
     for line in report.table(trials, describe(sweep)):
@@ -144,7 +155,7 @@ def describe(sweep: Sweep) -> dict[str, Any]:
     }
     identity = sweep.experiment().identity
     return {**plain, "mode": sweep.mode, "space": space, "points": list(map(dict, sweep.points)), "default": sweep.default(),
-            "experiment": digest(identity), "overrides": " ".join(sweep.overrides)}  # fmt: skip
+            "experiment": digest(identity), "overrides": shlex.join(sweep.overrides)}  # fmt: skip
 
 
 def plan_room(experiment: Experiment, concurrent: int | None) -> Room:
@@ -171,22 +182,24 @@ def plan_room(experiment: Experiment, concurrent: int | None) -> Room:
         raise UserError(f"{sum_of}: {advice}")
     count = concurrent or fits
     threads = parallel.threads_per_worker or (None if gpu else max(1, cluster_cores() // (count * workers)))
-    return Room(count, share, threads, f"{count} at once ({sum_of})")
+    return Room(count, share, threads, 1 / fits, f"{count} at once ({sum_of})")
 
 
 def fit(sweep: Sweep, folder: Path, base: Experiment, room: Room, steps: int, say) -> None:
     """Runs the trials with Ray Tune, or those that are not over yet."""
+    examples = steps * base.training.global_batch_size
     parallel = replace(base.parallel, cpus_per_worker=room.cpus_per_worker, threads_per_worker=room.threads_per_worker)
     settings = {
         "experiment": to_dict(replace(base, parallel=parallel)),
         "reports": sweep.reports,
+        "examples": examples,
         "population": sweep.scheduler == "pbt",
         "trials": str(folder / "trials"),
     }
+    share = 1 / room.concurrent if sweep.scheduler in PAUSING else room.share
     trainable = tune.with_resources(
-        tune.with_parameters(run_trial, settings=settings), tune.PlacementGroupFactory([{"CPU": 0.001}])
+        tune.with_parameters(run_trial, settings=settings), tune.PlacementGroupFactory([{ROOM: math.floor(share * 10_000) / 10_000}])
     )
-    examples = steps * base.training.global_batch_size
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(room.concurrent)
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     random.seed(sweep.seed)  # Ray's population-based training draws from here
@@ -216,54 +229,6 @@ def fit(sweep: Sweep, folder: Path, base: Experiment, room: Room, steps: int, sa
 
 def param_space(sweep: Sweep) -> dict[str, Any]:
     return {"values": tune.grid_search([dict(p) for p in sweep.points]) if sweep.points else dict(sweep.space)}
-
-
-def search(sweep: Sweep, concurrent: int) -> Any:
-    """Ray Tune's search algorithm. The first sample is the preset's own values, so that a sweep says what it gained."""
-    first = [] if sweep.points or sweep.has_grid else [{"values": sweep.default()}]
-    if sweep.search == "optuna":
-        try:
-            import optuna
-            from ray.tune.search import ConcurrencyLimiter
-            from ray.tune.search.optuna import OptunaSearch
-        except ImportError:
-            raise UserError("search optuna needs a package that is not installed: pip install 'perceiver-ray[tune]'") from None
-        flat = [{f"values/{name}": value for name, value in point["values"].items()} for point in first]
-        algorithm = OptunaSearch(sampler=optuna.samplers.TPESampler(seed=sweep.seed), points_to_evaluate=flat or None)
-        return ConcurrencyLimiter(algorithm, max_concurrent=concurrent)
-    return BasicVariantGenerator(points_to_evaluate=first, random_state=sweep.seed, max_concurrent=concurrent)
-
-
-class Population(PopulationBasedTraining):
-    """Ray Tune's population-based training without an exchange at the end, after which nothing is trained any more."""
-
-    def __init__(self, examples: int, **settings: Any) -> None:
-        super().__init__(**settings)
-        self._examples = examples
-
-    def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        if result["examples"] >= self._examples:
-            return self.CONTINUE
-        return super().on_trial_result(controller, trial, result)
-
-
-def scheduler(sweep: Sweep, examples: int) -> Any:
-    """Ray Tune's scheduler; time is counted in examples, so that batch sizes can be compared."""
-    longest = examples + 1  # a whole training ends by itself, with its result written
-    match sweep.scheduler:
-        case "asha":
-            return ASHAScheduler(
-                time_attr="examples", max_t=longest, grace_period=max(1, int(sweep.grace * examples)),
-                reduction_factor=sweep.reduction,
-            )  # fmt: skip
-        case "hyperband":
-            return HyperBandScheduler(time_attr="examples", max_t=longest, reduction_factor=sweep.reduction)
-        case "pbt":
-            return Population(
-                examples, time_attr="examples", perturbation_interval=max(1, int(sweep.perturb * examples)),
-                hyperparam_mutations={"values": dict(sweep.space)}, quantile_fraction=0.25 if sweep.trials >= 4 else 0.5,
-            )  # fmt: skip
-    return FIFOScheduler()
 
 
 if __name__ == "__main__":

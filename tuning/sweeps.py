@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,6 +66,12 @@ class Sweep:
     def has_grid(self) -> bool:
         return any(isinstance(domain, dict) and "grid_search" in domain for domain in self.space.values())
 
+    @property
+    def size(self) -> int:
+        """How many trials there will be."""
+        grids = [len(domain["grid_search"]) for domain in self.space.values() if isinstance(domain, dict)]
+        return len(self.points) or self.trials * math.prod(grids)
+
     def experiment(self) -> Experiment:
         """The experiment that trials vary.
 
@@ -85,12 +92,16 @@ def trial_experiment(base: Experiment, values: Mapping[str, Any]) -> Experiment:
     Raises:
         UserError: an unknown field, or a value that does not fit it.
     """
-    return override(base, [word for pair in arguments(values) for word in pair], f"tuning.sweep {base.preset}")
+    return override(base, arguments(values), f"tuning.sweep {base.preset}")
 
 
-def arguments(values: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Values of fields as on the command line."""
-    return [(f"--{name.replace('_', '-')}", str(value)) for name, value in values.items()]
+def arguments(values: Mapping[str, Any]) -> list[str]:
+    """Values of fields as words of a command line; a sequence is as many words as it has members."""
+    words = []
+    for name, value in values.items():
+        members = value if isinstance(value, (tuple, list)) else [value]
+        words += [f"--{name.replace('_', '-')}", *map(str, members)]
+    return words
 
 
 def check_sweep(sweep: Sweep) -> None:
@@ -112,6 +123,8 @@ def check_sweep(sweep: Sweep) -> None:
             raise UserError(f"{name} is {value} and must be at least 1")
     if sweep.reduction < 2:
         raise UserError(f"reduction is {sweep.reduction} and must be at least 2")
+    if sweep.search == "optuna" and importlib.util.find_spec("optuna") is None:
+        raise UserError("search optuna needs a package that is not installed: pip install 'perceiver-ray[tune]'")
     for name, share in {"grace": sweep.grace, "perturb": sweep.perturb}.items():
         if not 0 < share <= 1:
             raise UserError(f"{name} is {share:g} and must be above 0 and at most 1")
