@@ -65,6 +65,13 @@ def test_as_many_trials_run_at_once_as_their_workers_and_data_tasks_fit(monkeypa
     assert room.concurrent == fits and room.threads_per_worker == max(1, cpus // (fits * workers))
 
 
+def test_a_field_of_several_numbers_can_be_varied():
+    good = replace(GOOD, space={"optim.betas": tune.choice([(0.9, 0.95), (0.9, 0.999)])})
+    sweep.check_values(good)
+    assert good.default() == {"optim.betas": (0.9, 0.999)}
+    assert trial_experiment(good.experiment(), {"optim.betas": (0.9, 0.95)}).optim.betas == (0.9, 0.95)
+
+
 def test_trials_that_do_not_fit_are_refused_with_the_sum(monkeypatch):
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4.0})
     monkeypatch.setattr(sweep, "cluster_cores", lambda: 4)

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import math
 import os
 import random
 import shlex
 import time
+import warnings
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -202,6 +204,8 @@ def fit(sweep: Sweep, folder: Path, base: Experiment, room: Room, steps: int, sa
     )
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(room.concurrent)
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    logging.getLogger("ray.tune.search.variant_generator").setLevel(logging.ERROR)  # the preset's values need not be in the space
+    warnings.filterwarnings("ignore", message="Consider boosting PBT")
     random.seed(sweep.seed)  # Ray's population-based training draws from here
     state = folder / "tune"
     if tune.Tuner.can_restore(str(state)):

@@ -83,7 +83,8 @@ class Sweep:
     def default(self) -> dict[str, Any]:
         """The preset's own values of the fields that are varied."""
         flat = flatten(to_dict(self.experiment()))
-        return {name: flat[name] for name in self.space}
+        # Ray Tune takes a list apart and leaves a tuple whole.
+        return {name: tuple(flat[name]) if isinstance(flat[name], list) else flat[name] for name in self.space}
 
 
 def trial_experiment(base: Experiment, values: Mapping[str, Any]) -> Experiment:
@@ -202,10 +203,11 @@ def clm_shape() -> Sweep:
 
 
 def mlm_masking() -> Sweep:
-    """The share of words that are masked."""
+    """The share of words that are masked in training; in validation it is the same for all."""
     return Sweep(
         preset="mlm-imdb-small",
         space={"task.mask_probability": tune.grid_search([0.1, 0.15, 0.2, 0.3, 0.4])},
+        overrides=("--task.val-mask-probability", "0.15"),
         trials=1,
         scheduler="fifo",
     )
