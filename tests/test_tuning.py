@@ -14,6 +14,7 @@ from perceiver.training.checkpoint import list_checkpoints, write_json
 from tuning import population, report, sweep
 from tuning.record import prune
 from tuning.scaling_laws import plan, step_flops
+from tuning.schedulers import slot
 from tuning.sweeps import SWEEPS, Sweep, check_sweep, find_sweep, trial_experiment
 
 GOOD = Sweep(preset="quickstart", space={"optim.lr": tune.loguniform(1e-4, 1e-2)})
@@ -63,6 +64,12 @@ def test_as_many_trials_run_at_once_as_their_workers_and_data_tasks_fit(monkeypa
     base = PRESETS["quickstart"]()
     room = sweep.plan_room(replace(base, parallel=replace(base.parallel, workers=workers)), asked)
     assert room.concurrent == fits and room.threads_per_worker == max(1, cpus // (fits * workers))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 29, 30, 31, 500])
+def test_schedulers_that_pause_trials_run_no_more_than_there_is_room_for(count):
+    (share,) = slot(replace(GOOD, scheduler="pbt"), count).values()
+    assert (min(count, 30) + 1) * share > 1 and min(count, 30) * (share + 0.001) <= 1
 
 
 def test_a_field_of_several_numbers_can_be_varied():

@@ -6,6 +6,7 @@ its result written.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, HyperBandScheduler, PopulationBasedTraining
@@ -16,6 +17,10 @@ from tuning.sweeps import Sweep
 
 PAUSING = ("hyperband", "pbt")
 """Schedulers that pause trials to let others catch up: all trials have to be known to them from the start."""
+HEAD = "node:__internal_head__"
+"""A resource of which every Ray cluster has 1."""
+MOST_PAUSING = 30
+"""So many trials at once at most where trials are paused: Ray Train takes 0.001 of HEAD for each training."""
 
 
 class ToTheEnd:
@@ -61,6 +66,17 @@ def scheduler(sweep: Sweep, examples: int) -> Any:
     return FIFOScheduler()
 
 
+def slot(sweep: Sweep, concurrent: int) -> dict[str, float]:
+    """What a trial asks Ray for, besides what its workers do, so that no more than `concurrent` run.
+
+    Where trials are paused the search does not limit them, as it counts the paused ones; a share of HEAD does of which one more
+    would not fit.
+    """
+    if sweep.scheduler not in PAUSING:
+        return {"CPU": 0.001}
+    return {HEAD: math.floor(10_000 / (min(concurrent, MOST_PAUSING) + 1) + 1) / 10_000}
+
+
 def search(sweep: Sweep, concurrent: int) -> Any:
     """What draws the samples. The first is the preset's own values, so that a sweep says what it gained."""
     first = [] if sweep.points or sweep.has_grid else [{"values": sweep.default()}]
@@ -71,5 +87,5 @@ def search(sweep: Sweep, concurrent: int) -> Any:
         flat = [{f"values/{name}": value for name, value in point["values"].items()} for point in first]
         algorithm = OptunaSearch(sampler=optuna.samplers.TPESampler(seed=sweep.seed), points_to_evaluate=flat or None)
         return algorithm if sweep.scheduler in PAUSING else ConcurrencyLimiter(algorithm, max_concurrent=concurrent)
-    at_once = 0 if sweep.scheduler in PAUSING else concurrent  # 0: no limit but the room
+    at_once = 0 if sweep.scheduler in PAUSING else concurrent  # 0: no limit but that of `slot`
     return BasicVariantGenerator(points_to_evaluate=first, random_state=sweep.seed, max_concurrent=at_once)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import math
 import os
 import random
 import shlex
@@ -35,14 +34,11 @@ from ray_jobs.ray_env import connect, use_gpus
 from ray_jobs.train import locked
 from tuning import report
 from tuning.record import Record, StopDiverged, prune
-from tuning.schedulers import PAUSING, scheduler, search
+from tuning.schedulers import scheduler, search, slot
 from tuning.sweeps import SWEEPS, Sweep, check_sweep, find_sweep, trial_experiment
 from tuning.trial import run_trial
 
 SETTINGS = "sweep.json"
-ROOM = "node:__internal_head__"
-"""A resource that every Ray cluster has once. Trials take shares of it, so that no more of them run, of this sweep and of others at
-the same time, than their workers have room for: Ray Train's workers are not among the resources that Ray Tune knows of."""
 OPTIONS = {"trials": int, "search": str, "scheduler": str, "metric": str, "reports": int, "keep": int, "seed": int}
 """Fields of a sweep that the command line can change."""
 
@@ -54,8 +50,6 @@ class Room:
     concurrent: int
     cpus_per_worker: float
     threads_per_worker: int | None
-    share: float
-    """Of the cluster's room, for a trial."""
     why: str
 
 
@@ -184,7 +178,7 @@ def plan_room(experiment: Experiment, concurrent: int | None) -> Room:
         raise UserError(f"{sum_of}: {advice}")
     count = concurrent or fits
     threads = parallel.threads_per_worker or (None if gpu else max(1, cluster_cores() // (count * workers)))
-    return Room(count, share, threads, 1 / fits, f"{count} at once ({sum_of})")
+    return Room(count, share, threads, f"{count} at once ({sum_of})")
 
 
 def fit(sweep: Sweep, folder: Path, base: Experiment, room: Room, steps: int, say) -> None:
@@ -198,9 +192,8 @@ def fit(sweep: Sweep, folder: Path, base: Experiment, room: Room, steps: int, sa
         "population": sweep.scheduler == "pbt",
         "trials": str(folder / "trials"),
     }
-    share = 1 / room.concurrent if sweep.scheduler in PAUSING else room.share
     trainable = tune.with_resources(
-        tune.with_parameters(run_trial, settings=settings), tune.PlacementGroupFactory([{ROOM: math.floor(share * 10_000) / 10_000}])
+        tune.with_parameters(run_trial, settings=settings), tune.PlacementGroupFactory([slot(sweep, room.concurrent)])
     )
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(room.concurrent)
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
