@@ -1,6 +1,7 @@
 """Sweeps without a training: what is refused, what fits, exchanges of checkpoints, reports, isoFLOP plans."""
 
 import json
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from ray import tune
 from perceiver.config import UserError, to_dict
 from perceiver.presets import PRESETS
 from perceiver.training.checkpoint import list_checkpoints, write_json
+from ray_jobs.cli import parse_experiment
 from tuning import population, report, sweep
 from tuning.record import prune
 from tuning.scaling_laws import plan, step_flops
@@ -37,6 +39,7 @@ def test_ready_made_sweeps_are_sound_and_describe_themselves_alike_each_time(nam
         ({"space": {"optim.lr": tune.choice(["fast"])}}, "fast"),
         ({"trials": 0}, "trials is 0"),
         ({"scheduler": "pbt", "space": {"model.num_latents": tune.choice([8])}}, "pbt can change optim"),
+        ({"search": "optuna", "scheduler": "pbt"}, "pbt needs search random"),
         ({"scheduler": "best"}, "must be one of fifo, asha, hyperband, pbt"),
         ({"search": "optuna", "space": {"optim.lr": tune.grid_search([1e-3])}}, "draws its own samples"),
     ],
@@ -160,6 +163,17 @@ def test_the_report_orders_the_trials_names_what_became_of_them_and_what_was_gai
     assert "at step 20 the winner (trial-0) has val_loss 1.5000, the preset's own values (trial-1) 1.9000: better" in lines
     assert "python -m ray_jobs.train quickstart --optim.lr 0.3" in lines
     assert {"results.csv", "results.parquet", "report.html", "report.png"} <= {path.name for path in folder.iterdir()}
+
+
+def test_the_winners_command_is_a_valid_one_and_as_long_as_the_preset_says():
+    shortened = ("--training.max-steps", "60", "--training.max_epochs=None", "--run.val-batches", "2", "--source", "my folder")
+    settings = sweep.describe(replace(GOOD, overrides=shortened))
+    trial = {"values": {"optim.lr": 0.5, "optim.betas": [0.9, 0.95]}}
+    whole, same = (shlex.split(report.command(settings, trial, "winner", full_length=full)) for full in (True, False))
+    assert whole[:3] == same[:3] == ["python", "-m", "ray_jobs.train"]
+    whole, same = (parse_experiment(words[3:], "ray_jobs.train") for words in (whole, same))
+    assert whole.training == PRESETS["quickstart"]().training and same.training.max_steps == 60
+    assert (whole.optim.lr, whole.optim.betas, whole.run.name, whole.data.source) == (0.5, (0.9, 0.95), "winner", "my folder")
 
 
 def test_a_trial_is_not_finished_before_ray_tune_says_so(folder):
