@@ -14,6 +14,7 @@ from perceiver.presets import PRESETS
 from perceiver.training.checkpoint import list_checkpoints, write_json
 from ray_jobs.cli import parse_experiment
 from tuning import population, report, sweep
+from tuning.figures import _Axis
 from tuning.record import prune
 from tuning.scaling_laws import plan, step_flops
 from tuning.schedulers import slot
@@ -163,6 +164,19 @@ def test_the_report_orders_the_trials_names_what_became_of_them_and_what_was_gai
     assert "at step 20 the winner (trial-0) has val_loss 1.5000, the preset's own values (trial-1) 1.9000: better" in lines
     assert "python -m ray_jobs.train quickstart --optim.lr 0.3" in lines
     assert {"results.csv", "results.parquet", "report.html", "report.png"} <= {path.name for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize(
+    "values, log, expected",
+    [
+        ([0.97, 2.18], False, [1, 1.5, 2]),
+        ([12, 400], False, [0, 100, 200, 300, 400]),
+        ([3e4, 2e6], True, [5e4, 1e5, 2e5, 5e5, 1e6, 2e6]),
+        ([1, 1e8], True, [1, 10, 100, 1e3, 1e4, 1e5, 1e6, 1e7, 1e8]),
+    ],
+)
+def test_axes_have_round_numbers(values, log, expected):
+    assert _Axis(values, log, 0, 100).ticks() == pytest.approx(expected)
 
 
 def test_the_winners_command_is_a_valid_one_and_as_long_as_the_preset_says():

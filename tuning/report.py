@@ -202,11 +202,12 @@ def parallel(trials: Sequence[Trial], settings: dict[str, Any]) -> Panel:
     """Parallel coordinates: a line per trial over the fields that are varied, each from its least to its largest value."""
     fields = sorted({field for trial in trials for field in trial["values"]})
     correlations = importance(trials)
-    names = [f"{field} ({correlations[field]:+.2f})" for field in fields] + [settings["metric"]]
-    title = f"values of the trials (and their rank correlation with {settings['metric']})"
-    panel = Panel(title, y_label="least to largest", size=(960, 380), x_names=names)
-    scales = {field: _scale([t["values"].get(field) for t in trials]) for field in fields}
     values = [t["value"] for t in trials if t["value"] is not None]
+    names = [f"{field} ({correlations[field]:+.2f})\n{_range([t['values'].get(field) for t in trials])}" for field in fields]
+    names.append(f"{settings['metric']}\n{_range(values)}")
+    title = f"values of the trials (and their rank correlation with {settings['metric']})"
+    panel = Panel(title, size=(960, 380), x_names=names, y_names=["least", "largest"])
+    scales = {field: _scale([t["values"].get(field) for t in trials]) for field in fields}
     scales["="] = _scale(values)
     for place, trial in reversed(list(enumerate(trials))):
         points = [(i, scales[field](trial["values"].get(field))) for i, field in enumerate(fields)]
@@ -259,6 +260,13 @@ def _scale(values: Sequence[Any]) -> Callable[[Any], float]:
         return lambda value: float((transform(value) - low) / (high - low)) if high > low else 0.5
     names = sorted({str(v) for v in values})
     return lambda value: names.index(str(value)) / max(1, len(names) - 1)
+
+
+def _range(values: Sequence[Any]) -> str:
+    """The least and the largest of some numbers, or what else there is."""
+    if values and all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values):
+        return f"{_short(min(values))} to {_short(max(values))}"
+    return ", ".join(sorted({str(v) for v in values}))[:40]
 
 
 def _curve(trial: Trial) -> dict[int, float]:
