@@ -4,6 +4,7 @@ import json
 import shlex
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import ray
@@ -17,7 +18,7 @@ from tuning import population, report, sweep
 from tuning.figures import _Axis
 from tuning.record import prune
 from tuning.scaling_laws import plan, step_flops
-from tuning.schedulers import slot
+from tuning.schedulers import scheduler, slot
 from tuning.sweeps import SWEEPS, Sweep, check_sweep, find_sweep, trial_experiment
 
 GOOD = Sweep(preset="quickstart", space={"optim.lr": tune.loguniform(1e-4, 1e-2)})
@@ -76,11 +77,33 @@ def test_schedulers_that_pause_trials_run_no_more_than_there_is_room_for(count):
     assert (min(count, 30) + 1) * share > 1 and min(count, 30) * (share + 0.001) <= 1
 
 
+def test_asha_knows_in_a_continued_sweep_what_was_reported_before(tmp_path):
+    events = [
+        {"event": "report", "trial": f"trial-0000{i}", "examples": 1000, "value": value} for i, value in enumerate((1.0, 1.1, 1.2))
+    ]
+    asha = scheduler(replace(GOOD, scheduler="asha", grace=0.1), 10_000, tmp_path)
+    asha.set_search_properties("val_loss", "min")
+    trials = [SimpleNamespace(trial_id=f"a_0000{i}", has_reported_at_least_once=i < 3) for i in range(5)]
+    result = {"examples": 1000, "val_loss": 1.5, "last": False}
+    asha.on_trial_add(None, trials[3])
+    assert asha.on_trial_result(None, trials[3], {**result, "val_loss": 2.0}) == "CONTINUE"
+    (tmp_path / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    for trial in (*trials[:3], trials[4]):
+        asha.on_trial_add(None, trial)
+    assert asha.on_trial_result(None, trials[4], {**result, "last": True}) == "CONTINUE"
+    assert asha.on_trial_result(None, trials[4], result) == "STOP"
+
+
 def test_a_field_of_several_numbers_can_be_varied():
     good = replace(GOOD, space={"optim.betas": tune.choice([(0.9, 0.95), (0.9, 0.999)])})
     sweep.check_values(good)
     assert good.default() == {"optim.betas": (0.9, 0.999)}
     assert trial_experiment(good.experiment(), {"optim.betas": (0.9, 0.95)}).optim.betas == (0.9, 0.95)
+
+
+def test_a_sweep_in_an_object_store_is_refused():
+    with pytest.raises(UserError, match="s3://bucket/sweeps and must be a folder"):
+        sweep.sweep_folder("s3://bucket/sweeps", "mine")
 
 
 def test_trials_that_do_not_fit_are_refused_with_the_sum(monkeypatch):

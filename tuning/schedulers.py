@@ -7,13 +7,16 @@ its result written.
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, HyperBandScheduler, PopulationBasedTraining
 from ray.tune.search import ConcurrencyLimiter
 from ray.tune.search.basic_variant import BasicVariantGenerator
 
+from tuning.record import read_events
 from tuning.sweeps import Sweep
+from tuning.trial import run_name
 
 PAUSING = ("hyperband", "pbt")
 """Schedulers that pause trials to let others catch up: all trials have to be known to them from the start."""
@@ -31,7 +34,20 @@ class ToTheEnd:
 
 
 class Asha(ToTheEnd, ASHAScheduler):
-    """Asynchronous successive halving (arXiv 1810.05934)."""
+    """Asynchronous successive halving (arXiv 1810.05934). In a sweep that goes on it is told again what trials have reported."""
+
+    def __init__(self, folder: Path, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._folder = folder
+
+    def on_trial_add(self, controller: Any, trial: Any) -> None:
+        super().on_trial_add(controller, trial)
+        if not trial.has_reported_at_least_once:
+            return
+        for event in read_events(self._folder):
+            if event["event"] == "report" and event["trial"] == run_name(trial.trial_id):
+                told = {"examples": event["examples"], self._metric: event["value"]}
+                ASHAScheduler.on_trial_result(self, controller, trial, told)
 
 
 class Population(ToTheEnd, PopulationBasedTraining):
@@ -39,7 +55,11 @@ class Population(ToTheEnd, PopulationBasedTraining):
 
 
 class HyperBand(ToTheEnd, HyperBandScheduler):
-    """HyperBand (arXiv 1603.06560)."""
+    """HyperBand (arXiv 1603.06560). In a sweep that goes on it makes its brackets anew of the trials that are left."""
+
+    def on_trial_add(self, controller: Any, trial: Any) -> None:
+        if not trial.is_finished():  # its bracket would wait for it
+            super().on_trial_add(controller, trial)
 
     def _process_bracket(self, controller: Any, bracket: Any) -> str:
         action = super()._process_bracket(controller, bracket)
@@ -47,12 +67,12 @@ class HyperBand(ToTheEnd, HyperBandScheduler):
         return action
 
 
-def scheduler(sweep: Sweep, examples: int) -> Any:
-    """The scheduler of a sweep whose whole trainings take so many examples."""
+def scheduler(sweep: Sweep, examples: int, folder: Path) -> Any:
+    """The scheduler of a sweep in a folder, whose whole trainings take so many examples."""
     match sweep.scheduler:
         case "asha":
             return Asha(
-                time_attr="examples", max_t=examples + 1, grace_period=max(1, int(sweep.grace * examples)),
+                folder, time_attr="examples", max_t=examples + 1, grace_period=max(1, int(sweep.grace * examples)),
                 reduction_factor=sweep.reduction,
             )  # fmt: skip
         case "hyperband":

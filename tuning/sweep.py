@@ -69,9 +69,19 @@ def main(argv: list[str]) -> int:
     given = {option: getattr(args, option) for option in OPTIONS if getattr(args, option) is not None}
     sweep = replace(sweep, **given, overrides=(*sweep.overrides, *overrides))
     name = args.name or args.sweep.rpartition(":")[2].replace("_", "-")
-    storage = Path(args.storage).expanduser() if args.storage else home() / "sweeps"
-    run_sweep(sweep, (storage / name).absolute(), args.concurrent, say=lambda text: print(text, flush=True))
+    run_sweep(sweep, sweep_folder(args.storage, name), args.concurrent, say=lambda text: print(text, flush=True))
     return 0
+
+
+def sweep_folder(storage: str | None, name: str) -> Path:
+    """Where a sweep is kept.
+
+    Raises:
+        UserError: in an object store, which a sweep cannot be.
+    """
+    if storage and "://" in storage:
+        raise UserError(f"--storage is {storage} and must be a folder, one that all nodes share: sweeps are not kept in object stores")
+    return ((Path(storage).expanduser() if storage else home() / "sweeps") / name).absolute()
 
 
 def run_sweep(sweep: Sweep, folder: Path, concurrent: int | None = None, say=print) -> list[dict[str, Any]]:
@@ -211,7 +221,7 @@ def fit(sweep: Sweep, folder: Path, base: Experiment, room: Room, steps: int, sa
             tune_config=tune.TuneConfig(
                 metric=sweep.metric,
                 mode=sweep.mode,
-                scheduler=scheduler(sweep, examples),
+                scheduler=scheduler(sweep, examples, folder),
                 search_alg=search(sweep, room.concurrent),
                 num_samples=1 if sweep.points else sweep.trials,
                 max_concurrent_trials=None,
