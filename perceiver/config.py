@@ -235,6 +235,8 @@ class MaskedLMConfig:
 
     mask_probability: float = 0.15
     """Share of words (or tokens) chosen; of those 80% are masked, 10% replaced at random, 10% kept."""
+    val_mask_probability: float | None = None
+    """The same in validation, so that trainings with other shares can be compared; None: as mask_probability."""
     whole_words: bool = True
     """Choose whole words instead of single tokens."""
     static: bool = False

@@ -103,6 +103,14 @@ def test_a_submitted_training_joins_the_cluster_and_finishes(cluster):
     assert (run / "result.json").exists()
 
 
+def test_a_submitted_sweep_runs_its_trials_on_the_cluster(cluster):
+    result = submit(cluster, "tuning.sweep", "quickstart", *SHORT, "--trials", "2", "--scheduler", "fifo")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "the winner at full length: python -m ray_jobs.train quickstart" in result.stdout
+    sweep = Path(cluster[1]["PERCEIVER_HOME"]) / "sweeps" / "submitted"
+    assert (sweep / "results.csv").read_text().count("finished") == 2
+
+
 def test_prometheus_sees_the_numbers_of_the_metrics_file_while_a_job_runs(cluster):
     address, environment, _ = cluster
     args = ["quickstart", *SHORT, "--name", "metered", "--training.max-steps", "2000", "--run.log-every", "20", "--workers", "1"]

@@ -1,6 +1,7 @@
 """Sweeps on Ray Tune with real trainings: killed and continued, a trial that fails, an exchange of weights."""
 
 import csv
+import signal
 import time
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from perceiver.training.checkpoint import list_checkpoints
-from tests.jobs import Job, weights
+from tests.jobs import Job, losses, weights
 from tuning.population import exchanges
 
 pytestmark = pytest.mark.slow
@@ -26,7 +27,9 @@ def rates():
 def population():
     # The first trial has the preset's 3e-3, the other one far too much: it loses from the first report on.
     return Sweep(preset="quickstart", space={"optim.lr": tune.choice([0.05])}, trials=2, reports=6, scheduler="pbt",
-                 perturb=1 / 3, overrides=(*SHORT, "--optim.warmup-steps", "0", "--workers", "2", "--parallel.cpus-per-worker", "0.5"))
+                 perturb=1 / 3, overrides=(*SHORT, "--optim.warmup-steps", "0", "--workers", "2",
+                                               "--parallel.cpus-per-worker", "0.5",
+                                               "--run.log-every", "1"))
 """
 
 
@@ -70,6 +73,13 @@ def test_a_killed_sweep_continues_to_the_results_of_an_undisturbed_one_and_a_fai
     assert not (folder / "results.csv").exists()
     finished = {run: (run / "result.json").stat().st_mtime_ns for run in done()}
     assert len(finished) < 3
+
+    job = sweep(home, "rates", "killed")
+    wait_for(lambda: len(done()) > len(finished) and "continuing the sweep" in job.output, job)
+    going = [run for run in folder.glob("trials/*") if list_checkpoints(run / "checkpoints") and run not in done()]
+    job.process.send_signal(signal.SIGINT)
+    assert job.wait(120) == 130 and "the same command continues" in job.output and "finished after" not in job.output
+    assert all(list_checkpoints(run / "checkpoints") for run in going if run not in done())
     assert "continuing the sweep" in sweep(home, "rates", "killed").finish(400)
     assert {run: (run / "result.json").stat().st_mtime_ns for run in finished} == finished
     killed = results(folder)
@@ -96,6 +106,10 @@ def test_a_losing_trial_takes_over_the_winners_sharded_checkpoint_and_goes_its_o
     assert all(torch.equal(own[key], given[key]) for key in own)
 
     job.finish(400)
+    # Order and dropout are functions of the step: from the same state the next loss is the same to the last bit, and no later one is.
+    own, given = (dict(losses(r)) for r in (run, trials / first["from"]))
+    assert own[first["step"] + 1] == given[first["step"] + 1] and own[first["step"] + 2] != given[first["step"] + 2]
+    assert own[first["step"]] != given[first["step"]]
     assert f"continuing from step {first['step']:,}" in (run / "log.txt").read_text()
     assert "2 workers" in (run / "log.txt").read_text()
     own, given = (weights(list_checkpoints(r / "checkpoints")[-1].path) for r in (run, trials / first["from"]))

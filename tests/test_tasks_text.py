@@ -85,6 +85,14 @@ def test_validation_masks_are_the_same_for_every_run(stream):
     assert one == two and sum(map(len, one.values())) > 30
 
 
+def test_trainings_with_other_shares_of_masked_words_can_be_validated_on_the_same_masks(stream):
+    plain = masked_experiment()
+    more = replace(plain, task=replace(plain.task, mask_probability=0.6, val_mask_probability=plain.task.mask_probability))
+    assert labels_by_text(batches(more, stream, "val")) == labels_by_text(batches(plain, stream, "val"))
+    masked, usual = (sum(map(len, labels_by_text(batches(e, stream, stop=2)).values())) for e in (more, plain))
+    assert masked > 2 * usual
+
+
 @pytest.mark.parametrize("probability", [0.15, 0.9])
 def test_the_loss_over_decoded_positions_is_that_over_all_positions(stream, probability):
     """Also where rows have more labels than usual: every label counts."""

@@ -1,8 +1,10 @@
 """Sweeps without a training: what is refused, what fits, exchanges of checkpoints, reports, isoFLOP plans."""
 
 import json
+import shlex
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import ray
@@ -11,9 +13,12 @@ from ray import tune
 from perceiver.config import UserError, to_dict
 from perceiver.presets import PRESETS
 from perceiver.training.checkpoint import list_checkpoints, write_json
+from ray_jobs.cli import parse_experiment
 from tuning import population, report, sweep
+from tuning.figures import _Axis
 from tuning.record import prune
 from tuning.scaling_laws import plan, step_flops
+from tuning.schedulers import scheduler, slot
 from tuning.sweeps import SWEEPS, Sweep, check_sweep, find_sweep, trial_experiment
 
 GOOD = Sweep(preset="quickstart", space={"optim.lr": tune.loguniform(1e-4, 1e-2)})
@@ -36,6 +41,7 @@ def test_ready_made_sweeps_are_sound_and_describe_themselves_alike_each_time(nam
         ({"space": {"optim.lr": tune.choice(["fast"])}}, "fast"),
         ({"trials": 0}, "trials is 0"),
         ({"scheduler": "pbt", "space": {"model.num_latents": tune.choice([8])}}, "pbt can change optim"),
+        ({"search": "optuna", "scheduler": "pbt"}, "pbt needs search random"),
         ({"scheduler": "best"}, "must be one of fifo, asha, hyperband, pbt"),
         ({"search": "optuna", "space": {"optim.lr": tune.grid_search([1e-3])}}, "draws its own samples"),
     ],
@@ -63,6 +69,41 @@ def test_as_many_trials_run_at_once_as_their_workers_and_data_tasks_fit(monkeypa
     base = PRESETS["quickstart"]()
     room = sweep.plan_room(replace(base, parallel=replace(base.parallel, workers=workers)), asked)
     assert room.concurrent == fits and room.threads_per_worker == max(1, cpus // (fits * workers))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 29, 30, 31, 500])
+def test_schedulers_that_pause_trials_run_no_more_than_there_is_room_for(count):
+    (share,) = slot(replace(GOOD, scheduler="pbt"), count).values()
+    assert (min(count, 30) + 1) * share > 1 and min(count, 30) * (share + 0.001) <= 1
+
+
+def test_asha_knows_in_a_continued_sweep_what_was_reported_before(tmp_path):
+    events = [
+        {"event": "report", "trial": f"trial-0000{i}", "examples": 1000, "value": value} for i, value in enumerate((1.0, 1.1, 1.2))
+    ]
+    asha = scheduler(replace(GOOD, scheduler="asha", grace=0.1), 10_000, tmp_path)
+    asha.set_search_properties("val_loss", "min")
+    trials = [SimpleNamespace(trial_id=f"a_0000{i}", has_reported_at_least_once=i < 3) for i in range(5)]
+    result = {"examples": 1000, "val_loss": 1.5, "last": False}
+    asha.on_trial_add(None, trials[3])
+    assert asha.on_trial_result(None, trials[3], {**result, "val_loss": 2.0}) == "CONTINUE"
+    (tmp_path / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    for trial in (*trials[:3], trials[4]):
+        asha.on_trial_add(None, trial)
+    assert asha.on_trial_result(None, trials[4], {**result, "last": True}) == "CONTINUE"
+    assert asha.on_trial_result(None, trials[4], result) == "STOP"
+
+
+def test_a_field_of_several_numbers_can_be_varied():
+    good = replace(GOOD, space={"optim.betas": tune.choice([(0.9, 0.95), (0.9, 0.999)])})
+    sweep.check_values(good)
+    assert good.default() == {"optim.betas": (0.9, 0.999)}
+    assert trial_experiment(good.experiment(), {"optim.betas": (0.9, 0.95)}).optim.betas == (0.9, 0.95)
+
+
+def test_a_sweep_in_an_object_store_is_refused():
+    with pytest.raises(UserError, match="s3://bucket/sweeps and must be a folder"):
+        sweep.sweep_folder("s3://bucket/sweeps", "mine")
 
 
 def test_trials_that_do_not_fit_are_refused_with_the_sum(monkeypatch):
@@ -126,10 +167,11 @@ def folder(tmp_path) -> Path:
         for number, loss in enumerate(losses.get(name, [2.0] * len(steps))):
             event = {"event": "report", "step": 10 * (number + 1), "examples": 320 * (number + 1), "loss": loss}
             events.append({"time": now + number, "trial": name, **event})
-        events.append({"time": now + 5, "trial": name, "event": "end"})
+        failed = "the loss became nan" if name == "trial-3" else ""
+        events.append({"time": now + 5, "trial": name, "event": "end", "failed": failed})
         now += 3
     (tmp_path / "trials" / "trial-0" / "result.json").write_text("{}")
-    (tmp_path / "trials" / "trial-3" / "failed.txt").write_text("the loss became nan")
+    (tmp_path / "trials" / "trial-1" / "failed.txt").write_text("its workers were taken from it")
     (tmp_path / "events.jsonl").write_text("".join(json.dumps(e) + "\n" for e in events) + '{"cut of')
     write_json(tmp_path / "sweep.json", {**sweep.describe(GOOD), "default": {"optim.lr": 0.2}})
     return tmp_path
@@ -145,6 +187,30 @@ def test_the_report_orders_the_trials_names_what_became_of_them_and_what_was_gai
     assert "at step 20 the winner (trial-0) has val_loss 1.5000, the preset's own values (trial-1) 1.9000: better" in lines
     assert "python -m ray_jobs.train quickstart --optim.lr 0.3" in lines
     assert {"results.csv", "results.parquet", "report.html", "report.png"} <= {path.name for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize(
+    "values, log, expected",
+    [
+        ([0.97, 2.18], False, [1, 1.5, 2]),
+        ([12, 400], False, [0, 100, 200, 300, 400]),
+        ([3e4, 2e6], True, [5e4, 1e5, 2e5, 5e5, 1e6, 2e6]),
+        ([1, 1e8], True, [1, 10, 100, 1e3, 1e4, 1e5, 1e6, 1e7, 1e8]),
+    ],
+)
+def test_axes_have_round_numbers(values, log, expected):
+    assert _Axis(values, log, 0, 100).ticks() == pytest.approx(expected)
+
+
+def test_the_winners_command_is_a_valid_one_and_as_long_as_the_preset_says():
+    shortened = ("--training.max-steps", "60", "--training.max_epochs=None", "--run.val-batches", "2", "--source", "my folder")
+    settings = sweep.describe(replace(GOOD, overrides=shortened))
+    trial = {"values": {"optim.lr": 0.5, "optim.betas": [0.9, 0.95]}}
+    whole, same = (shlex.split(report.command(settings, trial, "winner", full_length=full)) for full in (True, False))
+    assert whole[:3] == same[:3] == ["python", "-m", "ray_jobs.train"]
+    whole, same = (parse_experiment(words[3:], "ray_jobs.train") for words in (whole, same))
+    assert whole.training == PRESETS["quickstart"]().training and same.training.max_steps == 60
+    assert (whole.optim.lr, whole.optim.betas, whole.run.name, whole.data.source) == (0.5, (0.9, 0.95), "winner", "my folder")
 
 
 def test_a_trial_is_not_finished_before_ray_tune_says_so(folder):

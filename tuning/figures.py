@@ -83,7 +83,8 @@ class Panel:
         draw.text((8, 21), self.y_label, fill=(90, 90, 90))
         for x, text in list(enumerate(self.x_names)) or [(x, number(x)) for x in x_at.ticks()]:
             draw.line((x_at(x), y_at.start, x_at(x), y_at.end), fill=(232, 232, 232))
-            draw.text((max(2, min(x_at(x) - 3 * len(text), self.size[0] - 6 * len(text))), y_at.start + 6), text, fill="black")
+            half = 3 * max(map(len, text.split("\n")))
+            draw.text((max(2, min(x_at(x) - half, self.size[0] - 2 * half)), y_at.start + 6), text, fill="black", align="center")
         rows = list(enumerate(self.y_names)) or [(y, number(y)) for y in y_at.ticks()]
         for y, text in rows:
             draw.line((x_at.start, y_at(y), x_at.end, y_at(y)), fill=(232, 232, 232))
@@ -113,8 +114,15 @@ class _Axis:
         return self.start + share * (self.end - self.start)
 
     def ticks(self) -> list[float]:
-        values = [self._low + (self._high - self._low) * (i + 0.5) / 5 for i in range(5)]
-        return [10**v for v in values] if self._log else values
+        """Round numbers in the axis' range, three to seven; on a logarithmic axis 1, 2 and 5 of each power of ten, or the powers alone."""
+        if self._log:
+            powers = range(math.floor(self._low), math.ceil(self._high) + 1)
+            fine = [m * 10.0**p for p in powers for m in (1, 2, 5) if self._low <= math.log10(m * 10.0**p) <= self._high]
+            return fine if len(fine) <= 8 else [10.0**p for p in powers if self._low <= p <= self._high]
+        rough = (self._high - self._low) / 6
+        power = 10.0 ** math.floor(math.log10(rough))
+        step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough)
+        return [i * step for i in range(math.ceil(self._low / step), math.floor(self._high / step) + 1)]
 
 
 def number(value: float) -> str:

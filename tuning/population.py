@@ -21,7 +21,7 @@ from perceiver.training.checkpoint import CHECKPOINTS, EXPERIMENT, MARKER, list_
 EXCHANGES = "exchanges.jsonl"
 """In a trial's run folder: which values held from which step on, and whose checkpoint they began with."""
 PATIENCE = 120.0
-"""Seconds to wait for a donor's checkpoint to be complete: it is written after the report that names it."""
+"""Seconds to wait until a donor's checkpoint is seen to be complete: on a shared file system it may be later than its report."""
 
 
 class DonorLost(Exception):

@@ -63,19 +63,22 @@ class Record(Callback):
         )
 
     def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-        self._end(trial)
+        self._end(trial, "")
 
     def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-        self._end(trial)
+        # A trial that is stopped may write down a failure too: that of its workers, which are taken from it.
+        told = self._folder / "trials" / run_name(trial.trial_id) / FAILED
+        lines = (trial.get_error() or "it died without a word").strip().splitlines()
+        self._end(trial, told.read_text() if told.exists() else lines[-1])
 
-    def _end(self, trial: Any) -> None:
+    def _end(self, trial: Any, failed: str) -> None:
         run = self._folder / "trials" / run_name(trial.trial_id)
         if not (run / VALUES).exists():
             run.mkdir(parents=True, exist_ok=True)
             (run / VALUES).write_text(json.dumps(trial.config["values"]))
-        self._write(trial, "end")
-        if (run / FAILED).exists():
-            self._say(f"{run.name} failed: {(run / FAILED).read_text()}")
+        self._write(trial, "end", failed=failed)
+        if failed:
+            self._say(f"{run.name} failed: {failed}")
         elif not (run / RESULT).exists():
             self._say(f"{run.name} was stopped")
         if self._sweep.scheduler != "pbt":

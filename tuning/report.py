@@ -8,6 +8,7 @@ import html
 import io
 import json
 import os
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from tuning.figures import GREY, PALETTE, Panel, save, stack
 from tuning.population import exchanges
 from tuning.record import diverged, read_events
 from tuning.sweeps import arguments
-from tuning.trial import FAILED, VALUES
+from tuning.trial import VALUES
 
 Trial = dict[str, Any]
 
@@ -82,16 +83,16 @@ def read_trials(folder: Path) -> list[Trial]:
 
 
 def _status(run: Path, events: Sequence[dict], reports: Sequence[dict]) -> tuple[str, str]:
-    if (run / FAILED).exists():
-        return "failed", (run / FAILED).read_text()
     if not events or events[-1]["event"] != "end":
         return "running", ""
+    if events[-1]["failed"]:
+        return "failed", events[-1]["failed"]
     if (run / RESULT).exists():
         return "finished", ""
     losses = [report["loss"] for report in reports if report["loss"] is not None]
     if losses and diverged(losses[0], losses[-1]):
         return "diverged", f"the loss grew from {losses[0]:.4g} to {losses[-1]:.4g}"
-    return ("stopped", "by the scheduler") if reports else ("failed", "ended without a report")
+    return "stopped", "by the scheduler"
 
 
 def _spans(events: Sequence[dict]) -> list[tuple[float, float]]:
@@ -105,10 +106,24 @@ def _spans(events: Sequence[dict]) -> list[tuple[float, float]]:
     return spans
 
 
-def command(settings: dict[str, Any], trial: Trial, name: str) -> str:
-    """The command that trains with a trial's values."""
-    words = [settings["preset"], settings["overrides"], *(f"{field} {value}" for field, value in arguments(trial["values"]))]
-    return f"python -m ray_jobs.train {' '.join(w for w in words if w)} --name {name}"
+def command(settings: dict[str, Any], trial: Trial, name: str, full_length: bool = False) -> str:
+    """The command that trains with a trial's values, as long as in the sweep or as long as the preset says."""
+    overrides = shlex.split(settings["overrides"])
+    if full_length:
+        overrides = without_length(overrides)
+    words = [settings["preset"], *overrides, *arguments(trial["values"]), "--name", name]
+    return f"python -m ray_jobs.train {shlex.join(words)}"
+
+
+def without_length(words: Sequence[str]) -> list[str]:
+    """Words of a command line without the fields that shorten a training for a sweep."""
+    kept, dropped = [], False
+    for word in words:
+        if word.startswith("--"):
+            dropped = word.partition("=")[0].replace("_", "-") in ("--training.max-steps", "--training.max-epochs")
+        if not dropped:
+            kept.append(word)
+    return kept
 
 
 def table(trials: Sequence[Trial], settings: dict[str, Any]) -> list[str]:
@@ -126,7 +141,8 @@ def table(trials: Sequence[Trial], settings: dict[str, Any]) -> list[str]:
     if not trials or trials[0]["value"] is None:
         return [*lines, "no trial has a result"]
     lines.append(gain(trials, settings))
-    lines.append(f"the winner at full length: {command(settings, trials[0], 'winner')}")
+    name = f"{Path(trials[0]['run']).parents[1].name}-winner"
+    lines.append(f"the winner at full length: {command(settings, trials[0], name, full_length=True)}")
     return lines
 
 
@@ -186,11 +202,12 @@ def parallel(trials: Sequence[Trial], settings: dict[str, Any]) -> Panel:
     """Parallel coordinates: a line per trial over the fields that are varied, each from its least to its largest value."""
     fields = sorted({field for trial in trials for field in trial["values"]})
     correlations = importance(trials)
-    names = [f"{field} ({correlations[field]:+.2f})" for field in fields] + [settings["metric"]]
-    title = f"values of the trials (and their rank correlation with {settings['metric']})"
-    panel = Panel(title, y_label="least to largest", size=(960, 380), x_names=names)
-    scales = {field: _scale([t["values"].get(field) for t in trials]) for field in fields}
     values = [t["value"] for t in trials if t["value"] is not None]
+    names = [f"{field} ({correlations[field]:+.2f})\n{_range([t['values'].get(field) for t in trials])}" for field in fields]
+    names.append(f"{settings['metric']}\n{_range(values)}")
+    title = f"values of the trials (and their rank correlation with {settings['metric']})"
+    panel = Panel(title, size=(960, 380), x_names=names, y_names=["least", "largest"])
+    scales = {field: _scale([t["values"].get(field) for t in trials]) for field in fields}
     scales["="] = _scale(values)
     for place, trial in reversed(list(enumerate(trials))):
         points = [(i, scales[field](trial["values"].get(field))) for i, field in enumerate(fields)]
@@ -243,6 +260,13 @@ def _scale(values: Sequence[Any]) -> Callable[[Any], float]:
         return lambda value: float((transform(value) - low) / (high - low)) if high > low else 0.5
     names = sorted({str(v) for v in values})
     return lambda value: names.index(str(value)) / max(1, len(names) - 1)
+
+
+def _range(values: Sequence[Any]) -> str:
+    """The least and the largest of some numbers, or what else there is."""
+    if values and all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values):
+        return f"{_short(min(values))} to {_short(max(values))}"
+    return ", ".join(sorted({str(v) for v in values}))[:40]
 
 
 def _curve(trial: Trial) -> dict[int, float]:

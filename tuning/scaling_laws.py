@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from perceiver.config import CausalLMConfig, Experiment, UserError, home
+from perceiver.config import CausalLMConfig, Experiment, UserError
 from perceiver.models import check_model
 from perceiver.models.flops import num_parameters
 from perceiver.tasks import build_task
@@ -24,7 +24,7 @@ from perceiver.training.checkpoint import write_json
 from ray_jobs.cli import main_entry
 from tuning.figures import GREY, PALETTE, Panel, save, stack
 from tuning.power_law import Measurement, Study, fit_study
-from tuning.sweep import run_sweep
+from tuning.sweep import run_sweep, sweep_folder
 from tuning.sweeps import Sweep, trial_experiment
 
 LEAST_STEPS = 30
@@ -46,8 +46,7 @@ def main(argv: list[str]) -> int:
     sweep, skipped = plan(args.preset, overrides, budgets, channels)
     for line in skipped:
         print(line)
-    storage = Path(args.storage).expanduser() if args.storage else home() / "sweeps"
-    folder = (storage / (args.name or f"{args.preset}-scaling")).absolute()
+    folder = sweep_folder(args.storage, args.name or f"{args.preset}-scaling")
     trials = run_sweep(sweep, folder, args.concurrent, say=lambda text: print(text, flush=True))
     study = fit_study(measurements(sweep.experiment(), trials, budgets))
     write(folder, study)

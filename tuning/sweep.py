@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import random
+import shlex
 import time
+import warnings
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray import tune
-from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, HyperBandScheduler, PopulationBasedTraining
-from ray.tune.search.basic_variant import BasicVariantGenerator
 
 from perceiver.config import Experiment, UserError, differences, digest, flatten, home, to_dict
 from perceiver.data.shards import load_prepared
@@ -33,6 +34,7 @@ from ray_jobs.ray_env import connect, use_gpus
 from ray_jobs.train import locked
 from tuning import report
 from tuning.record import Record, StopDiverged, prune
+from tuning.schedulers import scheduler, search, slot
 from tuning.sweeps import SWEEPS, Sweep, check_sweep, find_sweep, trial_experiment
 from tuning.trial import run_trial
 
@@ -67,9 +69,19 @@ def main(argv: list[str]) -> int:
     given = {option: getattr(args, option) for option in OPTIONS if getattr(args, option) is not None}
     sweep = replace(sweep, **given, overrides=(*sweep.overrides, *overrides))
     name = args.name or args.sweep.rpartition(":")[2].replace("_", "-")
-    storage = Path(args.storage).expanduser() if args.storage else home() / "sweeps"
-    run_sweep(sweep, (storage / name).absolute(), args.concurrent, say=lambda text: print(text, flush=True))
+    run_sweep(sweep, sweep_folder(args.storage, name), args.concurrent, say=lambda text: print(text, flush=True))
     return 0
+
+
+def sweep_folder(storage: str | None, name: str) -> Path:
+    """Where a sweep is kept.
+
+    Raises:
+        UserError: in an object store, which a sweep cannot be.
+    """
+    if storage and "://" in storage:
+        raise UserError(f"--storage is {storage} and must be a folder, one that all nodes share: sweeps are not kept in object stores")
+    return ((Path(storage).expanduser() if storage else home() / "sweeps") / name).absolute()
 
 
 def run_sweep(sweep: Sweep, folder: Path, concurrent: int | None = None, say=print) -> list[dict[str, Any]]:
@@ -77,8 +89,11 @@ def run_sweep(sweep: Sweep, folder: Path, concurrent: int | None = None, say=pri
 
     Raises:
         UserError: a mistake in the sweep, another sweep in the same folder, or trials that the cluster has no room for.
+        KeyboardInterrupt: it was interrupted; what is there so far is reported, and the same call continues.
     """
     check_values(sweep)
+    if concurrent is not None and concurrent < 1:
+        raise UserError(f"--concurrent is {concurrent} and must be at least 1")
     base = sweep.experiment()
     check_experiment(base)
     check_folder(sweep, folder)
@@ -97,6 +112,8 @@ def run_sweep(sweep: Sweep, folder: Path, concurrent: int | None = None, say=pri
         started = time.monotonic()
         fit(sweep, folder, base, room, steps, say)
         trials = report.write(folder)
+        if sum(trial["status"] != "running" for trial in trials) < sweep.size:
+            raise KeyboardInterrupt  # Ray Tune has taken the signal, saved its state, and returned
         prune(folder, trials, sweep.keep)
     say(f"finished after {duration(time.monotonic() - started)}")
     for line in report.table(trials, describe(sweep)):
@@ -144,7 +161,7 @@ def describe(sweep: Sweep) -> dict[str, Any]:
     }
     identity = sweep.experiment().identity
     return {**plain, "mode": sweep.mode, "space": space, "points": list(map(dict, sweep.points)), "default": sweep.default(),
-            "experiment": digest(identity), "overrides": " ".join(sweep.overrides)}  # fmt: skip
+            "experiment": digest(identity), "overrides": shlex.join(sweep.overrides)}  # fmt: skip
 
 
 def plan_room(experiment: Experiment, concurrent: int | None) -> Room:
@@ -176,19 +193,22 @@ def plan_room(experiment: Experiment, concurrent: int | None) -> Room:
 
 def fit(sweep: Sweep, folder: Path, base: Experiment, room: Room, steps: int, say) -> None:
     """Runs the trials with Ray Tune, or those that are not over yet."""
+    examples = steps * base.training.global_batch_size
     parallel = replace(base.parallel, cpus_per_worker=room.cpus_per_worker, threads_per_worker=room.threads_per_worker)
     settings = {
         "experiment": to_dict(replace(base, parallel=parallel)),
         "reports": sweep.reports,
+        "examples": examples,
         "population": sweep.scheduler == "pbt",
         "trials": str(folder / "trials"),
     }
     trainable = tune.with_resources(
-        tune.with_parameters(run_trial, settings=settings), tune.PlacementGroupFactory([{"CPU": 0.001}])
+        tune.with_parameters(run_trial, settings=settings), tune.PlacementGroupFactory([slot(sweep, room.concurrent)])
     )
-    examples = steps * base.training.global_batch_size
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(room.concurrent)
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    logging.getLogger("ray.tune.search.variant_generator").setLevel(logging.ERROR)  # the preset's values need not be in the space
+    warnings.filterwarnings("ignore", message="Consider boosting PBT")
     random.seed(sweep.seed)  # Ray's population-based training draws from here
     state = folder / "tune"
     if tune.Tuner.can_restore(str(state)):
@@ -201,7 +221,7 @@ def fit(sweep: Sweep, folder: Path, base: Experiment, room: Room, steps: int, sa
             tune_config=tune.TuneConfig(
                 metric=sweep.metric,
                 mode=sweep.mode,
-                scheduler=scheduler(sweep, examples),
+                scheduler=scheduler(sweep, examples, folder),
                 search_alg=search(sweep, room.concurrent),
                 num_samples=1 if sweep.points else sweep.trials,
                 max_concurrent_trials=None,
@@ -216,54 +236,6 @@ def fit(sweep: Sweep, folder: Path, base: Experiment, room: Room, steps: int, sa
 
 def param_space(sweep: Sweep) -> dict[str, Any]:
     return {"values": tune.grid_search([dict(p) for p in sweep.points]) if sweep.points else dict(sweep.space)}
-
-
-def search(sweep: Sweep, concurrent: int) -> Any:
-    """Ray Tune's search algorithm. The first sample is the preset's own values, so that a sweep says what it gained."""
-    first = [] if sweep.points or sweep.has_grid else [{"values": sweep.default()}]
-    if sweep.search == "optuna":
-        try:
-            import optuna
-            from ray.tune.search import ConcurrencyLimiter
-            from ray.tune.search.optuna import OptunaSearch
-        except ImportError:
-            raise UserError("search optuna needs a package that is not installed: pip install 'perceiver-ray[tune]'") from None
-        flat = [{f"values/{name}": value for name, value in point["values"].items()} for point in first]
-        algorithm = OptunaSearch(sampler=optuna.samplers.TPESampler(seed=sweep.seed), points_to_evaluate=flat or None)
-        return ConcurrencyLimiter(algorithm, max_concurrent=concurrent)
-    return BasicVariantGenerator(points_to_evaluate=first, random_state=sweep.seed, max_concurrent=concurrent)
-
-
-class Population(PopulationBasedTraining):
-    """Ray Tune's population-based training without an exchange at the end, after which nothing is trained any more."""
-
-    def __init__(self, examples: int, **settings: Any) -> None:
-        super().__init__(**settings)
-        self._examples = examples
-
-    def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        if result["examples"] >= self._examples:
-            return self.CONTINUE
-        return super().on_trial_result(controller, trial, result)
-
-
-def scheduler(sweep: Sweep, examples: int) -> Any:
-    """Ray Tune's scheduler; time is counted in examples, so that batch sizes can be compared."""
-    longest = examples + 1  # a whole training ends by itself, with its result written
-    match sweep.scheduler:
-        case "asha":
-            return ASHAScheduler(
-                time_attr="examples", max_t=longest, grace_period=max(1, int(sweep.grace * examples)),
-                reduction_factor=sweep.reduction,
-            )  # fmt: skip
-        case "hyperband":
-            return HyperBandScheduler(time_attr="examples", max_t=longest, reduction_factor=sweep.reduction)
-        case "pbt":
-            return Population(
-                examples, time_attr="examples", perturbation_interval=max(1, int(sweep.perturb * examples)),
-                hyperparam_mutations={"values": dict(sweep.space)}, quantile_fraction=0.25 if sweep.trials >= 4 else 0.5,
-            )  # fmt: skip
-    return FIFOScheduler()
 
 
 if __name__ == "__main__":

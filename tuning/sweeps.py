@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,6 +66,12 @@ class Sweep:
     def has_grid(self) -> bool:
         return any(isinstance(domain, dict) and "grid_search" in domain for domain in self.space.values())
 
+    @property
+    def size(self) -> int:
+        """How many trials there will be."""
+        grids = [len(domain["grid_search"]) for domain in self.space.values() if isinstance(domain, dict)]
+        return len(self.points) or self.trials * math.prod(grids)
+
     def experiment(self) -> Experiment:
         """The experiment that trials vary.
 
@@ -76,7 +83,8 @@ class Sweep:
     def default(self) -> dict[str, Any]:
         """The preset's own values of the fields that are varied."""
         flat = flatten(to_dict(self.experiment()))
-        return {name: flat[name] for name in self.space}
+        # Ray Tune takes a list apart and leaves a tuple whole.
+        return {name: tuple(flat[name]) if isinstance(flat[name], list) else flat[name] for name in self.space}
 
 
 def trial_experiment(base: Experiment, values: Mapping[str, Any]) -> Experiment:
@@ -85,12 +93,16 @@ def trial_experiment(base: Experiment, values: Mapping[str, Any]) -> Experiment:
     Raises:
         UserError: an unknown field, or a value that does not fit it.
     """
-    return override(base, [word for pair in arguments(values) for word in pair], f"tuning.sweep {base.preset}")
+    return override(base, arguments(values), f"tuning.sweep {base.preset}")
 
 
-def arguments(values: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Values of fields as on the command line."""
-    return [(f"--{name.replace('_', '-')}", str(value)) for name, value in values.items()]
+def arguments(values: Mapping[str, Any]) -> list[str]:
+    """Values of fields as words of a command line; a sequence is as many words as it has members."""
+    words = []
+    for name, value in values.items():
+        members = value if isinstance(value, (tuple, list)) else [value]
+        words += [f"--{name.replace('_', '-')}", *map(str, members)]
+    return words
 
 
 def check_sweep(sweep: Sweep) -> None:
@@ -112,6 +124,8 @@ def check_sweep(sweep: Sweep) -> None:
             raise UserError(f"{name} is {value} and must be at least 1")
     if sweep.reduction < 2:
         raise UserError(f"reduction is {sweep.reduction} and must be at least 2")
+    if sweep.search == "optuna" and importlib.util.find_spec("optuna") is None:
+        raise UserError("search optuna needs a package that is not installed: pip install 'perceiver-ray[tune]'")
     for name, share in {"grace": sweep.grace, "perturb": sweep.perturb}.items():
         if not 0 < share <= 1:
             raise UserError(f"{name} is {share:g} and must be above 0 and at most 1")
@@ -189,10 +203,11 @@ def clm_shape() -> Sweep:
 
 
 def mlm_masking() -> Sweep:
-    """The share of words that are masked."""
+    """The share of words that are masked in training; in validation it is the same for all."""
     return Sweep(
         preset="mlm-imdb-small",
         space={"task.mask_probability": tune.grid_search([0.1, 0.15, 0.2, 0.3, 0.4])},
+        overrides=("--task.val-mask-probability", "0.15"),
         trials=1,
         scheduler="fifo",
     )

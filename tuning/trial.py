@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from ray import tune
 
 from perceiver.config import Experiment, UserError, from_dict
 from perceiver.data.shards import load_prepared
-from perceiver.training.checkpoint import EXPERIMENT, write_json
+from perceiver.training.checkpoint import CHECKPOINTS, EXPERIMENT, MARKER, write_json
 from perceiver.training.run import total_steps
 from ray_jobs import train
 from ray_jobs.cli import JobFailed
@@ -35,7 +36,8 @@ def run_trial(config: dict[str, Any], settings: dict[str, Any]) -> None:
 
     Args:
         config: {"values": {dotted field: value}}.
-        settings: "experiment": what trials vary (plain data), "reports", "population" (bool), "trials": folder of runs.
+        settings: "experiment": what trials vary (plain data), "reports" and "examples" of a whole training, "population" (bool),
+            "trials": folder of runs.
     """
     quiet()
     name = run_name(tune.get_context().get_trial_id())
@@ -43,23 +45,37 @@ def run_trial(config: dict[str, Any], settings: dict[str, Any]) -> None:
     run.mkdir(parents=True, exist_ok=True)
     values = config["values"]
     write_json(run / VALUES, values)
-    last = -1
+    (run / FAILED).unlink(missing_ok=True)
+    reported, over = -1, threading.Event()
 
     def report(metrics: dict[str, float]) -> None:
         """To Ray Tune, with the place of the weights as its checkpoint."""
-        nonlocal last
-        if metrics["step"] == last:
+        nonlocal reported
+        step = int(metrics["step"])
+        if step == reported:
             return
-        last = int(metrics["step"])
-        result = {**metrics, "step": last, "examples": last * experiment.training.global_batch_size}
+        reported = step
+        examples = step * experiment.training.global_batch_size
+        place = {"step": step, "examples": examples, "reports": settings["reports"] * examples / settings["examples"]}
         with tempfile.TemporaryDirectory() as folder:
-            write_json(Path(folder) / "place.json", {"run": run.name, "step": last})
-            tune.report(result, checkpoint=tune.Checkpoint.from_directory(folder))
+            write_json(Path(folder) / "place.json", {"run": run.name, "step": step})
+            tune.report({**metrics, **place, "last": step == steps}, checkpoint=tune.Checkpoint.from_directory(folder))
+
+    def report_saved(metrics: dict[str, float]) -> None:
+        """Reports once the checkpoint is complete: after a report the trial may be paused, or another take its weights over."""
+        marker = run / CHECKPOINTS / f"step-{int(metrics['step']):08d}" / MARKER
+        while not marker.exists():
+            if over.wait(0.1):
+                return
+        report(metrics)
 
     try:
-        experiment = _experiment(from_dict(settings["experiment"]), values, name, settings)
+        experiment, steps = _experiment(from_dict(settings["experiment"]), values, name, settings)
         _continue_from_donor(run, experiment, values)
-        metrics = train.run(experiment, say=lambda text: _log(run, text), on_report=report)
+        try:
+            metrics = train.run(experiment, say=lambda text: _log(run, text), on_report=report_saved)
+        finally:
+            over.set()
     except Exception as error:
         told = isinstance(error, (UserError, JobFailed, DonorLost))
         (run / FAILED).write_text(str(error) if told else f"{type(error).__name__}: {error}")
@@ -67,13 +83,13 @@ def run_trial(config: dict[str, Any], settings: dict[str, Any]) -> None:
     report(metrics)  # a run that was finished already has reported nothing by itself
 
 
-def _experiment(base: Experiment, values: dict[str, Any], name: str, settings: dict[str, Any]) -> Experiment:
-    """The trial's experiment. Its reports and checkpoints fall on the same steps: nothing reported is taken again."""
+def _experiment(base: Experiment, values: dict[str, Any], name: str, settings: dict[str, Any]) -> tuple[Experiment, int]:
+    """The trial's experiment and its steps. Its reports and checkpoints fall on the same steps: nothing reported is taken again."""
     experiment = trial_experiment(base, values)
     _, manifest = load_prepared(experiment)
     steps = total_steps(experiment, manifest.splits["train"].rows)
-    every = max(1, steps // settings["reports"])
-    return replace(
+    every = -(-steps // settings["reports"])  # a report comes when its share of the training is full
+    trial = replace(
         experiment,
         run=replace(
             experiment.run,
@@ -84,6 +100,7 @@ def _experiment(base: Experiment, values: dict[str, Any], name: str, settings: d
             keep_checkpoints=KEEP_ALL if settings["population"] else experiment.run.keep_checkpoints,
         ),
     )
+    return trial, steps
 
 
 def _continue_from_donor(run: Path, experiment: Experiment, values: dict[str, Any]) -> None:

@@ -33,8 +33,9 @@ class MaskedLM(Task):
         text = isinstance(model, PerceiverIOConfig) and isinstance(model.input, TextInput)
         if not text or not isinstance(model.output, TextOutput):
             raise UserError("masked language modelling needs a Perceiver IO model with a TextInput and a TextOutput")
-        if not 0 < settings.mask_probability < 1:
-            raise UserError(f"task.mask-probability is {settings.mask_probability} and must be between 0 and 1")
+        for name in ("mask_probability", "val_mask_probability"):
+            if (share := getattr(settings, name)) is not None and not 0 < share < 1:
+                raise UserError(f"task.{name.replace('_', '-')} is {share} and must be between 0 and 1")
         if not 1 <= settings.sample_predictions <= model.input.vocab_size:
             raise UserError(f"task.sample-predictions is {settings.sample_predictions} and must be at least 1")
         if self._tokenizer.mask_id is None:
@@ -52,6 +53,7 @@ class MaskedLM(Task):
         holds them. A text's last window is filled up on the right and then has a pad_mask (B, T), bool.
         """
         length, settings = self._model.input.max_seq_len, self._settings
+        probability = settings.mask_probability if train else settings.val_mask_probability or settings.mask_probability
         tokens, row = fixed_array(rows, "tokens"), rows["row"].to_numpy()
         real = np.clip(split.tokens - row * length, 0, length)
         valid = None if (real == length).all() else np.arange(length) < real[:, None]
@@ -59,14 +61,14 @@ class MaskedLM(Task):
             tokens,
             self._tokenizer.words,
             mask_id=self._tokenizer.mask_id,
-            probability=settings.mask_probability,
+            probability=probability,
             seed=self.experiment.training.seed if train else VALIDATION_SEED,
             epoch=rows["epoch"].to_numpy() if train and not settings.static else 0,
             rows=row,
             whole_words=settings.whole_words,
             valid=valid,
         )
-        positions, targets = gather_labels(labels, *usual_positions(length, settings.mask_probability))
+        positions, targets = gather_labels(labels, *usual_positions(length, probability))
         batch = {
             "ids": padded(inputs.astype(np.int64), size),
             "positions": padded(positions, size),

@@ -1,0 +1,111 @@
+"""Ray Tune's schedulers and search algorithms, as the trials of a sweep need them.
+
+Time is counted in examples, so that batch sizes can be compared. A trial at its last report is left alone: it ends by itself, with
+its result written.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, HyperBandScheduler, PopulationBasedTraining
+from ray.tune.search import ConcurrencyLimiter
+from ray.tune.search.basic_variant import BasicVariantGenerator
+
+from tuning.record import read_events
+from tuning.sweeps import Sweep
+from tuning.trial import run_name
+
+PAUSING = ("hyperband", "pbt")
+"""Schedulers that pause trials to let others catch up: all trials have to be known to them from the start."""
+HEAD = "node:__internal_head__"
+"""A resource of which every Ray cluster has 1."""
+MOST_PAUSING = 30
+"""So many trials at once at most where trials are paused: Ray Train takes 0.001 of HEAD for each training."""
+
+
+class ToTheEnd:
+    """A scheduler without a word on last reports."""
+
+    def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        return self.CONTINUE if result["last"] else super().on_trial_result(controller, trial, result)
+
+
+class Asha(ToTheEnd, ASHAScheduler):
+    """Asynchronous successive halving (arXiv 1810.05934). In a sweep that goes on it is told again what trials have reported."""
+
+    def __init__(self, folder: Path, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._folder = folder
+
+    def on_trial_add(self, controller: Any, trial: Any) -> None:
+        super().on_trial_add(controller, trial)
+        if not trial.has_reported_at_least_once:
+            return
+        for event in read_events(self._folder):
+            if event["event"] == "report" and event["trial"] == run_name(trial.trial_id):
+                told = {"examples": event["examples"], self._metric: event["value"]}
+                ASHAScheduler.on_trial_result(self, controller, trial, told)
+
+
+class Population(ToTheEnd, PopulationBasedTraining):
+    """Population-based training (arXiv 1711.09846)."""
+
+
+class HyperBand(ToTheEnd, HyperBandScheduler):
+    """HyperBand (arXiv 1603.06560). In a sweep that goes on it makes its brackets anew of the trials that are left."""
+
+    def on_trial_add(self, controller: Any, trial: Any) -> None:
+        if not trial.is_finished():  # its bracket would wait for it
+            super().on_trial_add(controller, trial)
+
+    def _process_bracket(self, controller: Any, bracket: Any) -> str:
+        action = super()._process_bracket(controller, bracket)
+        bracket.is_being_processed = False  # Ray leaves it on, and the others would wait for a trial that fails later
+        return action
+
+
+def scheduler(sweep: Sweep, examples: int, folder: Path) -> Any:
+    """The scheduler of a sweep in a folder, whose whole trainings take so many examples."""
+    match sweep.scheduler:
+        case "asha":
+            return Asha(
+                folder, time_attr="examples", max_t=examples + 1, grace_period=max(1, int(sweep.grace * examples)),
+                reduction_factor=sweep.reduction,
+            )  # fmt: skip
+        case "hyperband":
+            # Its brackets follow from the longest training in units of the shortest.
+            return HyperBand(time_attr="reports", max_t=sweep.reports, reduction_factor=sweep.reduction, stop_last_trials=False)
+        case "pbt":
+            return Population(
+                time_attr="examples", perturbation_interval=max(1, int(sweep.perturb * examples)),
+                hyperparam_mutations={"values": dict(sweep.space)}, quantile_fraction=0.25 if sweep.trials >= 4 else 0.5,
+            )  # fmt: skip
+    return FIFOScheduler()
+
+
+def slot(sweep: Sweep, concurrent: int) -> dict[str, float]:
+    """What a trial asks Ray for, besides what its workers do, so that no more than `concurrent` run.
+
+    Where trials are paused the search does not limit them, as it counts the paused ones; a share of HEAD does of which one more
+    would not fit.
+    """
+    if sweep.scheduler not in PAUSING:
+        return {"CPU": 0.001}
+    return {HEAD: math.floor(10_000 / (min(concurrent, MOST_PAUSING) + 1) + 1) / 10_000}
+
+
+def search(sweep: Sweep, concurrent: int) -> Any:
+    """What draws the samples. The first is the preset's own values, so that a sweep says what it gained."""
+    first = [] if sweep.points or sweep.has_grid else [{"values": sweep.default()}]
+    if sweep.search == "optuna":
+        import optuna
+        from ray.tune.search.optuna import OptunaSearch
+
+        flat = [{f"values/{name}": value for name, value in point["values"].items()} for point in first]
+        algorithm = OptunaSearch(sampler=optuna.samplers.TPESampler(seed=sweep.seed), points_to_evaluate=flat or None)
+        return algorithm if sweep.scheduler in PAUSING else ConcurrencyLimiter(algorithm, max_concurrent=concurrent)
+    at_once = 0 if sweep.scheduler in PAUSING else concurrent  # 0: no limit but that of `slot`
+    return BasicVariantGenerator(points_to_evaluate=first, random_state=sweep.seed, max_concurrent=at_once)
