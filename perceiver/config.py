@@ -465,6 +465,31 @@ class Experiment:
         return flatten(tree)
 
 
+# ----------------------------------------------------------------------------------------------- training of a tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerTraining:
+    """Training of a SentencePiece model (`ray_jobs.train_tokenizer`)."""
+
+    data: DataConfig
+    """The text: source, text_column, on_error; what val_source and val_fraction hold out for validation is left out."""
+    vocab_size: int = 32_000
+    """Number of ids, 256 single bytes and 7 special pieces among them."""
+    model_type: Literal["unigram", "bpe"] = "unigram"
+    """Unigram language model (arXiv 1804.10959), or byte pair encoding."""
+    character_coverage: float = 0.9995
+    """Share of the sample's characters that may get pieces of their own; the others are written as bytes."""
+    sample_megabytes: int = 100
+    """Text that the pieces are learned from, at most; the trainer holds it in memory, with about ten times as much for its tables."""
+    read_megabytes: int = 2_000
+    """Input that the sample is drawn from, at most: files or parts of files, drawn over the whole source (as stored, packed)."""
+    seed: int = 0
+    """Seed of both draws."""
+    address: str | None = None
+    """Ray cluster to join; None: the one this process runs in, else $RAY_ADDRESS, else a new local one."""
+
+
 # ------------------------------------------------------------------------------------------------- to and from plain data
 
 
