@@ -296,6 +296,9 @@ class DataConfig:
 
     source: str = ""
     """A named data set (see docs/data.md), a hub name ("hub:NAME[:CONFIG]"), or your own files: a file, folder or glob."""
+    mixture: tuple[str, ...] = ()
+    """Several sources in place of `source`, each as SOURCE=WEIGHT (c4=0.7 wikitext-103-raw=0.3): rows of a batch in these
+    shares, each source in its own order, over and over; validation metrics of each."""
     val_source: str | None = None
     """The same for validation; None: the named data set's own validation split, else val_fraction of the documents."""
     val_fraction: float = 0.05

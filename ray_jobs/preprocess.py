@@ -10,12 +10,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow.fs as pafs
 
 from perceiver.config import Experiment, ImageClassificationConfig, TextClassificationConfig, UserError, digest
+from perceiver.data.components import Component, mixture_manifest
 from perceiver.data.prepare import (
     PIECE_BYTES,
     Job,
@@ -43,7 +45,7 @@ from perceiver.data.shards import (
     task_kind,
     with_tokenizer,
 )
-from perceiver.data.sources import InputFile, Source, is_path, resolve
+from perceiver.data.sources import InputFile, Source, is_path, mixture_sources, resolve
 from perceiver.data.storage import (
     file_hash,
     list_folder,
@@ -82,6 +84,8 @@ def prepare(experiment: Experiment, progress: Say = print, piece_bytes: int = PI
     """
     started = time.monotonic()
     experiment = with_tokenizer(experiment)
+    if experiment.data.mixture:
+        return _prepare_mixture(experiment, progress, piece_bytes)
     settings, folder = prepare_settings(experiment), data_folder(experiment)
     old = Manifest.load(folder) if MANIFEST in list_folder(folder) else None
     if old is not None and (broken := broken_files(folder, old)):
@@ -105,6 +109,23 @@ def prepare(experiment: Experiment, progress: Say = print, piece_bytes: int = PI
         shards = _make_shards(experiment, job, notes, source, progress)
         manifest = _finish(job, settings, fingerprint, notes, shards)
     _summary(folder, manifest, source, time.monotonic() - started, progress)
+    return manifest
+
+
+def _prepare_mixture(experiment: Experiment, progress: Say, piece_bytes: int) -> Manifest:
+    """Prepares each source as the data set that it is by itself, and writes the manifest that says how they are mixed."""
+    settings, folder = prepare_settings(experiment), data_folder(experiment)
+    parts = []
+    for part in mixture_sources(experiment.data):
+        alone = replace(experiment, data=replace(experiment.data, source=part.source, mixture=()))
+        manifest = prepare(alone, progress, piece_bytes)
+        parts.append(Component(part.name, part.share, data_folder(alone), manifest))
+    manifest = mixture_manifest(settings, parts)
+    if MANIFEST not in list_folder(folder) or Manifest.load(folder) != manifest:
+        if isinstance(tokenizer := load_tokenizer(experiment.data.tokenizer), SentencePieceTokenizer):
+            write_file(folder, TOKENIZER, tokenizer.model)
+        manifest.save(folder)
+    progress(f"mixture of {' and '.join(f'{part.share:.1%} {part.name}' for part in parts)}: {folder}")
     return manifest
 
 

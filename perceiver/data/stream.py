@@ -45,24 +45,28 @@ def rank_batches(
     Args:
         tables: the rows of the worker's units in the order of `plan`, cut into tables anywhere.
     """
-    source = _Rows(iter(tables))
+    source = Rows(iter(tables))
     units = plan(order, rank, world, start_step, stop_step)
     upcoming = next(units, None)
-    queues: dict[int, _Rows] = {}
+    queues: dict[int, Rows] = {}
     for step in range(start_step, stop_step):
         while upcoming is not None and upcoming.step <= step:
-            queues.setdefault(upcoming.lane, _Rows()).put(source.take(upcoming.num_rows))
+            queues.setdefault(upcoming.lane, Rows()).put(source.take(upcoming.num_rows))
             upcoming = next(units, None)
         parts = [queues[lane].take(count) for lane, count in rank_rows(order, step, rank, world)]
         yield pa.concat_tables(parts) if parts else None
 
 
-class _Rows:
+class Rows:
     """A queue of rows that come as tables and are taken in any portions, without copying."""
 
     def __init__(self, more: Iterator[pa.Table] | None = None) -> None:
         self._tables: deque[pa.Table] = deque()
         self._more = more or iter(())
+
+    def __len__(self) -> int:
+        """Rows that are there, without those still to come."""
+        return sum(table.num_rows for table in self._tables)
 
     def put(self, table: pa.Table) -> None:
         self._tables.append(table)
