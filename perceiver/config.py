@@ -484,7 +484,7 @@ class TokenizerTraining:
     character_coverage: float = 0.9995
     """Share of the sample's characters that may get pieces of their own; the others are written as bytes."""
     sample_megabytes: int = 100
-    """Text that the pieces are learned from, at most; the trainer holds it in memory, with about ten times as much for its tables."""
+    """Text that the pieces are learned from, at most; the trainer takes about 25 times as much memory."""
     read_megabytes: int = 2_000
     """Input that the sample is drawn from, at most: files or parts of files, drawn over the whole source (as stored, packed)."""
     seed: int = 0
