@@ -309,6 +309,9 @@ class DataConfig:
     """Column that holds the label, for classification."""
     tokenizer: str = "bytes"
     """"bytes" (UTF-8, 262 ids), or the path of a SentencePiece model."""
+    prepare: Literal["shards", "stream"] = "shards"
+    """shards: all text becomes ids before the training; stream: training text does while training, and only the files' sizes are
+    looked at before (language models; validation data are shards all the same)."""
     on_error: Literal["raise", "skip"] = "raise"
     """What a bad input file or row does: stop with its place, or be skipped and counted."""
     rows_per_block: int = 256

@@ -52,7 +52,8 @@ def evaluate_run(run: str | Path, checkpoint: str = "best", overrides: list[str]
         experiment = replace(experiment, data=replace(experiment.data, tokenizer=str(folder / TOKENIZER)))
     other = experiment.data.source != trained.data.source
     if other:
-        experiment = replace(experiment, data=replace(experiment.data, source="", val_source=experiment.data.source, mixture=()))
+        data = replace(experiment.data, source="", val_source=experiment.data.source, mixture=(), prepare="shards")
+        experiment = replace(experiment, data=data)
     check_experiment(experiment)
     chosen = choose_checkpoint(folder / CHECKPOINTS, checkpoint, trained.run.best_metric)
 

@@ -202,8 +202,7 @@ def _add_documents(job: Job, file: InputFile, documents: Documents, writers: dic
             "documents": int(np.count_nonzero(complete)),
         }
         if job.kind == "tokens":
-            before, after = _marks(job, file)
-            ids = join_documents(ids, lengths, documents.begins[chosen], complete, before, after)
+            ids = join_documents(ids, lengths, documents.begins[chosen], complete, *document_marks(job, file))
             writers[split].add(ids, {**counts, "tokens": len(ids)}, None, None)
         else:
             assert documents.labels is not None
@@ -212,7 +211,7 @@ def _add_documents(job: Job, file: InputFile, documents: Documents, writers: dic
             writers[split].add(ids, counts, documents.labels[chosen], lengths)
 
 
-def _marks(job: Job, file: InputFile) -> tuple[int | None, int | None]:
+def document_marks(job: Job, file: InputFile) -> tuple[int | None, int | None]:
     """Ids before and after each document. WikiText as bytes stays as it is: its articles begin with a title anyway."""
     tokenizer = job.tokenizer
     assert tokenizer is not None

@@ -161,6 +161,11 @@ class Manifest:
         """Of a mixture its data sets, which lie beside its folder: "name", "share", "folder", "digest"."""
         return self.source.get("mixture", [])
 
+    @property
+    def stream(self) -> dict[str, Any] | None:
+        """Where training text is not prepared, what its chunks are (see `chunks.py`); its split then has no shards."""
+        return self.source.get("stream")
+
     def save(self, folder: str | Path) -> None:
         """Writes `manifest.json` at once as a whole."""
         text = json.dumps(asdict(self), indent=1, sort_keys=True) + "\n"
@@ -350,12 +355,16 @@ def _settings(experiment: Experiment) -> dict[str, Any]:
     }
     if data.mixture:
         settings["mixture"] = {part.name: part.share for part in mixture_sources(data)}
+    if data.prepare == "stream" and kind != "tokens":
+        raise UserError("data.prepare is stream, which language models alone can read: leave it out")
     if kind == "images":
         return settings
     max_seq_len, _ = text_limits(experiment)
     settings |= {"text_column": data.text_column}
     if kind == "documents":
         return settings | {"label_column": data.label_column, "row_length": max_seq_len - 2}
+    if data.prepare == "stream":
+        settings |= {"prepare": "stream", "most_rows_per_chunk": data.rows_per_block * data.shuffle_window_blocks}
     marks = "cls-sep" if isinstance(experiment.task, MaskedLMConfig) else "eos"
     return settings | {"row_length": max_seq_len, "document_marks": marks}
 
@@ -508,7 +517,8 @@ def preprocess_command(experiment: Experiment) -> str:
     preset = PRESETS[experiment.preset]() if experiment.preset in PRESETS else None
     for f in fields(experiment.data):
         value = getattr(experiment.data, f.name)
-        if f.name not in _READING_ONLY and (preset is None or value != getattr(preset.data, f.name)):
+        needed = f.name not in _READING_ONLY or (f.name == "shuffle_window_blocks" and experiment.data.prepare == "stream")
+        if needed and (preset is None or value != getattr(preset.data, f.name)):
             words += [f"--data.{f.name.replace('_', '-')}", *(value if isinstance(value, tuple) else [str(value)])]
     if task_kind(experiment) != "images":
         length, vocab_size = text_limits(experiment)

@@ -6,7 +6,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 
 from perceiver.config import Experiment
+from perceiver.data.chunks import Chunks, no_tokens, open_chunks
 from perceiver.data.components import Component, components
 from perceiver.data.mixture import Mixture, MixtureUnit, mixture_batches, mixture_plan
 from perceiver.data.order import Order, Unit, plan, worker_slots
 from perceiver.data.shards import Manifest, Split
+from perceiver.data.sources import mixture_sources
 from perceiver.data.stream import empty_rows, rank_batches, read_unit
 
 if TYPE_CHECKING:
@@ -83,6 +85,24 @@ class Feed:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StreamFeed(Feed):
+    """A training split whose rows are made from text when they are read."""
+
+    chunks: Chunks
+
+    def read(self, unit: Unit) -> pa.Table:
+        return read_unit(self.folder, self.split, self.order, unit, self.task.examples, self.train, self.chunks.read)
+
+    def empty_rows(self) -> pa.Table:
+        return empty_rows(self.folder, self.split, self.task.examples, lambda *_: no_tokens(self.split.row_length))
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of text that a row is made from, about."""
+        return max(1, self.split.bytes // self.split.rows)
+
+
+@dataclass(frozen=True, kw_only=True)
 class MixtureFeed(Feed):
     """The training splits of several data sets, mixed. `split` counts all of them together; its rows lie in `feeds`."""
 
@@ -118,15 +138,13 @@ def read_here(feed: Feed, units: Iterator[Any]) -> Iterator[pa.Table]:
     return map(feed.read, units)
 
 
-def make_feed(
-    experiment: Experiment, task: Task, folder: str, split: Split, train: bool, batch_size: int | None = None
-) -> Feed:
-    """The feed of an experiment's training or validation split; `batch_size`: of another global batch than the training's."""
+def make_feed(experiment: Experiment, task: Task, folder: str, split: Split, train: bool) -> Feed:
+    """The feed of an experiment's training or validation split."""
     data, training = experiment.data, experiment.training
     order = Order(
         rows=split.rows,
         rows_per_block=split.rows_per_block,
-        global_batch_size=batch_size or training.global_batch_size,
+        global_batch_size=training.global_batch_size,
         window_blocks=data.shuffle_window_blocks,
         max_lanes=data.lanes,
         seed=training.seed if train else VALIDATION_SEED,
@@ -136,31 +154,44 @@ def make_feed(
 
 
 def make_train_feed(experiment: Experiment, task: Task, folder: str, manifest: Manifest) -> Feed:
-    """The feed of an experiment's training data: of one data set, or of the mixture that the manifest names."""
-    if not manifest.mixture:
-        return make_feed(experiment, task, folder, manifest.splits["train"], train=True)
+    """The feed of an experiment's training data: of one data set, or of the mixture that the manifest names.
+
+    Raises:
+        UserError: files that are streamed have changed.
+    """
     parts = components(folder, manifest)
-    feeds = []
-    for part in parts:
-        split = part.manifest.splits["train"]
-        # About as many rows as a batch takes from the source, but a multiple of its lanes: then a worker, which takes
-        # neighbouring slots, needs few of them.
-        lanes = max(1, min(experiment.data.lanes, -(-split.num_blocks // experiment.data.shuffle_window_blocks)))
-        size = lanes * max(1, round(experiment.training.global_batch_size * part.share / lanes))
-        feeds.append(make_feed(experiment, task, part.folder, split, True, size))
-    return MixtureFeed(
-        task=task,
-        folder=folder,
-        split=manifest.splits["train"],
-        order=Mixture(
-            orders=tuple(feed.order for feed in feeds),
-            shares=tuple(part.share for part in parts),
-            global_batch_size=experiment.training.global_batch_size,
-        ),
-        train=True,
-        micro_batch_size=experiment.parallel.micro_batch_size,
-        feeds=tuple(feeds),
+    if not manifest.mixture:
+        return _part_feed(experiment, task, parts[0], experiment.data.source)
+    sources = {source.name: source.source for source in mixture_sources(experiment.data)}
+    feeds = tuple(_part_feed(experiment, task, part, sources[part.name]) for part in parts)
+    order = Mixture(
+        orders=tuple(feed.order for feed in feeds),
+        shares=tuple(part.share for part in parts),
+        global_batch_size=experiment.training.global_batch_size,
     )
+    return MixtureFeed(
+        task=task, folder=folder, split=manifest.splits["train"], order=order, train=True,
+        micro_batch_size=experiment.parallel.micro_batch_size, feeds=feeds,
+    )  # fmt: skip
+
+
+def _part_feed(experiment: Experiment, task: Task, part: Component, source: str) -> Feed:
+    """The feed of one data set of training data; of a mixture's with about as many rows at once as a batch takes from it.
+
+    Those are a multiple of its lanes: then a worker, which takes neighbouring slots, needs few of these.
+    """
+    split, data = part.manifest.splits["train"], experiment.data
+    # A chunk is as large as a window of blocks.
+    data = replace(data, shuffle_window_blocks=1) if part.manifest.stream else data
+    size = experiment.training.global_batch_size
+    if part.name:
+        lanes = max(1, min(data.lanes, -(-split.num_blocks // data.shuffle_window_blocks)))
+        size = lanes * max(1, round(size * part.share / lanes))
+    training = replace(experiment.training, global_batch_size=size)
+    feed = make_feed(replace(experiment, data=data, training=training), task, part.folder, split, train=True)
+    if not part.manifest.stream:
+        return feed
+    return StreamFeed(**vars(feed), chunks=open_chunks(experiment, source, part.manifest))
 
 
 def make_val_feeds(experiment: Experiment, task: Task, folder: str, manifest: Manifest) -> list[tuple[Component, Feed]]:
