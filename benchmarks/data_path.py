@@ -1,12 +1,16 @@
 """Speed of the data path on one core: tokenizing, words, masking, preparation, reading; beside plain loops and
 `datasets.map`.
 
-    python -m benchmarks.data_path [--source FILES] [--tokenizer spiece.model] [--out results.json]
+    python -m benchmarks.data_path [--source FILES] [--tokenizer spiece.model] [--ray] [--out results.json]
 
 Each pair does the same work on the same text in the same process, alternately, three times; the best time counts. The
 plain loops go over bytes and words as the reference's collator does; `datasets.map` tokenizes by the same tokenizer
 and packs rows in batches of 1000 documents. `--source` is anything that `--data.source` takes for language models;
 without it, English-like text is made up.
+
+The input pipeline alone is all that a worker of clm-c4 does before the model: reading, shuffling, cutting to the step's
+length, batches of tensors; in this process, and with `--ray` by Ray Data tasks as in training. Beside it stands what 8
+A100s at 40% MFU would take.
 """
 
 import argparse
@@ -15,12 +19,13 @@ import random
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
-from perceiver.config import DataConfig
+from perceiver.config import DataConfig, ParallelConfig
 from perceiver.data.order import Order, plan
 from perceiver.data.prepare import Job, cut_pieces, make_piece, make_shard, make_split, plan_shards
 from perceiver.data.readers import Columns, read_documents
@@ -30,6 +35,11 @@ from perceiver.data.spans import Problems
 from perceiver.data.stream import read_unit
 from perceiver.data.text import mask_words, windows, word_ids
 from perceiver.data.tokenizers import MASK, ByteTokenizer, Tokenizer, load_tokenizer
+from perceiver.models.flops import training_flops
+from perceiver.presets import PRESETS
+from perceiver.tasks import build_task
+from perceiver.training.batches import Feed, ReadAll, make_feed, read_here
+from perceiver.training.meters import PEAK_FLOPS
 
 REPEATS = 3
 MLM, CLM = (32, 2048), (24, 4096)
@@ -42,13 +52,18 @@ def main() -> None:
     parser.add_argument("--source", help="files to read; without them text is made up")
     parser.add_argument("--tokenizer", help="SentencePiece model to measure besides bytes")
     parser.add_argument("--megabytes", type=float, default=20, help="use about so much of the text")
+    parser.add_argument("--ray", action="store_true", help="measure the input pipeline through Ray Data too")
     parser.add_argument("--out", type=Path, help="write the results there as JSON")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
+        feeds: list[Feed] = []
         texts = read_texts(args.source, args.megabytes) if args.source else made_up(args.megabytes)
-        results = [*arrays(texts), *preparation(texts, "bytes", Path(folder))]
+        results = [*arrays(texts), *preparation(texts, "bytes", Path(folder), feeds)]
         if args.tokenizer:
-            results += preparation(texts, args.tokenizer, Path(folder))
+            results += preparation(texts, args.tokenizer, Path(folder), feeds)
+        results += [pipeline(feed, read_here, "in this process") for feed in feeds]
+        if args.ray:
+            results.append(pipeline_with_ray(feeds[-1]))
     size = sum(len(text.encode()) for text in texts) / 1e6
     print(f"{len(texts):,} documents, {size:.1f} MB; one core\n")
     print(f"{'what':<52}{'ours':>12}{'other':>12}{'ratio':>8}  unit")
@@ -57,6 +72,7 @@ def main() -> None:
             ("", "") if row["other"] is None else (f"{row['other']:,.2f}", f"{row['ours'] / row['other']:.1f}")
         )
         print(f"{row['what']:<52}{row['ours']:>12,.2f}{other:>12}{ratio:>8}  {row['unit']}")
+    print("\n" + demand([row["ours"] for row in results if row["what"].startswith("input pipeline")]))
     if args.out:
         args.out.write_text(json.dumps(results, indent=1))
 
@@ -185,15 +201,18 @@ def loop_mask(batch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 # ---------------------------------------------------------------------------------------------------------- preparation
 
 
-def preparation(texts: list[str], tokenizer: str, folder: Path) -> list[dict]:
-    """Both passes of the preparation on one core, against `datasets.map`; then reading what was prepared."""
+def preparation(texts: list[str], tokenizer: str, folder: Path, feeds: list[Feed]) -> list[dict]:
+    """Both passes of the preparation on one core, against `datasets.map`; then reading what was prepared.
+
+    What was prepared is left in a folder of its own, and its feed for a worker of clm-c4 is added to `feeds`.
+    """
     loaded = load_tokenizer(tokenizer)
     few = texts if isinstance(loaded, ByteTokenizer) else texts[: max(1, len(texts) // 4)]
     path = folder / f"train-{loaded.vocab_size}.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in few))
     size = sum(len(text.encode()) for text in few) / 1e6
     job = Job(
-        kind="tokens", folder=f"{folder}/out", staging=f"{folder}/staging", columns=Columns(text="text", label=None),
+        kind="tokens", folder=f"{folder}/out-{loaded.vocab_size}", staging=f"{folder}/staging-{loaded.vocab_size}", columns=Columns(text="text", label=None),
         skip=False, val_fraction=0.05, row_length=1024, rows_per_block=256, blocks_per_shard=64, tokenizer=loaded,
         document_marks="eos",
     )  # fmt: skip
@@ -211,6 +230,7 @@ def preparation(texts: list[str], tokenizer: str, folder: Path) -> list[dict]:
     train = splits["train"].tokens / 1e6
     tokens = train + splits["val"].tokens / 1e6
     reading = best(lambda: read(job.folder, splits["train"]))
+    feeds.append(worker_feed(job.folder, splits["train"]))
     return [
         row(f"preparation, {name} (other: datasets.map)", "MB/s", size, times),
         row(f"preparation, {name} (other: datasets.map)", "million tokens/s", tokens, times),
@@ -248,6 +268,53 @@ def read(folder: str, split: Split) -> None:
         read_unit(
             folder, split, order, unit, lambda block, split, *_: block.slice(0, block.num_rows - split.lookahead), True
         )
+
+
+# ------------------------------------------------------------------------------------------------------- input pipeline
+
+
+def worker_feed(folder: str, split: Split) -> Feed:
+    """What one of 8 workers of clm-c4 takes: 256 windows of a step."""
+    experiment = PRESETS["clm-c4"]()
+    experiment = replace(experiment, training=replace(experiment.training, global_batch_size=256))
+    return make_feed(experiment, build_task(experiment), folder, split, train=True)
+
+
+def pipeline(feed: Feed, read_all: ReadAll, how: str, steps: int = 40) -> dict:
+    """Tokens a second that come out as batches: the best of three runs of `steps` steps, by the clock."""
+    rates = []
+    for _ in range(REPEATS):
+        start, tokens = time.perf_counter(), 0
+        for batches in feed.steps(read_all, 0, 1, 0, steps):
+            tokens += sum(batch["ids"].numel() for batch in batches)
+        rates.append(tokens / (time.perf_counter() - start) / 1e6)
+    what = f"input pipeline of a clm-c4 worker, {how}"
+    return {"what": what, "unit": "million tokens/s", "ours": max(rates), "other": None}
+
+
+def pipeline_with_ray(feed: Feed) -> dict:
+    from ray_jobs.ingest import read_with_ray
+    from ray_jobs.ray_env import connect
+
+    with connect(ParallelConfig()):
+        return pipeline(feed, read_with_ray, "by Ray Data tasks")
+
+
+def demand(rates: list[float], gpus: int = 8, cores: int = 96) -> str:
+    """What GPUs take, beside what the pipeline gives (million tokens/s of a core, at least)."""
+    model = PRESETS["clm-c4"]().model
+    mean = 768
+    flops = training_flops(model, seq_len=mean) / mean
+    taken = gpus * 0.4 * PEAK_FLOPS["A100"] / flops / 1e6
+    lines = [
+        f"clm-c4 at its mean length of {mean}: {flops / 1e9:.2f} GFLOP a token; {gpus} A100s at 40% of {PEAK_FLOPS['A100'] / 1e12:.0f} "
+        f"TFLOP/s take {taken:.2f} million tokens/s"
+    ]
+    for rate in rates:
+        lines.append(
+            f"  {rate:.1f} million tokens/s of one core are {rate / taken:.0f} times that; of {cores} cores {cores * rate / taken:,.0f} times"
+        )
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -88,7 +88,12 @@ def main() -> None:
     )  # fmt: skip
     epoch = pa.array(np.zeros(size, np.int64))
     tables = [
-        pa.table({"tokens": fixed_column(windows[i : i + size]), "row": pa.array(np.arange(i, i + size)), "epoch": epoch})
+        pa.table(
+            {
+                "tokens": fixed_column(windows[i : i + size]), "length": pa.array(np.full(size, LENGTH)),
+                "row": pa.array(np.arange(i, i + size)), "epoch": epoch,
+            }  # fmt: skip
+        )
         for i in range(0, num * size, size)
     ]
     show("collate of mlm-imdb", rate(lambda i: task.collate(tables[i % num], size, split, True, i), args.seconds) * size)

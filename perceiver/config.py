@@ -302,6 +302,9 @@ class DataConfig:
 
     source: str = ""
     """A named data set (see docs/data.md), a hub name ("hub:NAME[:CONFIG]"), or your own files: a file, folder or glob."""
+    mixture: tuple[str, ...] = ()
+    """Several sources in place of `source`, each as SOURCE=WEIGHT (c4=0.7 wikitext-103-raw=0.3): rows of a batch in these
+    shares, each source in its own order, over and over; validation metrics of each."""
     val_source: str | None = None
     """The same for validation; None: the named data set's own validation split, else val_fraction of the documents."""
     val_fraction: float = 0.05
@@ -312,6 +315,9 @@ class DataConfig:
     """Column that holds the label, for classification."""
     tokenizer: str = "bytes"
     """"bytes" (UTF-8, 262 ids), or the path of a SentencePiece model."""
+    prepare: Literal["shards", "stream"] = "shards"
+    """shards: all text becomes ids before the training; stream: training text does while training, and only the files' sizes are
+    looked at before (language models; validation data are shards all the same)."""
     on_error: Literal["raise", "skip"] = "raise"
     """What a bad input file or row does: stop with its place, or be skipped and counted."""
     rows_per_block: int = 256
@@ -480,6 +486,31 @@ class Experiment:
         if self.data.tokenizer != "bytes":  # where its file lies is nobody's identity; the data's hash has its content
             tree["data"]["tokenizer"] = "sentencepiece"
         return flatten(tree)
+
+
+# ----------------------------------------------------------------------------------------------- training of a tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerTraining:
+    """Training of a SentencePiece model (`ray_jobs.train_tokenizer`)."""
+
+    data: DataConfig
+    """The text: source, text_column, on_error; what val_source and val_fraction hold out for validation is left out."""
+    vocab_size: int = 32_000
+    """Number of ids, 256 single bytes and 7 special pieces among them."""
+    model_type: Literal["unigram", "bpe"] = "unigram"
+    """Unigram language model (arXiv 1804.10959), or byte pair encoding."""
+    character_coverage: float = 0.9995
+    """Share of the sample's characters that may get pieces of their own; the others are written as bytes."""
+    sample_megabytes: int = 100
+    """Text that the pieces are learned from, at most; the trainer takes about 25 times as much memory."""
+    read_megabytes: int = 2_000
+    """Input that the sample is drawn from, at most: files or parts of files, drawn over the whole source (as stored, packed)."""
+    seed: int = 0
+    """Seed of both draws."""
+    address: str | None = None
+    """Ray cluster to join; None: the one this process runs in, else $RAY_ADDRESS, else a new local one."""
 
 
 # ------------------------------------------------------------------------------------------------- to and from plain data

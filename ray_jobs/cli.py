@@ -8,6 +8,7 @@ import io
 import re
 import sys
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import tyro
 
@@ -23,6 +24,9 @@ SHORTCUTS = {
     "--init-encoder-from": "--training.init-encoder-from",
     "--init-checkpoint": "--training.init-checkpoint",
 }
+
+
+Config = TypeVar("Config")
 
 
 class JobFailed(Exception):
@@ -56,14 +60,14 @@ def preset(name: str) -> Experiment:
     return PRESETS[name]()
 
 
-def override(experiment: Experiment, args: Sequence[str], prog: str) -> Experiment:
-    """An experiment with fields overridden by command-line arguments.
+def override(config: Config, args: Sequence[str], prog: str) -> Config:
+    """An experiment (or another tree of dataclasses) with fields overridden by command-line arguments.
 
     Raises:
         UserError: an unknown field (offers the nearest) or a value that does not fit it.
     """
     args = [_long(arg) for arg in args]
-    fields = [name for name in flatten(to_dict(experiment)) if name.rpartition(".")[2] != "type" and name != "preset"]
+    fields = [name for name in flatten(to_dict(config)) if name.rpartition(".")[2] != "type" and name != "preset"]
     for arg in args:
         if re.match(r"--[a-zA-Z]", arg) and arg != "--help":
             name = arg[2:].partition("=")[0].replace("-", "_")
@@ -73,7 +77,7 @@ def override(experiment: Experiment, args: Sequence[str], prog: str) -> Experime
     try:
         with contextlib.redirect_stderr(output):
             return tyro.cli(
-                tyro.conf.AvoidSubcommands[tyro.conf.FlagConversionOff[Experiment]], default=experiment, args=args, prog=f"python -m {prog}"
+                tyro.conf.AvoidSubcommands[tyro.conf.FlagConversionOff[type(config)]], default=config, args=args, prog=f"python -m {prog}"
             )
     except SystemExit as stop:
         if stop.code in (0, None):

@@ -51,7 +51,8 @@ def evaluate_run(run: str | Path, checkpoint: str = "best", overrides: list[str]
         experiment = replace(experiment, data=replace(experiment.data, tokenizer=str(folder / TOKENIZER)))
     other = experiment.data.source != trained.data.source
     if other:
-        experiment = replace(experiment, data=replace(experiment.data, source="", val_source=experiment.data.source))
+        data = replace(experiment.data, source="", val_source=experiment.data.source, mixture=(), prepare="shards")
+        experiment = replace(experiment, data=data)
     check_experiment(experiment)
     chosen = choose_checkpoint(folder / CHECKPOINTS, checkpoint, trained.run.best_metric)
 
@@ -77,7 +78,7 @@ def evaluate_run(run: str | Path, checkpoint: str = "best", overrides: list[str]
 def _content(
     experiment: Experiment, chosen: CheckpointInfo, data_folder: str, digest: str, result: dict[str, Any]
 ) -> dict[str, Any]:
-    source = experiment.data.source or experiment.data.val_source
+    source = " ".join(experiment.data.mixture) or experiment.data.source or experiment.data.val_source
     return {"checkpoint": chosen.path.name, "data": {"folder": data_folder, "source": source, "digest": digest}, **result}
 
 

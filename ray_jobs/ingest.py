@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from itertools import islice
+from typing import Any
 
 import pyarrow as pa
 import ray
 
-from perceiver.data.order import Unit
 from perceiver.training.batches import Feed
 
 DATA_CPUS = 0.5
@@ -20,12 +20,11 @@ TASK_BYTES = 16 << 20
 """Small units are read several by one task, up to about this size: a task costs 30 to 60 ms whatever it does."""
 
 
-def read_with_ray(feed: Feed, units: Iterator[Unit]) -> Iterator[pa.Table]:
+def read_with_ray(feed: Feed, units: Iterator[Any]) -> Iterator[pa.Table]:
     """The rows of `units`, in their order, read ahead by Ray Data tasks anywhere in the cluster."""
-    row_bytes = max(1, sum(shard.bytes for shard in feed.split.shards) // feed.split.rows)
     while chunk := list(islice(units, UNITS_PER_EXECUTION)):
         rows = sum(unit.num_rows for unit in chunk)
-        num_tasks = min(len(chunk), max(1, -(-rows * row_bytes // TASK_BYTES)))
+        num_tasks = min(len(chunk), max(1, -(-rows * feed.row_bytes // TASK_BYTES)))
         context = ray.data.DataContext.get_current()
         context.execution_options.preserve_order = True
         context.enable_progress_bars = False
@@ -39,4 +38,4 @@ def read_with_ray(feed: Feed, units: Iterator[Unit]) -> Iterator[pa.Table]:
 
 def _read(items: pa.Table, feed: Feed) -> Iterator[pa.Table]:
     for item in items.to_pylist():
-        yield feed.read(Unit(**item))
+        yield feed.read(feed.unit_type(**item))

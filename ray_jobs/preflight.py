@@ -11,6 +11,7 @@ import ray
 from ray.autoscaler.sdk import request_resources
 
 from perceiver.config import Experiment, ParallelConfig, UserError
+from perceiver.data.sources import mixture_sources
 from perceiver.models import check_model
 from perceiver.tasks import build_task
 from ray_jobs.ingest import DATA_CPUS
@@ -74,6 +75,8 @@ def check_experiment(experiment: Experiment) -> None:
         raise UserError(f"optim.min-lr-fraction is {optim.min_lr_fraction} and must be from 0 to 1")
     if "/" in experiment.run_name or experiment.run_name.startswith("."):
         raise UserError(f"run.name is {experiment.run_name!r} and must be a plain folder name (the folder of runs is run.storage)")
+    if data.mixture:
+        mixture_sources(data)
     check_model(experiment.model)
     task.check()
 

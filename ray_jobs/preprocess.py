@@ -10,12 +10,15 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow.fs as pafs
 
 from perceiver.config import Experiment, ImageClassificationConfig, TextClassificationConfig, UserError, digest
+from perceiver.data.chunks import fingerprint as stream_fingerprint
+from perceiver.data.components import Component, mixture_manifest
 from perceiver.data.prepare import (
     PIECE_BYTES,
     Job,
@@ -43,7 +46,7 @@ from perceiver.data.shards import (
     task_kind,
     with_tokenizer,
 )
-from perceiver.data.sources import InputFile, Source, is_path, resolve
+from perceiver.data.sources import InputFile, Source, is_path, mixture_sources, resolve
 from perceiver.data.storage import (
     file_hash,
     list_folder,
@@ -82,6 +85,8 @@ def prepare(experiment: Experiment, progress: Say = print, piece_bytes: int = PI
     """
     started = time.monotonic()
     experiment = with_tokenizer(experiment)
+    if experiment.data.mixture:
+        return _prepare_mixture(experiment, progress, piece_bytes)
     settings, folder = prepare_settings(experiment), data_folder(experiment)
     old = Manifest.load(folder) if MANIFEST in list_folder(folder) else None
     if old is not None and (broken := broken_files(folder, old)):
@@ -92,19 +97,43 @@ def prepare(experiment: Experiment, progress: Say = print, piece_bytes: int = PI
     if old is not None and not own_files:  # the name stands for the content: no network is needed
         return _nothing_to_do(experiment, folder, old, progress)
     source = resolve(experiment.data, task_kind(experiment))
+    if experiment.data.prepare == "stream":
+        from ray_jobs.streaming import prepare_stream
+
+        if old is None:
+            return prepare_stream(experiment, source, folder, progress)
+        _refuse_changed_source(experiment, folder, old, stream_fingerprint(source))
+        return _nothing_to_do(experiment, folder, old, progress)
     fingerprint = _fingerprint(experiment, source, progress)
     if old is not None:
         _refuse_changed_source(experiment, folder, old, fingerprint)
         return _nothing_to_do(experiment, folder, old, progress)
-    job = _job(experiment, settings, folder, fingerprint, source)
+    job = make_job(experiment, settings, folder, fingerprint, source)
 
     from ray_jobs.ray_env import connect
 
-    with _locked(job), connect(experiment.parallel):
-        notes = _make_pieces(job, cut_pieces(source.files, piece_bytes), progress, piece_bytes)
-        shards = _make_shards(experiment, job, notes, source, progress)
+    with locked(job), connect(experiment.parallel):
+        notes = run_pieces(job, cut_pieces(source.files, piece_bytes), progress, piece_bytes)
+        shards = run_shards(experiment, job, notes, source, progress)
         manifest = _finish(job, settings, fingerprint, notes, shards)
     _summary(folder, manifest, source, time.monotonic() - started, progress)
+    return manifest
+
+
+def _prepare_mixture(experiment: Experiment, progress: Say, piece_bytes: int) -> Manifest:
+    """Prepares each source as the data set that it is by itself, and writes the manifest that says how they are mixed."""
+    settings, folder = prepare_settings(experiment), data_folder(experiment)
+    parts = []
+    for part in mixture_sources(experiment.data):
+        alone = replace(experiment, data=replace(experiment.data, source=part.source, mixture=()))
+        manifest = prepare(alone, progress, piece_bytes)
+        parts.append(Component(part.name, part.share, data_folder(alone), manifest))
+    manifest = mixture_manifest(settings, parts)
+    if MANIFEST not in list_folder(folder) or Manifest.load(folder) != manifest:
+        if isinstance(tokenizer := load_tokenizer(experiment.data.tokenizer), SentencePieceTokenizer):
+            write_file(folder, TOKENIZER, tokenizer.model)
+        manifest.save(folder)
+    progress(f"mixture of {' and '.join(f'{part.share:.1%} {part.name}' for part in parts)}: {folder}")
     return manifest
 
 
@@ -179,7 +208,7 @@ def _refuse_changed_source(experiment: Experiment, folder: str, old: Manifest, f
         )
 
 
-def _job(
+def make_job(
     experiment: Experiment, settings: dict[str, Any], folder: str, fingerprint: dict[str, Any], source: Source
 ) -> Job:
     """What all tasks need to know. Looks at the first image for the images' shape.
@@ -217,7 +246,7 @@ def _job(
 
 
 @contextmanager
-def _locked(job: Job) -> Iterator[None]:
+def locked(job: Job) -> Iterator[None]:
     """Holds a local data set for this process: two preparations would remove each other's files.
 
     Raises:
@@ -258,7 +287,7 @@ def _staging_prefix(folder: str) -> str:
 # ----------------------------------------------------------------------------------------------------------- two passes
 
 
-def _make_pieces(job: Job, pieces: list[Piece], progress: Say, piece_bytes: int) -> list[dict[str, Any]]:
+def run_pieces(job: Job, pieces: list[Piece], progress: Say, piece_bytes: int) -> list[dict[str, Any]]:
     """Pass 1: the notes on all pieces."""
     layout = json.dumps({"piece_bytes": piece_bytes, "pieces": len(pieces)}).encode()
     if "layout.json" in list_folder(job.staging) and read_file(job.staging, "layout.json") != layout:
@@ -270,13 +299,13 @@ def _make_pieces(job: Job, pieces: list[Piece], progress: Say, piece_bytes: int)
         progress(f"continuing: {len(notes)} of {len(pieces)} pieces are there")
     meter = _Meter(progress, "pieces", len(pieces), sum(weights), len(notes), sum(weights[i] for i in notes))
     todo = [i for i in range(len(pieces)) if i not in notes]
-    for i, note in _in_parallel(lambda i: make_piece(job, i, pieces[i]), todo):
+    for i, note in in_parallel(lambda i: make_piece(job, i, pieces[i]), todo):
         notes[i] = note
         meter.add(weights[i], sum(count["tokens"] for count in note["splits"].values()))
     return [notes[i] for i in range(len(pieces))]
 
 
-def _make_shards(
+def run_shards(
     experiment: Experiment, job: Job, notes: list[dict[str, Any]], source: Source, progress: Say
 ) -> dict[str, list[dict[str, Any]]]:
     """Pass 2: the notes on all shards, by split.
@@ -296,7 +325,7 @@ def _make_shards(
     todo = [i for i in range(len(plans)) if i not in done]
     rows = [plan.rows for plan in plans]
     meter = _Meter(progress, "shards", len(plans), sum(rows), len(done), sum(rows[i] for i in done))
-    for i, note in _in_parallel(lambda i: make_shard(job, plans[i]), todo):
+    for i, note in in_parallel(lambda i: make_shard(job, plans[i]), todo):
         done[i] = note
         meter.add(rows[i])
     return {split: [done[i] for i, plan in enumerate(plans) if plan.split == split] for split in wanted}
@@ -312,7 +341,7 @@ def _empty_split(experiment: Experiment, split: str, source: Source) -> str:
     return f"data.source {what} has no rows for the {split} split: everything in it is empty or was skipped"
 
 
-def _in_parallel(function: Callable[[int], dict[str, Any]], items: list[int]) -> Iterator[tuple[int, dict[str, Any]]]:
+def in_parallel(function: Callable[[int], dict[str, Any]], items: list[int]) -> Iterator[tuple[int, dict[str, Any]]]:
     """Results of one task an item, by Ray Data, as they come.
 
     Raises:
@@ -375,11 +404,11 @@ def _finish(
     if isinstance(job.tokenizer, SentencePieceTokenizer):
         write_file(job.folder, TOKENIZER, job.tokenizer.model)
     manifest.save(job.folder)
-    _remove_staging(job.folder)
+    remove_staging(job.folder)
     return manifest
 
 
-def _remove_staging(folder: str) -> None:
+def remove_staging(folder: str) -> None:
     """Removes the staging folders of a data set, also those of attempts with other files."""
     filesystem, root = open_folder(folder.rpartition("/")[0])
     prefix = _staging_prefix(folder).rpartition("/")[2]

@@ -1,7 +1,7 @@
 """`python -m ray_jobs.submit [options] JOB [arguments]`: checks a job, submits it to a Ray cluster, follows it to its end.
 
-JOB is train, preprocess, evaluate, predict, export (of `ray_jobs`), sweep or scaling_laws (of `tuning`). The exit status is that
-of the job. Ctrl-C leaves the job running (or stops it, with `--on-interrupt stop`); `--follow ID` goes on watching.
+JOB is train, preprocess, train_tokenizer, evaluate, predict, export (of `ray_jobs`), sweep or scaling_laws (of `tuning`). The exit
+status is that of the job. Ctrl-C leaves the job running (or stops it, with `--on-interrupt stop`); `--follow ID` goes on watching.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ray_jobs.cli import JobFailed, main_entry, nearest, parse_experiment
 from ray_jobs.preflight import check_experiment
 from ray_jobs.ray_env import choose_authentication
 
-JOBS = {name: f"ray_jobs.{name}" for name in ("train", "preprocess", "evaluate", "predict", "export", "runs")}
+JOBS = {name: f"ray_jobs.{name}" for name in ("train", "preprocess", "train_tokenizer", "evaluate", "predict", "export", "runs")}
 JOBS |= {name: f"tuning.{name}" for name in ("sweep", "scaling_laws", "report")}
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 """Where the dashboard of a cluster is, here or through an SSH tunnel."""

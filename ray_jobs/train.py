@@ -63,7 +63,8 @@ def run(
         say(f"evaluate it: python -m ray_jobs.evaluate {_place(experiment, run_folder)}; another training needs another --run.name")
         return finished
     start = check_start(experiment, _checkpoints(run_folder, mirror))
-    prepared = None if is_shipped(experiment.data.source) else load_prepared(experiment)
+    at_once = is_shipped(experiment.data.source) or experiment.data.prepare == "stream"
+    prepared = None if at_once else load_prepared(experiment)
 
     from ray_jobs import worker
     from ray_jobs.preprocess import prepare

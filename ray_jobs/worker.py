@@ -19,7 +19,7 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from perceiver.config import Experiment, UserError, from_dict, to_dict
 from perceiver.data.shards import Manifest, with_prepared_tokenizer
 from perceiver.tasks import build_task
-from perceiver.training.batches import make_feed
+from perceiver.training.batches import make_val_feeds
 from perceiver.training.checkpoint import load_model, write_json
 from perceiver.training.mirror import CHECKPOINTS, Mirror, fetch_run
 from perceiver.training.parallel import World, join_world
@@ -198,13 +198,13 @@ def _evaluate_worker(config: dict[str, Any]) -> None:
     experiment, world, _ = _enter(config)
     task = build_task(experiment)
     manifest = Manifest.load(config["data_folder"])
-    feed = make_feed(experiment, task, config["data_folder"], manifest.splits["val"], train=False)
+    feeds = make_val_feeds(experiment, task, config["data_folder"], manifest)
     model = build_state(experiment, task, world).model
     checkpoint = Path(config["checkpoint"])
     if config["origin"] is not None:  # this machine may not have it yet
         checkpoint = fetch_run(config["origin"]) / CHECKPOINTS / checkpoint.name
     load_model(checkpoint, model)
-    metrics, sums = evaluate(task, model, feed, world, read_with_ray)
+    metrics, sums, _ = evaluate(task, model, feeds, world, read_with_ray)
     if world.rank == 0:
         counts = {name: value.tolist() for name, value in sums.items()}
         ray.get(config["messages"].put.remote({"metrics": metrics, "sums": counts}))

@@ -21,7 +21,7 @@ def serially(monkeypatch) -> None:
     """Makes `preprocess.prepare` run its jobs one after the other in this process."""
     import ray_jobs.ray_env
 
-    monkeypatch.setattr(preprocess, "_in_parallel", lambda function, items: ((i, function(i)) for i in items))
+    monkeypatch.setattr(preprocess, "in_parallel", lambda function, items: ((i, function(i)) for i in items))
     monkeypatch.setattr(ray_jobs.ray_env, "connect", lambda parallel: nullcontext())
 
 

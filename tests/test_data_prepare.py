@@ -252,7 +252,7 @@ def test_stopped_anywhere_and_started_again_gives_the_same_bytes(tmp_path, monke
             ran.append(i)
             yield i, function(i)
 
-    monkeypatch.setattr(preprocess, "_in_parallel", stopping)
+    monkeypatch.setattr(preprocess, "in_parallel", stopping)
     while True:
         try:
             preprocess.prepare(chosen, lambda line: None, 500)
@@ -323,7 +323,7 @@ def test_two_preparations_of_the_same_data_do_not_run_at_once(tmp_path, monkeypa
         raise Stopped
 
     with monkeypatch.context() as patched, pytest.raises(Stopped):
-        patched.setattr(preprocess, "_in_parallel", meanwhile)
+        patched.setattr(preprocess, "in_parallel", meanwhile)
         prepare(chosen)
     assert prepare(chosen)[1].splits["val"].rows
 

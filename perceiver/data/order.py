@@ -73,6 +73,22 @@ class Order:
         epoch, s = divmod(step, self.steps_per_epoch)
         return np.concatenate([self.rows_at(epoch, start, stop) for start, stop in self.batch_ranges(s)])
 
+    def places(self, positions: np.ndarray) -> np.ndarray:
+        """Where positions of an epoch come when its batches are laid end to end, slot after slot: int64, 0 .. rows - 1."""
+        lane_rows, share = self.rows // self.lanes, self.global_batch_size // self.lanes
+        lane, offset = np.divmod(positions, max(lane_rows, 1))
+        last = self.full_batches * share
+        full = self.full_batches * self.global_batch_size
+        in_full = offset // share * self.global_batch_size + lane * share + offset % share
+        in_last = full + lane * (lane_rows - last) + offset - last
+        return np.where(positions >= lane_rows * self.lanes, positions, np.where(offset < last, in_full, in_last))
+
+    def queues(self, places: np.ndarray) -> np.ndarray:
+        """The queue (see `Unit.lane`) that the row at each place comes through: its lane, or `lanes` in the last, partial batch."""
+        share = self.global_batch_size // self.lanes
+        full = self.full_batches * self.global_batch_size
+        return np.where(places < full, places % self.global_batch_size // share, self.lanes)
+
     def rows_at(self, epoch: int, start: int, stop: int) -> np.ndarray:
         """Row numbers at the positions start .. stop - 1 of an epoch: int64, (stop - start,)."""
         parts = []

@@ -182,7 +182,7 @@ class _PieceWriter:
 def _add_images(job: Job, file: InputFile, images: Images, writers: dict[str, _PieceWriter]) -> None:
     pixels = np.ascontiguousarray(images.pixels)
     contents = [image.tobytes() for image in pixels] if file.split == "hash" else pixels
-    for split, chosen in _splits(file, contents, job.val_fraction):
+    for split, chosen in splits_of(file, contents, job.val_fraction):
         values = pixels[chosen].reshape(-1)
         num = int(np.count_nonzero(chosen))
         counts = {"rows": num, "bytes": values.nbytes, "documents": num}
@@ -192,7 +192,7 @@ def _add_images(job: Job, file: InputFile, images: Images, writers: dict[str, _P
 def _add_documents(job: Job, file: InputFile, documents: Documents, writers: dict[str, _PieceWriter]) -> None:
     assert job.tokenizer is not None
     encoded = [text.encode() for text in documents.texts]
-    for split, chosen in _splits(file, encoded, job.val_fraction):
+    for split, chosen in splits_of(file, encoded, job.val_fraction):
         places = np.flatnonzero(chosen)
         ids, lengths = job.tokenizer.encode_batch([documents.texts[i] for i in places])
         complete = documents.complete[chosen]
@@ -202,8 +202,7 @@ def _add_documents(job: Job, file: InputFile, documents: Documents, writers: dic
             "documents": int(np.count_nonzero(complete)),
         }
         if job.kind == "tokens":
-            before, after = _marks(job, file)
-            ids = join_documents(ids, lengths, documents.begins[chosen], complete, before, after)
+            ids = join_documents(ids, lengths, documents.begins[chosen], complete, *document_marks(job, file))
             writers[split].add(ids, {**counts, "tokens": len(ids)}, None, None)
         else:
             assert documents.labels is not None
@@ -212,7 +211,7 @@ def _add_documents(job: Job, file: InputFile, documents: Documents, writers: dic
             writers[split].add(ids, counts, documents.labels[chosen], lengths)
 
 
-def _marks(job: Job, file: InputFile) -> tuple[int | None, int | None]:
+def document_marks(job: Job, file: InputFile) -> tuple[int | None, int | None]:
     """Ids before and after each document. WikiText as bytes stays as it is: its articles begin with a title anyway."""
     tokenizer = job.tokenizer
     assert tokenizer is not None
@@ -222,7 +221,7 @@ def _marks(job: Job, file: InputFile) -> tuple[int | None, int | None]:
     return None, None if running else tokenizer.eos_id
 
 
-def _splits(file: InputFile, contents: Any, val_fraction: float) -> Iterator[tuple[str, np.ndarray]]:
+def splits_of(file: InputFile, contents: Any, val_fraction: float) -> Iterator[tuple[str, np.ndarray]]:
     """The splits that a file's documents go to, with which ones; equal documents go to the same."""
     if file.split != "hash":
         yield file.split, np.ones(len(contents), bool)

@@ -52,7 +52,7 @@ from perceiver.config import (
     digest,
     flatten,
 )
-from perceiver.data.sources import source_label
+from perceiver.data.sources import mixture_sources, source_label
 from perceiver.data.storage import file_hash, list_folder, open_folder, read_file, write_file
 from perceiver.data.tokenizers import TOKENIZER, load_tokenizer, tokenizer_is_there
 from perceiver.presets import PRESETS
@@ -140,7 +140,7 @@ class Manifest:
     tokenizer: dict[str, Any] | None = None
     """Name, vocabulary size and hash of the tokenizer, for text."""
     source: dict[str, Any] = field(default_factory=dict)
-    """Fingerprint of the input: files with size and sha256, or name and revision on the hub."""
+    """Fingerprint of the input: files with size and sha256, or name and revision on the hub; or the data sets of a mixture."""
     stats: dict[str, Any] = field(default_factory=dict)
     """ "skipped": what was left out, counted by reason; "unigram_nats_per_token": cross-entropy of the validation
     stream under the training stream's id frequencies (tokens); "labels": how often each label occurs, by split
@@ -155,6 +155,16 @@ class Manifest:
     def digest(self) -> str:
         """Hash of the manifest's content, and so of the data (it holds the hash of each shard)."""
         return digest(asdict(self))
+
+    @property
+    def mixture(self) -> list[dict[str, Any]]:
+        """Of a mixture its data sets, which lie beside its folder: "name", "share", "folder", "digest"."""
+        return self.source.get("mixture", [])
+
+    @property
+    def stream(self) -> dict[str, Any] | None:
+        """Where training text is not prepared, what its chunks are (see `chunks.py`); its split then has no shards."""
+        return self.source.get("stream")
 
     def save(self, folder: str | Path) -> None:
         """Writes `manifest.json` at once as a whole."""
@@ -327,7 +337,7 @@ def prepare_settings(experiment: Experiment) -> dict[str, Any]:
 def _settings(experiment: Experiment) -> dict[str, Any]:
     """`prepare_settings` without the tokenizer."""
     data, kind = experiment.data, task_kind(experiment)
-    if not data.source and not data.val_source:
+    if not data.source and not data.val_source and not data.mixture:
         raise UserError(
             f"{experiment.preset}: data.source is empty: name a data set or your own files (see docs/data.md)"
         )
@@ -337,18 +347,24 @@ def _settings(experiment: Experiment) -> dict[str, Any]:
         raise UserError(f"data.val_fraction is {data.val_fraction}, it must be at least 0 and below 1")
     settings: dict[str, Any] = {
         "kind": kind,
-        "source": source_label(data.source),
+        "source": None if data.mixture else source_label(data.source),
         "val_source": source_label(data.val_source) if data.val_source else None,
         "val_fraction": None if data.val_source else data.val_fraction,
         "rows_per_block": data.rows_per_block,
         "blocks_per_shard": data.blocks_per_shard,
     }
+    if data.mixture:
+        settings["mixture"] = {part.name: part.share for part in mixture_sources(data)}
+    if data.prepare == "stream" and kind != "tokens":
+        raise UserError("data.prepare is stream, which language models alone can read: leave it out")
     if kind == "images":
         return settings
     max_seq_len, _ = text_limits(experiment)
     settings |= {"text_column": data.text_column}
     if kind == "documents":
         return settings | {"label_column": data.label_column, "row_length": max_seq_len - 2}
+    if data.prepare == "stream":
+        settings |= {"prepare": "stream", "most_rows_per_chunk": data.rows_per_block * data.shuffle_window_blocks}
     marks = "cls-sep" if isinstance(experiment.task, MaskedLMConfig) else "eos"
     return settings | {"row_length": max_seq_len, "document_marks": marks}
 
@@ -396,7 +412,7 @@ def _folder(experiment: Experiment, settings: dict[str, Any]) -> str:
 
 
 def _slug(settings: dict[str, Any]) -> str:
-    name = (settings["source"] or settings["val_source"]).removeprefix("files:").removeprefix("hub:")
+    name = (settings["source"] or settings["val_source"] or "mixture").removeprefix("files:").removeprefix("hub:")
     name = re.sub(r"\.(gz|txt|raw|tokens|jsonl|json|parquet)\b", "", name)
     return f"{re.sub(r'[^A-Za-z0-9]+', '-', name).strip('-').lower() or 'data'}-{settings['kind']}"
 
@@ -427,10 +443,17 @@ def load_prepared(experiment: Experiment) -> tuple[str, Manifest]:
 
 
 def broken_files(folder: str | Path, manifest: Manifest) -> list[str]:
-    """Shards that are not there, or not of the size that the manifest says; the tokenizer if it is not the manifest's."""
+    """Files that are not there, or not as the manifest says: shards, the tokenizer, the data sets of a mixture."""
     there = list_folder(folder)
     shards = (shard for split in manifest.splits.values() for shard in split.shards)
     broken = [shard.file for shard in shards if there.get(shard.file) != shard.bytes]
+    beside = str(folder).rpartition("/")[0]
+    for part in manifest.mixture:
+        path = f"{beside}/{part['folder']}"
+        if MANIFEST not in list_folder(path) or Manifest.load(path).digest != part["digest"]:
+            broken.append(f"../{part['folder']}/{MANIFEST}")
+        else:
+            broken += [f"../{part['folder']}/{name}" for name in broken_files(path, Manifest.load(path))]
     wanted = (manifest.tokenizer or {}).get("sha256")
     if wanted and (TOKENIZER not in there or file_hash(folder, TOKENIZER)[1] != wanted):
         broken.append(TOKENIZER)
@@ -494,8 +517,9 @@ def preprocess_command(experiment: Experiment) -> str:
     preset = PRESETS[experiment.preset]() if experiment.preset in PRESETS else None
     for f in fields(experiment.data):
         value = getattr(experiment.data, f.name)
-        if f.name not in _READING_ONLY and (preset is None or value != getattr(preset.data, f.name)):
-            words += [f"--data.{f.name.replace('_', '-')}", str(value)]
+        needed = f.name not in _READING_ONLY or (f.name == "shuffle_window_blocks" and experiment.data.prepare == "stream")
+        if needed and (preset is None or value != getattr(preset.data, f.name)):
+            words += [f"--data.{f.name.replace('_', '-')}", *(value if isinstance(value, tuple) else [str(value)])]
     if task_kind(experiment) != "images":
         length, vocab_size = text_limits(experiment)
         section = "model" if isinstance(experiment.model, PerceiverARConfig) else "model.input"

@@ -16,6 +16,8 @@ from perceiver.data.storage import open_folder
 
 Format = Literal["text", "wikitext", "jsonl", "parquet", "wikitext-rows", "idx"]
 
+SMALLEST_SHARE = 1e-3
+"""Of a source in a mixture."""
 SHIPPED = Path(__file__).parent / "quickstart"
 """The digits that come with the package."""
 
@@ -115,6 +117,45 @@ def source_label(source: str) -> str | None:
     if not source or not is_path(source):
         return source or None
     return f"files:{_short(source)}"
+
+
+@dataclass(frozen=True)
+class MixtureSource:
+    """One of the sources of a mixture."""
+
+    source: str
+    name: str
+    """What metrics call it: the source's name, of files their last part."""
+    share: float
+    """Its share of the rows of a batch."""
+
+
+def mixture_sources(data: DataConfig) -> list[MixtureSource]:
+    """The sources of `data.mixture`.
+
+    Raises:
+        UserError: an entry that is not SOURCE=WEIGHT, a weight that is not above 0, names that occur twice, or
+            validation data for all of them.
+    """
+    if data.val_source:
+        raise UserError("data.mixture and data.val_source are both given: a mixture's sources each have their own validation data")
+    found = []
+    for entry in data.mixture:
+        source, equals, weight = entry.rpartition("=")
+        try:
+            value = float(weight)
+        except ValueError:
+            value = 0.0
+        if not equals or not source or not 0 < value < float("inf"):
+            raise UserError(f"data.mixture has {entry!r}, it must be SOURCE=WEIGHT with a weight above 0, such as c4=0.7")
+        found.append((source, (source_label(source) or "").removeprefix("files:").removeprefix("hub:"), value))
+    names = [name for _, name, _ in found]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"data.mixture has two sources called {twice[0]}: give their folders different names")
+    total = sum(value for _, _, value in found)
+    if tiny := [name for _, name, value in found if value / total < SMALLEST_SHARE]:
+        raise UserError(f"data.mixture gives {tiny[0]} less than {SMALLEST_SHARE:g} of the whole, the smallest share there is")
+    return [MixtureSource(source, name, round(value / total, 6)) for source, name, value in found]
 
 
 def _short(source: str) -> str:

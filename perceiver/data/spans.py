@@ -35,6 +35,13 @@ class Span:
     file: InputFile
     start: int
     stop: int
+    unpacked: bool = False
+    """Of a compressed file: `start` and `stop` count bytes of its text, which is unpacked from its beginning to get there."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether this is all of a compressed file."""
+        return self.file.compressed and not self.unpacked
 
 
 class Problems:
@@ -76,6 +83,7 @@ def chunks(span: Span, start: int) -> Iterator[bytes]:
                     start += len(chunk)
             return
         with filesystem.open_input_stream(path, compression=None) as source, gzip.GzipFile(fileobj=source) as unpacked:
+            read = unpacked.seek(start) if span.unpacked else 0
             while chunk := unpacked.read(SLAB):
                 yield chunk
                 read += len(chunk)
@@ -106,9 +114,8 @@ def byte_runs(
         borders: of (buffer, its first byte in the file), the places in the buffer where a run begins, but the
             buffer's start.
     """
-    compressed = span.file.compressed
-    first = 0 if compressed else max(0, span.start - _LOOKBACK)
-    pieces = _checked_chunks(span, problems) if compressed else chunks(span, first)
+    first = 0 if span.whole else max(0, span.start - _LOOKBACK)
+    pieces = _checked_chunks(span, problems) if span.whole else chunks(span, first)
     base, carry = first, b""
     begun = span.start == 0
     for chunk in pieces:
@@ -118,7 +125,7 @@ def byte_runs(
             if base + cut >= span.start:
                 if begun:
                     yield base + previous, buffer[previous:cut], False
-                if not compressed and base + cut >= span.stop:
+                if not span.whole and base + cut >= span.stop:
                     return
                 begun = True
             previous = cut
@@ -133,7 +140,7 @@ def line_borders(span: Span) -> Callable[[bytes, int], list[int]]:
 
     def borders(buffer: bytes, base: int) -> list[int]:
         found = {buffer.rfind(b"\n") + 1}
-        for edge in () if span.file.compressed else (span.start, span.stop):
+        for edge in () if span.whole else (span.start, span.stop):
             if base < edge <= base + len(buffer):
                 found.add(buffer.find(b"\n", edge - base - 1) + 1)
         return sorted(found - {0})

@@ -15,12 +15,20 @@ Examples = Callable[[pa.Table, Split, int, int, bool], pa.Table]
 """A task's `examples`: (block, split, first row, epoch, train) -> one example a row."""
 
 
-def read_unit(folder: str, split: Split, order: Order, unit: Unit, examples: Examples, train: bool) -> pa.Table:
+def read_unit(
+    folder: str,
+    split: Split,
+    order: Order,
+    unit: Unit,
+    examples: Examples,
+    train: bool,
+    read: Callable[[str, Split, int], pa.Table] = read_block,
+) -> pa.Table:
     """Reads a unit: the examples of its kept positions in order, with the columns "row" and "epoch" (int64)."""
     tables, rows = [], []
     for block in map(int, order.window_blocks_of(unit.epoch, unit.window)):
         first_row = block * split.rows_per_block
-        table = examples(read_block(folder, split, block), split, first_row, unit.epoch, train)
+        table = examples(read(folder, split, block), split, first_row, unit.epoch, train)
         tables.append(table)
         rows.append(np.arange(first_row, first_row + table.num_rows))
     wanted = unit.kept() - order.window_start(unit.epoch, unit.window)
@@ -30,9 +38,11 @@ def read_unit(folder: str, split: Split, order: Order, unit: Unit, examples: Exa
     return result.append_column("epoch", pa.array(np.full(len(chosen), unit.epoch, np.int64)))
 
 
-def empty_rows(folder: str, split: Split, examples: Examples) -> pa.Table:
+def empty_rows(
+    folder: str, split: Split, examples: Examples, read: Callable[[str, Split, int], pa.Table] = read_block
+) -> pa.Table:
     """A table without rows, with the columns of `read_unit`."""
-    table = examples(read_block(folder, split, 0), split, 0, 0, False).slice(0, 0)
+    table = examples(read(folder, split, 0), split, 0, 0, False).slice(0, 0)
     none = pa.array([], pa.int64())
     return table.append_column("row", none).append_column("epoch", none)
 
@@ -45,24 +55,28 @@ def rank_batches(
     Args:
         tables: the rows of the worker's units in the order of `plan`, cut into tables anywhere.
     """
-    source = _Rows(iter(tables))
+    source = Rows(iter(tables))
     units = plan(order, rank, world, start_step, stop_step)
     upcoming = next(units, None)
-    queues: dict[int, _Rows] = {}
+    queues: dict[int, Rows] = {}
     for step in range(start_step, stop_step):
         while upcoming is not None and upcoming.step <= step:
-            queues.setdefault(upcoming.lane, _Rows()).put(source.take(upcoming.num_rows))
+            queues.setdefault(upcoming.lane, Rows()).put(source.take(upcoming.num_rows))
             upcoming = next(units, None)
         parts = [queues[lane].take(count) for lane, count in rank_rows(order, step, rank, world)]
         yield pa.concat_tables(parts) if parts else None
 
 
-class _Rows:
+class Rows:
     """A queue of rows that come as tables and are taken in any portions, without copying."""
 
     def __init__(self, more: Iterator[pa.Table] | None = None) -> None:
         self._tables: deque[pa.Table] = deque()
         self._more = more or iter(())
+
+    def __len__(self) -> int:
+        """Rows that are there, without those still to come."""
+        return sum(table.num_rows for table in self._tables)
 
     def put(self, table: pa.Table) -> None:
         self._tables.append(table)

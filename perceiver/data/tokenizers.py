@@ -16,6 +16,8 @@ import pyarrow.fs as pafs
 from perceiver.config import UserError
 from perceiver.data.storage import open_folder, read_file
 
+BLANK = "\u2581"
+"""How SentencePiece writes a space."""
 TOKENIZER = "tokenizer.model"
 """Copy of the SentencePiece model in a prepared data set and in a run."""
 
@@ -132,7 +134,7 @@ def _text(data: np.ndarray) -> str:
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A SentencePiece model (Kudo and Richardson, 2018). It normalises text, so that decoding may differ from it.
+    """A SentencePiece model (Kudo and Richardson, 2018). It may normalise text, so that decoding differs from it.
 
     Pickles with its model, so that tasks on other machines need no file.
     """
@@ -160,17 +162,22 @@ class SentencePieceTokenizer(Tokenizer):
         self.pad_id, self.mask_id = self._find("<pad>", "[PAD]"), self._find("<mask>", "[MASK]")
         self.cls_id, self.sep_id = self._find("<cls>", "[CLS]", "<s>"), self._find("<sep>", "[SEP]", "</s>")
         self.bos_id, self.eos_id = self._find("<s>", "[BOS]"), self._find("</s>", "<eod>", "[EOS]")
-        pieces = [processor.id_to_piece(i) for i in range(self.vocab_size)]
+        pieces = [self._text(i) for i in range(self.vocab_size)]
         unknown = processor.unk_id()
         special = [processor.is_control(i) or i in self._special_ids() for i in range(self.vocab_size)]
         self.words = WordTable(
             np.array(special) & (np.arange(self.vocab_size) != unknown),
-            np.array([piece.startswith("\u2581") for piece in pieces]),
-            np.array([set(piece) == {"\u2581"} for piece in pieces]),
+            np.array([piece.startswith(BLANK) for piece in pieces]),
+            np.array([set(piece) == {BLANK} for piece in pieces]),
         )
 
     def __reduce__(self) -> tuple:
         return type(self), (self.model, self.name)
+
+    def _text(self, piece: int) -> str:
+        """A piece as it is written in the model; white space that a byte piece stands for as a blank."""
+        name = self._processor.id_to_piece(piece)
+        return BLANK if self._processor.is_byte(piece) and chr(int(name[3:5], 16)) in string.whitespace else name
 
     def _find(self, *names: str) -> int | None:
         unknown = self._processor.unk_id()

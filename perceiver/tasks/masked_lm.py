@@ -46,6 +46,13 @@ class MaskedLM(Task):
     def build_model(self) -> nn.Module:
         return build_model(self.experiment.model)
 
+    def examples(self, block: pa.Table, split: Split, first_row: int, epoch: int, train: bool) -> pa.Table:
+        """Windows "tokens" (T ids), and "length", how many are real."""
+        rows = super().examples(block, split, first_row, epoch, train)
+        length = self._model.input.max_seq_len
+        real = np.clip(split.tokens - (first_row + np.arange(rows.num_rows)) * length, 0, length)
+        return rows.append_column("length", pa.array(real))
+
     def collate(self, rows: pa.Table, size: int, split: Split, train: bool, step: int) -> Batch:
         """ids (B, T), and of the M positions to decode their numbers (B, M) and labels (B, M); all int64.
 
@@ -55,7 +62,7 @@ class MaskedLM(Task):
         length, settings = self._model.input.max_seq_len, self._settings
         probability = settings.mask_probability if train else settings.val_mask_probability or settings.mask_probability
         tokens, row = fixed_array(rows, "tokens"), rows["row"].to_numpy()
-        real = np.clip(split.tokens - row * length, 0, length)
+        real = rows["length"].to_numpy()
         valid = None if (real == length).all() else np.arange(length) < real[:, None]
         inputs, labels = mask_words(
             tokens,

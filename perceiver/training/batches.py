@@ -6,7 +6,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -14,8 +14,12 @@ import torch
 from torch import Tensor
 
 from perceiver.config import Experiment
+from perceiver.data.chunks import Chunks, no_tokens, open_chunks
+from perceiver.data.components import Component, components
+from perceiver.data.mixture import Mixture, MixtureUnit, mixture_batches, mixture_plan
 from perceiver.data.order import Order, Unit, plan, worker_slots
-from perceiver.data.shards import Split
+from perceiver.data.shards import Manifest, Split
+from perceiver.data.sources import mixture_sources
 from perceiver.data.stream import empty_rows, rank_batches, read_unit
 
 if TYPE_CHECKING:
@@ -39,9 +43,28 @@ class Feed:
     micro_batch_size: int | None
     """Most examples of a micro-batch."""
 
+    unit_type = Unit
+
     def read(self, unit: Unit) -> pa.Table:
         """The rows of a unit of the reading plan."""
         return read_unit(self.folder, self.split, self.order, unit, self.task.examples, self.train)
+
+    def plan(self, rank: int, world: int, start: int, stop: int) -> Iterator[Unit]:
+        """What a worker has to read for the steps start .. stop - 1."""
+        return plan(self.order, rank, world, start, stop)
+
+    def batches(self, rank: int, world: int, start: int, stop: int, tables: Iterable[pa.Table]) -> Iterator[pa.Table | None]:
+        """A worker's rows of the steps start .. stop - 1, from the rows of its plan; None where a step has no row for it."""
+        return rank_batches(self.order, rank, world, start, stop, tables)
+
+    def empty_rows(self) -> pa.Table:
+        """A table without rows, with the columns of `read`."""
+        return empty_rows(self.folder, self.split, self.task.examples)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row as stored, about."""
+        return max(1, sum(shard.bytes for shard in self.split.shards) // self.split.rows)
 
     def micro_batches(self, world: int) -> tuple[int, int]:
         """Number of micro-batches in a worker's share of a step, and examples of each."""
@@ -52,20 +75,65 @@ class Feed:
     def steps(self, read_all: ReadAll, rank: int, world: int, start: int, stop: int) -> Iterator[list[Batch]]:
         """For each of the steps start .. stop - 1 this worker's micro-batches, all of the same shapes."""
         count, size = self.micro_batches(world)
-        tables = read_all(self, plan(self.order, rank, world, start, stop))
-        for step, rows in enumerate(rank_batches(self.order, rank, world, start, stop, tables), start):
+        tables = read_all(self, self.plan(rank, world, start, stop))
+        for step, rows in enumerate(self.batches(rank, world, start, stop, tables), start):
             if rows is None:
-                rows = empty_rows(self.folder, self.split, self.task.examples)
+                rows = self.empty_rows()
             rows = self.task.arrange(rows)
             parts = [rows.slice(i * size, size) for i in range(count)]
             yield [self.task.collate(part, size, self.split, self.train, step) for part in parts]
 
 
-ReadAll = Callable[[Feed, Iterator[Unit]], Iterable[pa.Table]]
+@dataclass(frozen=True, kw_only=True)
+class StreamFeed(Feed):
+    """A training split whose rows are made from text when they are read."""
+
+    chunks: Chunks
+
+    def read(self, unit: Unit) -> pa.Table:
+        return read_unit(self.folder, self.split, self.order, unit, self.task.examples, self.train, self.chunks.read)
+
+    def empty_rows(self) -> pa.Table:
+        return empty_rows(self.folder, self.split, self.task.examples, lambda *_: no_tokens(self.split.row_length))
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of text that a row is made from, about."""
+        return max(1, self.split.bytes // self.split.rows)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixtureFeed(Feed):
+    """The training splits of several data sets, mixed. `split` counts all of them together; its rows lie in `feeds`."""
+
+    order: Mixture
+    feeds: tuple[Feed, ...]
+
+    unit_type = MixtureUnit
+
+    def read(self, unit: MixtureUnit) -> pa.Table:
+        rows = self.feeds[unit.source].read(unit.unit)
+        return rows.filter(pa.array(unit.kept(self.order)))
+
+    def plan(self, rank: int, world: int, start: int, stop: int) -> Iterator[MixtureUnit]:
+        return mixture_plan(self.order, rank, world, start, stop)
+
+    def batches(self, rank: int, world: int, start: int, stop: int, tables: Iterable[pa.Table]) -> Iterator[pa.Table | None]:
+        return mixture_batches(self.order, rank, world, start, stop, tables)
+
+    def empty_rows(self) -> pa.Table:
+        return self.feeds[0].empty_rows()
+
+    @property
+    def row_bytes(self) -> int:
+        return max(feed.row_bytes for feed in self.feeds)
+
+
+ReadAll = Callable[[Feed, Iterator[Any]], Iterable[pa.Table]]
 """Runs a feed's reads and gives their rows in order: in this process (`read_here`), or as Ray Data tasks."""
 
 
-def read_here(feed: Feed, units: Iterator[Unit]) -> Iterator[pa.Table]:
+def read_here(feed: Feed, units: Iterator[Any]) -> Iterator[pa.Table]:
     """Reads the units in this process, one when it is asked for."""
     return map(feed.read, units)
 
@@ -83,6 +151,53 @@ def make_feed(experiment: Experiment, task: Task, folder: str, split: Split, tra
     )
     most = experiment.parallel.micro_batch_size
     return Feed(task=task, folder=folder, split=split, order=order, train=train, micro_batch_size=most)
+
+
+def make_train_feed(experiment: Experiment, task: Task, folder: str, manifest: Manifest) -> Feed:
+    """The feed of an experiment's training data: of one data set, or of the mixture that the manifest names.
+
+    Raises:
+        UserError: files that are streamed have changed.
+    """
+    parts = components(folder, manifest)
+    if not manifest.mixture:
+        return _part_feed(experiment, task, parts[0], experiment.data.source)
+    sources = {source.name: source.source for source in mixture_sources(experiment.data)}
+    feeds = tuple(_part_feed(experiment, task, part, sources[part.name]) for part in parts)
+    order = Mixture(
+        orders=tuple(feed.order for feed in feeds),
+        shares=tuple(part.share for part in parts),
+        global_batch_size=experiment.training.global_batch_size,
+    )
+    return MixtureFeed(
+        task=task, folder=folder, split=manifest.splits["train"], order=order, train=True,
+        micro_batch_size=experiment.parallel.micro_batch_size, feeds=feeds,
+    )  # fmt: skip
+
+
+def _part_feed(experiment: Experiment, task: Task, part: Component, source: str) -> Feed:
+    """The feed of one data set of training data; of a mixture's with about as many rows at once as a batch takes from it.
+
+    Those are a multiple of its lanes: then a worker, which takes neighbouring slots, needs few of these.
+    """
+    split, data = part.manifest.splits["train"], experiment.data
+    # A chunk is as large as a window of blocks.
+    data = replace(data, shuffle_window_blocks=1) if part.manifest.stream else data
+    size = experiment.training.global_batch_size
+    if part.name:
+        lanes = max(1, min(data.lanes, -(-split.num_blocks // data.shuffle_window_blocks)))
+        size = lanes * max(1, round(size * part.share / lanes))
+    training = replace(experiment.training, global_batch_size=size)
+    feed = make_feed(replace(experiment, data=data, training=training), task, part.folder, split, train=True)
+    if not part.manifest.stream:
+        return feed
+    return StreamFeed(**vars(feed), chunks=open_chunks(experiment, source, part.manifest))
+
+
+def make_val_feeds(experiment: Experiment, task: Task, folder: str, manifest: Manifest) -> list[tuple[Component, Feed]]:
+    """The feeds of an experiment's validation data: one, or one of each data set of a mixture."""
+    parts = components(folder, manifest)
+    return [(part, make_feed(experiment, task, part.folder, part.manifest.splits["val"], train=False)) for part in parts]
 
 
 class Prefetch:

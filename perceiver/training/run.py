@@ -13,10 +13,11 @@ import torch
 from torch import nn
 
 from perceiver.config import Experiment, to_dict
-from perceiver.data.shards import Manifest
+from perceiver.data.components import Component, weighted
+from perceiver.data.shards import Manifest, Split
 from perceiver.data.storage import read_file, write_file
 from perceiver.data.tokenizers import TOKENIZER
-from perceiver.training.batches import Feed, Prefetch, ReadAll, make_feed
+from perceiver.training.batches import Feed, Prefetch, ReadAll, make_train_feed, make_val_feeds
 from perceiver.training.checkpoint import (
     CHECKPOINTS,
     EXPERIMENT,
@@ -86,8 +87,8 @@ class Training:
     ) -> None:
         self.experiment, self.task, self.world, self.run_folder = experiment, task, world, run_folder
         self.read_all, self.report, self.measured, self.stalled = read_all, report, measured, stalled
-        self.train_feed = make_feed(experiment, task, data_folder, manifest.splits["train"], train=True)
-        self.val_feed = make_feed(experiment, task, data_folder, manifest.splits["val"], train=False)
+        self.train_feed = make_train_feed(experiment, task, data_folder, manifest)
+        self.val_feeds = make_val_feeds(experiment, task, data_folder, manifest)
         self.total_steps = total_steps(experiment, self.train_feed.split.rows)
         self.stop_step = min(self.total_steps, stop_at or self.total_steps)
         self.state = build_state(experiment, task, world)
@@ -146,8 +147,8 @@ class Training:
     def validate(self) -> dict[str, float]:
         """Validates and returns the metrics, named val_..."""
         limit, model = self.experiment.run.val_batches, self.state.model
-        metrics, sums = evaluate(self.task, model, self.val_feed, self.world, self.read_all, limit)
-        samples = self.task.samples(model, sums, self.val_feed.split)
+        metrics, sums, split = evaluate(self.task, model, self.val_feeds, self.world, self.read_all, limit)
+        samples = self.task.samples(model, sums, split)
         self.recorder.samples(self.state.step, samples)
         return metrics
 
@@ -221,16 +222,38 @@ def build_state(experiment: Experiment, task: Task, world: World) -> TrainState:
 
 
 def evaluate(
-    task: Task, model: nn.Module, feed: Feed, world: World, read_all: ReadAll, num_batches: int | None = None
-) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-    """Metrics (named val_...) and their sums over the feed's first global batches (None: all of them)."""
+    task: Task,
+    model: nn.Module,
+    feeds: list[tuple[Component, Feed]],
+    world: World,
+    read_all: ReadAll,
+    num_batches: int | None = None,
+) -> tuple[dict[str, float], dict[str, np.ndarray], Split]:
+    """Metrics (named val_...), their sums and what was read, over each feed's first global batches (None: all of them).
+
+    Of a mixture, val_NAME/SOURCE is a metric on one source, and val_NAME that on all, each with its share.
+    """
+    metrics, passes = {}, []
+    for part, feed in feeds:
+        sums = _pass(task, model, feed, world, read_all, num_batches)
+        passes.append(sums)
+        suffix = f"/{part.name}" if part.name else ""
+        metrics |= {f"val_{name}{suffix}": value for name, value in task.metrics(sums, feed.split).items()}
+    if len(feeds) == 1:
+        return metrics, passes[0], feeds[0][1].split
+    sums, split = weighted([part for part, _ in feeds], passes)
+    return {f"val_{name}": value for name, value in task.metrics(sums, split).items()} | metrics, sums, split
+
+
+def _pass(
+    task: Task, model: nn.Module, feed: Feed, world: World, read_all: ReadAll, num_batches: int | None
+) -> dict[str, np.ndarray]:
     stop = min(feed.order.steps_per_epoch, num_batches or feed.order.steps_per_epoch)
     batches = Prefetch(feed.steps(read_all, world.rank, world.size, 0, stop), world.device)
     try:
-        sums = validate(task, model, batches, world)
+        return validate(task, model, batches, world)
     finally:
         batches.close()
-    return {f"val_{name}": value for name, value in task.metrics(sums, feed.split).items()}, sums
 
 
 def save_experiment(folder: Path, experiment: Experiment, manifest: Manifest, data_folder: str) -> None:

@@ -1,0 +1,204 @@
+"""Training text that is not prepared: chunks of the source's files, each of which becomes the same number of rows when it is read.
+
+What the order of training needs is known before: how many chunks there are (from the files' sizes and a sample's ids per
+byte), and that each has `rows` rows. A chunk's documents become ids, end to end, and these rows; what is left over at its end
+is dropped, and a chunk that falls short begins again. So its rows depend on nothing but the chunk, like a block of a shard.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from perceiver.config import Experiment, UserError
+from perceiver.data.prepare import Job, Piece, document_marks
+from perceiver.data.readers import Columns, parquet_rows, read_documents
+from perceiver.data.shards import Manifest, Split, fixed_column
+from perceiver.data.sources import InputFile, Source, resolve
+from perceiver.data.spans import Problems, Span, Unreadable, chunks
+from perceiver.data.text import join_documents
+from perceiver.data.tokenizers import load_tokenizer
+
+MARGIN = 0.02
+"""A chunk is larger by this share than a chunk of the sample's ids per byte would have to be, so that few fall short."""
+FEWEST_CHUNKS = 64
+"""Small sources have smaller chunks, so that there are about so many."""
+MOST_VAL_CHUNKS = 16
+"""Chunks held out for validation, at most, where a source has no validation files."""
+SAMPLE_BYTES = 1 << 20
+"""Of a file, from its beginning, to find out how many ids a byte makes."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much a file holds: units are what its spans count, bytes of text or rows of parquet."""
+
+    units: int
+    bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chunks:
+    """A source's chunks, by which training reads it."""
+
+    job: Job
+    rows: int
+    """Rows of a chunk."""
+    pieces: tuple[Piece, ...]
+
+    def read(self, folder: str, split: Split, block: int) -> pa.Table:
+        """A chunk as a block of a shard: its rows, and one more for the windows that begin in the last."""
+        return read_chunk(self.job, self.pieces[block], self.rows)
+
+
+def measure(file: InputFile) -> Size:
+    """Size of a file. A compressed one is unpacked for it.
+
+    Raises:
+        UserError: the file is truncated or corrupt.
+    """
+    try:
+        if file.format == "wikitext-rows":
+            return Size(1, parquet_rows(file)[1])
+        if file.format == "parquet":
+            return Size(*parquet_rows(file))
+        if not file.compressed:
+            return Size(file.size, file.size)
+        size = sum(map(len, chunks(Span(file, 0, file.size), 0)))
+        return Size(size, size)
+    except Unreadable as error:
+        raise UserError(error.args[1]) from None
+
+
+def _span(file: InputFile, size: Size, start: int, stop: int) -> Span:
+    if file.format == "wikitext-rows":  # cannot be entered in the middle
+        return Span(file, 0, parquet_rows(file)[0])
+    return Span(file, start, stop, unpacked=file.compressed)
+
+
+def sample_tokens(job: Job, file: InputFile, size: Size) -> tuple[int, int]:
+    """Ids and bytes of a file's beginning.
+
+    Raises:
+        UserError: a fault in it.
+    """
+    units = max(1, min(size.units, size.units * SAMPLE_BYTES // max(size.bytes, 1)))
+    ids = _ids(job, Piece((_span(file, size, 0, units),), 0))
+    return len(ids), size.bytes * units // max(size.units, 1)
+
+
+def chunk_rows(total_bytes: int, ids_per_byte: float, row_length: int, most: int) -> int:
+    """Rows of a chunk."""
+    rows = int(total_bytes * ids_per_byte * (1 - MARGIN)) // row_length
+    return max(1, min(most, rows // FEWEST_CHUNKS))
+
+
+def cut_chunks(files: list[InputFile], sizes: list[Size], chunk_bytes: float) -> list[Piece]:
+    """The files in chunks of at least `chunk_bytes` and not much more. Small files are taken together, what is left at the end dropped."""
+    found: list[Piece] = []
+    small: list[Span] = []
+    gathered = 0
+    for file, size in zip(files, sizes, strict=True):
+        count = int(size.bytes // chunk_bytes)
+        if count > 1 and size.units >= count:
+            edges = [size.units * i // count for i in range(count + 1)]
+            parts = zip(edges[:-1], edges[1:], strict=True)
+            found += [Piece((_span(file, size, a, b),), size.bytes // count) for a, b in parts]
+            continue
+        small.append(_span(file, size, 0, size.units))
+        gathered += size.bytes
+        if gathered >= chunk_bytes:
+            found.append(Piece(tuple(small), gathered))
+            small, gathered = [], 0
+    return found
+
+
+def chunks_of(files: list[InputFile], described: dict[str, Any], row_length: int) -> tuple[list[Piece], list[Piece]]:
+    """The chunks to train on, and those held out for validation (none where the source has validation files).
+
+    Args:
+        files: the source's files to train on.
+        described: what the manifest says about them, `Manifest.stream`.
+
+    Raises:
+        UserError: too little text.
+    """
+    sizes = [Size(*size) for size in described["sizes"]]
+    pieces = cut_chunks(files, sizes, described["rows"] * row_length / described["ids_per_byte"] / (1 - MARGIN))
+    if len(pieces) < 2:
+        raise UserError("data.source has too little text to be streamed: prepare it (without --data.prepare stream)")
+    if not described["val_fraction"]:
+        return [marked(piece, "train") for piece in pieces], []
+    return hold_out(pieces, described["val_fraction"])
+
+
+def open_chunks(experiment: Experiment, source: str, manifest: Manifest) -> Chunks:
+    """The chunks of a source that is streamed, where a training reads them.
+
+    Raises:
+        UserError: its files are not those that the manifest was made of.
+    """
+    data = replace(experiment.data, source=source, mixture=())
+    found = resolve(data, "tokens")
+    if fingerprint(found)["files"] != manifest.source["files"]:
+        raise UserError(f"data.source {source} has other files now than when it was looked at: prepare into another --data.root")
+    files = [file for file in found.files if file.split != "val"]
+    split = manifest.splits["train"]
+    job = Job(
+        kind="tokens", folder="", staging="", columns=Columns(text=data.text_column, label=None), skip=data.on_error == "skip",
+        val_fraction=0.0, row_length=split.row_length, rows_per_block=split.rows_per_block,
+        blocks_per_shard=split.blocks_per_shard, tokenizer=load_tokenizer(data.tokenizer),
+        document_marks=manifest.settings["document_marks"],
+    )  # fmt: skip
+    train, _ = chunks_of(files, manifest.stream, split.row_length)
+    return Chunks(job=job, rows=split.rows_per_block, pieces=tuple(train))
+
+
+def fingerprint(source: Source) -> dict[str, Any]:
+    """What a source's files are: names and sizes (hashing them would take reading them)."""
+    entries = [{"name": file.name, "split": file.split, "bytes": file.size} for file in source.files]
+    return {**(source.origin or {}), "files": entries}
+
+
+def hold_out(pieces: list[Piece], fraction: float) -> tuple[list[Piece], list[Piece]]:
+    """Chunks to train on, and some held out for validation, evenly over the source."""
+    count = max(1, min(MOST_VAL_CHUNKS, round(len(pieces) * fraction)))
+    chosen = {len(pieces) * (2 * i + 1) // (2 * count) for i in range(count)}
+    train = [marked(piece, "train") for i, piece in enumerate(pieces) if i not in chosen]
+    return train, [marked(pieces[i], "val") for i in sorted(chosen)]
+
+
+def marked(piece: Piece, split: str) -> Piece:
+    """A piece with all of its documents in one split."""
+    return Piece(tuple(replace(span, file=replace(span.file, split=split)) for span in piece.spans), piece.size)
+
+
+def read_chunk(job: Job, piece: Piece, rows: int) -> pa.Table:
+    """The rows of a chunk and one more: "tokens", fixed_size_list<uint16>[T], (rows + 1).
+
+    Raises:
+        UserError: a fault in the input, or a chunk without any text.
+    """
+    ids = _ids(job, piece)
+    if not len(ids):
+        raise UserError(f"{piece.spans[0].file.name} has no text from {piece.spans[0].start:,} on: it cannot be streamed")
+    return pa.table({"tokens": fixed_column(np.resize(ids, (rows + 1, job.row_length)))})
+
+
+def no_tokens(row_length: int) -> pa.Table:
+    """A chunk of one empty row."""
+    return pa.table({"tokens": fixed_column(np.zeros((2, row_length), np.uint16))})
+
+
+def _ids(job: Job, piece: Piece) -> np.ndarray:
+    """The ids of a piece's documents, with the marks of their ends."""
+    assert job.tokenizer is not None
+    problems, parts = Problems(job.skip), []
+    for span in piece.spans:
+        for documents in read_documents(span, job.columns, problems):
+            ids, lengths = job.tokenizer.encode_batch(documents.texts)
+            parts.append(join_documents(ids, lengths, documents.begins, documents.complete, *document_marks(job, span.file)))
+    return np.concatenate(parts) if parts else np.empty(0, np.uint16)

@@ -1,0 +1,99 @@
+"""What `--data.prepare stream` does before a training: sizes of the source's files, a sample, and shards of the validation data."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from perceiver.config import Experiment, UserError, digest
+from perceiver.data.chunks import Size, chunk_rows, chunks_of, fingerprint, measure, sample_tokens
+from perceiver.data.prepare import PIECE_BYTES, Job, cut_pieces, make_split
+from perceiver.data.shards import Manifest, Split, prepare_settings
+from perceiver.data.sources import InputFile, Source
+from perceiver.data.storage import write_file
+from perceiver.data.tokenizers import TOKENIZER, SentencePieceTokenizer
+from ray_jobs import preprocess
+
+SAMPLED_FILES = 16
+"""Files, at most, whose beginnings tell how many ids a byte makes."""
+
+
+def prepare_stream(experiment: Experiment, source: Source, folder: str, progress: preprocess.Say) -> Manifest:
+    """Makes the manifest of a source that is streamed, and shards of its validation data.
+
+    Raises:
+        UserError: a fault in the input, or too little text for chunks.
+    """
+    from ray_jobs.ray_env import connect
+
+    started = time.monotonic()
+    files = [file for file in source.files if file.split != "val"]
+    known = fingerprint(source)
+    settings = prepare_settings(experiment)
+    job = preprocess.make_job(experiment, settings, folder, known, source)
+    with preprocess.locked(job), connect(experiment.parallel):
+        sizes = _measure(job, files)
+        described = _describe(experiment, job, files, sizes)
+        train, val = chunks_of(files, described, job.row_length)
+        val = val or cut_pieces(tuple(file for file in source.files if file.split == "val"))
+        notes = preprocess.run_pieces(job, val, progress, PIECE_BYTES)
+        val_source = Source(files=tuple(span.file for piece in val for span in piece.spans))
+        shards = preprocess.run_shards(experiment, job, notes, val_source, progress)
+        rows = len(train) * described["rows"]
+        split = Split(
+            name="train", kind="tokens", rows=rows, tokens=rows * job.row_length + 1,
+            bytes=round(rows * job.row_length / described["ids_per_byte"]), words=0, documents=0, row_length=job.row_length,
+            rows_per_block=described["rows"], blocks_per_shard=job.blocks_per_shard, lookahead=1, shards=(),
+        )  # fmt: skip
+        manifest = Manifest(
+            kind="tokens",
+            settings=settings,
+            settings_digest=digest(settings, 8),
+            splits={"train": split, "val": make_split(job, notes, shards["val"], "val")},
+            tokenizer=settings["tokenizer"],
+            source={**known, "stream": described},
+        )
+        if isinstance(job.tokenizer, SentencePieceTokenizer):
+            write_file(folder, TOKENIZER, job.tokenizer.model)
+        manifest.save(folder)
+        preprocess.remove_staging(folder)
+    total = sum(size.bytes for size in sizes)
+    progress(f"ready to stream after {time.monotonic() - started:.0f} s: {folder}")
+    progress(
+        f"  train: {len(train):,} chunks of {described['rows']:,} rows, {split.tokens:,} of about "
+        f"{round(total * described['ids_per_byte']):,} tokens (the others are left over at the chunks' ends or held out)"
+    )
+    progress(f"  val:   {manifest.splits['val'].rows:,} rows, {manifest.splits['val'].tokens:,} tokens")
+    return manifest
+
+
+def _measure(job: Job, files: list[InputFile]) -> list[Size]:
+    def run(i: int) -> dict[str, int]:
+        size = measure(files[i])
+        return {"units": size.units, "bytes": size.bytes}
+
+    found = dict(preprocess.in_parallel(run, list(range(len(files)))))
+    return [Size(**found[i]) for i in range(len(files))]
+
+
+def _describe(experiment: Experiment, job: Job, files: list[InputFile], sizes: list[Size]) -> dict[str, Any]:
+    """What determines the chunks, beside the files: for the manifest."""
+    count = min(SAMPLED_FILES, len(files))
+    chosen = [len(files) * i // count for i in range(count)]
+
+    def run(i: int) -> dict[str, int]:
+        tokens, size = sample_tokens(job, files[i], sizes[i])
+        return {"tokens": tokens, "bytes": size}
+
+    samples = [sample for _, sample in sorted(preprocess.in_parallel(run, chosen), key=lambda found: found[0])]
+    tokens, total = (sum(sample[name] for sample in samples) for name in ("tokens", "bytes"))
+    if not tokens:
+        raise UserError(f"data.source {experiment.data.source} has no text: everything in it is empty or was skipped")
+    data = experiment.data
+    rows = chunk_rows(sum(size.bytes for size in sizes), tokens / total, job.row_length, data.rows_per_block * data.shuffle_window_blocks)
+    return {
+        "rows": rows,
+        "ids_per_byte": round(tokens / total, 6),
+        "val_fraction": data.val_fraction if files[0].split == "hash" else 0.0,
+        "sizes": [[size.units, size.bytes] for size in sizes],
+    }

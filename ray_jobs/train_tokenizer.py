@@ -1,0 +1,136 @@
+"""`python -m ray_jobs.train_tokenizer OUT --data.source SOURCE [--vocab-size N] [--field value ...]`: a SentencePiece model.
+
+Learned from a sample of the documents of anything that `ray_jobs.preprocess` can read; written to the file OUT.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pyarrow as pa
+
+from perceiver.config import DataConfig, ParallelConfig, TokenizerTraining, UserError, flatten, to_dict
+from perceiver.data.prepare import Piece, cut_pieces
+from perceiver.data.readers import Columns
+from perceiver.data.sources import resolve
+from perceiver.data.storage import write_file
+from perceiver.data.tokenizers import SentencePieceTokenizer
+from perceiver.data.train_tokenizer import Sample, check_training, choose_pieces, sample_piece, train_sentencepiece
+from ray_jobs.cli import main_entry, override
+
+Say = Callable[[str], Any]
+
+USED = ("source", "val_source", "val_fraction", "text_column", "on_error")
+"""Fields of the data's configuration that a tokenizer is made from."""
+ROWS_SENT = 1024
+"""Documents that a task sends at once."""
+
+
+def main(argv: list[str]) -> int:
+    default = TokenizerTraining(data=DataConfig())
+    prog = "ray_jobs.train_tokenizer OUT"
+    if not argv or argv[0] in ("-h", "--help"):
+        override(default, ["--help"], prog)
+    if argv[0].startswith("-"):
+        raise UserError(f"the first argument is {argv[0]}, it must be the file to write")
+    train(argv[0], override(default, argv[1:], prog), lambda text: print(text, flush=True))
+    return 0
+
+
+def train(out: str, config: TokenizerTraining, progress: Say = print) -> None:
+    """Trains a tokenizer and writes it to `out`, a local path or a URI. The same input and configuration give the same bytes.
+
+    Raises:
+        UserError: a mistake in the configuration or its source, or a fault in an input file.
+    """
+    started = time.monotonic()
+    check(out, config)
+    pieces = cut_pieces(resolve(config.data, "tokens").files)
+    pieces = [piece for piece in pieces if any(span.file.split != "val" for span in piece.spans)]
+    chosen = choose_pieces(pieces, config.read_megabytes * 10**6, config.seed)
+
+    from ray_jobs.ray_env import connect
+
+    sample, done = Sample(config.sample_megabytes * 10**6), 0
+    with connect(ParallelConfig(address=config.address)):
+        for rows, ends in _samples(chosen, config):
+            for key, text in rows:
+                sample.add(key, text)
+            done += ends
+            if ends:
+                progress(f"  pieces {done:,}/{len(chosen):,} (of {len(pieces):,}), sample {sample.size / 1e6:.1f} MB")
+    texts = [text for _, text in sample.items()]
+    if not texts:
+        raise UserError(f"data.source {config.data.source} has no text to train on: everything in it is empty or was skipped")
+    progress(f"learning {config.vocab_size:,} pieces from {len(texts):,} documents, {sample.size / 1e6:.1f} MB (one thread)")
+    model = train_sentencepiece(texts, config)
+    folder, _, name = out.rpartition("/")
+    write_file(folder or ("/" if out.startswith("/") else "."), name, model)
+    tokenizer = SentencePieceTokenizer(model, name)
+    ids = sum(len(tokenizer.encode(text)) for text in texts[:100])
+    size = sum(len(text.encode()) for text in texts[:100])
+    progress(f"wrote {out} after {time.monotonic() - started:.0f} s: sha256 {hashlib.sha256(model).hexdigest()[:12]}, {size / ids:.2f} bytes an id")
+    progress(f"use it: --data.tokenizer {out} (and a model whose vocab-size is {config.vocab_size:,} or more)")
+
+
+def check(out: str, config: TokenizerTraining) -> None:
+    """Checks what can be known before anything is read.
+
+    Raises:
+        UserError: a field that cannot be right or has no part in this.
+    """
+    check_training(config)
+    if not config.data.source:
+        raise UserError("data.source is empty: name a data set or your own files (see docs/data.md)")
+    if out.endswith("/"):
+        raise UserError(f"{out} is a folder, it must be the file to write")
+    given, default = flatten(to_dict(config.data)), flatten(to_dict(DataConfig()))
+    useless = [name for name in given if name not in USED and given[name] != default[name]]
+    if useless:
+        raise UserError(f"data.{useless[0].replace('_', '-')} has no part in training a tokenizer, only {', '.join(USED)} do")
+
+
+def _samples(pieces: list[Piece], config: TokenizerTraining) -> Iterator[tuple[list[tuple[int, str]], bool]]:
+    """The samples of all pieces, one task a piece, by Ray Data, as they come: some (key, text), and whether a piece ends with them.
+
+    Raises:
+        UserError: the first one that a task raised (and returned as data: Ray would wrap the exception in its own).
+    """
+    import ray
+
+    columns = Columns(text=config.data.text_column, label=None)
+    settings = (columns, config.data.on_error == "skip", config.data.val_fraction, config.sample_megabytes * 10**6, config.seed)
+
+    def run(batch: pa.Table) -> Iterator[pa.Table]:
+        try:
+            rows, error = sample_piece(pieces[batch["item"][0].as_py()], *settings).items(), ""
+        except UserError as fault:
+            rows, error = [], str(fault)
+        for first in range(0, max(len(rows), 1), ROWS_SENT):
+            part = [{"key": key, "text": text} for key, text in rows[first : first + ROWS_SENT]]
+            yield pa.table({"rows": [part], "error": [error], "ends": [first + ROWS_SENT >= len(rows)]}, schema=_SENT)
+
+    plan = ray.data.from_items([{"item": i} for i in range(len(pieces))], override_num_blocks=len(pieces))
+    for table in plan.map_batches(run, batch_size=1, batch_format="pyarrow").iter_batches(batch_size=1, batch_format="pyarrow"):
+        (sent,) = table.to_pylist()
+        if sent["error"]:
+            raise UserError(sent["error"])
+        yield [(row["key"], row["text"]) for row in sent["rows"]], sent["ends"]
+
+
+_SENT = pa.schema(
+    [
+        ("rows", pa.list_(pa.struct([("key", pa.uint64()), ("text", pa.large_string())]))),
+        ("error", pa.string()),
+        ("ends", pa.bool_()),
+    ]
+)
+"""What a task sends at once: documents, or the fault that it met, and whether it ends."""
+
+
+if __name__ == "__main__":
+    main_entry(main)

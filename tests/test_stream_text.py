@@ -1,0 +1,165 @@
+"""Training text that is not prepared: chunks are functions of the source alone, and order and resumption those of shards."""
+
+import gzip
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from perceiver.config import DataConfig, UserError
+from perceiver.data.chunks import Size, chunks_of, cut_chunks, measure, open_chunks
+from perceiver.data.readers import Columns, read_documents
+from perceiver.data.shards import data_folder, load_prepared
+from perceiver.data.sources import resolve
+from perceiver.data.spans import Problems, Span
+from perceiver.tasks import build_task
+from perceiver.training.batches import make_train_feed, read_here
+from ray_jobs.preprocess import prepare
+from tests.preparing import experiment, serially, texts, write_jsonl, write_parquet
+from tests.small import text_experiment
+
+
+def streamed(root, source, **data):
+    """An experiment that streams a source, with small chunks."""
+    small = text_experiment(global_batch_size=64)
+    data = {"prepare": "stream", "val_fraction": 0.1, "rows_per_block": 8, "shuffle_window_blocks": 4} | data
+    chosen = experiment("clm-wikitext", root, source, **data)
+    return replace(chosen, model=small.model, task=small.task, training=small.training, parallel=small.parallel)
+
+
+@pytest.fixture
+def source(tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    rows = [{"text": text} for text in texts(600)]
+    write_jsonl(folder / "a.jsonl.gz", rows[:250])
+    write_jsonl(folder / "b.jsonl", rows[250:400])
+    write_parquet(folder / "c.parquet", rows[400:580])
+    for i in range(20):
+        write_jsonl(folder / f"d{i:02}.jsonl", rows[580 + i : 581 + i])
+    return folder
+
+
+@pytest.fixture
+def prepared(source, tmp_path, monkeypatch):
+    serially(monkeypatch)
+    said = []
+    chosen = streamed(tmp_path / "data", source)
+    manifest = prepare(chosen, said.append)
+    return chosen, data_folder(chosen), manifest, said
+
+
+def feed_of(prepared):
+    chosen, folder, manifest, _ = prepared
+    return make_train_feed(chosen, build_task(chosen), folder, manifest)
+
+
+def documents(span: Span) -> list[str]:
+    columns = Columns(text="text", label=None)
+    return [text for found in read_documents(span, columns, Problems(skip=False)) for text in found.texts]
+
+
+@pytest.mark.parametrize("step", [1, 333, 4000])
+def test_parts_of_a_compressed_file_have_each_document_once(tmp_path, step):
+    whole = texts(60)
+    write_jsonl(tmp_path / "a.jsonl.gz", [{"text": text} for text in whole])
+    (file,) = resolve(DataConfig(source=str(tmp_path)), "tokens").files
+    size = len(gzip.decompress((tmp_path / "a.jsonl.gz").read_bytes()))
+    assert measure(file) == Size(size, size)
+    found = [text for a in range(0, size, step) for text in documents(Span(file, a, min(a + step, size), unpacked=True))]
+    assert found == whole == documents(Span(file, 0, file.size))
+
+
+def test_chunks_hold_the_text_of_all_files_but_the_last_small_ones(source):
+    files = list(resolve(DataConfig(source=str(source)), "tokens").files)
+    sizes = [measure(file) for file in files]
+    pieces = cut_chunks(files, sizes, 900)
+    assert min(piece.size for piece in pieces) >= 900 and max(piece.size for piece in pieces) < 2 * 900
+    found = [text for piece in pieces for span in piece.spans for text in documents(span)]
+    whole = texts(600)
+    assert found == whole[: len(found)] and sum(map(len, whole[len(found) :])) < 900
+
+
+def test_every_chunk_gives_its_rows_from_its_own_text(prepared, source):
+    chosen, folder, manifest, said = prepared
+    chunks = open_chunks(chosen, str(source), manifest)
+    split = manifest.splits["train"]
+    assert split.rows == chunks.rows * len(chunks.pieces) and split.rows_per_block == chunks.rows
+    for number, piece in enumerate(chunks.pieces):
+        block = chunks.read(folder, split, number)
+        assert block.equals(chunks.read(folder, split, number)) and block.num_rows == chunks.rows + 1
+        ids = np.array(block["tokens"].to_pylist()).reshape(-1)
+        text = "\x02".join(text for span in piece.spans for text in documents(span)) + "\x02"
+        told = np.frombuffer(text.encode(), np.uint8).astype(int)
+        told = np.where(told == 2, 2, told + 6)
+        assert np.array_equal(ids, np.resize(told, len(ids))), "end to end, with the id of a document's end"
+    total = sum(len(text.encode()) + 1 for text in texts(600))
+    held_out = manifest.splits["val"].tokens
+    assert held_out > 0 and 0.75 * total < split.tokens + held_out < 1.05 * total
+    assert load_prepared(chosen) == (folder, manifest) and "ready to stream" in " ".join(said)
+
+
+def test_no_document_is_on_both_sides(prepared):
+    chosen, _, manifest, _ = prepared
+    files = list(resolve(chosen.data, "tokens").files)
+    train, val = chunks_of(files, manifest.stream, 16)
+    sides = [{(s.file.name, s.start, s.stop) for piece in side for s in piece.spans} for side in (train, val)]
+    assert sides[1] and not sides[0] & sides[1]
+
+
+def rows_of_steps(feed, rank: int, world: int, start: int, stop: int) -> list[list[dict]]:
+    """A worker's rows of each step."""
+    tables = map(feed.read, feed.plan(rank, world, start, stop))
+    return [[] if table is None else table.to_pylist() for table in feed.batches(rank, world, start, stop, tables)]
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_every_number_of_workers_and_every_start_gives_the_same_batches(prepared, world):
+    feed = feed_of(prepared)
+    whole = rows_of_steps(feed, 0, 1, 0, 30)
+    assert 15 < feed.order.steps_per_epoch < 30, "a second epoch begins"
+    parts = [rows_of_steps(feed, rank, world, 11, 30) for rank in range(world)]
+    assert [sum(found, []) for found in zip(*parts, strict=True)] == whole[11:]
+
+
+def test_a_mixture_may_be_streamed(source, tmp_path, monkeypatch):
+    serially(monkeypatch)
+    write_jsonl(tmp_path / "more.jsonl", [{"text": text.upper()} for text in texts(200, seed=3)])
+    mixture = (f"{source}=1", f"{tmp_path / 'more.jsonl'}=1")
+    chosen = streamed(tmp_path / "data", "", mixture=mixture)
+    manifest = prepare(chosen, lambda text: None)
+    feed = feed_of((chosen, data_folder(chosen), manifest, None))
+    whole = [batch["ids"] for (batch,) in feed.steps(read_here, 0, 1, 0, 12)]
+    halves = [feed.steps(read_here, rank, 2, 5, 12) for rank in range(2)]
+    for step, found in enumerate(zip(*halves, strict=True), 5):
+        assert torch.equal(torch.cat([batch["ids"] for (batch,) in found]), whole[step])
+
+
+def test_files_that_have_changed_are_refused(prepared, source):
+    chosen, folder, manifest, _ = prepared
+    again = []
+    assert prepare(chosen, again.append) == manifest and "nothing to do" in again[0]
+    write_jsonl(source / "b.jsonl", [{"text": "other"}])
+    with pytest.raises(UserError, match="has other files now"):
+        open_chunks(chosen, str(source), manifest)
+    with pytest.raises(UserError, match="has changed since"):
+        prepare(chosen, again.append)
+
+
+def test_validation_files_are_prepared_whole(tmp_path, monkeypatch):
+    serially(monkeypatch)
+    write_jsonl(tmp_path / "train.jsonl", [{"text": text} for text in texts(300)])
+    write_jsonl(tmp_path / "val.jsonl", [{"text": text} for text in texts(30, seed=1)])
+    manifest = prepare(streamed(tmp_path / "data", tmp_path), lambda text: None)
+    assert manifest.splits["val"].documents == 30
+    assert manifest.splits["val"].tokens == sum(len(text.encode()) + 1 for text in texts(30, seed=1))
+
+
+def test_what_cannot_be_streamed_is_named(tmp_path, monkeypatch):
+    serially(monkeypatch)
+    write_jsonl(tmp_path / "train.jsonl", [{"text": "few", "label": 0}])
+    with pytest.raises(UserError, match="too little text to be streamed"):
+        prepare(streamed(tmp_path / "data", tmp_path), lambda text: None)
+    with pytest.raises(UserError, match="language models alone"):
+        prepare(experiment("txt-clf-imdb-all", tmp_path / "data", tmp_path, prepare="stream"), lambda text: None)
