@@ -141,7 +141,7 @@ def txt_clf_imdb_decoder() -> Experiment:
         preset="txt-clf-imdb-decoder",
         task=TextClassificationConfig(),
         model=_classifier_model(freeze=True),
-        data=DataConfig(source="imdb"),
+        data=_sentiment_data(),
         optim=OptimConfig(lr=1e-3, warmup_steps=100),
         training=TrainingConfig(global_batch_size=256, max_epochs=12, precision="bf16"),
         parallel=ParallelConfig(workers=4),
@@ -154,7 +154,7 @@ def txt_clf_imdb_all() -> Experiment:
         preset="txt-clf-imdb-all",
         task=TextClassificationConfig(),
         model=_classifier_model(freeze=False),
-        data=DataConfig(source="imdb"),
+        data=_sentiment_data(),
         optim=OptimConfig(lr=5e-6, warmup_steps=100),
         training=TrainingConfig(global_batch_size=256, max_epochs=10, precision="bf16"),
         parallel=ParallelConfig(workers=4, activation_checkpointing=1),
@@ -186,9 +186,9 @@ def txt_clf_imdb_decoder_small() -> Experiment:
         preset="txt-clf-imdb-decoder-small",
         model=_small_text_model(base.model),
         optim=OptimConfig(lr=3e-3, schedule="cosine", warmup_steps=100, max_grad_norm=1.0),
-        training=TrainingConfig(global_batch_size=32, max_epochs=2),
+        training=TrainingConfig(global_batch_size=16, max_epochs=2),
         parallel=ParallelConfig(),
-        run=RunConfig(log_every=50, val_every=391, val_batches=32, checkpoint_every=391),
+        run=RunConfig(log_every=50, val_every=520, val_batches=100, checkpoint_every=260),
     )
 
 
@@ -200,6 +200,7 @@ def txt_clf_imdb_all_small() -> Experiment:
         preset="txt-clf-imdb-all-small",
         model=_small_text_model(txt_clf_imdb_all().model),
         optim=replace(base.optim, lr=1e-3),
+        training=replace(base.training, max_epochs=1),
     )
 
 
@@ -354,13 +355,18 @@ def _classifier_model(freeze: bool) -> PerceiverIOConfig:
     return replace(model, encoder=encoder, output=ClassOutput(num_classes=2, num_query_channels=768))
 
 
+def _sentiment_data() -> DataConfig:
+    """IMDb's reviews are sorted by label: its 98 blocks are shuffled in one window, so that every batch is a fair sample."""
+    return DataConfig(source="imdb", shuffle_window_blocks=128)
+
+
 def _small_text_model(model: PerceiverIOConfig) -> PerceiverIOConfig:
     """A text model of the same kind on 256 bytes: 3 self-attention layers of 128 latents x 128 channels, a latent for two bytes.
 
     Fewer latents cost less a step and learn less a minute. The decoder adds its queries to its output (as the classifier's
     always does): a position must know which of its latent's bytes it is.
     """
-    narrow = {"num_cross_attention_qk_channels": 64}
+    narrow = {"num_cross_attention_heads": 8, "num_cross_attention_qk_channels": 64}
     value_channels = None if model.decoder.num_cross_attention_v_channels is None else 64
     return replace(
         model,
