@@ -110,7 +110,7 @@ def lines(plan: Plan, experiment: Experiment, device: Device, name: str, mfu: fl
     every = parallel.activation_checkpointing
     yield (
         f"  layout             {layout.shards} shards x {parallel.replicas} replicas; recomputed: "
-        f"{'every layer' if every == 1 else f'every {every}th layer' if every else 'no layer'}"
+        f"{'every layer' if every == 1 else f'one in {every} layers' if every else 'no layer'}"
     )
     yield "  memory of a GPU     at its fullest moment    at most of this kind"
     for field in fields(Memory):
