@@ -4,7 +4,7 @@
     python -m benchmarks.large_step clm-c4 --source FILE --data.val-source FILE --workers 2 --training.global-batch-size 2
 
 Workers are processes with gloo, through the training that Ray's workers run (`perceiver.training.run.Training`); no Ray. The run
-takes `training.max_steps` steps (unless given: one), validates `run.val_batches` batches (one) and saves. Then a single worker
+takes `training.max_steps` steps (unless given: one), validates on `run.val_batches` batches (one) and saves. Then a single worker
 loads the checkpoint and validates the same batches: the loss must be the same. Peak memory is what the system counts as resident
 of each process, PyTorch itself included.
 """
@@ -25,6 +25,7 @@ import torch.distributed as dist
 from perceiver.config import Experiment, from_dict, to_dict
 from perceiver.data.shards import Manifest, load_prepared, with_prepared_tokenizer, with_tokenizer
 from perceiver.models.flops import num_parameters
+from perceiver.models.memory import step_memory
 from perceiver.tasks import build_task
 from perceiver.training.batches import make_feed, read_here
 from perceiver.training.checkpoint import list_checkpoints, load_state
@@ -33,6 +34,7 @@ from perceiver.training.record import read_metrics
 from perceiver.training.run import Training, build_state, evaluate
 from ray_jobs.cli import main_entry, parse_experiment
 from ray_jobs.preflight import check_experiment
+from ray_jobs.room import layout_of
 
 
 def peak_gib() -> float:
@@ -55,8 +57,9 @@ def train_worker(rank: int, port: int, config: dict[str, Any], data: str, folder
     experiment = from_dict(config)
     world, start = join(rank, port, experiment), time.perf_counter()
     training = Training(
-        experiment, build_task(experiment), data, Manifest.load(data), world, Path(folder), read_here, say=lambda text: None
-    )
+        experiment, build_task(experiment), data, Manifest.load(data), world, Path(folder), read_here, say=lambda text: None,
+        measured=lambda metrics: report(rank, world.size, f"step {metrics['step']} taken"),
+    )  # fmt: skip
     report(rank, world.size, f"built and sharded after {time.perf_counter() - start:.0f} s")
     start = time.perf_counter()
     metrics = training.run()
@@ -116,6 +119,8 @@ def main(argv: list[str]) -> int:
     data, manifest = load_prepared(experiment)
     experiment = with_prepared_tokenizer(experiment, data, manifest)
     print(f"{experiment.preset}: {num_parameters(experiment.model):,} parameters, {experiment.parallel.workers} workers", flush=True)
+    planned = step_memory(experiment.model, layout_of(experiment, cuda=False), build_task(experiment).step_sizes()).total
+    print(f"  planned: {planned / 2**30:.2f} GiB of tensors for the step of a worker", flush=True)
     with tempfile.TemporaryDirectory(dir=experiment.run.storage or None) as folder:
         saved = run(train_worker, experiment, data, Path(folder))
         step = next(record for record in read_metrics(Path(folder)) if "loss" in record)

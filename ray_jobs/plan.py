@@ -39,6 +39,8 @@ class Plan:
     """At the fullest moment of a step."""
     most: Memory
     """Of each kind at its own fullest moment."""
+    host: float
+    """Bytes of a worker's shard that are in the host's memory (with CPU offload)."""
     limit: float
     """Bytes that a device has for a step."""
     micro_batch: int
@@ -73,6 +75,7 @@ def make_plan(experiment: Experiment, device: Device, mfu: float) -> Plan:
         steps=_steps(experiment),
         memory=step_memory(experiment.model, layout, sizes),
         most=most_of_each(experiment.model, layout, sizes),
+        host=_shard(experiment) if parallel.cpu_offload else 0.0,
         limit=limit,
         micro_batch=layout.micro_batch_size,
         largest_micro_batches={
@@ -83,6 +86,12 @@ def make_plan(experiment: Experiment, device: Device, mfu: float) -> Plan:
         checkpoint=4.0 * sum(part.size + 2 * part.trained for part in parts),
         seconds_per_step=batch * task.flops_per_example() / (parallel.workers * peak * mfu),
     )
+
+
+def _shard(experiment: Experiment) -> float:
+    """Bytes of a worker's parameters, gradients and moments."""
+    parts = units(experiment.model, layout_of(experiment).shards)
+    return 4.0 * sum(part.size + 3 * part.trained for part in parts) / layout_of(experiment).shards
 
 
 def _steps(experiment: Experiment) -> int | None:
@@ -110,7 +119,7 @@ def lines(plan: Plan, experiment: Experiment, device: Device, name: str, mfu: fl
     every = parallel.activation_checkpointing
     yield (
         f"  layout             {layout.shards} shards x {parallel.replicas} replicas; recomputed: "
-        f"{'every layer' if every == 1 else f'every {every}th layer' if every else 'no layer'}"
+        f"{'every layer' if every == 1 else f'one in {every} layers' if every else 'no layer'}"
     )
     yield "  memory of a GPU     at its fullest moment    at most of this kind"
     for field in fields(Memory):
@@ -118,6 +127,8 @@ def lines(plan: Plan, experiment: Experiment, device: Device, name: str, mfu: fl
         yield f"    {field.name:<16} {now:8.2f} GiB {most:20.2f} GiB"
     verdict = "fits" if plan.memory.total <= plan.limit else "does NOT fit"
     yield f"    {'together':<16} {plan.memory.total / GIB:8.2f} GiB of {plan.limit / GIB:.1f} GiB: {verdict}"
+    if plan.host:
+        yield f"    in the host's memory {plan.host / GIB:.2f} GiB a worker: parameters, gradients, optimizer"
     yield "  largest micro-batch, recomputing " + ", ".join(f"{k}: {v or 'none fits'}" for k, v in plan.largest_micro_batches.items())
     traffic = f"{_si(plan.traffic.gathered)}B gathered, {_si(plan.traffic.reduced)}B reduced"
     if parallel.replicas > 1:

@@ -65,9 +65,13 @@ def check_fits(experiment: Experiment, limit: float, cuda: bool = True, where: s
     if needed <= limit:
         return
     raise UserError(
-        f"a step with a micro-batch of {layout.micro_batch_size} needs {needed / GIB:.1f} GiB but {where} has {limit / GIB:.1f} GiB for "
+        f"a step with a micro-batch of {layout.micro_batch_size} needs {_size(needed)} but {where} has {_size(limit)} for "
         f"it: {_what_would(experiment, limit, cuda)}"
     )
+
+
+def _size(memory: float) -> str:
+    return f"{memory / GIB:.1f} GiB" if memory >= GIB else f"{memory / 2**20:.1f} MiB"
 
 
 def _what_would(experiment: Experiment, limit: float, cuda: bool) -> str:
@@ -101,7 +105,7 @@ def check_memory(experiment: Experiment, gpu: bool) -> None:
     if gpu:
         memory = told * GIB if told else _gpu_memory()
         if memory is not None:
-            check_fits(experiment, usable(memory), where=f"a GPU of {memory / GIB:.1f} GiB")
+            check_fits(experiment, usable(memory), where=f"a GPU of {_size(memory)}")
     else:
         limit = told * GIB if told else _node_memory(experiment.parallel.workers)
         check_fits(experiment, limit, cuda=False, where="each worker")

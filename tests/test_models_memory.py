@@ -16,6 +16,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from perceiver.config import Experiment, ParallelConfig, PerceiverARConfig
+from perceiver.models.activations import Layout, StepSizes, step_calls
 from perceiver.models.flops import num_kept, num_parameters
 from perceiver.models.memory import largest_micro_batch, most_of_each, step_memory, step_traffic, units
 from perceiver.presets import PRESETS
@@ -164,9 +165,14 @@ def test_traffic_is_that_of_the_collectives(case, one_of):
     assert sent["allreduce_"] / 2 * 2 * (case.replicas - 1) / case.replicas == pytest.approx(traffic.all_reduced, rel=0.01, abs=100)
 
 
-def test_units_hold_every_parameter_once():
+def test_units_hold_every_parameter_once_and_all_of_them_run():
     for name, preset in PRESETS.items():
-        assert sum(unit.size for unit in units(preset().model, 1)) == num_parameters(preset().model), name
+        config = preset().model
+        parts = units(config, 1)
+        assert sum(unit.size for unit in parts) == num_parameters(config), name
+        # All layers but the last unit, which is what belongs to none, run in a step.
+        calls, _ = step_calls(config, Layout(micro_batch_size=1), StepSizes())
+        assert {call.unit for call in calls} == set(range(len(parts) - 1)), name
 
 
 def test_a_shard_is_a_part_of_everything_and_offloaded_shards_take_nothing():

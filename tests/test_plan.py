@@ -44,6 +44,12 @@ def test_a_device_that_is_not_known_is_given_by_memory_and_peak(capsys):
         main(["clm-c4", "--mfu", "40"])
 
 
+def test_offloaded_shards_are_counted_for_the_host(capsys):
+    text = plan(capsys, "clm-c4", "--parallel.cpu-offload", "True")
+    assert number(text, r"parameters +([\d.]+) GiB") == 0
+    assert number(text, r"in the host's memory ([\d.]+) GiB") == pytest.approx(16 * 453_950_720 / 8 / 2**30, abs=0.01)
+
+
 def test_what_does_not_fit_is_said_and_what_would_fits(capsys):
     wide = ["clm-c4", "--device", "t4", "--parallel.activation-checkpointing", "0"]
     text = plan(capsys, *wide)

@@ -183,60 +183,73 @@ def _calls_ar(config: PerceiverARConfig, layout: Layout, sizes: StepSizes) -> tu
 
 
 def _calls_io(config: PerceiverIOConfig, layout: Layout, sizes: StepSizes) -> tuple[list[Call], Loss]:
-    encoder, decoder, e, batch = config.encoder, config.decoder, layout.element_size, layout.micro_batch_size
+    decoder, e, batch, queries = config.decoder, layout.element_size, layout.micro_batch_size, shapes.output_queries(config)
     num_inputs = _num_inputs(config, sizes)
-    cross, within, decoding = (
-        shapes.encoder_cross_attention(config), shapes.encoder_self_attention(config), shapes.decoder_cross_attention(config)
-    )  # fmt: skip
-    latents, trains = e * batch * config.num_latents * config.num_latent_channels, not encoder.freeze
-    adapted = e * batch * num_inputs * cross.kv_channels
-    factored = isinstance(config.input, ImageInput) and is_cheaper(
-        config.num_latents * encoder.num_cross_attention_heads, cross, e
-    )
-    self_kept, self_extra, self_working = _attention(
-        layout, within, encoder.num_self_attention_heads, (config.num_latents,) * 2, encoder.dropout, False,
-        encoder.self_attention_widening_factor,
-    )  # fmt: skip
-    depth, second_cross = encoder.num_self_attention_layers_per_block, encoder.num_cross_attention_layers > 1
-    second_cross = second_cross and not encoder.first_cross_attention_layer_shared
-    calls = []
-    for block in range(encoder.num_self_attention_blocks):
-        if block < encoder.num_cross_attention_layers:
-            # The first layer's queries are the learned latents, the same for the whole batch.
-            held = (adapted if block == 0 and not factored else 0.0) + (latents if block else 0.0)
-            if factored:
-                kept, extra, working = _factored(layout, config, num_inputs, shared=block == 0)
-            else:
-                kept, extra, working = _attention(
-                    layout, cross, encoder.num_cross_attention_heads, (config.num_latents, num_inputs), encoder.dropout, False,
-                    encoder.cross_attention_widening_factor, query_batch=1 if block == 0 else None,
-                )  # fmt: skip
-                kept += adapted  # normed
-            unit = 1 + depth if block and second_cross else 0
-            calls.append(Call(unit=unit, held=held, saved=kept, extra=extra, working=working, trained=trains))
-        own = block and not encoder.first_self_attention_block_shared
-        first = 1 + (depth + second_cross if own else 0)
-        calls += [
-            Call(unit=first + i, held=latents, saved=self_kept, extra=self_extra, working=self_working, trained=trains) for i in range(depth)
-        ]
-    queries, last = shapes.output_queries(config), 1 + depth + second_cross
-    if encoder.num_self_attention_blocks > 1 and not encoder.first_self_attention_block_shared:
-        last += depth
     num_queries = queries.num_learned or num_inputs
     if isinstance(config.output, TextOutput):
         num_queries = sizes.num_queries or num_inputs
+    # Chosen positions are looked up for each example; all learned queries are the same for the whole batch.
     chosen = isinstance(config.output, TextOutput) and sizes.num_queries is not None
     kept, extra, working = _attention(
-        layout, decoding, decoder.num_cross_attention_heads, (num_queries, config.num_latents), decoder.dropout, False,
-        decoder.cross_attention_widening_factor, query_batch=batch if chosen or not queries.num_learned else 1,
+        layout, shapes.decoder_cross_attention(config), decoder.num_cross_attention_heads, (num_queries, config.num_latents),
+        decoder.dropout, False, decoder.cross_attention_widening_factor,
+        query_batch=batch if chosen or not queries.num_learned else 1,
     )  # fmt: skip
     asked = e * batch * num_queries * queries.num_channels
+    latents = e * batch * config.num_latents * config.num_latent_channels
+    calls = _calls_encoder(config, layout, num_inputs)
+    last = _num_encoder_layers(config)
+    # The latents, and what is normed of them.
     calls.append(Call(unit=last, held=latents + (asked if chosen else 0.0), saved=kept + latents, extra=extra, working=working))
     logits = batch * num_queries * queries.num_outputs
     # Logits, their logarithms of softmax, and gradients of both, in fp32; once more in the type of computation.
     peak = logits * (3 * FP32 + (e if e < FP32 else 0))
     tied = queries.num_outputs * queries.num_channels if queries.tied else 0
     return calls, Loss(held=asked, peak=peak, shared_gradient=tied)
+
+
+def _calls_encoder(config: PerceiverIOConfig, layout: Layout, num_inputs: int) -> list[Call]:
+    encoder, e, batch, trained = config.encoder, layout.element_size, layout.micro_batch_size, not config.encoder.freeze
+    cross, heads = shapes.encoder_cross_attention(config), encoder.num_cross_attention_heads
+    depth = encoder.num_self_attention_layers_per_block
+    latents, adapted = (e * batch * n for n in (config.num_latents * config.num_latent_channels, num_inputs * cross.kv_channels))
+    factored = isinstance(config.input, ImageInput) and is_cheaper(config.num_latents * heads, cross, e)
+    kept, extra, working = _attention(
+        layout, shapes.encoder_self_attention(config), encoder.num_self_attention_heads, (config.num_latents,) * 2,
+        encoder.dropout, False, encoder.self_attention_widening_factor,
+    )  # fmt: skip
+    layer = Call(unit=1, held=latents, saved=kept, extra=extra, working=working, trained=trained)
+    calls = []
+    for block in range(encoder.num_self_attention_blocks):
+        if block < encoder.num_cross_attention_layers:
+            if factored:
+                kept, extra, working = _factored(layout, config, num_inputs, shared=block == 0)
+            else:
+                # The first layer's queries are the learned latents, the same for the whole batch.
+                kept, extra, working = _attention(
+                    layout, cross, heads, (config.num_latents, num_inputs), encoder.dropout, False,
+                    encoder.cross_attention_widening_factor, query_batch=1 if block == 0 else None,
+                )  # fmt: skip
+                kept += adapted  # normed
+            # The adapted input is there once for all layers.
+            held = latents if block else (0.0 if factored else adapted)
+            unit = 1 + depth if block and _second_cross(config) else 0
+            calls.append(Call(unit=unit, held=held, saved=kept, extra=extra, working=working, trained=trained))
+        first = 1 + depth + _second_cross(config) if block and not encoder.first_self_attention_block_shared else 1
+        calls += [replace(layer, unit=first + number) for number in range(depth)]
+    return calls
+
+
+def _second_cross(config: PerceiverIOConfig) -> bool:
+    """Whether later cross-attention layers have weights of their own (see `PerceiverEncoder`)."""
+    return config.encoder.num_cross_attention_layers > 1 and not config.encoder.first_cross_attention_layer_shared
+
+
+def _num_encoder_layers(config: PerceiverIOConfig) -> int:
+    """Layers with weights of their own, which come before the decoder's in `PerceiverIO.layers`."""
+    encoder = config.encoder
+    blocks = 2 if encoder.num_self_attention_blocks > 1 and not encoder.first_self_attention_block_shared else 1
+    return 1 + _second_cross(config) + blocks * encoder.num_self_attention_layers_per_block
 
 
 def _num_inputs(config: PerceiverIOConfig, sizes: StepSizes) -> int:

@@ -1,11 +1,12 @@
 """Memory of a training step on one device, from the configuration alone: arithmetic, no tensor is made.
 
-The step is walked through as it runs (forward layer by layer, loss, backward, optimizer), and what is in memory is added up at every
-moment by kind; the moment with the most is the answer. tests/test_models_memory.py compares it with the allocator's own count.
+The step is walked through as it runs (forward layer by layer, loss, backward, optimizer), and what is in memory is added up at
+every moment by kind; the moment with the most is the answer. tests/test_models_memory.py compares it with the allocator's own count.
 
-Activations are those of `activations.py`. Of FSDP2 (`perceiver/training/parallel.py`): a shard of parameters, gradients and two moments
-in fp32; the whole parameters of the layer at work in the type of computation, the next layer's as they arrive, gradients before they are
-reduced, and the reduction's input in fp32. Parameters outside of layers (embeddings) stay whole from forward to backward.
+Activations are those of `activations.py`. Of FSDP2 (`perceiver/training/parallel.py`): a shard of parameters, gradients and two
+moments in fp32; the whole parameters of the layer at work in the type of computation, the next layer's as they arrive, gradients
+before they are reduced, and the reduction's input in fp32. Parameters outside of layers (embeddings) stay whole from forward to
+backward.
 
 Not counted: what the allocator loses to fragments, the device's context, the communication library's own buffers.
 """
