@@ -40,7 +40,7 @@ from perceiver.models.flops import training_flops
 from perceiver.presets import PRESETS
 from perceiver.tasks import build_task
 from perceiver.training.batches import Feed, ReadAll, StreamFeed, make_feed, read_here
-from perceiver.training.meters import PEAK_FLOPS
+from perceiver.training.meters import DEVICES
 
 REPEATS = 3
 MLM, CLM = (32, 2048), (24, 4096)
@@ -331,9 +331,10 @@ def demand(rates: dict[str, float], gpus: int = 8, cores: int = 96) -> str:
     model = PRESETS["clm-c4"]().model
     mean = 768
     flops = training_flops(model, seq_len=mean) / mean
-    taken = gpus * 0.4 * PEAK_FLOPS["A100"] / flops / 1e6
+    peak = DEVICES["a100-40gb"].bf16
+    taken = gpus * 0.4 * peak / flops / 1e6
     lines = [
-        f"clm-c4 at its mean length of {mean}: {flops / 1e9:.2f} GFLOP a token; {gpus} A100s at 40% of {PEAK_FLOPS['A100'] / 1e12:.0f} "
+        f"clm-c4 at its mean length of {mean}: {flops / 1e9:.2f} GFLOP a token; {gpus} A100s at 40% of {peak / 1e12:.0f} "
         f"TFLOP/s take {taken:.2f} million tokens/s"
     ]
     lines += [f"  {what}: of one core {rate / taken:.1f} times that, of {cores} cores {cores * rate / taken:,.0f} times" for what, rate in rates.items()]
