@@ -28,8 +28,8 @@ FEWEST_CHUNKS = 64
 """Small sources have smaller chunks, so that there are about so many."""
 MOST_VAL_CHUNKS = 16
 """Chunks held out for validation, at most, where a source has no validation files."""
-SAMPLE_BYTES = 1 << 20
-"""Of a file, from its beginning, to find out how many ids a byte makes."""
+SAMPLES, SAMPLE_BYTES = 32, 1 << 17
+"""Parts of a source, and bytes of each, that tell how many ids a byte makes."""
 
 
 @dataclass(frozen=True)
@@ -89,15 +89,20 @@ def _span(file: InputFile, size: Size, start: int, stop: int) -> Span:
     return Span(file, start, stop, unpacked=file.compressed)
 
 
-def sample_tokens(job: Job, file: InputFile, size: Size) -> tuple[int, int]:
-    """Ids and bytes of a file's beginning.
-
-    Raises:
-        UserError: a fault in it.
-    """
-    units = max(1, min(size.units, size.units * SAMPLE_BYTES // max(size.bytes, 1)))
-    ids = chunk_ids(job, Piece((_span(file, size, 0, units),), 0))
-    return len(ids), size.bytes * units // max(size.units, 1)
+def sample_pieces(files: list[InputFile], sizes: list[Size]) -> list[Piece]:
+    """What tells how many ids a byte makes: parts of the files, evenly over the source, or all of a small one."""
+    total = sum(size.bytes for size in sizes)
+    if total <= SAMPLES * SAMPLE_BYTES:
+        return [Piece((_span(file, size, 0, size.units),), size.bytes) for file, size in zip(files, sizes, strict=True)]
+    ends = np.cumsum([size.bytes for size in sizes])
+    pieces = []
+    for place in (total * (2 * i + 1) // (2 * SAMPLES) for i in range(SAMPLES)):
+        number = int(np.searchsorted(ends, place, side="right"))
+        file, size = files[number], sizes[number]
+        start = size.units * (place - int(ends[number]) + size.bytes) // size.bytes
+        stop = min(start + max(1, size.units * SAMPLE_BYTES // size.bytes), size.units)
+        pieces.append(Piece((_span(file, size, start, stop),), size.bytes * (stop - start) // size.units))
+    return pieces
 
 
 def chunk_rows(total_bytes: int, ids_per_byte: float, row_length: int, most: int) -> int:
