@@ -9,8 +9,8 @@ and packs rows in batches of 1000 documents. `--source` is anything that `--data
 without it, English-like text is made up.
 
 The input pipeline alone is all that a worker of clm-c4 does before the model: reading, shuffling, cutting to the step's
-length, batches of tensors; in this process, and with `--ray` by Ray Data tasks as in training. Beside it stands what 8
-A100s at 40% MFU would take.
+length, batches of tensors; in this process, and with `--ray` by Ray Data tasks as in training; from shards, and from text
+that becomes ids as it is read (`--data.prepare stream`). Beside it stands what 8 A100s at 40% MFU would take.
 """
 
 import argparse
@@ -26,11 +26,12 @@ import numpy as np
 import pyarrow as pa
 
 from perceiver.config import DataConfig, ParallelConfig
+from perceiver.data.chunks import Chunks, chunk_ids, chunk_rows, chunks_of, measure
 from perceiver.data.order import Order, plan
 from perceiver.data.prepare import Job, cut_pieces, make_piece, make_shard, make_split, plan_shards
 from perceiver.data.readers import Columns, read_documents
 from perceiver.data.shards import SPLITS, Split, fixed_array, fixed_column
-from perceiver.data.sources import resolve
+from perceiver.data.sources import InputFile, resolve
 from perceiver.data.spans import Problems
 from perceiver.data.stream import read_unit
 from perceiver.data.text import mask_words, windows, word_ids
@@ -38,8 +39,8 @@ from perceiver.data.tokenizers import MASK, ByteTokenizer, Tokenizer, load_token
 from perceiver.models.flops import training_flops
 from perceiver.presets import PRESETS
 from perceiver.tasks import build_task
-from perceiver.training.batches import Feed, ReadAll, make_feed, read_here
-from perceiver.training.meters import PEAK_FLOPS
+from perceiver.training.batches import Feed, ReadAll, StreamFeed, make_feed, read_here
+from perceiver.training.meters import DEVICES
 
 REPEATS = 3
 MLM, CLM = (32, 2048), (24, 4096)
@@ -56,23 +57,23 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the results there as JSON")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        feeds: list[Feed] = []
+        feeds: dict[str, Feed] = {}
         texts = read_texts(args.source, args.megabytes) if args.source else made_up(args.megabytes)
         results = [*arrays(texts), *preparation(texts, "bytes", Path(folder), feeds)]
         if args.tokenizer:
             results += preparation(texts, args.tokenizer, Path(folder), feeds)
-        results += [pipeline(feed, read_here, "in this process") for feed in feeds]
+        results += [pipeline(feed, read_here, how) for how, feed in feeds.items()]
         if args.ray:
-            results.append(pipeline_with_ray(feeds[-1]))
+            results += pipelines_with_ray(feeds)
     size = sum(len(text.encode()) for text in texts) / 1e6
     print(f"{len(texts):,} documents, {size:.1f} MB; one core\n")
-    print(f"{'what':<52}{'ours':>12}{'other':>12}{'ratio':>8}  unit")
+    print(f"{'what':<58}{'ours':>12}{'other':>12}{'ratio':>8}  unit")
     for row in results:
         other, ratio = (
             ("", "") if row["other"] is None else (f"{row['other']:,.2f}", f"{row['ours'] / row['other']:.1f}")
         )
-        print(f"{row['what']:<52}{row['ours']:>12,.2f}{other:>12}{ratio:>8}  {row['unit']}")
-    print("\n" + demand([row["ours"] for row in results if row["what"].startswith("input pipeline")]))
+        print(f"{row['what']:<58}{row['ours']:>12,.2f}{other:>12}{ratio:>8}  {row['unit']}")
+    print("\n" + demand({row["what"]: row["ours"] for row in results if row["what"].startswith("input pipeline")}))
     if args.out:
         args.out.write_text(json.dumps(results, indent=1))
 
@@ -201,7 +202,7 @@ def loop_mask(batch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 # ---------------------------------------------------------------------------------------------------------- preparation
 
 
-def preparation(texts: list[str], tokenizer: str, folder: Path, feeds: list[Feed]) -> list[dict]:
+def preparation(texts: list[str], tokenizer: str, folder: Path, feeds: dict[str, Feed]) -> list[dict]:
     """Both passes of the preparation on one core, against `datasets.map`; then reading what was prepared.
 
     What was prepared is left in a folder of its own, and its feed for a worker of clm-c4 is added to `feeds`.
@@ -230,7 +231,8 @@ def preparation(texts: list[str], tokenizer: str, folder: Path, feeds: list[Feed
     train = splits["train"].tokens / 1e6
     tokens = train + splits["val"].tokens / 1e6
     reading = best(lambda: read(job.folder, splits["train"]))
-    feeds.append(worker_feed(job.folder, splits["train"]))
+    shards = worker_feed(job.folder, splits["train"])
+    feeds |= {f"shards of {name}": shards, f"text to {name}": streaming_feed(shards, job, list(files))}
     return [
         row(f"preparation, {name} (other: datasets.map)", "MB/s", size, times),
         row(f"preparation, {name} (other: datasets.map)", "million tokens/s", tokens, times),
@@ -280,40 +282,62 @@ def worker_feed(folder: str, split: Split) -> Feed:
     return make_feed(experiment, build_task(experiment), folder, split, train=True)
 
 
-def pipeline(feed: Feed, read_all: ReadAll, how: str, steps: int = 40) -> dict:
-    """Tokens a second that come out as batches: the best of three runs of `steps` steps, by the clock."""
+def streaming_feed(shards: Feed, job: Job, files: list[InputFile]) -> StreamFeed:
+    """The same from text; says how much of it is in no row."""
+    sizes = [measure(file) for file in files]
+    total = sum(size.bytes for size in sizes)
+    rate = shards.split.tokens / total / 0.95  # of which 5% are held out
+    rows = chunk_rows(total, rate, job.row_length, 4096)
+    described = {"rows": rows, "ids_per_byte": rate, "val_fraction": 0.05, "sizes": [[s.units, s.bytes] for s in sizes]}
+    pieces, _ = chunks_of(files, described, job.row_length)
+    chunks = Chunks(job=job, rows=rows, pieces=tuple(pieces))
+    there = [len(chunk_ids(job, piece)) for piece in pieces]
+    short = sum(max(rows * job.row_length - ids, 0) for ids in there)
+    left = sum(max(ids - rows * job.row_length, 0) for ids in there)
+    print(f"{len(pieces)} chunks of {rows} rows: {left / sum(there):.2%} of the ids dropped, {short / sum(there):.2%} taken twice")
+    total_rows = rows * len(pieces)
+    split = replace(shards.split, rows=total_rows, tokens=total_rows * job.row_length + 1, rows_per_block=rows, shards=())
+    order = replace(shards.order, rows=total_rows, rows_per_block=rows, window_blocks=1)
+    return StreamFeed(**{**vars(shards), "split": split, "order": order}, chunks=chunks)
+
+
+def pipeline(
+    feed: Feed, read_all: ReadAll, how: str, clock: Callable[[], float] = time.process_time, steps: int = 40
+) -> dict:
+    """Tokens a second that come out as batches: the best of three runs of `steps` steps."""
     rates = []
     for _ in range(REPEATS):
-        start, tokens = time.perf_counter(), 0
+        start, tokens = clock(), 0
         for batches in feed.steps(read_all, 0, 1, 0, steps):
             tokens += sum(batch["ids"].numel() for batch in batches)
-        rates.append(tokens / (time.perf_counter() - start) / 1e6)
-    what = f"input pipeline of a clm-c4 worker, {how}"
-    return {"what": what, "unit": "million tokens/s", "ours": max(rates), "other": None}
+        rates.append(tokens / (clock() - start) / 1e6)
+    return {"what": f"input pipeline, {how}", "unit": "million tokens/s", "ours": max(rates), "other": None}
 
 
-def pipeline_with_ray(feed: Feed) -> dict:
+def pipelines_with_ray(feeds: dict[str, Feed]) -> list[dict]:
     from ray_jobs.ingest import read_with_ray
     from ray_jobs.ray_env import connect
 
     with connect(ParallelConfig()):
-        return pipeline(feed, read_with_ray, "by Ray Data tasks")
+        return [
+            pipeline(feed, read_with_ray, f"{how}, by Ray Data", time.perf_counter)
+            for how, feed in feeds.items()
+            if how.startswith("shards")
+        ]
 
 
-def demand(rates: list[float], gpus: int = 8, cores: int = 96) -> str:
+def demand(rates: dict[str, float], gpus: int = 8, cores: int = 96) -> str:
     """What GPUs take, beside what the pipeline gives (million tokens/s of a core, at least)."""
     model = PRESETS["clm-c4"]().model
     mean = 768
     flops = training_flops(model, seq_len=mean) / mean
-    taken = gpus * 0.4 * PEAK_FLOPS["A100"] / flops / 1e6
+    peak = DEVICES["a100-40gb"].bf16
+    taken = gpus * 0.4 * peak / flops / 1e6
     lines = [
-        f"clm-c4 at its mean length of {mean}: {flops / 1e9:.2f} GFLOP a token; {gpus} A100s at 40% of {PEAK_FLOPS['A100'] / 1e12:.0f} "
+        f"clm-c4 at its mean length of {mean}: {flops / 1e9:.2f} GFLOP a token; {gpus} A100s at 40% of {peak / 1e12:.0f} "
         f"TFLOP/s take {taken:.2f} million tokens/s"
     ]
-    for rate in rates:
-        lines.append(
-            f"  {rate:.1f} million tokens/s of one core are {rate / taken:.0f} times that; of {cores} cores {cores * rate / taken:,.0f} times"
-        )
+    lines += [f"  {what}: of one core {rate / taken:.1f} times that, of {cores} cores {cores * rate / taken:,.0f} times" for what, rate in rates.items()]
     return "\n".join(lines)
 
 

@@ -6,16 +6,13 @@ import time
 from typing import Any
 
 from perceiver.config import Experiment, UserError, digest
-from perceiver.data.chunks import Size, chunk_rows, chunks_of, fingerprint, measure, sample_tokens
+from perceiver.data.chunks import Size, chunk_ids, chunk_rows, chunks_of, fingerprint, measure, sample_pieces
 from perceiver.data.prepare import PIECE_BYTES, Job, cut_pieces, make_split
 from perceiver.data.shards import Manifest, Split, prepare_settings
 from perceiver.data.sources import InputFile, Source
 from perceiver.data.storage import write_file
 from perceiver.data.tokenizers import TOKENIZER, SentencePieceTokenizer
 from ray_jobs import preprocess
-
-SAMPLED_FILES = 16
-"""Files, at most, whose beginnings tell how many ids a byte makes."""
 
 
 def prepare_stream(experiment: Experiment, source: Source, folder: str, progress: preprocess.Say) -> Manifest:
@@ -78,15 +75,9 @@ def _measure(job: Job, files: list[InputFile]) -> list[Size]:
 
 def _describe(experiment: Experiment, job: Job, files: list[InputFile], sizes: list[Size]) -> dict[str, Any]:
     """What determines the chunks, beside the files: for the manifest."""
-    count = min(SAMPLED_FILES, len(files))
-    chosen = [len(files) * i // count for i in range(count)]
-
-    def run(i: int) -> dict[str, int]:
-        tokens, size = sample_tokens(job, files[i], sizes[i])
-        return {"tokens": tokens, "bytes": size}
-
-    samples = [sample for _, sample in sorted(preprocess.in_parallel(run, chosen), key=lambda found: found[0])]
-    tokens, total = (sum(sample[name] for sample in samples) for name in ("tokens", "bytes"))
+    pieces = sample_pieces(files, sizes)
+    counts = dict(preprocess.in_parallel(lambda i: {"ids": len(chunk_ids(job, pieces[i]))}, list(range(len(pieces)))))
+    tokens, total = sum(count["ids"] for count in counts.values()), sum(piece.size for piece in pieces)
     if not tokens:
         raise UserError(f"data.source {experiment.data.source} has no text: everything in it is empty or was skipped")
     data = experiment.data

@@ -100,6 +100,16 @@ def test_every_chunk_gives_its_rows_from_its_own_text(prepared, source):
     assert load_prepared(chosen) == (folder, manifest) and "ready to stream" in " ".join(said)
 
 
+def test_a_document_longer_than_a_chunk_is_no_fault(tmp_path, monkeypatch):
+    serially(monkeypatch)
+    write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in (*texts(100), "x" * 3000, *texts(100, seed=1))])
+    chosen = streamed(tmp_path / "data", tmp_path / "a.jsonl")
+    manifest = prepare(chosen, lambda text: None)
+    chunks = open_chunks(chosen, chosen.data.source, manifest)
+    empty = [i for i, piece in enumerate(chunks.pieces) if not documents(piece.spans[0])]
+    assert empty and chunks.read("", manifest.splits["train"], empty[0]).equals(chunks.read("", manifest.splits["train"], empty[0] - 1))
+
+
 def test_no_document_is_on_both_sides(prepared):
     chosen, _, manifest, _ = prepared
     files = list(resolve(chosen.data, "tokens").files)

@@ -28,8 +28,8 @@ FEWEST_CHUNKS = 64
 """Small sources have smaller chunks, so that there are about so many."""
 MOST_VAL_CHUNKS = 16
 """Chunks held out for validation, at most, where a source has no validation files."""
-SAMPLE_BYTES = 1 << 20
-"""Of a file, from its beginning, to find out how many ids a byte makes."""
+SAMPLES, SAMPLE_BYTES = 32, 1 << 17
+"""Parts of a source, and bytes of each, that tell how many ids a byte makes."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,18 @@ class Chunks:
     pieces: tuple[Piece, ...]
 
     def read(self, folder: str, split: Split, block: int) -> pa.Table:
-        """A chunk as a block of a shard: its rows, and one more for the windows that begin in the last."""
-        return read_chunk(self.job, self.pieces[block], self.rows)
+        """A chunk as a block of a shard: its rows, and one more for the windows that begin in the last, (rows + 1) x T ids.
+
+        Where no document begins in it (one is longer than a chunk), it is the chunk before it once more.
+
+        Raises:
+            UserError: a fault in the input.
+        """
+        for piece in (*self.pieces[block::-1], *self.pieces[block + 1 :]):
+            ids = chunk_ids(self.job, piece)
+            if len(ids):
+                return pa.table({"tokens": fixed_column(np.resize(ids, (self.rows + 1, self.job.row_length)))})
+        raise UserError("the source has no text: everything in it is empty or was skipped")
 
 
 def measure(file: InputFile) -> Size:
@@ -79,15 +89,20 @@ def _span(file: InputFile, size: Size, start: int, stop: int) -> Span:
     return Span(file, start, stop, unpacked=file.compressed)
 
 
-def sample_tokens(job: Job, file: InputFile, size: Size) -> tuple[int, int]:
-    """Ids and bytes of a file's beginning.
-
-    Raises:
-        UserError: a fault in it.
-    """
-    units = max(1, min(size.units, size.units * SAMPLE_BYTES // max(size.bytes, 1)))
-    ids = _ids(job, Piece((_span(file, size, 0, units),), 0))
-    return len(ids), size.bytes * units // max(size.units, 1)
+def sample_pieces(files: list[InputFile], sizes: list[Size]) -> list[Piece]:
+    """What tells how many ids a byte makes: parts of the files, evenly over the source, or all of a small one."""
+    total = sum(size.bytes for size in sizes)
+    if total <= SAMPLES * SAMPLE_BYTES:
+        return [Piece((_span(file, size, 0, size.units),), size.bytes) for file, size in zip(files, sizes, strict=True)]
+    ends = np.cumsum([size.bytes for size in sizes])
+    pieces = []
+    for place in (total * (2 * i + 1) // (2 * SAMPLES) for i in range(SAMPLES)):
+        number = int(np.searchsorted(ends, place, side="right"))
+        file, size = files[number], sizes[number]
+        start = size.units * (place - int(ends[number]) + size.bytes) // size.bytes
+        stop = min(start + max(1, size.units * SAMPLE_BYTES // size.bytes), size.units)
+        pieces.append(Piece((_span(file, size, start, stop),), size.bytes * (stop - start) // size.units))
+    return pieces
 
 
 def chunk_rows(total_bytes: int, ids_per_byte: float, row_length: int, most: int) -> int:
@@ -176,25 +191,13 @@ def marked(piece: Piece, split: str) -> Piece:
     return Piece(tuple(replace(span, file=replace(span.file, split=split)) for span in piece.spans), piece.size)
 
 
-def read_chunk(job: Job, piece: Piece, rows: int) -> pa.Table:
-    """The rows of a chunk and one more: "tokens", fixed_size_list<uint16>[T], (rows + 1).
-
-    Raises:
-        UserError: a fault in the input, or a chunk without any text.
-    """
-    ids = _ids(job, piece)
-    if not len(ids):
-        raise UserError(f"{piece.spans[0].file.name} has no text from {piece.spans[0].start:,} on: it cannot be streamed")
-    return pa.table({"tokens": fixed_column(np.resize(ids, (rows + 1, job.row_length)))})
-
-
 def no_tokens(row_length: int) -> pa.Table:
     """A chunk of one empty row."""
     return pa.table({"tokens": fixed_column(np.zeros((2, row_length), np.uint16))})
 
 
-def _ids(job: Job, piece: Piece) -> np.ndarray:
-    """The ids of a piece's documents, with the marks of their ends."""
+def chunk_ids(job: Job, piece: Piece) -> np.ndarray:
+    """The ids of a chunk's documents, with the marks of their ends: uint16."""
     assert job.tokenizer is not None
     problems, parts = Problems(job.skip), []
     for span in piece.spans:
