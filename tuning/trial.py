@@ -27,7 +27,7 @@ KEEP_ALL = 1_000_000
 
 
 def run_name(trial_id: str) -> str:
-    """Ray Tune's name of a trial without the part that is random."""
+    """Ray Tune's name of a trial without the part that all trials of a sweep share."""
     return f"trial-{trial_id.rpartition('_')[2]}"
 
 
