@@ -104,6 +104,7 @@ def search(sweep: Sweep, concurrent: int) -> Any:
         import optuna
         from ray.tune.search.optuna import OptunaSearch
 
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
         flat = [{f"values/{name}": value for name, value in point["values"].items()} for point in first]
         algorithm = OptunaSearch(sampler=optuna.samplers.TPESampler(seed=sweep.seed), points_to_evaluate=flat or None)
         return algorithm if sweep.scheduler in PAUSING else ConcurrencyLimiter(algorithm, max_concurrent=concurrent)

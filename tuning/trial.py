@@ -27,7 +27,7 @@ KEEP_ALL = 1_000_000
 
 
 def run_name(trial_id: str) -> str:
-    """Ray Tune's name of a trial without the part that is random."""
+    """Ray Tune's name of a trial without the part that all trials of a sweep share."""
     return f"trial-{trial_id.rpartition('_')[2]}"
 
 
@@ -63,8 +63,9 @@ def run_trial(config: dict[str, Any], settings: dict[str, Any]) -> None:
 
     def report_saved(metrics: dict[str, float]) -> None:
         """Reports once the checkpoint is complete: after a report the trial may be paused, or another take its weights over."""
-        marker = run / CHECKPOINTS / f"step-{int(metrics['step']):08d}" / MARKER
-        while not marker.exists():
+        name = f"step-{int(metrics['step']):08d}"
+        # A later one will do as well: it may have been the cause that the checkpoint was thrown away.
+        while not any(marker.parent.name >= name for marker in (run / CHECKPOINTS).glob(f"step-*/{MARKER}")):
             if over.wait(0.1):
                 return
         report(metrics)
