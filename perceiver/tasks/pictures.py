@@ -16,20 +16,23 @@ def confusion_matrix(counts: np.ndarray, names: tuple[str, ...], cell: int = 36)
     """
     from PIL import Image, ImageDraw
 
-    num, margin = len(names), 16 + 7 * max(len(name) for name in names)
-    image = Image.new("RGB", (margin + num * cell + 8, margin + num * cell + 8), "white")
+    longest, title = max(len(name) for name in names), "true (rows) / predicted (columns)"
+    num, left, top = len(names), 16 + 7 * longest, 40
+    if num <= 20:
+        cell = max(cell, 8 + 7 * longest)  # few classes: their names are written out above the columns, too
+    image = Image.new("RGB", (max(left + num * cell + 8, 12 + 6 * len(title)), top + num * cell + 8), "white")
     draw = ImageDraw.Draw(image)
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     for i, name in enumerate(names):
-        draw.text((margin + i * cell + 4, margin - 14), name[: cell // 6], fill="black")
-        draw.text((4, margin + i * cell + cell // 3), name, fill="black")
+        draw.text((left + i * cell + 4, top - 14), name[: cell // 6], fill="black")
+        draw.text((4, top + i * cell + cell // 3), name, fill="black")
         for j in range(num):
             shade = int(255 * (1 - shares[i, j]))
-            x, y = margin + j * cell, margin + i * cell
+            x, y = left + j * cell, top + i * cell
             draw.rectangle((x, y, x + cell - 1, y + cell - 1), fill=(shade, shade, 255), outline=(220, 220, 220))
             if counts[i, j]:
                 draw.text((x + 4, y + cell // 3), f"{int(counts[i, j])}", fill="white" if shade < 128 else "black")
-    draw.text((4, 2), "true (rows) / predicted (columns)", fill="black")
+    draw.text((4, 2), title, fill="black")
     return np.asarray(image)
 
 
