@@ -62,8 +62,11 @@ def run(name: str, recompute: int, args: argparse.Namespace) -> tuple[float, flo
     task, world = build_task(experiment), join_world(torch.device("cpu"))
     state = build_state(experiment, task, world)
     start = find_start(experiment, {name: p.shape for name, p in state.model.named_parameters()})
+    origin = str(start or "random weights")
     if start is not None:
         start.apply(state.model)
+    del start  # and the weights that it holds
+    torch.manual_seed(0)
     times, losses = [], []
 
     def batches() -> Iterator[list[Batch]]:
@@ -80,7 +83,7 @@ def run(name: str, recompute: int, args: argparse.Namespace) -> tuple[float, flo
         statistics.median(b[i] - a[i] for a, b in zip(times[1:-1], times[2:], strict=True)) for i in range(2)
     )
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return wall, cpu, peak, losses, str(start) if start else "random weights"
+    return wall, cpu, peak, losses, origin
 
 
 def main() -> None:
