@@ -213,7 +213,8 @@ def preparation(texts: list[str], tokenizer: str, folder: Path, feeds: dict[str,
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in few))
     size = sum(len(text.encode()) for text in few) / 1e6
     job = Job(
-        kind="tokens", folder=f"{folder}/out-{loaded.vocab_size}", staging=f"{folder}/staging-{loaded.vocab_size}", columns=Columns(text="text", label=None),
+        kind="tokens", folder=f"{folder}/out-{loaded.vocab_size}", staging=f"{folder}/staging-{loaded.vocab_size}",
+        columns=Columns(text="text", label=None),
         skip=False, val_fraction=0.05, row_length=1024, rows_per_block=256, blocks_per_shard=64, tokenizer=loaded,
         document_marks="eos",
     )  # fmt: skip
@@ -294,7 +295,8 @@ def streaming_feed(shards: Feed, job: Job, files: list[InputFile]) -> StreamFeed
     there = [len(chunk_ids(job, piece)) for piece in pieces]
     short = sum(max(rows * job.row_length - ids, 0) for ids in there)
     left = sum(max(ids - rows * job.row_length, 0) for ids in there)
-    print(f"{len(pieces)} chunks of {rows} rows: {left / sum(there):.2%} of the ids dropped, {short / sum(there):.2%} taken twice")
+    shares = f"{left / sum(there):.2%} of the ids dropped, {short / sum(there):.2%} taken twice"
+    print(f"{len(pieces)} chunks of {rows} rows: {shares}")
     total_rows = rows * len(pieces)
     split = replace(shards.split, rows=total_rows, tokens=total_rows * job.row_length + 1, rows_per_block=rows, shards=())
     order = replace(shards.order, rows=total_rows, rows_per_block=rows, window_blocks=1)
@@ -337,7 +339,8 @@ def demand(rates: dict[str, float], gpus: int = 8, cores: int = 96) -> str:
         f"clm-c4 at its mean length of {mean}: {flops / 1e9:.2f} GFLOP a token; {gpus} A100s at 40% of {peak / 1e12:.0f} "
         f"TFLOP/s take {taken:.2f} million tokens/s"
     ]
-    lines += [f"  {what}: of one core {rate / taken:.1f} times that, of {cores} cores {cores * rate / taken:,.0f} times" for what, rate in rates.items()]
+    for what, rate in rates.items():
+        lines.append(f"  {what}: of one core {rate / taken:.1f} times that, of {cores} {cores * rate / taken:,.0f} times")
     return "\n".join(lines)
 
 

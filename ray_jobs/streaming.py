@@ -1,4 +1,4 @@
-"""What `--data.prepare stream` does before a training: sizes of the source's files, a sample, and shards of the validation data."""
+"""What `--data.prepare stream` does before a training: sizes of the files, a sample, and shards of the validation data."""
 
 from __future__ import annotations
 
@@ -81,7 +81,8 @@ def _describe(experiment: Experiment, job: Job, files: list[InputFile], sizes: l
     if not tokens:
         raise UserError(f"data.source {experiment.data.source} has no text: everything in it is empty or was skipped")
     data = experiment.data
-    rows = chunk_rows(sum(size.bytes for size in sizes), tokens / total, job.row_length, data.rows_per_block * data.shuffle_window_blocks)
+    most = data.rows_per_block * data.shuffle_window_blocks
+    rows = chunk_rows(sum(size.bytes for size in sizes), tokens / total, job.row_length, most)
     return {
         "rows": rows,
         "ids_per_byte": round(tokens / total, 6),

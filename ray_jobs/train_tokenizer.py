@@ -73,7 +73,8 @@ def train(out: str, config: TokenizerTraining, progress: Say = print) -> None:
     tokenizer = SentencePieceTokenizer(model, name)
     ids = sum(len(tokenizer.encode(text)) for text in texts[:100])
     size = sum(len(text.encode()) for text in texts[:100])
-    progress(f"wrote {out} after {time.monotonic() - started:.0f} s: sha256 {hashlib.sha256(model).hexdigest()[:12]}, {size / ids:.2f} bytes an id")
+    sha256 = hashlib.sha256(model).hexdigest()
+    progress(f"wrote {out} after {time.monotonic() - started:.0f} s: sha256 {sha256[:12]}, {size / ids:.2f} bytes an id")
     progress(f"use it: --data.tokenizer {out} (and a model whose vocab-size is {config.vocab_size:,} or more)")
 
 
@@ -95,7 +96,7 @@ def check(out: str, config: TokenizerTraining) -> None:
 
 
 def _samples(pieces: list[Piece], config: TokenizerTraining) -> Iterator[tuple[list[tuple[int, str]], bool]]:
-    """The samples of all pieces, one task a piece, by Ray Data, as they come: some (key, text), and whether a piece ends with them.
+    """The samples of all pieces, one task a piece, by Ray Data, as they come: some (key, text), and whether a piece ends.
 
     Raises:
         UserError: the first one that a task raised (and returned as data: Ray would wrap the exception in its own).

@@ -107,7 +107,8 @@ def test_a_document_longer_than_a_chunk_is_no_fault(tmp_path, monkeypatch):
     manifest = prepare(chosen, lambda text: None)
     chunks = open_chunks(chosen, chosen.data.source, manifest)
     empty = [i for i, piece in enumerate(chunks.pieces) if not documents(piece.spans[0])]
-    assert empty and chunks.read("", manifest.splits["train"], empty[0]).equals(chunks.read("", manifest.splits["train"], empty[0] - 1))
+    split = manifest.splits["train"]
+    assert empty and chunks.read("", split, empty[0]).equals(chunks.read("", split, empty[0] - 1))
 
 
 def test_no_document_is_on_both_sides(prepared):

@@ -1,4 +1,4 @@
-"""Training text that is not prepared: chunks of the source's files, each of which becomes the same number of rows when it is read.
+"""Training text that is not prepared: chunks of the source's files, each of which becomes equally many rows when it is read.
 
 What the order of training needs is known before: how many chunks there are (from the files' sizes and a sample's ids per
 byte), and that each has `rows` rows. A chunk's documents become ids, end to end, and these rows; what is left over at its end
@@ -112,7 +112,7 @@ def chunk_rows(total_bytes: int, ids_per_byte: float, row_length: int, most: int
 
 
 def cut_chunks(files: list[InputFile], sizes: list[Size], chunk_bytes: float) -> list[Piece]:
-    """The files in chunks of at least `chunk_bytes` and not much more. Small files are taken together, what is left at the end dropped."""
+    """The files in chunks of at least `chunk_bytes` and not much more. Small files are taken together; a rest is dropped."""
     found: list[Piece] = []
     small: list[Span] = []
     gathered = 0

@@ -84,7 +84,7 @@ class Order:
         return np.where(positions >= lane_rows * self.lanes, positions, np.where(offset < last, in_full, in_last))
 
     def queues(self, places: np.ndarray) -> np.ndarray:
-        """The queue (see `Unit.lane`) that the row at each place comes through: its lane, or `lanes` in the last, partial batch."""
+        """The queue (see `Unit.lane`) that the row at each place comes through: its lane, or `lanes` in the partial batch."""
         share = self.global_batch_size // self.lanes
         full = self.full_batches * self.global_batch_size
         return np.where(places < full, places % self.global_batch_size // share, self.lanes)

@@ -138,7 +138,9 @@ def mixture_sources(data: DataConfig) -> list[MixtureSource]:
             validation data for all of them.
     """
     if data.val_source:
-        raise UserError("data.mixture and data.val_source are both given: a mixture's sources each have their own validation data")
+        raise UserError(
+            "data.mixture and data.val_source are both given: a mixture's sources each have their own validation data"
+        )
     found = []
     for entry in data.mixture:
         source, equals, weight = entry.rpartition("=")

@@ -148,5 +148,6 @@ def _reason(error: str) -> str:
     if "too high" in error:
         return f"the sample has too little text for it, at most {error.rpartition('<=')[2].strip(' .')} is possible"
     if "required_chars" in error:
-        return f"the sample's characters alone need more ({error.rpartition('chars.')[2].split('.')[0].strip()}); lower character-coverage"
+        needed = error.rpartition("chars.")[2].split(".")[0].strip()
+        return f"the sample's characters alone need more ({needed}); lower character-coverage"
     return f"SentencePiece refused it ({error.splitlines()[0]})"
