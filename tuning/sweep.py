@@ -108,7 +108,8 @@ def run_sweep(sweep: Sweep, folder: Path, concurrent: int | None = None, say=pri
         write_json(folder / SETTINGS, describe(sweep))
         room = plan_room(base, concurrent)
         steps = total_steps(base, prepared[1].splits["train"].rows)
-        say(f"sweep in {folder}: {room.why}; {steps:,} steps in a whole training")
+        length = "" if sweep.points else f"; {steps:,} steps in a whole training"
+        say(f"sweep of {sweep.size} trials in {folder}: {room.why}{length}")
         started = time.monotonic()
         fit(sweep, folder, base, room, steps, say)
         trials = report.write(folder)
