@@ -108,7 +108,8 @@ def run_sweep(sweep: Sweep, folder: Path, concurrent: int | None = None, say=pri
         write_json(folder / SETTINGS, describe(sweep))
         room = plan_room(base, concurrent)
         steps = total_steps(base, prepared[1].splits["train"].rows)
-        say(f"sweep in {folder}: {room.why}; {steps:,} steps in a whole training")
+        length = "" if sweep.points else f"; {steps:,} steps in a whole training"
+        say(f"sweep of {sweep.size} trials in {folder}: {room.why}{length}")
         started = time.monotonic()
         fit(sweep, folder, base, room, steps, say)
         trials = report.write(folder)
@@ -207,7 +208,9 @@ def fit(sweep: Sweep, folder: Path, base: Experiment, room: Room, steps: int, sa
     )
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(room.concurrent)
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-    logging.getLogger("ray.tune.search.variant_generator").setLevel(logging.ERROR)  # the preset's values need not be in the space
+    # The preset's values need not be in the space; a failed trial is one line of `Record`, its traceback in error.txt below `tune`.
+    logging.getLogger("ray.tune.search.variant_generator").setLevel(logging.ERROR)
+    logging.getLogger("ray.tune.execution.tune_controller").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", message="Consider boosting PBT")
     random.seed(sweep.seed)  # Ray's population-based training draws from here
     state = folder / "tune"
