@@ -391,6 +391,11 @@ class ParallelConfig:
 
     workers: int = 1
     """Workers, one a GPU (or one a process on CPUs); `--workers N` for short."""
+    min_workers: int | None = None
+    """Elastic: start with as many workers as there is room for, from so many up to `workers`, and grow and shrink with the
+    cluster; `--workers 2..8` for short. None: always exactly `workers`."""
+    resize_seconds: float = 60.0
+    """Elastic: seconds between looks for room for more workers. A larger number of workers goes on from the last checkpoint."""
     replicas: int = 1
     """Copies of the model: each is sharded over workers / replicas neighbours (HSDP: one a node, say); 1: over all workers."""
     micro_batch_size: int | None = None

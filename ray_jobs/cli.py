@@ -43,7 +43,7 @@ def parse_experiment(argv: Sequence[str], prog: str) -> Experiment:
     if not argv or argv[0] in ("-h", "--help"):
         names = ", ".join(PRESETS)
         print(f"usage: python -m {prog} PRESET [--field value ...]\n\npresets: {names}")
-        print(f"shortcuts: {', '.join(f'{short} = {long}' for short, long in SHORTCUTS.items())}")
+        print(f"shortcuts: {', '.join(f'{short} = {long}' for short, long in SHORTCUTS.items())}; --workers 2..8 is elastic")
         print(f"fields of a preset: python -m {prog} PRESET --help")
         raise SystemExit(0)
     return override(preset(argv[0]), argv[1:], f"{prog} {argv[0]}")
@@ -66,7 +66,7 @@ def override(config: Config, args: Sequence[str], prog: str) -> Config:
     Raises:
         UserError: an unknown field (offers the nearest) or a value that does not fit it.
     """
-    args = [_long(arg) for arg in args]
+    args = _elastic([_long(arg) for arg in args])
     fields = [name for name in flatten(to_dict(config)) if name.rpartition(".")[2] != "type" and name != "preset"]
     for arg in args:
         if re.match(r"--[a-zA-Z]", arg) and arg != "--help":
@@ -108,6 +108,19 @@ def main_entry(main: Callable[[list[str]], int | None], argv: list[str] | None =
 def _long(arg: str) -> str:
     name, equals, value = arg.partition("=")
     return SHORTCUTS.get(name, name) + equals + value
+
+
+def _elastic(args: list[str]) -> list[str]:
+    """`--parallel.workers 2..8` as most and least workers."""
+    result: list[str] = []
+    for arg in args:
+        if found := re.fullmatch(r"--parallel\.workers=(\d+)\.\.(\d+)", arg):
+            result += [f"--parallel.workers={found[2]}", f"--parallel.min-workers={found[1]}"]
+        elif result[-1:] == ["--parallel.workers"] and (found := re.fullmatch(r"(\d+)\.\.(\d+)", arg)):
+            result += [found[2], "--parallel.min-workers", found[1]]
+        else:
+            result.append(arg)
+    return result
 
 
 def nearest(name: str, names: Sequence[str] | dict, prefix: str = "") -> str:

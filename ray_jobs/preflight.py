@@ -26,6 +26,8 @@ class Resources:
     gpu: bool
     cpus_per_worker: float
     threads_per_worker: int
+    min_workers: int | None = None
+    """Elastic: `workers` is the most there may be, this the least. None: always `workers`."""
 
 
 def check_experiment(experiment: Experiment) -> None:
@@ -43,6 +45,7 @@ def check_experiment(experiment: Experiment) -> None:
         "training.max-steps": training.max_steps,
         "training.max-epochs": training.max_epochs,
         "parallel.workers": parallel.workers,
+        "parallel.min-workers": parallel.min_workers,
         "parallel.replicas": parallel.replicas,
         "parallel.micro-batch-size": parallel.micro_batch_size,
         "parallel.threads-per-worker": parallel.threads_per_worker,
@@ -63,6 +66,13 @@ def check_experiment(experiment: Experiment) -> None:
         raise UserError(f"parallel.device-memory-gib is {parallel.device_memory_gib} and must be above 0, or None for what is found")
     if parallel.workers % parallel.replicas:
         raise UserError(f"parallel.replicas is {parallel.replicas} and must divide parallel.workers ({parallel.workers})")
+    if parallel.min_workers is not None:
+        if parallel.min_workers > parallel.workers:
+            raise UserError(f"parallel.min-workers is {parallel.min_workers} and must be at most parallel.workers ({parallel.workers})")
+        if parallel.replicas > 1:
+            raise UserError(f"parallel.replicas is {parallel.replicas}: an elastic run (parallel.min-workers) has no replicas, as its workers change")
+        if not parallel.resize_seconds > 0:
+            raise UserError(f"parallel.resize-seconds is {parallel.resize_seconds} and must be above 0")
     if training.max_steps is None and training.max_epochs is None:
         raise UserError("training.max-steps and training.max-epochs are both None: set one of them")
     if not optim.lr > 0 or not math.isfinite(optim.lr):
@@ -93,23 +103,52 @@ def plan_resources(experiment: Experiment) -> Resources:
     total = ray.cluster_resources()
     cpus = total.get("CPU", 0.0)
     cores = cluster_cores()
-    if gpu and total.get("GPU", 0) < parallel.workers:
+    # What there must be at the start; an elastic run grows later.
+    field, least = ("parallel.min-workers", parallel.min_workers) if parallel.min_workers else ("parallel.workers", parallel.workers)
+    if gpu and total.get("GPU", 0) < least:
         raise UserError(
-            f"parallel.workers is {parallel.workers} but the cluster has {total.get('GPU', 0):g} GPUs: "
-            f"use at most that many workers, or --parallel.device cpu"
+            f"{field} is {least} but the cluster has {total.get('GPU', 0):g} GPUs: use at most that many workers, or --parallel.device cpu"
         )
-    if not gpu and parallel.workers > cores:
-        raise UserError(f"parallel.workers is {parallel.workers} but the cluster has {cores} CPUs: use at most that many workers")
-    share = parallel.cpus_per_worker or min(1.0, math.floor((cpus - DATA_CPUS) / parallel.workers * 100) / 100)
-    if share <= 0 or parallel.workers * share + DATA_CPUS > cpus:
+    if not gpu and least > cores:
+        raise UserError(f"{field} is {least} but the cluster has {cores} CPUs: use at most that many workers")
+    if parallel.cpus_per_worker:
+        share = parallel.cpus_per_worker
+    elif parallel.min_workers:
+        share = 1.0 if gpu else _share_of_a_node()
+    else:
+        share = min(1.0, math.floor((cpus - DATA_CPUS) / parallel.workers * 100) / 100)
+    if share <= 0 or least * share + DATA_CPUS > cpus:
         raise UserError(
-            f"{parallel.workers} workers with {share:g} CPUs each and a data task with {DATA_CPUS:g} need "
-            f"{parallel.workers * share + DATA_CPUS:g} CPUs but the cluster has {cpus:g}: "
-            f"lower parallel.workers or parallel.cpus-per-worker"
+            f"{least} workers with {share:g} CPUs each and a data task with {DATA_CPUS:g} need "
+            f"{least * share + DATA_CPUS:g} CPUs but the cluster has {cpus:g}: "
+            f"lower {field} or parallel.cpus-per-worker"
         )
     on_node = math.ceil(parallel.workers / max(1, len([n for n in ray.nodes() if n["Alive"]])))
+    if parallel.min_workers:
+        on_node = min(on_node, max(1, int(max(_node_cpus()) // share)))
     threads = parallel.threads_per_worker or max(1, (os.cpu_count() or 1) // on_node)
-    return Resources(parallel.workers, gpu, share, threads)
+    return Resources(parallel.workers, gpu, share, threads, parallel.min_workers)
+
+
+def _node_cpus() -> list[float]:
+    return [n["Resources"].get("CPU", 0.0) for n in ray.nodes() if n["Alive"]]
+
+
+def _share_of_a_node() -> float:
+    """CPUs for each worker of an elastic run, at most one, such that workers that fill the nodes leave room for a data task: Ray
+    starts as many as fit, and workers without data would wait for ever. On every node, if that can be, as nodes go; else on
+    the smallest ones."""
+    sizes = sorted({cpus for cpus in _node_cpus() if cpus})
+    # Ray counts in ten-thousandths.
+    shares = [math.floor((cpus - DATA_CPUS) / n * 1e4) / 1e4 for cpus in sizes for n in range(1, 2 * int(cpus))]
+    for careful in (sizes, sizes[:1]):
+        fitting = [s for s in shares if 0 < s <= 1 and all(cpus - cpus // s * s >= DATA_CPUS for cpus in careful)]
+        if fitting:
+            return max(fitting)
+    raise UserError(
+        f"an elastic run on nodes with {', '.join(f'{cpus:g}' for cpus in sizes)} CPUs would leave none for its data tasks: set "
+        f"parallel.cpus-per-worker, so that {DATA_CPUS:g} CPUs of a full node stay free"
+    )
 
 
 def _wait_for_growth(parallel: ParallelConfig, gpu: bool) -> None:
@@ -117,14 +156,15 @@ def _wait_for_growth(parallel: ParallelConfig, gpu: bool) -> None:
 
     def enough() -> bool:
         total = ray.cluster_resources()
-        return total.get("CPU", 0) >= cpus and (not gpu or total.get("GPU", 0) >= parallel.workers)
+        return total.get("CPU", 0) >= cpus and (not gpu or total.get("GPU", 0) >= workers)
 
-    cpus = parallel.workers * (parallel.cpus_per_worker or 1.0) + DATA_CPUS
+    workers = parallel.min_workers or parallel.workers
+    cpus = workers * (parallel.cpus_per_worker or 1.0) + DATA_CPUS
     end = time.monotonic() + 60 * parallel.wait_minutes
     if enough() or parallel.wait_minutes <= 0:
         return
     bundle = {"CPU": parallel.cpus_per_worker or 1, **({"GPU": 1} if gpu else {})}
-    request_resources(bundles=[bundle] * parallel.workers + [{"CPU": 1}])
+    request_resources(bundles=[bundle] * workers + [{"CPU": 1}])
     while not enough() and time.monotonic() < end:
         time.sleep(2)
     request_resources(bundles=[])

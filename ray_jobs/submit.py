@@ -140,9 +140,10 @@ def check_room(client: JobSubmissionClient, experiment: Experiment | None) -> No
     nodes = [node.resources_total for node in list_nodes(address=client.get_address()) if node.state == "ALIVE"]
     total = {name: sum(node.get(name, 0) for node in nodes) for name in ("CPU", "GPU")}
     kind = "GPU" if parallel.device == "cuda" or (parallel.device == "auto" and total["GPU"]) else "CPU"
-    if total[kind] < parallel.workers:
+    field, least = ("parallel.min-workers", parallel.min_workers) if parallel.min_workers else ("parallel.workers", parallel.workers)
+    if total[kind] < least:
         raise UserError(
-            f"parallel.workers is {parallel.workers} but the cluster's {len(nodes)} nodes have {total[kind]:g} {kind}s: use fewer "
+            f"{field} is {least} but the cluster's {len(nodes)} nodes have {total[kind]:g} {kind}s: use fewer "
             "workers, or --parallel.wait-minutes for a cluster that grows"
         )
 

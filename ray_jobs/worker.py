@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import threading
 import time
@@ -13,8 +14,10 @@ from typing import Any
 
 import ray
 import torch
+import torch.distributed as dist
 from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from ray.train.torch import TorchTrainer, get_device
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from perceiver.config import Experiment, UserError, from_dict, to_dict
 from perceiver.data.shards import Manifest, with_prepared_tokenizer
@@ -27,6 +30,7 @@ from perceiver.training.run import NotFinite, Training, build_state, evaluate
 from ray_jobs.cli import JobFailed
 from ray_jobs.ingest import DATA_CPUS, read_with_ray
 from ray_jobs.gauges import Gauges
+from ray_jobs.network import Network
 from ray_jobs.preflight import Resources
 
 FAILURE = "failure.json"
@@ -101,6 +105,9 @@ def _fit(
     settings: dict[str, Any],
     on_report: Callable[[dict[str, float]], None] | None = None,
 ) -> None:
+    if resources.min_workers:
+        # After the loss of a node Ray first counts on what it had: it shall not wait a minute for that.
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "20")
     # What Ray keeps of a run is rebuilt by every start: our own checkpoints say where to continue.
     ray_folder = run_folder / "ray"
     experiment = with_prepared_tokenizer(experiment, data_folder, Manifest.load(data_folder))
@@ -117,11 +124,12 @@ def _fit(
                 **settings,
             },
             scaling_config=ScalingConfig(
-                num_workers=resources.workers,
+                num_workers=(resources.min_workers, resources.workers) if resources.min_workers else resources.workers,
+                elastic_resize_monitor_interval_s=experiment.parallel.resize_seconds,
                 use_gpu=resources.gpu,
                 resources_per_worker={"CPU": resources.cpus_per_worker, **({"GPU": 1} if resources.gpu else {})},
             ),
-            torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if resources.gpu else "gloo"),
+            torch_config=Network(backend="cpu:gloo,cuda:nccl" if resources.gpu else "gloo"),
             run_config=RunConfig(
                 name=ray_folder.name,
                 storage_path=str(run_folder),
@@ -141,7 +149,7 @@ def _why_no_workers(resources: Resources) -> str:
     free = ray.available_resources()
     wanted = f"{resources.cpus_per_worker:g} CPUs" + (" and a GPU" if resources.gpu else "")
     return (
-        f"still waiting for {resources.workers} workers with {wanted} each; free in the cluster: "
+        f"still waiting for {resources.min_workers or resources.workers} workers with {wanted} each; free in the cluster: "
         f"{free.get('CPU', 0.0):g} CPUs, {free.get('GPU', 0.0):g} GPUs (`ray status` tells who holds the others)"
     )
 
@@ -174,6 +182,7 @@ def _train_worker(config: dict[str, Any]) -> None:
             say=say,
             measured=Gauges(run_folder.name),
             stalled=lambda seconds: stalled(seconds, world.rank, say),
+            notice=Notice(say if world.rank == 0 else lambda text: None),
             stop_at=config["stop_at"],
         )
         training.run()
@@ -182,6 +191,8 @@ def _train_worker(config: dict[str, Any]) -> None:
         if world.rank == 0:
             _note_failure(run_folder, mirror, True, str(error))
     except PROGRAM_FAULTS as error:
+        if not dist.is_initialized():
+            raise  # Ray has taken the group of workers down under this one, to start it again in another size
         # A restart would only raise it again; but maybe one worker alone raised it, and the others wait for that one.
         lines = traceback.format_exception(error)
         _note_failure(run_folder, mirror, False, f"worker {world.rank}:\n{''.join(lines)}")
@@ -217,6 +228,23 @@ def _enter(config: dict[str, Any]) -> tuple[Experiment, World, Callable[[str], N
     actor = config["messages"]
     experiment = from_dict(config["experiment"])
     return experiment, join_world(device, experiment.parallel.replicas), lambda text: actor.put.remote(text)
+
+
+class Notice:
+    """Whether a machine of this run is about to be taken away (a spot machine's notice, or anything else that drains a node of
+    Ray): once for every machine, on all workers alike, which must all ask equally often."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
+        self._known: set[str] = set()
+
+    def __call__(self) -> bool:
+        info = ray.train.get_preemption_info()
+        new = set(info.preempted_node_ids) - self._known if info else set()
+        if new:
+            self._known |= new
+            self._say(f"notice that {len(new)} of the run's machines will go: checkpoint")
+        return bool(new)
 
 
 def stalled(seconds: float, rank: int, say: Callable[[str], None]) -> None:
@@ -264,7 +292,9 @@ class Messages:
         on_report: Callable[[dict[str, float]], None] | None = None,
         every: float = 0.5,
     ) -> None:
-        self.actor = _Mailbox.remote()
+        # On this node: a machine that is lost shall not take the run's messages along.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        self.actor = _Mailbox.options(scheduling_strategy=here).remote()
         self._say = say
         self._why_silent = why_silent
         self._on_report = on_report

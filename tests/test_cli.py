@@ -37,6 +37,8 @@ MISTAKES = {
     "learning rate": (["quickstart", "--optim.lr", "-1"], "optim.lr"),
     "run name with a folder": (["quickstart", "--name", "a/b"], "run.name"),
     "stride that does not divide": (["clm-wikitext", "--task.val-stride", "1000"], "task.val-stride"),
+    "elastic with its ends exchanged": (["quickstart", "--workers", "8..2"], "parallel.min-workers is 8 and must be at most"),
+    "elastic with replicas": (["quickstart", "--workers", "2..8", "--parallel.replicas", "2"], "has no replicas"),
     "model of another task": (["quickstart", "--task.class-names", "a", "b"], "class-names"),
 }
 
@@ -52,6 +54,13 @@ def test_overrides_are_typed_and_nested():
     )
     assert experiment.model.encoder.dropout == 0.3 and experiment.optim.lr == 2e-4
     assert experiment.parallel.workers == 2 and experiment.data.val_fraction == 0.5
+
+
+@pytest.mark.parametrize("argv", [["--workers", "2..8"], ["--workers=2..8"], ["--parallel.workers=8", "--parallel.min-workers=2"]])
+def test_a_range_of_workers_is_an_elastic_run_of_the_same_identity(argv):
+    experiment = parse_experiment(["quickstart", *argv, "--optim.lr=1e-3"], "x")
+    assert (experiment.parallel.min_workers, experiment.parallel.workers, experiment.optim.lr) == (2, 8, 1e-3)
+    assert experiment.identity == parse_experiment(["quickstart", "--optim.lr=1e-3"], "x").identity
 
 
 @pytest.mark.parametrize("job", ["train", "preprocess"])

@@ -166,6 +166,16 @@ def test_a_loss_that_is_not_finite_stops_the_training_with_a_reason(images, tmp_
         training.run()
 
 
+def test_a_notice_that_a_machine_will_go_makes_a_checkpoint_between_the_usual_ones(images, tmp_path):
+    experiment, notices = image_experiment(), iter([False, False, False, True] + [False] * 20)
+    experiment = replace(experiment, run=replace(experiment.run, keep_checkpoints=20))
+    Training(
+        experiment, build_task(experiment), str(images), Manifest.load(images), join_world(torch.device("cpu")),
+        tmp_path / "run", read_here, say=lambda text: None, notice=lambda: next(notices),
+    ).run()  # fmt: skip
+    assert [c.step for c in list_checkpoints(tmp_path / "run" / "checkpoints")] == [3, 4, 6, 9, 12]
+
+
 @pytest.mark.parametrize("rows, world", [(5, 1), (5, 2), (100, 1), (100, 3)])
 def test_validation_is_exact_for_every_number_of_workers_and_rows(rows, world, tmp_path):
     """Also a set smaller than one batch, and one that the workers do not divide."""

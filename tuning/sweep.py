@@ -172,6 +172,8 @@ def plan_room(experiment: Experiment, concurrent: int | None) -> Room:
         UserError: not one, or fewer than asked for; shows the sum.
     """
     parallel, total = experiment.parallel, ray.cluster_resources()
+    if parallel.min_workers is not None:
+        raise UserError("a sweep's trials have a fixed number of workers: say --workers N")
     gpu, cpus, workers = use_gpus(parallel), total.get("CPU", 0.0), parallel.workers
     share = parallel.cpus_per_worker or 1.0
     need = workers * share + DATA_CPUS

@@ -33,4 +33,5 @@ fi
 
 # Ray's launcher runs every command in an interactive login shell; so does `ray attach`.
 line='export PATH="$HOME/perceiver-env/bin:$PATH" RAY_AUTH_MODE=token'
+touch "$HOME/.bashrc"
 grep --quiet --line-regexp --fixed-strings "$line" "$HOME/.bashrc" || echo "$line" >> "$HOME/.bashrc"

@@ -67,6 +67,8 @@ class Training:
         say: takes lines of progress (first worker).
         measured: called on the first worker with the step and every set of training metrics.
         stalled: called from time to time while data does not come, with the seconds waited.
+        notice: asked on all workers with every set of training metrics: whether a machine of theirs is about to be taken
+            away, which makes a checkpoint. True on all of them or none.
         stop_at: end with a validation and a checkpoint at this step, to be continued later; None: at the last.
     """
 
@@ -83,10 +85,11 @@ class Training:
         say: Callable[[str], None] = print,
         measured: Callable[[dict[str, float]], None] = lambda metrics: None,
         stalled: Callable[[float], None] = lambda seconds: None,
+        notice: Callable[[], bool] = lambda: False,
         stop_at: int | None = None,
     ) -> None:
         self.experiment, self.task, self.world, self.run_folder = experiment, task, world, run_folder
-        self.read_all, self.report, self.measured, self.stalled = read_all, report, measured, stalled
+        self.read_all, self.report, self.measured, self.stalled, self.notice = read_all, report, measured, stalled, notice
         self.train_feed = make_train_feed(experiment, task, data_folder, manifest)
         self.val_feeds = make_val_feeds(experiment, task, data_folder, manifest)
         self.total_steps = total_steps(experiment, self.train_feed.split.rows)
@@ -168,6 +171,7 @@ class Training:
         checkpoint, validation = last or step % run.checkpoint_every == 0, last or step % run.val_every == 0
         if checkpoint or validation or step % run.log_every == 0:
             self._log(result)
+            checkpoint = self.notice() or checkpoint
         if validation:
             self._apart(self._validate)
         if checkpoint:
