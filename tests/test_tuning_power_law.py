@@ -61,6 +61,17 @@ def test_a_prediction_lies_in_its_interval_which_widens_away_from_the_data():
     assert near[0] == pytest.approx(0.3 * 1e8, rel=0.2)
 
 
+def test_losses_that_are_no_parabolas_give_wide_intervals_and_no_nan():
+    """Those of the small study in docs/tuning.md: resampled, some of its parabolas are nearly flat."""
+    sizes = (2458, 5806, 15958, 50086)
+    losses = {3e10: (3.0458, 2.8538, 3.1927, 3.1943), 6e10: (2.6845, 2.5682, 2.8367, 3.0886), 1.2e11: (2.6262, 2.4260, 2.4662, 2.7572)}
+    found = [
+        Measurement(budget=b, parameters=n, tokens=b / 6 / n, loss=loss) for b, row in losses.items() for n, loss in zip(sizes, row, strict=True)
+    ]
+    law = fit_study(found).parameters
+    assert np.isfinite([law.exponent_low, law.exponent_high]).all() and law.exponent_high - law.exponent_low > 1
+
+
 def test_too_few_sizes_budgets_or_no_minimum_are_refused_in_a_sentence():
     found = measurements(0.5, noise=0)
     with pytest.raises(UserError, match="at least 3"):

@@ -72,7 +72,9 @@ class Study:
     tokens: PowerLaw
     """Best number of target tokens over budgets."""
     dropped: int
-    """Bootstrap samples without minima at all budgets."""
+    """Bootstrap samples without minima at all budgets; they are not in the intervals."""
+    num_samples: int
+    """Bootstrap samples in all."""
 
 
 def fit_parabola(measurements: Sequence[Measurement]) -> Parabola:
@@ -127,6 +129,7 @@ def fit_study(
         parameters=_law(factor_n, exponent_n, samples_n, level),
         tokens=_law(factor_d, exponent_d, samples_d, level),
         dropped=dropped,
+        num_samples=num_samples,
     )
 
 
@@ -155,11 +158,16 @@ def _parabola(budget: float, x: np.ndarray, log_tokens: np.ndarray, losses: np.n
     return Parabola(
         budget=budget,
         coefficients=(float(a), float(b - 2 * a * center), float(a * center**2 - b * center + c)),
-        parameters=float(10 ** (best + center)),
-        tokens=float(10 ** np.polyval(line, best)),
+        parameters=_power_of_ten(best + center),
+        tokens=_power_of_ten(np.polyval(line, best)),
         loss=float(c - b * b / (4 * a)),
         inside=bool(x.min() <= best + center <= x.max()),
     )
+
+
+def _power_of_ten(x: float) -> float:
+    """10^x within the range of numbers: a nearly flat parabola has its minimum anywhere."""
+    return 10.0 ** float(np.clip(x, -300, 300))
 
 
 def _power_law(budgets: Sequence[float], values: Sequence[float]) -> tuple[float, float]:

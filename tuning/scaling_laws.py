@@ -119,6 +119,10 @@ def describe(study: Study, predict: float | None) -> list[str]:
             f"best {name} = {law.factor:.3g} x budget^{law.exponent:.3f}  "
             f"({law.level:.0%} interval of the exponent: {law.exponent_low:.3f} to {law.exponent_high:.3f})"
         )
+    if study.dropped:
+        lines.append(
+            f"the intervals are of {study.num_samples - study.dropped} of {study.num_samples} resamplings: the others have no minimum at some budget"
+        )
     if predict is not None:
         for name, law in (("parameters", study.parameters), ("tokens", study.tokens)):
             value, low, high = law.predict(predict)
