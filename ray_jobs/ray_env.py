@@ -29,7 +29,7 @@ def connect(parallel: ParallelConfig, dashboard: bool = False) -> Iterator[None]
     A local cluster counts one CPU more than the machine has: the workers may take all cores, and data tasks still find a slot.
 
     Raises:
-        UserError: the cluster cannot be reached, or refuses the token.
+        UserError: the cluster cannot be reached, or refuses the token; a local one does not start.
     """
     if ray.is_initialized():
         yield
@@ -45,7 +45,10 @@ def connect(parallel: ParallelConfig, dashboard: bool = False) -> Iterator[None]
             raise UserError(f"no Ray cluster could be joined at {address!r}: {_reason(error)}") from error
     else:
         cpus = os.cpu_count() or 1
-        ray.init(address="local", num_cpus=cpus + 1, include_dashboard=dashboard or _with_dashboard(), **settings)
+        try:
+            ray.init(address="local", num_cpus=cpus + 1, include_dashboard=dashboard or _with_dashboard(), **settings)
+        except Exception as error:
+            raise UserError(f"Ray could not be started on this machine (is it overloaded?): {str(error).splitlines()[0]}") from error
     try:
         yield
     finally:

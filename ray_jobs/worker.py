@@ -39,6 +39,8 @@ PROGRAM_FAULTS = (TypeError, ValueError, KeyError, IndexError, AttributeError, A
 """Faults of the program or its files; what a lost worker or a broken connection raises is none of them."""
 DATA_PATIENCE = 600.0
 """Seconds without data after which a worker gives up (the run then restarts from its last checkpoint)."""
+SIGN_OF_LIFE = ""
+"""What a worker says when it begins: nobody waits for it any more."""
 START_PATIENCE = 60.0
 """Seconds without a sign of the workers after which the driver says what they may be waiting for."""
 
@@ -226,6 +228,7 @@ def _enter(config: dict[str, Any]) -> tuple[Experiment, World, Callable[[str], N
     torch.set_num_threads(config["threads"])
     device = get_device()
     actor = config["messages"]
+    actor.put.remote(SIGN_OF_LIFE)
     experiment = from_dict(config["experiment"])
     return experiment, join_world(device, experiment.parallel.replicas), lambda text: actor.put.remote(text)
 
@@ -308,7 +311,7 @@ class Messages:
 
     def __exit__(self, *error: object) -> None:
         self._ended.set()
-        self._thread.join(timeout=10)
+        self._thread.join(timeout=60)
         ray.kill(self.actor)
 
     def _pump(self) -> None:
@@ -318,7 +321,8 @@ class Messages:
             for item in ray.get(self.actor.take.remote()):
                 silent_since = None
                 if isinstance(item, str):
-                    self._say(item)
+                    if item != SIGN_OF_LIFE:
+                        self._say(item)
                 elif self._on_report is not None:
                     self._on_report(item)
             if ended:
