@@ -23,6 +23,7 @@ COMMANDS = {
     "python -m ray_jobs.train img-clf-mnist": ["--data.source", "mnist-mini", "--training.max-steps", "2"],
     "python -m ray_jobs.evaluate img-clf-mnist": [],
     "python -m ray_jobs.runs": [],
+    "python -m ray_jobs.plan clm-c4 --device h200": [],
     "python -m ray_jobs.train quickstart --name wider --model.num-latents 32 --optim.lr 2e-3 --workers 2": SHORT,
     "python -m tuning.sweep quickstart --trials 8": ["--trials", "2", "--reports", "3", "--training.max-steps", "30"],
     "ray job submit --address http://127.0.0.1:8265 --working-dir . -- python -m ray_jobs.train clm-wikitext --workers 8": None,

@@ -124,8 +124,6 @@ def check_sweep(sweep: Sweep) -> None:
             raise UserError(f"{name} is {value} and must be at least 1")
     if sweep.reduction < 2:
         raise UserError(f"reduction is {sweep.reduction} and must be at least 2")
-    if sweep.search == "optuna" and importlib.util.find_spec("optuna") is None:
-        raise UserError("search optuna needs a package that is not installed: pip install 'perceiver-ray[tune]'")
     for name, share in {"grace": sweep.grace, "perturb": sweep.perturb}.items():
         if not 0 < share <= 1:
             raise UserError(f"{name} is {share:g} and must be above 0 and at most 1")
@@ -137,6 +135,8 @@ def check_sweep(sweep: Sweep) -> None:
         raise UserError("scheduler pbt changes values while training: it needs a space of ranges and choices")
     if sweep.scheduler == "pbt" and (bad := [n for n in sweep.space if not n.startswith("optim.")]):
         raise UserError(f"scheduler pbt can change optim.* while training, not {', '.join(bad)}")
+    if sweep.search == "optuna" and importlib.util.find_spec("optuna") is None:
+        raise UserError("search optuna needs a package that is not installed: pip install 'optuna>=4'")
 
 
 def find_sweep(name: str) -> Sweep:
