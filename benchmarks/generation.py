@@ -94,7 +94,8 @@ def measure(
     mode: str,
     clock: Clock,
 ) -> dict[str, Any]:
-    """Prefill and steps of one setting ("cached", "compiled" or "uncached"): medians over the repeats, each between two measurements of the bound."""
+    """Prefill and steps of one setting ("cached", "compiled" or "uncached"): medians over the repeats, each between two
+    measurements of the bound."""
     device = next(model.parameters()).device
     ids = torch.randint(6, model.config.vocab_size, (batch, prompt), generator=torch.Generator().manual_seed(0)).to(
         device

@@ -11,7 +11,8 @@ from typing import Any
 from perceiver.config import Experiment, UserError, from_dict, home
 from perceiver.data.shards import load_prepared
 from perceiver.data.tokenizers import TOKENIZER
-from perceiver.training.checkpoint import CHECKPOINTS, EXPERIMENT, CheckpointInfo, choose_checkpoint, find_run, write_json
+from perceiver.training.checkpoint import EXPERIMENT, CheckpointInfo, choose_checkpoint, find_run, write_json
+from perceiver.training.mirror import CHECKPOINTS
 from ray_jobs.cli import main_entry, override
 from ray_jobs.preflight import check_experiment, plan_resources
 

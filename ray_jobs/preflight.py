@@ -70,7 +70,9 @@ def check_experiment(experiment: Experiment) -> None:
         if parallel.min_workers > parallel.workers:
             raise UserError(f"parallel.min-workers is {parallel.min_workers} and must be at most parallel.workers ({parallel.workers})")
         if parallel.replicas > 1:
-            raise UserError(f"parallel.replicas is {parallel.replicas}: an elastic run (parallel.min-workers) has no replicas, as its workers change")
+            raise UserError(
+                f"parallel.replicas is {parallel.replicas}: an elastic run (parallel.min-workers) has no replicas, as its workers change"
+            )
         if not parallel.resize_seconds > 0:
             raise UserError(f"parallel.resize-seconds is {parallel.resize_seconds} and must be above 0")
     if training.max_steps is None and training.max_epochs is None:

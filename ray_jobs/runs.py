@@ -12,7 +12,8 @@ from typing import Any
 from perceiver.config import Experiment, UserError, flatten, from_dict, home, to_dict
 from perceiver.data.shards import load_prepared
 from perceiver.presets import PRESETS
-from perceiver.training.checkpoint import CHECKPOINTS, EXPERIMENT, best_of, list_checkpoints
+from perceiver.training.checkpoint import EXPERIMENT, best_of, list_checkpoints
+from perceiver.training.mirror import CHECKPOINTS
 from perceiver.training.record import read_metrics
 from perceiver.training.run import RESULT, total_steps
 from ray_jobs.cli import main_entry

@@ -118,7 +118,9 @@ def connect(address: str | None) -> JobSubmissionClient:
     try:
         return JobSubmissionClient(address)
     except (ConnectionError, requests.exceptions.RequestException):
-        raise UserError(f"no cluster answers at {address}: is it up, and the tunnel to its dashboard open (ray dashboard CLUSTER)?") from None
+        raise UserError(
+            f"no cluster answers at {address}: is it up, and the tunnel to its dashboard open (ray dashboard CLUSTER)?"
+        ) from None
     except Exception as error:
         if "auth" not in str(error).lower():
             raise

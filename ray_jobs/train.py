@@ -19,9 +19,9 @@ from perceiver.tasks.pictures import curves
 from perceiver.training.checkpoint import CheckpointInfo, best_of, list_checkpoints, mirrored
 from perceiver.training.init_from import START, Start, find_start
 from perceiver.training.meters import duration
-from perceiver.training.mirror import Mirror
+from perceiver.training.mirror import CHECKPOINTS, Mirror
 from perceiver.training.record import read_metrics
-from perceiver.training.run import CHECKPOINTS, EXPERIMENT, RESULT, save_experiment
+from perceiver.training.run import EXPERIMENT, RESULT, save_experiment
 from ray_jobs.cli import main_entry, parse_experiment
 from ray_jobs.preflight import check_experiment, plan_resources
 from ray_jobs.room import check_memory

@@ -28,8 +28,8 @@ from perceiver.training.mirror import CHECKPOINTS, Mirror, fetch_run
 from perceiver.training.parallel import World, join_world
 from perceiver.training.run import NotFinite, Training, build_state, evaluate
 from ray_jobs.cli import JobFailed
-from ray_jobs.ingest import DATA_CPUS, read_with_ray
 from ray_jobs.gauges import Gauges
+from ray_jobs.ingest import DATA_CPUS, read_with_ray
 from ray_jobs.network import Network
 from ray_jobs.preflight import Resources
 

@@ -14,7 +14,10 @@ ARROWS = {
     "perceiver.models": {"perceiver.config"},
     "perceiver.data": {"perceiver.config", "perceiver.presets"},
     "perceiver.training": {"perceiver.config", "perceiver.data", "perceiver.hub", "perceiver.pretrained"},
-    "perceiver.inference": {"perceiver.config", "perceiver.models", "perceiver.data", "perceiver.training", "perceiver.tasks", "perceiver.hub", "perceiver.pretrained"},
+    "perceiver.inference": {
+        "perceiver.config", "perceiver.models", "perceiver.data", "perceiver.training", "perceiver.tasks", "perceiver.hub",
+        "perceiver.pretrained",
+    },
     "perceiver.hub": {"perceiver.config", "perceiver.presets", "perceiver.models"},
     "perceiver.pretrained": {"perceiver.config", "perceiver.hub"},
     "perceiver.tasks": {

@@ -66,7 +66,9 @@ def test_losses_that_are_no_parabolas_give_wide_intervals_and_no_nan():
     sizes = (2458, 5806, 15958, 50086)
     losses = {3e10: (3.0458, 2.8538, 3.1927, 3.1943), 6e10: (2.6845, 2.5682, 2.8367, 3.0886), 1.2e11: (2.6262, 2.4260, 2.4662, 2.7572)}
     found = [
-        Measurement(budget=b, parameters=n, tokens=b / 6 / n, loss=loss) for b, row in losses.items() for n, loss in zip(sizes, row, strict=True)
+        Measurement(budget=b, parameters=n, tokens=b / 6 / n, loss=loss)
+        for b, row in losses.items()
+        for n, loss in zip(sizes, row, strict=True)
     ]
     law = fit_study(found).parameters
     assert np.isfinite([law.exponent_low, law.exponent_high]).all() and law.exponent_high - law.exponent_low > 1

@@ -20,7 +20,8 @@ from perceiver.config import (
     to_dict,
 )
 from perceiver.models import build_model
-from perceiver.training.checkpoint import CHECKPOINTS, EXPERIMENT, MARKER
+from perceiver.training.checkpoint import EXPERIMENT
+from perceiver.training.mirror import CHECKPOINTS, MARKER
 from tests.small import image_experiment, text_experiment
 
 TEXT_MODEL = PerceiverIOConfig(

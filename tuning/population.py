@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from perceiver.config import Experiment, to_dict
-from perceiver.training.checkpoint import CHECKPOINTS, EXPERIMENT, MARKER, list_checkpoints, write_json
+from perceiver.training.checkpoint import EXPERIMENT, list_checkpoints, write_json
+from perceiver.training.mirror import CHECKPOINTS, MARKER
 
 EXCHANGES = "exchanges.jsonl"
 """In a trial's run folder: which values held from which step on, and whose checkpoint they began with."""

@@ -11,7 +11,8 @@ from typing import Any
 
 from ray.tune import Callback, Stopper
 
-from perceiver.training.checkpoint import CHECKPOINTS, best_of, list_checkpoints
+from perceiver.training.checkpoint import best_of, list_checkpoints
+from perceiver.training.mirror import CHECKPOINTS
 from perceiver.training.run import RESULT
 from tuning.sweeps import Sweep
 from tuning.trial import FAILED, VALUES, run_name

@@ -75,7 +75,8 @@ def read_trials(folder: Path) -> list[Trial]:
                 "trial": run.name, "status": status, "reason": reason, "metric": metric, "value": best[0], "best_step": best[1],
                 "last_value": values[-1][0] if values else None,
                 "step": reports[-1]["step"] if reports else 0, "examples": reports[-1]["examples"] if reports else 0,
-                "loss": next((r["loss"] for r in reversed(metrics) if "loss" in r), None), "seconds": sum(end - start for start, end in spans),
+                "loss": next((r["loss"] for r in reversed(metrics) if "loss" in r), None),
+                "seconds": sum(end - start for start, end in spans),
                 "spans": spans, "values": json.loads(path.read_text()), "run": str(run), "exchanges": exchanges(run),
             }
         )  # fmt: skip

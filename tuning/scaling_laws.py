@@ -121,7 +121,8 @@ def describe(study: Study, predict: float | None) -> list[str]:
         )
     if study.dropped:
         lines.append(
-            f"the intervals are of {study.num_samples - study.dropped} of {study.num_samples} resamplings: the others have no minimum at some budget"
+            f"the intervals are of {study.num_samples - study.dropped} of {study.num_samples} resamplings: the others have no "
+            "minimum at some budget"
         )
     if predict is not None:
         for name, law in (("parameters", study.parameters), ("tokens", study.tokens)):

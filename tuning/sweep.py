@@ -27,7 +27,7 @@ from perceiver.data.sources import is_shipped
 from perceiver.training.checkpoint import write_json
 from perceiver.training.meters import duration
 from perceiver.training.run import total_steps
-from ray_jobs.cli import main_entry, override
+from ray_jobs.cli import main_entry
 from ray_jobs.ingest import DATA_CPUS
 from ray_jobs.preflight import check_experiment, cluster_cores
 from ray_jobs.ray_env import connect, use_gpus

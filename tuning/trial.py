@@ -13,7 +13,8 @@ from ray import tune
 
 from perceiver.config import Experiment, UserError, from_dict
 from perceiver.data.shards import load_prepared
-from perceiver.training.checkpoint import CHECKPOINTS, EXPERIMENT, MARKER, write_json
+from perceiver.training.checkpoint import EXPERIMENT, write_json
+from perceiver.training.mirror import CHECKPOINTS, MARKER
 from perceiver.training.run import total_steps
 from ray_jobs import train
 from ray_jobs.cli import JobFailed

@@ -28,7 +28,8 @@ from perceiver.inference.export import CONFIG, WEIGHTS, download, read_config
 from perceiver.inference.trained import TrainedModel, abilities_of, task_of
 from perceiver.models import PerceiverAR, PerceiverIO, build_model
 from perceiver.pretrained import is_hub_name, read_pretrained
-from perceiver.training.checkpoint import CHECKPOINTS, EXPERIMENT, choose_checkpoint, find_run, load_model
+from perceiver.training.checkpoint import EXPERIMENT, choose_checkpoint, find_run, load_model
+from perceiver.training.mirror import CHECKPOINTS
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

@@ -17,8 +17,8 @@ from perceiver.data.text import mask_words
 from perceiver.data.tokenizers import Tokenizer, load_tokenizer
 from perceiver.inference.masks import MARKS, encode_masked, fill_masks
 from perceiver.models import build_model
-from perceiver.models.flops import training_flops
 from perceiver.models.activations import StepSizes
+from perceiver.models.flops import training_flops
 from perceiver.tasks.base import IGNORE_INDEX, Batch, Sample, Task, padded
 from perceiver.training.batches import VALIDATION_SEED
 

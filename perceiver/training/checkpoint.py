@@ -22,11 +22,16 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict, StateDictOptions
-from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
 
 from perceiver.config import UserError, home
-from perceiver.training.mirror import CHECKPOINTS, MARKER, Mirror, fetch_run
+from perceiver.training.mirror import MARKER, Mirror, fetch_run
 
 EXPERIMENT = "experiment.json"
 """File that makes a folder a run: its resolved configuration and the hash of its data."""

@@ -19,7 +19,6 @@ from perceiver import hub
 from perceiver.config import Experiment, ModelConfig, PerceiverIOConfig, UserError, differences, from_dict
 from perceiver.pretrained import is_hub_name, read_pretrained
 from perceiver.training.checkpoint import (
-    CHECKPOINTS,
     EXPERIMENT,
     choose_checkpoint,
     find_run,
@@ -27,6 +26,7 @@ from perceiver.training.checkpoint import (
     stored_shapes,
     write_json,
 )
+from perceiver.training.mirror import CHECKPOINTS
 
 START = "start.json"
 """File of a run that says what it started from."""
