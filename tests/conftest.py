@@ -1,6 +1,7 @@
 """Settings that all tests share. Ray's are read when its processes start, so they are set before anything imports it."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,8 @@ for name, value in {
 }.items():
     os.environ.setdefault(name, value)
 os.environ.pop("RAY_ADDRESS", None)
+# Tests interrupt jobs as a person does: a shell that runs the tests in the background would have all of them ignore it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
