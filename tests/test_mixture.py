@@ -9,19 +9,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from perceiver.config import DataConfig, OptimConfig, RunConfig, TrainingConfig, UserError
+from perceiver.config import DataConfig, Experiment, OptimConfig, ParallelConfig, RunConfig, TrainingConfig, UserError
 from perceiver.data.components import Component, components, weighted
 from perceiver.data.mixture import ROUND, Mixture, mixture_batches, mixture_plan, round_of
 from perceiver.data.order import Order
 from perceiver.data.shards import Manifest, Split, data_folder, load_prepared
 from perceiver.data.sources import mixture_sources
 from perceiver.tasks import build_task
-from perceiver.training.batches import make_train_feed, make_val_feeds, read_here
-from perceiver.training.parallel import World
-from perceiver.training.run import evaluate
+from perceiver.tasks.base import IGNORE_INDEX
+from perceiver.training.batches import make_feed, make_train_feed, make_val_feeds, read_here
+from perceiver.training.parallel import World, join_world
+from perceiver.training.record import read_metrics
+from perceiver.training.run import Training, evaluate
 from ray_jobs.preprocess import prepare
 from tests.preparing import experiment, serially, texts, write_jsonl
-from tests.small import text_experiment
+from tests.small import classification_experiment, masked_experiment, text_experiment, write_documents, write_stream
 from tests.test_training import losses, run
 
 
@@ -198,20 +200,72 @@ def test_validation_names_each_source(prepared):
     assert {f"val_perplexity{suffix}" for suffix in ("", "/web.jsonl", "/books.jsonl")} < metrics.keys()
 
 
-@pytest.mark.slow
-def test_a_killed_run_on_a_mixture_continues_with_another_number_of_workers(prepared, tmp_path):
-    chosen, folder, _, _ = prepared
-    chosen = replace(
+@pytest.mark.parametrize("kind", ["causal", "masked", "classification"])
+def test_the_loss_of_a_source_is_that_of_its_examples(kind, tmp_path):
+    make = {"causal": text_experiment, "masked": masked_experiment, "classification": classification_experiment}[kind]
+    chosen = make(global_batch_size=12)
+    chosen = replace(chosen, task=replace(chosen.task, whole_words=False)) if kind == "masked" else chosen
+    if kind == "classification":
+        manifest = write_documents(tmp_path)
+    else:
+        ids = np.random.default_rng(0).integers(6, 262, 1000).astype(np.uint16)
+        manifest = write_stream(tmp_path, ids, ids, length=16 if kind == "causal" else 32)
+    task = build_task(chosen)
+    model = task.build_model().eval()
+    (batch,) = next(make_feed(chosen, task, str(tmp_path), manifest.splits["train"], train=True).steps(read_here, 0, 1, 0, 1))
+    assert task.loss(model, batch)[1] == {}, "nothing to tell apart"
+    batch["sources"] = torch.arange(12)[:, None] % 3 == torch.arange(3)
+    _, sums = task.loss(model, batch)
+    for source in range(3):
+        others = batch["sources"][:, source].logical_not().view(-1, *[1] * (batch["labels"].ndim - 1))
+        alone = {**batch, "labels": batch["labels"].masked_fill(others, IGNORE_INDEX)}
+        torch.testing.assert_close(sums["source_loss"][source], task.loss(model, alone)[0].double(), rtol=1e-5, atol=1e-5)
+        assert sums["source_targets"][source] == task.num_targets(alone) > 0
+
+
+def settings_of(chosen: Experiment, **run) -> Experiment:
+    """Twelve steps of 12 examples on a mixture."""
+    return replace(
         chosen,
         optim=OptimConfig(lr=5e-3),
         training=TrainingConfig(global_batch_size=12, max_steps=12),
-        run=RunConfig(log_every=1, val_every=6, checkpoint_every=3),
+        run=RunConfig(**{"log_every": 1, "val_every": 6, "checkpoint_every": 3} | run),
     )
-    run(chosen, folder, tmp_path / "whole", world=1)
-    run(chosen, folder, tmp_path / "run", world=2, stop_at=6)
-    run(chosen, folder, tmp_path / "run", world=3)
-    np.testing.assert_allclose(losses(tmp_path / "run"), losses(tmp_path / "whole"), rtol=1e-4)
-    assert len(losses(tmp_path / "run")) == 12
+
+
+def test_the_losses_of_the_sources_by_their_targets_are_the_training_loss(prepared, tmp_path):
+    """Over several steps, accumulated micro-batches and padding (5 + 5 + 2 of 5)."""
+    chosen, folder, manifest, _ = prepared
+    chosen = replace(settings_of(chosen, log_every=4), parallel=ParallelConfig(micro_batch_size=5))
+    task, said = build_task(chosen), []
+    world = join_world(torch.device("cpu"))
+    Training(chosen, task, folder, manifest, world, tmp_path / "run", read_here, say=said.append).run()
+    records = [record for record in read_metrics(tmp_path / "run") if "loss" in record]
+    assert [record["step"] for record in records] == [3, 4, 6, 8, 9, 12]
+    feed, first = make_train_feed(chosen, task, folder, manifest), 0
+    for record in records:
+        targets = np.zeros(2)
+        for micro_batches in feed.steps(read_here, 0, 1, first, record["step"]):
+            for batch in micro_batches:
+                targets += ((batch["labels"] != IGNORE_INDEX).sum(1) @ batch["sources"].long()).numpy()
+        told = np.array([record["loss/web.jsonl"], record["loss/books.jsonl"]])
+        assert told @ targets / targets.sum() == pytest.approx(record["loss"], rel=1e-6) and told[0] != told[1]
+        first = record["step"]
+    last = records[-1]
+    shown = f"loss {last['loss']:.4f} (web.jsonl {last['loss/web.jsonl']:.4f}, books.jsonl {last['loss/books.jsonl']:.4f})"
+    assert any(shown in line for line in said)
+
+
+def test_a_killed_run_on_a_mixture_continues_with_another_number_of_workers(prepared, tmp_path):
+    chosen, folder, _, _ = prepared
+    run(settings_of(chosen), folder, tmp_path / "whole", world=1)
+    run(settings_of(chosen), folder, tmp_path / "run", world=2, stop_at=6)
+    run(settings_of(chosen), folder, tmp_path / "run", world=1)
+    whole, killed = read_metrics(tmp_path / "whole"), read_metrics(tmp_path / "run")
+    assert [record.keys() for record in killed] == [record.keys() for record in whole] and len(losses(tmp_path / "run")) == 12
+    for name in ("loss", "loss/web.jsonl", "loss/books.jsonl", "val_loss/books.jsonl"):
+        found, expected = ([record[name] for record in records if name in record] for records in (killed, whole))
+        np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
 MISTAKES = {
