@@ -86,8 +86,9 @@ def _content(
 def _print_table(folder: Path, chosen: CheckpointInfo, content: dict[str, Any], path: Path, say) -> None:
     targets = int(content["sums"]["targets"])
     say(f"{folder.name}, step {chosen.step:,}, on {content['data']['source']}: {targets:,} targets")
+    width = max(22, 2 + max(map(len, content["metrics"])))  # names of a mixture's sources may be long
     for name, value in content["metrics"].items():
-        say(f"  {name:<22}{value:>12.4f}")
+        say(f"  {name:<{width}}{value:>12.4f}")
     say(f"  written to {path}")
 
 

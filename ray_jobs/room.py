@@ -96,12 +96,15 @@ def _what_would(experiment: Experiment, limit: float, cuda: bool) -> str:
 def check_memory(experiment: Experiment, gpu: bool) -> None:
     """Checks a training in the joined cluster: against parallel.device-memory-gib, else the GPUs' memory, else that of the nodes.
 
-    On GPUs whose memory nobody knows nothing is checked.
+    An elastic run is checked with its least workers, of which each holds the most. On GPUs whose memory nobody knows nothing is
+    checked.
 
     Raises:
         UserError: see `check_fits`.
     """
-    told = experiment.parallel.device_memory_gib
+    told, least = experiment.parallel.device_memory_gib, experiment.parallel.min_workers
+    if least is not None:
+        experiment = replace(experiment, parallel=replace(experiment.parallel, workers=least, min_workers=None))
     if gpu:
         memory = told * GIB if told else _gpu_memory()
         if memory is not None:

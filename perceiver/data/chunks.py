@@ -112,23 +112,29 @@ def chunk_rows(total_bytes: int, ids_per_byte: float, row_length: int, most: int
 
 
 def cut_chunks(files: list[InputFile], sizes: list[Size], chunk_bytes: float) -> list[Piece]:
-    """The files in chunks of at least `chunk_bytes` and not much more. Small files are taken together; a rest is dropped."""
-    found: list[Piece] = []
-    small: list[Span] = []
-    gathered = 0
+    """All files, end to end, in equal chunks of at least `chunk_bytes`.
+
+    What cannot be cut (a row of parquet, a file that is read as one) belongs to the chunk that it ends in.
+    """
+    total = sum(size.bytes for size in sizes)
+    count = int(total // chunk_bytes)
+    if not count:
+        return []
+    edges = [total * i // count for i in range(count + 1)]
+    parts: list[list[Span]] = [[] for _ in range(count)]
+    first, number = 0, 0
     for file, size in zip(files, sizes, strict=True):
-        count = int(size.bytes // chunk_bytes)
-        if count > 1 and size.units >= count:
-            edges = [size.units * i // count for i in range(count + 1)]
-            parts = zip(edges[:-1], edges[1:], strict=True)
-            found += [Piece((_span(file, size, a, b),), size.bytes // count) for a, b in parts]
-            continue
-        small.append(_span(file, size, 0, size.units))
-        gathered += size.bytes
-        if gathered >= chunk_bytes:
-            found.append(Piece(tuple(small), gathered))
-            small, gathered = [], 0
-    return found
+        start = 0
+        while start < size.units:
+            end = edges[number + 1] - first  # of the chunk, in this file
+            stop = size.units if end >= size.bytes else size.units * end // size.bytes
+            if start < stop:
+                parts[number].append(_span(file, size, start, stop))
+            start = stop
+            if end <= size.bytes and number + 1 < count:
+                number += 1
+        first += size.bytes
+    return [Piece(tuple(spans), high - low) for spans, low, high in zip(parts, edges[:-1], edges[1:], strict=True)]
 
 
 def chunks_of(files: list[InputFile], described: dict[str, Any], row_length: int) -> tuple[list[Piece], list[Piece]]:
@@ -139,12 +145,18 @@ def chunks_of(files: list[InputFile], described: dict[str, Any], row_length: int
         described: what the manifest says about them, `Manifest.stream`.
 
     Raises:
-        UserError: too little text.
+        UserError: too little text, or files that cannot be cut.
     """
-    sizes = [Size(*size) for size in described["sizes"]]
-    pieces = cut_chunks(files, sizes, described["rows"] * row_length / described["ids_per_byte"] / (1 - MARGIN))
+    sizes, prepare_it = [Size(*size) for size in described["sizes"]], "prepare it (without --data.prepare stream)"
+    chunk_bytes = described["rows"] * row_length / described["ids_per_byte"] / (1 - MARGIN)
+    for file, size in zip(files, sizes, strict=True):
+        if size.units == 1 and size.bytes > 2 * chunk_bytes:
+            raise UserError(
+                f"{file.name} cannot be streamed: it is read as one and has the text of {size.bytes / chunk_bytes:.0f} chunks: {prepare_it}"
+            )
+    pieces = cut_chunks(files, sizes, chunk_bytes)
     if len(pieces) < 2:
-        raise UserError("data.source has too little text to be streamed: prepare it (without --data.prepare stream)")
+        raise UserError(f"data.source has too little text to be streamed: {prepare_it}")
     if not described["val_fraction"]:
         return [marked(piece, "train") for piece in pieces], []
     return hold_out(pieces, described["val_fraction"])
@@ -179,8 +191,8 @@ def fingerprint(source: Source) -> dict[str, Any]:
 
 
 def hold_out(pieces: list[Piece], fraction: float) -> tuple[list[Piece], list[Piece]]:
-    """Chunks to train on, and some held out for validation, evenly over the source."""
-    count = max(1, min(MOST_VAL_CHUNKS, round(len(pieces) * fraction)))
+    """Chunks to train on, at least one, and some held out for validation, evenly over the source."""
+    count = max(1, min(MOST_VAL_CHUNKS, len(pieces) - 1, round(len(pieces) * fraction)))
     chosen = {len(pieces) * (2 * i + 1) // (2 * count) for i in range(count)}
     train = [marked(piece, "train") for i, piece in enumerate(pieces) if i not in chosen]
     return train, [marked(pieces[i], "val") for i in sorted(chosen)]

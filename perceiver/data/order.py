@@ -139,7 +139,7 @@ class Order:
         return int(starts[min(window * self.window_blocks, self.num_blocks)])
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=32)  # a mixture has an order for each source
 def _block_permutation(order: Order, epoch: int) -> tuple[np.ndarray, np.ndarray]:
     """Blocks in the order of an epoch, and the first position of each (with the number of rows at the end)."""
     permutation = np.random.Generator(np.random.Philox([*_key(order.seed, epoch), 2**63])).permutation(order.num_blocks)
