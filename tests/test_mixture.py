@@ -1,5 +1,6 @@
 """Mixtures: shares, the same batches for every number of workers and after every restart, small sources that go round."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -18,9 +19,11 @@ from perceiver.data.sources import mixture_sources
 from perceiver.tasks import build_task
 from perceiver.tasks.base import IGNORE_INDEX
 from perceiver.training.batches import make_feed, make_train_feed, make_val_feeds, read_here
+from perceiver.training.checkpoint import load_model
 from perceiver.training.parallel import World, join_world
 from perceiver.training.record import read_metrics
-from perceiver.training.run import Training, evaluate
+from perceiver.training.run import Training, build_state, evaluate, save_experiment
+from ray_jobs.evaluate import evaluate_run
 from ray_jobs.preprocess import prepare
 from tests.preparing import experiment, serially, texts, write_jsonl
 from tests.small import classification_experiment, masked_experiment, text_experiment, write_documents, write_stream
@@ -266,6 +269,34 @@ def test_a_killed_run_on_a_mixture_continues_with_another_number_of_workers(prep
     for name in ("loss", "loss/web.jsonl", "loss/books.jsonl", "val_loss/books.jsonl"):
         found, expected = ([record[name] for record in records if name in record] for records in (killed, whole))
         np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
+def evaluate_here(experiment, data_folder, run_folder, resources, checkpoint, origin=None):
+    """What Ray's workers do for an evaluation, in this process."""
+    task, world = build_task(experiment), join_world(torch.device("cpu"))
+    model = build_state(experiment, task, world).model
+    load_model(checkpoint, model)
+    feeds = make_val_feeds(experiment, task, data_folder, Manifest.load(data_folder))
+    metrics, sums, _ = evaluate(task, model, feeds, world, read_here)
+    return {"metrics": metrics, "sums": {name: value.tolist() for name, value in sums.items()}}
+
+
+def test_a_run_on_a_mixture_is_evaluated_by_source(prepared, tmp_path, monkeypatch):
+    chosen, folder, manifest, _ = prepared
+    chosen, run_folder = settings_of(chosen, val_batches=None), tmp_path / "run"
+    save_experiment(run_folder, chosen, manifest, folder)
+    world = join_world(torch.device("cpu"))
+    result = Training(chosen, build_task(chosen), folder, manifest, world, run_folder, read_here, say=lambda text: None).run()
+    monkeypatch.setattr("ray_jobs.worker.evaluate_checkpoint", evaluate_here)
+    monkeypatch.setattr("ray_jobs.evaluate.plan_resources", lambda experiment: None)
+    said = []
+    metrics = evaluate_run(run_folder, "last", say=said.append)
+    assert metrics == pytest.approx({name: value for name, value in result.items() if name != "step"})
+    table = dict(line.split() for line in said[1:-1])
+    assert table.keys() == metrics.keys() and table["val_word_perplexity/books.jsonl"] == f"{metrics['val_word_perplexity/books.jsonl']:.4f}"
+    assert json.loads(next((run_folder / "evaluations").glob("*.json")).read_text())["metrics"] == metrics
+    other = evaluate_run(run_folder, "last", ["--data.source", str(tmp_path / "books.jsonl")], say=said.append)
+    assert {name.count("/") for name in other} == {0} and other["val_loss"] != metrics["val_loss/books.jsonl"], "all of the file"
 
 
 MISTAKES = {

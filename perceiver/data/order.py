@@ -93,7 +93,7 @@ class Order:
         """Row numbers at the positions start .. stop - 1 of an epoch: int64, (stop - start,)."""
         parts = []
         for window, first, last in self.windows(epoch, start, stop):
-            offset = self._window_start(epoch, window)
+            offset = self.window_start(epoch, window)
             parts.append(self.window_rows(epoch, window)[first - offset : last - offset])
         return np.concatenate(parts) if parts else np.empty(0, np.int64)
 
@@ -102,7 +102,7 @@ class Order:
         _, starts = _block_permutation(self, epoch)
         window = int(np.searchsorted(starts, start, side="right") - 1) // self.window_blocks
         while start < stop:
-            end = min(stop, self._window_start(epoch, window + 1))
+            end = min(stop, self.window_start(epoch, window + 1))
             if start < end:
                 yield window, start, end
             start = max(start, end)
@@ -132,9 +132,6 @@ class Order:
 
     def window_start(self, epoch: int, window: int) -> int:
         """The first position of a window."""
-        return self._window_start(epoch, window)
-
-    def _window_start(self, epoch: int, window: int) -> int:
         _, starts = _block_permutation(self, epoch)
         return int(starts[min(window * self.window_blocks, self.num_blocks)])
 
