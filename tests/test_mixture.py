@@ -158,6 +158,15 @@ def test_a_mixture_is_prepared_once_and_its_sources_are_data_sets_of_their_own(p
         load_prepared(other)
 
 
+def test_a_mistake_in_the_last_source_is_found_before_the_first_is_prepared(prepared, tmp_path):
+    chosen, *_ = prepared
+    mixture = (f"{tmp_path / 'web.jsonl'}=1", f"{tmp_path / 'nothing.jsonl'}=1")
+    other = replace(chosen, data=replace(chosen.data, mixture=mixture, root=str(tmp_path / "other")))
+    with pytest.raises(UserError, match="nothing.jsonl does not exist"):
+        prepare(other, lambda text: None)
+    assert not (tmp_path / "other").exists()
+
+
 def test_a_mixture_whose_source_was_prepared_anew_is_refused(prepared):
     chosen, folder, manifest, _ = prepared
     part = components(folder, manifest)[1]
@@ -297,6 +306,20 @@ def test_a_run_on_a_mixture_is_evaluated_by_source(prepared, tmp_path, monkeypat
     assert json.loads(next((run_folder / "evaluations").glob("*.json")).read_text())["metrics"] == metrics
     other = evaluate_run(run_folder, "last", ["--data.source", str(tmp_path / "books.jsonl")], say=said.append)
     assert {name.count("/") for name in other} == {0} and other["val_loss"] != metrics["val_loss/books.jsonl"], "all of the file"
+
+
+def test_the_source_that_a_mixture_took_the_place_of_may_be_evaluated(prepared, tmp_path, monkeypatch):
+    chosen, folder, manifest, _ = prepared
+    books = str(tmp_path / "books.jsonl")
+    chosen, run_folder = settings_of(replace(chosen, data=replace(chosen.data, source=books))), tmp_path / "run"
+    save_experiment(run_folder, chosen, manifest, folder)
+    world = join_world(torch.device("cpu"))
+    Training(chosen, build_task(chosen), folder, manifest, world, run_folder, read_here, say=lambda text: None, stop_at=3).run()
+    monkeypatch.setattr("ray_jobs.worker.evaluate_checkpoint", evaluate_here)
+    monkeypatch.setattr("ray_jobs.evaluate.plan_resources", lambda experiment: None)
+    said = []
+    assert "val_loss/books.jsonl" not in evaluate_run(run_folder, "last", ["--data.source", books], say=said.append)
+    assert any(f"on {books}: " in line for line in said)
 
 
 MISTAKES = {
