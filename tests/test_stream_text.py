@@ -71,6 +71,24 @@ def test_parts_of_a_compressed_file_have_each_document_once(tmp_path, step):
     assert found == whole == documents(Span(file, 0, file.size))
 
 
+@pytest.mark.parametrize("step", [1, 2, 3, 7, 50])
+def test_parts_of_wikitext_in_rows_have_each_article_once(tmp_path, step):
+    """As the hub has it: a line a row, "" for a blank one. Some lines only look like titles."""
+    lines = ["", " = First = \n", "", " Text . \n", " = No title = \n", ""]
+    for i, text in enumerate(texts(12)):
+        lines += ["", f" = Article {i} = \n", "", f" {text} \n".replace("\n", " ") + "\n", " = = Section = = \n", ""][i % 2 :]
+    whole = "".join(line or " \n" for line in lines)
+    assert lines[-1] == ""
+    (tmp_path / "a.raw").write_text(whole)
+    write_parquet(tmp_path / "a.parquet", [{"text": line} for line in lines], rows_per_group=5)
+    (file,), (rows,) = (resolve(DataConfig(source=str(tmp_path / name)), "tokens").files for name in ("a.raw", "a.parquet"))
+    rows = replace(rows, format="wikitext-rows")
+    expected = documents(Span(file, 0, file.size))
+    size = measure(rows)
+    assert size.units == len(lines) and len(expected) == 13 and "".join(expected) == whole
+    assert [text for a in range(0, size.units, step) for text in documents(Span(rows, a, min(a + step, size.units)))] == expected
+
+
 def test_chunks_are_equal_and_hold_the_text_of_all_files(source):
     files = list(resolve(DataConfig(source=str(source)), "tokens").files)
     sizes = [measure(file) for file in files]
@@ -94,7 +112,7 @@ def test_files_that_are_a_little_larger_than_a_chunk_lose_no_text(tmp_path):
 def test_a_file_that_cannot_be_cut_is_refused(source):
     files = list(resolve(DataConfig(source=str(source)), "tokens").files)[:2]
     described = {"rows": 10, "ids_per_byte": 1.0, "val_fraction": 0.1, "sizes": [[5000, 5000], [1, 5000]]}
-    with pytest.raises(UserError, match="b.jsonl cannot be streamed: it is read as one and has the text of 31 chunks: prepare it"):
+    with pytest.raises(UserError, match="b.jsonl cannot be streamed: it is a single row with the text of 31 chunks: prepare it"):
         chunks_of(files, described, 16)
 
 

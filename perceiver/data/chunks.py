@@ -71,9 +71,7 @@ def measure(file: InputFile) -> Size:
         UserError: the file is truncated or corrupt.
     """
     try:
-        if file.format == "wikitext-rows":
-            return Size(1, parquet_rows(file)[1])
-        if file.format == "parquet":
+        if file.format in ("parquet", "wikitext-rows"):
             return Size(*parquet_rows(file))
         if not file.compressed:
             return Size(file.size, file.size)
@@ -83,9 +81,7 @@ def measure(file: InputFile) -> Size:
         raise UserError(error.args[1]) from None
 
 
-def _span(file: InputFile, size: Size, start: int, stop: int) -> Span:
-    if file.format == "wikitext-rows":  # cannot be entered in the middle
-        return Span(file, 0, parquet_rows(file)[0])
+def _span(file: InputFile, start: int, stop: int) -> Span:
     return Span(file, start, stop, unpacked=file.compressed)
 
 
@@ -93,7 +89,7 @@ def sample_pieces(files: list[InputFile], sizes: list[Size]) -> list[Piece]:
     """What tells how many ids a byte makes: parts of the files, evenly over the source, or all of a small one."""
     total = sum(size.bytes for size in sizes)
     if total <= SAMPLES * SAMPLE_BYTES:
-        return [Piece((_span(file, size, 0, size.units),), size.bytes) for file, size in zip(files, sizes, strict=True)]
+        return [Piece((_span(file, 0, size.units),), size.bytes) for file, size in zip(files, sizes, strict=True)]
     ends = np.cumsum([size.bytes for size in sizes])
     pieces = []
     for place in (total * (2 * i + 1) // (2 * SAMPLES) for i in range(SAMPLES)):
@@ -101,7 +97,7 @@ def sample_pieces(files: list[InputFile], sizes: list[Size]) -> list[Piece]:
         file, size = files[number], sizes[number]
         start = size.units * (place - int(ends[number]) + size.bytes) // size.bytes
         stop = min(start + max(1, size.units * SAMPLE_BYTES // size.bytes), size.units)
-        pieces.append(Piece((_span(file, size, start, stop),), size.bytes * (stop - start) // size.units))
+        pieces.append(Piece((_span(file, start, stop),), size.bytes * (stop - start) // size.units))
     return pieces
 
 
@@ -114,7 +110,7 @@ def chunk_rows(total_bytes: int, ids_per_byte: float, row_length: int, most: int
 def cut_chunks(files: list[InputFile], sizes: list[Size], chunk_bytes: float) -> list[Piece]:
     """All files, end to end, in equal chunks of at least `chunk_bytes`.
 
-    What cannot be cut (a row of parquet, a file that is read as one) belongs to the chunk that it ends in.
+    What cannot be cut, a row of parquet, belongs to the chunk that it ends in.
     """
     total = sum(size.bytes for size in sizes)
     count = int(total // chunk_bytes)
@@ -129,7 +125,7 @@ def cut_chunks(files: list[InputFile], sizes: list[Size], chunk_bytes: float) ->
             end = edges[number + 1] - first  # of the chunk, in this file
             stop = size.units if end >= size.bytes else size.units * end // size.bytes
             if start < stop:
-                parts[number].append(_span(file, size, start, stop))
+                parts[number].append(_span(file, start, stop))
             start = stop
             if end <= size.bytes and number + 1 < count:
                 number += 1
@@ -145,14 +141,14 @@ def chunks_of(files: list[InputFile], described: dict[str, Any], row_length: int
         described: what the manifest says about them, `Manifest.stream`.
 
     Raises:
-        UserError: too little text, or files that cannot be cut.
+        UserError: too little text, or a file that cannot be cut.
     """
     sizes, prepare_it = [Size(*size) for size in described["sizes"]], "prepare it (without --data.prepare stream)"
     chunk_bytes = described["rows"] * row_length / described["ids_per_byte"] / (1 - MARGIN)
     for file, size in zip(files, sizes, strict=True):
         if size.units == 1 and size.bytes > 2 * chunk_bytes:
             raise UserError(
-                f"{file.name} cannot be streamed: it is read as one and has the text of {size.bytes / chunk_bytes:.0f} chunks: {prepare_it}"
+                f"{file.name} cannot be streamed: it is a single row with the text of {size.bytes / chunk_bytes:.0f} chunks: {prepare_it}"
             )
     pieces = cut_chunks(files, sizes, chunk_bytes)
     if len(pieces) < 2:
