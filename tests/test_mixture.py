@@ -107,6 +107,25 @@ def test_any_step_can_be_the_first(start):
     assert batches(mixed, 2, start, start + 12) == [mixed.batch_rows(step) for step in range(start, start + 12)]
 
 
+@pytest.mark.parametrize("size", [1, 10, 33])
+def test_the_slot_of_a_row_is_where_its_batch_has_it(size):
+    mixed = mixture(rows=(300, 41, 7, 3), shares=(0.6, 0.25, 0.1, 0.05), size=size)
+    for step in (*range(40), 999, 5000):
+        sources, counts = mixed.batch(step)
+        for source in range(4):
+            assert mixed.slots(source, counts[sources == source]).tolist() == np.flatnonzero(sources == source).tolist()
+
+
+@pytest.mark.parametrize("shares", [(0.7, 0.3), (0.9, 0.1), (0.5, 0.3, 0.2)])
+def test_workers_read_few_windows_of_each_other(shares):
+    orders = tuple(order(40_000, batch=8, block=16, window=16, lanes=8) for _ in shares)
+    mixed = Mixture(orders=orders, shares=shares, global_batch_size=256)
+    read = [unit for rank in range(8) for unit in mixture_plan(mixed, rank, 8, 30, 80)]
+    assert sum(unit.num_rows for unit in read) == 50 * 256
+    alone = [unit for unit in mixture_plan(mixed, 0, 1, 30, 80)]
+    assert len(read) < 2.2 * len(alone)
+
+
 def test_a_small_source_goes_round_and_is_shuffled_anew():
     mixed = mixture(rows=(1000, 23), shares=(0.6, 0.4))
     rows = [row for step in range(60) for row in mixed.batch_rows(step)]

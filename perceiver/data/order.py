@@ -89,6 +89,13 @@ class Order:
         full = self.full_batches * self.global_batch_size
         return np.where(places < full, places % self.global_batch_size // share, self.lanes)
 
+    def through(self, places: np.ndarray, queues: np.ndarray) -> np.ndarray:
+        """How many of the places before each come through a queue before each: int64."""
+        before = np.minimum(places, self.full_batches * self.global_batch_size)
+        whole, rest = np.divmod(before, self.global_batch_size)
+        slots = queues * (self.global_batch_size // self.lanes)
+        return whole * slots + np.minimum(rest, slots)
+
     def rows_at(self, epoch: int, start: int, stop: int) -> np.ndarray:
         """Row numbers at the positions start .. stop - 1 of an epoch: int64, (stop - start,)."""
         parts = []

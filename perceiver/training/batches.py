@@ -189,17 +189,13 @@ def make_train_feed(experiment: Experiment, task: Task, folder: str, manifest: M
 
 
 def _part_feed(experiment: Experiment, task: Task, part: Component, source: str) -> Feed:
-    """The feed of one data set of training data; of a mixture's with about as many rows at once as a batch takes from it.
-
-    Those are a multiple of its lanes: then a worker, which takes neighbouring slots, needs few of these.
-    """
+    """The feed of one data set of training data; of a mixture's in an order that takes a row of each lane in turn."""
     split, data = part.manifest.splits["train"], experiment.data
     # A chunk is as large as a window of blocks.
     data = replace(data, shuffle_window_blocks=1) if part.manifest.stream else data
     size = experiment.training.global_batch_size
     if part.name:
-        lanes = max(1, min(data.lanes, -(-split.num_blocks // data.shuffle_window_blocks)))
-        size = lanes * max(1, round(size * part.share / lanes))
+        size = max(1, min(data.lanes, -(-split.num_blocks // data.shuffle_window_blocks)))
     training = replace(experiment.training, global_batch_size=size)
     feed = make_feed(replace(experiment, data=data, training=training), task, part.folder, split, train=True)
     if not part.manifest.stream:
