@@ -105,6 +105,7 @@ class Mirror:
         there, whose name may by now be another's. Several processes of a machine may call this at once.
         """
         with self._alone():
+            markers = self.checkpoints()  # first: then all their files are listed
             there = list_tree(self.uri)
             for name in there:
                 if name in RECORDS or name.partition("/")[0] in RECORD_FOLDERS:
@@ -112,7 +113,6 @@ class Mirror:
             for name in PROGRESS:
                 if name not in there:
                     (self.folder / name).unlink(missing_ok=True)
-            markers = self.checkpoints()
             complete = list(markers)
             for path in (self.folder / CHECKPOINTS).glob("step-*"):
                 if not (path / MARKER).is_file() or json.loads((path / MARKER).read_text()) != markers.get(path.name):
