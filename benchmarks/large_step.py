@@ -27,7 +27,7 @@ from perceiver.data.shards import Manifest, load_prepared, with_prepared_tokeniz
 from perceiver.models.flops import num_parameters
 from perceiver.models.memory import step_memory
 from perceiver.tasks import build_task
-from perceiver.training.batches import make_feed, read_here
+from perceiver.training.batches import make_val_feeds, read_here
 from perceiver.training.checkpoint import list_checkpoints, load_state
 from perceiver.training.parallel import World, join_world
 from perceiver.training.record import read_metrics
@@ -76,8 +76,8 @@ def load_worker(rank: int, port: int, config: dict[str, Any], data: str, folder:
     state = build_state(experiment, task, world)
     load_state(list_checkpoints(Path(folder) / "checkpoints")[-1].path, state)
     report(rank, world.size, f"loaded step {state.step} with its optimizer after {time.perf_counter() - start:.0f} s")
-    feed = make_feed(experiment, task, data, Manifest.load(data).splits["val"], train=False)
-    metrics, _ = evaluate(task, state.model, feed, world, read_here, experiment.run.val_batches)
+    feeds = make_val_feeds(experiment, task, data, Manifest.load(data))
+    metrics, *_ = evaluate(task, state.model, feeds, world, read_here, experiment.run.val_batches)
     report(rank, world.size, "validated")
     results.put(metrics["val_loss"])
 

@@ -45,6 +45,8 @@ def evaluate_run(run: str | Path, checkpoint: str = "best", overrides: list[str]
     if folder is None:
         raise UserError(f"no run {str(run)!r}: neither a run's folder nor the name of one in {home() / 'runs'}")
     trained = from_dict(json.loads((folder / EXPERIMENT).read_text())["experiment"])
+    if trained.data.mixture:  # which takes the place of data.source: told here, it is another source in any case
+        trained = replace(trained, data=replace(trained.data, source=""))
     experiment = override(trained, overrides or [], f"ray_jobs.evaluate {run}")
     if experiment.model != trained.model:
         raise UserError("the model of a run cannot be changed: only data, task, parallel and the batch size may be overridden")
@@ -86,8 +88,9 @@ def _content(
 def _print_table(folder: Path, chosen: CheckpointInfo, content: dict[str, Any], path: Path, say) -> None:
     targets = int(content["sums"]["targets"])
     say(f"{folder.name}, step {chosen.step:,}, on {content['data']['source']}: {targets:,} targets")
+    width = max(22, 2 + max(map(len, content["metrics"])))  # names of a mixture's sources may be long
     for name, value in content["metrics"].items():
-        say(f"  {name:<22}{value:>12.4f}")
+        say(f"  {name:<{width}}{value:>12.4f}")
     say(f"  written to {path}")
 
 

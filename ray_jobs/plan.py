@@ -159,18 +159,21 @@ def _si(value: float) -> str:
 
 
 def find_device(name: str, memory: float | None, flops: float | None) -> Device:
-    """A known device, or one of which memory (GiB) and peak (TFLOP/s) are given.
+    """A known device, with another memory (GiB) or peak (TFLOP/s) where these are given; both make one that is not known.
 
     Raises:
-        UserError: neither.
+        UserError: neither known nor told, or told to be nothing.
     """
-    if memory is not None and flops is not None:
-        return Device(name, memory * GIB, flops * 1e12, flops * 1e12)
-    if name not in DEVICES:
+    for option, value in (("--device-memory", memory), ("--device-flops", flops)):
+        if value is not None and not value > 0:
+            raise UserError(f"{option} is {value:g} and must be above 0")
+    if name not in DEVICES and (memory is None or flops is None):
         raise UserError(
             f"device {name!r} is not known: use one of {', '.join(DEVICES)}, or give --device-memory GIB and --device-flops TFLOPS"
         )
-    return replace(DEVICES[name], memory=memory * GIB) if memory is not None else DEVICES[name]
+    known = DEVICES.get(name, Device(name, 0.0, 0.0, 0.0))
+    peak = {} if flops is None else {"bf16": flops * 1e12, "fp32": flops * 1e12}
+    return replace(known, memory=known.memory if memory is None else memory * GIB, **peak)
 
 
 def main(argv: list[str]) -> int:
@@ -188,7 +191,7 @@ def main(argv: list[str]) -> int:
     if not 0 < own.mfu <= 1:
         raise UserError(f"--mfu is {own.mfu} and must be above 0 and at most 1")
     device = find_device(own.device, own.device_memory, own.device_flops)
-    name = own.device if own.device_flops is None else "unknown GPU"
+    name = "unknown GPU" if own.device_memory and own.device_flops else own.device
     experiment = with_tokenizer(parse_experiment(rest, "ray_jobs.plan"))
     check_experiment(experiment)
     plan = make_plan(experiment, device, own.mfu)

@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -122,12 +122,21 @@ def prepare(experiment: Experiment, progress: Say = print, piece_bytes: int = PI
 
 def _prepare_mixture(experiment: Experiment, progress: Say, piece_bytes: int) -> Manifest:
     """Prepares each source as the data set that it is by itself, and writes the manifest that says how they are mixed."""
+    from ray_jobs.ray_env import connect
+
     settings, folder = prepare_settings(experiment), data_folder(experiment)
+    found = [
+        (part, replace(experiment, data=replace(experiment.data, source=part.source, mixture=())))
+        for part in mixture_sources(experiment.data)
+    ]
+    missing = [alone for _, alone in found if MANIFEST not in list_folder(data_folder(alone))]
+    for alone in missing:  # a mistake in the last source is found before the first is prepared
+        resolve(alone.data, task_kind(alone))
     parts = []
-    for part in mixture_sources(experiment.data):
-        alone = replace(experiment, data=replace(experiment.data, source=part.source, mixture=()))
-        manifest = prepare(alone, progress, piece_bytes)
-        parts.append(Component(part.name, part.share, data_folder(alone), manifest))
+    with connect(experiment.parallel) if missing else nullcontext():  # one cluster for all of them
+        for part, alone in found:
+            manifest = prepare(alone, progress, piece_bytes)
+            parts.append(Component(part.name, part.share, data_folder(alone), manifest))
     manifest = mixture_manifest(settings, parts)
     if MANIFEST not in list_folder(folder) or Manifest.load(folder) != manifest:
         if isinstance(tokenizer := load_tokenizer(experiment.data.tokenizer), SentencePieceTokenizer):

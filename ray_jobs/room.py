@@ -96,19 +96,23 @@ def _what_would(experiment: Experiment, limit: float, cuda: bool) -> str:
 def check_memory(experiment: Experiment, gpu: bool) -> None:
     """Checks a training in the joined cluster: against parallel.device-memory-gib, else the GPUs' memory, else that of the nodes.
 
-    On GPUs whose memory nobody knows nothing is checked.
+    An elastic run is checked with its least workers, of which each holds the most. On GPUs whose memory nobody knows nothing is
+    checked.
 
     Raises:
         UserError: see `check_fits`.
     """
-    told = experiment.parallel.device_memory_gib
+    told, least, suffix = experiment.parallel.device_memory_gib, experiment.parallel.min_workers, ""
+    if least is not None:
+        experiment = replace(experiment, parallel=replace(experiment.parallel, workers=least, min_workers=None))
+        suffix = f" (where parallel.min-workers, {least}, are all there are)"
     if gpu:
         memory = told * GIB if told else _gpu_memory()
         if memory is not None:
-            check_fits(experiment, usable(memory), where=f"a GPU of {_size(memory)}")
+            check_fits(experiment, usable(memory), where=f"a GPU of {_size(memory)}{suffix}")
     else:
         limit = told * GIB if told else _node_memory(experiment.parallel.workers)
-        check_fits(experiment, limit, cuda=False, where="each worker")
+        check_fits(experiment, limit, cuda=False, where=f"each worker{suffix}")
 
 
 def _gpu_memory() -> float | None:

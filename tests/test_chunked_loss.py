@@ -33,14 +33,15 @@ def inputs(dtype=torch.float32, bias=True, valid=True, seed=0):
 
 def plain(hidden, weight, bias, labels):
     logits = F.linear(hidden, weight, bias).float()
-    return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum", ignore_index=IGNORE_INDEX)
+    each = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=IGNORE_INDEX)
+    return each.sum(), each.detach().view(labels.shape)
 
 
 def with_gradients(loss, hidden, weight, bias, labels, **settings):
-    """The loss and its gradients when it is scaled before the backward pass, as the training loop does."""
-    value = loss(hidden, weight, bias, labels, **settings)
+    """The loss, what each label adds to it, and gradients when it is scaled before the backward pass, as in the training loop."""
+    value, each = loss(hidden, weight, bias, labels, **settings)
     (value * 0.37).backward()
-    return [value.detach(), *(t.grad.float() for t in (hidden, weight, bias) if t is not None)]
+    return [value.detach(), each, *(t.grad.float() for t in (hidden, weight, bias) if t is not None)]
 
 
 @pytest.mark.parametrize("elements", [1, CLASSES * 4, CLASSES * 21, 2**26])
@@ -69,10 +70,10 @@ def test_no_valid_label_is_loss_and_gradient_zero():
 def test_only_wanted_gradients_are_computed():
     hidden, weight, bias, labels = inputs()
     weight, bias = weight.detach(), bias.detach()
-    chunked_cross_entropy(hidden, weight, bias, labels).backward()
+    chunked_cross_entropy(hidden, weight, bias, labels)[0].backward()
     assert hidden.grad is not None and weight.grad is None
     with torch.no_grad():
-        assert not chunked_cross_entropy(hidden, weight, bias, labels).requires_grad
+        assert not chunked_cross_entropy(hidden, weight, bias, labels)[0].requires_grad
 
 
 class LargestTensor(TorchDispatchMode):
@@ -94,9 +95,9 @@ def test_all_logits_are_never_in_memory_at_once():
     weight = torch.randn(classes, 4, requires_grad=True)
     labels = torch.randint(0, classes, (rows,))
     with LargestTensor() as whole:
-        plain(hidden[None], weight, None, labels[None]).backward()
+        plain(hidden[None], weight, None, labels[None])[0].backward()
     with LargestTensor() as chunked:
-        chunked_cross_entropy(hidden, weight, None, labels, chunk_elements=100_000).backward()
+        chunked_cross_entropy(hidden, weight, None, labels, chunk_elements=100_000)[0].backward()
     assert whole.elements == rows * classes
     assert chunked.elements == chunk_rows(classes, 100_000) * classes == 100_000
 

@@ -118,6 +118,23 @@ def test_a_run_of_the_store_is_loaded_and_evaluated_by_its_uri(moved, monkeypatc
     assert fetch_run(f"file://{store}/other") is None
 
 
+def test_a_run_that_was_replaced_in_the_store_is_fetched_anew(images, moved, tmp_path):
+    """Its checkpoints have the old one's names, and the machine still has a copy of the old one."""
+    store, _ = moved
+    shutil.copytree(store, tmp_path / "store")
+    mirror = Mirror(f"file://{tmp_path}/store", tmp_path / "here" / "run")
+    mirror.fetch(None)
+    marker = Path("checkpoints") / "step-00000012" / "checkpoint.json"
+    (shard,) = (path.name for path in (tmp_path / "here" / "run" / marker).parent.glob("__0_*"))
+    (tmp_path / "store" / "run" / marker).write_text(json.dumps({"step": 12, "metrics": {"val_loss": 9.0}}))
+    (tmp_path / "store" / "run" / marker).with_name(shard).write_bytes(b"other")
+    (tmp_path / "store" / "run" / "result.json").unlink()
+    mirror.fetch(None)
+    here = tmp_path / "here" / "run"
+    assert (here / marker).with_name(shard).read_bytes() == b"other" and not (here / "result.json").exists()
+    assert (here / "experiment.json").is_file()
+
+
 def test_a_checkpoint_that_was_not_completed_in_the_store_is_not_there(images, moved, tmp_path):
     """Its files lie in the local folder and in the store, the marker in the local folder alone."""
     store, _ = moved

@@ -1,5 +1,6 @@
 """Mixtures: shares, the same batches for every number of workers and after every restart, small sources that go round."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -9,19 +10,23 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from perceiver.config import DataConfig, OptimConfig, RunConfig, TrainingConfig, UserError
+from perceiver.config import DataConfig, Experiment, OptimConfig, ParallelConfig, RunConfig, TrainingConfig, UserError
 from perceiver.data.components import Component, components, weighted
 from perceiver.data.mixture import ROUND, Mixture, mixture_batches, mixture_plan, round_of
 from perceiver.data.order import Order
 from perceiver.data.shards import Manifest, Split, data_folder, load_prepared
 from perceiver.data.sources import mixture_sources
 from perceiver.tasks import build_task
-from perceiver.training.batches import make_train_feed, make_val_feeds, read_here
-from perceiver.training.parallel import World
-from perceiver.training.run import evaluate
+from perceiver.tasks.base import IGNORE_INDEX
+from perceiver.training.batches import make_feed, make_train_feed, make_val_feeds, read_here
+from perceiver.training.checkpoint import load_model
+from perceiver.training.parallel import World, join_world
+from perceiver.training.record import read_metrics
+from perceiver.training.run import Training, build_state, evaluate, save_experiment
+from ray_jobs.evaluate import evaluate_run
 from ray_jobs.preprocess import prepare
 from tests.preparing import experiment, serially, texts, write_jsonl
-from tests.small import text_experiment
+from tests.small import classification_experiment, masked_experiment, text_experiment, write_documents, write_stream
 from tests.test_training import losses, run
 
 
@@ -102,6 +107,25 @@ def test_any_step_can_be_the_first(start):
     assert batches(mixed, 2, start, start + 12) == [mixed.batch_rows(step) for step in range(start, start + 12)]
 
 
+@pytest.mark.parametrize("size", [1, 10, 33])
+def test_the_slot_of_a_row_is_where_its_batch_has_it(size):
+    mixed = mixture(rows=(300, 41, 7, 3), shares=(0.6, 0.25, 0.1, 0.05), size=size)
+    for step in (*range(40), 999, 5000):
+        sources, counts = mixed.batch(step)
+        for source in range(4):
+            assert mixed.slots(source, counts[sources == source]).tolist() == np.flatnonzero(sources == source).tolist()
+
+
+@pytest.mark.parametrize("shares", [(0.7, 0.3), (0.9, 0.1), (0.5, 0.3, 0.2)])
+def test_workers_read_few_windows_of_each_other(shares):
+    orders = tuple(order(40_000, batch=8, block=16, window=16, lanes=8) for _ in shares)
+    mixed = Mixture(orders=orders, shares=shares, global_batch_size=256)
+    read = [unit for rank in range(8) for unit in mixture_plan(mixed, rank, 8, 30, 80)]
+    assert sum(unit.num_rows for unit in read) == 50 * 256
+    alone = [unit for unit in mixture_plan(mixed, 0, 1, 30, 80)]
+    assert len(read) < 2.2 * len(alone)
+
+
 def test_a_small_source_goes_round_and_is_shuffled_anew():
     mixed = mixture(rows=(1000, 23), shares=(0.6, 0.4))
     rows = [row for step in range(60) for row in mixed.batch_rows(step)]
@@ -153,6 +177,15 @@ def test_a_mixture_is_prepared_once_and_its_sources_are_data_sets_of_their_own(p
         load_prepared(other)
 
 
+def test_a_mistake_in_the_last_source_is_found_before_the_first_is_prepared(prepared, tmp_path):
+    chosen, *_ = prepared
+    mixture = (f"{tmp_path / 'web.jsonl'}=1", f"{tmp_path / 'nothing.jsonl'}=1")
+    other = replace(chosen, data=replace(chosen.data, mixture=mixture, root=str(tmp_path / "other")))
+    with pytest.raises(UserError, match="nothing.jsonl does not exist"):
+        prepare(other, lambda text: None)
+    assert not (tmp_path / "other").exists()
+
+
 def test_a_mixture_whose_source_was_prepared_anew_is_refused(prepared):
     chosen, folder, manifest, _ = prepared
     part = components(folder, manifest)[1]
@@ -198,20 +231,114 @@ def test_validation_names_each_source(prepared):
     assert {f"val_perplexity{suffix}" for suffix in ("", "/web.jsonl", "/books.jsonl")} < metrics.keys()
 
 
-@pytest.mark.slow
-def test_a_killed_run_on_a_mixture_continues_with_another_number_of_workers(prepared, tmp_path):
-    chosen, folder, _, _ = prepared
-    chosen = replace(
+@pytest.mark.parametrize("kind", ["causal", "masked", "classification"])
+def test_the_loss_of_a_source_is_that_of_its_examples(kind, tmp_path):
+    make = {"causal": text_experiment, "masked": masked_experiment, "classification": classification_experiment}[kind]
+    chosen = make(global_batch_size=12)
+    chosen = replace(chosen, task=replace(chosen.task, whole_words=False)) if kind == "masked" else chosen
+    if kind == "classification":
+        manifest = write_documents(tmp_path)
+    else:
+        ids = np.random.default_rng(0).integers(6, 262, 1000).astype(np.uint16)
+        manifest = write_stream(tmp_path, ids, ids, length=16 if kind == "causal" else 32)
+    task = build_task(chosen)
+    model = task.build_model().eval()
+    (batch,) = next(make_feed(chosen, task, str(tmp_path), manifest.splits["train"], train=True).steps(read_here, 0, 1, 0, 1))
+    assert task.loss(model, batch)[1] == {}, "nothing to tell apart"
+    batch["sources"] = torch.arange(12)[:, None] % 3 == torch.arange(3)
+    _, sums = task.loss(model, batch)
+    for source in range(3):
+        others = batch["sources"][:, source].logical_not().view(-1, *[1] * (batch["labels"].ndim - 1))
+        alone = {**batch, "labels": batch["labels"].masked_fill(others, IGNORE_INDEX)}
+        torch.testing.assert_close(sums["source_loss"][source], task.loss(model, alone)[0].double(), rtol=1e-5, atol=1e-5)
+        assert sums["source_targets"][source] == task.num_targets(alone) > 0
+
+
+def settings_of(chosen: Experiment, **run) -> Experiment:
+    """Twelve steps of 12 examples on a mixture."""
+    return replace(
         chosen,
         optim=OptimConfig(lr=5e-3),
         training=TrainingConfig(global_batch_size=12, max_steps=12),
-        run=RunConfig(log_every=1, val_every=6, checkpoint_every=3),
+        run=RunConfig(**{"log_every": 1, "val_every": 6, "checkpoint_every": 3} | run),
     )
-    run(chosen, folder, tmp_path / "whole", world=1)
-    run(chosen, folder, tmp_path / "run", world=2, stop_at=6)
-    run(chosen, folder, tmp_path / "run", world=3)
-    np.testing.assert_allclose(losses(tmp_path / "run"), losses(tmp_path / "whole"), rtol=1e-4)
-    assert len(losses(tmp_path / "run")) == 12
+
+
+def test_the_losses_of_the_sources_by_their_targets_are_the_training_loss(prepared, tmp_path):
+    """Over several steps, accumulated micro-batches and padding (5 + 5 + 2 of 5)."""
+    chosen, folder, manifest, _ = prepared
+    chosen = replace(settings_of(chosen, log_every=4), parallel=ParallelConfig(micro_batch_size=5))
+    task, said = build_task(chosen), []
+    world = join_world(torch.device("cpu"))
+    Training(chosen, task, folder, manifest, world, tmp_path / "run", read_here, say=said.append).run()
+    records = [record for record in read_metrics(tmp_path / "run") if "loss" in record]
+    assert [record["step"] for record in records] == [3, 4, 6, 8, 9, 12]
+    feed, first = make_train_feed(chosen, task, folder, manifest), 0
+    for record in records:
+        targets = np.zeros(2)
+        for micro_batches in feed.steps(read_here, 0, 1, first, record["step"]):
+            for batch in micro_batches:
+                targets += ((batch["labels"] != IGNORE_INDEX).sum(1) @ batch["sources"].long()).numpy()
+        told = np.array([record["loss/web.jsonl"], record["loss/books.jsonl"]])
+        assert told @ targets / targets.sum() == pytest.approx(record["loss"], rel=1e-6) and told[0] != told[1]
+        first = record["step"]
+    last = records[-1]
+    shown = f"loss {last['loss']:.4f} (web.jsonl {last['loss/web.jsonl']:.4f}, books.jsonl {last['loss/books.jsonl']:.4f})"
+    assert any(shown in line for line in said)
+
+
+def test_a_killed_run_on_a_mixture_continues_with_another_number_of_workers(prepared, tmp_path):
+    chosen, folder, _, _ = prepared
+    run(settings_of(chosen), folder, tmp_path / "whole", world=1)
+    run(settings_of(chosen), folder, tmp_path / "run", world=2, stop_at=6)
+    run(settings_of(chosen), folder, tmp_path / "run", world=1)
+    whole, killed = read_metrics(tmp_path / "whole"), read_metrics(tmp_path / "run")
+    assert [record.keys() for record in killed] == [record.keys() for record in whole] and len(losses(tmp_path / "run")) == 12
+    for name in ("loss", "loss/web.jsonl", "loss/books.jsonl", "val_loss/books.jsonl"):
+        found, expected = ([record[name] for record in records if name in record] for records in (killed, whole))
+        np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
+def evaluate_here(experiment, data_folder, run_folder, resources, checkpoint, origin=None):
+    """What Ray's workers do for an evaluation, in this process."""
+    task, world = build_task(experiment), join_world(torch.device("cpu"))
+    model = build_state(experiment, task, world).model
+    load_model(checkpoint, model)
+    feeds = make_val_feeds(experiment, task, data_folder, Manifest.load(data_folder))
+    metrics, sums, _ = evaluate(task, model, feeds, world, read_here)
+    return {"metrics": metrics, "sums": {name: value.tolist() for name, value in sums.items()}}
+
+
+def test_a_run_on_a_mixture_is_evaluated_by_source(prepared, tmp_path, monkeypatch):
+    chosen, folder, manifest, _ = prepared
+    chosen, run_folder = settings_of(chosen, val_batches=None), tmp_path / "run"
+    save_experiment(run_folder, chosen, manifest, folder)
+    world = join_world(torch.device("cpu"))
+    result = Training(chosen, build_task(chosen), folder, manifest, world, run_folder, read_here, say=lambda text: None).run()
+    monkeypatch.setattr("ray_jobs.worker.evaluate_checkpoint", evaluate_here)
+    monkeypatch.setattr("ray_jobs.evaluate.plan_resources", lambda experiment: None)
+    said = []
+    metrics = evaluate_run(run_folder, "last", say=said.append)
+    assert metrics == pytest.approx({name: value for name, value in result.items() if name != "step"})
+    table = dict(line.split() for line in said[1:-1])
+    assert table == {name: f"{value:.4f}" for name, value in metrics.items()}
+    assert json.loads(next((run_folder / "evaluations").glob("*.json")).read_text())["metrics"] == metrics
+    other = evaluate_run(run_folder, "last", ["--data.source", str(tmp_path / "books.jsonl")], say=said.append)
+    assert {name.count("/") for name in other} == {0} and other["val_loss"] != metrics["val_loss/books.jsonl"], "all of the file"
+
+
+def test_the_source_that_a_mixture_took_the_place_of_may_be_evaluated(prepared, tmp_path, monkeypatch):
+    chosen, folder, manifest, _ = prepared
+    books = str(tmp_path / "books.jsonl")
+    chosen, run_folder = settings_of(replace(chosen, data=replace(chosen.data, source=books))), tmp_path / "run"
+    save_experiment(run_folder, chosen, manifest, folder)
+    world = join_world(torch.device("cpu"))
+    Training(chosen, build_task(chosen), folder, manifest, world, run_folder, read_here, say=lambda text: None, stop_at=3).run()
+    monkeypatch.setattr("ray_jobs.worker.evaluate_checkpoint", evaluate_here)
+    monkeypatch.setattr("ray_jobs.evaluate.plan_resources", lambda experiment: None)
+    said = []
+    assert "val_loss/books.jsonl" not in evaluate_run(run_folder, "last", ["--data.source", books], say=said.append)
+    assert any(f"on {books}: " in line for line in said)
 
 
 MISTAKES = {

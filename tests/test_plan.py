@@ -44,6 +44,16 @@ def test_a_device_that_is_not_known_is_given_by_memory_and_peak(capsys):
         main(["clm-c4", "--mfu", "40"])
 
 
+def test_memory_or_peak_of_a_known_device_may_be_another(capsys):
+    known, slower = (plan(capsys, "clm-c4", "--device", "h100", *more) for more in ([], ["--device-flops", "494.5"]))
+    seconds = [number(text, r"at 40% MFU +([\d.]+) s") for text in (known, slower)]
+    assert seconds[1] == pytest.approx(2 * seconds[0], rel=0.01) and slower.splitlines()[0] == known.splitlines()[0]
+    assert "(20.0 GiB)" in plan(capsys, "clm-c4", "--device", "h100", "--device-memory", "20")
+    for option in ("--device-memory", "--device-flops"):
+        with pytest.raises(UserError, match=f"{option} is 0 and must be above 0"):
+            main(["clm-c4", option, "0"])
+
+
 def test_offloaded_shards_are_counted_for_the_host(capsys):
     text = plan(capsys, "clm-c4", "--parallel.cpu-offload", "True")
     assert number(text, r"parameters +([\d.]+) GiB") == 0
@@ -100,6 +110,13 @@ def test_the_memory_of_a_device_may_be_told():
         check_memory(told, gpu=False)
     check_memory(c4(device_memory_gib=80.0), gpu=True)
     assert usable(80 * GIB) < 80 * GIB
+
+
+def test_an_elastic_run_must_fit_with_its_least_workers():
+    check_memory(c4(workers=8, micro_batch_size=64, device_memory_gib=10.0), gpu=True)
+    with pytest.raises(UserError, match="a GPU of 10.0 GiB .where parallel.min-workers, 1, are all there are. has 8.0 GiB for it: "):
+        check_memory(c4(workers=8, min_workers=1, micro_batch_size=64, device_memory_gib=10.0), gpu=True)
+    check_memory(c4(workers=8, min_workers=4, micro_batch_size=64, device_memory_gib=10.0), gpu=True)
 
 
 def test_the_layout_is_that_of_the_feed():

@@ -71,14 +71,56 @@ def test_parts_of_a_compressed_file_have_each_document_once(tmp_path, step):
     assert found == whole == documents(Span(file, 0, file.size))
 
 
-def test_chunks_hold_the_text_of_all_files_but_the_last_small_ones(source):
+@pytest.mark.parametrize("step", [1, 2, 3, 7, 50])
+def test_parts_of_wikitext_in_rows_have_each_article_once(tmp_path, step):
+    """As the hub has it: a line a row, "" for a blank one. Some lines only look like titles."""
+    lines = ["", " = First = \n", "", " Text . \n", " = No title = \n", ""]
+    for i, text in enumerate(texts(12)):
+        lines += ["", f" = Article {i} = \n", "", f" {text} \n".replace("\n", " ") + "\n", " = = Section = = \n", ""][i % 2 :]
+    whole = "".join(line or " \n" for line in lines)
+    assert lines[-1] == ""
+    (tmp_path / "a.raw").write_text(whole)
+    write_parquet(tmp_path / "a.parquet", [{"text": line} for line in lines], rows_per_group=5)
+    (file,), (rows,) = (resolve(DataConfig(source=str(tmp_path / name)), "tokens").files for name in ("a.raw", "a.parquet"))
+    rows = replace(rows, format="wikitext-rows")
+    expected = documents(Span(file, 0, file.size))
+    size = measure(rows)
+    assert size.units == len(lines) and len(expected) == 13 and "".join(expected) == whole
+    assert [text for a in range(0, size.units, step) for text in documents(Span(rows, a, min(a + step, size.units)))] == expected
+
+
+def test_chunks_are_equal_and_hold_the_text_of_all_files(source):
     files = list(resolve(DataConfig(source=str(source)), "tokens").files)
     sizes = [measure(file) for file in files]
-    pieces = cut_chunks(files, sizes, 900)
-    assert min(piece.size for piece in pieces) >= 900 and max(piece.size for piece in pieces) < 2 * 900
-    found = [text for piece in pieces for span in piece.spans for text in documents(span)]
-    whole = texts(600)
-    assert found == whole[: len(found)] and sum(map(len, whole[len(found) :])) < 900
+    total = sum(size.bytes for size in sizes)
+    for chunk_bytes in (30, 900, 9000, total / 2, total):  # from less than a document to more than a file
+        pieces = cut_chunks(files, sizes, chunk_bytes)
+        assert len(pieces) == total // chunk_bytes and {piece.size - total // len(pieces) for piece in pieces} <= {0, 1}
+        assert [text for piece in pieces for span in piece.spans for text in documents(span)] == texts(600)
+    assert cut_chunks(files, sizes, total + 1) == []
+
+
+def test_files_that_are_a_little_larger_than_a_chunk_lose_no_text(tmp_path):
+    for i in range(6):
+        write_jsonl(tmp_path / f"{i}.jsonl", [{"text": text} for text in texts(40, seed=i)])
+    files = list(resolve(DataConfig(source=str(tmp_path)), "tokens").files)
+    sizes = [measure(file) for file in files]
+    pieces = cut_chunks(files, sizes, max(size.bytes for size in sizes) * 0.6)
+    assert [text for piece in pieces for span in piece.spans for text in documents(span)] == sum((texts(40, seed=i) for i in range(6)), [])
+
+
+def test_a_file_that_cannot_be_cut_is_refused(source):
+    files = list(resolve(DataConfig(source=str(source)), "tokens").files)[:2]
+    described = {"rows": 10, "ids_per_byte": 1.0, "val_fraction": 0.1, "sizes": [[5000, 5000], [1, 5000]]}
+    with pytest.raises(UserError, match="b.jsonl cannot be streamed: it is a single row with the text of 31 chunks: prepare it"):
+        chunks_of(files, described, 16)
+
+
+def test_something_is_left_to_train_on_whatever_is_held_out(source):
+    files = list(resolve(DataConfig(source=str(source)), "tokens").files)[:1]
+    described = {"rows": 10, "ids_per_byte": 1.0, "val_fraction": 0.99, "sizes": [[500, 500]]}
+    train, val = chunks_of(files, described, 16)
+    assert len(train) == 1 and len(val) == 2
 
 
 def test_every_chunk_gives_its_rows_from_its_own_text(prepared, source):

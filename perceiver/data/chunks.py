@@ -71,9 +71,7 @@ def measure(file: InputFile) -> Size:
         UserError: the file is truncated or corrupt.
     """
     try:
-        if file.format == "wikitext-rows":
-            return Size(1, parquet_rows(file)[1])
-        if file.format == "parquet":
+        if file.format in ("parquet", "wikitext-rows"):
             return Size(*parquet_rows(file))
         if not file.compressed:
             return Size(file.size, file.size)
@@ -83,9 +81,7 @@ def measure(file: InputFile) -> Size:
         raise UserError(error.args[1]) from None
 
 
-def _span(file: InputFile, size: Size, start: int, stop: int) -> Span:
-    if file.format == "wikitext-rows":  # cannot be entered in the middle
-        return Span(file, 0, parquet_rows(file)[0])
+def _span(file: InputFile, start: int, stop: int) -> Span:
     return Span(file, start, stop, unpacked=file.compressed)
 
 
@@ -93,7 +89,7 @@ def sample_pieces(files: list[InputFile], sizes: list[Size]) -> list[Piece]:
     """What tells how many ids a byte makes: parts of the files, evenly over the source, or all of a small one."""
     total = sum(size.bytes for size in sizes)
     if total <= SAMPLES * SAMPLE_BYTES:
-        return [Piece((_span(file, size, 0, size.units),), size.bytes) for file, size in zip(files, sizes, strict=True)]
+        return [Piece((_span(file, 0, size.units),), size.bytes) for file, size in zip(files, sizes, strict=True)]
     ends = np.cumsum([size.bytes for size in sizes])
     pieces = []
     for place in (total * (2 * i + 1) // (2 * SAMPLES) for i in range(SAMPLES)):
@@ -101,7 +97,7 @@ def sample_pieces(files: list[InputFile], sizes: list[Size]) -> list[Piece]:
         file, size = files[number], sizes[number]
         start = size.units * (place - int(ends[number]) + size.bytes) // size.bytes
         stop = min(start + max(1, size.units * SAMPLE_BYTES // size.bytes), size.units)
-        pieces.append(Piece((_span(file, size, start, stop),), size.bytes * (stop - start) // size.units))
+        pieces.append(Piece((_span(file, start, stop),), size.bytes * (stop - start) // size.units))
     return pieces
 
 
@@ -112,23 +108,29 @@ def chunk_rows(total_bytes: int, ids_per_byte: float, row_length: int, most: int
 
 
 def cut_chunks(files: list[InputFile], sizes: list[Size], chunk_bytes: float) -> list[Piece]:
-    """The files in chunks of at least `chunk_bytes` and not much more. Small files are taken together; a rest is dropped."""
-    found: list[Piece] = []
-    small: list[Span] = []
-    gathered = 0
+    """All files, end to end, in equal chunks of at least `chunk_bytes`.
+
+    What cannot be cut, a row of parquet, belongs to the chunk that it ends in.
+    """
+    total = sum(size.bytes for size in sizes)
+    count = int(total // chunk_bytes)
+    if not count:
+        return []
+    edges = [total * i // count for i in range(count + 1)]
+    parts: list[list[Span]] = [[] for _ in range(count)]
+    first, number = 0, 0
     for file, size in zip(files, sizes, strict=True):
-        count = int(size.bytes // chunk_bytes)
-        if count > 1 and size.units >= count:
-            edges = [size.units * i // count for i in range(count + 1)]
-            parts = zip(edges[:-1], edges[1:], strict=True)
-            found += [Piece((_span(file, size, a, b),), size.bytes // count) for a, b in parts]
-            continue
-        small.append(_span(file, size, 0, size.units))
-        gathered += size.bytes
-        if gathered >= chunk_bytes:
-            found.append(Piece(tuple(small), gathered))
-            small, gathered = [], 0
-    return found
+        start = 0
+        while start < size.units:
+            end = edges[number + 1] - first  # of the chunk, in this file
+            stop = size.units if end >= size.bytes else size.units * end // size.bytes
+            if start < stop:
+                parts[number].append(_span(file, start, stop))
+            start = stop
+            if end <= size.bytes and number + 1 < count:
+                number += 1
+        first += size.bytes
+    return [Piece(tuple(spans), high - low) for spans, low, high in zip(parts, edges[:-1], edges[1:], strict=True)]
 
 
 def chunks_of(files: list[InputFile], described: dict[str, Any], row_length: int) -> tuple[list[Piece], list[Piece]]:
@@ -139,12 +141,18 @@ def chunks_of(files: list[InputFile], described: dict[str, Any], row_length: int
         described: what the manifest says about them, `Manifest.stream`.
 
     Raises:
-        UserError: too little text.
+        UserError: too little text, or a file that cannot be cut.
     """
-    sizes = [Size(*size) for size in described["sizes"]]
-    pieces = cut_chunks(files, sizes, described["rows"] * row_length / described["ids_per_byte"] / (1 - MARGIN))
+    sizes, prepare_it = [Size(*size) for size in described["sizes"]], "prepare it (without --data.prepare stream)"
+    chunk_bytes = described["rows"] * row_length / described["ids_per_byte"] / (1 - MARGIN)
+    for file, size in zip(files, sizes, strict=True):
+        if size.units == 1 and size.bytes > 2 * chunk_bytes:
+            raise UserError(
+                f"{file.name} cannot be streamed: it is a single row with the text of {size.bytes / chunk_bytes:.0f} chunks: {prepare_it}"
+            )
+    pieces = cut_chunks(files, sizes, chunk_bytes)
     if len(pieces) < 2:
-        raise UserError("data.source has too little text to be streamed: prepare it (without --data.prepare stream)")
+        raise UserError(f"data.source has too little text to be streamed: {prepare_it}")
     if not described["val_fraction"]:
         return [marked(piece, "train") for piece in pieces], []
     return hold_out(pieces, described["val_fraction"])
@@ -179,8 +187,8 @@ def fingerprint(source: Source) -> dict[str, Any]:
 
 
 def hold_out(pieces: list[Piece], fraction: float) -> tuple[list[Piece], list[Piece]]:
-    """Chunks to train on, and some held out for validation, evenly over the source."""
-    count = max(1, min(MOST_VAL_CHUNKS, round(len(pieces) * fraction)))
+    """Chunks to train on, at least one, and some held out for validation, evenly over the source."""
+    count = max(1, min(MOST_VAL_CHUNKS, len(pieces) - 1, round(len(pieces) * fraction)))
     chosen = {len(pieces) * (2 * i + 1) // (2 * count) for i in range(count)}
     train = [marked(piece, "train") for i, piece in enumerate(pieces) if i not in chosen]
     return train, [marked(pieces[i], "val") for i in sorted(chosen)]

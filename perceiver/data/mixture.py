@@ -1,11 +1,14 @@
 """Which source gives which row of which global batch of a mixture: arithmetic of the row's number. No state, no clock.
 
-All rows of a training are numbered: row i of global batch s has number s * G + i. A *round* of 10,000 rows has as many rows
+All rows of a training are numbered: global batch s has those from s * G to s * G + G - 1. A *round* of 10,000 rows has as many rows
 of each source as its share says, spread evenly over the round, so that every batch has about its share of each. Rounds are
 alike: so how many rows a source has given before any number, and which number takes a source's n-th row, is arithmetic.
 
 The rows of a source come in its own `Order`, epoch after epoch: its n-th row is the n-th slot of its batches laid end to
 end. A small source goes round more often than a large one, each time shuffled anew.
+
+A batch's rows stand in its slots by their lanes, of all sources together: so a worker, which takes neighbouring slots, needs few
+lanes of each source, the same ones in every batch (but for a row or two, where shares do not come out even).
 """
 
 from __future__ import annotations
@@ -36,12 +39,19 @@ def round_of(shares: tuple[float, ...]) -> np.ndarray:
     return np.repeat(np.arange(len(counts)), counts)[np.argsort(places, kind="stable")]
 
 
+@lru_cache(maxsize=16)
+def given_of(shares: tuple[float, ...]) -> np.ndarray:
+    """How many rows of each source come before each row of a round, and in all of it: int64 (sources, ROUND + 1)."""
+    of_source = round_of(shares) == np.arange(len(shares))[:, None]
+    return np.cumsum(np.pad(of_source, ((0, 0), (1, 0))), axis=1)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Mixture:
     """The order of a mixture's rows."""
 
     orders: tuple[Order, ...]
-    """The order of each source. Its own global batch only says how its rows are spread over its epoch."""
+    """The order of each source. Its own global batch only says how its rows are spread over its epoch: one row a lane is best."""
     shares: tuple[float, ...]
     global_batch_size: int
 
@@ -59,11 +69,11 @@ class Mixture:
         """The source of each row, by the row's number over all batches."""
         return round_of(self.shares)[numbers % ROUND]
 
-    def given(self, source: int, number: int) -> int:
-        """How many rows a source gives before the row of a number."""
-        whole, rest = divmod(number, ROUND)
-        of_source = round_of(self.shares) == source
-        return whole * int(of_source.sum()) + int(of_source[:rest].sum())
+    def given(self, source: int, numbers: np.ndarray) -> np.ndarray:
+        """How many rows a source gives before the row of each number: int64."""
+        counts = given_of(self.shares)[source]
+        whole, rest = np.divmod(numbers, ROUND)
+        return whole * counts[ROUND] + counts[rest]
 
     def numbers(self, source: int, counts: np.ndarray) -> np.ndarray:
         """The number of the row that is a source's n-th, for each n of `counts` (from 0 on, over all its epochs)."""
@@ -71,14 +81,38 @@ class Mixture:
         return counts // len(places) * ROUND + places[counts % len(places)]
 
     def batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """Sources of the rows of a global batch, and which of its source's rows each is (over its epochs): int64 (G,) each."""
+        """Sources of a global batch's slots, and which of its source's rows each has (over its epochs): int64 (G,) each."""
         first = step * self.global_batch_size
         sources = self.sources(np.arange(first, first + self.global_batch_size))
-        counts = np.zeros(len(sources), np.int64)
-        for source in range(len(self.orders)):
+        counts, lanes = np.zeros(len(sources), np.int64), np.zeros(len(sources))
+        for source, order in enumerate(self.orders):
             of_source = sources == source
-            counts[of_source] = self.given(source, first) + np.arange(np.count_nonzero(of_source))
-        return sources, counts
+            counts[of_source] = self.given(source, np.int64(first)) + np.arange(np.count_nonzero(of_source))
+            lanes[of_source] = order.queues(counts[of_source] % order.rows) / order.lanes
+        slots = np.lexsort([counts, sources, lanes])
+        return sources[slots], counts[slots]
+
+    def slots(self, source: int, counts: np.ndarray) -> np.ndarray:
+        """The slot of its batch that a source's n-th row is in, for each n of `counts`: `batch` the other way round, without it."""
+        order, first = self.orders[source], self.numbers(source, counts) // self.global_batch_size * self.global_batch_size
+        lanes = order.queues(counts % order.rows)
+        # Of its own lane those of the batch before it, and all of lanes before it.
+        slots = self._through(source, counts, lanes + 1) - self._through(source, counts, lanes)
+        slots -= self._through(source, self.given(source, first), lanes + 1) - self._through(source, self.given(source, first), lanes)
+        for other, others in enumerate(self.orders):
+            before = -(-lanes * others.lanes // order.lanes)
+            if other < source:  # equal lanes stand by their sources
+                before += lanes * others.lanes % order.lanes == 0
+            ends = (self.given(other, first + self.global_batch_size), self.given(other, first))
+            slots += self._through(other, ends[0], before) - self._through(other, ends[1], before)
+        return slots
+
+    def _through(self, source: int, counts: np.ndarray, lanes: np.ndarray) -> np.ndarray:
+        """How many of a source's rows before each n of `counts` come through a lane before each of `lanes`."""
+        order = self.orders[source]
+        epochs, places = np.divmod(counts, order.rows)
+        found = epochs * order.through(np.int64(order.rows), lanes) + order.through(places, lanes)
+        return np.where(lanes > order.lanes, counts, found)
 
     def batch_rows(self, step: int) -> list[tuple[int, int, int]]:
         """(source, epoch, row) of a global batch, in slot order, without any plan: what the workers' batches must be."""
@@ -118,7 +152,7 @@ class MixtureUnit:
         order = mixture.orders[self.source]
         counts = self.unit.epoch * order.rows + order.places(self.unit.kept())
         numbers = mixture.numbers(self.source, counts)
-        slots = numbers % mixture.global_batch_size
+        slots = mixture.slots(self.source, counts)
         return (numbers >= self.start) & (numbers < self.stop) & (slots >= self.low) & (slots < self.high)
 
 
@@ -134,7 +168,7 @@ def _source_plan(
     """The units of one source, each with a step before which nothing of it is needed; the steps ascend."""
     order, size = mixture.orders[source], mixture.global_batch_size
     start, stop = start_step * size, stop_step * size
-    first, last = mixture.given(source, start), mixture.given(source, stop)
+    first, last = mixture.given(source, np.array([start, stop])).tolist()
     if first == last:
         return
     batches = []

@@ -89,11 +89,18 @@ class Order:
         full = self.full_batches * self.global_batch_size
         return np.where(places < full, places % self.global_batch_size // share, self.lanes)
 
+    def through(self, places: np.ndarray, queues: np.ndarray) -> np.ndarray:
+        """How many of the places before each come through a queue before each: int64."""
+        before = np.minimum(places, self.full_batches * self.global_batch_size)
+        whole, rest = np.divmod(before, self.global_batch_size)
+        slots = queues * (self.global_batch_size // self.lanes)
+        return whole * slots + np.minimum(rest, slots)
+
     def rows_at(self, epoch: int, start: int, stop: int) -> np.ndarray:
         """Row numbers at the positions start .. stop - 1 of an epoch: int64, (stop - start,)."""
         parts = []
         for window, first, last in self.windows(epoch, start, stop):
-            offset = self._window_start(epoch, window)
+            offset = self.window_start(epoch, window)
             parts.append(self.window_rows(epoch, window)[first - offset : last - offset])
         return np.concatenate(parts) if parts else np.empty(0, np.int64)
 
@@ -102,7 +109,7 @@ class Order:
         _, starts = _block_permutation(self, epoch)
         window = int(np.searchsorted(starts, start, side="right") - 1) // self.window_blocks
         while start < stop:
-            end = min(stop, self._window_start(epoch, window + 1))
+            end = min(stop, self.window_start(epoch, window + 1))
             if start < end:
                 yield window, start, end
             start = max(start, end)
@@ -132,14 +139,11 @@ class Order:
 
     def window_start(self, epoch: int, window: int) -> int:
         """The first position of a window."""
-        return self._window_start(epoch, window)
-
-    def _window_start(self, epoch: int, window: int) -> int:
         _, starts = _block_permutation(self, epoch)
         return int(starts[min(window * self.window_blocks, self.num_blocks)])
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=32)  # a mixture has an order for each source
 def _block_permutation(order: Order, epoch: int) -> tuple[np.ndarray, np.ndarray]:
     """Blocks in the order of an epoch, and the first position of each (with the number of rows at the end)."""
     permutation = np.random.Generator(np.random.Philox([*_key(order.seed, epoch), 2**63])).permutation(order.num_blocks)

@@ -100,9 +100,6 @@ def _spans(file: InputFile, piece_bytes: int) -> Iterator[tuple[Span, int]]:
             rows, size = parquet_rows(file)
         except Unreadable:  # whoever reads it will say so
             rows, size = 0, file.size
-        if file.format == "wikitext-rows":
-            yield Span(file, 0, rows), size
-            return
         step = max(1, min(rows, rows * piece_bytes // max(size, 1)))
         for first in range(0, max(rows, 1), step):
             stop = min(first + step, rows)

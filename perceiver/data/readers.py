@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,8 @@ from perceiver.data.storage import open_folder
 
 MAX_ROWS = 4096
 """Rows of parquet taken at once, at most; fewer where they are large."""
+LINES_BEFORE = 16
+"""Lines before a part of WikiText in rows, which tell whether its first line is a title: a blank one after another, and some to spare."""
 
 
 @dataclass(frozen=True)
@@ -141,18 +144,44 @@ def _read_text(span: Span, columns: Columns, problems: Problems) -> Iterator[Doc
 
 
 def _read_wikitext_rows(span: Span, columns: Columns, problems: Problems) -> Iterator[Documents]:
-    """WikiText as the hub has it: a row a line, with "" for a blank line, which the original file has as " \\n"."""
-    carry = b""
-    for first, table in _parquet_tables(span, [columns.text]):
-        lines = _strings(span, table, first, problems)
-        buffer = carry + "".join(line or " \n" for line in lines if line is not None).encode()
-        borders = [0, *article_borders(buffer, 0)]
-        runs = [buffer[a:b].decode() for a, b in zip(borders[:-1], borders[1:], strict=True)]
-        if runs:
-            yield _whole(runs)
-        carry = buffer[borders[-1] :]
-    if carry:
+    """WikiText as the hub has it: a row a line, with "" for a blank line, which the original file has as " \\n".
+
+    A part of the file has the articles whose titles are in its rows.
+    """
+    carry, begun = b"", span.start == 0
+    rows, ends = np.empty(0, np.int64), np.empty(0, np.int64)  # of each line that is in the buffer: its row, and where it ends
+    for first, lines in _lines_from(span, columns, problems):
+        there = [(first + i, (line or " \n").encode()) for i, line in enumerate(lines) if line is not None]
+        buffer = carry + b"".join(line for _, line in there)
+        rows = np.append(rows, [row for row, _ in there])
+        ends = np.append(ends, len(carry) + np.cumsum([len(line) for _, line in there]))
+        found, previous = [], 0
+        for cut in article_borders(buffer, 0):
+            row = rows[np.searchsorted(ends, cut, side="right")]
+            if row >= span.start:
+                if begun:
+                    found.append(buffer[previous:cut].decode())
+                begun = row < span.stop
+            previous = cut
+            if row >= span.stop:
+                break
+        if found:
+            yield _whole(found)
+        if not begun and len(rows) and rows[-1] >= span.stop:
+            return
+        carry, left = buffer[previous:], ends > previous
+        rows, ends = rows[left], ends[left] - previous
+    if begun and carry:
         yield _whole([carry.decode()])
+
+
+def _lines_from(span: Span, columns: Columns, problems: Problems) -> Iterator[tuple[int, list[str | None]]]:
+    """The lines of a file of rows from a little before a span on, some at once, with the number of the first; None: faulty."""
+    others = Problems(skip=True)  # whoever reads the other rows reports their faults
+    before = max(0, span.start - LINES_BEFORE)
+    for start, stop, sink in ((before, span.start, others), (span.start, span.stop, problems), (span.stop, sys.maxsize, others)):
+        for first, table in _parquet_tables(replace(span, start=start, stop=stop), [columns.text]):
+            yield first, _strings(span, table, first, sink)
 
 
 def _whole(texts: list[str], labels: np.ndarray | None = None) -> Documents:

@@ -80,7 +80,7 @@ class Task(ABC):
         """Sum (not mean) of the loss over the batch's valid targets, and sums of what `metrics` needs.
 
         The sums are tensors without gradient, to be added up over batches and ranks. "targets" and "loss" are added by
-        the caller and need not be among them.
+        the caller and need not be among them. In training they are `loss_of_sources` alone.
         """
 
     def num_targets(self, batch: Batch) -> Tensor:
@@ -117,6 +117,23 @@ class Task(ABC):
     @abstractmethod
     def flops_per_example(self) -> float:
         """FLOPs of one training step per example: forward and backward, by count of the model's configuration."""
+
+
+def loss_of_sources(each: Tensor, batch: Batch) -> dict[str, Tensor]:
+    """Sums of the loss and of the valid targets of each data set of a mixture, as `Task.loss` returns sums in training.
+
+    Args:
+        each: what each label adds to the loss, (B, ...) as the labels.
+        batch: of a mixture, with "sources", (B, data sets) bool: which one an example is from.
+
+    Returns:
+        "source_loss" and "source_targets": float64, (data sets,). Nothing where a batch has no "sources".
+    """
+    if "sources" not in batch:
+        return {}
+    sources, valid = batch["sources"].double(), batch["labels"] != IGNORE_INDEX
+    sums = {"source_loss": each.detach(), "source_targets": valid}
+    return {name: values.double().reshape(len(values), -1).sum(1) @ sources for name, values in sums.items()}
 
 
 def padded(values: np.ndarray, size: int, fill: float = 0) -> Tensor:

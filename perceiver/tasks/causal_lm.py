@@ -17,7 +17,7 @@ from perceiver.inference.generate import generate
 from perceiver.models import build_model
 from perceiver.models.activations import StepSizes
 from perceiver.models.flops import num_kept, training_flops
-from perceiver.tasks.base import IGNORE_INDEX, Batch, Sample, Task, padded
+from perceiver.tasks.base import IGNORE_INDEX, Batch, Sample, Task, loss_of_sources, padded
 from perceiver.tasks.chunked_loss import CHUNK_ELEMENTS, chunked_cross_entropy
 
 PAD_ID = 0
@@ -93,7 +93,8 @@ class CausalLM(Task):
         prefix_len = batch["ids"].shape[1] - labels.shape[1]
         hidden = model(batch["ids"], prefix_len, batch.get("pad_mask"), batch.get("prefix_keep"), return_hidden=True)
         # The output matrix is the model's own, not a layer's: sharding leaves it whole from forward to backward.
-        return chunked_cross_entropy(hidden, *model.output_matrix(), labels), {}
+        loss, each = chunked_cross_entropy(hidden, *model.output_matrix(), labels)
+        return loss, loss_of_sources(each, batch)
 
     def metrics(self, sums: dict[str, np.ndarray], split: Split) -> dict[str, float]:
         """Loss in nats per token, bits per byte of the text, perplexity per token and per word."""

@@ -21,7 +21,7 @@ CHUNK_ELEMENTS = 2**26
 
 def chunked_cross_entropy(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, chunk_elements: int = CHUNK_ELEMENTS
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Sum of the cross-entropy of softmax(hidden weight^T + bias) over the valid labels; differentiable once.
 
     Args:
@@ -32,9 +32,10 @@ def chunked_cross_entropy(
         chunk_elements: most logits at once.
 
     Returns:
-        (), fp32.
+        The sum: (), fp32; and, without gradient, what each label adds to it: (...), fp32.
     """
-    return _ChunkedCrossEntropy.apply(hidden.flatten(0, -2), weight, bias, labels.flatten(), chunk_elements)
+    loss, each = _ChunkedCrossEntropy.apply(hidden.flatten(0, -2), weight, bias, labels.flatten(), chunk_elements)
+    return loss, each.view(labels.shape)
 
 
 def chunk_rows(num_classes: int, chunk_elements: int = CHUNK_ELEMENTS) -> int:
@@ -48,9 +49,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, chunk_elements: int
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        each = torch.empty(len(labels), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         # Sums over chunks in fp32, whatever the type of the products.
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
@@ -64,7 +66,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             scores -= scores.amax(dim=-1, keepdim=True)
             wanted = scores.gather(1, target)
             total = scores.exp_().sum(dim=-1, keepdim=True)
-            loss += ((total.log() - wanted)[:, 0] * valid).sum()
+            each[start : start + size] = (total.log() - wanted)[:, 0] * valid
+            loss += each[start : start + size].sum()
             if not (needs_hidden or needs_weight or needs_bias):
                 continue
             scores /= total  # now probabilities, and with the next two lines the gradient of the scores
@@ -79,11 +82,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 grad_weight += scores.mT @ part
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         ctx.dtypes = weight.dtype, bias.dtype if bias is not None else None
-        return loss
+        ctx.mark_non_differentiable(each)
+        ctx.set_materialize_grads(False)
+        return loss, each
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
         return (
             None if grad_hidden is None else grad_hidden * grad.to(grad_hidden.dtype),

@@ -14,7 +14,7 @@ from perceiver.config import ClassOutput, UserError
 from perceiver.data.shards import Manifest, Split
 from perceiver.models import build_model
 from perceiver.models.flops import training_flops
-from perceiver.tasks.base import IGNORE_INDEX, Batch, Sample, Task
+from perceiver.tasks.base import IGNORE_INDEX, Batch, Sample, Task, loss_of_sources
 from perceiver.tasks.pictures import confusion_matrix
 
 
@@ -40,13 +40,13 @@ class Classification(Task):
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         labels = batch["labels"]
         logits = self.logits(model, batch).float()
-        loss = F.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORE_INDEX)
+        each = F.cross_entropy(logits, labels, reduction="none", ignore_index=IGNORE_INDEX)
         if torch.is_grad_enabled():
-            return loss, {}
+            return each.sum(), loss_of_sources(each, batch)
         valid = labels != IGNORE_INDEX
         num_classes = logits.shape[-1]
         pairs = labels[valid] * num_classes + logits.argmax(-1)[valid]
-        return loss, {"confusion": torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)}
+        return each.sum(), {"confusion": torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)}
 
     def metrics(self, sums: dict[str, np.ndarray], split: Split) -> dict[str, float]:
         confusion = sums["confusion"]

@@ -19,7 +19,7 @@ from perceiver.inference.masks import MARKS, encode_masked, fill_masks
 from perceiver.models import build_model
 from perceiver.models.activations import StepSizes
 from perceiver.models.flops import training_flops
-from perceiver.tasks.base import IGNORE_INDEX, Batch, Sample, Task, padded
+from perceiver.tasks.base import IGNORE_INDEX, Batch, Sample, Task, loss_of_sources, padded
 from perceiver.training.batches import VALIDATION_SEED
 
 
@@ -88,10 +88,10 @@ class MaskedLM(Task):
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         labels = batch["labels"]
         logits = model(batch["ids"], batch.get("pad_mask"), batch["positions"])
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum", ignore_index=IGNORE_INDEX)
+        each = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none", ignore_index=IGNORE_INDEX)
         if torch.is_grad_enabled():
-            return loss, {}
-        return loss, {"correct": (logits.argmax(-1) == labels).sum()}
+            return each.sum(), loss_of_sources(each.view(labels.shape), batch)
+        return each.sum(), {"correct": (logits.argmax(-1) == labels).sum()}
 
     def metrics(self, sums: dict[str, np.ndarray], split: Split) -> dict[str, float]:
         """Loss in nats per masked token, bits per masked byte of text, and the share of masked tokens guessed right."""

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
@@ -80,8 +81,11 @@ class Feed:
             if rows is None:
                 rows = self.empty_rows()
             rows = self.task.arrange(rows)
-            parts = [rows.slice(i * size, size) for i in range(count)]
-            yield [self.task.collate(part, size, self.split, self.train, step) for part in parts]
+            yield [self.collate(rows.slice(i * size, size), size, step) for i in range(count)]
+
+    def collate(self, rows: pa.Table, size: int, step: int) -> Batch:
+        """A micro-batch of `size` examples, of which the first are `rows`."""
+        return self.task.collate(rows, size, self.split, self.train, step)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +108,10 @@ class StreamFeed(Feed):
 
 @dataclass(frozen=True, kw_only=True)
 class MixtureFeed(Feed):
-    """The training splits of several data sets, mixed. `split` counts all of them together; its rows lie in `feeds`."""
+    """The training splits of several data sets, mixed. `split` counts all of them together; its rows lie in `feeds`.
+
+    Batches have "sources" besides, (B, data sets) bool: which one an example is from (padding: none).
+    """
 
     order: Mixture
     feeds: tuple[Feed, ...]
@@ -113,7 +120,8 @@ class MixtureFeed(Feed):
 
     def read(self, unit: MixtureUnit) -> pa.Table:
         rows = self.feeds[unit.source].read(unit.unit)
-        return rows.filter(pa.array(unit.kept(self.order)))
+        rows = rows.filter(pa.array(unit.kept(self.order)))
+        return rows.append_column("source", pa.array(np.full(rows.num_rows, unit.source)))
 
     def plan(self, rank: int, world: int, start: int, stop: int) -> Iterator[MixtureUnit]:
         return mixture_plan(self.order, rank, world, start, stop)
@@ -122,7 +130,12 @@ class MixtureFeed(Feed):
         return mixture_batches(self.order, rank, world, start, stop, tables)
 
     def empty_rows(self) -> pa.Table:
-        return self.feeds[0].empty_rows()
+        return self.feeds[0].empty_rows().append_column("source", pa.array([], pa.int64()))
+
+    def collate(self, rows: pa.Table, size: int, step: int) -> Batch:
+        sources = np.zeros((size, len(self.feeds)), bool)
+        sources[np.arange(rows.num_rows), rows["source"].to_numpy()] = True
+        return {**super().collate(rows, size, step), "sources": torch.from_numpy(sources)}
 
     @property
     def row_bytes(self) -> int:
@@ -176,17 +189,13 @@ def make_train_feed(experiment: Experiment, task: Task, folder: str, manifest: M
 
 
 def _part_feed(experiment: Experiment, task: Task, part: Component, source: str) -> Feed:
-    """The feed of one data set of training data; of a mixture's with about as many rows at once as a batch takes from it.
-
-    Those are a multiple of its lanes: then a worker, which takes neighbouring slots, needs few of these.
-    """
+    """The feed of one data set of training data; of a mixture's in an order that takes a row of each lane in turn."""
     split, data = part.manifest.splits["train"], experiment.data
     # A chunk is as large as a window of blocks.
     data = replace(data, shuffle_window_blocks=1) if part.manifest.stream else data
     size = experiment.training.global_batch_size
     if part.name:
-        lanes = max(1, min(data.lanes, -(-split.num_blocks // data.shuffle_window_blocks)))
-        size = lanes * max(1, round(size * part.share / lanes))
+        size = max(1, min(data.lanes, -(-split.num_blocks // data.shuffle_window_blocks)))
     training = replace(experiment.training, global_batch_size=size)
     feed = make_feed(replace(experiment, data=data, training=training), task, part.folder, split, train=True)
     if not part.manifest.stream:

@@ -29,6 +29,8 @@ class StepResult:
     """This worker's sum of the loss: float64, ()."""
     targets: Tensor
     """Valid targets of all workers: int64, ()."""
+    sums: dict[str, Tensor]
+    """This worker's other sums, as `Task.loss` gives them: float64."""
     grad_norm: Tensor
     lr: float
 
@@ -56,17 +58,19 @@ def fit(
         set_learning_rate(state.optimizer, lr)
         targets = world.all_sum(torch.stack([task.num_targets(batch) for batch in micro_batches]).sum())
         loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
+        sums: dict[str, Tensor] = {}
         for number, batch in enumerate(micro_batches, 1):
             state.model.set_requires_gradient_sync(number == len(micro_batches))
-            part, _ = task.loss(state.model, batch)
+            part, parts = task.loss(state.model, batch)
             # Sharding averages gradients over the workers; times their number, it sums them.
             (part * (world.size / targets.clamp(min=1))).backward()
             loss_sum += part.detach()
+            add_to(sums, parts)
         grad_norm = nn.utils.clip_grad_norm_(parameters, max_norm)
         state.optimizer.step()
         state.optimizer.zero_grad()
         state.step += 1
-        after_step(StepResult(loss_sum, targets, grad_norm, lr))
+        after_step(StepResult(loss_sum, targets, sums, grad_norm, lr))
 
 
 @torch.no_grad()
@@ -77,10 +81,15 @@ def validate(task: Task, model: nn.Module, batches: Iterable[list[Batch]], world
     for micro_batches in batches:
         for batch in micro_batches:
             loss, parts = task.loss(model, batch)
-            for name, value in {**parts, "loss": loss, "targets": task.num_targets(batch)}.items():
-                sums[name] = sums.get(name, 0) + value.double()
+            add_to(sums, {**parts, "loss": loss, "targets": task.num_targets(batch)})
     model.train()
     return {name: world.all_sum(sums[name]).cpu().numpy() for name in sorted(sums)}
+
+
+def add_to(sums: dict[str, Tensor], values: dict[str, Tensor]) -> None:
+    """Adds values to the sums of their names, in float64."""
+    for name, value in values.items():
+        sums[name] = sums.get(name, 0) + value.double()
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

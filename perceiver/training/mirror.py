@@ -24,6 +24,8 @@ MARKER = "checkpoint.json"
 CHECKPOINTS = "checkpoints"
 """Folder of a run's checkpoints."""
 RECORDS = ("experiment.json", "start.json", "metrics.jsonl", "result.json", "failure.json", TOKENIZER)
+PROGRESS = ("metrics.jsonl", "result.json")
+"""The records that say how far a run is."""
 RECORD_FOLDERS = ("tensorboard", "samples")
 
 
@@ -99,17 +101,21 @@ class Mirror:
     def fetch(self, checkpoints: int | None = 1) -> None:
         """Brings the local folder to what the store has: all records, and the newest so many checkpoints (None: all).
 
-        Local checkpoints that the store has not are removed: they were not complete. Several processes of a machine may call
-        this at once.
+        Checkpoints and progress that the store has not are removed: they were not complete, or are of a run that was removed
+        there, whose name may by now be another's. Several processes of a machine may call this at once.
         """
         with self._alone():
+            markers = self.checkpoints()  # first: then all their files are listed
             there = list_tree(self.uri)
             for name in there:
                 if name in RECORDS or name.partition("/")[0] in RECORD_FOLDERS:
                     self._get(name)
-            complete = sorted(name.split("/")[1] for name in there if name.startswith(CHECKPOINTS) and name.endswith(f"/{MARKER}"))
+            for name in PROGRESS:
+                if name not in there:
+                    (self.folder / name).unlink(missing_ok=True)
+            complete = list(markers)
             for path in (self.folder / CHECKPOINTS).glob("step-*"):
-                if path.name not in complete:
+                if not (path / MARKER).is_file() or json.loads((path / MARKER).read_text()) != markers.get(path.name):
                     shutil.rmtree(path)
             for checkpoint in complete if checkpoints is None else complete[max(0, len(complete) - checkpoints) :]:
                 files = [name for name in there if name.startswith(f"{CHECKPOINTS}/{checkpoint}/")]

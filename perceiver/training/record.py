@@ -55,9 +55,10 @@ class Recorder:
 
     def progress(self, step: int, values: dict[str, float]) -> None:
         """One line for a person."""
+        sources = [f"{name.removeprefix('loss/')} {value:.4f}" for name, value in values.items() if name.startswith("loss/")]
         parts = [
             f"step {step:,}/{self.total_steps:,}",
-            f"loss {values['loss']:.4f}",
+            f"loss {values['loss']:.4f}" + (f" ({', '.join(sources)})" if sources else ""),
             f"lr {values['lr']:.2e}",
             f"{values['throughput']:,.0f} {self.unit}/s",
         ]

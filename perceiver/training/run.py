@@ -20,7 +20,7 @@ from perceiver.data.tokenizers import TOKENIZER
 from perceiver.training.batches import Feed, Prefetch, ReadAll, make_train_feed, make_val_feeds
 from perceiver.training.checkpoint import EXPERIMENT, Checkpointer, TrainState, list_checkpoints, load_state, write_json
 from perceiver.training.init_from import find_start
-from perceiver.training.loop import StepResult, fit, validate
+from perceiver.training.loop import StepResult, add_to, fit, validate
 from perceiver.training.meters import Meter, peak_flops
 from perceiver.training.mirror import CHECKPOINTS, Mirror
 from perceiver.training.optim import build_optimizer
@@ -112,7 +112,7 @@ class Training:
         }
         self.val_metrics: dict[str, float] = {}
         self._last_log: dict[str, float] = {}
-        self._loss = torch.zeros(2, dtype=torch.float64, device=world.device)
+        self._sums: dict[str, torch.Tensor] = {}
 
     def run(self) -> dict[str, float]:
         """Trains to the end and returns the last metrics.
@@ -158,7 +158,7 @@ class Training:
 
     def _after_step(self, result: StepResult) -> None:
         step, run = self.state.step, self.experiment.run
-        self._loss += torch.stack([result.loss_sum, result.targets.double() / self.world.size])
+        add_to(self._sums, {"loss": result.loss_sum, "targets": result.targets.double() / self.world.size, **result.sums})
         last = step == self.stop_step
         checkpoint, validation = last or step % run.checkpoint_every == 0, last or step % run.val_every == 0
         if checkpoint or validation or step % run.log_every == 0:
@@ -171,11 +171,9 @@ class Training:
         self.checkpointer.poll()
 
     def _log(self, result: StepResult) -> None:
-        loss, targets = self.world.all_sum(self._loss.clone()).tolist()
-        self._loss.zero_()
         norm = result.grad_norm
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        metrics = {"loss": loss / max(targets, 1), "lr": result.lr, "grad_norm": norm.item()}
+        metrics = {**self._losses(), "lr": result.lr, "grad_norm": norm.item()}
         if not math.isfinite(metrics["loss"]):
             raise NotFinite(
                 f"the loss became {metrics['loss']} at or shortly before step {self.state.step}; "
@@ -188,6 +186,20 @@ class Training:
         if self.world.rank == 0:
             self.measured({"step": self.state.step, **metrics})
         self._last_log = metrics
+
+    def _losses(self) -> dict[str, float]:
+        """The loss since the last log line, "loss", and that of each source of a mixture with any target in it, "loss/SOURCE"."""
+        names = sorted(self._sums)
+        sizes = [self._sums[name].numel() for name in names]
+        together = self.world.all_sum(torch.cat([self._sums[name].view(-1) for name in names])).cpu()
+        self._sums = {}
+        sums = dict(zip(names, together.split(sizes), strict=True))
+        losses = {"loss": (sums["loss"] / sums["targets"].clamp(min=1)).item()}
+        if "source_loss" in sums:
+            sources = [part.name for part, _ in self.val_feeds]
+            found = zip(sources, sums["source_loss"].tolist(), sums["source_targets"].tolist(), strict=True)
+            losses |= {f"loss/{source}": loss / targets for source, loss, targets in found if targets}
+        return losses
 
     def _validate(self) -> None:
         self.val_metrics = self.validate()
