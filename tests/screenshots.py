@@ -25,7 +25,7 @@ GRAPHS = {"avg by (run) (ray_perceiver_loss)": 0, "max by (run) (ray_perceiver_s
 """Query -> whether it is shown as a table."""
 OPEN = "[...document.querySelectorAll('button')].find(b => b.closest('div').innerText.includes('git')).click()"
 """Opens the job's metadata."""
-SCRAPES = 12
+SCRAPES = 8
 """How often Prometheus has seen another step when the pictures are taken."""
 
 
@@ -92,15 +92,15 @@ def take(hosts: Hosts, target: Path) -> None:
     browser.call("Network.setCookie", name="ray-authentication-token", value=token(head), url=DASHBOARD)
     while len(steps(hosts)) < SCRAPES:
         time.sleep(2)
-    save(browser.picture(f"{DASHBOARD}/#/jobs", 480), target / "dashboard-jobs.png")
-    save(browser.picture(f"{DASHBOARD}/#/jobs/watched", 620, OPEN), target / "dashboard-job.png")
+    save(browser.picture(f"{DASHBOARD}/#/jobs", 620), target / "dashboard-jobs.png")
+    save(browser.picture(f"{DASHBOARD}/#/jobs/watched", 860, OPEN), target / "dashboard-job.png")
     graphs = {f"g{i}.{key}": value for i, (query, table) in enumerate(GRAPHS.items())
-              for key, value in {"expr": query, "tab": table, "range_input": "3m"}.items()}  # fmt: skip
-    save(browser.picture(f"http://127.0.0.1:9090/graph?{urlencode(graphs)}", 900), target / "prometheus.png")
+              for key, value in {"expr": query, "tab": table, "range_input": "2m"}.items()}  # fmt: skip
+    save(browser.picture(f"http://127.0.0.1:9090/graph?{urlencode(graphs)}", 1090), target / "prometheus.png")
 
 
 def save(picture: Image.Image, path: Path) -> None:
-    picture.convert("RGB").quantize(64).save(path, optimize=True)
+    picture.convert("RGB").quantize(128).save(path, optimize=True)
 
 
 if __name__ == "__main__":
