@@ -150,10 +150,23 @@ def check_room(client: JobSubmissionClient, experiment: Experiment | None) -> No
         )
 
 
+def subject(arguments: list[str]) -> list[str]:
+    """What a job is about, if its arguments begin with that: a preset, a sweep, the name of a run's folder."""
+    return [Path(argument).name for argument in arguments[:1] if not argument.startswith("-")]
+
+
 def job_name(job: str, arguments: list[str]) -> str:
     """A submission id that tells what the job is."""
-    preset = [argument for argument in arguments[:1] if not argument.startswith("-")]
-    return "-".join([job, *(Path(p).name for p in preset), time.strftime("%Y%m%d-%H%M%S")])
+    return "-".join([job, *subject(arguments), time.strftime("%Y%m%d-%H%M%S")])
+
+
+def describe(job: str, arguments: list[str], git: str) -> dict[str, str]:
+    """What the dashboard is to show of a job: `job_name`, that of the run or sweep, in its list, and all on the job's page."""
+    names = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    names.add_argument("--name", "--run.name")
+    about = "".join(subject(arguments))
+    name = names.parse_known_args(arguments)[0].name or about or job
+    return {"job_name": name, "job": job, "experiment": about, "git": git, "arguments": shlex.join(arguments)}
 
 
 def submit(client: JobSubmissionClient, name: str, job: str, arguments: list[str], environment: dict) -> None:
@@ -163,7 +176,7 @@ def submit(client: JobSubmissionClient, name: str, job: str, arguments: list[str
         UserError: the cluster does not accept it, as when there is a job of this id.
     """
     command = shlex.join(["python", "-m", JOBS[job], *arguments])
-    metadata = {"job": job, "arguments": shlex.join(arguments), "git": git_version(environment["working_dir"])}
+    metadata = describe(job, arguments, git_version(environment["working_dir"]))
     try:
         client.submit_job(entrypoint=command, submission_id=name, runtime_env=environment, metadata=metadata)
     except (RuntimeError, ValueError) as error:

@@ -133,8 +133,8 @@ def _fit(
             ),
             torch_config=Network(backend="cpu:gloo,cuda:nccl" if resources.gpu else "gloo"),
             run_config=RunConfig(
-                name=ray_folder.name,
-                storage_path=str(run_folder),
+                name=run_folder.name,  # Ray's own metrics and logs are tagged with it
+                storage_path=str(ray_folder),
                 failure_config=FailureConfig(max_failures=experiment.run.max_failures),
             ),
         )

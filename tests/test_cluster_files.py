@@ -168,6 +168,8 @@ def test_guide_names_all_files_and_blanks_and_opens_nothing(tmp_path):
     for name in (*LAUNCHERS[:2], "aws-head-policy.json"):
         for blank in set(re.findall(r"[\w-]*REPLACE_\w+", (CLUSTER / name).read_text())):
             assert blank in guide, blank
+    for link in re.findall(r"\]\(([^)#]+)\)", guide):
+        assert (CLUSTER / link).exists() or link.startswith("https://"), link
     blocks = re.findall(r"^```sh\n(.*?)^```", guide, re.M | re.S)
     for block in blocks:
         assert not re.search(r"0\.0\.0\.0|::/0", block)

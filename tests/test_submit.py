@@ -3,7 +3,7 @@
 import pytest
 
 from perceiver.config import UserError
-from ray_jobs.submit import JOBS, check_job, job_name, main, read_environment
+from ray_jobs.submit import JOBS, check_job, describe, job_name, main, read_environment
 
 
 @pytest.mark.parametrize(
@@ -34,6 +34,22 @@ def test_every_job_is_a_module():
 def test_a_submission_is_named_after_job_and_preset():
     assert job_name("train", ["quickstart", "--name", "x"]).startswith("train-quickstart-2")
     assert job_name("evaluate", ["/runs/good"]).startswith("evaluate-good-2")
+
+
+@pytest.mark.parametrize(
+    ("job", "arguments", "name", "experiment"),
+    [
+        ("train", ["quickstart"], "quickstart", "quickstart"),
+        ("train", ["quickstart", "--optim.lr", "-1", "--name", "x"], "x", "quickstart"),
+        ("sweep", ["quickstart", "--run.name=x"], "x", "quickstart"),
+        ("evaluate", ["/runs/good"], "good", "good"),
+        ("runs", ["--json"], "runs", ""),
+    ],
+)
+def test_the_dashboard_is_told_name_experiment_and_version(job, arguments, name, experiment):
+    told = describe(job, arguments, "abc")
+    expected = {"job_name": name, "job": job, "experiment": experiment, "git": "abc", "arguments": " ".join(arguments)}
+    assert told == expected
 
 
 def test_a_training_is_checked_and_other_jobs_go_through():
