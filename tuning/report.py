@@ -189,13 +189,16 @@ def write(folder: Path) -> list[Trial]:
 
 
 def learning_curves(trials: Sequence[Trial]) -> Panel:
-    panel = Panel(f"{trials[0]['metric']} over steps", "step", trials[0]["metric"], size=(960, 420))
+    panel = Panel(f"{trials[0]['metric']} over steps", "step", trials[0]["metric"], size=(960, 440))
     for place, trial in reversed(list(enumerate(trials))):
         colour = _colour(place)
         panel.line(_curve(trial).items(), colour, 3 if place == 0 else 2)
         panel.dots(list(_curve(trial).items())[-1:], colour)
     for place, trial in enumerate(trials[: len(PALETTE)]):
-        panel.label(trial["trial"], _colour(place))
+        value = "" if trial["value"] is None else f"{trial['value']:.4f}  "
+        panel.label(f"{trial['trial']}  {value}{trial['status']}", _colour(place))
+    if len(trials) > len(PALETTE):
+        panel.label(f"{len(trials) - len(PALETTE)} others", GREY)
     return panel
 
 
@@ -207,7 +210,7 @@ def parallel(trials: Sequence[Trial], settings: dict[str, Any]) -> Panel:
     names = [f"{field} ({correlations[field]:+.2f})\n{_range([t['values'].get(field) for t in trials])}" for field in fields]
     names.append(f"{settings['metric']}\n{_range(values)}")
     title = f"values of the trials (and their rank correlation with {settings['metric']})"
-    panel = Panel(title, size=(960, 380), x_names=names, y_names=["least", "largest"])
+    panel = Panel(title, size=(960, 390), x_names=names, y_names=["least", "largest"])
     scales = {field: _scale([t["values"].get(field) for t in trials]) for field in fields}
     scales["="] = _scale(values)
     for place, trial in reversed(list(enumerate(trials))):
@@ -223,7 +226,7 @@ def schedule(trials: Sequence[Trial]) -> Panel:
     """When each trial ran."""
     start = min((s for t in trials for s, _ in t["spans"]), default=0.0)
     rows = sorted(range(len(trials)), key=lambda i: trials[i]["trial"], reverse=True)
-    panel = Panel("trials over time", "seconds", size=(960, 60 + 24 * max(4, len(trials))), y_names=[trials[i]["trial"] for i in rows])
+    panel = Panel("trials over time", "seconds", size=(960, 100 + 24 * max(4, len(trials))), y_names=[trials[i]["trial"] for i in rows])
     for row, place in enumerate(rows):
         for begin, end in trials[place]["spans"]:
             panel.bar(row, begin - start, end - start, _colour(place))
