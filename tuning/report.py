@@ -179,7 +179,7 @@ def write(folder: Path) -> list[Trial]:
         | {"command": command(settings, trial, trial["trial"])}
         for trial in trials
     ]
-    results = pa.Table.from_pylist(rows)
+    results = pa.table({name: _column([row[name] for row in rows]) for name in rows[0]})
     _whole(folder / "results.parquet", lambda path: pq.write_table(results, path))
     _whole(folder / "results.csv", lambda path: pa.csv.write_csv(results, path))
     picture = stack([panel.draw() for panel in (learning_curves(trials), parallel(trials, settings), schedule(trials))])
@@ -207,7 +207,10 @@ def parallel(trials: Sequence[Trial], settings: dict[str, Any]) -> Panel:
     fields = sorted({field for trial in trials for field in trial["values"]})
     correlations = importance(trials)
     values = [t["value"] for t in trials if t["value"] is not None]
-    names = [f"{field} ({correlations[field]:+.2f})\n{_range([t['values'].get(field) for t in trials])}" for field in fields]
+    names = [
+        f"{field}{f' ({correlations[field]:+.2f})' if field in correlations else ''}\n{_range([t['values'].get(field) for t in trials])}"
+        for field in fields
+    ]
     names.append(f"{settings['metric']}\n{_range(values)}")
     title = f"values of the trials (and their rank correlation with {settings['metric']})"
     panel = Panel(title, size=(960, 390), x_names=names, y_names=["least", "largest"])
@@ -234,14 +237,17 @@ def schedule(trials: Sequence[Trial]) -> Panel:
 
 
 def importance(trials: Sequence[Trial]) -> dict[str, float]:
-    """Spearman's rank correlation of each field's values with the metric, over trials that have it; 0 where undefined."""
+    """Spearman's rank correlation with the metric of each field whose values are numbers, over trials that have the metric; 0 where
+    undefined."""
     done = [t for t in trials if t["value"] is not None]
     ranks = _ranks([t["value"] for t in done])
     found = {}
     for field in sorted({field for trial in trials for field in trial["values"]}):
-        own = _ranks([_number(t["values"].get(field)) for t in done])
-        varied = len(done) > 2 and own.std() > 0 and ranks.std() > 0
-        found[field] = float(np.corrcoef(own, ranks)[0, 1]) if varied else 0.0
+        values = [t["values"].get(field) for t in done]
+        if all(isinstance(v, (int, float)) for v in values):
+            own = _ranks(values)
+            varied = len(done) > 2 and own.std() > 0 and ranks.std() > 0
+            found[field] = float(np.corrcoef(own, ranks)[0, 1]) if varied else 0.0
     return found
 
 
@@ -251,8 +257,12 @@ def _ranks(values: Sequence[float]) -> np.ndarray:
     return np.array([(array < v).sum() + ((array == v).sum() - 1) / 2 for v in array])
 
 
-def _number(value: Any) -> float:
-    return float(value) if isinstance(value, (int, float)) else float(len(str(value)))
+def _column(values: Sequence[Any]) -> list[Any]:
+    """Numbers, or truth values, or texts, as they are; lists and values of several kinds as text: what CSV and Parquet both can hold."""
+    kinds = {type(value) for value in values if value is not None}
+    if kinds <= {int, float} or kinds in ({bool}, {str}):
+        return list(values)
+    return [None if value is None else str(value) for value in values]
 
 
 def _scale(values: Sequence[Any]) -> Callable[[Any], float]:
