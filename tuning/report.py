@@ -207,10 +207,10 @@ def parallel(trials: Sequence[Trial], settings: dict[str, Any]) -> Panel:
     fields = sorted({field for trial in trials for field in trial["values"]})
     correlations = importance(trials)
     values = [t["value"] for t in trials if t["value"] is not None]
-    names = [
-        f"{field}{f' ({correlations[field]:+.2f})' if field in correlations else ''}\n{_range([t['values'].get(field) for t in trials])}"
-        for field in fields
-    ]
+    names = []
+    for field in fields:
+        rank = f" ({correlations[field]:+.2f})" if field in correlations else ""
+        names.append(f"{field}{rank}\n{_range([t['values'].get(field) for t in trials])}")
     names.append(f"{settings['metric']}\n{_range(values)}")
     title = f"values of the trials (and their rank correlation with {settings['metric']})"
     panel = Panel(title, size=(960, 390), x_names=names, y_names=["least", "largest"])
