@@ -61,7 +61,8 @@ class Panel:
         bottom = _BOTTOM + 18 * (-(-len(self.labels) // 4))
         everything = [p for points, *_ in [*self.lines, *self.points] for p in points]
         everything += [(x, row + d) for row, start, end, _ in self.bars for x, d in ((start, -0.5), (end, 0.5))]
-        x_at = _Axis([p[0] for p in everything], self.log_x, _LEFT, width - _RIGHT)
+        left = max([_LEFT, *(16 + draw.textlength(name, font=_FONT) for name in self.y_names)])
+        x_at = _Axis([p[0] for p in everything], self.log_x, left, width - _RIGHT)
         y_at = _Axis([p[1] for p in everything], self.log_y, height - bottom, _TOP)
         self._frame(draw, x_at, y_at)
         for row, start, end, colour in self.bars:

@@ -226,9 +226,9 @@ def parallel(trials: Sequence[Trial], settings: dict[str, Any]) -> Panel:
 
 
 def schedule(trials: Sequence[Trial]) -> Panel:
-    """When each trial ran."""
+    """When each trial ran; the first one that started is on top."""
     start = min((s for t in trials for s, _ in t["spans"]), default=0.0)
-    rows = sorted(range(len(trials)), key=lambda i: trials[i]["trial"], reverse=True)
+    rows = sorted(range(len(trials)), key=lambda i: (min(trials[i]["spans"], default=(start, start)), trials[i]["trial"]), reverse=True)
     panel = Panel("trials over time", "seconds", size=(960, 100 + 24 * max(4, len(trials))), y_names=[trials[i]["trial"] for i in rows])
     for row, place in enumerate(rows):
         for begin, end in trials[place]["spans"]:
