@@ -58,7 +58,8 @@ class Panel:
         image = Image.new("RGB", self.size, "white")
         draw = ImageDraw.Draw(image)
         width, height = self.size
-        bottom = _BOTTOM + 18 * (-(-len(self.labels) // 4))
+        lines = max((name.count("\n") + 1 for name in self.x_names), default=0)
+        bottom = max(_BOTTOM, 14 + 17 * lines) + 18 * (-(-len(self.labels) // 4))
         everything = [p for points, *_ in [*self.lines, *self.points] for p in points]
         everything += [(x, row + d) for row, start, end, _ in self.bars for x, d in ((start, -0.5), (end, 0.5))]
         left = max([_LEFT, *(16 + draw.textlength(name, font=_FONT) for name in self.y_names)])

@@ -209,11 +209,12 @@ def parallel(trials: Sequence[Trial], settings: dict[str, Any]) -> Panel:
     values = [t["value"] for t in trials if t["value"] is not None]
     names = []
     for field in fields:
-        rank = f" ({correlations[field]:+.2f})" if field in correlations else ""
-        names.append(f"{field}{rank}\n{_range([t['values'].get(field) for t in trials])}")
-    names.append(f"{settings['metric']}\n{_range(values)}")
-    title = f"values of the trials (and their rank correlation with {settings['metric']})"
-    panel = Panel(title, size=(960, 390), x_names=names, y_names=["least", "largest"])
+        section, _, name = field.rpartition(".")
+        rank = f"{correlations[field]:+.2f}" if field in correlations else ""
+        names.append(f"{section}.\n{name}\n{_range([t['values'].get(field) for t in trials])}\n{rank}")
+    names.append(f"\n{settings['metric']}\n{_range(values)}\n")
+    title = f"values of the trials: least and largest, rank correlation with {settings['metric']}"
+    panel = Panel(title, size=(960, 410), x_names=names, y_names=["least", "largest"])
     scales = {field: _scale([t["values"].get(field) for t in trials]) for field in fields}
     scales["="] = _scale(values)
     for place, trial in reversed(list(enumerate(trials))):
