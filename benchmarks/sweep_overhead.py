@@ -93,7 +93,9 @@ def main() -> None:
         print(f"{name:<12} {value:7.1f} s   {value / args.trials:6.1f} s a training")
     print(f"the same losses at the end: {losses[0] == losses[1] == losses[2] and len(losses[0]) == args.trials}")
     if args.out:
-        args.out.write_text(json.dumps({"trials": args.trials, "steps": args.steps, "seconds": seconds, "losses": losses}, indent=1) + "\n")
+        command = f"python -m benchmarks.sweep_overhead --trials {args.trials} --steps {args.steps}"
+        results = {"command": command, "trials": args.trials, "steps": args.steps, "seconds": seconds, "losses": losses}
+        args.out.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,8 @@ import ray  # noqa: E402
 
 from perceiver.config import ParallelConfig, UserError  # noqa: E402
 
+PORT = "RAY_GCS_SERVER_PORT"
+"""Read by Ray where it starts a cluster: the port of the cluster's address."""
 PACKAGES = Path(__file__).resolve().parent.parent
 """The folder that `perceiver` and `ray_jobs` are imported from."""
 
@@ -27,6 +30,8 @@ def connect(parallel: ParallelConfig, dashboard: bool = False) -> Iterator[None]
 
     With `dashboard` a local cluster has Ray's dashboard (as with PERCEIVER_DASHBOARD=1), whose state service some of Ray needs.
     A local cluster counts one CPU more than the machine has: the workers may take all cores, and data tasks still find a slot.
+    Its processes know its address: Ray's own would else look for a cluster on the machine, and stumble over a second one (then
+    what a stopped trial held is never freed).
 
     Raises:
         UserError: the cluster cannot be reached, or refuses the token; a local one does not start.
@@ -44,11 +49,15 @@ def connect(parallel: ParallelConfig, dashboard: bool = False) -> Iterator[None]
         except Exception as error:
             raise UserError(f"no Ray cluster could be joined at {address!r}: {_reason(error)}") from error
     else:
-        cpus = os.cpu_count() or 1
+        cpus, port = os.cpu_count() or 1, _free_port()
+        settings["runtime_env"]["env_vars"]["RAY_ADDRESS"] = f"{ray.util.get_node_ip_address()}:{port}"
+        os.environ[PORT] = str(port)
         try:
             ray.init(address="local", num_cpus=cpus + 1, include_dashboard=dashboard or _with_dashboard(), **settings)
         except Exception as error:
             raise UserError(f"Ray could not be started on this machine (is it overloaded?): {str(error).splitlines()[0]}") from error
+        finally:
+            del os.environ[PORT]
     try:
         yield
     finally:
@@ -76,6 +85,12 @@ def _python_path() -> dict[str, str]:
     if "site-packages" in PACKAGES.parts or os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"):
         return {}
     return {"PYTHONPATH": os.pathsep.join(filter(None, [str(PACKAGES), os.environ.get("PYTHONPATH")]))}
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
 
 
 def choose_authentication() -> None:

@@ -17,7 +17,7 @@ from perceiver.models import build_model
 from perceiver.tasks import build_task
 from perceiver.tasks.masked_lm import gather_labels, usual_positions, with_masks
 from perceiver.training.batches import make_feed, read_here
-from tests.small import classification_experiment, masked_experiment, write_documents, write_stream
+from tests.small import classification_experiment, masked_experiment, text_experiment, write_documents, write_stream
 from tests.test_training import losses, run
 
 BYTES = load_tokenizer("bytes")
@@ -162,6 +162,15 @@ def test_samples_fill_the_masks_and_change_nothing_else(stream):
     assert model.training
     title, first, second = sample.text.splitlines()
     assert title == "ab [cd] e" and first.startswith("1. ab ") and first.endswith(" e") and first[3:] != second[3:]
+
+
+def test_a_model_with_little_room_for_a_prefix_continues_a_longer_prompt(stream):
+    experiment = text_experiment()
+    experiment = replace(
+        experiment, model=replace(experiment.model, max_latents=15), task=replace(experiment.task, sample_prompt="abcd", sample_tokens=3)
+    )
+    (sample,) = build_task(experiment).samples(build_model(experiment.model), {}, stream[1].splits["val"])
+    assert sample.name == "continuation" and sample.text
 
 
 def test_masked_training_is_the_same_for_one_and_two_workers(stream, tmp_path):

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import pyarrow.parquet as pq
 import pytest
 import ray
 from ray import tune
@@ -71,10 +72,11 @@ def test_as_many_trials_run_at_once_as_their_workers_and_data_tasks_fit(monkeypa
     assert room.concurrent == fits and room.threads_per_worker == max(1, cpus // (fits * workers))
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 7, 29, 30, 31, 500])
+@pytest.mark.parametrize("count", [*range(1, 32), 500])
 def test_schedulers_that_pause_trials_run_no_more_than_there_is_room_for(count):
     (share,) = slot(replace(GOOD, scheduler="pbt"), count).values()
-    assert (min(count, 30) + 1) * share > 1 and min(count, 30) * (share + 0.001) <= 1
+    units = int(share * 10_000)  # as Ray counts: ten-thousandths, the rest is cut off
+    assert (min(count, 30) + 1) * units > 10_000 and min(count, 30) * (units + 10) <= 10_000
 
 
 def test_asha_knows_in_a_continued_sweep_what_was_reported_before(tmp_path):
@@ -187,6 +189,20 @@ def test_the_report_orders_the_trials_names_what_became_of_them_and_what_was_gai
     assert "at step 20 the winner (trial-0) has val_loss 1.5000, the preset's own values (trial-1) 1.9000: better" in lines
     assert "python -m ray_jobs.train quickstart --optim.lr 0.3" in lines
     assert {"results.csv", "results.parquet", "report.html", "report.png"} <= {path.name for path in folder.iterdir()}
+
+
+def test_the_result_files_have_one_type_for_each_field_whatever_was_varied(folder):
+    varied = [{"optim.lr": 1e-3, "optim.betas": [0.9, 0.95], "task.n": 1}, {"optim.lr": 1, "optim.betas": [0.9, 0.9], "task.n": "all"}]
+    for number, values in enumerate(varied):
+        write_json(folder / "trials" / f"trial-{number}" / "values.json", values)
+    report.write(folder)
+    schema = pq.read_schema(folder / "results.parquet")
+    types = {name: str(schema.field(name).type) for name in ("trial", "value", "step", "seconds", "optim.lr", "optim.betas", "task.n")}
+    assert types == {
+        "trial": "string", "value": "double", "step": "int64", "seconds": "double",
+        "optim.lr": "double", "optim.betas": "string", "task.n": "string",
+    }  # fmt: skip
+    assert report.importance(report.read_trials(folder)).keys() == {"optim.lr"}  # of what is no number in all trials there is no rank
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 Colour = tuple[int, int, int]
 Point = tuple[float, float]
@@ -17,7 +17,8 @@ PALETTE: tuple[Colour, ...] = (
     (31, 90, 200), (220, 90, 20), (30, 150, 60), (150, 50, 160), (200, 40, 60), (20, 150, 160), (120, 90, 40), (90, 90, 90),
 )  # fmt: skip
 
-_LEFT, _RIGHT, _TOP, _BOTTOM = 72, 18, 34, 46
+_LEFT, _RIGHT, _TOP, _BOTTOM = 96, 18, 46, 56
+_FONT = ImageFont.load_default(13)
 
 
 @dataclass
@@ -57,10 +58,12 @@ class Panel:
         image = Image.new("RGB", self.size, "white")
         draw = ImageDraw.Draw(image)
         width, height = self.size
-        bottom = _BOTTOM + 16 * (-(-len(self.labels) // 4))
+        lines = max((name.count("\n") + 1 for name in self.x_names), default=0)
+        bottom = max(_BOTTOM, 14 + 17 * lines) + 18 * (-(-len(self.labels) // 4))
         everything = [p for points, *_ in [*self.lines, *self.points] for p in points]
         everything += [(x, row + d) for row, start, end, _ in self.bars for x, d in ((start, -0.5), (end, 0.5))]
-        x_at = _Axis([p[0] for p in everything], self.log_x, _LEFT, width - _RIGHT)
+        left = max([_LEFT, *(16 + draw.textlength(name, font=_FONT) for name in self.y_names)])
+        x_at = _Axis([p[0] for p in everything], self.log_x, left, width - _RIGHT)
         y_at = _Axis([p[1] for p in everything], self.log_y, height - bottom, _TOP)
         self._frame(draw, x_at, y_at)
         for row, start, end, colour in self.bars:
@@ -73,22 +76,25 @@ class Panel:
             for x, y in points:
                 draw.ellipse((x_at(x) - 4, y_at(y) - 4, x_at(x) + 4, y_at(y) + 4), fill=colour, outline="white")
         for number, (text, colour) in enumerate(self.labels):
-            place = (_LEFT + number % 4 * (width - _LEFT) // 4, height - bottom + 42 + 16 * (number // 4))
-            draw.text(place, f"- {text}", fill=colour)
+            x, y = 12 + number % 4 * (width - 12) // 4, height - bottom + 48 + 18 * (number // 4)
+            draw.line((x, y + 8, x + 14, y + 8), fill=colour, width=3)
+            draw.text((x + 20, y), text, fill="black", font=_FONT)
         return image
 
     def _frame(self, draw: ImageDraw.ImageDraw, x_at: _Axis, y_at: _Axis) -> None:
-        draw.text((8, 8), self.title, fill="black")
-        draw.text(((x_at.start + x_at.end) / 2 - 3 * len(self.x_label), y_at.start + 22), self.x_label, fill="black")
-        draw.text((8, 21), self.y_label, fill=(90, 90, 90))
+        draw.text((8, 6), self.title, fill="black", font=_FONT)
+        draw.text((8, 25), self.y_label, fill=(90, 90, 90), font=_FONT)
+        half = draw.textlength(self.x_label, font=_FONT) / 2
+        draw.text(((x_at.start + x_at.end) / 2 - half, y_at.start + 24), self.x_label, fill=(90, 90, 90), font=_FONT)
         for x, text in list(enumerate(self.x_names)) or [(x, number(x)) for x in x_at.ticks()]:
             draw.line((x_at(x), y_at.start, x_at(x), y_at.end), fill=(232, 232, 232))
-            half = 3 * max(map(len, text.split("\n")))
-            draw.text((max(2, min(x_at(x) - half, self.size[0] - 2 * half)), y_at.start + 6), text, fill="black", align="center")
-        rows = list(enumerate(self.y_names)) or [(y, number(y)) for y in y_at.ticks()]
-        for y, text in rows:
+            half = max(draw.textlength(line, font=_FONT) for line in text.split("\n")) / 2
+            left = max(2, min(x_at(x) - half, self.size[0] - 2 * half - 2))  # nothing is cut off at the edges
+            draw.text((left, y_at.start + 6), text, fill="black", align="center", font=_FONT)
+        for y, text in list(enumerate(self.y_names)) or [(y, number(y)) for y in y_at.ticks()]:
             draw.line((x_at.start, y_at(y), x_at.end, y_at(y)), fill=(232, 232, 232))
-            draw.text((4, y_at(y) - 6), text[:11], fill="black")
+            draw.text((x_at.start - 8 - draw.textlength(text, font=_FONT), y_at(y) - 8), text, fill="black", font=_FONT)
+        draw.line((x_at.start, y_at.end, x_at.start, y_at.start, x_at.end, y_at.start), fill=GREY)
 
     def _finite(self, points: Iterable[Point]) -> list[Point]:
         return [

@@ -60,7 +60,7 @@ class Record(Callback):
         self._write(trial, "report", step=result["step"], examples=result["examples"], loss=result.get("loss"), value=result[metric])
         over = sum(t.is_finished() for t in trials)
         self._say(
-            f"{run_name(trial.trial_id)}: step {result['step']:,}  {metric} {result[metric]:.4f}  ({over} of {len(trials)} trials over)"
+            f"{run_name(trial.trial_id)}: step {result['step']:,}  {metric} {result[metric]:.4f}  ({over} of {self._sweep.size} trials over)"
         )
 
     def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:

@@ -179,7 +179,7 @@ def write(folder: Path) -> list[Trial]:
         | {"command": command(settings, trial, trial["trial"])}
         for trial in trials
     ]
-    results = pa.Table.from_pylist(rows)
+    results = pa.table({name: _column([row[name] for row in rows]) for name in rows[0]})
     _whole(folder / "results.parquet", lambda path: pq.write_table(results, path))
     _whole(folder / "results.csv", lambda path: pa.csv.write_csv(results, path))
     picture = stack([panel.draw() for panel in (learning_curves(trials), parallel(trials, settings), schedule(trials))])
@@ -189,13 +189,16 @@ def write(folder: Path) -> list[Trial]:
 
 
 def learning_curves(trials: Sequence[Trial]) -> Panel:
-    panel = Panel(f"{trials[0]['metric']} over steps", "step", trials[0]["metric"], size=(960, 420))
+    panel = Panel(f"{trials[0]['metric']} over steps", "step", trials[0]["metric"], size=(960, 440))
     for place, trial in reversed(list(enumerate(trials))):
         colour = _colour(place)
         panel.line(_curve(trial).items(), colour, 3 if place == 0 else 2)
         panel.dots(list(_curve(trial).items())[-1:], colour)
     for place, trial in enumerate(trials[: len(PALETTE)]):
-        panel.label(trial["trial"], _colour(place))
+        value = "" if trial["value"] is None else f"{trial['value']:.4f}  "
+        panel.label(f"{trial['trial']}  {value}{trial['status']}", _colour(place))
+    if len(trials) > len(PALETTE):
+        panel.label(f"{len(trials) - len(PALETTE)} others", GREY)
     return panel
 
 
@@ -204,10 +207,14 @@ def parallel(trials: Sequence[Trial], settings: dict[str, Any]) -> Panel:
     fields = sorted({field for trial in trials for field in trial["values"]})
     correlations = importance(trials)
     values = [t["value"] for t in trials if t["value"] is not None]
-    names = [f"{field} ({correlations[field]:+.2f})\n{_range([t['values'].get(field) for t in trials])}" for field in fields]
-    names.append(f"{settings['metric']}\n{_range(values)}")
-    title = f"values of the trials (and their rank correlation with {settings['metric']})"
-    panel = Panel(title, size=(960, 380), x_names=names, y_names=["least", "largest"])
+    names = []
+    for field in fields:
+        section, _, name = field.rpartition(".")
+        rank = f"{correlations[field]:+.2f}" if field in correlations else ""
+        names.append(f"{section}.\n{name}\n{_range([t['values'].get(field) for t in trials])}\n{rank}")
+    names.append(f"\n{settings['metric']}\n{_range(values)}\n")
+    title = f"values of the trials: least and largest, rank correlation with {settings['metric']}"
+    panel = Panel(title, size=(960, 410), x_names=names, y_names=["least", "largest"])
     scales = {field: _scale([t["values"].get(field) for t in trials]) for field in fields}
     scales["="] = _scale(values)
     for place, trial in reversed(list(enumerate(trials))):
@@ -220,10 +227,10 @@ def parallel(trials: Sequence[Trial], settings: dict[str, Any]) -> Panel:
 
 
 def schedule(trials: Sequence[Trial]) -> Panel:
-    """When each trial ran."""
+    """When each trial ran; the first one that started is on top."""
     start = min((s for t in trials for s, _ in t["spans"]), default=0.0)
-    rows = sorted(range(len(trials)), key=lambda i: trials[i]["trial"], reverse=True)
-    panel = Panel("trials over time", "seconds", size=(960, 60 + 24 * max(4, len(trials))), y_names=[trials[i]["trial"] for i in rows])
+    rows = sorted(range(len(trials)), key=lambda i: (min(trials[i]["spans"], default=(start, start)), trials[i]["trial"]), reverse=True)
+    panel = Panel("trials over time", "seconds", size=(960, 100 + 24 * max(4, len(trials))), y_names=[trials[i]["trial"] for i in rows])
     for row, place in enumerate(rows):
         for begin, end in trials[place]["spans"]:
             panel.bar(row, begin - start, end - start, _colour(place))
@@ -231,14 +238,17 @@ def schedule(trials: Sequence[Trial]) -> Panel:
 
 
 def importance(trials: Sequence[Trial]) -> dict[str, float]:
-    """Spearman's rank correlation of each field's values with the metric, over trials that have it; 0 where undefined."""
+    """Spearman's rank correlation with the metric of each field whose values are numbers, over trials that have the metric; 0 where
+    undefined."""
     done = [t for t in trials if t["value"] is not None]
     ranks = _ranks([t["value"] for t in done])
     found = {}
     for field in sorted({field for trial in trials for field in trial["values"]}):
-        own = _ranks([_number(t["values"].get(field)) for t in done])
-        varied = len(done) > 2 and own.std() > 0 and ranks.std() > 0
-        found[field] = float(np.corrcoef(own, ranks)[0, 1]) if varied else 0.0
+        values = [t["values"].get(field) for t in done]
+        if all(isinstance(v, (int, float)) for v in values):
+            own = _ranks(values)
+            varied = len(done) > 2 and own.std() > 0 and ranks.std() > 0
+            found[field] = float(np.corrcoef(own, ranks)[0, 1]) if varied else 0.0
     return found
 
 
@@ -248,8 +258,12 @@ def _ranks(values: Sequence[float]) -> np.ndarray:
     return np.array([(array < v).sum() + ((array == v).sum() - 1) / 2 for v in array])
 
 
-def _number(value: Any) -> float:
-    return float(value) if isinstance(value, (int, float)) else float(len(str(value)))
+def _column(values: Sequence[Any]) -> list[Any]:
+    """Numbers, or truth values, or texts, as they are; lists and values of several kinds as text: what CSV and Parquet both can hold."""
+    kinds = {type(value) for value in values if value is not None}
+    if kinds <= {int, float} or kinds in ({bool}, {str}):
+        return list(values)
+    return [None if value is None else str(value) for value in values]
 
 
 def _scale(values: Sequence[Any]) -> Callable[[Any], float]:

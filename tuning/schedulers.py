@@ -6,7 +6,6 @@ its result written.
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -90,11 +89,11 @@ def slot(sweep: Sweep, concurrent: int) -> dict[str, float]:
     """What a trial asks Ray for, besides what its workers do, so that no more than `concurrent` run.
 
     Where trials are paused the search does not limit them, as it counts the paused ones; a share of HEAD does of which one more
-    would not fit.
+    would not fit. Ray counts in ten-thousandths and cuts off what is below: half of one more says which one is meant.
     """
     if sweep.scheduler not in PAUSING:
         return {"CPU": 0.001}
-    return {HEAD: math.floor(10_000 / (min(concurrent, MOST_PAUSING) + 1) + 1) / 10_000}
+    return {HEAD: (10_000 // (min(concurrent, MOST_PAUSING) + 1) + 1.5) / 10_000}
 
 
 def search(sweep: Sweep, concurrent: int) -> Any:

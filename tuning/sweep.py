@@ -105,8 +105,8 @@ def run_sweep(sweep: Sweep, folder: Path, concurrent: int | None = None, say=pri
 
             prepare(base, say)
             prepared = load_prepared(base)
-        write_json(folder / SETTINGS, describe(sweep))
         room = plan_room(base, concurrent)
+        write_json(folder / SETTINGS, describe(sweep))
         steps = total_steps(base, prepared[1].splits["train"].rows)
         length = "" if sweep.points else f"; {steps:,} steps in a whole training"
         say(f"sweep of {sweep.size} trials in {folder}: {room.why}{length}")

@@ -113,8 +113,10 @@ class CausalLM(Task):
         tokenizer = load_tokenizer(self.experiment.data.tokenizer)
         prompt = torch.from_numpy(tokenizer.encode(settings.sample_prompt).astype(np.int64))[None]
         device = next(model.parameters()).device
+        # One latent to begin with, or as many as the prompt is longer than the prefix can be.
+        num_latents = max(1, prompt.shape[1] - (self._model.max_seq_len - self._model.max_latents))
         ids = generate(
-            model, prompt.to(device), max_new_tokens=settings.sample_tokens, num_latents=1, temperature=0.8, top_k=40, seed=0
+            model, prompt.to(device), max_new_tokens=settings.sample_tokens, num_latents=num_latents, temperature=0.8, top_k=40, seed=0
         )
         return [Sample("continuation", text=tokenizer.decode(ids[0].cpu().numpy()))]
 
