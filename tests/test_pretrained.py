@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import shutil
 import zipfile
 from collections import OrderedDict
 from dataclasses import replace
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from perceiver import pretrained
 from perceiver.config import ParallelConfig, UserError, to_dict
+from perceiver.data.train_tokenizer import train_sentencepiece
 from perceiver.hub import resolved_architecture
 from perceiver.models import build_model
 from perceiver.models.flops import training_flops
@@ -25,6 +27,8 @@ from perceiver.training.init_from import find_start
 from perceiver.training.optim import build_optimizer
 from tests.small import classification_experiment, masked_experiment, write_documents, write_stream
 from tests.test_tasks_text import text_ids
+from tests.test_train_tokenizer import CONFIG as SMALL_TOKENIZER
+from tests.test_train_tokenizer import documents
 from tests.test_training import losses, run
 
 CASES = ["masked_lm", "text_classifier", "causal_lm", "image_classifier"]
@@ -357,6 +361,21 @@ def test_what_does_not_fit_is_refused_with_the_reason(chain):
     dropout = replace(base, model=replace(base.model, encoder=replace(base.model.encoder, dropout=0.3, freeze=True)))
     dropout = replace(dropout, training=replace(dropout.training, init_encoder_from=mlm))
     assert find_start(dropout, shapes(dropout)).loaded
+
+
+def test_a_run_of_another_tokenizer_is_refused(chain, tmp_path):
+    """Of the same size even: nothing else would tell."""
+    for number in range(2):
+        (tmp_path / f"{number}.model").write_bytes(train_sentencepiece(documents(100, number), SMALL_TOKENIZER))
+    shutil.copytree(chain[0] / "mlm", tmp_path / "mlm")
+    shutil.copy(tmp_path / "0.model", tmp_path / "mlm" / "tokenizer.model")
+    experiment = begun(classification_experiment(), init_encoder_from=str(tmp_path / "mlm"))
+    for tokenizer in ("bytes", str(tmp_path / "1.model")):
+        other = replace(experiment, data=replace(experiment.data, tokenizer=tokenizer))
+        with pytest.raises(UserError, match=f"was trained with another: give --data.tokenizer {tmp_path}/mlm/tokenizer.model"):
+            find_start(other, shapes(other))
+    same = replace(experiment, data=replace(experiment.data, tokenizer=str(tmp_path / "0.model")))
+    assert find_start(same, shapes(same)).loaded
 
 
 def test_weights_of_another_shape_than_their_configuration_are_refused(chain, tmp_path):

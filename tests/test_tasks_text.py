@@ -12,12 +12,16 @@ import torch.nn.functional as F
 from perceiver.config import ParallelConfig, TextClassificationConfig, UserError
 from perceiver.data.shards import read_block
 from perceiver.data.text import IGNORE, mask_words
-from perceiver.data.tokenizers import CLS, MASK, SEP, load_tokenizer
+from perceiver.data.tokenizers import CLS, MASK, SEP, SentencePieceTokenizer, load_tokenizer
+from perceiver.data.train_tokenizer import train_sentencepiece
+from perceiver.inference.masks import encode_masked
 from perceiver.models import build_model
 from perceiver.tasks import build_task
 from perceiver.tasks.masked_lm import gather_labels, usual_positions, with_masks
 from perceiver.training.batches import make_feed, read_here
 from tests.small import classification_experiment, masked_experiment, text_experiment, write_documents, write_stream
+from tests.test_train_tokenizer import CONFIG as SMALL_TOKENIZER
+from tests.test_train_tokenizer import documents as random_texts
 from tests.test_training import losses, run
 
 BYTES = load_tokenizer("bytes")
@@ -151,6 +155,21 @@ def test_an_untrained_model_is_as_good_as_chance_and_a_perfect_one_exact(stream)
 
 def test_brackets_mask_all_tokens_of_what_they_hold():
     assert with_masks("a [bcd] e [MASK]", BYTES) == "a [MASK][MASK][MASK] e [MASK]"
+
+
+def test_masked_pieces_stand_where_they_stood_in_the_whole_text():
+    """A SentencePiece model puts a blank before what it encodes: parts between masks must not get one each."""
+    texts = ["the film was good, the end was not. A film it was!\n" * 40, "it was a good film. the end" * 40] + random_texts(300)
+    tokenizer = SentencePieceTokenizer(train_sentencepiece(texts, SMALL_TOKENIZER), "x")
+    text = "the[ film] was good,[ the] end[ was not]. A film"
+    masked = encode_masked(tokenizer, with_masks(text, tokenizer), 64)[1:-1]
+    whole = tokenizer.encode(text.replace("[", "").replace("]", ""))
+    assert len(masked) == len(whole)
+    kept = masked != tokenizer.mask_id
+    assert (masked[kept] == whole[kept]).all()
+    assert tokenizer.decode(whole[~kept]) == "film the was not"
+    opening = encode_masked(tokenizer, with_masks("[the] film", tokenizer), 64)[1:-1]
+    assert opening[-1] == tokenizer.encode("the film")[-1] and len(opening) == len(tokenizer.encode("the film"))
 
 
 def test_samples_fill_the_masks_and_change_nothing_else(stream):

@@ -71,6 +71,10 @@ class Tokenizer(ABC):
         ids, _ = self.encode_batch([text])
         return np.concatenate([[self.cls_id], ids, [self.sep_id]]).astype(np.uint16) if special else ids
 
+    def encode_rest(self, text: str) -> np.ndarray:
+        """Ids of a text that goes on from another, uint16."""
+        return self.encode(text)
+
     def decode_batch(self, ids: np.ndarray, lengths: np.ndarray, skip_special: bool = True) -> list[str]:
         """Texts of joined ids, the inverse of `encode_batch`."""
         ends = np.cumsum(lengths)
@@ -190,6 +194,11 @@ class SentencePieceTokenizer(Tokenizer):
         ids = self._processor.encode(list(texts), out_type=int, num_threads=1)
         lengths = np.fromiter(map(len, ids), np.int64, len(ids))
         return np.fromiter(chain.from_iterable(ids), np.uint16, int(lengths.sum())), lengths
+
+    def encode_rest(self, text: str) -> np.ndarray:
+        # Models put a blank before what they encode: a line end, which is no part of any piece, takes it.
+        before, ids = self.encode("\n"), self.encode("\n" + text)
+        return ids[len(before) :] if np.array_equal(ids[: len(before)], before) else ids
 
     def decode(self, ids: np.ndarray, skip_special: bool = True) -> str:
         ids = np.asarray(ids).astype(np.int64)

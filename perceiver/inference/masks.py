@@ -77,9 +77,9 @@ def encode_masked(tokenizer: Tokenizer, text: str, max_seq_len: int) -> np.ndarr
     parts = re.split("|".join(map(re.escape, MARKS)), text)
     if len(parts) == 1:
         raise UserError(f"the text has no mask: write {MARKS[0]} (or {MARKS[1]}) for each token to be filled in")
-    pieces: list[np.ndarray] = []
-    for number, part in enumerate(parts):
-        pieces += ([np.array([tokenizer.mask_id])] if number else []) + ([tokenizer.encode(part)] if part else [])
+    pieces = [tokenizer.encode(parts[0])] if parts[0] else []
+    for part in parts[1:]:
+        pieces += [np.array([tokenizer.mask_id])] + ([tokenizer.encode_rest(part)] if part else [])
     row = with_marks(tokenizer, np.concatenate(pieces))
     if len(row) > max_seq_len:
         raise UserError(f"the text has {len(row)} tokens and must have at most {max_seq_len}")

@@ -179,4 +179,8 @@ def gather_labels(labels: np.ndarray, least: int, step: int) -> tuple[np.ndarray
 
 def with_masks(text: str, tokenizer: Tokenizer) -> str:
     """A text with as many masks in place of each bracketed part as that has tokens; "[MASK]" is a single one."""
-    return re.sub(r"\[(?!MASK\])([^\[\]]*)\]", lambda match: "[MASK]" * len(tokenizer.encode(match[1])), text)
+
+    def masks(match: re.Match) -> str:
+        return "[MASK]" * len(tokenizer.encode_rest(match[1]) if match.start() else tokenizer.encode(match[1]))
+
+    return re.sub(r"\[(?!MASK\])([^\[\]]*)\]", masks, text)

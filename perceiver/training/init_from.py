@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 
 from perceiver import hub
 from perceiver.config import Experiment, ModelConfig, PerceiverIOConfig, UserError, differences, from_dict
+from perceiver.data.tokenizers import TOKENIZER, load_tokenizer
 from perceiver.pretrained import is_hub_name, read_pretrained
 from perceiver.training.checkpoint import (
     EXPERIMENT,
@@ -92,7 +93,7 @@ def find_start(experiment: Experiment, shapes: Shapes) -> Start | None:
     encoder_only = training.init_from is None
     if encoder_only and not isinstance(experiment.model, PerceiverIOConfig):
         raise UserError("training.init-encoder-from needs a Perceiver IO model: this one has no encoder of its own")
-    origin, config, found, where = _find(source, training.init_checkpoint, experiment.run.storage_path)
+    origin, config, found, where = _find(source, experiment)
     _check_architecture(origin, config, experiment.model, encoder_only)
     wanted = {name: tuple(shape) for name, shape in shapes.items() if not encoder_only or name.startswith("encoder.")}
     _check_shapes(origin, found, wanted, encoder_only)
@@ -105,13 +106,15 @@ def find_start(experiment: Experiment, shapes: Shapes) -> Start | None:
     )
 
 
-def _find(source: str, which: str, storage: str) -> tuple[str, ModelConfig, Shapes, dict[str, Any]]:
+def _find(source: str, experiment: Experiment) -> tuple[str, ModelConfig, Shapes, dict[str, Any]]:
     """Origin, configuration and shapes of the weights, and where they are (fields of `Start`)."""
+    storage = experiment.run.storage_path
     folder = find_run(source, storage)
     if folder is not None:
         trained = from_dict(json.loads((folder / EXPERIMENT).read_text())["experiment"])
-        chosen = choose_checkpoint(folder / CHECKPOINTS, which, trained.run.best_metric)
+        chosen = choose_checkpoint(folder / CHECKPOINTS, experiment.training.init_checkpoint, trained.run.best_metric)
         origin = f"run {folder.name}, step {chosen.step:,}"
+        _check_tokenizer(origin, folder, trained, experiment)
         return origin, trained.model, stored_shapes(chosen.path), {"checkpoint": chosen.path}
     if not Path(source).expanduser().exists() and not is_hub_name(source):
         raise UserError(
@@ -121,6 +124,14 @@ def _find(source: str, which: str, storage: str) -> tuple[str, ModelConfig, Shap
     pretrained = read_pretrained(source)
     shapes = {name: tuple(tensor.shape) for name, tensor in pretrained.weights.items()}
     return pretrained.origin, pretrained.config, shapes, {"weights": pretrained.weights}
+
+
+def _check_tokenizer(origin: str, folder: Path, trained: Experiment, experiment: Experiment) -> None:
+    """Under another tokenizer the same weights would take every id for another piece of text, and nothing would show it."""
+    copy, here = folder / TOKENIZER, experiment.data.tokenizer
+    there = str(copy) if copy.is_file() else trained.data.tokenizer
+    if there != here and load_tokenizer(there).fingerprint != load_tokenizer(here).fingerprint:
+        raise UserError(f"data.tokenizer is {here}, but {origin} was trained with another: give --data.tokenizer {there}")
 
 
 def _check_architecture(origin: str, there: ModelConfig, here: ModelConfig, encoder_only: bool) -> None:
