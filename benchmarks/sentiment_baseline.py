@@ -2,9 +2,9 @@
 
     python -m benchmarks.sentiment_baseline FOLDER [--words 30000] [--cut 254 [--tokenizer MODEL]]
 
-FOLDER holds IMDb's train.parquet and test.parquet (columns text, label). With --cut, reviews are cut to so many bytes, or tokens
-of a SentencePiece model, as a model sees them that reads no more. A tenth of the training reviews chooses the weight decay; the test reviews are
-used once. Takes a minute on one core.
+FOLDER holds IMDb's train.parquet and test.parquet (columns text, label). With --cut, reviews are cut to so many bytes, or pieces
+of a SentencePiece model, as a model sees them that reads no more. A tenth of the training reviews chooses the weight decay; the
+test reviews are used once. Takes a minute on one core.
 """
 
 import argparse

@@ -58,10 +58,8 @@ class Record(Callback):
         if metric not in result:
             return
         self._write(trial, "report", step=result["step"], examples=result["examples"], loss=result.get("loss"), value=result[metric])
-        over = sum(t.is_finished() for t in trials)
-        self._say(
-            f"{run_name(trial.trial_id)}: step {result['step']:,}  {metric} {result[metric]:.4f}  ({over} of {self._sweep.size} trials over)"
-        )
+        over = f"{sum(t.is_finished() for t in trials)} of {self._sweep.size} trials over"
+        self._say(f"{run_name(trial.trial_id)}: step {result['step']:,}  {metric} {result[metric]:.4f}  ({over})")
 
     def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         self._end(trial, "")
