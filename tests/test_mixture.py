@@ -1,7 +1,8 @@
 """Mixtures: shares, the same batches for every number of workers and after every restart, small sources that go round."""
 
 import json
-from dataclasses import replace
+import pickle
+from dataclasses import asdict, replace
 
 import numpy as np
 import pyarrow as pa
@@ -204,6 +205,16 @@ def test_workers_batches_have_the_sources_own_windows(prepared):
         assert np.array_equal(np.concatenate([batch["ids"] for (batch,) in parts]), whole[step])
     upper = [bytes((ids[ids > 5] - 6).byte().numpy()).isupper() for batch in whole for ids in batch]
     assert abs(np.mean(upper) - 0.25) < 0.02
+
+
+def test_a_feed_and_its_units_travel_to_data_tasks(prepared):
+    """As `ray_jobs.ingest` sends them: units as plain data, the feed pickled."""
+    chosen, folder, manifest, _ = prepared
+    feed = make_train_feed(chosen, build_task(chosen), folder, manifest)
+    there = pickle.loads(pickle.dumps(feed))
+    for unit in feed.plan(1, 2, 3, 9):
+        rows = there.read(there.unit_type(**json.loads(json.dumps(asdict(unit)))))
+        assert rows.num_rows == unit.num_rows and rows.equals(feed.read(unit))
 
 
 def test_metrics_are_those_of_all_sources_by_their_shares():
