@@ -49,6 +49,8 @@ def connect(parallel: ParallelConfig, dashboard: bool = False) -> Iterator[None]
         except Exception as error:
             raise UserError(f"no Ray cluster could be joined at {address!r}: {_reason(error)}") from error
     else:
+        # The token that Ray makes for a cluster of this process alone is nothing that a user need act on.
+        logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
         cpus, port = os.cpu_count() or 1, _free_port()
         settings["runtime_env"]["env_vars"]["RAY_ADDRESS"] = f"{ray.util.get_node_ip_address()}:{port}"
         os.environ[PORT] = str(port)
