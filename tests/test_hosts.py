@@ -66,25 +66,25 @@ def test_a_job_on_a_cluster_of_hosts_outlives_one_that_is_cut_off_and_one_that_d
     hosts.run("ray", "get-auth-token", "--generate")
     file = launcher_file(hosts)
     clock = time.monotonic()
-    print(hosts.run("ray", "up", "--yes", file, timeout=200))
+    print(hosts.run("ray", "up", "--yes", file, timeout=400))
     hosts.start("ray", "dashboard", file, log=tmp_path / "tunnel.txt")
-    wait_for(lambda: nodes(hosts) == 3, "three nodes", 120)
+    wait_for(lambda: nodes(hosts) == 3, "three nodes", 400)
     print(f"three nodes after {time.monotonic() - clock:.0f} s")
     refuses_without_the_token(hosts)
 
     submit = ["ray", "job", "submit", "--address", ADDRESS, "--working-dir", ".", "--submission-id", "hosts", "--no-wait"]
     hosts.run(*submit, "--", "python", "-m", "ray_jobs.train", *TRAINING)
     run = hosts.shared / "runs" / "hosts"
-    wait_for(lambda: last_step(run) >= 25, "step 25", 120, hosts)
+    wait_for(lambda: last_step(run) >= 25, "step 25", 400, hosts)
     print(f"step 25 after {time.monotonic() - clock:.0f} s")
     hosts.cut(CUT)
     start = went_on(hosts, 2)
     print(f"on 2 after {time.monotonic() - clock:.0f} s")
-    wait_for(lambda: last_step(run) >= start + 25, "25 steps more", 120, hosts)
+    wait_for(lambda: last_step(run) >= start + 25, "25 steps more", 400, hosts)
     hosts.hosts[KILLED].kill()
     went_on(hosts, 1)
     print(f"on 1 after {time.monotonic() - clock:.0f} s")
-    output = hosts.run("python", "-m", "ray_jobs.submit", "--follow", "hosts", timeout=200)
+    output = hosts.run("python", "-m", "ray_jobs.submit", "--follow", "hosts", timeout=400)
     assert "\njob hosts succeeded\n" in output
     assert "Job 'hosts' succeeded" in hosts.run("ray", "job", "status", "--address", ADDRESS, "hosts")
     print(output, f"done after {time.monotonic() - clock:.0f} s")
@@ -130,7 +130,7 @@ def last_step(run: Path) -> int:
 def went_on(hosts: Hosts, workers: int) -> int:
     """Waits until the job goes on with so many workers; the step it does it from."""
     pattern = re.compile(rf"continuing from step (\d+).* on {workers} workers?")
-    wait_for(lambda: pattern.search(driver_log(hosts)), f"{workers} workers", 200, hosts)
+    wait_for(lambda: pattern.search(driver_log(hosts)), f"{workers} workers", 400, hosts)
     return int(pattern.search(driver_log(hosts))[1])
 
 
