@@ -10,6 +10,7 @@ from typing import Any
 
 from perceiver.config import Experiment, UserError, from_dict, home
 from perceiver.data.shards import load_prepared
+from perceiver.data.storage import copy_file
 from perceiver.data.tokenizers import TOKENIZER
 from perceiver.training.checkpoint import EXPERIMENT, CheckpointInfo, choose_checkpoint, find_run, write_json
 from perceiver.training.mirror import CHECKPOINTS
@@ -30,7 +31,7 @@ def evaluate_run(run: str | Path, checkpoint: str = "best", overrides: list[str]
     """Evaluates a checkpoint of a run over a whole validation set, and writes the result into the run's folder.
 
     Args:
-        run: folder or name of a run.
+        run: folder, URI or name of a run.
         checkpoint: "best", "last" or a step.
         overrides: command-line arguments for fields that an evaluation may change: `--data.source FILES` (other files, all of
             them), `--data.*`, `--task.*`, `--parallel.*`, `--training.global-batch-size`.
@@ -70,11 +71,16 @@ def evaluate_run(run: str | Path, checkpoint: str = "best", overrides: list[str]
         data_folder, manifest = load_prepared(experiment)
         origin = str(run) if "://" in str(run) else None
         result = worker.evaluate_checkpoint(experiment, data_folder, folder, resources, chosen.path, origin)
-    name = f"step-{chosen.step:08d}-{manifest.digest}.json"
-    (folder / "evaluations").mkdir(exist_ok=True)
+    path = folder / "evaluations" / f"step-{chosen.step:08d}-{manifest.digest}.json"
+    path.parent.mkdir(exist_ok=True)
     content = _content(experiment, chosen, data_folder, manifest.digest, result)
-    write_json(folder / "evaluations" / name, content)
-    _print_table(folder, chosen, content, folder / "evaluations" / name, say)
+    write_json(path, content)
+    where = str(path)
+    if origin:  # the folder is this machine's copy
+        there = f"{origin.rstrip('/')}/{path.parent.name}"
+        copy_file(path.parent, path.name, there)
+        where = f"{there}/{path.name}"
+    _print_table(folder, chosen, content, where, say)
     return result["metrics"]
 
 
@@ -85,13 +91,13 @@ def _content(
     return {"checkpoint": chosen.path.name, "data": {"folder": data_folder, "source": source, "digest": digest}, **result}
 
 
-def _print_table(folder: Path, chosen: CheckpointInfo, content: dict[str, Any], path: Path, say) -> None:
+def _print_table(folder: Path, chosen: CheckpointInfo, content: dict[str, Any], where: str, say) -> None:
     targets = int(content["sums"]["targets"])
     say(f"{folder.name}, step {chosen.step:,}, on {content['data']['source']}: {targets:,} targets")
     width = max(22, 2 + max(map(len, content["metrics"])))  # names of a mixture's sources may be long
     for name, value in content["metrics"].items():
         say(f"  {name:<{width}}{value:>12.4f}")
-    say(f"  written to {path}")
+    say(f"  written to {where}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What tests of the data preparation share: small inputs of every kind, and a preparation without Ray."""
+"""What tests of preparation and evaluation share: small inputs of every kind, and both jobs without Ray."""
 
 import gzip
 import json
@@ -10,10 +10,16 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 
 from perceiver import presets
 from perceiver.config import Experiment
 from perceiver.data.shards import Manifest, fixed_array, read_block
+from perceiver.tasks import build_task
+from perceiver.training.batches import make_val_feeds, read_here
+from perceiver.training.checkpoint import load_model
+from perceiver.training.parallel import join_world
+from perceiver.training.run import build_state, evaluate
 from ray_jobs import preprocess
 
 
@@ -23,6 +29,23 @@ def serially(monkeypatch) -> None:
 
     monkeypatch.setattr(preprocess, "in_parallel", lambda function, items: ((i, function(i)) for i in items))
     monkeypatch.setattr(ray_jobs.ray_env, "connect", lambda parallel: nullcontext())
+
+
+def evaluating_here(monkeypatch) -> None:
+    """Makes `evaluate.evaluate_run` do its workers' part in this process."""
+    serially(monkeypatch)
+    monkeypatch.setattr("ray_jobs.worker.evaluate_checkpoint", _evaluate_here)
+    monkeypatch.setattr("ray_jobs.evaluate.plan_resources", lambda experiment: None)
+
+
+def _evaluate_here(experiment, data_folder, run_folder, resources, checkpoint, origin=None):
+    """What Ray's workers do for an evaluation."""
+    task, world = build_task(experiment), join_world(torch.device("cpu"))
+    model = build_state(experiment, task, world).model
+    load_model(checkpoint, model)
+    feeds = make_val_feeds(experiment, task, data_folder, Manifest.load(data_folder))
+    metrics, sums, _ = evaluate(task, model, feeds, world, read_here)
+    return {"metrics": metrics, "sums": {name: value.tolist() for name, value in sums.items()}}
 
 
 def experiment(preset: str, root: Path | str, source: Path | str, length: int = 16, **data) -> Experiment:

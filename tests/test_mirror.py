@@ -23,6 +23,8 @@ from perceiver.training.mirror import Mirror, fetch_run
 from perceiver.training.parallel import join_world
 from perceiver.training.record import read_metrics
 from perceiver.training.run import Training, save_experiment
+from ray_jobs.evaluate import evaluate_run
+from tests.preparing import evaluating_here
 from tests.small import image_experiment, leave, write_images
 
 
@@ -110,12 +112,24 @@ def test_the_store_keeps_the_newest_checkpoints_and_the_best_and_all_records(mov
     assert list((store / "run" / "tensorboard").iterdir()) and (store / "run" / "experiment.json").is_file()
 
 
-def test_a_run_of_the_store_is_loaded_and_evaluated_by_its_uri(moved, monkeypatch, tmp_path):
+def test_a_run_of_the_store_is_loaded_by_its_uri(moved, monkeypatch, tmp_path):
     store, weights = moved
     monkeypatch.setenv("PERCEIVER_HOME", str(tmp_path))
     model = perceiver.load(f"file://{store}/run", "last")
     assert all(np.array_equal(p.numpy(), weights[name]) for name, p in model.model.named_parameters())
     assert fetch_run(f"file://{store}/other") is None
+
+
+def test_a_run_of_the_store_is_evaluated_by_its_uri_and_the_result_kept_there(images, moved, monkeypatch, tmp_path):
+    store, _ = moved
+    monkeypatch.setenv("PERCEIVER_HOME", str(tmp_path))
+    evaluating_here(monkeypatch)
+    monkeypatch.setattr("ray_jobs.evaluate.load_prepared", lambda experiment: (str(images), Manifest.load(images)))
+    said: list[str] = []
+    metrics = evaluate_run(f"file://{store}/run/", "last", say=said.append)
+    assert metrics["val_loss"] == pytest.approx([r["val_loss"] for r in read_metrics(store / "run") if "val_loss" in r][-1])
+    (kept,) = (store / "run" / "evaluations").iterdir()
+    assert json.loads(kept.read_text())["metrics"] == metrics and said[-1] == f"  written to file://{kept}"
 
 
 def test_a_run_that_was_replaced_in_the_store_is_fetched_anew(images, moved, tmp_path):

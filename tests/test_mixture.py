@@ -20,13 +20,12 @@ from perceiver.data.sources import mixture_sources
 from perceiver.tasks import build_task
 from perceiver.tasks.base import IGNORE_INDEX
 from perceiver.training.batches import make_feed, make_train_feed, make_val_feeds, read_here
-from perceiver.training.checkpoint import load_model
 from perceiver.training.parallel import World, join_world
 from perceiver.training.record import read_metrics
-from perceiver.training.run import Training, build_state, evaluate, save_experiment
+from perceiver.training.run import Training, evaluate, save_experiment
 from ray_jobs.evaluate import evaluate_run
 from ray_jobs.preprocess import prepare
-from tests.preparing import experiment, serially, texts, write_jsonl
+from tests.preparing import evaluating_here, experiment, serially, texts, write_jsonl
 from tests.small import classification_experiment, masked_experiment, text_experiment, write_documents, write_stream
 from tests.test_training import losses, run
 
@@ -310,24 +309,13 @@ def test_a_killed_run_on_a_mixture_continues_with_another_number_of_workers(prep
         np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
-def evaluate_here(experiment, data_folder, run_folder, resources, checkpoint, origin=None):
-    """What Ray's workers do for an evaluation, in this process."""
-    task, world = build_task(experiment), join_world(torch.device("cpu"))
-    model = build_state(experiment, task, world).model
-    load_model(checkpoint, model)
-    feeds = make_val_feeds(experiment, task, data_folder, Manifest.load(data_folder))
-    metrics, sums, _ = evaluate(task, model, feeds, world, read_here)
-    return {"metrics": metrics, "sums": {name: value.tolist() for name, value in sums.items()}}
-
-
 def test_a_run_on_a_mixture_is_evaluated_by_source(prepared, tmp_path, monkeypatch):
     chosen, folder, manifest, _ = prepared
     chosen, run_folder = settings_of(chosen, val_batches=None), tmp_path / "run"
     save_experiment(run_folder, chosen, manifest, folder)
     world = join_world(torch.device("cpu"))
     result = Training(chosen, build_task(chosen), folder, manifest, world, run_folder, read_here, say=lambda text: None).run()
-    monkeypatch.setattr("ray_jobs.worker.evaluate_checkpoint", evaluate_here)
-    monkeypatch.setattr("ray_jobs.evaluate.plan_resources", lambda experiment: None)
+    evaluating_here(monkeypatch)
     said = []
     metrics = evaluate_run(run_folder, "last", say=said.append)
     assert metrics == pytest.approx({name: value for name, value in result.items() if name != "step"})
@@ -345,8 +333,7 @@ def test_the_source_that_a_mixture_took_the_place_of_may_be_evaluated(prepared, 
     save_experiment(run_folder, chosen, manifest, folder)
     world = join_world(torch.device("cpu"))
     Training(chosen, build_task(chosen), folder, manifest, world, run_folder, read_here, say=lambda text: None, stop_at=3).run()
-    monkeypatch.setattr("ray_jobs.worker.evaluate_checkpoint", evaluate_here)
-    monkeypatch.setattr("ray_jobs.evaluate.plan_resources", lambda experiment: None)
+    evaluating_here(monkeypatch)
     said = []
     assert "val_loss/books.jsonl" not in evaluate_run(run_folder, "last", ["--data.source", books], say=said.append)
     assert any(f"on {books}: " in line for line in said)
