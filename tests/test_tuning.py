@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 from ray import tune
+from ray.tune.schedulers.pbt import _PBTTrialState
 
 from perceiver.config import UserError, to_dict
 from perceiver.presets import PRESETS
@@ -77,6 +78,35 @@ def test_schedulers_that_pause_trials_run_no_more_than_there_is_room_for(count):
     (share,) = slot(replace(GOOD, scheduler="pbt"), count).values()
     units = int(share * 10_000)  # as Ray counts: ten-thousandths, the rest is cut off
     assert (min(count, 30) + 1) * units > 10_000 and min(count, 30) * (units + 10) <= 10_000
+
+
+class Member(SimpleNamespace):
+    """A trial of a population."""
+
+    __hash__ = object.__hash__
+    __eq__ = object.__eq__
+
+    def is_finished(self) -> bool:
+        return False
+
+
+@pytest.mark.parametrize("order", ["good first", "bad first"])
+def test_a_loser_finds_something_to_take_over_whoever_reports_first(order):
+    pbt = scheduler(replace(GOOD, scheduler="pbt", trials=2, perturb=0.25), 400, Path())
+    pbt.set_search_properties("val_loss", "min")
+    good, bad = (Member(name=name, status="RUNNING", experiment_tag="", config={"values": {"optim.lr": 1e-3}}) for name in "gb")
+    found = []
+    pbt._exploit = lambda controller, trial, donor: found.append((trial, donor))
+    controller = SimpleNamespace(
+        search_alg=None, get_trials=lambda: [good, bad], _schedule_trial_save=lambda trial, result: f"checkpoint of {trial.name}"
+    )
+    for trial in (good, bad):
+        pbt._trial_state[trial] = _PBTTrialState(trial)
+    rounds = [(good, 1.0), (bad, 2.0)] if order == "good first" else [(bad, 2.0), (good, 1.0)]
+    for examples in (100, 200):
+        for trial, value in rounds:
+            pbt.on_trial_result(controller, trial, {"examples": examples, "val_loss": value, "last": False})
+    assert found[0] == (bad, good) and len(found) == (2 if order == "good first" else 1)
 
 
 def test_asha_knows_in_a_continued_sweep_what_was_reported_before(tmp_path):

@@ -52,6 +52,10 @@ class Asha(ToTheEnd, ASHAScheduler):
 class Population(ToTheEnd, PopulationBasedTraining):
     """Population-based training (arXiv 1711.09846)."""
 
+    def _checkpoint_or_exploit(self, trial: Any, controller: Any, upper: list, lower: list) -> None:
+        # Ray saves winners alone. Whoever reports first is none yet, and a loser that reports after it would find nothing to take over.
+        super()._checkpoint_or_exploit(trial, controller, upper if trial in lower else [*upper, trial], lower)
+
 
 class HyperBand(ToTheEnd, HyperBandScheduler):
     """HyperBand (arXiv 1603.06560). In a sweep that goes on it makes its brackets anew of the trials that are left."""
