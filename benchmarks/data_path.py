@@ -71,9 +71,7 @@ def main() -> None:
     print(f"{len(texts):,} documents, {size:.1f} MB; one core, through Ray Data {os.cpu_count()}\n")
     print(f"{'what':<58}{'ours':>12}{'other':>12}{'ratio':>8}  unit")
     for row in results:
-        other, ratio = (
-            ("", "") if row["other"] is None else (f"{row['other']:,.2f}", f"{row['ours'] / row['other']:.1f}")
-        )
+        other, ratio = ("", "") if row["other"] is None else (f"{row['other']:,.2f}", f"{row['ours'] / row['other']:.1f}")
         print(f"{row['what']:<58}{row['ours']:>12,.2f}{other:>12}{ratio:>8}  {row['unit']}")
     print("\n" + demand([row for row in results if row["what"].startswith("input pipeline")]))
     if args.out:
@@ -114,9 +112,7 @@ def best(function: Callable[[], object], other: Callable[[], object] | None = No
     return min(times[0]), min(times[1]) if other else None
 
 
-def row(
-    what: str, unit: str, amount: float, times: tuple[float, float | None], other_amount: float | None = None
-) -> dict:
+def row(what: str, unit: str, amount: float, times: tuple[float, float | None], other_amount: float | None = None) -> dict:
     ours, other = times
     rate = None if other is None else (other_amount or amount) / other
     return {"what": what, "unit": unit, "ours": amount / ours, "other": rate}
@@ -270,9 +266,7 @@ def read(folder: str, split: Split) -> None:
         seed=0,
     )
     for unit in plan(order, 0, 1, 0, order.steps_per_epoch):
-        read_unit(
-            folder, split, order, unit, lambda block, split, *_: block.slice(0, block.num_rows - split.lookahead), True
-        )
+        read_unit(folder, split, order, unit, lambda block, split, *_: block.slice(0, block.num_rows - split.lookahead), True)
 
 
 # ------------------------------------------------------------------------------------------------------- input pipeline
@@ -324,9 +318,7 @@ def pipelines_with_ray(feeds: dict[str, Feed]) -> list[dict]:
 
     cores = os.cpu_count() or 1
     with connect(ParallelConfig()):
-        return [
-            pipeline(feed, read_with_ray, f"{how}, Ray Data", time.perf_counter, cores) for how, feed in feeds.items()
-        ]
+        return [pipeline(feed, read_with_ray, f"{how}, Ray Data", time.perf_counter, cores) for how, feed in feeds.items()]
 
 
 def demand(pipelines: list[dict], gpus: int = 8, cores: int = 96) -> str:

@@ -45,9 +45,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--threads", type=int, help="compute threads; default: PyTorch's choice")
-    parser.add_argument(
-        "--busy", action="store_true", help="count CPU time, not the clock's: on a machine that others use, one thread"
-    )
+    parser.add_argument("--busy", action="store_true", help="count CPU time, not the clock's: on a machine that others use, one thread")
     parser.add_argument("--uncached", action="store_true", help="measure generation without cache too (8 tokens)")
     parser.add_argument("--compile", action="store_true", help="measure generation with a compiled step too")
     parser.add_argument("--reference", type=Path, help="folder with krasserm/perceiver-io: measure it too (8 tokens, CPU)")
@@ -64,9 +62,7 @@ def main() -> None:
     results = []
     for batch in args.batches:
         # As many latents as there are, and one, from which they grow.
-        for num_latents in sorted(
-            {min(config.max_latents, args.prompt), least_latents(config, args.prompt)}, reverse=True
-        ):
+        for num_latents in sorted({min(config.max_latents, args.prompt), least_latents(config, args.prompt)}, reverse=True):
             for mode in ["cached"] + ["compiled"] * args.compile + ["uncached"] * args.uncached:
                 tokens = args.tokens if mode != "uncached" else min(8, args.tokens)
                 results.append(measure(model, batch, args.prompt, num_latents, tokens, args.repeats, mode, clock))
@@ -75,9 +71,7 @@ def main() -> None:
             results.append(measure_reference(args.reference, model, batch, args.prompt, args.repeats, clock))
             print_row(results[-1], first=False)
     if args.out:
-        args.out.write_text(
-            json.dumps({"settings": {k: str(v) for k, v in vars(args).items()}, "results": results}, indent=1)
-        )
+        args.out.write_text(json.dumps({"settings": {k: str(v) for k, v in vars(args).items()}, "results": results}, indent=1))
 
 
 def least_latents(config: PerceiverARConfig, prompt: int) -> int:
@@ -97,9 +91,7 @@ def measure(
     """Prefill and steps of one setting ("cached", "compiled" or "uncached"): medians over the repeats, each between two
     measurements of the bound."""
     device = next(model.parameters()).device
-    ids = torch.randint(6, model.config.vocab_size, (batch, prompt), generator=torch.Generator().manual_seed(0)).to(
-        device
-    )
+    ids = torch.randint(6, model.config.vocab_size, (batch, prompt), generator=torch.Generator().manual_seed(0)).to(device)
     runs = []
     if mode == "compiled":
         list(step_times(model, ids, num_latents, 3, mode, clock))
@@ -131,9 +123,7 @@ def measure(
     }
 
 
-def measure_reference(
-    folder: Path, model: PerceiverAR, batch: int, prompt: int, repeats: int, clock: Clock
-) -> dict[str, Any]:
+def measure_reference(folder: Path, model: PerceiverAR, batch: int, prompt: int, repeats: int, clock: Clock) -> dict[str, Any]:
     """The reference in a process of its own, like `measure`: it has no cache, so all its steps cost the same."""
     config, tokens = model.config, 8
     sizes = {name: getattr(config, name) for name in ("vocab_size", "max_seq_len", "num_channels", "num_heads")}
@@ -155,9 +145,7 @@ def measure_reference(
     return {"batch": batch, "latents": min(config.max_latents, prompt), "mode": "reference", **middle, "cache_MiB": 0.0}
 
 
-def step_times(
-    model: PerceiverAR, ids: torch.Tensor, num_latents: int, tokens: int, mode: str, clock: Clock
-) -> Iterator[float]:
+def step_times(model: PerceiverAR, ids: torch.Tensor, num_latents: int, tokens: int, mode: str, clock: Clock) -> Iterator[float]:
     """Seconds of the prefill with the first token, then of each further token."""
     generated = stream(
         model,

@@ -90,8 +90,10 @@ def main() -> None:
     tables = [
         pa.table(
             {
-                "tokens": fixed_column(windows[i : i + size]), "length": pa.array(np.full(size, LENGTH)),
-                "row": pa.array(np.arange(i, i + size)), "epoch": epoch,
+                "tokens": fixed_column(windows[i : i + size]),
+                "length": pa.array(np.full(size, LENGTH)),
+                "row": pa.array(np.arange(i, i + size)),
+                "epoch": epoch,
             }  # fmt: skip
         )
         for i in range(0, num * size, size)

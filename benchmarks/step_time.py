@@ -192,9 +192,7 @@ def measure(name: str, repeats: int, threads: int, with_transformers: bool) -> l
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--workloads", nargs="+", choices=WORKLOADS, default=[n for n, w in WORKLOADS.items() if w.goal]
-    )
+    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=[n for n, w in WORKLOADS.items() if w.goal])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--with-transformers", action="store_true")

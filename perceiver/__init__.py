@@ -12,9 +12,7 @@ if TYPE_CHECKING:
 __all__ = ["load"]
 
 
-def load(
-    source: str | Path, checkpoint: str = "best", *, device: str = "auto", precision: str = "fp32"
-) -> TrainedModel:
+def load(source: str | Path, checkpoint: str = "best", *, device: str = "auto", precision: str = "fp32") -> TrainedModel:
     """A trained model by a run's folder or name, an exported folder, or a name on the hub; see
     `perceiver.inference.load`.
 

@@ -285,12 +285,7 @@ class OpticalFlowConfig:
 
 
 TaskConfig = (
-    CausalLMConfig
-    | MaskedLMConfig
-    | TextClassificationConfig
-    | ImageClassificationConfig
-    | SymbolicAudioConfig
-    | OpticalFlowConfig
+    CausalLMConfig | MaskedLMConfig | TextClassificationConfig | ImageClassificationConfig | SymbolicAudioConfig | OpticalFlowConfig
 )
 
 # ------------------------------------------------------------------------------------------------------------------ data
@@ -524,9 +519,7 @@ class TokenizerTraining:
 def to_dict(config: Any) -> Any:
     """A dataclass tree as JSON-ready data; members of unions carry their class name under "type"."""
     if dataclasses.is_dataclass(config):
-        return {"type": type(config).__name__} | {
-            f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)
-        }
+        return {"type": type(config).__name__} | {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
     if isinstance(config, (tuple, list)):
         return [to_dict(value) for value in config]
     return config

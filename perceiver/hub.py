@@ -200,9 +200,7 @@ def config_from_transformers(config: dict[str, Any], architecture: str | None = 
     match architecture:
         case "PerceiverForMaskedLM":
             d_model = c["d_model"]
-            input_config = TextInput(
-                vocab_size=c["vocab_size"], max_seq_len=c["max_position_embeddings"], num_channels=d_model
-            )
+            input_config = TextInput(vocab_size=c["vocab_size"], max_seq_len=c["max_position_embeddings"], num_channels=d_model)
             kv_channels, output = d_model, TextOutput()
             decoder = {"num_cross_attention_heads": 8, "num_cross_attention_qk_channels": 256}
             decoder |= {"num_cross_attention_v_channels": d_model, "cross_attention_residual": False}
@@ -236,9 +234,7 @@ def config_from_transformers(config: dict[str, Any], architecture: str | None = 
             self_attention_widening_factor=c["self_attention_widening_factor"],
             dropout=dropout,
         ),
-        decoder=DecoderConfig(
-            cross_attention_widening_factor=c["cross_attention_widening_factor"], dropout=dropout, **decoder
-        ),
+        decoder=DecoderConfig(cross_attention_widening_factor=c["cross_attention_widening_factor"], dropout=dropout, **decoder),
         output=output,
         init_scale=c["initializer_range"],
     )
@@ -311,8 +307,7 @@ def config_to_transformers(config: ModelConfig) -> dict[str, Any]:
             common["train_size"] = list(image_shape)
         case _:
             raise UserError(
-                f"transformers has no Perceiver from {type(config.input).__name__} to {type(config.output).__name__} that "
-                "is built as ours"
+                f"transformers has no Perceiver from {type(config.input).__name__} to {type(config.output).__name__} that is built as ours"
             )
     common["architectures"] = [architecture]
     # Whether its models can be the same is seen by reading each candidate back.

@@ -97,9 +97,7 @@ def optical_flow() -> Experiment:
             num_latents=2048,
             num_latent_channels=512,
             input=FlowInput(),
-            encoder=EncoderConfig(
-                num_cross_attention_heads=1, num_self_attention_heads=16, num_self_attention_layers_per_block=24
-            ),
+            encoder=EncoderConfig(num_cross_attention_heads=1, num_self_attention_heads=16, num_self_attention_layers_per_block=24),
             decoder=DecoderConfig(
                 num_cross_attention_heads=1,
                 num_cross_attention_qk_channels=512,
@@ -211,9 +209,7 @@ def clm_wikitext() -> Experiment:
         task=CausalLMConfig(random_shift=True),
         model=PerceiverARConfig(),
         data=DataConfig(source="wikitext-103-raw"),
-        optim=OptimConfig(
-            optimizer="adam", lr=2e-4, weight_decay=0.0, schedule="cosine", warmup_steps=200, max_grad_norm=0.5
-        ),
+        optim=OptimConfig(optimizer="adam", lr=2e-4, weight_decay=0.0, schedule="cosine", warmup_steps=200, max_grad_norm=0.5),
         training=TrainingConfig(global_batch_size=96, max_steps=20_000),
         parallel=ParallelConfig(workers=2, micro_batch_size=24),
     )
@@ -274,9 +270,7 @@ def clm_c4_small() -> Experiment:
         base,
         preset="clm-c4-small",
         task=replace(base.task, min_seq_len=128),
-        model=replace(
-            base.model, max_seq_len=256, max_latents=128, num_channels=128, num_heads=4, num_self_attention_layers=3
-        ),
+        model=replace(base.model, max_seq_len=256, max_latents=128, num_channels=128, num_heads=4, num_self_attention_layers=3),
         optim=replace(base.optim, lr=2e-3, warmup_steps=50),
         training=TrainingConfig(global_batch_size=16, max_steps=1_000),
         parallel=ParallelConfig(workers=2),
@@ -382,9 +376,7 @@ def _small_text_model(model: PerceiverIOConfig) -> PerceiverIOConfig:
             dropout=0.0,
             **narrow,
         ),
-        decoder=replace(
-            model.decoder, num_cross_attention_v_channels=value_channels, cross_attention_residual=True, dropout=0.0, **narrow
-        ),
+        decoder=replace(model.decoder, num_cross_attention_v_channels=value_channels, cross_attention_residual=True, dropout=0.0, **narrow),
         output=replace(model.output, num_query_channels=64) if isinstance(model.output, ClassOutput) else model.output,
         init="local",
         init_scale=0.1,

@@ -124,7 +124,7 @@ def _elastic(args: list[str]) -> list[str]:
 
 
 def nearest(name: str, names: Sequence[str] | dict, prefix: str = "") -> str:
-    """", did you mean ...?" for a name that is not among `names`; a dotted name may be near in its last part alone."""
+    """ ", did you mean ...?" for a name that is not among `names`; a dotted name may be near in its last part alone."""
     found = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)
     if not found:
         last = {n.rpartition(".")[2]: n for n in names}

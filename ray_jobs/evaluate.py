@@ -84,9 +84,7 @@ def evaluate_run(run: str | Path, checkpoint: str = "best", overrides: list[str]
     return result["metrics"]
 
 
-def _content(
-    experiment: Experiment, chosen: CheckpointInfo, data_folder: str, digest: str, result: dict[str, Any]
-) -> dict[str, Any]:
+def _content(experiment: Experiment, chosen: CheckpointInfo, data_folder: str, digest: str, result: dict[str, Any]) -> dict[str, Any]:
     source = " ".join(experiment.data.mixture) or experiment.data.source or experiment.data.val_source
     return {"checkpoint": chosen.path.name, "data": {"folder": data_folder, "source": source, "digest": digest}, **result}
 

@@ -19,9 +19,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", required=True, help="folder to write; an earlier export in it is replaced")
     parser.add_argument("--checkpoint", default="best", help="best (default), last, or a step")
     parser.add_argument("--format", choices=FORMATS, default=FORMATS[0], help="ours (default), or that of transformers")
-    parser.add_argument(
-        "--upload", metavar="OWNER/NAME", help="upload the folder to the Hugging Face hub under this name"
-    )
+    parser.add_argument("--upload", metavar="OWNER/NAME", help="upload the folder to the Hugging Face hub under this name")
     parser.add_argument("--public", action="store_true", help="a repository made by --upload is public, not private")
     args = parser.parse_args(argv)
     trained = perceiver.load(args.run, args.checkpoint, device="cpu")

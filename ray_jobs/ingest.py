@@ -30,9 +30,7 @@ def read_with_ray(feed: Feed, units: Iterator[Any]) -> Iterator[pa.Table]:
         context.enable_progress_bars = False
         context.print_on_execution_start = False
         plan = ray.data.from_items([dataclasses.asdict(unit) for unit in chunk], override_num_blocks=num_tasks)
-        tables = plan.map_batches(
-            _read, fn_kwargs={"feed": feed}, batch_size=None, batch_format="pyarrow", num_cpus=DATA_CPUS
-        )
+        tables = plan.map_batches(_read, fn_kwargs={"feed": feed}, batch_size=None, batch_format="pyarrow", num_cpus=DATA_CPUS)
         yield from tables.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
 
 

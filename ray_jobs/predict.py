@@ -71,44 +71,26 @@ def parse(argv: list[str]) -> tuple[PredictJob, str, Placement]:
         SystemExit: an unknown argument, or `--help`.
     """
     o = {f.name: f.default for f in dataclasses.fields(PredictOptions)}
-    parser = argparse.ArgumentParser(
-        prog="python -m ray_jobs.predict", description=(__doc__ or "").partition("\n\n")[2]
-    )
+    parser = argparse.ArgumentParser(prog="python -m ray_jobs.predict", description=(__doc__ or "").partition("\n\n")[2])
     parser.add_argument("run", help="folder or name of a run, an exported folder, or a name on the hub")
     parser.add_argument("--input", nargs="+", required=True, metavar="PATH", help="files or folders")
-    parser.add_argument(
-        "--output", required=True, metavar="FOLDER", help="a new folder, or that of the same job before"
-    )
+    parser.add_argument("--output", required=True, metavar="FOLDER", help="a new folder, or that of the same job before")
     parser.add_argument("--mode", choices=MODES, help="what to compute (default: what the model was trained for)")
     parser.add_argument("--checkpoint", default="best", help="best (default), last, or a step")
     parser.add_argument("--column", help='column with the text or image (default: "text" or "image")')
     parser.add_argument("--id-column", help="column with the rows' ids (default: file name and row number)")
     parser.add_argument("--batch-size", type=int, default=o["batch_size"], help="rows computed at once (%(default)s)")
     parser.add_argument("--rows-per-part", type=int, default=1000, help="rows of an output file (%(default)s)")
-    parser.add_argument(
-        "--actors", type=int, default=1, help="models side by side, each on a GPU, or on a share of the CPUs (1)"
-    )
-    parser.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: GPUs where the cluster has them"
-    )
+    parser.add_argument("--actors", type=int, default=1, help="models side by side, each on a GPU, or on a share of the CPUs (1)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: GPUs where the cluster has them")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of weights and computation")
     parser.add_argument("--address", help="Ray cluster to join (default: that of $RAY_ADDRESS, else a new local one)")
     parser.add_argument("--top-k", type=int, help="fill-mask: fills a row; generate: draw among so many tokens")
-    parser.add_argument(
-        "--top-p", type=float, help="generate: draw among the fewest tokens with this probability together"
-    )
-    parser.add_argument(
-        "--temperature", type=float, default=o["temperature"], help="generate: 0 takes the likeliest (%(default)s)"
-    )
-    parser.add_argument(
-        "--max-new-tokens", type=int, default=o["max_new_tokens"], help="generate: length (%(default)s)"
-    )
-    parser.add_argument(
-        "--num-latents", type=int, help="generate: prompt tokens that start as latents (default: all that can)"
-    )
-    parser.add_argument(
-        "--stop", nargs="+", default=(), metavar="TEXT", help="generate: strings that end a continuation"
-    )
+    parser.add_argument("--top-p", type=float, help="generate: draw among the fewest tokens with this probability together")
+    parser.add_argument("--temperature", type=float, default=o["temperature"], help="generate: 0 takes the likeliest (%(default)s)")
+    parser.add_argument("--max-new-tokens", type=int, default=o["max_new_tokens"], help="generate: length (%(default)s)")
+    parser.add_argument("--num-latents", type=int, help="generate: prompt tokens that start as latents (default: all that can)")
+    parser.add_argument("--stop", nargs="+", default=(), metavar="TEXT", help="generate: strings that end a continuation")
     parser.add_argument("--seed", type=int, default=o["seed"], help="generate: of the drawing (%(default)s)")
     args = parser.parse_args(argv)
     for name in ("batch_size", "rows_per_part", "actors"):
@@ -152,10 +134,7 @@ def predict(job: PredictJob, output: str, placement: Placement, say: Callable[[s
     there = list_folder(output)
     todo = [part for part in parts if part_name(part.number) not in there]
     total = sum(part.rows for part in parts)
-    say(
-        f"{total:,} rows in {len(parts):,} parts"
-        + (f", {len(parts) - len(todo):,} of them done before" if len(todo) < len(parts) else "")
-    )
+    say(f"{total:,} rows in {len(parts):,} parts" + (f", {len(parts) - len(todo):,} of them done before" if len(todo) < len(parts) else ""))
     started, done, bad = time.monotonic(), 0, 0
     if todo:
         for result in _compute(job, todo, output, placement):
@@ -167,8 +146,7 @@ def predict(job: PredictJob, output: str, placement: Placement, say: Callable[[s
     seconds = time.monotonic() - started
     summary = finish(parts, output)
     say(
-        f"finished: {summary['rows']:,} rows in {output}, {summary['errors']:,} with errors"
-        + (f" ({ERRORS})" if summary["errors"] else "")
+        f"finished: {summary['rows']:,} rows in {output}, {summary['errors']:,} with errors" + (f" ({ERRORS})" if summary["errors"] else "")
     )
     return summary | {"rows_now": done, "seconds_now": seconds}
 
@@ -186,13 +164,9 @@ def plan(job: PredictJob, output: str) -> list[Part]:
     if PLAN in there:
         earlier = json.loads(read_file(output, PLAN))
         if changes := differences(earlier["settings"], settings):
-            raise UserError(
-                f"--output {output} holds the output of another job ({'; '.join(changes[:5])}): choose another folder"
-            )
+            raise UserError(f"--output {output} holds the output of another job ({'; '.join(changes[:5])}): choose another folder")
         return from_plain(earlier["parts"])
-    if any(
-        not name.startswith(".") for name in there
-    ):  # a first start may have been stopped in the middle of its first file
+    if any(not name.startswith(".") for name in there):  # a first start may have been stopped in the middle of its first file
         raise UserError(f"--output {output} is not empty and holds no earlier output: choose another folder")
     parts = plan_parts(files, job.rows_per_part, job.column, job.id_column)
     if not parts:

@@ -217,9 +217,7 @@ def _refuse_changed_source(experiment: Experiment, folder: str, old: Manifest, f
         )
 
 
-def make_job(
-    experiment: Experiment, settings: dict[str, Any], folder: str, fingerprint: dict[str, Any], source: Source
-) -> Job:
+def make_job(experiment: Experiment, settings: dict[str, Any], folder: str, fingerprint: dict[str, Any], source: Source) -> Job:
     """What all tasks need to know. Looks at the first image for the images' shape.
 
     Raises:

@@ -176,10 +176,7 @@ def report(
     from PIL import Image
 
     records = read_metrics(run_folder)
-    series = {
-        name: [(r["step"], r[name]) for r in records if name in r]
-        for name in ("loss", "val_loss")
-    }
+    series = {name: [(r["step"], r[name]) for r in records if name in r] for name in ("loss", "val_loss")}
     Image.fromarray(curves(series, f"{experiment.run_name}: loss over steps")).save(run_folder / "curve.png")
     best = best_of(checkpoints, experiment.run.best_metric) or checkpoints[-1]
     say(f"finished after {duration(seconds)}: {_summary(result)}")

@@ -133,9 +133,7 @@ def training_loss(model: Model, inputs: dict[str, Tensor], prefix_len: int | Non
     return F.cross_entropy(logits.flatten(0, -2), inputs["labels"].flatten())
 
 
-def run_training(
-    model: Model, case: dict[str, Any], step: dict[str, Any], tensors: dict[str, Tensor], result: Result
-) -> None:
+def run_training(model: Model, case: dict[str, Any], step: dict[str, Any], tensors: dict[str, Tensor], result: Result) -> None:
     inputs = {name: tensors[spec["tensor"]] for name, spec in step["inputs"].items()}
     prefix_len = step["scalars"].get("prefix_len")
     model.train()
@@ -150,9 +148,7 @@ def run_training(
     for reference_name, key in step["full_grads"].items():
         gradient = parameters[rename(reference_name, model)].grad
         call = case["calls"][0]
-        result.compare(
-            "gradient", f"gradient of {reference_name}", gradient, tensors[key], call["atol"], step["grad_norm_rtol"]
-        )
+        result.compare("gradient", f"gradient of {reference_name}", gradient, tensors[key], call["atol"], step["grad_norm_rtol"])
     total = torch.stack([p.grad.norm() for p in parameters.values()]).norm()
     expected_total = torch.tensor(step["grad_norm_total"])
     result.compare("gradient norm", "grad_norm_total", total, expected_total, 0.0, step["grad_norm_rtol"])
@@ -210,9 +206,7 @@ def run_folder(folder: Path) -> list[Result]:
         if path.stem in models or path.stem == "index":
             continue
         check = CASES.get(path.stem)
-        results.append(
-            Result(path.stem, failures=check(folder)) if check else Result(path.stem, status="not covered yet")
-        )
+        results.append(Result(path.stem, failures=check(folder)) if check else Result(path.stem, status="not covered yet"))
     return results
 
 

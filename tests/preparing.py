@@ -81,9 +81,7 @@ def write_idx(folder: Path, split: str, num: int, seed: int = 0) -> None:
     pixels = rng.integers(0, 256, (num, 28, 28), np.uint8)
     (folder / f"{split}-images-idx3-ubyte").write_bytes(struct.pack(">4i", 2051, num, 28, 28) + pixels.tobytes())
     labels = rng.integers(0, 10, num, np.uint8)
-    (folder / f"{split}-labels-idx1-ubyte.gz").write_bytes(
-        gzip.compress(struct.pack(">2i", 2049, num) + labels.tobytes())
-    )
+    (folder / f"{split}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(struct.pack(">2i", 2049, num) + labels.tobytes()))
 
 
 def rows_of(folder: str, manifest: Manifest, split: str) -> pa.Table:

@@ -81,9 +81,7 @@ def text_experiment(**training) -> Experiment:
     return Experiment(
         preset="clm-wikitext",
         task=CausalLMConfig(random_shift=True, sample_tokens=0),
-        model=PerceiverARConfig(
-            vocab_size=262, max_seq_len=16, max_latents=8, num_channels=16, num_heads=2, num_self_attention_layers=2
-        ),
+        model=PerceiverARConfig(vocab_size=262, max_seq_len=16, max_latents=8, num_channels=16, num_heads=2, num_self_attention_layers=2),
         data=DataConfig(source="none", rows_per_block=BLOCK, blocks_per_shard=SHARD, shuffle_window_blocks=2, lanes=4),
         optim=OptimConfig(lr=5e-3),
         training=replace(TrainingConfig(global_batch_size=6, max_steps=12), **training),
@@ -101,9 +99,7 @@ def masked_experiment(**training) -> Experiment:
             num_latents=4,
             num_latent_channels=16,
             input=TextInput(max_seq_len=32, num_channels=8),
-            encoder=EncoderConfig(
-                num_cross_attention_heads=2, num_self_attention_heads=2, num_self_attention_layers_per_block=2
-            ),
+            encoder=EncoderConfig(num_cross_attention_heads=2, num_self_attention_heads=2, num_self_attention_layers_per_block=2),
             decoder=DecoderConfig(num_cross_attention_heads=2, cross_attention_residual=False),
             output=TextOutput(),
             init_scale=0.1,

@@ -101,9 +101,7 @@ def test_node_setup_installs_once_and_protects_the_token(tmp_path):
 
 # ---------------------------------------------------------------------------------------------- secrets, metrics, guide
 
-SECRET = re.compile(
-    r"AKIA[0-9A-Z]{16}|-----BEGIN|gh[pousr]_\w{20}|hf_\w{20}|(?i:token|password|secret)\w*\s*[=:]\s*['\"]?[0-9a-f]{24,}"
-)
+SECRET = re.compile(r"AKIA[0-9A-Z]{16}|-----BEGIN|gh[pousr]_\w{20}|hf_\w{20}|(?i:token|password|secret)\w*\s*[=:]\s*['\"]?[0-9a-f]{24,}")
 
 
 def test_no_file_holds_a_secret():
@@ -119,8 +117,7 @@ def test_secret_check_finds_secrets(text):
 
 
 PERCEIVER_METRICS = {
-    f"ray_perceiver_{name}"
-    for name in ("loss", "throughput", "mfu", "data_wait_share", "checkpoint_seconds", "goodput", "step")
+    f"ray_perceiver_{name}" for name in ("loss", "throughput", "mfu", "data_wait_share", "checkpoint_seconds", "goodput", "step")
 }
 
 

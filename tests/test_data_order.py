@@ -31,10 +31,7 @@ def tables(order: Order, rank: int, world: int, start: int, stop: int, cut: int 
 def run(order: Order, world: int, start: int, stop: int) -> list[list[int]]:
     """Global batches put together from all workers' parts."""
     streams = [rank_batches(order, r, world, start, stop, tables(order, r, world, start, stop)) for r in range(world)]
-    return [
-        [row for part in parts if part is not None for row in part.column("row").to_pylist()]
-        for parts in zip(*streams, strict=True)
-    ]
+    return [[row for part in parts if part is not None for row in part.column("row").to_pylist()] for parts in zip(*streams, strict=True)]
 
 
 @given(order=orders, epoch=st.integers(0, 3))

@@ -102,9 +102,7 @@ def test_images_keep_their_pixels_and_labels(tmp_path):
     write_idx(tmp_path / "in", "train", 30)
     write_idx(tmp_path / "in", "t10k", 7, seed=1)
     folder, manifest = prepare(experiment("img-clf-mnist", tmp_path / "out", tmp_path / "in"))
-    pixels = np.frombuffer((tmp_path / "in" / "train-images-idx3-ubyte").read_bytes(), np.uint8, offset=16).reshape(
-        30, 784
-    )
+    pixels = np.frombuffer((tmp_path / "in" / "train-images-idx3-ubyte").read_bytes(), np.uint8, offset=16).reshape(30, 784)
     labels = gzip.decompress((tmp_path / "in" / "train-labels-idx1-ubyte.gz").read_bytes())[8:]
     table = rows_of(folder, manifest, "train")
     assert np.array_equal(fixed_array(table, "image"), pixels) and table["label"].to_pylist() == list(labels)
@@ -132,9 +130,7 @@ def test_sentencepiece_documents_end_with_its_end_id(shared, tmp_path):
     model = shared / "data" / "sentencepiece" / "spiece.model"
     write_jsonl(tmp_path / "a.jsonl", [{"text": "one two"}, {"text": "three"}])
     folder, manifest = prepare(
-        experiment(
-            "clm-c4", tmp_path / "out", tmp_path / "a.jsonl", tokenizer=str(model), val_source=str(tmp_path / "a.jsonl")
-        )
+        experiment("clm-c4", tmp_path / "out", tmp_path / "a.jsonl", tokenizer=str(model), val_source=str(tmp_path / "a.jsonl"))
     )
     pieces = load_tokenizer(str(model))
     expected = [*pieces.encode("one two"), pieces.eos_id, *pieces.encode("three"), pieces.eos_id]
@@ -191,24 +187,17 @@ def test_held_out_documents_do_not_depend_on_order_and_equal_ones_stay_together(
         write_jsonl(tmp_path / f"{name}.jsonl", [{"text": body} for body in order])
     held_out = []
     for name in ("a", "b"):
-        folder, manifest = prepare(
-            experiment("clm-wikitext", tmp_path / "out", tmp_path / f"{name}.jsonl", val_fraction=0.2)
-        )
+        folder, manifest = prepare(experiment("clm-wikitext", tmp_path / "out", tmp_path / f"{name}.jsonl", val_fraction=0.2))
         val = BYTES.decode(stream_of(folder, manifest, "val"), skip_special=False).split("[EOS]")[:-1]
         train = BYTES.decode(stream_of(folder, manifest, "train"), skip_special=False).split("[EOS]")[:-1]
         held_out.append(set(val))
-        assert (
-            not set(val) & set(train)
-            and len(val) + len(train) == manifest.splits["val"].documents + manifest.splits["train"].documents
-        )
+        assert not set(val) & set(train) and len(val) + len(train) == manifest.splits["val"].documents + manifest.splits["train"].documents
     assert held_out[0] == held_out[1] and 30 < len(held_out[0]) < 90
 
 
 def test_a_single_text_file_is_held_out_by_sections(tmp_path):
     (tmp_path / "book.txt").write_text("".join(f"line {i}\n" for i in range(100_000)))
-    chosen = experiment(
-        "clm-wikitext", tmp_path / "out", tmp_path / "book.txt", 1024, val_fraction=0.2, rows_per_block=256
-    )
+    chosen = experiment("clm-wikitext", tmp_path / "out", tmp_path / "book.txt", 1024, val_fraction=0.2, rows_per_block=256)
     folder, manifest = prepare(chosen)
     lines = [BYTES.decode(stream_of(folder, manifest, split)).splitlines() for split in ("train", "val")]
     assert all(lines) and sorted(lines[0] + lines[1]) == sorted(f"line {i}" for i in range(100_000))
@@ -262,9 +251,7 @@ def test_stopped_anywhere_and_started_again_gives_the_same_bytes(tmp_path, monke
             assert not (Path(data_folder(chosen)) / MANIFEST).exists()
             with pytest.raises(UserError, match="is not prepared"):
                 load_prepared(chosen)
-    assert runs > 5 and len(ran) == len(set(ran)) + len(
-        [i for i in set(ran) if ran.count(i) == 2]
-    )  # pieces, then shards
+    assert runs > 5 and len(ran) == len(set(ran)) + len([i for i in set(ran) if ran.count(i) == 2])  # pieces, then shards
     assert content(data_folder(chosen)) == expected
     left = sorted(path.name for path in Path(chosen.data.root).iterdir())
     assert left == sorted([preprocess.HASHES, Path(data_folder(chosen)).name])
@@ -306,9 +293,7 @@ def test_a_damaged_data_set_is_refused_and_prepared_again(tmp_path):
     folder, _ = prepare(chosen)
     expected = content(folder)
     (Path(folder) / "train-00001.parquet").write_bytes(b"half")
-    with pytest.raises(
-        UserError, match=r"train-00001.parquet is missing or damaged: run `python -m ray_jobs.preprocess"
-    ):
+    with pytest.raises(UserError, match=r"train-00001.parquet is missing or damaged: run `python -m ray_jobs.preprocess"):
         load_prepared(chosen)
     prepare(chosen)
     assert content(folder) == expected

@@ -70,18 +70,14 @@ def test_rows_of_a_stream_have_every_id_but_the_first_as_a_target_once():
     for length in (1, 2, 5, 64):
         for tokens in range(2, 300):
             rows = stream_rows(tokens, length)
-            targets = [
-                t for row in range(rows) for t in range(row * length + 1, row * length + length + 1) if t < tokens
-            ]
+            targets = [t for row in range(rows) for t in range(row * length + 1, row * length + length + 1) if t < tokens]
             assert targets == list(range(1, tokens))
             assert (rows - 1) * length + 1 < tokens
 
 
 def test_manifest_survives_saving_and_its_digest_follows_its_content(tmp_path):
     split = make_split(tmp_path)
-    manifest = Manifest(
-        kind="tokens", settings={"a": 1}, settings_digest="0", splits={"train": split}, image_shape=(2, 3, 1)
-    )
+    manifest = Manifest(kind="tokens", settings={"a": 1}, settings_digest="0", splits={"train": split}, image_shape=(2, 3, 1))
     manifest.save(tmp_path)
     assert Manifest.load(tmp_path) == manifest and Manifest.load(tmp_path).digest == manifest.digest
     changed = replace(split, shards=(replace(split.shards[0], sha256="0"), *split.shards[1:]))
@@ -119,9 +115,7 @@ def test_unprepared_data_is_named_with_the_command_that_prepares_it(tmp_path):
 def test_data_prepared_with_other_settings_says_which(tmp_path):
     experiment = presets.clm_wikitext_small()
     experiment = replace(experiment, data=replace(experiment.data, root=str(tmp_path)))
-    Manifest(kind="tokens", settings=prepare_settings(experiment), settings_digest="", splits={}).save(
-        data_folder(experiment)
-    )
+    Manifest(kind="tokens", settings=prepare_settings(experiment), settings_digest="", splits={}).save(data_folder(experiment))
     assert load_prepared(experiment)[0] == data_folder(experiment)
     other = replace(experiment, model=replace(experiment.model, max_seq_len=512))
     with pytest.raises(UserError, match=r"--model.max-seq-len 512.*row_length: 1024 -> 512"):

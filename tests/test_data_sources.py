@@ -29,9 +29,7 @@ def touch(folder, *names, content="x"):
 
 def used(source, kind="tokens", **settings):
     found = resolve(DataConfig(source=str(source), **settings), kind)
-    return sorted((f.name.partition("/")[2], f.split) for f in found.files), [
-        n.partition("/")[2] for n in found.ignored
-    ]
+    return sorted((f.name.partition("/")[2], f.split) for f in found.files), [n.partition("/")[2] for n in found.ignored]
 
 
 @pytest.mark.parametrize(
@@ -149,9 +147,7 @@ def documents(path, kind="tokens", skip=False, columns=COLUMNS, cuts=()):
     return result, dict(problems.counts)
 
 
-ARTICLES = (
-    " \n = One = \n \n Text of one . \n = = Part = = \n \n More \n \n = Two = 2 = \n \n x = y \n \n = Not = = \n \n"
-)
+ARTICLES = " \n = One = \n \n Text of one . \n = = Part = = \n \n More \n \n = Two = 2 = \n \n x = y \n \n = Not = = \n \n"
 
 
 def test_wikitext_is_cut_before_titles_alone(tmp_path):
@@ -190,13 +186,7 @@ def test_documents_are_the_same_however_a_file_is_cut(tmp_path, monkeypatch, nam
     whole, _ = documents(path)
     size = len(lines) if name == "a.parquet" else path.stat().st_size
     for num in (1, 2, 5, 20):
-        cuts = sorted(
-            {
-                int(c) // (64 if name == "a.txt" else 1) * (64 if name == "a.txt" else 1)
-                for c in rng.integers(1, size, num)
-            }
-            - {0}
-        )
+        cuts = sorted({int(c) // (64 if name == "a.txt" else 1) * (64 if name == "a.txt" else 1) for c in rng.integers(1, size, num)} - {0})
         assert documents(path, cuts=cuts)[0] == whole
     if name in ("a.txt", "a.raw"):
         assert "".join(text for text, *_ in whole).encode() == path.read_bytes()

@@ -42,9 +42,7 @@ def test_shifted_windows_are_the_references(shared):
 def test_marks_stand_where_documents_begin_and_end(parts):
     ids, lengths = BYTES.encode_batch([text for text, _, _ in parts])
     begins, complete = (np.array([part[i] for part in parts], bool) for i in (1, 2))
-    expected = [
-        token for text, begin, end in parts for token in ([CLS] * begin + BYTES.encode(text).tolist() + [SEP] * end)
-    ]
+    expected = [token for text, begin, end in parts for token in ([CLS] * begin + BYTES.encode(text).tolist() + [SEP] * end)]
     assert join_documents(ids, lengths, begins, complete, CLS, SEP).tolist() == expected
     assert join_documents(ids, lengths, begins, complete).tolist() == ids.tolist()
 
@@ -152,9 +150,7 @@ def test_random_ids_cover_the_vocabulary_evenly():
 
 def test_masks_depend_on_seed_epoch_and_row_alone():
     ids, inputs, labels = masked()
-    part = mask_words(
-        ids[10:20], BYTES.words, mask_id=MASK, probability=0.15, seed=0, epoch=np.zeros(10, int), rows=np.arange(10, 20)
-    )
+    part = mask_words(ids[10:20], BYTES.words, mask_id=MASK, probability=0.15, seed=0, epoch=np.zeros(10, int), rows=np.arange(10, 20))
     assert np.array_equal(part[0], inputs[10:20]) and np.array_equal(part[1], labels[10:20])
     for change in ({"seed": 1}, {"epoch": 1}, {"rows": np.arange(64) + 64}):
         assert not np.array_equal(masked(**change)[2], labels)

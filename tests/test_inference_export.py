@@ -54,9 +54,7 @@ def test_a_sentencepiece_model_travels_with_the_export(shared, tmp_path):
     trained = TrainedModel(model=build_model(config), task=experiment("causal").task, tokenizer=tokenizer)
     again = perceiver.load(trained.export(tmp_path / "out"), device="cpu")
     assert again.tokenizer.fingerprint["sha256"] == tokenizer.fingerprint["sha256"]
-    assert again.generate("The meaning", max_new_tokens=5, seed=0) == trained.generate(
-        "The meaning", max_new_tokens=5, seed=0
-    )
+    assert again.generate("The meaning", max_new_tokens=5, seed=0) == trained.generate("The meaning", max_new_tokens=5, seed=0)
 
 
 def test_an_earlier_export_is_replaced_and_nothing_else(tmp_path):
@@ -181,6 +179,4 @@ def test_the_export_job_writes_what_load_reads(tmp_path, capsys):
     write_run(tmp_path / "run", "masked", {1: 2.0, 2: 1.0})
     assert main([str(tmp_path / "run"), "--out", str(tmp_path / "out"), "--checkpoint", "1"]) == 0
     assert str(tmp_path / "out") in capsys.readouterr().out
-    assert same_weights(
-        perceiver.load(tmp_path / "out", device="cpu").model, build_model(experiment("masked").model, seed=1)
-    )
+    assert same_weights(perceiver.load(tmp_path / "out", device="cpu").model, build_model(experiment("masked").model, seed=1))

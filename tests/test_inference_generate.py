@@ -146,9 +146,7 @@ def test_a_stream_is_the_whole_in_pieces():
     model, ids = MODELS["rotary only"], torch.tensor([[1, 2, 3], [4, 5, 6]])
     options = {"max_new_tokens": 12, "num_latents": 2}
     whole = generate(model, ids, temperature=0.8, seed=5, **options)
-    assert torch.equal(
-        torch.cat(list(stream(model, ids, sampling=Sampling(temperature=0.8, seed=5), **options)), 1), whole
-    )
+    assert torch.equal(torch.cat(list(stream(model, ids, sampling=Sampling(temperature=0.8, seed=5), **options)), 1), whole)
 
 
 def test_generation_leaves_the_model_as_it_was():

@@ -154,9 +154,7 @@ def test_fills_are_the_best_combinations_of_all(models):
     """Against all pairs of the likeliest tokens of two masks."""
     masked = models["masked"]
     tokenizer = masked.tokenizer
-    ids = torch.tensor(
-        [[tokenizer.cls_id, tokenizer.mask_id, *tokenizer.encode("xy").tolist(), tokenizer.mask_id, tokenizer.sep_id]]
-    )
+    ids = torch.tensor([[tokenizer.cls_id, tokenizer.mask_id, *tokenizer.encode("xy").tolist(), tokenizer.mask_id, tokenizer.sep_id]])
     log_probs = masked.model(ids).log_softmax(-1)[0, [1, 4]].double()
     log_probs[:, :6] = -torch.inf
     pairs = (log_probs[0][:, None] + log_probs[1]).flatten().topk(40).values.exp()

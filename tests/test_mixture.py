@@ -31,9 +31,7 @@ from tests.test_training import losses, run
 
 
 def order(rows: int, batch: int = 8, seed: int = 0, block: int = 4, window: int = 2, lanes: int = 4) -> Order:
-    return Order(
-        rows=rows, rows_per_block=block, global_batch_size=batch, window_blocks=window, max_lanes=lanes, seed=seed
-    )
+    return Order(rows=rows, rows_per_block=block, global_batch_size=batch, window_blocks=window, max_lanes=lanes, seed=seed)
 
 
 def mixture(rows=(300, 41, 7), shares=(0.7, 0.25, 0.05), size: int = 10) -> Mixture:
@@ -64,9 +62,7 @@ def batches(mixed: Mixture, world: int, start: int, stop: int) -> list[list[tupl
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-    rows=st.integers(1, 200), batch=st.integers(1, 24), block=st.integers(1, 9), window=st.integers(1, 4), lanes=st.integers(1, 8)
-)
+@given(rows=st.integers(1, 200), batch=st.integers(1, 24), block=st.integers(1, 9), window=st.integers(1, 4), lanes=st.integers(1, 8))
 def test_places_are_the_batches_laid_end_to_end(rows, batch, block, window, lanes):
     chosen = order(rows, batch, 0, block, window, lanes)
     positions = [range(*span) for s in range(chosen.steps_per_epoch) for span in chosen.batch_ranges(s)]

@@ -23,8 +23,7 @@ WRONG = {
     "scale": (replace(AR, init_scale=0.0), "model.init_scale is 0.0"),
     "encoder heads": (
         replace(TEXT, encoder=replace(TEXT.encoder, num_cross_attention_heads=3)),
-        "model.encoder.num_cross_attention_heads is 3, but must divide "
-        "model.encoder.num_cross_attention_qk_channels, 4",
+        "model.encoder.num_cross_attention_heads is 3, but must divide model.encoder.num_cross_attention_qk_channels, 4",
     ),
     "value heads": (
         replace(IMAGE, encoder=replace(IMAGE.encoder, num_self_attention_heads=4, num_self_attention_v_channels=6)),

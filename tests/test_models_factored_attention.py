@@ -41,9 +41,7 @@ def value_and_gradients(
     return [out.detach(), queries.grad, pixels.grad, *(p.grad for p in layer.parameters())]
 
 
-def both_ways(
-    layer: CrossAttentionLayer, shared_queries: bool, dtype: torch.dtype
-) -> tuple[list[Tensor], list[Tensor]]:
+def both_ways(layer: CrossAttentionLayer, shared_queries: bool, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
     torch.manual_seed(1)
     queries = torch.randn(1 if shared_queries else BATCH, QUERIES, 16, dtype=dtype)
     pixels = torch.randn(BATCH, TABLE.shape[0], PIXEL, dtype=dtype)

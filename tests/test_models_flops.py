@@ -52,9 +52,7 @@ def test_training_flops_are_forward_and_backward_with_prefix_dropout() -> None:
     config = replace(AR, cross_attention_dropout=0.4)
     keep = torch.arange(flops.num_kept(16, 0.4))[None]
     # PyTorch counts the scores once more in the backward pass of fused attention, which recomputes them.
-    recomputed = sum(
-        2 * 8 * keys * config.num_channels for keys in (keep.shape[1] + 8, *[8] * config.num_self_attention_layers)
-    )
+    recomputed = sum(2 * 8 * keys * config.num_channels for keys in (keep.shape[1] + 8, *[8] * config.num_self_attention_layers))
     assert flops.training_flops(config) == counted(config, x, 16, prefix_keep=keep, backward=True) - recomputed
 
 

@@ -17,9 +17,7 @@ LOCAL = PerceiverIOConfig(
     num_latents=LATENTS,
     num_latent_channels=64,
     input=TextInput(vocab_size=8, max_seq_len=LENGTH, num_channels=64),
-    encoder=EncoderConfig(
-        num_cross_attention_heads=HEADS, num_self_attention_heads=HEADS, num_self_attention_layers_per_block=1
-    ),
+    encoder=EncoderConfig(num_cross_attention_heads=HEADS, num_self_attention_heads=HEADS, num_self_attention_layers_per_block=1),
     decoder=DecoderConfig(num_cross_attention_heads=HEADS),
     init_scale=0.1,
     init="local",

@@ -30,9 +30,7 @@ TEXT = PerceiverIOConfig(
     num_latent_channels=16,
     input=TextInput(vocab_size=40, max_seq_len=12, num_channels=8),
     encoder=replace(ENCODER, num_cross_attention_qk_channels=4, num_cross_attention_v_channels=16),
-    decoder=DecoderConfig(
-        num_cross_attention_heads=2, num_cross_attention_qk_channels=4, num_cross_attention_v_channels=8
-    ),
+    decoder=DecoderConfig(num_cross_attention_heads=2, num_cross_attention_qk_channels=4, num_cross_attention_v_channels=8),
     init_scale=0.3,
 )
 IMAGE = PerceiverIOConfig(

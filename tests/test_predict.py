@@ -37,9 +37,7 @@ def write_inputs(folder: Path) -> None:
     objects = "".join(json.dumps({"text": line, "name": f"n{i}"}) + "\n" for i, line in enumerate(LINES))
     (folder / "objects.jsonl").write_text(objects)
     (folder / "packed.jsonl.gz").write_bytes(gzip.compress(objects.encode()))
-    pq.write_table(
-        pa.table({"text": LINES, "name": [f"n{i}" for i in range(5)]}), folder / "table.parquet", row_group_size=2
-    )
+    pq.write_table(pa.table({"text": LINES, "name": [f"n{i}" for i in range(5)]}), folder / "table.parquet", row_group_size=2)
 
 
 @pytest.mark.parametrize("rows_per_part", [1, 2, 3, 5, 100])
@@ -165,9 +163,7 @@ def test_a_model_of_another_task_is_refused(runs):
 def test_a_command_line_becomes_a_job_with_its_checkpoint_settled(runs, tmp_path):
     from ray_jobs.predict import parse
 
-    job, output, placement = parse(
-        [str(runs["sentiment"]), "--input", "in", "--output", str(tmp_path / "out"), "--actors", "2"]
-    )
+    job, output, placement = parse([str(runs["sentiment"]), "--input", "in", "--output", str(tmp_path / "out"), "--actors", "2"])
     assert (job.options.mode, job.column, job.checkpoint, placement.actors) == ("classify", "text", "1", 2)
     assert job.inputs == (os.path.abspath("in"),) and output == str(tmp_path / "out")
     job, _, _ = parse([str(runs["images"]), "--input", "in", "--output", "out", "--mode", "embed"])
@@ -187,9 +183,7 @@ def test_an_output_folder_belongs_to_one_job(runs, tmp_path):
     write_inputs(tmp_path / "in")
 
     def job(*more):
-        return parse(
-            [str(runs["sentiment"]), "--input", str(tmp_path / "in"), "--output", str(tmp_path / "out"), *more]
-        )[0]
+        return parse([str(runs["sentiment"]), "--input", str(tmp_path / "in"), "--output", str(tmp_path / "out"), *more])[0]
 
     parts = plan(job(), str(tmp_path / "out"))
     assert plan(job(), str(tmp_path / "out")) == parts
@@ -256,9 +250,7 @@ def test_a_killed_job_continues_and_every_row_is_there_once(runs, tmp_path):
             lines.append(bad.get(i, json.dumps({"id": f"r{i}", "text": text}) + "\n"))
         (tmp_path / "in" / f"{file}.jsonl").write_text("".join(lines))
     out = tmp_path / "out"
-    command = predict_command(
-        runs["sentiment"], tmp_path / "in", out, "--id-column", "id", "--actors", "2", "--rows-per-part", "50"
-    )
+    command = predict_command(runs["sentiment"], tmp_path / "in", out, "--id-column", "id", "--actors", "2", "--rows-per-part", "50")
     environment = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     first = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 400
@@ -271,24 +263,18 @@ def test_a_killed_job_continues_and_every_row_is_there_once(runs, tmp_path):
     assert 3 <= len(before) < 80
     second = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
     assert second.returncode == 0, second.stderr
-    assert (
-        "done before" in second.stdout and "finished: 4,000 rows" in second.stdout and "3 with errors" in second.stdout
-    )
+    assert "done before" in second.stdout and "finished: 4,000 rows" in second.stdout and "3 with errors" in second.stdout
     assert {name: (out / name).stat().st_mtime_ns for name in before} == before
     table = pa.concat_tables([pq.read_table(path) for path in sorted(out.glob("part-*.parquet"))])
     expected = {f"r{i}" for i in range(4000)} - {"r17"} | {"0.jsonl:17"}
     assert table.num_rows == 4000 and set(table["id"].to_pylist()) == expected
     wrong = table.filter(table["error"].is_valid())
     assert wrong["id"].to_pylist() == ["0.jsonl:17", "r1234", "r3999"] and wrong["label"].null_count == 3
-    assert [json.loads(line)["id"] for line in (out / "errors.jsonl").read_text().splitlines()] == wrong[
-        "id"
-    ].to_pylist()
+    assert [json.loads(line)["id"] for line in (out / "errors.jsonl").read_text().splitlines()] == wrong["id"].to_pylist()
     assert not [path.name for path in out.iterdir() if path.name.endswith(".tmp")]
     model = perceiver.load(runs["sentiment"], device="cpu")
     rows = [json.loads(line) for line in (tmp_path / "in" / "2.jsonl").read_text().splitlines()]
-    expected = {
-        row["id"]: c.probability for row, c in zip(rows, model.classify([r["text"] for r in rows]), strict=True)
-    }
+    expected = {row["id"]: c.probability for row, c in zip(rows, model.classify([r["text"] for r in rows]), strict=True)}
     found = dict(zip(table["id"].to_pylist(), table["probability"].to_pylist(), strict=True))
     np.testing.assert_allclose([found[i] for i in expected], list(expected.values()), rtol=1e-4)
 

@@ -79,9 +79,7 @@ def test_the_command_prepares_and_then_has_nothing_to_do(tmp_path):
     started = time.monotonic()
     second = command(*arguments)
     assert second.returncode == 0 and "nothing to do" in second.stdout and time.monotonic() - started < 5
-    _, manifest = load_prepared(
-        experiment("quickstart", tmp_path, "mnist-mini", rows_per_block=256, blocks_per_shard=64)
-    )
+    _, manifest = load_prepared(experiment("quickstart", tmp_path, "mnist-mini", rows_per_block=256, blocks_per_shard=64))
     assert manifest.splits["val"].rows == 800
 
 
@@ -95,9 +93,7 @@ def test_a_fault_found_by_a_task_is_one_sentence_and_status_2(tmp_path):
     arguments = ("txt-clf-imdb-all", "--data.source", str(tmp_path), "--data.root", str(tmp_path / "out"))
     result = command(*arguments)
     assert result.returncode == 2 and "Traceback" not in result.stderr
-    assert [
-        line for line in result.stderr.splitlines() if "train-1.jsonl.gz is truncated" in line
-    ] == result.stderr.splitlines()
+    assert [line for line in result.stderr.splitlines() if "train-1.jsonl.gz is truncated" in line] == result.stderr.splitlines()
     assert not list((tmp_path / "out").rglob(MANIFEST))
     skipped = command(*arguments, "--data.on-error", "skip")
     assert skipped.returncode == 0 and "skipped: 1 x truncated file" in skipped.stdout

@@ -214,9 +214,7 @@ def test_the_official_language_model_gives_the_same_logits_with_padding(transfor
 
 @pytest.mark.parametrize("safe", [True, False])
 def test_the_official_image_classifier_gives_the_same_logits(transformers, tmp_path, safe):
-    theirs, ours = official(
-        transformers, "PerceiverForImageClassificationFourier", tmp_path, safe, num_labels=7, d_latents=32, d_model=261
-    )
+    theirs, ours = official(transformers, "PerceiverForImageClassificationFourier", tmp_path, safe, num_labels=7, d_latents=32, d_model=261)
     images = torch.rand(1, 3, 224, 224, generator=torch.Generator().manual_seed(0)) * 2 - 1
     with torch.no_grad():
         expected = theirs(pixel_values=images).logits
@@ -228,9 +226,7 @@ def test_the_official_image_classifier_gives_the_same_logits(transformers, tmp_p
 @pytest.mark.parametrize("safe", [True, False])
 def test_the_official_optical_flow_model_gives_the_same_flow(transformers, tmp_path, safe):
     size = (16, 24)
-    theirs, ours = official(
-        transformers, "PerceiverForOpticalFlow", tmp_path, safe, train_size=size, d_model=322, num_blocks=1
-    )
+    theirs, ours = official(transformers, "PerceiverForOpticalFlow", tmp_path, safe, train_size=size, d_model=322, num_blocks=1)
     frames = torch.randn(1, 2, 27, *size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = theirs(inputs=frames).logits

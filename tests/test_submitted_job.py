@@ -90,9 +90,7 @@ def answers(address: str) -> bool:
 def submit(cluster, *job: str, **environment: str) -> subprocess.CompletedProcess:
     address, env, _ = cluster
     command = [RAY, "job", "submit", "--address", address, "--working-dir", ".", "--", "python", "-m", *job]
-    return subprocess.run(
-        command, cwd=ROOT, env={**env, **environment}, capture_output=True, text=True, timeout=400
-    )
+    return subprocess.run(command, cwd=ROOT, env={**env, **environment}, capture_output=True, text=True, timeout=400)
 
 
 def test_a_submitted_training_joins_the_cluster_and_finishes(cluster):

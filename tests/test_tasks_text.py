@@ -311,5 +311,3 @@ def test_golden_word_ids_are_the_words_that_are_masked_together(shared):
             assert not chosen[words == -1].any()
             borders = np.flatnonzero(np.diff(words)) + 1
             assert all(len(set(part.tolist())) == 1 for part in np.split(chosen, borders))
-
-

@@ -110,9 +110,7 @@ def test_a_loser_finds_something_to_take_over_whoever_reports_first(order):
 
 
 def test_asha_knows_in_a_continued_sweep_what_was_reported_before(tmp_path):
-    events = [
-        {"event": "report", "trial": f"trial-0000{i}", "examples": 1000, "value": value} for i, value in enumerate((1.0, 1.1, 1.2))
-    ]
+    events = [{"event": "report", "trial": f"trial-0000{i}", "examples": 1000, "value": value} for i, value in enumerate((1.0, 1.1, 1.2))]
     asha = scheduler(replace(GOOD, scheduler="asha", grace=0.1), 10_000, tmp_path)
     asha.set_search_properties("val_loss", "min")
     trials = [SimpleNamespace(trial_id=f"a_0000{i}", has_reported_at_least_once=i < 3) for i in range(5)]

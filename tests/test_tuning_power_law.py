@@ -80,7 +80,7 @@ def test_too_few_sizes_budgets_or_no_minimum_are_refused_in_a_sentence():
         fit_study([m for i, m in enumerate(found) if i % 7 < 2])
     with pytest.raises(UserError, match="at least 2 budgets"):
         fit_study(found[:7])
-    falling = [Measurement(budget=m.budget, parameters=m.parameters, tokens=m.tokens, loss=-np.log10(m.parameters) ** 2) for m in found]
+    falling = [Measurement(budget=m.budget, parameters=m.parameters, tokens=m.tokens, loss=-(np.log10(m.parameters) ** 2)) for m in found]
     with pytest.raises(UserError, match="no minimum"):
         fit_study(falling)
 

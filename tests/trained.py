@@ -60,9 +60,7 @@ def write_run(folder: Path, task: str, losses: dict[int, float] | None = None) -
     for step, loss in (losses or {1: 1.0}).items():
         path = folder / CHECKPOINTS / f"step-{step:08d}"
         with warnings.catch_warnings(action="ignore"):
-            dcp.save(
-                {"model": build_model(config.model, seed=step).state_dict()}, checkpoint_id=str(path), no_dist=True
-            )
+            dcp.save({"model": build_model(config.model, seed=step).state_dict()}, checkpoint_id=str(path), no_dist=True)
         (path / MARKER).write_text(json.dumps({"step": step, "metrics": {"val_loss": loss}}))
     return folder
 

@@ -90,9 +90,7 @@ def fit_parabola(measurements: Sequence[Measurement]) -> Parabola:
     return _parabola(budget, x, np.log10([m.tokens for m in measurements]), np.array([m.loss for m in measurements]))
 
 
-def fit_study(
-    measurements: Sequence[Measurement], *, num_samples: int = 1000, level: float = 0.95, seed: int = 0
-) -> Study:
+def fit_study(measurements: Sequence[Measurement], *, num_samples: int = 1000, level: float = 0.95, seed: int = 0) -> Study:
     """Parabolas, power laws, and their intervals by a bootstrap of the parabolas' residuals.
 
     Residuals are scaled by sqrt(n / (n - 3)): a parabola through n points leaves too small ones. The interval is of noise in

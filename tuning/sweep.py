@@ -157,9 +157,7 @@ def check_folder(sweep: Sweep, folder: Path) -> None:
 def describe(sweep: Sweep) -> dict[str, Any]:
     """A sweep as JSON-ready data: what makes it the same sweep."""
     plain = {f.name: getattr(sweep, f.name) for f in fields(sweep) if f.name not in ("space", "points", "overrides")}
-    space = {
-        name: d if isinstance(d, dict) else f"{type(d).__name__} {d.domain_str} {d.sampler}" for name, d in sweep.space.items()
-    }
+    space = {name: d if isinstance(d, dict) else f"{type(d).__name__} {d.domain_str} {d.sampler}" for name, d in sweep.space.items()}
     identity = sweep.experiment().identity
     return {**plain, "mode": sweep.mode, "space": space, "points": list(map(dict, sweep.points)), "default": sweep.default(),
             "experiment": digest(identity), "overrides": shlex.join(sweep.overrides)}  # fmt: skip

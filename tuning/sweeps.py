@@ -1,10 +1,10 @@
 """What a sweep is, and the ready-made ones. A sweep of your own is a function in a file: `python -m tuning.sweep my.py:sweep`.
 
-    from ray import tune
-    from tuning.sweeps import Sweep
+from ray import tune
+from tuning.sweeps import Sweep
 
-    def sweep() -> Sweep:
-        return Sweep(preset="quickstart", space={"optim.lr": tune.loguniform(1e-4, 1e-2)}, trials=8)
+def sweep() -> Sweep:
+    return Sweep(preset="quickstart", space={"optim.lr": tune.loguniform(1e-4, 1e-2)}, trials=8)
 """
 
 from __future__ import annotations

@@ -75,15 +75,11 @@ def _together(splits: list[Split]) -> Split:
     return replace(splits[0], shards=(), **counts)
 
 
-def weighted(
-    parts: list[Component], sums: list[dict[str, np.ndarray]]
-) -> tuple[dict[str, np.ndarray], Split]:
+def weighted(parts: list[Component], sums: list[dict[str, np.ndarray]]) -> tuple[dict[str, np.ndarray], Split]:
     """Sums of a validation pass over each data set, and their splits, as of one pass in which each has its share of targets."""
     scales = [part.share / max(float(counts["targets"]), 1) for part, counts in zip(parts, sums, strict=True)]
     total = sum(float(counts["targets"]) for counts in sums)
-    together = {
-        name: sum(scale * total * counts[name] for scale, counts in zip(scales, sums, strict=True)) for name in sums[0]
-    }
+    together = {name: sum(scale * total * counts[name] for scale, counts in zip(scales, sums, strict=True)) for name in sums[0]}
     splits = [part.manifest.splits["val"] for part in parts]
     tokens = sum(split.tokens for split in splits)
     per_token = {

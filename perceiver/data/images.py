@@ -69,9 +69,7 @@ def parse_idx(data: bytes, ndim: int, name: str, head_only: bool = False) -> np.
         raise UserError(f"{name} is no idx file: it has {len(data)} bytes, the head alone has {head}")
     magic, *shape = struct.unpack(f">{1 + ndim}i", data[:head])
     if magic != expected:
-        raise UserError(
-            f"{name} is no idx file of unsigned bytes in {ndim} dimensions: magic {magic}, expected {expected}"
-        )
+        raise UserError(f"{name} is no idx file of unsigned bytes in {ndim} dimensions: magic {magic}, expected {expected}")
     if any(size < 0 for size in shape) or any(size == 0 for size in shape[1:]):
         raise UserError(f"{name} is no idx file: its head says shape {tuple(shape)}")
     if head_only:

@@ -234,9 +234,7 @@ def _epoch_plan(order: Order, epoch: int, start: int, stop: int, slots: Range) -
         for first, last in _cut(order.batch_ranges(order.full_batches), slots):
             for window, low, high in order.windows(epoch, first, last):
                 size = high - low
-                units.append(
-                    Unit(epoch, window, low, high, low, size, 0, size, order.lanes, first_step + order.full_batches)
-                )
+                units.append(Unit(epoch, window, low, high, low, size, 0, size, order.lanes, first_step + order.full_batches))
     return units
 
 

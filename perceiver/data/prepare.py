@@ -143,9 +143,7 @@ class _PieceWriter:
         self._counts = dict.fromkeys(_COUNTS, 0)
         self._histogram = np.zeros(0, np.int64)
 
-    def add(
-        self, values: np.ndarray, counts: dict[str, int], labels: np.ndarray | None, lengths: np.ndarray | None
-    ) -> None:
+    def add(self, values: np.ndarray, counts: dict[str, int], labels: np.ndarray | None, lengths: np.ndarray | None) -> None:
         for name, count in counts.items():
             self._counts[name] += count
         self._write("values", values)

@@ -224,9 +224,7 @@ def _parse_line(line: bytes, span: Span, position: int, columns: Columns, proble
         text.encode()
         label = _label(row[columns.label], columns) if columns.label else 0
     except UnicodeDecodeError as error:
-        return fault(
-            "not UTF-8", f"is not UTF-8: byte {line[error.start]:#04x} at byte {position + error.start:,} of the file"
-        )
+        return fault("not UTF-8", f"is not UTF-8: byte {line[error.start]:#04x} at byte {position + error.start:,} of the file")
     except UnicodeEncodeError:
         return fault("not UTF-8", f"field {columns.text!r} has a lone surrogate, which no UTF-8 text can hold")
     except json.JSONDecodeError as error:
@@ -270,9 +268,7 @@ def _read_parquet(span: Span, columns: Columns, problems: Problems) -> Iterator[
             yield _whole(kept, None if labels is None else labels[np.array(keep)])
 
 
-def _labels(
-    span: Span, table: pa.Table, first: int, keep: list[bool], columns: Columns, problems: Problems
-) -> np.ndarray:
+def _labels(span: Span, table: pa.Table, first: int, keep: list[bool], columns: Columns, problems: Problems) -> np.ndarray:
     """The label column as class numbers; rows with a faulty label are taken out of `keep`."""
     result = np.zeros(table.num_rows, np.int64)
     for i, value in enumerate(table.column(columns.label).to_pylist()):
@@ -333,9 +329,7 @@ def _parquet_tables(span: Span, wanted: list[str]) -> Iterator[tuple[int, pa.Tab
     with _open_parquet(span.file) as parquet:
         there = parquet.schema_arrow.names
         if missing := [name for name in wanted if name not in there]:
-            raise Unreadable(
-                "wrong schema", f"{span.file.name} has no column {missing[0]!r} (it has: {', '.join(there)})"
-            )
+            raise Unreadable("wrong schema", f"{span.file.name} has no column {missing[0]!r} (it has: {', '.join(there)})")
         if parquet.metadata.num_rows == 0:
             raise Unreadable("empty file", f"{span.file.name} has no rows")
         first = 0
@@ -362,9 +356,7 @@ def _read_idx(span: Span, columns: Columns, problems: Problems) -> Iterator[Imag
     file = span.file
     parts = []
     for path, ndim in ((file.path, 3), (file.labels_path, 1)):
-        name = (
-            file.name if path == file.path else f"{file.name.rpartition('/')[0]}/{path.rpartition('/')[2]}".lstrip("/")
-        )
+        name = file.name if path == file.path else f"{file.name.rpartition('/')[0]}/{path.rpartition('/')[2]}".lstrip("/")
         one = InputFile(path=path, name=name, format="idx", size=0)
         data = b"".join(chunks(Span(one, 0, 0), 0))
         try:
@@ -373,20 +365,14 @@ def _read_idx(span: Span, columns: Columns, problems: Problems) -> Iterator[Imag
             raise Unreadable("bad idx file", str(error)) from None
     images, labels = parts
     if len(images) != len(labels):
-        raise Unreadable(
-            "bad idx file", f"{file.name} has {len(images):,} images, but its labels file has {len(labels):,} labels"
-        )
+        raise Unreadable("bad idx file", f"{file.name} has {len(images):,} images, but its labels file has {len(labels):,} labels")
     if not len(images):
         raise Unreadable("empty file", f"{file.name} has no images")
     if (*images.shape[1:], 1) != columns.image_shape:
-        raise Unreadable(
-            "bad image", f"{file.name} has images of shape {(*images.shape[1:], 1)}, not {columns.image_shape}"
-        )
+        raise Unreadable("bad image", f"{file.name} has images of shape {(*images.shape[1:], 1)}, not {columns.image_shape}")
     good = labels < columns.num_classes
     for i in np.flatnonzero(~good):
-        problems.report(
-            "bad label", f"{file.name} image {i:,}: label {labels[i]} must be 0 .. {columns.num_classes - 1}"
-        )
+        problems.report("bad label", f"{file.name} image {i:,}: label {labels[i]} must be 0 .. {columns.num_classes - 1}")
     yield Images(images[good][..., None], labels[good].astype(np.int64))
 
 

@@ -222,9 +222,7 @@ def schema(kind: str, row_length: int) -> pa.Schema:
     item = pa.field("element", pa.uint16(), nullable=False)
     if kind == "tokens":
         return pa.schema([pa.field("tokens", pa.list_(item, row_length), nullable=False)])
-    return pa.schema(
-        [pa.field("tokens", pa.list_(item), nullable=False), pa.field("label", pa.int32(), nullable=False)]
-    )
+    return pa.schema([pa.field("tokens", pa.list_(item), nullable=False), pa.field("label", pa.int32(), nullable=False)])
 
 
 def write_blocks(file: BinaryIO, kind: str, row_length: int, blocks: Iterable[pa.Table]) -> None:
@@ -328,9 +326,7 @@ def prepare_settings(experiment: Experiment) -> dict[str, Any]:
     name, (_, vocab_size) = experiment.data.tokenizer, text_limits(experiment)
     tokenizer = load_tokenizer(name)
     if tokenizer.vocab_size > vocab_size:
-        raise UserError(
-            f"data.tokenizer {name} has {tokenizer.vocab_size} ids, but the model's vocab_size is {vocab_size}"
-        )
+        raise UserError(f"data.tokenizer {name} has {tokenizer.vocab_size} ids, but the model's vocab_size is {vocab_size}")
     return settings | {"tokenizer": tokenizer.fingerprint}
 
 
@@ -338,9 +334,7 @@ def _settings(experiment: Experiment) -> dict[str, Any]:
     """`prepare_settings` without the tokenizer."""
     data, kind = experiment.data, task_kind(experiment)
     if not data.source and not data.val_source and not data.mixture:
-        raise UserError(
-            f"{experiment.preset}: data.source is empty: name a data set or your own files (see docs/data.md)"
-        )
+        raise UserError(f"{experiment.preset}: data.source is empty: name a data set or your own files (see docs/data.md)")
     if data.rows_per_block < 1 or data.blocks_per_shard < 1:
         raise UserError("data.rows_per_block and data.blocks_per_shard must be at least 1")
     if not 0 <= data.val_fraction < 1:
@@ -434,8 +428,7 @@ def load_prepared(experiment: Experiment) -> tuple[str, Manifest]:
         return folder, manifest
     message = f"data of {experiment.preset} is not prepared: run `{preprocess_command(experiment)}`"
     others = [
-        f"{name} ({'; '.join(differences(flatten(other.settings), flatten(settings)))})"
-        for name, other in _others(experiment, settings)
+        f"{name} ({'; '.join(differences(flatten(other.settings), flatten(settings)))})" for name, other in _others(experiment, settings)
     ]
     if others:
         message += f" (prepared with other settings: {', '.join(others)})"
@@ -483,9 +476,7 @@ def check_fits(experiment: Experiment, manifest: Manifest) -> None:
     """
     classes = getattr(getattr(experiment.model, "output", None), "num_classes", None)
     if manifest.num_classes is not None and classes is not None and manifest.num_classes > classes:
-        raise UserError(
-            f"the data has labels up to {manifest.num_classes - 1}, but model.output.num_classes is {classes}"
-        )
+        raise UserError(f"the data has labels up to {manifest.num_classes - 1}, but model.output.num_classes is {classes}")
     if manifest.image_shape is not None:
         check_image_shape(experiment, manifest.image_shape)
 

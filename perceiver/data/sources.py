@@ -138,9 +138,7 @@ def mixture_sources(data: DataConfig) -> list[MixtureSource]:
             validation data for all of them.
     """
     if data.val_source:
-        raise UserError(
-            "data.mixture and data.val_source are both given: a mixture's sources each have their own validation data"
-        )
+        raise UserError("data.mixture and data.val_source are both given: a mixture's sources each have their own validation data")
     found = []
     for entry in data.mixture:
         source, equals, weight = entry.rpartition("=")
@@ -190,9 +188,7 @@ def resolve(data: DataConfig, kind: str) -> Source:
         found, origin = _find(data.source, kind, "data.source")
         train, val, ignored = _assign(found, kind)
         if not train:
-            raise UserError(
-                f"data.source {data.source} has no files to train on, only {', '.join(f.name for f in val)}"
-            )
+            raise UserError(f"data.source {data.source} has no files to train on, only {', '.join(f.name for f in val)}")
     if data.val_source:
         found, _ = _find(data.val_source, kind, "data.val_source")
         unmarked, marked, more = _assign(found, kind)
@@ -200,8 +196,7 @@ def resolve(data: DataConfig, kind: str) -> Source:
         val = marked or unmarked
     if not val and data.val_fraction <= 0:
         raise UserError(
-            f"data.source {data.source} has no validation files: give them as data.val_source, or set "
-            "data.val_fraction above 0"
+            f"data.source {data.source} has no validation files: give them as data.val_source, or set data.val_fraction above 0"
         )
     train = [replace(f, split="train" if val else "hash") for f in train]
     files = [*train, *(replace(f, split="val") for f in val)]
@@ -271,10 +266,7 @@ def _list(source: str, field: str) -> list[tuple[str, str, int]]:
     if info.type == pafs.FileType.NotFound:
         near = difflib.get_close_matches(source, NAMED, n=1)
         hint = f", did you mean {near[0]}?" if near else ""
-        raise UserError(
-            f"{field} {source} does not exist: it is no file, folder or glob, and no named data set "
-            f"({', '.join(NAMED)}){hint}"
-        )
+        raise UserError(f"{field} {source} does not exist: it is no file, folder or glob, and no named data set ({', '.join(NAMED)}){hint}")
     if info.type == pafs.FileType.File:
         return [(prefix + path, "", info.size)]
     infos = filesystem.get_file_info(pafs.FileSelector(path, recursive=True))
@@ -348,9 +340,7 @@ def _hub_files(hub: _Hub, source: str, kind: str) -> tuple[list[_Found], dict[st
             "--data.source PATH (docs/data.md has their formats)"
         ) from error
     if not listed:
-        raise UserError(
-            f"data set {hub.repository} has no files that can be read without its own code: give local files"
-        )
+        raise UserError(f"data set {hub.repository} has no files that can be read without its own code: give local files")
     result, revisions = [], set()
     for split, paths in listed.items():
         for path in paths:

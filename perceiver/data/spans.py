@@ -88,9 +88,7 @@ def chunks(span: Span, start: int) -> Iterator[bytes]:
                 yield chunk
                 read += len(chunk)
     except EOFError:
-        raise Unreadable(
-            "truncated file", f"{file.name} is truncated: its gzip data ends after byte {read:,}"
-        ) from None
+        raise Unreadable("truncated file", f"{file.name} is truncated: its gzip data ends after byte {read:,}") from None
     except (gzip.BadGzipFile, zlib.error) as error:
         raise Unreadable("corrupt file", f"{file.name} is corrupt after byte {read:,} of its text ({error})") from None
     except OSError as error:
@@ -105,9 +103,7 @@ def _checked_chunks(span: Span, problems: Problems) -> Iterator[bytes]:
     yield from chunks(span, 0)
 
 
-def byte_runs(
-    span: Span, problems: Problems, borders: Callable[[bytes, int], list[int]]
-) -> Iterator[tuple[int, bytes, bool]]:
+def byte_runs(span: Span, problems: Problems, borders: Callable[[bytes, int], list[int]]) -> Iterator[tuple[int, bytes, bool]]:
     """The byte runs of a span between borders: (first byte in the file, run, whether the file ends with it).
 
     Args:

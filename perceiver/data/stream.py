@@ -38,9 +38,7 @@ def read_unit(
     return result.append_column("epoch", pa.array(np.full(len(chosen), unit.epoch, np.int64)))
 
 
-def empty_rows(
-    folder: str, split: Split, examples: Examples, read: Callable[[str, Split, int], pa.Table] = read_block
-) -> pa.Table:
+def empty_rows(folder: str, split: Split, examples: Examples, read: Callable[[str, Split, int], pa.Table] = read_block) -> pa.Table:
     """A table without rows, with the columns of `read_unit`."""
     table = examples(read(folder, split, 0), split, 0, 0, False).slice(0, 0)
     none = pa.array([], pa.int64())

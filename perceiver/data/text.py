@@ -148,9 +148,7 @@ def mask_words(
         The model's input, (n, T), and the labels: the original ids where chosen and IGNORE elsewhere, int64 (n, T).
     """
     num_rows, length = ids.shape
-    flags = (
-        np.take(table.flags, ids) if valid is None else np.where(valid, np.take(table.flags, ids), WordTable.SPECIAL)
-    )
+    flags = np.take(table.flags, ids) if valid is None else np.where(valid, np.take(table.flags, ids), WordTable.SPECIAL)
     special = (flags & WordTable.SPECIAL) != 0
     starts = _word_starts(flags) if whole_words else ~special
     # Words as runs of flat positions: from a start to the next start or special id.

@@ -210,10 +210,7 @@ class SentencePieceTokenizer(Tokenizer):
         borders = np.flatnonzero(np.diff(special, prepend=not special[0], append=not special[-1]))
         runs = (ids[a:b].tolist() for a, b in zip(borders[:-1], borders[1:], strict=True))
         return "".join(
-            "".join(map(self._processor.id_to_piece, run))
-            if self.words.special[run[0]]
-            else self._processor.decode(run)
-            for run in runs
+            "".join(map(self._processor.id_to_piece, run)) if self.words.special[run[0]] else self._processor.decode(run) for run in runs
         )
 
 
@@ -227,9 +224,7 @@ def load_tokenizer(name: str) -> Tokenizer:
         return _byte_tokenizer()
     info = _file_info(name)
     if info.type != pafs.FileType.File:
-        raise UserError(
-            f'data.tokenizer is {name}: it must be "bytes" or the path of a SentencePiece model, which is not there'
-        )
+        raise UserError(f'data.tokenizer is {name}: it must be "bytes" or the path of a SentencePiece model, which is not there')
     return _load_sentencepiece(name, info.size, info.mtime_ns)
 
 

@@ -40,24 +40,16 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m perceiver.inference", description=(__doc__ or "").partition(": ")[2]
-    )
-    parser.add_argument(
-        "run", help="folder or name of a run, an exported folder, published weights, or a name on the hub"
-    )
+    parser = argparse.ArgumentParser(prog="python -m perceiver.inference", description=(__doc__ or "").partition(": ")[2])
+    parser.add_argument("run", help="folder or name of a run, an exported folder, published weights, or a name on the hub")
     parser.add_argument("prompt", nargs="*", help="texts or image files; none: ask for them")
     parser.add_argument("--action", choices=ACTIONS, help="what to do (default: what the model was trained for)")
     parser.add_argument("--checkpoint", default="best", help="best (default), last, or a step")
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, ...")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of weights and computation")
-    parser.add_argument(
-        "--max-new-tokens", type=int, default=200, help="length of continuations in tokens (%(default)s)"
-    )
+    parser.add_argument("--max-new-tokens", type=int, default=200, help="length of continuations in tokens (%(default)s)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (%(default)s)")
-    parser.add_argument(
-        "--top-k", type=int, help="draw only among the k likeliest tokens; number of fills (5) or classes (3)"
-    )
+    parser.add_argument("--top-k", type=int, help="draw only among the k likeliest tokens; number of fills (5) or classes (3)")
     parser.add_argument("--top-p", type=float, help="draw only among the fewest tokens with this probability together")
     parser.add_argument("--num-latents", type=int, help="prompt tokens that start as latents (default: all that can)")
     parser.add_argument("--seed", type=int, help="of the drawing (default: another one each time)")

@@ -104,9 +104,7 @@ def _pixels(value: Any) -> tuple[np.ndarray, str]:
         value = value.cpu().numpy()
     if isinstance(value, np.ndarray):
         if value.dtype != np.uint8 or value.ndim not in (2, 3):
-            raise UserError(
-                f"an image array must be uint8 (height, width[, channels]), not {value.dtype} {value.shape}"
-            )
+            raise UserError(f"an image array must be uint8 (height, width[, channels]), not {value.dtype} {value.shape}")
         return (value[..., None] if value.ndim == 2 else value), "the image"
     if isinstance(value, (str, Path)):
         path, name = Path(value).expanduser(), str(value)

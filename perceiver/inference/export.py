@@ -93,9 +93,7 @@ def read_config(folder: Path) -> dict[str, Any] | None:
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         return None
     if config.get("format_version") != FORMAT_VERSION:
-        raise UserError(
-            f"{folder} has format version {config.get('format_version')}, this version reads {FORMAT_VERSION}"
-        )
+        raise UserError(f"{folder} has format version {config.get('format_version')}, this version reads {FORMAT_VERSION}")
     return config
 
 
@@ -135,9 +133,7 @@ def download(name: str, files: list[str]) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=files))
     except LocalEntryNotFoundError as error:
-        raise UserError(
-            f"the hub cannot be reached, and {name} was not downloaded before ({_reason(error)})"
-        ) from error
+        raise UserError(f"the hub cannot be reached, and {name} was not downloaded before ({_reason(error)})") from error
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise UserError(f"no model {name!r} here or on the hub ({_reason(error)})") from error
 

@@ -212,9 +212,7 @@ def load_published(source: str | Path, folder: Path | None, device: torch.device
         raise UserError(f"{source} does not hold the weights of its configuration ({reason})") from error
     tokenizer = tokenizer_of(pretrained.config, "bytes")
     name = Path(pretrained.origin).name
-    return TrainedModel(
-        model=model, task=task, tokenizer=tokenizer, photos=photos, name=name, provenance={"origin": name}
-    )
+    return TrainedModel(model=model, task=task, tokenizer=tokenizer, photos=photos, name=name, provenance={"origin": name})
 
 
 def _load_other(source: str | Path, device: torch.device) -> TrainedModel:
@@ -246,7 +244,5 @@ def _device(device: str) -> torch.device:
     except RuntimeError:
         raise UserError(f"device is {device!r} and must be auto, cpu, cuda or cuda:NUMBER") from None
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        raise UserError(
-            f"device is {device!r}, but this machine has {torch.cuda.device_count()} GPUs that PyTorch can use"
-        )
+        raise UserError(f"device is {device!r}, but this machine has {torch.cuda.device_count()} GPUs that PyTorch can use")
     return chosen

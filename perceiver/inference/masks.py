@@ -56,9 +56,7 @@ def fill_masks(model: nn.Module, tokenizer: Tokenizer, texts: Sequence[str], top
     logits = model(ids, pad_mask, positions=positions.to(device))
     # A mask is never the answer to a mask, nor are the other special ids.
     special = torch.from_numpy(np.flatnonzero(tokenizer.words.special)).to(device)
-    log_probs = (
-        logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1).index_fill(-1, special, -torch.inf)
-    )
+    log_probs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1).index_fill(-1, special, -torch.inf)
     return [
         [_fill(tokenizer, row, where, chosen, score) for score, chosen in _best(scores[: len(where)], top_k)]
         for row, where, scores in zip(rows, places, log_probs.cpu(), strict=True)
@@ -99,12 +97,7 @@ def _best(log_probs: Tensor, top_k: int) -> list[tuple[float, list[int]]]:
     beams: list[tuple[float, list[int]]] = [(0.0, [])]
     best = log_probs.double().topk(min(top_k, log_probs.shape[-1]))
     for choice, scores in zip(best.indices.tolist(), best.values.tolist(), strict=True):
-        extended = [
-            (score + s, [*chosen, t])
-            for score, chosen in beams
-            for t, s in zip(choice, scores, strict=True)
-            if s > -np.inf
-        ]
+        extended = [(score + s, [*chosen, t]) for score, chosen in beams for t, s in zip(choice, scores, strict=True) if s > -np.inf]
         beams = heapq.nlargest(top_k, extended, key=lambda beam: beam[0])
     return beams
 

@@ -63,10 +63,7 @@ def classify(model: nn.Module, x: Tensor, pad_mask: Tensor | None, class_names: 
     """
     probabilities = model(x, pad_mask).float().softmax(-1).cpu()
     best = probabilities.argmax(-1).tolist()
-    return [
-        Classification(class_names[i], i, row[i], tuple(row))
-        for i, row in zip(best, probabilities.tolist(), strict=True)
-    ]
+    return [Classification(class_names[i], i, row[i], tuple(row)) for i, row in zip(best, probabilities.tolist(), strict=True)]
 
 
 @torch.no_grad()
@@ -103,9 +100,7 @@ def score(model: nn.Module, tokenizer: Tokenizer, texts: Sequence[str], batch_si
         UserError: a text is empty or no text, or the tokenizer has no id for the end of a document.
     """
     if tokenizer.eos_id is None:
-        raise UserError(
-            "the model's tokenizer has no id for the end of a document: documents cannot be scored from their start"
-        )
+        raise UserError("the model's tokenizer has no id for the end of a document: documents cannot be scored from their start")
     config, device = model.config, next(model.parameters()).device
     windows: list[tuple[int, np.ndarray, int]] = []  # document, ids with the last target, targets to score
     documents = [tokenizer.encode(check_text(text)) for text in texts]
@@ -125,9 +120,7 @@ def score(model: nn.Module, tokenizer: Tokenizer, texts: Sequence[str], batch_si
         for i, (row, count) in enumerate(zip(rows, counts, strict=True)):
             labels[i, -count:] = torch.from_numpy(row[-count:])
         logits = model(ids, ids.shape[1] - num_latents, pad_mask)
-        losses = F.cross_entropy(
-            logits.transpose(1, 2).float(), labels.to(device), reduction="none", ignore_index=IGNORE_INDEX
-        )
+        losses = F.cross_entropy(logits.transpose(1, 2).float(), labels.to(device), reduction="none", ignore_index=IGNORE_INDEX)
         np.add.at(sums, list(numbers), losses.double().sum(1).cpu().numpy())
     return [
         Score(total / len(document), total / math.log(2) / len(text.encode()), len(document))

@@ -94,9 +94,7 @@ MODES: dict[str, Mode] = {
         ),
         _classify,
     ),
-    "fill-mask": Mode(
-        "fill_mask", (("texts", pa.list_(pa.string())), ("probabilities", pa.list_(pa.float32()))), _fill_mask
-    ),
+    "fill-mask": Mode("fill_mask", (("texts", pa.list_(pa.string())), ("probabilities", pa.list_(pa.float32()))), _fill_mask),
     "embed": Mode("embed", (("embedding", pa.list_(pa.float32())),), _embed),
     "score": Mode("score", (("loss", pa.float64()), ("bits_per_byte", pa.float64()), ("tokens", pa.int64())), _score),
     "generate": Mode("generate", (("text", pa.string()),), _generate),
@@ -127,9 +125,7 @@ def predict_rows(model: TrainedModel, rows: Sequence[Row], options: PredictOptio
         for group in (places, *([i] for i in places)):
             seed = seed_of(options.seed, f"{stream}/{start}/{group[0]}/{len(group)}")
             try:
-                for i, result in zip(
-                    group, mode.run(model, [rows[i].value for i in group], options, seed), strict=True
-                ):
+                for i, result in zip(group, mode.run(model, [rows[i].value for i in group], options, seed), strict=True):
                     results[i] = result
             except UserError as error:
                 # The batch is taken apart, and the one that is refused alone is the bad row.

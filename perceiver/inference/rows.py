@@ -73,9 +73,7 @@ def list_inputs(inputs: Sequence[str]) -> list[tuple[str, str, int]]:
                     found.append((prefix + file.path, name, file.size))
         else:
             raise UserError(f"--input {given} does not exist: give files or folders")
-    readable = sorted(
-        {item for item in found if _suffix(item[0]) in (*_LINES, *_IMAGES, ".parquet")}, key=lambda i: (i[1], i[0])
-    )
+    readable = sorted({item for item in found if _suffix(item[0]) in (*_LINES, *_IMAGES, ".parquet")}, key=lambda i: (i[1], i[0]))
     if not readable:
         raise UserError(f"--input has no file that can be read: {', '.join((*_LINES, '.parquet', *_IMAGES))}")
     if len({name for _, name, _ in readable}) < len(readable):
@@ -83,9 +81,7 @@ def list_inputs(inputs: Sequence[str]) -> list[tuple[str, str, int]]:
     return readable
 
 
-def plan_parts(
-    files: Sequence[tuple[str, str, int]], rows_per_part: int, column: str, id_column: str | None
-) -> list[Part]:
+def plan_parts(files: Sequence[tuple[str, str, int]], rows_per_part: int, column: str, id_column: str | None) -> list[Part]:
     """Cuts files into parts of at most `rows_per_part` rows. Reads files of lines once, of parquet files the footers.
 
     Raises:
@@ -100,10 +96,7 @@ def plan_parts(
         file = {"paths": (path,), "names": (name,)}
         if _suffix(path) == ".parquet":
             rows = _parquet_rows(path, name, column, id_column)
-            cuts += [
-                file | {"first": first, "rows": min(rows_per_part, rows - first)}
-                for first in range(0, rows, rows_per_part)
-            ]
+            cuts += [file | {"first": first, "rows": min(rows_per_part, rows - first)} for first in range(0, rows, rows_per_part)]
         elif _suffix(path) in _LINES:
             cuts += [file | cut for cut in _line_cuts(path, name, rows_per_part)]
     return [Part(number=number, **cut) for number, cut in enumerate(cuts)]
@@ -243,9 +236,7 @@ def _parquet_rows(path: str, name: str, column: str, id_column: str | None) -> i
         raise UserError(f"{name} is no readable parquet file ({str(error).splitlines()[0]})") from None
     for wanted in (column, *([id_column] if id_column else [])):
         if wanted not in there:
-            raise UserError(
-                f"{name} has no column {wanted!r} (it has: {', '.join(there)}): see --column and --id-column"
-            )
+            raise UserError(f"{name} has no column {wanted!r} (it has: {', '.join(there)}): see --column and --id-column")
     return rows
 
 

@@ -168,9 +168,7 @@ class TrainedModel:
         names = self.class_names
         return _map(lambda batch: measure.classify(self.model, *self._inputs(batch), names), inputs, batch_size)
 
-    def embed(
-        self, inputs: str | ImageLike | Sequence[str | ImageLike], *, pool: bool = True, batch_size: int = 16
-    ) -> Any:
+    def embed(self, inputs: str | ImageLike | Sequence[str | ImageLike], *, pool: bool = True, batch_size: int = 16) -> Any:
         """Latents of a text or image as a float32 vector (channels,): their mean; with `pool=False` all (latents,
         channels).
 
@@ -240,14 +238,10 @@ def task_of(config: ModelConfig) -> TaskConfig:
             return MaskedLMConfig()
         case TextInput(), ClassOutput(num_classes=num_classes):
             names = TextClassificationConfig().class_names
-            return TextClassificationConfig(
-                class_names=names if len(names) == num_classes else tuple(str(i) for i in range(num_classes))
-            )
+            return TextClassificationConfig(class_names=names if len(names) == num_classes else tuple(str(i) for i in range(num_classes)))
         case ImageInput(), ClassOutput():
             return ImageClassificationConfig()
-    raise UserError(
-        f"a model from {type(config.input).__name__} to {type(config.output).__name__} cannot be used here yet"
-    )
+    raise UserError(f"a model from {type(config.input).__name__} to {type(config.output).__name__} cannot be used here yet")
 
 
 def _map(function: Callable[[Sequence[Any]], Sequence[Result]], inputs: Any, batch_size: int) -> Any:

@@ -166,9 +166,7 @@ def _calls_ar(config: PerceiverARConfig, layout: Layout, sizes: StepSizes) -> tu
     )
     joined = position * (prefix + latents) if prefix else 0.0  # normed prefix and latents side by side
     calls = [Call(unit=0, held=position * (prefix + latents), saved=kept + joined + masks, extra=extra, working=working)]
-    kept, extra, working = _attention(
-        layout, c, config.num_heads, (latents, latents), dropout, True, config.self_attention_widening_factor
-    )
+    kept, extra, working = _attention(layout, c, config.num_heads, (latents, latents), dropout, True, config.self_attention_widening_factor)
     layer = Call(unit=1, held=position * latents, saved=kept + masks, extra=extra, working=working)
     calls += [replace(layer, unit=1 + number) for number in range(config.num_self_attention_layers)]
 

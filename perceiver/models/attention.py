@@ -110,9 +110,7 @@ LONG_ENOUGH_TO_SPLIT = 512
 first half of the keys, which saves a quarter of the work."""
 
 
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, causal: bool = False, dropout: float = 0.0
-) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, causal: bool = False, dropout: float = 0.0) -> Tensor:
     """Scaled-dot-product attention.
 
     Args:
@@ -291,9 +289,7 @@ class CrossAttentionLayer(nn.Module):
                 x_kv = torch.cat([self.kv_norm(prefix), queries], dim=1) if prefix.shape[1] else queries
             else:
                 x_kv = self.kv_norm(x_kv)
-            out = self.attention(
-                queries, x_kv, mask=mask, causal=causal, rotate_q=rotate_q, rotate_k=rotate_k, cache=cache
-            )
+            out = self.attention(queries, x_kv, mask=mask, causal=causal, rotate_q=rotate_q, rotate_k=rotate_k, cache=cache)
         out = F.dropout(out, self.residual_dropout, self.training)
         x = x_q + out if self.attention_residual else out
         return x + F.dropout(self.mlp(x), self.residual_dropout, self.training)

@@ -38,9 +38,7 @@ def _check_ar(config: PerceiverARConfig) -> None:
             f"heads of at least 2 channels: at most {config.num_channels // 2} heads"
         )
     if config.max_latents > config.max_seq_len:
-        raise UserError(
-            f"model.max_latents is {config.max_latents}, but must be at most model.max_seq_len, {config.max_seq_len}"
-        )
+        raise UserError(f"model.max_latents is {config.max_latents}, but must be at most model.max_seq_len, {config.max_seq_len}")
     if not -1 <= config.num_self_attention_rotary_layers <= config.num_self_attention_layers:
         raise UserError(
             f"model.num_self_attention_rotary_layers is {config.num_self_attention_rotary_layers}, but must be -1 "
@@ -57,8 +55,7 @@ def _check_io(config: PerceiverIOConfig) -> None:
     for output, needed in ((TextOutput, TextInput), (FlowOutput, FlowInput)):
         if isinstance(config.output, output) and not isinstance(config.input, needed):
             raise UserError(
-                f"model.output is {output.__name__}, which needs model.input to be {needed.__name__}, "
-                f"not {type(config.input).__name__}"
+                f"model.output is {output.__name__}, which needs model.input to be {needed.__name__}, not {type(config.input).__name__}"
             )
     encoder = config.encoder
     if encoder.num_cross_attention_layers > encoder.num_self_attention_blocks:
@@ -99,6 +96,5 @@ def _heads(num_heads: int, num_channels: int, heads_field: str, channels_field: 
     if num_channels % num_heads:
         possible = [n for n in range(1, min(num_channels, 64) + 1) if num_channels % n == 0]
         raise UserError(
-            f"{heads_field} is {num_heads}, but must divide {channels_field}, {num_channels}: "
-            f"one of {', '.join(map(str, possible))}"
+            f"{heads_field} is {num_heads}, but must divide {channels_field}, {num_channels}: one of {', '.join(map(str, possible))}"
         )

@@ -9,9 +9,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 @torch.no_grad()
-def initialize(
-    model: nn.Module, scale: float, seed: int, adapt: Callable[[str, Tensor], Tensor] = lambda name, values: values
-) -> None:
+def initialize(model: nn.Module, scale: float, seed: int, adapt: Callable[[str, Tensor], Tensor] = lambda name, values: values) -> None:
     """Draws all parameters: matrices from N(0, scale^2), biases 0, LayerNorm 1 and 0.
 
     `adapt` takes each matrix' name and drawn values, which it may change in place, and returns the initial ones.

@@ -37,9 +37,7 @@ def encoder_cross_attention(config: PerceiverIOConfig) -> AttentionChannels:
 
 def encoder_self_attention(config: PerceiverIOConfig) -> AttentionChannels:
     encoder, channels = config.encoder, config.num_latent_channels
-    return _channels(
-        channels, channels, encoder.num_self_attention_qk_channels or channels, encoder.num_self_attention_v_channels
-    )
+    return _channels(channels, channels, encoder.num_self_attention_qk_channels or channels, encoder.num_self_attention_v_channels)
 
 
 def decoder_cross_attention(config: PerceiverIOConfig) -> AttentionChannels:

@@ -115,9 +115,7 @@ class Checkpointer:
     and a checkpoint counts when all have.
     """
 
-    def __init__(
-        self, folder: str | Path, keep: int, best_metric: str, rank: int, mirror: Mirror | None = None
-    ) -> None:
+    def __init__(self, folder: str | Path, keep: int, best_metric: str, rank: int, mirror: Mirror | None = None) -> None:
         self.folder = Path(folder)
         self.keep = keep
         self.best_metric = best_metric
@@ -140,9 +138,7 @@ class Checkpointer:
             shutil.rmtree(path)
         dist.barrier(self._group)
         model, optimizer = get_state_dict(state.model, state.optimizer)
-        future = dcp.async_save(
-            {"model": model, "optimizer": optimizer}, checkpoint_id=str(path), process_group=self._group
-        )
+        future = dcp.async_save({"model": model, "optimizer": optimizer}, checkpoint_id=str(path), process_group=self._group)
         content = {"step": state.step, "metrics": metrics}
         if self.mirror is not None:
             future = self._copies.submit(self._copy, future, path.name, content)

@@ -94,8 +94,7 @@ class Mirror:
         """Contents of the markers of the checkpoints that are complete, by folder, oldest first."""
         markers = sorted(name for name in list_tree(f"{self.uri}/{CHECKPOINTS}") if name.endswith(f"/{MARKER}"))
         return {
-            name.partition("/")[0]: json.loads(read_file(f"{self.uri}/{CHECKPOINTS}/{name.partition('/')[0]}", MARKER))
-            for name in markers
+            name.partition("/")[0]: json.loads(read_file(f"{self.uri}/{CHECKPOINTS}/{name.partition('/')[0]}", MARKER)) for name in markers
         }
 
     def fetch(self, checkpoints: int | None = 1) -> None:

@@ -253,9 +253,7 @@ def evaluate(
     return {f"val_{name}": value for name, value in task.metrics(sums, split).items()} | metrics, sums, split
 
 
-def _pass(
-    task: Task, model: nn.Module, feed: Feed, world: World, read_all: ReadAll, num_batches: int | None
-) -> dict[str, np.ndarray]:
+def _pass(task: Task, model: nn.Module, feed: Feed, world: World, read_all: ReadAll, num_batches: int | None) -> dict[str, np.ndarray]:
     stop = min(feed.order.steps_per_epoch, num_batches or feed.order.steps_per_epoch)
     batches = Prefetch(feed.steps(read_all, world.rank, world.size, 0, stop), world.device)
     try:
