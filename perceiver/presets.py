@@ -8,8 +8,11 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from perceiver.config import (
+    Adam,
+    AdamW,
     CausalLMConfig,
     ClassOutput,
+    Cosine,
     DataConfig,
     DecoderConfig,
     EncoderConfig,
@@ -46,7 +49,7 @@ def quickstart() -> Experiment:
             output=ClassOutput(num_query_channels=64),
         ),
         data=DataConfig(source="mnist-mini"),
-        optim=OptimConfig(lr=3e-3, schedule="cosine", warmup_steps=50),
+        optim=OptimConfig(lr=3e-3, schedule=Cosine(), warmup_steps=50),
         training=TrainingConfig(global_batch_size=32, max_epochs=6),
         parallel=ParallelConfig(workers=2),
         run=RunConfig(log_every=50, val_every=250, checkpoint_every=250),
@@ -169,7 +172,7 @@ def mlm_imdb_small() -> Experiment:
         base,
         preset="mlm-imdb-small",
         model=_small_text_model(base.model),
-        optim=OptimConfig(lr=3e-3, schedule="cosine", warmup_steps=100, max_grad_norm=1.0),
+        optim=OptimConfig(lr=3e-3, schedule=Cosine(), warmup_steps=100, max_grad_norm=1.0),
         training=TrainingConfig(global_batch_size=16, max_steps=6_000),
         parallel=ParallelConfig(),
         run=RunConfig(log_every=50, val_every=500, val_batches=50, checkpoint_every=250),
@@ -183,7 +186,7 @@ def txt_clf_imdb_decoder_small() -> Experiment:
         base,
         preset="txt-clf-imdb-decoder-small",
         model=_small_text_model(base.model),
-        optim=OptimConfig(lr=3e-3, schedule="cosine", warmup_steps=100, max_grad_norm=1.0),
+        optim=OptimConfig(lr=3e-3, schedule=Cosine(), warmup_steps=100, max_grad_norm=1.0),
         training=TrainingConfig(global_batch_size=16, max_epochs=2),
         parallel=ParallelConfig(),
         run=RunConfig(log_every=50, val_every=520, val_batches=100, checkpoint_every=260),
@@ -209,7 +212,7 @@ def clm_wikitext() -> Experiment:
         task=CausalLMConfig(random_shift=True),
         model=PerceiverARConfig(),
         data=DataConfig(source="wikitext-103-raw"),
-        optim=OptimConfig(optimizer="adam", lr=2e-4, weight_decay=0.0, schedule="cosine", warmup_steps=200, max_grad_norm=0.5),
+        optim=OptimConfig(optimizer=Adam(), lr=2e-4, weight_decay=0.0, schedule=Cosine(), warmup_steps=200, max_grad_norm=0.5),
         training=TrainingConfig(global_batch_size=96, max_steps=20_000),
         parallel=ParallelConfig(workers=2, micro_batch_size=24),
     )
@@ -231,7 +234,7 @@ def clm_wikitext_small() -> Experiment:
             cross_attention_dropout=0.1,
         ),
         data=DataConfig(source="wikitext-2-raw"),
-        optim=replace(base.optim, optimizer="adamw", lr=2e-3, weight_decay=0.01, warmup_steps=100, max_grad_norm=1.0),
+        optim=replace(base.optim, optimizer=AdamW(), lr=2e-3, weight_decay=0.01, warmup_steps=100, max_grad_norm=1.0),
         training=TrainingConfig(global_batch_size=16, max_steps=2_000),
         parallel=ParallelConfig(),
         run=RunConfig(val_every=200, checkpoint_every=200),
@@ -256,7 +259,7 @@ def clm_c4() -> Experiment:
             output_bias=False,
         ),
         data=DataConfig(source="c4", tokenizer="spiece.model"),
-        optim=OptimConfig(lr=3e-4, schedule="cosine", warmup_steps=1000, min_lr_fraction=0.1, max_grad_norm=1.0),
+        optim=OptimConfig(lr=3e-4, schedule=Cosine(min_lr_fraction=0.1), warmup_steps=1000, max_grad_norm=1.0),
         training=TrainingConfig(global_batch_size=2048, max_steps=50_000, precision="bf16"),
         parallel=ParallelConfig(workers=8, activation_checkpointing=1),
         run=RunConfig(val_every=500, val_batches=20),
@@ -397,7 +400,7 @@ def _music_model(**sizes: int) -> PerceiverARConfig:
 
 
 def _music_optim() -> OptimConfig:
-    return OptimConfig(lr=2e-4, schedule="cosine", warmup_steps=200, max_grad_norm=0.5)
+    return OptimConfig(lr=2e-4, schedule=Cosine(), warmup_steps=200, max_grad_norm=0.5)
 
 
 PRESETS: dict[str, Callable[[], Experiment]] = {

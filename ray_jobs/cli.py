@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import io
 import re
 import sys
@@ -12,7 +11,10 @@ from typing import TypeVar
 
 import tyro
 
-from perceiver.config import Experiment, UserError, flatten, to_dict
+from perceiver.config import Experiment, UserError, flatten, from_dict, nearest, subclasses, to_dict, type_name
+from perceiver.config.core import Config as Node
+from perceiver.config.core import find_type, nodes
+from perceiver.experiments import find_experiment
 from perceiver.presets import PRESETS
 
 SHORTCUTS = {
@@ -34,30 +36,20 @@ class JobFailed(Exception):
 
 
 def parse_experiment(argv: Sequence[str], prog: str) -> Experiment:
-    """The experiment of a command line: a preset's name and overrides by dotted names.
+    """The experiment of a command line: its name (see `find_experiment`) and overrides by dotted names.
 
     Raises:
-        UserError: unknown preset, field or value.
+        UserError: unknown experiment, field or value.
         SystemExit: after `--help`.
     """
     if not argv or argv[0] in ("-h", "--help"):
         names = ", ".join(PRESETS)
-        print(f"usage: python -m {prog} PRESET [--field value ...]\n\npresets: {names}")
+        print(f"usage: python -m {prog} EXPERIMENT [--field value ...]\n\npresets: {names}")
+        print("yours:   FILE.py:FUNCTION, MODULE:FUNCTION, a run's folder, a .json or a .yaml file")
         print(f"shortcuts: {', '.join(f'{short} = {long}' for short, long in SHORTCUTS.items())}; --workers 2..8 is elastic")
-        print(f"fields of a preset: python -m {prog} PRESET --help")
+        print(f"fields of an experiment: python -m {prog} EXPERIMENT --help")
         raise SystemExit(0)
-    return override(preset(argv[0]), argv[1:], f"{prog} {argv[0]}")
-
-
-def preset(name: str) -> Experiment:
-    """The experiment of a preset.
-
-    Raises:
-        UserError: there is none of that name; offers the nearest.
-    """
-    if name not in PRESETS:
-        raise UserError(f"preset {name!r} does not exist{nearest(name, PRESETS)}; presets are {', '.join(PRESETS)}")
-    return PRESETS[name]()
+    return override(find_experiment(argv[0]), argv[1:], f"{prog} {argv[0]}")
 
 
 def override(config: Config, args: Sequence[str], prog: str) -> Config:
@@ -66,7 +58,7 @@ def override(config: Config, args: Sequence[str], prog: str) -> Config:
     Raises:
         UserError: an unknown field (offers the nearest) or a value that does not fit it.
     """
-    args = _elastic([_long(arg) for arg in args])
+    config, args = _replace_nodes(config, _elastic([_long(arg) for arg in args]))
     fields = [name for name in flatten(to_dict(config)) if name.rpartition(".")[2] != "type" and name != "preset"]
     for arg in args:
         if re.match(r"--[a-zA-Z]", arg) and arg != "--help":
@@ -76,13 +68,14 @@ def override(config: Config, args: Sequence[str], prog: str) -> Config:
     output = io.StringIO()
     try:
         with contextlib.redirect_stderr(output):
-            return tyro.cli(
+            made = tyro.cli(
                 tyro.conf.AvoidSubcommands[tyro.conf.FlagConversionOff[type(config)]], default=config, args=args, prog=f"python -m {prog}"
             )
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
         raise UserError(_first_sentence(output.getvalue())) from None
+    return made
 
 
 def main_entry(main: Callable[[list[str]], int | None], argv: list[str] | None = None) -> None:
@@ -123,14 +116,51 @@ def _elastic(args: list[str]) -> list[str]:
     return result
 
 
-def nearest(name: str, names: Sequence[str] | dict, prefix: str = "") -> str:
-    """ ", did you mean ...?" for a name that is not among `names`; a dotted name may be near in its last part alone."""
-    found = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)
-    if not found:
-        last = {n.rpartition(".")[2]: n for n in names}
-        close = difflib.get_close_matches(name.rpartition(".")[2], list(last), n=1, cutoff=0.6)
-        found = [last[n] for n in close]
-    return f", did you mean {prefix}{found[0].replace('_', '-') if prefix else found[0]}?" if found else ""
+def _replace_nodes(config: Config, args: list[str]) -> tuple[Config, list[str]]:
+    """The tree with the sections that the arguments give another class: `--optim.optimizer adam`, `--task weather:Forecast`.
+
+    Fields that the new class shares with the old one keep their values. Returns the tree and the other arguments.
+    """
+    places = {where[:-1]: node for where, node in nodes(config) if where}
+    rest: list[str] = []
+    words = iter(args)
+    for word in words:
+        flag, equals, value = word.partition("=")
+        place = flag[2:].replace("-", "_")
+        if not word.startswith("--") or place not in places:
+            rest.append(word)
+            continue
+        name = value if equals else next(words, "")
+        tree = to_dict(config)
+        *parents, last = place.split(".")
+        section = tree
+        for part in parents:
+            section = section[int(part)] if isinstance(section, list) else section[part]
+        old = section[last]
+        cls = _section_class(flag, name, places[place])
+        section[last] = {k: v for k, v in old.items() if k in cls.__dataclass_fields__} | {"type": type_name(cls)}
+        config = from_dict(tree)
+        places = {where[:-1]: node for where, node in nodes(config) if where}
+    return config, rest
+
+
+def _section_class(flag: str, name: str, old: Node) -> type[Node]:
+    """The class that a section is given by its name.
+
+    Raises:
+        UserError: there is none of that name that could stand there.
+    """
+    base = next(cls for cls in reversed(type(old).__mro__) if cls not in (object, Node))
+    known = subclasses(base)
+    if name in known:
+        return known[name]
+    if ":" in name:
+        found = find_type(name)
+        if issubclass(found, base):
+            return found
+        raise UserError(f"{flag} is {name}, which is no {base.__name__}")
+    choices = ", ".join(known) if base is not type(old) or known else "its fields, " + f"{flag}.NAME"
+    raise UserError(f"{flag} is {name!r}{nearest(name, known)} and must be one of {choices}, or a class of yours as module:Class")
 
 
 def _first_sentence(box: str) -> str:

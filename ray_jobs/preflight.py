@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import ray
 from ray.autoscaler.sdk import request_resources
 
-from perceiver.config import Experiment, ParallelConfig, UserError
+from perceiver.config import Experiment, ParallelConfig, UserError, check_tree
 from perceiver.data.sources import mixture_sources
 from perceiver.models import check_model
 from perceiver.tasks import build_task
@@ -36,59 +36,10 @@ def check_experiment(experiment: Experiment) -> None:
     Raises:
         UserError: the first field that cannot be right.
     """
+    check_tree(experiment)
     task = build_task(experiment)
-    training, optim, data, run, parallel = (
-        experiment.training, experiment.optim, experiment.data, experiment.run, experiment.parallel,
-    )  # fmt: skip
-    least_one = {
-        "training.global-batch-size": training.global_batch_size,
-        "training.max-steps": training.max_steps,
-        "training.max-epochs": training.max_epochs,
-        "parallel.workers": parallel.workers,
-        "parallel.min-workers": parallel.min_workers,
-        "parallel.replicas": parallel.replicas,
-        "parallel.micro-batch-size": parallel.micro_batch_size,
-        "parallel.threads-per-worker": parallel.threads_per_worker,
-        "data.rows-per-block": data.rows_per_block,
-        "data.blocks-per-shard": data.blocks_per_shard,
-        "data.shuffle-window-blocks": data.shuffle_window_blocks,
-        "data.lanes": data.lanes,
-        "run.log-every": run.log_every,
-        "run.val-every": run.val_every,
-        "run.val-batches": run.val_batches,
-        "run.checkpoint-every": run.checkpoint_every,
-        "run.keep-checkpoints": run.keep_checkpoints,
-    }
-    for name, value in least_one.items():
-        if value is not None and value < 1:
-            raise UserError(f"{name} is {value} and must be at least 1")
-    if parallel.device_memory_gib is not None and not parallel.device_memory_gib > 0:
-        raise UserError(f"parallel.device-memory-gib is {parallel.device_memory_gib} and must be above 0, or None for what is found")
-    if parallel.workers % parallel.replicas:
-        raise UserError(f"parallel.replicas is {parallel.replicas} and must divide parallel.workers ({parallel.workers})")
-    if parallel.min_workers is not None:
-        if parallel.min_workers > parallel.workers:
-            raise UserError(f"parallel.min-workers is {parallel.min_workers} and must be at most parallel.workers ({parallel.workers})")
-        if parallel.replicas > 1:
-            raise UserError(
-                f"parallel.replicas is {parallel.replicas}: an elastic run (parallel.min-workers) has no replicas, as its workers change"
-            )
-        if not parallel.resize_seconds > 0:
-            raise UserError(f"parallel.resize-seconds is {parallel.resize_seconds} and must be above 0")
-    if training.max_steps is None and training.max_epochs is None:
-        raise UserError("training.max-steps and training.max-epochs are both None: set one of them")
-    if not optim.lr > 0 or not math.isfinite(optim.lr):
-        raise UserError(f"optim.lr is {optim.lr} and must be above 0")
-    if optim.warmup_steps < 0 or optim.weight_decay < 0:
-        raise UserError(f"optim.warmup-steps ({optim.warmup_steps}) and optim.weight-decay ({optim.weight_decay}) must not be negative")
-    if optim.max_grad_norm is not None and optim.max_grad_norm <= 0:
-        raise UserError(f"optim.max-grad-norm is {optim.max_grad_norm} and must be above 0, or None for no clipping")
-    if not 0 <= optim.min_lr_fraction <= 1:
-        raise UserError(f"optim.min-lr-fraction is {optim.min_lr_fraction} and must be from 0 to 1")
-    if "/" in experiment.run_name or experiment.run_name.startswith("."):
-        raise UserError(f"run.name is {experiment.run_name!r} and must be a plain folder name (the folder of runs is run.storage)")
-    if data.mixture:
-        mixture_sources(data)
+    if experiment.data.mixture:
+        mixture_sources(experiment.data)
     check_model(experiment.model)
     task.check()
 

@@ -6,12 +6,13 @@ import argparse
 import fcntl
 import json
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from perceiver.config import Experiment, UserError, flatten, from_dict, home, to_dict
+from perceiver.config import Experiment, UserError, from_dict, home
 from perceiver.data.shards import load_prepared
-from perceiver.presets import PRESETS
+from perceiver.experiments import CODE, command_words
 from perceiver.training.checkpoint import EXPERIMENT, best_of, list_checkpoints
 from perceiver.training.mirror import CHECKPOINTS
 from perceiver.training.record import read_metrics
@@ -75,13 +76,10 @@ def describe(run: Path) -> dict[str, Any]:
 
 def continue_command(experiment: Experiment, run: Path) -> str:
     """The command that continues a run: its preset, and the fields that differ from it."""
-    words = ["python", "-m", "ray_jobs.train", experiment.preset, "--run.storage", str(run.parent), "--run.name", run.name]
-    preset = flatten(to_dict(PRESETS[experiment.preset]())) if experiment.preset in PRESETS else {}
-    for name, value in flatten(to_dict(experiment)).items():
-        told = name in ("preset", "run.name", "run.storage") or name.rpartition(".")[2] == "type"
-        if not told and value != preset.get(name, value if not preset else ...):
-            words += [f"--{name.replace('_', '-')}", *(map(str, value) if isinstance(value, list) else [str(value)])]
-    return shlex.join(words)
+    if (run / CODE).is_dir():  # with the code that it brings, wherever the file that it came from may be by now
+        return shlex.join(["python", "-m", "ray_jobs.train", str(run)])
+    placed = replace(experiment, run=replace(experiment.run, storage=str(run.parent), name=run.name))
+    return shlex.join(["python", "-m", "ray_jobs.train", *command_words(placed)])
 
 
 def _status(run: Path) -> str:

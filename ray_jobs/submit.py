@@ -21,8 +21,8 @@ import yaml
 from ray.job_submission import JobStatus, JobSubmissionClient
 from ray.util.state import list_nodes
 
-from perceiver.config import Experiment, UserError
-from ray_jobs.cli import JobFailed, main_entry, nearest, parse_experiment
+from perceiver.config import Experiment, UserError, nearest
+from ray_jobs.cli import JobFailed, main_entry, parse_experiment
 from ray_jobs.preflight import check_experiment
 from ray_jobs.ray_env import choose_authentication
 

@@ -5,10 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
-from perceiver.config import OptimConfig
+from perceiver.config import Constant, Cosine, OptimConfig
 from perceiver.data.text import join_documents, windows, word_ids
 from perceiver.data.tokenizers import CLS, EOS, SEP, ByteTokenizer
-from perceiver.training.optim import learning_rate
 
 BYTES = ByteTokenizer()
 
@@ -85,11 +84,10 @@ def check_pipeline(folder: Path) -> list[str]:
         total_steps = int(values.get("training_steps", 10**9))
         config = OptimConfig(
             lr=1.0,
-            schedule="cosine" if function.startswith("cosine") else "constant",
             warmup_steps=int(values["warmup_steps"]),
-            min_lr_fraction=float(values.get("min_fraction", 0)),
+            schedule=Cosine(min_lr_fraction=float(values.get("min_fraction", 0))) if function.startswith("cosine") else Constant(),
         )
         for step, factor in factors.items():
-            if int(step) <= total_steps and abs(learning_rate(config, int(step), total_steps) - factor) > 1e-9:
+            if int(step) <= total_steps and abs(config.learning_rate(int(step), total_steps) - factor) > 1e-9:
                 wrong.append(f"{name} at step {step}")
     return wrong

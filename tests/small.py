@@ -15,6 +15,7 @@ import torch.distributed as dist
 from perceiver.config import (
     CausalLMConfig,
     ClassOutput,
+    Cosine,
     DataConfig,
     DecoderConfig,
     EncoderConfig,
@@ -70,7 +71,7 @@ def image_experiment(**training) -> Experiment:
             init_scale=0.1,
         ),
         data=DataConfig(source="none", rows_per_block=BLOCK, blocks_per_shard=SHARD, shuffle_window_blocks=2, lanes=4),
-        optim=OptimConfig(lr=5e-3, schedule="cosine", warmup_steps=2, max_grad_norm=1.0),
+        optim=OptimConfig(lr=5e-3, schedule=Cosine(), warmup_steps=2, max_grad_norm=1.0),
         training=replace(TrainingConfig(global_batch_size=12, max_steps=12), **training),
         run=RunConfig(log_every=1, val_every=6, checkpoint_every=3),
     )

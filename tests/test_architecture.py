@@ -12,7 +12,9 @@ ARROWS = {
     "perceiver.config": set(),
     "perceiver.presets": {"perceiver.config", "perceiver.models"},
     "perceiver.models": {"perceiver.config"},
-    "perceiver.data": {"perceiver.config", "perceiver.presets"},
+    "perceiver.extensions": {"perceiver.config"},
+    "perceiver.experiments": {"perceiver.config", "perceiver.presets", "perceiver.extensions"},
+    "perceiver.data": {"perceiver.config", "perceiver.experiments"},
     "perceiver.training": {"perceiver.config", "perceiver.data", "perceiver.hub", "perceiver.pretrained"},
     "perceiver.inference": {
         "perceiver.config", "perceiver.models", "perceiver.data", "perceiver.training", "perceiver.tasks", "perceiver.hub",

@@ -29,7 +29,7 @@ MISTAKES = {
     "unknown field": (["quickstart", "--model.num-latnets", "3"], "did you mean --model.num-latents?"),
     "field of another section": (["quickstart", "--lr", "3"], "did you mean --optim.lr?"),
     "value of the wrong type": (["quickstart", "--training.max-epochs", "many"], "--training.max-epochs"),
-    "unknown choice": (["quickstart", "--optim.schedule", "cosin"], "'constant', 'cosine'"),
+    "unknown choice": (["quickstart", "--optim.schedule", "cosin"], "did you mean cosine?"),
     "heads do not divide channels": (["clm-wikitext", "--model.num-heads", "7"], "num_heads"),
     "latents above sequence": (["clm-wikitext", "--model.max-latents", "5000"], "max_latents"),
     "no length": (["quickstart", "--training.max-epochs", "None"], "set one of them"),

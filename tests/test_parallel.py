@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from perceiver.config import Experiment, ParallelConfig, UserError, from_dict, to_dict
+from perceiver.config import Cosine, Experiment, ParallelConfig, UserError, from_dict, to_dict
 from perceiver.data.shards import Manifest
 from perceiver.tasks import build_task
 from perceiver.training.batches import read_here
@@ -48,7 +48,7 @@ def experiment() -> Experiment:
         base,
         task=replace(base.task, min_seq_len=8, random_shift=False),
         model=replace(base.model, cross_attention_dropout=0.0, abs_pos_emb=False, output_norm=True, output_bias=False),
-        optim=replace(base.optim, lr=3e-3, schedule="cosine", warmup_steps=5, min_lr_fraction=0.1, max_grad_norm=1.0),
+        optim=replace(base.optim, lr=3e-3, schedule=Cosine(min_lr_fraction=0.1), warmup_steps=5, max_grad_norm=1.0),
         run=replace(base.run, val_every=STEPS, checkpoint_every=20, log_every=1),
     )
 

@@ -36,7 +36,7 @@ def test_runs_are_listed_with_their_state_and_how_far_they_are(folder):
 
 
 def test_the_command_that_continues_a_run_makes_the_same_experiment(folder):
-    words = ["clm-wikitext-small", "--model.num-channels", "128", "--optim.betas", "0.9", "0.95", "--training.max-epochs", "2",
+    words = ["clm-wikitext-small", "--model.num-channels", "128", "--optim.optimizer.betas", "0.9", "0.95", "--training.max-epochs", "2",
              "--training.max-steps", "None", "--task.random-shift", "False", "--data.source", "my texts/*.txt"]  # fmt: skip
     experiment = parse_experiment(words, "ray_jobs.train")
     made = shlex.split(runs.continue_command(experiment, folder / "halted"))

@@ -125,10 +125,10 @@ def test_asha_knows_in_a_continued_sweep_what_was_reported_before(tmp_path):
 
 
 def test_a_field_of_several_numbers_can_be_varied():
-    good = replace(GOOD, space={"optim.betas": tune.choice([(0.9, 0.95), (0.9, 0.999)])})
+    good = replace(GOOD, space={"optim.optimizer.betas": tune.choice([(0.9, 0.95), (0.9, 0.999)])})
     sweep.check_values(good)
-    assert good.default() == {"optim.betas": (0.9, 0.999)}
-    assert trial_experiment(good.experiment(), {"optim.betas": (0.9, 0.95)}).optim.betas == (0.9, 0.95)
+    assert good.default() == {"optim.optimizer.betas": (0.9, 0.999)}
+    assert trial_experiment(good.experiment(), {"optim.optimizer.betas": (0.9, 0.95)}).optim.optimizer.betas == (0.9, 0.95)
 
 
 def test_a_sweep_in_an_object_store_is_refused():
@@ -220,15 +220,20 @@ def test_the_report_orders_the_trials_names_what_became_of_them_and_what_was_gai
 
 
 def test_the_result_files_have_one_type_for_each_field_whatever_was_varied(folder):
-    varied = [{"optim.lr": 1e-3, "optim.betas": [0.9, 0.95], "task.n": 1}, {"optim.lr": 1, "optim.betas": [0.9, 0.9], "task.n": "all"}]
+    varied = [
+        {"optim.lr": 1e-3, "optim.optimizer.betas": [0.9, 0.95], "task.n": 1},
+        {"optim.lr": 1, "optim.optimizer.betas": [0.9, 0.9], "task.n": "all"},
+    ]
     for number, values in enumerate(varied):
         write_json(folder / "trials" / f"trial-{number}" / "values.json", values)
     report.write(folder)
     schema = pq.read_schema(folder / "results.parquet")
-    types = {name: str(schema.field(name).type) for name in ("trial", "value", "step", "seconds", "optim.lr", "optim.betas", "task.n")}
+    types = {
+        name: str(schema.field(name).type) for name in ("trial", "value", "step", "seconds", "optim.lr", "optim.optimizer.betas", "task.n")
+    }
     assert types == {
         "trial": "string", "value": "double", "step": "int64", "seconds": "double",
-        "optim.lr": "double", "optim.betas": "string", "task.n": "string",
+        "optim.lr": "double", "optim.optimizer.betas": "string", "task.n": "string",
     }  # fmt: skip
     assert report.importance(report.read_trials(folder)).keys() == {"optim.lr"}  # of what is no number in all trials there is no rank
 
@@ -249,12 +254,12 @@ def test_axes_have_round_numbers(values, log, expected):
 def test_the_winners_command_is_a_valid_one_and_as_long_as_the_preset_says():
     shortened = ("--training.max-steps", "60", "--training.max_epochs=None", "--run.val-batches", "2", "--source", "my folder")
     settings = sweep.describe(replace(GOOD, overrides=shortened))
-    trial = {"values": {"optim.lr": 0.5, "optim.betas": [0.9, 0.95]}}
+    trial = {"values": {"optim.lr": 0.5, "optim.optimizer.betas": [0.9, 0.95]}}
     whole, same = (shlex.split(report.command(settings, trial, "winner", full_length=full)) for full in (True, False))
     assert whole[:3] == same[:3] == ["python", "-m", "ray_jobs.train"]
     whole, same = (parse_experiment(words[3:], "ray_jobs.train") for words in (whole, same))
     assert whole.training == PRESETS["quickstart"]().training and same.training.max_steps == 60
-    assert (whole.optim.lr, whole.optim.betas, whole.run.name, whole.data.source) == (0.5, (0.9, 0.95), "winner", "my folder")
+    assert (whole.optim.lr, whole.optim.optimizer.betas, whole.run.name, whole.data.source) == (0.5, (0.9, 0.95), "winner", "my folder")
 
 
 def test_a_trial_is_not_finished_before_ray_tune_says_so(folder):

@@ -13,13 +13,14 @@ import importlib.util
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 from ray import tune
 
-from perceiver.config import Experiment, UserError, flatten, to_dict
-from ray_jobs.cli import nearest, override, preset
+from perceiver.config import Experiment, UserError, flatten, nearest, to_dict
+from perceiver.experiments import field_words, find_experiment
+from perceiver.extensions import call, is_reference, load_object
+from ray_jobs.cli import override
 
 Scheduler = Literal["fifo", "asha", "hyperband", "pbt"]
 
@@ -78,7 +79,7 @@ class Sweep:
         Raises:
             UserError: an unknown preset or field.
         """
-        return override(preset(self.preset), self.overrides, f"tuning.sweep {self.preset}")
+        return override(find_experiment(self.preset), self.overrides, f"tuning.sweep {self.preset}")
 
     def default(self) -> dict[str, Any]:
         """The preset's own values of the fields that are varied."""
@@ -98,11 +99,7 @@ def trial_experiment(base: Experiment, values: Mapping[str, Any]) -> Experiment:
 
 def arguments(values: Mapping[str, Any]) -> list[str]:
     """Values of fields as words of a command line; a sequence is as many words as it has members."""
-    words = []
-    for name, value in values.items():
-        members = value if isinstance(value, (tuple, list)) else [value]
-        words += [f"--{name.replace('_', '-')}", *map(str, members)]
-    return words
+    return [word for name, value in values.items() for word in field_words(name, value)]
 
 
 def check_sweep(sweep: Sweep) -> None:
@@ -140,25 +137,21 @@ def check_sweep(sweep: Sweep) -> None:
 
 
 def find_sweep(name: str) -> Sweep:
-    """A ready-made sweep by its name, or one from a file: `path.py:function`.
+    """A ready-made sweep by its name, or yours: path/file.py:function or package.module:function.
 
     Raises:
         UserError: there is none of that name, or the file has no such function.
     """
     if name in SWEEPS:
         return SWEEPS[name]()
-    path, colon, function = name.rpartition(":")
-    if not colon:
-        raise UserError(f"sweep {name!r} does not exist{nearest(name, SWEEPS)}; there are {', '.join(SWEEPS)}, or yours: file.py:function")
-    if not Path(path).is_file():
-        raise UserError(f"sweep {name!r}: there is no file {path}")
-    spec = importlib.util.spec_from_file_location("sweep_of_user", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    found = getattr(module, function, None)
-    made = found() if callable(found) else None
+    if not is_reference(name):
+        raise UserError(
+            f"sweep {name!r} does not exist{nearest(name, SWEEPS)}; there are {', '.join(SWEEPS)}; "
+            "yours can be FILE.py:FUNCTION or MODULE:FUNCTION"
+        )
+    made = call(name, load_object(name, "sweep"), "sweep")
     if not isinstance(made, Sweep):
-        raise UserError(f"sweep {name!r}: {path} has no function {function} that returns a Sweep")
+        raise UserError(f"sweep {name!r} is a {type(made).__name__} and must be a Sweep or a function that returns one")
     return made
 
 

@@ -55,7 +55,7 @@ from perceiver.config import (
 from perceiver.data.sources import mixture_sources, source_label
 from perceiver.data.storage import file_hash, list_folder, open_folder, read_file, write_file
 from perceiver.data.tokenizers import TOKENIZER, load_tokenizer, tokenizer_is_there
-from perceiver.presets import PRESETS
+from perceiver.experiments import command_words
 
 FORMAT_VERSION = 1
 """Who raises it also adds it to `prepare_settings`, so that data sets of the old format are not found any more."""
@@ -503,18 +503,11 @@ def check_image_shape(experiment: Experiment, image_shape: tuple[int, int, int])
 
 
 def preprocess_command(experiment: Experiment) -> str:
-    """The command that prepares the experiment's data, with what differs from its preset."""
-    words = ["python", "-m", "ray_jobs.preprocess", experiment.preset]
-    preset = PRESETS[experiment.preset]() if experiment.preset in PRESETS else None
-    for f in fields(experiment.data):
-        value = getattr(experiment.data, f.name)
-        needed = f.name not in _READING_ONLY or (f.name == "shuffle_window_blocks" and experiment.data.prepare == "stream")
-        if needed and (preset is None or value != getattr(preset.data, f.name)):
-            words += [f"--data.{f.name.replace('_', '-')}", *(value if isinstance(value, tuple) else [str(value)])]
-    if task_kind(experiment) != "images":
-        length, vocab_size = text_limits(experiment)
-        section = "model" if isinstance(experiment.model, PerceiverARConfig) else "model.input"
-        old = (None, None) if preset is None else text_limits(preset)
-        words += [] if length == old[0] else [f"--{section}.max-seq-len", str(length)]
-        words += [] if vocab_size == old[1] else [f"--{section}.vocab-size", str(vocab_size)]
-    return shlex.join(words)
+    """The command that prepares the experiment's data, with what differs from what it started from."""
+
+    def matters(name: str) -> bool:
+        section, _, field = name.partition(".")
+        stream = experiment.data.prepare == "stream" and field == "shuffle_window_blocks"
+        return section in ("data", "model", "task") and (stream or not (section == "data" and field in _READING_ONLY))
+
+    return shlex.join(["python", "-m", "ray_jobs.preprocess", *command_words(experiment, matters)])

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from perceiver.config import Experiment
 from perceiver.training.batches import Batch
 from perceiver.training.checkpoint import TrainState
-from perceiver.training.optim import learning_rate, set_learning_rate
+from perceiver.training.optim import set_learning_rate
 from perceiver.training.parallel import World
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def fit(
     max_norm = config.max_grad_norm or float("inf")
     for micro_batches in batches:
         seed_step(experiment.training.seed, state.step, world.rank)
-        lr = learning_rate(config, state.step, total_steps)
+        lr = config.learning_rate(state.step, total_steps)
         set_learning_rate(state.optimizer, lr)
         targets = world.all_sum(torch.stack([task.num_targets(batch) for batch in micro_batches]).sum())
         loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)

@@ -1,0 +1,277 @@
+"""What all configuration is made of: keyword-only frozen dataclasses that register themselves, and plain data in and out.
+
+A subclass of `Config` is a dataclass without a decorator, and is known by its name as soon as it is defined, wherever that is: nothing
+lists the classes of a tree. The docstring under a field is its `--help` text.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import importlib
+import json
+import math
+import os
+import pkgutil
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar, dataclass_transform
+
+PACKAGE = "perceiver"
+"""Modules of this package are imported for any configuration; others only for the user's own."""
+_REGISTRY: dict[str, type[Config]] = {}
+"""Classes by "module:Class"."""
+T = TypeVar("T", bound="Config")
+
+
+class UserError(Exception):
+    """An error caused by the user, reported in one sentence: the field, the value, and what would be right. Exit status 2."""
+
+
+def home() -> Path:
+    """The folder for prepared data and runs by default: $PERCEIVER_HOME, or ~/perceiver."""
+    return Path(os.environ.get("PERCEIVER_HOME", "~/perceiver")).expanduser()
+
+
+@dataclass_transform(kw_only_default=True, frozen_default=True)
+class Config:
+    """A node of a configuration tree. Every subclass becomes a frozen, keyword-only dataclass and is registered."""
+
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+        _REGISTRY[type_name(cls)] = cls
+
+    def check(self, where: str) -> None:
+        """Checks the node's own values; called on every node of an experiment before anything starts.
+
+        Args:
+            where: the node's place in the tree with a dot at its end, "optim." say: a message names `f"{where}lr"`.
+
+        Raises:
+            UserError: names the field, its value and what would be right.
+        """
+
+    @classmethod
+    def upgrade(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """The fields of a saved node as this version has them. Overridden where a field was renamed or moved."""
+        return values
+
+
+def type_name(cls: type) -> str:
+    """How a class is named in saved data: "module:Class". A script that is run goes by the name that others import it by."""
+    module = cls.__module__
+    if module == "__main__" and (file := getattr(sys.modules["__main__"], "__file__", None)):
+        module = Path(file).stem
+    return f"{module}:{cls.__qualname__}"
+
+
+def is_builtin(name: str) -> bool:
+    """Whether a "module:Class" is of this package."""
+    return name.partition(":")[0].partition(".")[0] == PACKAGE
+
+
+# ------------------------------------------------------------------------------------------------- to and from plain data
+
+
+def to_dict(config: Any) -> Any:
+    """A configuration tree as JSON-ready data; a node carries its class as "type": "module:Class"."""
+    if isinstance(config, Config):
+        fields = {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
+        return {"type": type_name(type(config))} | fields
+    if isinstance(config, (tuple, list)):
+        return [to_dict(value) for value in config]
+    return config
+
+
+def from_dict(data: Any, *, foreign: bool = False) -> Any:
+    """The inverse of `to_dict`. Unknown fields are refused, missing ones take their defaults.
+
+    Args:
+        foreign: the data came with downloaded weights or from anybody else: nothing outside this package is imported for it.
+            Classes that the program has imported by itself are used.
+
+    Raises:
+        UserError: data of another shape, a class that cannot be found or may not be imported, an unknown field.
+    """
+    if isinstance(data, dict):
+        values = dict(data)
+        cls = find_type(values.pop("type", None), foreign=foreign)
+        values = cls.upgrade(values)
+        known = [f.name for f in dataclasses.fields(cls)]
+        if unknown := sorted(set(values) - set(known)):
+            raise UserError(f"{cls.__name__} has no field {', '.join(map(str, unknown))}{nearest(str(unknown[0]), known)} in this version")
+        try:
+            return cls(**{name: from_dict(value, foreign=foreign) for name, value in values.items()})
+        except TypeError as error:
+            raise UserError(f"saved {cls.__name__} is incomplete or damaged ({error})") from None
+    if isinstance(data, list):
+        return tuple(from_dict(value, foreign=foreign) for value in data)
+    return data
+
+
+def load_tree(data: Any, cls: type[T], what: str, *, foreign: bool = False) -> T:
+    """`from_dict` for data from a file, which may be anything.
+
+    Args:
+        what: how messages call the file.
+
+    Raises:
+        UserError: it does not hold a `cls`; see `from_dict`.
+    """
+    try:
+        config = from_dict(data, foreign=foreign)
+    except RecursionError:
+        raise UserError(f"{what} is nested too deep for a configuration") from None
+    if not isinstance(config, cls):
+        raise UserError(f"{what} holds no {cls.__name__}")
+    return config
+
+
+def find_type(name: Any, *, foreign: bool = False) -> type[Config]:
+    """The class of a saved node: "module:Class", or the bare name of one of this package's classes (as version 0.1 wrote them).
+
+    Raises:
+        UserError: there is no such class, or it may not be imported.
+    """
+    if not isinstance(name, str):
+        raise UserError(f"a configuration needs a type, not {name!r}")
+    if name in _REGISTRY:
+        return _REGISTRY[name]
+    module, colon, short = name.partition(":")
+    if not colon or is_builtin(name):
+        # A class of this package may have moved since: its bare name is what counts.
+        return _builtin(short or module, name)
+    if foreign:
+        raise UserError(
+            f"configuration of type {name!r} is not part of {PACKAGE}, and nothing is imported for a configuration that comes "
+            f"with foreign weights: import {module} first if you trust it"
+        )
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(f"configuration of type {name!r} cannot be loaded: {error}") from None
+    if name not in _REGISTRY:
+        raise UserError(f"module {module} has no configuration class {short}")
+    return _REGISTRY[name]
+
+
+def _builtin(short: str, name: str) -> type[Config]:
+    found = [cls for key, cls in _REGISTRY.items() if is_builtin(key) and cls.__name__ == short]
+    if not found:
+        import_builtins()
+        found = [cls for key, cls in _REGISTRY.items() if is_builtin(key) and cls.__name__ == short]
+    if not found:
+        raise UserError(f"configuration of type {name!r} is not known to this version")
+    return found[0]
+
+
+def import_builtins() -> None:
+    """Imports all modules of this package that define tasks, models, inputs and outputs, so that their classes are registered."""
+    for room in ("tasks", "models"):
+        package = importlib.import_module(f"{PACKAGE}.{room}")
+        for module in pkgutil.iter_modules(package.__path__):
+            importlib.import_module(f"{PACKAGE}.{room}.{module.name}")
+
+
+def subclasses(base: type[T]) -> dict[str, type[T]]:
+    """All registered subclasses of a class: this package's by bare name in lower case ("adamw"), others by "module:Class"."""
+    return {
+        cls.__name__.lower() if is_builtin(name) else name: cls
+        for name, cls in sorted(_REGISTRY.items())
+        if issubclass(cls, base) and cls is not base
+    }
+
+
+# -------------------------------------------------------------------------------------------------------- trees as a whole
+
+
+def nodes(config: Any, where: str = "") -> Iterator[tuple[str, Config]]:
+    """All nodes of a tree with their places ("", "model.", "model.encoder.", "callbacks.0.", ...), parents first."""
+    if isinstance(config, Config):
+        yield where, config
+        for f in dataclasses.fields(config):
+            yield from nodes(getattr(config, f.name), f"{where}{f.name}.")
+    elif isinstance(config, (tuple, list)):
+        for number, value in enumerate(config):
+            yield from nodes(value, f"{where}{number}.")
+
+
+def check_tree(config: Config) -> None:
+    """Checks every node: numbers are finite and of a sane size, strings are not empty where None is meant, and `Config.check`.
+
+    Raises:
+        UserError: the first field that cannot be right.
+    """
+    for where, node in nodes(config):
+        for f in dataclasses.fields(node):
+            _check_value(spelled(f"{where}{f.name}"), getattr(node, f.name), f.default)
+        node.check(where)
+
+
+def _check_value(name: str, value: Any, default: Any) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{name} is {value} and must be a finite number")
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise UserError(f"{name} is {value} and must be below 2^63")
+    if value == "" and default is None:
+        raise UserError(f"{name} is empty (an unset variable?): leave it out, or name something")
+    if isinstance(value, tuple):
+        for member in value:
+            _check_value(name, member, dataclasses.MISSING)
+
+
+def check_positive(node: Config, where: str, *names: str) -> None:
+    """Raises UserError for the first of a node's fields that is a number below 1."""
+    for name in names:
+        value = getattr(node, name)
+        if value is not None and value < 1:
+            raise UserError(f"{spelled(where + name)} is {value} and must be at least 1")
+
+
+def spelled(name: str) -> str:
+    """A dotted field name as the user types it after `--`."""
+    return name.replace("_", "-")
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts, and lists of dicts, as one dict with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        elif isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+            flat |= flatten({str(number): item for number, item in enumerate(value)}, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def digest(data: Any, length: int = 12) -> str:
+    """A short stable hash of JSON-ready data."""
+    text = json.dumps(data, sort_keys=True, separators=(",", ":"), default=to_dict)
+    return hashlib.sha256(text.encode()).hexdigest()[:length]
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Lines `field: old -> new` for two flat dicts."""
+    return [
+        f"{name}: {old.get(name, 'absent')} -> {new.get(name, 'absent')}"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name, "absent") != new.get(name, "absent")
+    ]
+
+
+def nearest(name: str, names: Iterable[str], prefix: str = "") -> str:
+    """ ", did you mean ...?" for a name that is not among `names`; a dotted name may be near in its last part alone."""
+    known = list(names)
+    found = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    if not found:
+        last = {n.rpartition(".")[2]: n for n in known}
+        close = difflib.get_close_matches(name.rpartition(".")[2], list(last), n=1, cutoff=0.6)
+        found = [last[n] for n in close]
+    return f", did you mean {prefix}{spelled(found[0]) if prefix else found[0]}?" if found else ""

@@ -1,0 +1,153 @@
+"""Optimizers and learning-rate schedules. An optimizer or a schedule of your own is a subclass, in a file of yours.
+
+class Sgd(OptimizerConfig):
+    "Plain gradient descent."
+
+    momentum: float = 0.9
+    "Share of the last step's direction that is kept."
+
+    def build(self, groups, lr):
+        return torch.optim.SGD(groups, lr=lr, momentum=self.momentum)
+
+Experiment(..., optim=OptimConfig(optimizer=Sgd(momentum=0.8)))
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from typing import TYPE_CHECKING, Any
+
+from perceiver.config.core import Config, UserError, spelled
+
+if TYPE_CHECKING:
+    import torch
+
+
+class OptimizerConfig(Config):
+    """An optimizer: base class of all."""
+
+    @abstractmethod
+    def build(self, groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
+        """The optimizer over parameter groups.
+
+        Args:
+            groups: as torch.optim takes them: "params" and "weight_decay". Parameters may be sharded (DTensor).
+            lr: peak learning rate; the loop sets every group's "lr" before each step.
+        """
+        raise NotImplementedError(f"{type(self).__name__} needs a method build(groups, lr) that returns a torch optimizer")
+
+
+class Adam(OptimizerConfig):
+    """Adam (arXiv 1412.6980); weight decay is added to the gradient."""
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay rates of the moment estimates."""
+    eps: float = 1e-8
+    """Added to the denominator."""
+
+    def check(self, where: str) -> None:
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"{spelled(where)}betas is {self.betas} and both must be at least 0 and below 1")
+        if not self.eps > 0:
+            raise UserError(f"{spelled(where)}eps is {self.eps} and must be above 0")
+
+    def build(self, groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
+        import torch
+
+        return torch.optim.Adam(groups, lr=lr, betas=self.betas, eps=self.eps, fused=True)
+
+
+class AdamW(Adam):
+    """AdamW (arXiv 1711.05101): Adam with decoupled weight decay."""
+
+    def build(self, groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
+        import torch
+
+        return torch.optim.AdamW(groups, lr=lr, betas=self.betas, eps=self.eps, fused=True)
+
+
+class ScheduleConfig(Config):
+    """A learning-rate schedule after the warm-up: base class of all."""
+
+    @abstractmethod
+    def factor(self, step: int, total_steps: int) -> float:
+        """The learning rate of a step as a fraction of `optim.lr`. A pure function: a continued run computes it anew.
+
+        Args:
+            step: steps since the end of the warm-up, from 0.
+            total_steps: steps of the run after the warm-up.
+        """
+        raise NotImplementedError(f"{type(self).__name__} needs a method factor(step, total_steps) that returns a number")
+
+
+class Constant(ScheduleConfig):
+    """The peak learning rate to the end."""
+
+    def factor(self, step: int, total_steps: int) -> float:
+        return 1.0
+
+
+class Cosine(ScheduleConfig):
+    """Half a cosine from the peak down to `min_lr_fraction` at the last step, and there it stays (arXiv 1608.03983)."""
+
+    min_lr_fraction: float = 0.0
+    """The last learning rate as a fraction of the peak."""
+
+    def check(self, where: str) -> None:
+        if not 0 <= self.min_lr_fraction <= 1:
+            raise UserError(f"{spelled(where)}min-lr-fraction is {self.min_lr_fraction} and must be from 0 to 1")
+
+    def factor(self, step: int, total_steps: int) -> float:
+        progress = min(1.0, step / max(1, total_steps))
+        low = self.min_lr_fraction
+        return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+class OptimConfig(Config):
+    """Optimizer and learning-rate schedule."""
+
+    optimizer: OptimizerConfig = AdamW()
+    """The optimizer: adamw, adam, or a class of yours (module:Class)."""
+    lr: float = 1e-3
+    """Peak learning rate."""
+    weight_decay: float = 0.01
+    """Weight decay on matrices; biases, norms and embeddings of positions get none."""
+    schedule: ScheduleConfig = Constant()
+    """The learning rate after the warm-up: constant, cosine, or a class of yours (module:Class)."""
+    warmup_steps: int = 0
+    """Steps over which the learning rate rises linearly from 0."""
+    max_grad_norm: float | None = None
+    """Clip the global gradient norm to this; None: no clipping."""
+
+    def check(self, where: str) -> None:
+        if not self.lr > 0:
+            raise UserError(f"{where}lr is {self.lr} and must be above 0")
+        if self.warmup_steps < 0:
+            raise UserError(f"{where}warmup-steps is {self.warmup_steps} and must not be negative")
+        if self.weight_decay < 0:
+            raise UserError(f"{where}weight-decay is {self.weight_decay} and must not be negative")
+        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
+            raise UserError(f"{where}max-grad-norm is {self.max_grad_norm} and must be above 0, or None for no clipping")
+
+    def learning_rate(self, step: int, total_steps: int) -> float:
+        """The learning rate of step `step` (from 0) of `total_steps`: linear warm-up from 0, then the schedule."""
+        if step < self.warmup_steps:
+            return self.lr * step / self.warmup_steps
+        return self.lr * self.schedule.factor(step - self.warmup_steps, total_steps - self.warmup_steps)
+
+    @classmethod
+    def upgrade(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Version 0.1 kept the fields of the optimizer and of the schedule side by side here."""
+        if not isinstance(values.get("optimizer"), str):
+            return values
+        moved = {"optimizer": ("betas", "eps"), "schedule": ("min_lr_fraction",)}
+        names = {"adamw": AdamW, "adam": Adam, "constant": Constant, "cosine": Cosine}
+        result = {name: value for name, value in values.items() if name not in ("betas", "eps", "min_lr_fraction")}
+        for section, fields in moved.items():
+            node = names.get(values.get(section, "constant"))
+            if node is None:
+                raise UserError(f"optim.{section} is {values[section]!r}, which this version does not know")
+            kept = {name: values[name] for name in fields if name in values and name in node.__dataclass_fields__}
+            result[section] = {"type": node.__name__, **kept}
+        return result

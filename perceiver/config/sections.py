@@ -1,0 +1,286 @@
+"""The experiment and its sections. Every default of the project stands beside its field, once.
+
+Presets (`perceiver/presets.py`) are functions that return an `Experiment` and show only what differs. What belongs to a run's identity
+(`Experiment.identity`): task, model, data, optim, training. What only says where and how fast it runs, and who watches it (`parallel`,
+`run`, `callbacks`), does not, so that a run can be continued on other machines.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import TYPE_CHECKING, Any, Literal
+
+from perceiver.config.core import Config, UserError, check_positive, flatten, home, is_builtin, spelled, to_dict
+from perceiver.config.optimization import OptimConfig
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+class ModelConfig(Config):
+    """A model: base class of all. Any architecture will do, Perceiver or not."""
+
+    @abstractmethod
+    def build(self) -> nn.Module:
+        """The model on the current default device, "meta" when it is to be sharded: then no weight has a value yet.
+
+        The module has `layers()`, the list of layers to shard, recompute and compile one by one; `init_weights(seed)`, which gives every
+        parameter its initial value as a function of the seed alone; and `reset_buffers()`, which computes its constants.
+        """
+        raise NotImplementedError(f"{type(self).__name__} needs a method build() that returns the model")
+
+
+class InputConfig(Config):
+    """What goes into a Perceiver IO: base class of all inputs."""
+
+
+class OutputConfig(Config):
+    """What comes out of a Perceiver IO: base class of all outputs."""
+
+
+class TaskConfig(Config):
+    """What is learned: base class of all tasks' settings."""
+
+
+class CallbackConfig(Config):
+    """Something that watches a training: base class of all callbacks' settings."""
+
+
+class DataConfig(Config):
+    """Where the data comes from, how it is prepared, and how it is shuffled."""
+
+    source: str = ""
+    """A named data set (see docs/data.md), a hub name ("hub:NAME[:CONFIG]"), or your own files: a file, folder or glob."""
+    mixture: tuple[str, ...] = ()
+    """Several sources in place of `source`, each as SOURCE=WEIGHT (c4=0.7 wikitext-103-raw=0.3): rows of a batch in these
+    shares, each source in its own order, over and over; validation metrics of each."""
+    val_source: str | None = None
+    """The same for validation; None: the named data set's own validation split, else val_fraction of the documents."""
+    val_fraction: float = 0.05
+    """Share of documents (or images) held out for validation where a source has no validation split."""
+    text_column: str = "text"
+    """Column of .jsonl and .parquet files that holds the text."""
+    label_column: str = "label"
+    """Column that holds the label, for classification."""
+    tokenizer: str = "bytes"
+    """"bytes" (UTF-8, 262 ids), or the path of a SentencePiece model."""
+    prepare: Literal["shards", "stream"] = "shards"
+    """shards: all text becomes ids before the training; stream: training text does while training, and only the files' sizes are
+    looked at before (language models; validation data are shards all the same)."""
+    on_error: Literal["raise", "skip"] = "raise"
+    """What a bad input file or row does: stop with its place, or be skipped and counted."""
+    rows_per_block: int = 256
+    """Rows of one parquet row group, the unit that is read and shuffled as one."""
+    blocks_per_shard: int = 64
+    """Row groups of one shard file."""
+    shuffle_window_blocks: int = 16
+    """Blocks are permuted over the whole epoch, rows inside windows of so many permuted blocks."""
+    lanes: int = 8
+    """A global batch takes its rows from so many places of the epoch's order at once (at most; see docs/data.md)."""
+    root: str = ""
+    """Folder that prepared data sets are written to and found in; "": $PERCEIVER_HOME/data."""
+
+    @property
+    def root_path(self) -> str:
+        return self.root or str(home() / "data")
+
+    def check(self, where: str) -> None:
+        check_positive(self, where, "rows_per_block", "blocks_per_shard", "shuffle_window_blocks", "lanes")
+        if not 0 <= self.val_fraction < 1:
+            raise UserError(f"{where}val-fraction is {self.val_fraction} and must be at least 0 and below 1")
+
+
+class TrainingConfig(Config):
+    """What is trained: batch, length, seed, precision."""
+
+    global_batch_size: int = 128
+    """Examples per optimizer step, over all workers and accumulation steps."""
+    max_epochs: int | None = None
+    """Length in passes over the training set."""
+    max_steps: int | None = None
+    """Length in optimizer steps; with max_epochs the shorter of the two counts."""
+    seed: int = 0
+    """Seed of initial weights, order, masks, shifts and dropout."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: parameters are cast to bfloat16 for forward and backward, reductions and updates stay fp32."""
+    init_from: str | None = None
+    """Start from the whole model of a run (its folder or name) or of other weights (a folder, a file, a name on the hub)."""
+    init_encoder_from: str | None = None
+    """Start from the encoder alone of a run or of other weights; the decoder is new."""
+    init_checkpoint: str = "best"
+    """Which checkpoint of that run: best, last, or a step."""
+
+    def check(self, where: str) -> None:
+        check_positive(self, where, "global_batch_size", "max_steps", "max_epochs")
+        if self.max_steps is None and self.max_epochs is None:
+            raise UserError(f"{where}max-steps and {where}max-epochs are both None: set one of them")
+        if self.seed < 0:
+            raise UserError(f"{where}seed is {self.seed} and must not be negative")
+
+
+class ParallelConfig(Config):
+    """How a run is laid out on machines. Not part of its identity."""
+
+    workers: int = 1
+    """Workers, one a GPU (or one a process on CPUs); `--workers N` for short."""
+    min_workers: int | None = None
+    """Elastic: start with as many workers as there is room for, from so many up to `workers`, and grow and shrink with the
+    cluster; `--workers 2..8` for short. None: always exactly `workers`."""
+    resize_seconds: float = 60.0
+    """Elastic: seconds between looks for room for more workers. A larger number of workers goes on from the last checkpoint."""
+    replicas: int = 1
+    """Copies of the model: each is sharded over workers / replicas neighbours (HSDP: one a node, say); 1: over all workers."""
+    micro_batch_size: int | None = None
+    """Examples a worker takes at once; the rest of its share of the global batch is accumulated. None: all at once."""
+    activation_checkpointing: int = 0
+    """Recompute every n-th layer in the backward pass to save memory; 0: none, 1: all."""
+    cpu_offload: bool = False
+    """Keep parameters, gradients and optimizer in the host's memory, where the optimizer then computes (on CPUs they are there)."""
+    compile: bool = False
+    """torch.compile each layer."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: GPUs where the cluster has them."""
+    device_memory_gib: float | None = None
+    """GiB of memory of a worker's device, for the check whether a step fits; None: as found."""
+    cpus_per_worker: float | None = None
+    """CPUs reserved in Ray for a worker; None: what leaves room for the data tasks."""
+    threads_per_worker: int | None = None
+    """Compute threads of a CPU worker; None: the machine's cores divided by its workers."""
+    wait_minutes: float = 0.0
+    """How long to wait for a cluster to grow to what the run needs (its autoscaler is asked); 0: what is there must do."""
+    address: str | None = None
+    """Ray cluster to join; None: the one this process runs in, else $RAY_ADDRESS, else a new local one."""
+
+    def check(self, where: str) -> None:
+        check_positive(self, where, "workers", "min_workers", "replicas", "micro_batch_size", "threads_per_worker")
+        for name in ("cpus_per_worker", "device_memory_gib"):
+            if (value := getattr(self, name)) is not None and not value > 0:
+                raise UserError(f"{spelled(where + name)} is {value} and must be above 0, or None for what is found")
+        for name in ("activation_checkpointing", "wait_minutes"):
+            if (value := getattr(self, name)) < 0:
+                raise UserError(f"{spelled(where + name)} is {value} and must not be negative")
+        if self.workers % self.replicas:
+            raise UserError(f"{where}replicas is {self.replicas} and must divide {where}workers ({self.workers})")
+        if self.min_workers is not None:
+            if self.min_workers > self.workers:
+                raise UserError(f"{where}min-workers is {self.min_workers} and must be at most {where}workers ({self.workers})")
+            if self.replicas > 1:
+                raise UserError(
+                    f"{where}replicas is {self.replicas}: an elastic run ({where}min-workers) has no replicas, as its workers change"
+                )
+            if not self.resize_seconds > 0:
+                raise UserError(f"{where}resize-seconds is {self.resize_seconds} and must be above 0")
+
+
+class RunConfig(Config):
+    """Where a run is kept and how it reports. Not part of its identity."""
+
+    name: str = ""
+    """Name of the run; "": the preset's name."""
+    storage: str = ""
+    """Folder of all runs, on a file system that all nodes share (or there is one node); or s3://, gs://, ...: checkpoints and
+    records are copied there from local folders, and a run goes on from there on any machine. "": $PERCEIVER_HOME/runs."""
+    log_every: int = 10
+    """Steps between lines of progress and metrics."""
+    val_every: int = 500
+    """Steps between validations (there is always one at the end)."""
+    val_batches: int | None = None
+    """Validate on the first so many global batches of the fixed validation order; None: on all."""
+    checkpoint_every: int = 500
+    """Steps between checkpoints (there is always one at the end)."""
+    keep_checkpoints: int = 2
+    """How many of the newest checkpoints are kept; the best one is kept besides."""
+    best_metric: str = "val_loss"
+    """Metric that names the best checkpoint (val_acc: higher is better, otherwise lower)."""
+    max_failures: int = 3
+    """How often a run restarts by itself from its last checkpoint when a worker dies; -1: without limit."""
+
+    def check(self, where: str) -> None:
+        check_positive(self, where, "log_every", "val_every", "val_batches", "checkpoint_every", "keep_checkpoints")
+        if self.max_failures < -1:
+            raise UserError(f"{where}max-failures is {self.max_failures} and must be at least -1 (without limit)")
+
+    @property
+    def storage_path(self) -> str:
+        """The local folder of runs."""
+        return str(home() / "runs") if self.mirror_root or not self.storage else self.storage
+
+    @property
+    def mirror_root(self) -> str | None:
+        """The URI that runs are copied to; None: nowhere."""
+        return self.storage if "://" in self.storage else None
+
+
+class Experiment(Config):
+    """All of one training."""
+
+    preset: str = ""
+    """What the command line named: a preset, module:function, file.py:function. Set by whoever finds the experiment."""
+    task: TaskConfig
+    """What is learned."""
+    model: ModelConfig
+    """By which model."""
+    data: DataConfig = DataConfig()
+    """From which data."""
+    optim: OptimConfig = OptimConfig()
+    """How it is optimised."""
+    training: TrainingConfig = TrainingConfig()
+    """Batch, length, seed, precision."""
+    parallel: ParallelConfig = ParallelConfig()
+    """Workers and devices."""
+    run: RunConfig = RunConfig()
+    """Name, storage, reporting."""
+    callbacks: tuple[CallbackConfig, ...] = ()
+    """What else happens while training: each watches it, and may keep a state of its own in the checkpoints."""
+
+    @property
+    def run_name(self) -> str:
+        """Name of the run's folder: run.name, else the preset's, else that of the function that returned the experiment."""
+        return self.run.name or self.preset.rpartition(":")[2].replace("_", "-")
+
+    def check(self, where: str) -> None:
+        name = self.run_name
+        if not name or "/" in name or "\0" in name or name.startswith("."):
+            raise UserError(f"run.name is {name!r} and must be a plain folder name (the folder of runs is run.storage)")
+        if not name.isascii() or not name.isprintable() or len(name) > 200:
+            raise UserError(f"run.name is {name!r} and must be at most 200 printable ASCII characters")
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What makes two runs the same run: everything but place, speed and reporting. Flat, by dotted names."""
+        tree = to_dict(self)
+        for section in ("parallel", "run", "callbacks"):
+            del tree[section]
+        for name in ("root", "on_error"):
+            del tree["data"][name]
+        if self.data.tokenizer != "bytes":  # where its file lies is nobody's identity; the data's hash has its content
+            tree["data"]["tokenizer"] = "sentencepiece"
+        # A class of this package is itself wherever it stands.
+        return {
+            name: value.partition(":")[2] if name.rpartition(".")[2] == "type" and is_builtin(value) else value
+            for name, value in flatten(tree).items()
+        }
+
+
+# ----------------------------------------------------------------------------------------------- training of a tokenizer
+
+
+class TokenizerTraining(Config):
+    """Training of a SentencePiece model (`ray_jobs.train_tokenizer`)."""
+
+    data: DataConfig
+    """The text: source, text_column, on_error; what val_source and val_fraction hold out for validation is left out."""
+    vocab_size: int = 32_000
+    """Number of ids, 256 single bytes and 7 special pieces among them."""
+    model_type: Literal["unigram", "bpe"] = "unigram"
+    """Unigram language model (arXiv 1804.10959), or byte pair encoding."""
+    character_coverage: float = 0.9995
+    """Share of the sample's characters that may get pieces of their own; the others are written as bytes."""
+    sample_megabytes: int = 100
+    """Text that the pieces are learned from, at most; the trainer takes about 25 times as much memory."""
+    read_megabytes: int = 2_000
+    """Input that the sample is drawn from, at most: files or parts of files, drawn over the whole source (as stored, packed)."""
+    seed: int = 0
+    """Seed of both draws."""
+    address: str | None = None
+    """Ray cluster to join; None: the one this process runs in, else $RAY_ADDRESS, else a new local one."""

@@ -1,0 +1,179 @@
+"""Experiments by name: presets, functions of yours, saved ones; and the command-line words that make an experiment again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from perceiver.config import Config, Experiment, UserError, flatten, load_tree, nearest, spelled, to_dict
+from perceiver.config.core import is_builtin
+from perceiver.extensions import Code, call, check_trust, code_of, installed_experiments, is_reference, load_object, trust
+from perceiver.presets import PRESETS
+
+EXPERIMENT = "experiment.json"
+"""File that makes a folder a run: its resolved configuration and the hash of its data."""
+CODE = "code"
+"""Folder of a run with a copy of the source files of the user's that it needs."""
+
+
+def find_experiment(name: str, trust_code: bool = False) -> Experiment:
+    """The experiment of a name, tried in this order:
+
+    - a preset, or a name under which an installed package registers a function (entry points "perceiver.experiments"),
+    - package.module:function or path/file.py:function, which returns an `Experiment` (or is one),
+    - a saved experiment: a run's folder, a .json or a .yaml file.
+
+    Args:
+        trust_code: a saved run may bring code that was never run from this account.
+
+    Raises:
+        UserError: there is none of that name; names the nearest.
+    """
+    if name in PRESETS:
+        return PRESETS[name]()
+    installed = installed_experiments()
+    if name in installed:
+        return _made(name, call(name, installed[name].load(), "experiment"))
+    if is_reference(name):
+        experiment = _made(name, call(name, load_object(name, "experiment"), "experiment"))
+        trust(code_of(experiment))
+        return experiment
+    path = Path(name).expanduser()
+    if (path / EXPERIMENT).is_file():
+        experiment, _ = read_run(path, trust_code)
+        return replace(experiment, run=replace(experiment.run, name=path.absolute().name, storage=_storage(experiment, path)))
+    if path.suffix in (".json", ".yaml", ".yml"):
+        return _read_file(path)
+    if path.suffix == ".py":
+        raise UserError(f"experiment {name!r}: name a function of that file that returns an Experiment: {name}:FUNCTION")
+    known = [*PRESETS, *installed]
+    raise UserError(
+        f"experiment {name!r} does not exist{nearest(name, known)}; presets are {', '.join(known)}; yours can be FILE.py:FUNCTION, "
+        "MODULE:FUNCTION, a run's folder, a .json or a .yaml file"
+    )
+
+
+def _made(name: str, found: Any) -> Experiment:
+    if not isinstance(found, Experiment):
+        raise UserError(f"experiment {name!r} is a {type(found).__name__} and must be an Experiment or a function that returns one")
+    return replace(found, preset=name)
+
+
+def _storage(experiment: Experiment, folder: Path) -> str:
+    """Where a run whose folder was named is kept: where that lies, or the object store that it is a copy of."""
+    return experiment.run.storage if "://" in experiment.run.storage else str(folder.absolute().parent)
+
+
+# ------------------------------------------------------------------------------------------------------ saved experiments
+
+
+def read_run(folder: Path, trust_code: bool = False) -> tuple[Experiment, Code]:
+    """The experiment of a run's folder, and the code that it brings, which is importable afterwards.
+
+    Raises:
+        UserError: a damaged file; code that may not be run, or is imported already in another version.
+    """
+    content = read_json(folder / EXPERIMENT)
+    code = Code.load(folder / CODE)
+    check_trust(code, f"run {folder.name}", folder / CODE, trust_code)
+    code.install()
+    return load_tree(content.get("experiment"), Experiment, str(folder / EXPERIMENT)), code
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        UserError: there is no such file, or it holds anything else.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({error})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is damaged (it holds no JSON object)")
+    return content
+
+
+def _read_file(path: Path) -> Experiment:
+    """The experiment of a .json or .yaml file: a whole one, or "preset" and what differs from it."""
+    if path.suffix == ".json":
+        content = read_json(path)
+    else:
+        import yaml
+
+        try:
+            content = yaml.safe_load(path.read_text())
+        except OSError as error:
+            raise UserError(f"{path} cannot be read ({error.strerror})") from None
+        except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+            raise UserError(f"{path} is no YAML ({' '.join(str(error).split())})") from None
+        if not isinstance(content, dict):
+            raise UserError(f"{path} holds no experiment: a mapping with task, model, data, ... or preset is expected")
+    content = content.get("experiment", content)
+    if isinstance(content, dict) and "type" not in content and "task" not in content and "preset" not in content:
+        raise UserError(f"{path} needs a preset to start from (`preset: quickstart`), or task and model with their types")
+    base = content.get("preset") if isinstance(content, dict) else None
+    if "type" not in content and isinstance(base, str) and base:
+        start = find_experiment(base)
+        whole = _merged(to_dict(start), {k: v for k, v in content.items() if k != "preset"}, path)
+    else:
+        start, whole = None, {"type": "Experiment", **content}
+    experiment = load_tree(whole, Experiment, str(path))
+    name = experiment.run.name or (path.stem if start is None or content.keys() - {"preset"} else "")
+    return replace(experiment, preset=str(path), run=replace(experiment.run, name=name))
+
+
+def _merged(tree: dict[str, Any], changes: dict[str, Any], path: Path, where: str = "") -> dict[str, Any]:
+    """A saved tree with some of its fields changed. A node of another "type" takes none of the old one's fields."""
+    result = dict(tree)
+    for key, value in changes.items():
+        name = str(key).replace("-", "_")
+        if name not in tree and name != "type":
+            raise UserError(f"{path}: field {where}{key} does not exist{nearest(name, [n for n in tree if n != 'type'])}")
+        old = tree.get(name)
+        if isinstance(value, dict) and isinstance(old, dict) and value.get("type", old["type"]) == old["type"]:
+            result[name] = _merged(old, value, path, f"{where}{key}.")
+        else:
+            result[name] = value
+    return result
+
+
+# -------------------------------------------------------------------------------------------------- words of a command line
+
+
+def command_words(
+    experiment: Experiment,
+    keep: Callable[[str], bool] = lambda name: True,
+) -> list[str]:
+    """The words after a job's name that make this experiment: what it started from, and the fields that differ from that.
+
+    Args:
+        keep: which fields are named, by their dotted names; all by default.
+    """
+    try:
+        base: Experiment | None = find_experiment(experiment.preset)
+    except UserError:  # a file that has gone, say: then all fields are told
+        base = None
+    changed = differing(experiment, base)
+    return [experiment.preset, *(word for name, value in changed.items() if keep(name) for word in field_words(name, value))]
+
+
+def differing(config: Config, base: Config | None) -> dict[str, Any]:
+    """Fields of a tree that differ from another's, by dotted names, as plain data; a node of another class as NAME: "module:Class"."""
+    new, old = flatten(to_dict(config)), flatten(to_dict(base)) if base is not None else {}
+    changed = {name: value for name, value in new.items() if name not in ("preset", "type") and old.get(name, ...) != value}
+    return {
+        name.removesuffix(".type"): value.partition(":")[2].lower() if name.endswith(".type") and is_builtin(value) else value
+        for name, value in changed.items()
+    }
+
+
+def field_words(name: str, value: Any) -> list[str]:
+    """A field's value as words of a command line; a sequence is as many words as it has members."""
+    return [f"--{spelled(name)}", *map(str, value if isinstance(value, (list, tuple)) else [value])]

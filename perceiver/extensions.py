@@ -1,0 +1,305 @@
+"""Code from outside this package: found by name, sent along with a run, kept with it, and imported only where it is trusted.
+
+An experiment may use classes of a user's own file or package. `code_of` collects the source files that these need; a run keeps a
+copy of them, and every process that takes part in it gets them (`Code.install`). Nothing here knows how they travel.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib
+import importlib.metadata
+import json
+import os
+import sys
+import sysconfig
+import tempfile
+import traceback
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from perceiver.config import Config, UserError, home, nearest, nodes, type_name
+
+GROUP = "perceiver.experiments"
+"""Entry points of this group are experiments that installed packages bring."""
+OWN = ("perceiver", "ray_jobs", "tuning")
+"""Packages of this project, which every process has."""
+TRUSTED = "trusted-code.json"
+"""File in $PERCEIVER_HOME with the digests of code that its user has run by naming it."""
+
+
+# ----------------------------------------------------------------------------------------------------------- named objects
+
+
+def is_reference(name: str) -> bool:
+    """Whether a name is of the form path/file.py:name or package.module:name (and not s3://..., hub:..., C:\\...)."""
+    place, colon, attribute = name.rpartition(":")
+    if not colon or "://" in name or not attribute.isidentifier():
+        return False
+    return place.endswith(".py") or all(part.isidentifier() for part in place.split("."))
+
+
+def load_object(reference: str, what: str) -> Any:
+    """The object of a reference path/file.py:name or package.module:name, whose module is imported.
+
+    The folder of a file goes on the import path, so that the file may import its neighbours.
+
+    Args:
+        what: how messages call it: "experiment", "search space", ...
+
+    Raises:
+        UserError: there is no such file, module or name in it, or importing it fails: with file and line.
+    """
+    place, _, attribute = reference.rpartition(":")
+    module = _import_file(Path(place).expanduser(), what) if place.endswith(".py") else _import_module(place, what)
+    if not hasattr(module, attribute):
+        names = [name for name, value in vars(module).items() if callable(value) and getattr(value, "__module__", "") == module.__name__]
+        there = f"; it has {', '.join(names[:8])}" if names else ""
+        raise UserError(f"{what} {reference!r}: {place} has no {attribute}{nearest(attribute, names)}{there}")
+    return getattr(module, attribute)
+
+
+def call(reference: str, function: Any, what: str) -> Any:
+    """The result of a function of the user's, or the object itself where it is no function.
+
+    Raises:
+        UserError: the function fails: with file and line.
+    """
+    if not callable(function):
+        return function
+    try:
+        return function()
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{what} {reference!r} fails: {_where(error)}") from error
+
+
+def _import_file(path: Path, what: str) -> ModuleType:
+    if not path.is_file():
+        raise UserError(f"{what} {str(path)!r}: there is no such file")
+    path, name = path.resolve(), path.stem
+    if not name.isidentifier():
+        raise UserError(f"{what} {str(path)!r}: a file that is imported needs a name of letters, digits and underscores")
+    loaded = sys.modules.get(name)
+    if loaded is None:
+        if str(path.parent) not in sys.path:
+            sys.path.insert(0, str(path.parent))
+        loaded = _import_module(name, what)
+    if _file_of(loaded) != path and not _same_text(_file_of(loaded), path):
+        raise UserError(f"{what} {str(path)!r}: another module {name} is imported already ({_file_of(loaded)}): give the file another name")
+    return loaded
+
+
+def _import_module(name: str, what: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name and (name == error.name or name.startswith(f"{error.name}.")):
+            raise UserError(f"{what} {name!r}: there is no module {error.name} on the import path") from None
+        raise UserError(f"{what}: {_where(error)}") from error
+    except Exception as error:
+        raise UserError(f"{what}: {_where(error)}") from error
+
+
+def _where(error: Exception) -> str:
+    """An error of the user's code with the place that it comes from: "weather.py, line 12: NameError: ..."."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{Path(error.filename).name}, line {error.lineno}: SyntaxError: {error.msg}"
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not _is_library(Path(frame.filename))]
+    place = f"{Path(frames[-1].filename).name}, line {frames[-1].lineno}: " if frames else ""
+    return f"{place}{type(error).__name__}: {error}"
+
+
+def installed_experiments() -> dict[str, importlib.metadata.EntryPoint]:
+    """Experiments that installed packages bring, by name."""
+    return {point.name: point for point in importlib.metadata.entry_points(group=GROUP)}
+
+
+# ------------------------------------------------------------------------------------------------------------ source files
+
+
+@dataclass(frozen=True)
+class Code:
+    """The source files that an experiment needs besides this package and what is installed."""
+
+    files: Mapping[str, str]
+    """Text by path, relative to the folder that goes on the import path."""
+
+    def __bool__(self) -> bool:
+        return bool(self.files)
+
+    @property
+    def digest(self) -> str:
+        """Hash of all files; "" where there are none."""
+        text = json.dumps(dict(self.files), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16] if self.files else ""
+
+    def save(self, folder: Path) -> None:
+        """Writes the files into a folder; others there are left as they are."""
+        for name, text in self.files.items():
+            path = folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+
+    @classmethod
+    def load(cls, folder: Path) -> Code:
+        """The source files in a folder; none where there is no such folder."""
+        return cls({str(path.relative_to(folder)): path.read_text() for path in sorted(folder.rglob("*.py"))})
+
+    def differences(self, other: Code) -> list[str]:
+        """Names of the files that differ from another's."""
+        return sorted(name for name in self.files.keys() | other.files.keys() if self.files.get(name) != other.files.get(name))
+
+    def install(self) -> None:
+        """Makes the files importable in this process.
+
+        Raises:
+            UserError: a module of the same name and other content is imported already.
+        """
+        missing = False
+        for name, text in self.files.items():
+            module = name.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+            loaded = sys.modules.get(module)
+            if loaded is None:
+                missing = True
+            elif (file := _file_of(loaded)) is None or not file.is_file() or file.read_text() != text:
+                raise UserError(
+                    f"module {module} is imported already in another version than the saved one ({name}): use a process of its own for each"
+                )
+        if missing and self.digest not in _installed:
+            folder = Path(tempfile.mkdtemp(prefix="perceiver-code-"))
+            self.save(folder)
+            sys.path.insert(0, str(folder))
+            _installed[self.digest] = folder
+            importlib.invalidate_caches()
+
+
+_installed: dict[str, Path] = {}
+"""Folders that this process has put on the import path, by the digest of the code in them."""
+
+
+def code_of(config: Config, references: Iterable[str] = ()) -> Code:
+    """The source files of all classes in a configuration tree, and of references, with what they import from beside them.
+
+    Modules of this project and of installed packages are not among them: every machine has its own.
+
+    Raises:
+        UserError: a class has no source file that could be sent to another process.
+    """
+    modules = {type_name(type(node)).partition(":")[0] for _, node in nodes(config)}
+    for reference in references:
+        place = reference.rpartition(":")[0]
+        modules.add(Path(place).stem if place.endswith(".py") else place)
+    files: dict[str, str] = {}
+    for name in sorted(modules):
+        module = sys.modules.get(name) or sys.modules.get("__main__")
+        if name.partition(".")[0] in OWN or module is None:
+            continue
+        file = _file_of(module)
+        if file is None or not file.is_file():
+            raise UserError(f"classes of module {name} have no source file: write them into a file of their own and import it")
+        if _is_library(file):
+            continue
+        root = file.parents[len(name.split(".")) - (0 if file.name == "__init__.py" else 1)]
+        _collect(root, file, files)
+    return Code(dict(sorted(files.items())))
+
+
+def _collect(root: Path, file: Path, files: dict[str, str]) -> None:
+    """Adds a file and, recursively, what it imports from the same folder."""
+    name = str(file.relative_to(root))
+    if name in files:
+        return
+    files[name] = file.read_text()
+    for parent in file.parents:
+        if parent == root or root not in parent.parents:
+            break
+        if (package := parent / "__init__.py").is_file():
+            _collect(root, package, files)
+    for module in _imports(files[name], name):
+        path = root.joinpath(*module.split("."))
+        if module.partition(".")[0] in OWN:
+            continue
+        for candidate in (path.with_suffix(".py"), path / "__init__.py"):
+            if candidate.is_file():
+                _collect(root, candidate, files)
+
+
+def _imports(text: str, name: str) -> Iterator[str]:
+    """Full names of the modules that a source file may import."""
+    package = name.removesuffix(".py").removesuffix("/__init__").split("/")
+    if not name.endswith("__init__.py"):
+        package = package[:-1]
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            if module:
+                yield module
+            yield from (f"{module}.{alias.name}".removeprefix(".") for alias in node.names)
+
+
+def _file_of(module: ModuleType) -> Path | None:
+    file = getattr(module, "__file__", None)
+    return Path(file).resolve() if file else None
+
+
+def _is_library(file: Path) -> bool:
+    """Whether a file belongs to Python, to an installed package or to this project."""
+    paths = sysconfig.get_paths()
+    own = Path(__file__).resolve().parent
+    folders = [Path(paths[name]).resolve() for name in ("stdlib", "platstdlib", "purelib", "platlib")] + [own.parent / name for name in OWN]
+    return any(folder in file.resolve().parents for folder in folders)
+
+
+def _same_text(first: Path | None, second: Path) -> bool:
+    return first is not None and first.is_file() and first.read_text() == second.read_text()
+
+
+# ------------------------------------------------------------------------------------------------------------------- trust
+
+
+def trust(code: Code) -> None:
+    """Remembers that this user has run the code, so that runs which bring a copy of it may import that."""
+    known = _trusted()
+    if code and code.digest not in known:
+        path = home() / TRUSTED
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        temporary.write_text(json.dumps(sorted({*known, code.digest}), indent=1) + "\n")
+        os.replace(temporary, path)
+
+
+def check_trust(code: Code, what: str, folder: Path, trusted: bool = False) -> None:
+    """Refuses code that came with somebody else's run.
+
+    Args:
+        what: how messages call the run.
+        folder: where its code can be read.
+        trusted: the user has said that it may run.
+
+    Raises:
+        UserError: this user never ran it.
+    """
+    if trusted:
+        trust(code)
+    elif code and code.digest not in _trusted():
+        raise UserError(
+            f"{what} brings code of its own ({', '.join(code.files)}) that was never run from this account: look at it in {folder}, "
+            "and give --trust-code (trust_code=True) to run it"
+        )
+
+
+def _trusted() -> set[str]:
+    try:
+        found = json.loads((home() / TRUSTED).read_text())
+    except (OSError, ValueError):
+        return set()
+    return set(map(str, found)) if isinstance(found, list) else set()
