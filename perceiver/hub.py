@@ -292,7 +292,7 @@ def config_to_transformers(config: ModelConfig) -> dict[str, Any]:
         "cross_attention_widening_factor": encoder.cross_attention_widening_factor,
         "attention_probs_dropout_prob": encoder.dropout,
         "initializer_range": config.init_scale,
-        "d_model": shapes.adapted_channels(config.input),
+        "d_model": config.input.adapted_channels(),
     }
     match config.input, config.output:
         case TextInput(vocab_size=vocab_size, max_seq_len=max_seq_len), TextOutput():

@@ -13,37 +13,37 @@ from tests.test_models_perceiver_io import ENCODER, FLOW, IMAGE, TEXT
 WRONG = {
     "heads": (
         replace(AR, num_heads=5),
-        "model.num_heads is 5, but must divide model.num_channels, 32: one of 1, 2, 4, 8",
+        "model.num-heads is 5, but must divide model.num-channels, 32: one of 1, 2, 4, 8",
     ),
     "tiny heads": (replace(AR, num_heads=32), "at most 16 heads"),
-    "latents": (replace(AR, max_latents=25), "model.max_latents is 25, but must be at most model.max_seq_len, 24"),
+    "latents": (replace(AR, max_latents=25), "model.max-latents is 25, but must be at most model.max-seq-len, 24"),
     "rotary layers": (replace(AR, num_self_attention_rotary_layers=4), "must be -1 (all) or 0 to"),
-    "dropout": (replace(AR, cross_attention_dropout=1.0), "model.cross_attention_dropout is 1.0"),
-    "vocabulary": (replace(AR, vocab_size=0), "model.vocab_size is 0, but must be at least 1"),
-    "scale": (replace(AR, init_scale=0.0), "model.init_scale is 0.0"),
+    "dropout": (replace(AR, cross_attention_dropout=1.0), "model.cross-attention-dropout is 1.0"),
+    "vocabulary": (replace(AR, vocab_size=0), "model.vocab-size is 0, but must be at least 1"),
+    "scale": (replace(AR, init_scale=0.0), "model.init-scale is 0.0"),
     "encoder heads": (
         replace(TEXT, encoder=replace(TEXT.encoder, num_cross_attention_heads=3)),
-        "model.encoder.num_cross_attention_heads is 3, but must divide model.encoder.num_cross_attention_qk_channels, 4",
+        "model.encoder.num-cross-attention-heads is 3, but must divide model.encoder.num-cross-attention-qk-channels, 4",
     ),
     "value heads": (
         replace(IMAGE, encoder=replace(IMAGE.encoder, num_self_attention_heads=4, num_self_attention_v_channels=6)),
-        "model.encoder.num_self_attention_v_channels, 6: one of 1, 2, 3, 6",
+        "model.encoder.num-self-attention-v-channels, 6: one of 1, 2, 3, 6",
     ),
     "decoder heads": (
         replace(IMAGE, decoder=replace(IMAGE.decoder, num_cross_attention_heads=3)),
-        "model.decoder.num_cross_attention_heads is 3",
+        "model.decoder.num-cross-attention-heads is 3",
     ),
     "cross-attention layers": (
         replace(IMAGE, encoder=replace(ENCODER, num_cross_attention_heads=1, num_cross_attention_layers=4)),
-        "at most model.encoder.num_self_attention_blocks, 3",
+        "at most model.encoder.num-self-attention-blocks, 3",
     ),
     "text of images": (
         replace(IMAGE, output=TextOutput()),
         "model.output is TextOutput, which needs model.input to be TextInput",
     ),
     "flow of text": (replace(TEXT, output=FlowOutput()), "needs model.input to be FlowInput, not TextInput"),
-    "image": (replace(IMAGE, input=ImageInput(image_shape=(0, 4, 1))), "model.input.image_shape is (0, 4, 1)"),
-    "classes": (replace(TEXT, output=ClassOutput(num_classes=0)), "model.output.num_classes is 0"),
+    "image": (replace(IMAGE, input=ImageInput(image_shape=(0, 4, 1))), "model.input.image-shape is (0, 4, 1)"),
+    "classes": (replace(TEXT, output=ClassOutput(num_classes=0)), "model.output.num-classes is 0"),
     "decoder dropout": (replace(FLOW, decoder=replace(FLOW.decoder, dropout=-0.1)), "model.decoder.dropout is -0.1"),
 }
 

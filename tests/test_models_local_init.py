@@ -85,13 +85,13 @@ def test_a_local_start_learns_from_neighbours_what_a_normal_start_does_not() -> 
         (replace(IMAGE, init="local"), "needs model.input to be TextInput"),
         (
             replace(LOCAL, input=replace(LOCAL.input, num_channels=66), decoder=DecoderConfig(num_cross_attention_heads=2)),
-            "model.input.num_channels is 66",
+            "model.input.num-channels is 66",
         ),
-        (replace(LOCAL, num_latent_channels=16), "model.num_latent_channels is 16 and must be at least 32"),
-        (replace(LOCAL, output=TextOutput(num_query_channels=16)), "model.output.num_query_channels is 16"),
+        (replace(LOCAL, num_latent_channels=16), "model.num-latent-channels is 16 and must be at least 32"),
+        (replace(LOCAL, output=TextOutput(num_query_channels=16)), "model.output.num-query-channels is 16"),
         (
             replace(LOCAL, encoder=replace(LOCAL.encoder, num_cross_attention_qk_channels=HEADS)),
-            "model.encoder.num_cross_attention_qk_channels is 4 and must be at least 8",
+            "model.encoder.num-cross-attention-qk-channels is 4 and must be at least 8",
         ),
     ],
 )

@@ -1,9 +1,115 @@
-"""Configurations of the models."""
+"""Configurations of the models, their inputs and their outputs. An input or an output of your own is a subclass, in a file of yours.
 
-from typing import Literal
+Shapes: B batch, N input positions, C channels of an input position, M output queries, Q channels of a query.
+"""
 
-from perceiver.config.core import Config
-from perceiver.config.sections import InputConfig, ModelConfig, OutputConfig
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from perceiver.config.core import Config, UserError, spelled
+from perceiver.config.sections import ModelConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+class InputConfig(Config):
+    """What goes into a Perceiver IO: base class of all inputs."""
+
+    @abstractmethod
+    def build(self) -> nn.Module:
+        """The adapter: takes what the task's batch holds as the model's input, returns (B, N, C), or that and a mask (B, N) of padding.
+
+        Where it has constants (buffers that are not saved), its method `reset_buffers()` computes them in place.
+        """
+        raise NotImplementedError(f"{type(self).__name__} needs a method build() that returns the input adapter")
+
+    @abstractmethod
+    def adapted_channels(self) -> int:
+        """C, the channels of what the adapter returns."""
+        raise NotImplementedError(f"{type(self).__name__} needs a method adapted_channels() that returns a number")
+
+    @abstractmethod
+    def num_positions(self) -> int:
+        """N at most."""
+        raise NotImplementedError(f"{type(self).__name__} needs a method num_positions() that returns a number")
+
+    def qk_channels(self, num_latent_channels: int) -> int:
+        """Query and key channels of the encoder's cross-attention where its configuration has None."""
+        return self.adapted_channels()
+
+    def text_limits(self) -> tuple[int, int] | None:
+        """Of text: the longest input in tokens and the number of ids; None for anything else."""
+        return None
+
+    def adapting_flops(self, num_positions: int) -> float:
+        """FLOPs of the adapter's own products for one example of so many positions."""
+        return 0.0
+
+    @property
+    def factorable(self) -> bool:
+        """Whether positions are few channels over a fixed grid, so that attention to them may be factored (exactly, and cheaper): the
+        adapter then has `points(x)`, (B, N, few channels), and `position_encoding`, (N, C less those)."""
+        return False
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputQueries:
+    """Output queries and what becomes of them."""
+
+    num_learned: int
+    """Learned queries; 0: the queries come from elsewhere."""
+    num_channels: int
+    """Q, channels of the queries."""
+    num_outputs: int
+    """Channels of the output: classes, vocabulary, ..."""
+    tied: bool = False
+    """Whether the output matrix is the token embedding."""
+
+
+class OutputConfig(Config):
+    """What comes out of a Perceiver IO: base class of all outputs."""
+
+    @abstractmethod
+    def queries(self, model: PerceiverIOConfig) -> OutputQueries:
+        """Number and channels of the queries, and channels of the output."""
+        raise NotImplementedError(f"{type(self).__name__} needs a method queries(model) that returns OutputQueries")
+
+    def build_queries(self, model: PerceiverIOConfig) -> nn.Module | None:
+        """A module that makes queries of the batch: takes what the model's input takes and the adapted input (B, N, C), returns
+        (B, M, Q). None: `ask` does without."""
+        return None
+
+    def build_head(self, model: PerceiverIOConfig) -> nn.Module | None:
+        """A module from decoded queries (B, M, Q) to outputs (B, M, outputs); None: a linear map with bias."""
+        return None
+
+    def ask(self, learned: Any, x: Any, adapted: Any, positions: Tensor | None) -> Tensor:
+        """The queries (B or 1, M, Q).
+
+        Args:
+            learned: the learned queries (num_learned, Q), or the module of `build_queries`.
+            x: the model's input as the batch has it.
+            adapted: the adapted input (B, N, C).
+            positions: numbers of the queries to decode (B, M); None: all.
+        """
+        if callable(learned):
+            return learned(x, adapted)
+        return learned[None] if positions is None else learned[positions]
+
+    def answer(self, decoded: Tensor, model: PerceiverIOConfig) -> Tensor:
+        """The model's output, of (B, M, outputs)."""
+        return decoded
+
+    def check_model(self, model: PerceiverIOConfig) -> None:
+        """Checks that the output can be that of the model.
+
+        Raises:
+            UserError: it needs another input, say.
+        """
 
 
 class TextInput(InputConfig):
@@ -16,6 +122,23 @@ class TextInput(InputConfig):
     num_channels: int = 768
     """Channels of the embeddings."""
 
+    def build(self) -> nn.Module:
+        from perceiver.models.adapters import TextAdapter
+
+        return TextAdapter(self.vocab_size, self.max_seq_len, self.num_channels)
+
+    def adapted_channels(self) -> int:
+        return self.num_channels
+
+    def num_positions(self) -> int:
+        return self.max_seq_len
+
+    def qk_channels(self, num_latent_channels: int) -> int:
+        return num_latent_channels
+
+    def text_limits(self) -> tuple[int, int]:
+        return self.max_seq_len, self.vocab_size
+
 
 class ImageInput(InputConfig):
     """Every pixel attended, channels last, with Fourier position features."""
@@ -24,6 +147,26 @@ class ImageInput(InputConfig):
     """Height, width, channels."""
     num_frequency_bands: int = 32
     """Fourier bands per axis."""
+
+    def build(self) -> nn.Module:
+        from perceiver.models.adapters import ImageAdapter
+
+        return ImageAdapter(self)
+
+    def adapted_channels(self) -> int:
+        *axes, num_pixel_channels = self.image_shape
+        return num_pixel_channels + len(axes) * (2 * self.num_frequency_bands + 1)
+
+    def num_positions(self) -> int:
+        height, width, _ = self.image_shape
+        return height * width
+
+    @property
+    def factorable(self) -> bool:
+        return True
+
+    def check(self, where: str) -> None:
+        _check_shape(self.image_shape, where)
 
 
 class FlowInput(InputConfig):
@@ -38,12 +181,51 @@ class FlowInput(InputConfig):
     num_frequency_bands: int = 64
     """Fourier bands per axis."""
 
+    def build(self) -> nn.Module:
+        from perceiver.models.adapters import FlowAdapter
+
+        return FlowAdapter(self)
+
+    def adapted_channels(self) -> int:
+        return self.num_patch_hidden_channels + len(self.image_shape) * (2 * self.num_frequency_bands + 1)
+
+    def num_positions(self) -> int:
+        height, width = self.image_shape
+        return height * width
+
+    def adapting_flops(self, num_positions: int) -> float:
+        return 2.0 * num_positions * 2 * self.num_patch_input_channels * self.num_patch_hidden_channels
+
+    def check(self, where: str) -> None:
+        _check_shape(self.image_shape, where)
+
+
+def _check_shape(image_shape: tuple[int, ...], where: str) -> None:
+    if min(image_shape) < 1:
+        raise UserError(f"{spelled(where)}image-shape is {tuple(image_shape)}, but all its sizes must be at least 1")
+
 
 class TextOutput(OutputConfig):
     """One learned query per position; logits over the vocabulary."""
 
     num_query_channels: int | None = None
     """Channels of the queries; None: as the token embedding, whose matrix is then also the output matrix (tied)."""
+
+    def queries(self, model: PerceiverIOConfig) -> OutputQueries:
+        text = model.input
+        assert isinstance(text, TextInput)
+        return OutputQueries(
+            num_learned=text.max_seq_len,
+            num_channels=self.num_query_channels or text.num_channels,
+            num_outputs=text.vocab_size,
+            tied=self.num_query_channels is None,
+        )
+
+    def ask(self, learned: Any, x: Any, adapted: Any, positions: Tensor | None) -> Tensor:
+        return learned[None, : x.shape[1]] if positions is None else learned[positions]
+
+    def check_model(self, model: PerceiverIOConfig) -> None:
+        _needs(self, model, TextInput)
 
 
 class ClassOutput(OutputConfig):
@@ -56,12 +238,41 @@ class ClassOutput(OutputConfig):
     num_query_channels: int = 128
     """Channels of the output queries."""
 
+    def queries(self, model: PerceiverIOConfig) -> OutputQueries:
+        return OutputQueries(num_learned=self.num_queries, num_channels=self.num_query_channels, num_outputs=self.num_classes)
+
+    def answer(self, decoded: Tensor, model: PerceiverIOConfig) -> Tensor:
+        """Logits (B, classes), or (B, queries, classes) if there are several queries."""
+        # A copy, not a view: FSDP hangs its hook for the backward pass on what the model returns.
+        return decoded.squeeze(1).clone() if decoded.shape[1] == 1 else decoded
+
 
 class FlowOutput(OutputConfig):
     """The adapted input itself as queries; two flow channels per pixel."""
 
     rescale_factor: float = 100.0
     """The output is divided by this number."""
+
+    def queries(self, model: PerceiverIOConfig) -> OutputQueries:
+        return OutputQueries(num_learned=0, num_channels=model.input.adapted_channels(), num_outputs=2)
+
+    def ask(self, learned: Any, x: Any, adapted: Any, positions: Tensor | None) -> Tensor:
+        return adapted
+
+    def answer(self, decoded: Tensor, model: PerceiverIOConfig) -> Tensor:
+        """Flow in pixels, (B, height, width, 2)."""
+        assert isinstance(model.input, FlowInput)
+        return (decoded / self.rescale_factor).unflatten(1, model.input.image_shape)
+
+    def check_model(self, model: PerceiverIOConfig) -> None:
+        _needs(self, model, FlowInput)
+
+
+def _needs(output: OutputConfig, model: PerceiverIOConfig, needed: type[InputConfig]) -> None:
+    if not isinstance(model.input, needed):
+        raise UserError(
+            f"model.output is {type(output).__name__}, which needs model.input to be {needed.__name__}, not {type(model.input).__name__}"
+        )
 
 
 class EncoderConfig(Config):
@@ -137,6 +348,19 @@ class PerceiverIOConfig(ModelConfig):
     """normal: all matrices random, as published. local: a text model's attention starts at neighbouring positions, without which
     a small one does not learn from random weights (docs/text-chain.md); init_scale is then that of the embeddings."""
 
+    def build(self) -> nn.Module:
+        from perceiver.models.perceiver_io import PerceiverIO
+
+        return PerceiverIO(self)
+
+    def text_limits(self) -> tuple[int, int] | None:
+        return self.input.text_limits()
+
+    def check(self, where: str) -> None:
+        from perceiver.models.check import check_io
+
+        check_io(self)
+
 
 class PerceiverARConfig(ModelConfig):
     """Perceiver AR (arXiv 2202.07765): causal; the last positions are latents, all before them is prefix."""
@@ -173,3 +397,16 @@ class PerceiverARConfig(ModelConfig):
     """Bias per token at the output (the output matrix is the token embedding)."""
     init_scale: float = 0.02
     """Standard deviation of initial weights."""
+
+    def build(self) -> nn.Module:
+        from perceiver.models.perceiver_ar import PerceiverAR
+
+        return PerceiverAR(self)
+
+    def text_limits(self) -> tuple[int, int]:
+        return self.max_seq_len, self.vocab_size
+
+    def check(self, where: str) -> None:
+        from perceiver.models.check import check_ar
+
+        check_ar(self)

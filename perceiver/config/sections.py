@@ -29,13 +29,9 @@ class ModelConfig(Config):
         """
         raise NotImplementedError(f"{type(self).__name__} needs a method build() that returns the model")
 
-
-class InputConfig(Config):
-    """What goes into a Perceiver IO: base class of all inputs."""
-
-
-class OutputConfig(Config):
-    """What comes out of a Perceiver IO: base class of all outputs."""
+    def text_limits(self) -> tuple[int, int] | None:
+        """Of a model that reads text: its longest input in tokens, and the number of token ids. None: it reads something else."""
+        return None
 
 
 class TaskConfig(Config):

@@ -43,10 +43,8 @@ from perceiver.config import (
     ImageClassificationConfig,
     ImageInput,
     MaskedLMConfig,
-    PerceiverARConfig,
     PerceiverIOConfig,
     TextClassificationConfig,
-    TextInput,
     UserError,
     differences,
     digest,
@@ -305,12 +303,10 @@ def text_limits(experiment: Experiment) -> tuple[int, int]:
     Raises:
         UserError: the model does not read text.
     """
-    model = experiment.model
-    if isinstance(model, PerceiverARConfig):
-        return model.max_seq_len, model.vocab_size
-    if isinstance(model, PerceiverIOConfig) and isinstance(model.input, TextInput):
-        return model.input.max_seq_len, model.input.vocab_size
-    raise UserError(f"{experiment.preset}: the task reads text, but the model's input is {type(model.input).__name__}")
+    limits = experiment.model.text_limits()
+    if limits is None:
+        raise UserError(f"{experiment.preset}: the task reads text, but the model ({type(experiment.model).__name__}) does not")
+    return limits
 
 
 def prepare_settings(experiment: Experiment) -> dict[str, Any]:

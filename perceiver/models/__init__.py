@@ -1,8 +1,10 @@
 """The models: plain PyTorch modules built from a configuration, that take and return plain tensors."""
 
+from typing import Any
+
 import torch
 
-from perceiver.config import ModelConfig, PerceiverARConfig
+from perceiver.config import ModelConfig
 from perceiver.models.check import check_model
 from perceiver.models.perceiver_ar import PerceiverAR, PerceiverARCache
 from perceiver.models.perceiver_io import PerceiverIO
@@ -10,7 +12,7 @@ from perceiver.models.perceiver_io import PerceiverIO
 __all__ = ["PerceiverAR", "PerceiverARCache", "PerceiverIO", "build_model", "check_model"]
 
 
-def build_model(config: ModelConfig, seed: int = 0) -> PerceiverIO | PerceiverAR:
+def build_model(config: ModelConfig, seed: int = 0) -> Any:
     """The model of a configuration on the current default device, with initial weights (none on "meta").
 
     Raises:
@@ -19,7 +21,7 @@ def build_model(config: ModelConfig, seed: int = 0) -> PerceiverIO | PerceiverAR
     check_model(config)
     device = torch.get_default_device()
     with torch.device("meta"):
-        model = PerceiverAR(config) if isinstance(config, PerceiverARConfig) else PerceiverIO(config)
+        model = config.build()
     if device.type != "meta":
         model.to_empty(device=device)
         model.init_weights(seed)

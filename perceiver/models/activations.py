@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from perceiver.config import ImageInput, ModelConfig, PerceiverARConfig, PerceiverIOConfig, TextInput, TextOutput
+from perceiver.config import ModelConfig, PerceiverARConfig, PerceiverIOConfig, TextOutput
 from perceiver.models import shapes
 from perceiver.models.attention import LONG_ENOUGH_TO_SPLIT
 from perceiver.models.factored_attention import is_cheaper
@@ -211,7 +211,7 @@ def _calls_encoder(config: PerceiverIOConfig, layout: Layout, num_inputs: int) -
     cross, heads = shapes.encoder_cross_attention(config), encoder.num_cross_attention_heads
     depth = encoder.num_self_attention_layers_per_block
     latents, adapted = (e * batch * n for n in (config.num_latents * config.num_latent_channels, num_inputs * cross.kv_channels))
-    factored = isinstance(config.input, ImageInput) and is_cheaper(config.num_latents * heads, cross, e)
+    factored = config.input.factorable and is_cheaper(config.num_latents * heads, cross, e)
     kept, extra, working = _attention(
         layout, shapes.encoder_self_attention(config), encoder.num_self_attention_heads, (config.num_latents,) * 2,
         encoder.dropout, False, encoder.self_attention_widening_factor,
@@ -251,7 +251,4 @@ def _num_encoder_layers(config: PerceiverIOConfig) -> int:
 
 
 def _num_inputs(config: PerceiverIOConfig, sizes: StepSizes) -> int:
-    if isinstance(config.input, TextInput):
-        return sizes.seq_len or config.input.max_seq_len
-    height, width = config.input.image_shape[:2]
-    return height * width
+    return sizes.seq_len or config.input.num_positions()

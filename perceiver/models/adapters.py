@@ -62,9 +62,13 @@ class ImageAdapter(GridAdapter):
         *shape, num_pixel_channels = config.image_shape
         super().__init__(tuple(shape), config.num_frequency_bands, num_pixel_channels)
 
+    def points(self, x: Tensor) -> Tensor:
+        """images (B, height, width, pixel channels) -> (B, height * width, pixel channels)."""
+        return x.flatten(1, 2)
+
     def forward(self, x: Tensor) -> Tensor:
         """images (B, height, width, pixel channels) -> (B, height * width, channels)."""
-        return self.with_positions(x.flatten(1, 2))
+        return self.with_positions(self.points(x))
 
 
 class FlowAdapter(GridAdapter):

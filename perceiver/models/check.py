@@ -2,17 +2,7 @@
 
 from typing import Any
 
-from perceiver.config import (
-    FlowInput,
-    FlowOutput,
-    ImageInput,
-    ModelConfig,
-    PerceiverARConfig,
-    PerceiverIOConfig,
-    TextInput,
-    TextOutput,
-    UserError,
-)
+from perceiver.config import ModelConfig, PerceiverARConfig, PerceiverIOConfig, UserError, nodes, spelled
 from perceiver.models import shapes
 from perceiver.models.local_init import check_local_init
 
@@ -23,58 +13,50 @@ def check_model(config: ModelConfig) -> None:
     Raises:
         UserError: names the field, its value, and what would be right.
     """
-    if isinstance(config, PerceiverARConfig):
-        _check_ar(config)
-    else:
-        _check_io(config)
+    for where, node in nodes(config, "model."):
+        node.check(where)
 
 
-def _check_ar(config: PerceiverARConfig) -> None:
+def check_ar(config: PerceiverARConfig) -> None:
     _positive_counts(config, "model", except_for="num_self_attention_rotary_layers")
-    _heads(config.num_heads, config.num_channels, "model.num_heads", "model.num_channels")
+    _heads(config.num_heads, config.num_channels, "model.num-heads", "model.num-channels")
     if config.num_channels // config.num_heads < 2:
         raise UserError(
-            f"model.num_heads is {config.num_heads} for {config.num_channels} channels, but rotary embedding needs "
+            f"model.num-heads is {config.num_heads} for {config.num_channels} channels, but rotary embedding needs "
             f"heads of at least 2 channels: at most {config.num_channels // 2} heads"
         )
     if config.max_latents > config.max_seq_len:
-        raise UserError(f"model.max_latents is {config.max_latents}, but must be at most model.max_seq_len, {config.max_seq_len}")
+        raise UserError(f"model.max-latents is {config.max_latents}, but must be at most model.max-seq-len, {config.max_seq_len}")
     if not -1 <= config.num_self_attention_rotary_layers <= config.num_self_attention_layers:
         raise UserError(
-            f"model.num_self_attention_rotary_layers is {config.num_self_attention_rotary_layers}, but must be -1 "
-            f"(all) or 0 to model.num_self_attention_layers, {config.num_self_attention_layers}"
+            f"model.num-self-attention-rotary-layers is {config.num_self_attention_rotary_layers}, but must be -1 "
+            f"(all) or 0 to model.num-self-attention-layers, {config.num_self_attention_layers}"
         )
 
 
-def _check_io(config: PerceiverIOConfig) -> None:
+def check_io(config: PerceiverIOConfig) -> None:
     _positive_counts(config, "model")
     for section in ("input", "encoder", "decoder", "output"):
         _positive_counts(getattr(config, section), f"model.{section}")
-    if isinstance(config.input, (ImageInput, FlowInput)) and min(config.input.image_shape) < 1:
-        raise UserError(f"model.input.image_shape is {config.input.image_shape}, but all its sizes must be at least 1")
-    for output, needed in ((TextOutput, TextInput), (FlowOutput, FlowInput)):
-        if isinstance(config.output, output) and not isinstance(config.input, needed):
-            raise UserError(
-                f"model.output is {output.__name__}, which needs model.input to be {needed.__name__}, not {type(config.input).__name__}"
-            )
+    config.output.check_model(config)
     encoder = config.encoder
     if encoder.num_cross_attention_layers > encoder.num_self_attention_blocks:
         raise UserError(
-            f"model.encoder.num_cross_attention_layers is {encoder.num_cross_attention_layers}, but each precedes a "
-            "self-attention block: at most model.encoder.num_self_attention_blocks, "
+            f"model.encoder.num-cross-attention-layers is {encoder.num_cross_attention_layers}, but each precedes a "
+            "self-attention block: at most model.encoder.num-self-attention-blocks, "
             f"{encoder.num_self_attention_blocks}"
         )
     for field, heads, channels in (
-        ("encoder.num_cross_attention", encoder.num_cross_attention_heads, shapes.encoder_cross_attention(config)),
-        ("encoder.num_self_attention", encoder.num_self_attention_heads, shapes.encoder_self_attention(config)),
+        ("encoder.num-cross-attention", encoder.num_cross_attention_heads, shapes.encoder_cross_attention(config)),
+        ("encoder.num-self-attention", encoder.num_self_attention_heads, shapes.encoder_self_attention(config)),
         (
-            "decoder.num_cross_attention",
+            "decoder.num-cross-attention",
             config.decoder.num_cross_attention_heads,
             shapes.decoder_cross_attention(config),
         ),
     ):
-        _heads(heads, channels.qk_channels, f"model.{field}_heads", f"model.{field}_qk_channels")
-        _heads(heads, channels.v_channels, f"model.{field}_heads", f"model.{field}_v_channels")
+        _heads(heads, channels.qk_channels, f"model.{field}-heads", f"model.{field}-qk-channels")
+        _heads(heads, channels.v_channels, f"model.{field}-heads", f"model.{field}-v-channels")
     if config.init == "local":
         check_local_init(config)
 
@@ -85,11 +67,11 @@ def _positive_counts(config: Any, section: str, except_for: str = "") -> None:
         if name == except_for or value is None or isinstance(value, bool):
             continue
         if isinstance(value, int) and value < 1:
-            raise UserError(f"{section}.{name} is {value}, but must be at least 1")
+            raise UserError(f"{spelled(f'{section}.{name}')} is {value}, but must be at least 1")
         if name.endswith("dropout") and not 0 <= value < 1:
-            raise UserError(f"{section}.{name} is {value}, but must be at least 0 and less than 1")
+            raise UserError(f"{spelled(f'{section}.{name}')} is {value}, but must be at least 0 and less than 1")
         if name in ("init_scale", "rescale_factor") and value <= 0:
-            raise UserError(f"{section}.{name} is {value}, but must be more than 0")
+            raise UserError(f"{spelled(f'{section}.{name}')} is {value}, but must be more than 0")
 
 
 def _heads(num_heads: int, num_channels: int, heads_field: str, channels_field: str) -> None:

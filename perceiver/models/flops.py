@@ -15,12 +15,9 @@ from dataclasses import dataclass, fields
 import torch
 
 from perceiver.config import (
-    FlowInput,
-    ImageInput,
     ModelConfig,
     PerceiverARConfig,
     PerceiverIOConfig,
-    TextInput,
     TextOutput,
 )
 from perceiver.models import build_model, shapes
@@ -124,15 +121,8 @@ def _forward_ar(config: PerceiverARConfig, prefix_len: int, num_latents: int) ->
 
 def _forward_io(config: PerceiverIOConfig, seq_len: int | None, num_queries: int | None) -> ForwardFlops:
     encoder, num_latents = config.encoder, config.num_latents
-    match config.input:
-        case TextInput(max_seq_len=max_seq_len):
-            num_inputs = seq_len or max_seq_len
-        case ImageInput(image_shape=(height, width, *_)) | FlowInput(image_shape=(height, width)):
-            num_inputs = height * width
-    adapting = 0.0
-    if isinstance(config.input, FlowInput):
-        patch, hidden = config.input.num_patch_input_channels, config.input.num_patch_hidden_channels
-        adapting = _linear(num_inputs, 2 * patch, hidden)
+    num_inputs = config.input.num_positions() if seq_len is None else seq_len
+    adapting = config.input.adapting_flops(num_inputs)
 
     cross, within = shapes.encoder_cross_attention(config), shapes.encoder_self_attention(config)
     num_cross = encoder.num_cross_attention_layers

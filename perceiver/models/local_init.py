@@ -34,21 +34,21 @@ def check_local_init(config: PerceiverIOConfig) -> None:
         raise UserError("model.init is local, which needs model.input to be TextInput")
     channels, needed = config.input.num_channels, config.input.num_channels // 2
     if channels % 4:
-        raise UserError(f"model.input.num_channels is {channels} and must be a multiple of 4 for model.init local")
-    places = {"model.num_latent_channels": config.num_latent_channels}
+        raise UserError(f"model.input.num-channels is {channels} and must be a multiple of 4 for model.init local")
+    places = {"model.num-latent-channels": config.num_latent_channels}
     if isinstance(config.output, TextOutput):
-        places["model.output.num_query_channels"] = shapes.output_queries(config).num_channels
+        places["model.output.num-query-channels"] = shapes.output_queries(config).num_channels
     for name, number in places.items():
         if number < needed:
             raise UserError(f"{name} is {number} and must be at least {needed} for model.init local")
     for name, layer, heads in (
-        ("encoder.num_cross_attention", shapes.encoder_cross_attention(config), config.encoder.num_cross_attention_heads),
-        ("encoder.num_self_attention", shapes.encoder_self_attention(config), config.encoder.num_self_attention_heads),
-        ("decoder.num_cross_attention", shapes.decoder_cross_attention(config), config.decoder.num_cross_attention_heads),
+        ("encoder.num-cross-attention", shapes.encoder_cross_attention(config), config.encoder.num_cross_attention_heads),
+        ("encoder.num-self-attention", shapes.encoder_self_attention(config), config.encoder.num_self_attention_heads),
+        ("decoder.num-cross-attention", shapes.decoder_cross_attention(config), config.decoder.num_cross_attention_heads),
     ):
         if layer.qk_channels < 2 * heads:
             raise UserError(
-                f"model.{name}_qk_channels is {layer.qk_channels} and must be at least {2 * heads} for model.init local: "
+                f"model.{name}-qk-channels is {layer.qk_channels} and must be at least {2 * heads} for model.init local: "
                 f"2 for each of {heads} heads"
             )
 

@@ -4,29 +4,18 @@ Shapes: B batch, N input positions, L latents, D latent channels, Q output queri
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from perceiver.config import ClassOutput, FlowInput, FlowOutput, ImageInput, PerceiverIOConfig, TextInput, TextOutput
+from perceiver.config import PerceiverIOConfig
 from perceiver.models import factored_attention, shapes
-from perceiver.models.adapters import FlowAdapter, ImageAdapter, TextAdapter
 from perceiver.models.attention import CrossAttentionLayer, SelfAttentionLayer
 from perceiver.models.factored_attention import FactoredInput
 from perceiver.models.initialize import initialize
 from perceiver.models.local_init import LocalInit
-
-
-def build_adapter(config: TextInput | ImageInput | FlowInput) -> TextAdapter | ImageAdapter | FlowAdapter:
-    """The input adapter of a configuration."""
-    match config:
-        case TextInput():
-            return TextAdapter(config.vocab_size, config.max_seq_len, config.num_channels)
-        case ImageInput():
-            return ImageAdapter(config)
-        case FlowInput():
-            return FlowAdapter(config)
 
 
 class PerceiverEncoder(nn.Module):
@@ -41,7 +30,7 @@ class PerceiverEncoder(nn.Module):
         encoder = config.encoder
         self.num_blocks = encoder.num_self_attention_blocks
         self.num_cross_attention_layers = encoder.num_cross_attention_layers
-        self.input_adapter = build_adapter(config.input)
+        self.input_adapter = config.input.build()
         self.latents = nn.Parameter(torch.empty(config.num_latents, config.num_latent_channels))
 
         cross, within = shapes.encoder_cross_attention(config), shapes.encoder_self_attention(config)
@@ -73,7 +62,7 @@ class PerceiverEncoder(nn.Module):
         self.self_attention_n = self_attention_block() if second_block else None
 
         # Text has one embedding per position and example: nothing is shared by the batch that could be factored out.
-        self.factored = isinstance(config.input, ImageInput)
+        self.factored = config.input.factorable
         self.num_query_heads, self.cross_channels = config.num_latents * encoder.num_cross_attention_heads, cross
 
     def layers(self) -> Iterator[nn.Module]:
@@ -84,15 +73,16 @@ class PerceiverEncoder(nn.Module):
         if self.self_attention_n is not None:
             yield from self.self_attention_n
 
-    def adapt(self, x: Tensor) -> Tensor | FactoredInput:
-        """The input as keys and values are made from it."""
-        if x.is_floating_point():
+    def adapt(self, x: Any, pad_mask: Tensor | None = None) -> tuple[Tensor | FactoredInput, Tensor | None]:
+        """The input as keys and values are made from it, and its mask of padding: the given one, or the adapter's own."""
+        if isinstance(x, Tensor) and x.is_floating_point():
             x = x.to(self.latents.dtype)
         element_size = self.latents.element_size()
         if self.factored and factored_attention.is_cheaper(self.num_query_heads, self.cross_channels, element_size):
             norm = self.cross_attention_1.kv_norm
-            return FactoredInput.of(x.flatten(1, 2), self.input_adapter.position_encoding, norm.eps)
-        return self.input_adapter(x)
+            return FactoredInput.of(self.input_adapter.points(x), self.input_adapter.position_encoding, norm.eps), pad_mask
+        adapted = self.input_adapter(x)
+        return adapted if isinstance(adapted, tuple) else (adapted, pad_mask)
 
     def forward(self, adapted: Tensor | FactoredInput, pad_mask: Tensor | None = None) -> Tensor:
         """adapted input of N positions, pad_mask (B, N), True = padding -> latents (B, L, D).
@@ -121,8 +111,8 @@ class PerceiverDecoder(nn.Module):
     """Latents to output: cross-attention of output queries to the latents, and a linear map.
 
     Attributes:
-        queries: learned queries (Q, channels); None where the adapted input is the query (flow).
-        output: linear map to logits; None where the token embedding is the output matrix (tied text).
+        queries: learned queries (Q, channels), or the module that makes them of the batch; None where the adapted input is the query.
+        output: map of decoded queries to outputs; None where the token embedding is the output matrix (tied text).
         output_bias: bias per token of the tied output.
     """
 
@@ -130,7 +120,9 @@ class PerceiverDecoder(nn.Module):
         super().__init__()
         decoder, queries = config.decoder, shapes.output_queries(config)
         learned, num_outputs = queries.num_learned, queries.num_outputs
-        self.queries = nn.Parameter(torch.empty(learned, queries.num_channels)) if learned else None
+        self.queries = config.output.build_queries(config)
+        if learned:
+            self.queries = nn.Parameter(torch.empty(learned, queries.num_channels))
         self.cross_attention = CrossAttentionLayer(
             shapes.decoder_cross_attention(config),
             num_heads=decoder.num_cross_attention_heads,
@@ -138,7 +130,9 @@ class PerceiverDecoder(nn.Module):
             dropout=decoder.dropout,
             attention_residual=decoder.cross_attention_residual,
         )
-        self.output = None if queries.tied else nn.Linear(queries.num_channels, num_outputs)
+        self.output = None
+        if not queries.tied:
+            self.output = config.output.build_head(config) or nn.Linear(queries.num_channels, num_outputs)
         self.output_bias = nn.Parameter(torch.empty(num_outputs)) if queries.tied else None
 
     def forward(self, queries: Tensor, latents: Tensor, tied_matrix: Tensor | None = None) -> Tensor:
@@ -175,40 +169,37 @@ class PerceiverIO(nn.Module):
 
     def reset_buffers(self) -> None:
         """Computes the constants that are not in checkpoints anew, in place (after `to_empty`)."""
-        self.encoder.input_adapter.reset_buffers()
+        for module in self.modules():
+            if module is not self and hasattr(module, "reset_buffers"):
+                module.reset_buffers()
 
     def encode(self, x: Tensor, pad_mask: Tensor | None = None) -> Tensor:
         """The latents (B, L, D) of an input as in `forward`."""
         with self._encoder_gradients():
-            return self.encoder(self.encoder.adapt(x), pad_mask)
+            return self.encoder(*self.encoder.adapt(x, pad_mask))
 
-    def forward(self, x: Tensor, pad_mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+    def forward(self, x: Any, pad_mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
         """The model's output.
 
         Args:
-            x: token ids (B, N); images (B, height, width, channels); pairs of frames (B, 2, features, height, width).
-            pad_mask: for text: (B, N), True = padding.
-            positions: for text output: only decode these query positions (B, M).
+            x: what the input's adapter takes: token ids (B, N); images (B, height, width, channels); pairs of frames (B, 2, features,
+                height, width); anything else for inputs of your own.
+            pad_mask: (B, N), True = padding.
+            positions: for learned queries: only decode these (B, M).
 
         Returns:
             Text: logits (B, N or M, vocabulary). Classes: logits (B, classes), or (B, queries, classes) if there are
-            several queries. Flow: (B, height, width, 2).
+            several queries. Flow: (B, height, width, 2). Else what the output's head returns.
         """
         with self._encoder_gradients():
-            adapted = self.encoder.adapt(x)
+            adapted, pad_mask = self.encoder.adapt(x, pad_mask)
             latents = self.encoder(adapted, pad_mask)
-        match self.config.output:
-            case TextOutput():
-                learned = self.decoder.queries
-                queries = learned[None, : x.shape[1]] if positions is None else learned[positions]
-                return self.decoder(queries, latents, self.encoder.input_adapter.txt_embedding.weight)
-            case ClassOutput():
-                logits = self.decoder(self.decoder.queries[None], latents)
-                # A copy, not a view: FSDP hangs its hook for the backward pass on what the model returns.
-                return logits.squeeze(1).clone() if logits.shape[1] == 1 else logits
-            case FlowOutput(rescale_factor=factor):
-                flow = self.decoder(adapted, latents) / factor
-                return flow.unflatten(1, self.config.input.image_shape)
+        output = self.config.output
+        decoded = self.decoder(output.ask(self.decoder.queries, x, adapted, positions), latents, self._tied_matrix())
+        return output.answer(decoded, self.config)
+
+    def _tied_matrix(self) -> Tensor | None:
+        return self.encoder.input_adapter.txt_embedding.weight if self.decoder.output is None else None
 
     def _encoder_gradients(self) -> torch.set_grad_enabled:
         """A frozen encoder runs as in evaluation: no activation is kept for a backward pass that would change nothing."""

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from perceiver.config import ClassOutput, FlowInput, FlowOutput, ImageInput, PerceiverIOConfig, TextInput, TextOutput
+from perceiver.config import PerceiverIOConfig
+from perceiver.config.models import OutputQueries
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,20 +16,9 @@ class AttentionChannels:
     v_channels: int
 
 
-def adapted_channels(config: TextInput | ImageInput | FlowInput) -> int:
-    """Channels of the sequence that an input becomes."""
-    match config:
-        case TextInput():
-            return config.num_channels
-        case ImageInput(image_shape=(*axes, num_pixel_channels)):
-            return num_pixel_channels + len(axes) * (2 * config.num_frequency_bands + 1)
-        case FlowInput(image_shape=axes):
-            return config.num_patch_hidden_channels + len(axes) * (2 * config.num_frequency_bands + 1)
-
-
 def encoder_cross_attention(config: PerceiverIOConfig) -> AttentionChannels:
-    encoder, kv = config.encoder, adapted_channels(config.input)
-    default = config.num_latent_channels if isinstance(config.input, TextInput) else kv
+    encoder, kv = config.encoder, config.input.adapted_channels()
+    default = config.input.qk_channels(config.num_latent_channels)
     return _channels(
         config.num_latent_channels, kv, encoder.num_cross_attention_qk_channels or default,
         encoder.num_cross_attention_v_channels,
@@ -52,30 +42,5 @@ def _channels(q: int, kv: int, qk: int, v: int | None) -> AttentionChannels:
     return AttentionChannels(q_channels=q, kv_channels=kv, qk_channels=qk, v_channels=v or qk)
 
 
-@dataclass(frozen=True, kw_only=True)
-class OutputQueries:
-    """Output queries and what becomes of them."""
-
-    num_learned: int
-    """Learned queries; 0: the adapted input is the query."""
-    num_channels: int
-    """Channels of the queries."""
-    num_outputs: int
-    """Channels of the output: classes, vocabulary or flow."""
-    tied: bool = False
-    """Whether the output matrix is the token embedding."""
-
-
 def output_queries(config: PerceiverIOConfig) -> OutputQueries:
-    match config.output:
-        case TextOutput(num_query_channels=channels):
-            return OutputQueries(
-                num_learned=config.input.max_seq_len,
-                num_channels=channels or config.input.num_channels,
-                num_outputs=config.input.vocab_size,
-                tied=channels is None,
-            )
-        case ClassOutput(num_classes=num_classes, num_queries=num_queries, num_query_channels=channels):
-            return OutputQueries(num_learned=num_queries, num_channels=channels, num_outputs=num_classes)
-        case FlowOutput():
-            return OutputQueries(num_learned=0, num_channels=adapted_channels(config.input), num_outputs=2)
+    return config.output.queries(config)
