@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -81,6 +82,39 @@ def read_run(folder: Path, trust_code: bool = False) -> tuple[Experiment, Code]:
     check_trust(code, f"run {folder.name}", folder / CODE, trust_code)
     code.install()
     return load_tree(content.get("experiment"), Experiment, str(folder / EXPERIMENT)), code
+
+
+def check_code(folder: Path, code: Code, allow_changed: bool = False) -> None:
+    """Refuses to continue a run with other code than it began with.
+
+    Args:
+        code: what the experiment needs now.
+        allow_changed: the user has said that the run shall continue with it.
+
+    Raises:
+        UserError: it has changed; names the files.
+    """
+    changed = Code.load(folder / CODE).differences(code) if (folder / EXPERIMENT).is_file() else []
+    if changed and not allow_changed:
+        raise UserError(
+            f"{', '.join(changed)} changed since run {folder.name} began (its copy is in {folder / CODE}): give --allow-changed-code to "
+            "continue with the new one, or another --run.name to start anew"
+        )
+
+
+def save_code(folder: Path, code: Code) -> None:
+    """Puts the source files that a run needs into its folder. Where they differ from those there, these are kept beside them."""
+    old = Code.load(folder / CODE)
+    if old and old.digest != code.digest:
+        os.replace(folder / CODE, _free(folder / f"{CODE}-before"))
+    code.save(folder / CODE)
+
+
+def _free(path: Path) -> Path:
+    number = 1
+    while (candidate := path.with_name(f"{path.name}-{number}")).exists():
+        number += 1
+    return candidate
 
 
 def read_json(path: Path) -> dict[str, Any]:

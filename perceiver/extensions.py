@@ -195,8 +195,13 @@ def code_of(config: Config, references: Iterable[str] = ()) -> Code:
     for reference in references:
         place = reference.rpartition(":")[0]
         modules.add(Path(place).stem if place.endswith(".py") else place)
+    return code_of_modules(modules)
+
+
+def code_of_modules(modules: Iterable[str]) -> Code:
+    """The source files of modules by name; see `code_of`."""
     files: dict[str, str] = {}
-    for name in sorted(modules):
+    for name in sorted(set(modules)):
         module = sys.modules.get(name) or sys.modules.get("__main__")
         if name.partition(".")[0] in OWN or module is None:
             continue
@@ -249,6 +254,12 @@ def _imports(text: str, name: str) -> Iterator[str]:
 def _file_of(module: ModuleType) -> Path | None:
     file = getattr(module, "__file__", None)
     return Path(file).resolve() if file else None
+
+
+def is_outside(module: ModuleType) -> bool:
+    """Whether a module is a source file of the user's: neither of this project nor of Python or an installed package."""
+    file = _file_of(module)
+    return file is not None and file.suffix == ".py" and not _is_library(file)
 
 
 def _is_library(file: Path) -> bool:

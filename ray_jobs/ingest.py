@@ -11,6 +11,7 @@ import pyarrow as pa
 import ray
 
 from perceiver.training.batches import Feed
+from ray_jobs.shipping import Shipped
 
 DATA_CPUS = 0.5
 """CPUs that a data task asks for."""
@@ -30,10 +31,11 @@ def read_with_ray(feed: Feed, units: Iterator[Any]) -> Iterator[pa.Table]:
         context.enable_progress_bars = False
         context.print_on_execution_start = False
         plan = ray.data.from_items([dataclasses.asdict(unit) for unit in chunk], override_num_blocks=num_tasks)
-        tables = plan.map_batches(_read, fn_kwargs={"feed": feed}, batch_size=None, batch_format="pyarrow", num_cpus=DATA_CPUS)
+        tables = plan.map_batches(_read, fn_kwargs={"shipped": Shipped(feed)}, batch_size=None, batch_format="pyarrow", num_cpus=DATA_CPUS)
         yield from tables.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
 
 
-def _read(items: pa.Table, feed: Feed) -> Iterator[pa.Table]:
+def _read(items: pa.Table, shipped: Shipped[Feed]) -> Iterator[pa.Table]:
+    feed = shipped.value
     for item in items.to_pylist():
         yield feed.read(feed.unit_type(**item))

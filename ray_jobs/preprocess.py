@@ -16,7 +16,7 @@ from typing import Any
 
 import pyarrow.fs as pafs
 
-from perceiver.config import Experiment, ImageClassificationConfig, TextClassificationConfig, UserError, digest
+from perceiver.config import Experiment, UserError, digest
 from perceiver.data.chunks import fingerprint as stream_fingerprint
 from perceiver.data.components import Component, mixture_manifest
 from perceiver.data.prepare import (
@@ -228,7 +228,7 @@ def make_job(experiment: Experiment, settings: dict[str, Any], folder: str, fing
     if kind == "images":
         shape = _first_image_shape(source, skip=data.on_error == "skip")
         check_image_shape(experiment, shape)
-    classify = isinstance(task, (ImageClassificationConfig, TextClassificationConfig))
+    classify = kind in ("images", "documents")
     columns = Columns(
         text=data.text_column,
         label=data.label_column if classify else None,

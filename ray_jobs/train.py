@@ -14,6 +14,8 @@ import torch
 from perceiver.config import Experiment, UserError, differences, from_dict
 from perceiver.data.shards import Manifest, load_prepared, with_tokenizer
 from perceiver.data.sources import is_shipped
+from perceiver.experiments import check_code, save_code
+from perceiver.extensions import code_of
 from perceiver.tasks import build_task
 from perceiver.tasks.pictures import curves
 from perceiver.training.checkpoint import CheckpointInfo, best_of, list_checkpoints, mirrored
@@ -28,8 +30,9 @@ from ray_jobs.room import check_memory
 
 
 def main(argv: list[str]) -> int:
-    experiment = parse_experiment(argv, "ray_jobs.train")
-    run(experiment, say=lambda text: print(text, flush=True))
+    allow_changed_code = "--allow-changed-code" in argv
+    experiment = parse_experiment([word for word in argv if word != "--allow-changed-code"], "ray_jobs.train")
+    run(experiment, say=lambda text: print(text, flush=True), allow_changed_code=allow_changed_code)
     return 0
 
 
@@ -38,6 +41,7 @@ def run(
     say=print,
     on_report: Callable[[dict[str, float]], None] | None = None,
     stop_at: int | None = None,
+    allow_changed_code: bool = False,
 ) -> dict[str, float]:
     """Trains an experiment to its end, from its last checkpoint on if there is one, and returns its last metrics.
 
@@ -45,6 +49,7 @@ def run(
         say: takes lines of progress.
         on_report: called in a thread with the metrics of each validation.
         stop_at: end with a validation and a checkpoint at this step, to be continued later.
+        allow_changed_code: continue a run although the user's code in it has changed since it began.
 
     Raises:
         UserError: a mistake in the experiment, data that is not prepared, another experiment under the same name.
@@ -57,6 +62,8 @@ def run(
     if mirror is not None:
         mirror.check()
         mirror.fetch(0)
+    code = code_of(experiment)
+    check_code(run_folder, code, allow_changed_code)
     finished = check_run(experiment, run_folder)
     if finished is not None:
         say(f"run {experiment.run_name} is finished: {_summary(finished)}")
@@ -79,6 +86,7 @@ def run(
             prepared = load_prepared(experiment)
         data_folder, manifest = prepared
         check_data(run_folder, manifest)
+        save_code(run_folder, code)
         save_experiment(run_folder, experiment, manifest, data_folder)
         if mirror is not None:
             mirror.send_records()

@@ -21,6 +21,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from perceiver.config import Experiment, UserError, from_dict, to_dict
 from perceiver.data.shards import Manifest, with_prepared_tokenizer
+from perceiver.extensions import Code, code_of
 from perceiver.tasks import build_task
 from perceiver.training.batches import make_val_feeds
 from perceiver.training.checkpoint import load_model, write_json
@@ -119,6 +120,7 @@ def _fit(
             function,
             train_loop_config={
                 "experiment": to_dict(experiment),
+                "code": dict(code_of(experiment).files),
                 "data_folder": data_folder,
                 "run_folder": str(run_folder),
                 "threads": resources.threads_per_worker,
@@ -157,6 +159,7 @@ def _why_no_workers(resources: Resources) -> str:
 
 
 def _train_worker(config: dict[str, Any]) -> None:
+    Code(config["code"]).install()
     run_folder = Path(config["run_folder"])
     mirror = Mirror.of(from_dict(config["experiment"]).run, run_folder)
     if mirror is not None:
@@ -208,6 +211,7 @@ def _note_failure(run_folder: Path, mirror: Mirror | None, users: bool, reason: 
 
 
 def _evaluate_worker(config: dict[str, Any]) -> None:
+    Code(config["code"]).install()
     experiment, world, _ = _enter(config)
     task = build_task(experiment)
     manifest = Manifest.load(config["data_folder"])

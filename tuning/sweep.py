@@ -24,6 +24,7 @@ from ray import tune
 from perceiver.config import Experiment, UserError, differences, digest, flatten, home, to_dict
 from perceiver.data.shards import load_prepared
 from perceiver.data.sources import is_shipped
+from perceiver.extensions import code_of
 from perceiver.training.checkpoint import write_json
 from perceiver.training.meters import duration
 from perceiver.training.run import total_steps
@@ -198,6 +199,7 @@ def fit(sweep: Sweep, folder: Path, base: Experiment, room: Room, steps: int, sa
     parallel = replace(base.parallel, cpus_per_worker=room.cpus_per_worker, threads_per_worker=room.threads_per_worker)
     settings = {
         "experiment": to_dict(replace(base, parallel=parallel)),
+        "code": dict(code_of(base).files),
         "reports": sweep.reports,
         "examples": examples,
         "population": sweep.scheduler == "pbt",

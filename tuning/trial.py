@@ -13,6 +13,7 @@ from ray import tune
 
 from perceiver.config import Experiment, UserError, from_dict
 from perceiver.data.shards import load_prepared
+from perceiver.extensions import Code
 from perceiver.training.checkpoint import EXPERIMENT, write_json
 from perceiver.training.mirror import CHECKPOINTS, MARKER
 from perceiver.training.run import total_steps
@@ -37,10 +38,12 @@ def run_trial(config: dict[str, Any], settings: dict[str, Any]) -> None:
 
     Args:
         config: {"values": {dotted field: value}}.
-        settings: "experiment": what trials vary (plain data), "reports" and "examples" of a whole training, "population" (bool),
+        settings: "experiment": what trials vary (plain data), "code": the source files that it needs,
+            "reports" and "examples" of a whole training, "population" (bool),
             "trials": folder of runs.
     """
     quiet()
+    Code(settings["code"]).install()
     name = run_name(tune.get_context().get_trial_id())
     run = Path(settings["trials"]) / name
     run.mkdir(parents=True, exist_ok=True)

@@ -8,13 +8,15 @@ Presets (`perceiver/presets.py`) are functions that return an `Experiment` and s
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from perceiver.config.core import Config, UserError, check_positive, flatten, home, is_builtin, spelled, to_dict
 from perceiver.config.optimization import OptimConfig
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from perceiver.tasks.base import Task
 
 
 class ModelConfig(Config):
@@ -36,6 +38,20 @@ class ModelConfig(Config):
 
 class TaskConfig(Config):
     """What is learned: base class of all tasks' settings."""
+
+    kind: ClassVar[str] = ""
+    """What prepared rows the task reads (see perceiver/data/shards.py); "": data for it cannot be prepared."""
+    document_marks: ClassVar[str] = "eos"
+    """Of a task that reads a stream of text, the ids around each document: "eos" (one after it) or "cls-sep"."""
+
+    @abstractmethod
+    def build(self, model: ModelConfig, data: DataConfig, seed: int) -> Task[Any, Any]:
+        """The task for one model and one kind of data, a subclass of `perceiver.tasks.base.Task`; `seed` is that of all random choices.
+
+        Raises:
+            UserError: it cannot be trained, or not with such a model.
+        """
+        raise NotImplementedError(f"{type(self).__name__} needs a method build(model, data, seed) that returns the task")
 
 
 class CallbackConfig(Config):

@@ -38,13 +38,9 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from perceiver.config import (
-    CausalLMConfig,
     Experiment,
-    ImageClassificationConfig,
     ImageInput,
-    MaskedLMConfig,
     PerceiverIOConfig,
-    TextClassificationConfig,
     UserError,
     differences,
     digest,
@@ -59,13 +55,6 @@ FORMAT_VERSION = 1
 """Who raises it also adds it to `prepare_settings`, so that data sets of the old format are not found any more."""
 MANIFEST = "manifest.json"
 SPLITS = ("train", "val")
-
-_KINDS = {
-    ImageClassificationConfig: "images",
-    CausalLMConfig: "tokens",
-    MaskedLMConfig: "tokens",
-    TextClassificationConfig: "documents",
-}
 
 _READING_ONLY = ("shuffle_window_blocks", "lanes")
 """Fields of the data's configuration that preparation does not depend on."""
@@ -290,8 +279,8 @@ def task_kind(experiment: Experiment) -> str:
     Raises:
         UserError: data for this task cannot be prepared.
     """
-    kind = _KINDS.get(type(experiment.task))
-    if kind is None:
+    kind = experiment.task.kind
+    if not kind:
         task = type(experiment.task).__name__.removesuffix("Config")
         raise UserError(f"{experiment.preset}: data for {task} cannot be prepared yet")
     return kind
@@ -355,8 +344,7 @@ def _settings(experiment: Experiment) -> dict[str, Any]:
         return settings | {"label_column": data.label_column, "row_length": max_seq_len - 2}
     if data.prepare == "stream":
         settings |= {"prepare": "stream", "most_rows_per_chunk": data.rows_per_block * data.shuffle_window_blocks}
-    marks = "cls-sep" if isinstance(experiment.task, MaskedLMConfig) else "eos"
-    return settings | {"row_length": max_seq_len, "document_marks": marks}
+    return settings | {"row_length": max_seq_len, "document_marks": experiment.task.document_marks}
 
 
 def with_tokenizer(experiment: Experiment) -> Experiment:
@@ -368,7 +356,7 @@ def with_tokenizer(experiment: Experiment) -> Experiment:
         UserError: its own is not there, and several prepared data sets differ in nothing but the tokenizer.
     """
     data = experiment.data
-    if _KINDS.get(type(experiment.task), "images") == "images" or tokenizer_is_there(data.tokenizer):
+    if experiment.task.kind in ("", "images") or tokenizer_is_there(data.tokenizer):
         return experiment
     settings = _settings(experiment)
     found = [

@@ -7,18 +7,21 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
-from perceiver.config import Experiment
+from perceiver.config import DataConfig, ModelConfig, TaskConfig
 from perceiver.data.shards import Manifest, Split
+from perceiver.models import build_model
 from perceiver.models.activations import StepSizes
 
 Batch = dict[str, Tensor]
+C = TypeVar("C", bound=TaskConfig)
+M = TypeVar("M", bound=ModelConfig)
 
 IGNORE_INDEX = -100
 """Label of positions and rows that carry no target (cross_entropy's default)."""
@@ -33,18 +36,22 @@ class Sample:
     image: np.ndarray | None = None
 
 
-class Task(ABC):
-    """A task of one experiment. Knows nothing of devices, ranks and optimizers."""
+class Task(ABC, Generic[C, M]):
+    """A task: its settings, for one model and one kind of data. Knows nothing of devices, ranks and optimizers.
 
-    kind: ClassVar[Literal["images", "tokens", "documents"]]
-    """What prepared rows the task reads (see perceiver/data/shards.py)."""
+    Args:
+        config: the task's own settings.
+        model: of the model that it trains.
+        data: of the data that it reads; its tokenizer, say.
+        seed: of all random choices.
+    """
 
-    def __init__(self, experiment: Experiment) -> None:
-        self.experiment = experiment
+    def __init__(self, config: C, model: M, data: DataConfig, seed: int) -> None:
+        self.config, self.model_config, self.data, self.seed = config, model, data, seed
 
-    @abstractmethod
-    def build_model(self) -> nn.Module:
+    def build_model(self) -> Any:
         """The model, on the current default device (also "meta"), weights uninitialised there."""
+        return build_model(self.model_config)
 
     def examples(self, block: pa.Table, split: Split, first_row: int, epoch: int, train: bool) -> pa.Table:
         """Turns one block as stored into its examples, one a row. Runs in data tasks, in parallel.

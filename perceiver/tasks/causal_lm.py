@@ -14,7 +14,6 @@ from perceiver.data.order import uniforms
 from perceiver.data.shards import Split, fixed_array, fixed_column
 from perceiver.data.tokenizers import load_tokenizer
 from perceiver.inference.generate import generate
-from perceiver.models import build_model
 from perceiver.models.activations import StepSizes
 from perceiver.models.flops import num_kept, training_flops
 from perceiver.tasks.base import IGNORE_INDEX, Batch, Sample, Task, loss_of_sources, padded
@@ -26,13 +25,11 @@ LENGTHS = 2
 """Stream of random numbers of the windows' lengths."""
 
 
-class CausalLM(Task):
+class CausalLM(Task[CausalLMConfig, PerceiverARConfig]):
     """Windows of max_seq_len + 1 tokens; the last max_latents of a window are predicted."""
 
-    kind = "tokens"
-
     def check(self) -> None:
-        model, stride, shortest = self.experiment.model, self._settings.val_stride, self._settings.min_seq_len
+        model, stride, shortest = self.model_config, self.config.val_stride, self.config.min_seq_len
         if not isinstance(model, PerceiverARConfig):
             raise UserError("causal language modelling needs a Perceiver AR model")
         if stride is not None and (stride < 1 or model.max_seq_len % stride or stride > model.max_seq_len):
@@ -43,9 +40,6 @@ class CausalLM(Task):
                 f"to model.max-seq-len ({model.max_seq_len})"
             )
 
-    def build_model(self) -> nn.Module:
-        return build_model(self.experiment.model)
-
     def examples(self, block: pa.Table, split: Split, first_row: int, epoch: int, train: bool) -> pa.Table:
         """Windows "tokens" (T + 1 ids from the row's start on, plus the epoch's shift), and "length", how many are real.
 
@@ -53,7 +47,7 @@ class CausalLM(Task):
         """
         stream = fixed_array(block, "tokens").reshape(-1)
         length, num_rows = split.row_length, block.num_rows - split.lookahead
-        shift = self._shift(epoch, length) if train and self._settings.random_shift else 0
+        shift = self._shift(epoch, length) if train and self.config.random_shift else 0
         size = length + 1 if train else length + 1 + length - self._stride
         windows = np.lib.stride_tricks.sliding_window_view(stream[shift:], size)[::length][:num_rows]
         starts = (first_row + np.arange(num_rows)) * length + shift
@@ -66,7 +60,7 @@ class CausalLM(Task):
         B is `size`, or `size` times the windows that start in a row. T is max_seq_len, or in training the step's length (of
         a row's window the first T + 1 tokens). Windows are right-aligned: padding is on the left.
         """
-        model, stride = self._model, model_stride(self._settings, self._model, train)
+        model, stride = self.model_config, model_stride(self.config, self.model_config, train)
         length, latents = self._length(step) if train else model.max_seq_len, model.max_latents
         tokens = padded(fixed_array(rows, "tokens").astype(np.int64), size, PAD_ID).numpy()
         real = padded(rows["length"].to_numpy(), size, 0).numpy()
@@ -107,14 +101,14 @@ class CausalLM(Task):
         }
 
     def samples(self, model: nn.Module, sums: dict[str, np.ndarray], split: Split) -> list[Sample]:
-        settings = self._settings
+        settings = self.config
         if settings.sample_tokens < 1:
             return []
-        tokenizer = load_tokenizer(self.experiment.data.tokenizer)
+        tokenizer = load_tokenizer(self.data.tokenizer)
         prompt = torch.from_numpy(tokenizer.encode(settings.sample_prompt).astype(np.int64))[None]
         device = next(model.parameters()).device
         # One latent to begin with, or as many as the prompt is longer than the prefix can be.
-        num_latents = max(1, prompt.shape[1] - (self._model.max_seq_len - self._model.max_latents))
+        num_latents = max(1, prompt.shape[1] - (self.model_config.max_seq_len - self.model_config.max_latents))
         ids = generate(
             model, prompt.to(device), max_new_tokens=settings.sample_tokens, num_latents=num_latents, temperature=0.8, top_k=40, seed=0
         )
@@ -128,44 +122,34 @@ class CausalLM(Task):
         return StepSizes(chunk_elements=CHUNK_ELEMENTS)
 
     def flops_per_example(self) -> float:
-        return training_flops(self._model, seq_len=self._mean_length)
-
-    @property
-    def _settings(self) -> CausalLMConfig:
-        assert isinstance(self.experiment.task, CausalLMConfig)
-        return self.experiment.task
-
-    @property
-    def _model(self) -> PerceiverARConfig:
-        assert isinstance(self.experiment.model, PerceiverARConfig)
-        return self.experiment.model
+        return training_flops(self.model_config, seq_len=self._mean_length)
 
     @property
     def _stride(self) -> int:
-        return model_stride(self._settings, self._model, False)
+        return model_stride(self.config, self.model_config, False)
 
     @property
     def _mean_length(self) -> int:
-        longest = self._model.max_seq_len
-        return (longest + (self._settings.min_seq_len or longest)) // 2
+        longest = self.model_config.max_seq_len
+        return (longest + (self.config.min_seq_len or longest)) // 2
 
     def _length(self, step: int) -> int:
         """Length of a step's windows, uniform from min_seq_len to max_seq_len: the same for all its examples and workers."""
-        longest = self._model.max_seq_len
-        shortest = self._settings.min_seq_len or longest
-        drawn = uniforms(self.experiment.training.seed, 0, np.array([step]), 1, stream=LENGTHS)[0, 0]
+        longest = self.model_config.max_seq_len
+        shortest = self.config.min_seq_len or longest
+        drawn = uniforms(self.seed, 0, np.array([step]), 1, stream=LENGTHS)[0, 0]
         return shortest + int(drawn * (longest + 1 - shortest))
 
     def _shift(self, epoch: int, length: int) -> int:
         """The epoch's shift of window boundaries, 0 .. length - 1; none in the first epoch."""
-        return int(uniforms(self.experiment.training.seed, epoch, np.zeros(1, np.int64), 1, stream=1)[0, 0] * length) if epoch else 0
+        return int(uniforms(self.seed, epoch, np.zeros(1, np.int64), 1, stream=1)[0, 0] * length) if epoch else 0
 
     def _prefix_keep(self, rows: pa.Table, size: int, prefix_len: int) -> Tensor | None:
         """Prefix positions that take part, a random choice per example (prefix dropout, Perceiver AR, Section 3.1)."""
-        keep = num_kept(prefix_len, self._model.cross_attention_dropout)
+        keep = num_kept(prefix_len, self.model_config.cross_attention_dropout)
         if keep == prefix_len:
             return None
-        drawn = uniforms(self.experiment.training.seed, rows["epoch"].to_numpy(), rows["row"].to_numpy(), prefix_len)
+        drawn = uniforms(self.seed, rows["epoch"].to_numpy(), rows["row"].to_numpy(), prefix_len)
         chosen = np.sort(np.argpartition(drawn, keep, axis=1)[:, :keep], axis=1) if rows.num_rows else drawn[:, :keep]
         result = np.tile(np.arange(keep), (size, 1))
         result[: rows.num_rows] = chosen

@@ -10,15 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from perceiver.config import ClassOutput, UserError
+from perceiver.config import ClassOutput, PerceiverIOConfig, UserError
 from perceiver.data.shards import Manifest, Split
-from perceiver.models import build_model
 from perceiver.models.flops import training_flops
-from perceiver.tasks.base import IGNORE_INDEX, Batch, Sample, Task, loss_of_sources
+from perceiver.tasks.base import IGNORE_INDEX, Batch, C, Sample, Task, loss_of_sources
 from perceiver.tasks.pictures import confusion_matrix
 
 
-class Classification(Task):
+class Classification(Task[C, PerceiverIOConfig]):
     """A class per example: a batch's "labels" are (B,), and `logits` are (B, classes)."""
 
     @abstractmethod
@@ -26,16 +25,13 @@ class Classification(Task):
         """The model's logits (B, classes)."""
 
     def check(self) -> None:
-        output, names = getattr(self.experiment.model, "output", None), self.experiment.task.class_names
+        output, names = getattr(self.model_config, "output", None), self.config.class_names
         if not isinstance(output, ClassOutput):
             raise UserError("classification needs a Perceiver IO model with a ClassOutput")
         if output.num_queries != 1:
             raise UserError(f"model.output.num-queries is {output.num_queries} and must be 1 for a class per example")
         if names is not None and len(names) != output.num_classes:
             raise UserError(f"task.class-names has {len(names)} names but model.output.num-classes is {output.num_classes}")
-
-    def build_model(self) -> nn.Module:
-        return build_model(self.experiment.model)
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         labels = batch["labels"]
@@ -54,13 +50,13 @@ class Classification(Task):
 
     def samples(self, model: nn.Module, sums: dict[str, np.ndarray], split: Split) -> list[Sample]:
         confusion = sums["confusion"]
-        names = self.experiment.task.class_names or tuple(str(i) for i in range(len(confusion)))
+        names = self.config.class_names or tuple(str(i) for i in range(len(confusion)))
         return [Sample("confusion", image=confusion_matrix(confusion, names))] if len(names) <= 100 else []
 
     def baselines(self, split: Split, manifest: Manifest) -> list[str]:
-        num_classes = self.experiment.model.output.num_classes
+        num_classes = self.model_config.output.num_classes
         return [f"chance is accuracy {1 / num_classes:.3f}, loss {math.log(num_classes):.3f}"]
 
     def flops_per_example(self) -> float:
         """Counted at the model's greatest input length."""
-        return training_flops(self.experiment.model)
+        return training_flops(self.model_config)

@@ -14,13 +14,11 @@ from perceiver.tasks.base import IGNORE_INDEX, Batch, padded
 from perceiver.tasks.classification import Classification
 
 
-class ImageClassification(Classification):
+class ImageClassification(Classification[ImageClassificationConfig]):
     """Images (height, width, channels), channels last, pixels scaled to [-1, 1]."""
 
-    kind = "images"
-
     def check(self) -> None:
-        model = self.experiment.model
+        model = self.model_config
         if not isinstance(model, PerceiverIOConfig) or not isinstance(model.input, ImageInput):
             raise UserError("image classification needs a Perceiver IO model with an ImageInput")
         super().check()
@@ -28,9 +26,9 @@ class ImageClassification(Classification):
     def collate(self, rows: pa.Table, size: int, split: Split, train: bool, step: int) -> Batch:
         """images (size, H, W, C) uint8, labels (size,) int64."""
         images = fixed_array(rows, "image").reshape(rows.num_rows, *self._stored_shape(split))
-        crop = self._settings.random_crop
+        crop = self.config.random_crop
         if crop is not None:
-            seed = self.experiment.training.seed
+            seed = self.seed
             places = uniforms(seed, rows["epoch"].to_numpy(), rows["row"].to_numpy(), 2)
             images = random_crop(images, crop, places if train else np.full_like(places, 0.5))
         labels = rows["label"].to_numpy().astype(np.int64)
@@ -39,15 +37,10 @@ class ImageClassification(Classification):
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
         return model(batch["images"].float() / 127.5 - 1)
 
-    @property
-    def _settings(self) -> ImageClassificationConfig:
-        assert isinstance(self.experiment.task, ImageClassificationConfig)
-        return self.experiment.task
-
     def _stored_shape(self, split: Split) -> tuple[int, int, int]:
         """Shape of the images as stored, which a crop makes smaller."""
-        height, width, channels = self.experiment.model.input.image_shape
-        if self._settings.random_crop is None:
+        height, width, channels = self.model_config.input.image_shape
+        if self.config.random_crop is None:
             return height, width, channels
         side = round((split.row_length // channels) ** 0.5)
         return side, split.row_length // channels // side, channels

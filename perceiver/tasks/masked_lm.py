@@ -16,20 +16,17 @@ from perceiver.data.shards import Manifest, Split, fixed_array
 from perceiver.data.text import mask_words
 from perceiver.data.tokenizers import Tokenizer, load_tokenizer
 from perceiver.inference.masks import MARKS, encode_masked, fill_masks
-from perceiver.models import build_model
 from perceiver.models.activations import StepSizes
 from perceiver.models.flops import training_flops
 from perceiver.tasks.base import IGNORE_INDEX, Batch, Sample, Task, loss_of_sources, padded
 from perceiver.training.batches import VALIDATION_SEED
 
 
-class MaskedLM(Task):
+class MaskedLM(Task[MaskedLMConfig, PerceiverIOConfig]):
     """Windows of max_seq_len tokens, of which only the labelled positions are decoded (about 15%), always all of them."""
 
-    kind = "tokens"
-
     def check(self) -> None:
-        model, settings = self.experiment.model, self._settings
+        model, settings = self.model_config, self.config
         text = isinstance(model, PerceiverIOConfig) and isinstance(model.input, TextInput)
         if not text or not isinstance(model.output, TextOutput):
             raise UserError("masked language modelling needs a Perceiver IO model with a TextInput and a TextOutput")
@@ -39,17 +36,14 @@ class MaskedLM(Task):
         if not 1 <= settings.sample_predictions <= model.input.vocab_size:
             raise UserError(f"task.sample-predictions is {settings.sample_predictions} and must be at least 1")
         if self._tokenizer.mask_id is None:
-            raise UserError(f"data.tokenizer {self.experiment.data.tokenizer} has no mask token ({' or '.join(MARKS)})")
+            raise UserError(f"data.tokenizer {self.data.tokenizer} has no mask token ({' or '.join(MARKS)})")
         for text in settings.sample_texts:
             encode_masked(self._tokenizer, with_masks(text, self._tokenizer), model.input.max_seq_len)
-
-    def build_model(self) -> nn.Module:
-        return build_model(self.experiment.model)
 
     def examples(self, block: pa.Table, split: Split, first_row: int, epoch: int, train: bool) -> pa.Table:
         """Windows "tokens" (T ids), and "length", how many are real."""
         rows = super().examples(block, split, first_row, epoch, train)
-        length = self._model.input.max_seq_len
+        length = self.model_config.input.max_seq_len
         real = np.clip(split.tokens - (first_row + np.arange(rows.num_rows)) * length, 0, length)
         return rows.append_column("length", pa.array(real))
 
@@ -59,7 +53,7 @@ class MaskedLM(Task):
         M is the same for nearly all batches (`usual_positions`); one with a row of more labels has the next multiple that
         holds them. A text's last window is filled up on the right and then has a pad_mask (B, T), bool.
         """
-        length, settings = self._model.input.max_seq_len, self._settings
+        length, settings = self.model_config.input.max_seq_len, self.config
         probability = settings.mask_probability if train else settings.val_mask_probability or settings.mask_probability
         tokens, row = fixed_array(rows, "tokens"), rows["row"].to_numpy()
         real = rows["length"].to_numpy()
@@ -69,7 +63,7 @@ class MaskedLM(Task):
             self._tokenizer.words,
             mask_id=self._tokenizer.mask_id,
             probability=probability,
-            seed=self.experiment.training.seed if train else VALIDATION_SEED,
+            seed=self.seed if train else VALIDATION_SEED,
             epoch=rows["epoch"].to_numpy() if train and not settings.static else 0,
             rows=row,
             whole_words=settings.whole_words,
@@ -105,13 +99,13 @@ class MaskedLM(Task):
 
     def samples(self, model: nn.Module, sums: dict[str, np.ndarray], split: Split) -> list[Sample]:
         """The sample sentences, each followed by its best completions."""
-        texts, lines = self._settings.sample_texts, []
+        texts, lines = self.config.sample_texts, []
         if not texts:
             return []
         was_training = model.training
         model.eval()
         masked = [with_masks(text, self._tokenizer) for text in texts]
-        filled = fill_masks(model, self._tokenizer, masked, self._settings.sample_predictions)
+        filled = fill_masks(model, self._tokenizer, masked, self.config.sample_predictions)
         model.train(was_training)
         for text, fills in zip(texts, filled, strict=True):
             lines += [text, *(f"{i}. {fill.text}" for i, fill in enumerate(fills, 1))]
@@ -122,29 +116,19 @@ class MaskedLM(Task):
         return [] if nats is None else [f"guessing by the frequencies of single tokens is loss {nats:.3f}"]
 
     def unit(self) -> tuple[str, int]:
-        return "tokens", self._model.input.max_seq_len
+        return "tokens", self.model_config.input.max_seq_len
 
     def step_sizes(self) -> StepSizes:
         """The positions that nearly all batches decode."""
-        return StepSizes(num_queries=usual_positions(self._model.input.max_seq_len, self._settings.mask_probability)[0])
+        return StepSizes(num_queries=usual_positions(self.model_config.input.max_seq_len, self.config.mask_probability)[0])
 
     def flops_per_example(self) -> float:
-        decoded, _ = usual_positions(self._model.input.max_seq_len, self._settings.mask_probability)
-        return training_flops(self._model, num_queries=decoded)
-
-    @property
-    def _settings(self) -> MaskedLMConfig:
-        assert isinstance(self.experiment.task, MaskedLMConfig)
-        return self.experiment.task
-
-    @property
-    def _model(self) -> PerceiverIOConfig:
-        assert isinstance(self.experiment.model, PerceiverIOConfig)
-        return self.experiment.model
+        decoded, _ = usual_positions(self.model_config.input.max_seq_len, self.config.mask_probability)
+        return training_flops(self.model_config, num_queries=decoded)
 
     @property
     def _tokenizer(self) -> Tokenizer:
-        return load_tokenizer(self.experiment.data.tokenizer)
+        return load_tokenizer(self.data.tokenizer)
 
 
 def usual_positions(length: int, probability: float) -> tuple[int, int]:

@@ -15,32 +15,30 @@ from perceiver.tasks.base import IGNORE_INDEX, Batch, padded
 from perceiver.tasks.classification import Classification
 
 
-class TextClassification(Classification):
+class TextClassification(Classification[TextClassificationConfig]):
     """Documents as [CLS] ids [SEP], cut to max_seq_len with both kept, padded on the right to the longest of their batch.
 
     Batches differ in length, also between workers: nothing in a step needs them equal but the number of micro-batches.
     """
 
-    kind = "documents"
-
     def check(self) -> None:
-        model = self.experiment.model
+        model = self.model_config
         if not isinstance(model, PerceiverIOConfig) or not isinstance(model.input, TextInput):
             raise UserError("text classification needs a Perceiver IO model with a TextInput")
         super().check()
-        tokenizer = load_tokenizer(self.experiment.data.tokenizer)
+        tokenizer = load_tokenizer(self.data.tokenizer)
         if tokenizer.cls_id is None or tokenizer.sep_id is None:
-            raise UserError(f"data.tokenizer {self.experiment.data.tokenizer} has no tokens [CLS] and [SEP]")
+            raise UserError(f"data.tokenizer {self.data.tokenizer} has no tokens [CLS] and [SEP]")
 
     def arrange(self, rows: pa.Table) -> pa.Table:
         """Sorted by length where `group_by_length` is on, so that micro-batches need little padding."""
-        if not self._settings.group_by_length or rows.num_rows < 2:
+        if not self.config.group_by_length or rows.num_rows < 2:
             return rows
         return rows.take(pa.array(np.argsort(_lengths(rows), kind="stable")))
 
     def collate(self, rows: pa.Table, size: int, split: Split, train: bool, step: int) -> Batch:
         """ids (size, L) int64, labels (size,) int64; where documents differ in length, pad_mask (size, L) bool."""
-        tokenizer = load_tokenizer(self.experiment.data.tokenizer)
+        tokenizer = load_tokenizer(self.data.tokenizer)
         lengths, num = _lengths(rows), rows.num_rows
         longest = int(lengths.max(initial=0))
         ids = np.full((size, longest + 2), tokenizer.pad_id or 0, np.int64)
@@ -59,11 +57,6 @@ class TextClassification(Classification):
 
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
         return model(batch["ids"], batch.get("pad_mask"))
-
-    @property
-    def _settings(self) -> TextClassificationConfig:
-        assert isinstance(self.experiment.task, TextClassificationConfig)
-        return self.experiment.task
 
 
 def _lengths(rows: pa.Table) -> np.ndarray:
