@@ -279,11 +279,11 @@ def _first_image_shape(source: Source, skip: bool) -> tuple[int, int, int]:
     """The shape of the first image; where faults are skipped, of the first file that is readable."""
     for file in source.files[:-1]:
         try:
-            return image_shape(file)
+            return image_shape(file, skip)
         except UserError:
             if not skip:
                 raise
-    return image_shape(source.files[-1])
+    return image_shape(source.files[-1], skip)
 
 
 def _staging_prefix(folder: str) -> str:

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from perceiver.config import UserError
-from perceiver.data.images import decode_image, parse_idx
+from perceiver.data.images import BadImage, decode_image, parse_idx
 from perceiver.data.sources import InputFile
 from perceiver.data.spans import (
     SLAB,
@@ -382,10 +382,9 @@ def _read_parquet_images(span: Span, columns: Columns, problems: Problems) -> It
     for first, table in _parquet_tables(span, ["image", columns.label]):
         pixels: list[np.ndarray | None] = []
         for i, value in enumerate(table.column("image").to_pylist()):
-            data = value.get("bytes") if isinstance(value, dict) else value
             try:
-                pixels.append(decode_image(data))
-            except (OSError, TypeError, ValueError) as error:
+                pixels.append(_decoded(value))
+            except BadImage as error:
                 problems.report("bad image", f"{span.file.name} row {first + i:,}: no readable image ({error})")
                 pixels.append(None)
                 continue
@@ -399,19 +398,28 @@ def _read_parquet_images(span: Span, columns: Columns, problems: Problems) -> It
             yield Images(np.stack([p for p, k in zip(pixels, keep, strict=True) if k]), labels[np.array(keep)])
 
 
-def image_shape(file: InputFile) -> tuple[int, int, int]:
-    """Height, width and channels of a file's images, from its head alone.
+def _decoded(value: Any) -> np.ndarray:
+    """The pixels of a value of an "image" column. Raises BadImage."""
+    return decode_image(value.get("bytes") if isinstance(value, dict) else value)
+
+
+def image_shape(file: InputFile, skip: bool = False) -> tuple[int, int, int]:
+    """Height, width and channels of a file's images, from its head alone; with `skip` of its first readable one.
 
     Raises:
         UserError: the file is damaged or has none.
     """
+    problems = Problems(skip)
     try:
         if file.format == "idx":
             head = next(chunks(Span(file, 0, 0), 0), b"")
             return (*parse_idx(head, 3, file.name, head_only=True), 1)
-        for _, table in _parquet_tables(Span(file, 0, 1), ["image"]):
-            value = table.column("image")[0].as_py()
-            return decode_image(value.get("bytes") if isinstance(value, dict) else value).shape
+        for first, table in _parquet_tables(Span(file, 0, sys.maxsize), ["image"]):
+            for i, value in enumerate(table.column("image")):
+                try:
+                    return _decoded(value.as_py()).shape
+                except BadImage as error:
+                    problems.report("bad image", f"{file.name} row {first + i:,}: no readable image ({error})")
     except Unreadable as error:
         raise UserError(error.args[1]) from None
-    raise UserError(f"{file.name} has no images")
+    raise UserError(f"{file.name} has no image that can be read")

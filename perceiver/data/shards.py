@@ -110,6 +110,8 @@ class Split:
     lookahead: int
     """Physical rows at the end of a block that belong to the following block."""
     shards: tuple[Shard, ...]
+    image_shape: tuple[int, int, int] | None = None
+    """Height, width, channels, for images: the manifest's, which alone stores it."""
 
     @property
     def num_blocks(self) -> int:
@@ -151,10 +153,20 @@ class Manifest:
     num_classes: int | None = None
     """Greatest label + 1, where rows have labels."""
 
+    def __post_init__(self) -> None:
+        splits = {name: replace(split, image_shape=self.image_shape) for name, split in self.splits.items()}
+        object.__setattr__(self, "splits", splits)
+
     @property
     def digest(self) -> str:
         """Hash of the manifest's content, and so of the data (it holds the hash of each shard)."""
-        return digest(asdict(self))
+        return digest(self._stored())
+
+    def _stored(self) -> dict[str, Any]:
+        data = asdict(self)
+        for split in data["splits"].values():
+            del split["image_shape"]
+        return data
 
     @property
     def mixture(self) -> list[dict[str, Any]]:
@@ -168,7 +180,7 @@ class Manifest:
 
     def save(self, folder: str | Path) -> None:
         """Writes `manifest.json` at once as a whole."""
-        text = json.dumps(asdict(self), indent=1, sort_keys=True) + "\n"
+        text = json.dumps(self._stored(), indent=1, sort_keys=True) + "\n"
         write_file(folder, MANIFEST, text.encode())
 
     @classmethod

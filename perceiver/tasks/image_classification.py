@@ -27,7 +27,8 @@ class ImageClassification(Classification):
 
     def collate(self, rows: pa.Table, size: int, split: Split, train: bool, step: int) -> Batch:
         """images (size, H, W, C) uint8, labels (size,) int64."""
-        images = fixed_array(rows, "image").reshape(rows.num_rows, *self._stored_shape(split))
+        assert split.image_shape is not None
+        images = fixed_array(rows, "image").reshape(rows.num_rows, *split.image_shape)
         crop = self._settings.random_crop
         if crop is not None:
             seed = self.experiment.training.seed
@@ -43,11 +44,3 @@ class ImageClassification(Classification):
     def _settings(self) -> ImageClassificationConfig:
         assert isinstance(self.experiment.task, ImageClassificationConfig)
         return self.experiment.task
-
-    def _stored_shape(self, split: Split) -> tuple[int, int, int]:
-        """Shape of the images as stored, which a crop makes smaller."""
-        height, width, channels = self.experiment.model.input.image_shape
-        if self._settings.random_crop is None:
-            return height, width, channels
-        side = round((split.row_length // channels) ** 0.5)
-        return side, split.row_length // channels // side, channels
