@@ -46,7 +46,7 @@ from perceiver.data.shards import (
     task_kind,
     with_tokenizer,
 )
-from perceiver.data.sources import InputFile, Source, is_path, mixture_sources, resolve
+from perceiver.data.sources import InputFile, Source, is_path, mixture_sources, resolve, same_file
 from perceiver.data.storage import (
     file_hash,
     list_folder,
@@ -108,6 +108,7 @@ def prepare(experiment: Experiment, progress: Say = print, piece_bytes: int = PI
     if old is not None:
         _refuse_changed_source(experiment, folder, old, fingerprint)
         return _nothing_to_do(experiment, folder, old, progress)
+    _refuse_same_files(fingerprint)
     job = make_job(experiment, settings, folder, fingerprint, source)
 
     from ray_jobs.ray_env import connect
@@ -202,6 +203,15 @@ def _hashes(paths: list[str], root: str, progress: Say) -> dict[str, str]:
 def _hash(path: str) -> tuple[int, str]:
     folder, _, name = path.rpartition("/")
     return file_hash(folder or "/", name)
+
+
+def _refuse_same_files(fingerprint: dict[str, Any]) -> None:
+    """Raises UserError where a file for validation has the content of one for training."""
+    files = [file for file in fingerprint["files"] if file["sha256"] is not None and file["bytes"]]
+    train = {file["sha256"]: file["name"] for file in files if file["split"] == "train"}
+    for file in files:
+        if file["split"] == "val" and file["sha256"] in train:
+            raise UserError(same_file(train[file["sha256"]], file["name"]))
 
 
 def _refuse_changed_source(experiment: Experiment, folder: str, old: Manifest, fingerprint: dict[str, Any]) -> None:

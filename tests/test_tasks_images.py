@@ -39,7 +39,7 @@ def test_pictures_that_are_not_square_stay_as_they_are():
 def test_crops_of_pictures_that_are_not_square_are_squares_of_them():
     places = set()
     for crop, picture in zip(collated(3, True), PIXELS, strict=True):
-        found = [(t, l) for t in range(2) for l in range(7) if np.array_equal(picture[t : t + 3, l : l + 3], crop)]
+        found = [(i, j) for i in range(2) for j in range(7) if np.array_equal(picture[i : i + 3, j : j + 3], crop)]
         assert len(found) == 1
         places.add(found[0])
     assert len(places) > 8
