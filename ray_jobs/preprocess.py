@@ -37,6 +37,7 @@ from perceiver.data.prepare import (
 from perceiver.data.readers import Columns, image_shape
 from perceiver.data.shards import (
     MANIFEST,
+    DamagedData,
     Manifest,
     broken_files,
     check_fits,
@@ -88,11 +89,7 @@ def prepare(experiment: Experiment, progress: Say = print, piece_bytes: int = PI
     if experiment.data.mixture:
         return _prepare_mixture(experiment, progress, piece_bytes)
     settings, folder = prepare_settings(experiment), data_folder(experiment)
-    old = Manifest.load(folder) if MANIFEST in list_folder(folder) else None
-    if old is not None and (broken := broken_files(folder, old)):
-        progress(f"{folder}/{broken[0]} is missing or damaged: preparing again")
-        remove_file(folder, MANIFEST)
-        old = None
+    old = _whole_or_removed(folder, progress)
     own_files = any(is_path(source) for source in (experiment.data.source, experiment.data.val_source) if source)
     if old is not None and not own_files:  # the name stands for the content: no network is needed
         return _nothing_to_do(experiment, folder, old, progress)
@@ -139,12 +136,33 @@ def _prepare_mixture(experiment: Experiment, progress: Say, piece_bytes: int) ->
             manifest = prepare(alone, progress, piece_bytes)
             parts.append(Component(part.name, part.share, data_folder(alone), manifest))
     manifest = mixture_manifest(settings, parts)
-    if MANIFEST not in list_folder(folder) or Manifest.load(folder) != manifest:
+    if _whole_or_removed(folder, progress) != manifest:
         if isinstance(tokenizer := load_tokenizer(experiment.data.tokenizer), SentencePieceTokenizer):
             write_file(folder, TOKENIZER, tokenizer.model)
         manifest.save(folder)
     progress(f"mixture of {' and '.join(f'{part.share:.1%} {part.name}' for part in parts)}: {folder}")
     return manifest
+
+
+def _whole_or_removed(folder: str, progress: Say) -> Manifest | None:
+    """The manifest of data that is prepared and whole; of damaged data it is removed, so that it is prepared again.
+
+    Raises:
+        UserError: the data has another version's format.
+    """
+    if MANIFEST not in list_folder(folder):
+        return None
+    try:
+        manifest = Manifest.load(folder)
+        broken = broken_files(folder, manifest)
+        fault = f"{folder}/{broken[0]} is missing or damaged" if broken else None
+    except DamagedData as error:
+        fault = str(error)
+    if fault is None:
+        return manifest
+    progress(f"{fault}: preparing again")
+    remove_file(folder, MANIFEST)
+    return None
 
 
 def _nothing_to_do(experiment: Experiment, folder: str, manifest: Manifest, progress: Say) -> Manifest:
