@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 import ray
 
+from perceiver.config import UserError
 from perceiver.training.batches import Feed
 from ray_jobs.shipping import Shipped
 
@@ -21,8 +22,19 @@ TASK_BYTES = 16 << 20
 """Small units are read several by one task, up to about this size: a task costs 30 to 60 ms whatever it does."""
 
 
+_FAULT = "fault"
+
+
+class DataFault(UserError):
+    """Data that could not be read: a damaged shard, or a fault in text that is streamed. One worker alone may meet it."""
+
+
 def read_with_ray(feed: Feed, units: Iterator[Any]) -> Iterator[pa.Table]:
-    """The rows of `units`, in their order, read ahead by Ray Data tasks anywhere in the cluster."""
+    """The rows of `units`, in their order, read ahead by Ray Data tasks anywhere in the cluster.
+
+    Raises:
+        DataFault: data that cannot be read.
+    """
     while chunk := list(islice(units, UNITS_PER_EXECUTION)):
         rows = sum(unit.num_rows for unit in chunk)
         num_tasks = min(len(chunk), max(1, -(-rows * feed.row_bytes // TASK_BYTES)))
@@ -32,10 +44,17 @@ def read_with_ray(feed: Feed, units: Iterator[Any]) -> Iterator[pa.Table]:
         context.print_on_execution_start = False
         plan = ray.data.from_items([dataclasses.asdict(unit) for unit in chunk], override_num_blocks=num_tasks)
         tables = plan.map_batches(_read, fn_kwargs={"shipped": Shipped(feed)}, batch_size=None, batch_format="pyarrow", num_cpus=DATA_CPUS)
-        yield from tables.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
+        for table in tables.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2):
+            if table.column_names == [_FAULT]:
+                raise DataFault(table[_FAULT][0].as_py())
+            yield table
 
 
 def _read(items: pa.Table, shipped: Shipped[Feed]) -> Iterator[pa.Table]:
     feed = shipped.value
     for item in items.to_pylist():
-        yield feed.read(feed.unit_type(**item))
+        try:
+            yield feed.read(feed.unit_type(**item))
+        except UserError as error:  # as data: Ray would wrap the exception in its own
+            yield pa.table({_FAULT: [str(error)]})
+            return

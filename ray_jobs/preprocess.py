@@ -37,6 +37,7 @@ from perceiver.data.prepare import (
 from perceiver.data.readers import Columns, image_shape
 from perceiver.data.shards import (
     MANIFEST,
+    DamagedData,
     Manifest,
     broken_files,
     check_fits,
@@ -46,7 +47,7 @@ from perceiver.data.shards import (
     task_kind,
     with_tokenizer,
 )
-from perceiver.data.sources import InputFile, Source, is_path, mixture_sources, resolve
+from perceiver.data.sources import InputFile, Source, is_path, mixture_sources, resolve, same_file
 from perceiver.data.storage import (
     file_hash,
     list_folder,
@@ -88,11 +89,7 @@ def prepare(experiment: Experiment, progress: Say = print, piece_bytes: int = PI
     if experiment.data.mixture:
         return _prepare_mixture(experiment, progress, piece_bytes)
     settings, folder = prepare_settings(experiment), data_folder(experiment)
-    old = Manifest.load(folder) if MANIFEST in list_folder(folder) else None
-    if old is not None and (broken := broken_files(folder, old)):
-        progress(f"{folder}/{broken[0]} is missing or damaged: preparing again")
-        remove_file(folder, MANIFEST)
-        old = None
+    old = _whole_or_removed(folder, progress)
     own_files = any(is_path(source) for source in (experiment.data.source, experiment.data.val_source) if source)
     if old is not None and not own_files:  # the name stands for the content: no network is needed
         return _nothing_to_do(experiment, folder, old, progress)
@@ -108,6 +105,7 @@ def prepare(experiment: Experiment, progress: Say = print, piece_bytes: int = PI
     if old is not None:
         _refuse_changed_source(experiment, folder, old, fingerprint)
         return _nothing_to_do(experiment, folder, old, progress)
+    _refuse_same_files(fingerprint)
     job = make_job(experiment, settings, folder, fingerprint, source)
 
     from ray_jobs.ray_env import connect
@@ -138,12 +136,33 @@ def _prepare_mixture(experiment: Experiment, progress: Say, piece_bytes: int) ->
             manifest = prepare(alone, progress, piece_bytes)
             parts.append(Component(part.name, part.share, data_folder(alone), manifest))
     manifest = mixture_manifest(settings, parts)
-    if MANIFEST not in list_folder(folder) or Manifest.load(folder) != manifest:
+    if _whole_or_removed(folder, progress) != manifest:
         if isinstance(tokenizer := load_tokenizer(experiment.data.tokenizer), SentencePieceTokenizer):
             write_file(folder, TOKENIZER, tokenizer.model)
         manifest.save(folder)
     progress(f"mixture of {' and '.join(f'{part.share:.1%} {part.name}' for part in parts)}: {folder}")
     return manifest
+
+
+def _whole_or_removed(folder: str, progress: Say) -> Manifest | None:
+    """The manifest of data that is prepared and whole; of damaged data it is removed, so that it is prepared again.
+
+    Raises:
+        UserError: the data has another version's format.
+    """
+    if MANIFEST not in list_folder(folder):
+        return None
+    try:
+        manifest = Manifest.load(folder)
+        broken = broken_files(folder, manifest)
+        fault = f"{folder}/{broken[0]} is missing or damaged" if broken else None
+    except DamagedData as error:
+        fault = str(error)
+    if fault is None:
+        return manifest
+    progress(f"{fault}: preparing again")
+    remove_file(folder, MANIFEST)
+    return None
 
 
 def _nothing_to_do(experiment: Experiment, folder: str, manifest: Manifest, progress: Say) -> Manifest:
@@ -202,6 +221,15 @@ def _hashes(paths: list[str], root: str, progress: Say) -> dict[str, str]:
 def _hash(path: str) -> tuple[int, str]:
     folder, _, name = path.rpartition("/")
     return file_hash(folder or "/", name)
+
+
+def _refuse_same_files(fingerprint: dict[str, Any]) -> None:
+    """Raises UserError where a file for validation has the content of one for training."""
+    files = [file for file in fingerprint["files"] if file["sha256"] is not None and file["bytes"]]
+    train = {file["sha256"]: file["name"] for file in files if file["split"] == "train"}
+    for file in files:
+        if file["split"] == "val" and file["sha256"] in train:
+            raise UserError(same_file(train[file["sha256"]], file["name"]))
 
 
 def _refuse_changed_source(experiment: Experiment, folder: str, old: Manifest, fingerprint: dict[str, Any]) -> None:
@@ -279,11 +307,11 @@ def _first_image_shape(source: Source, skip: bool) -> tuple[int, int, int]:
     """The shape of the first image; where faults are skipped, of the first file that is readable."""
     for file in source.files[:-1]:
         try:
-            return image_shape(file)
+            return image_shape(file, skip)
         except UserError:
             if not skip:
                 raise
-    return image_shape(source.files[-1])
+    return image_shape(source.files[-1], skip)
 
 
 def _staging_prefix(folder: str) -> str:

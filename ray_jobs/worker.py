@@ -20,7 +20,7 @@ from ray.train.torch import TorchTrainer, get_device
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from perceiver.config import Experiment, UserError, from_dict, to_dict
-from perceiver.data.shards import Manifest, with_prepared_tokenizer
+from perceiver.data.shards import Manifest, preprocess_command, with_prepared_tokenizer
 from perceiver.extensions import Code, code_of
 from perceiver.tasks import build_task
 from perceiver.training.batches import make_val_feeds
@@ -30,7 +30,7 @@ from perceiver.training.parallel import World, join_world
 from perceiver.training.run import NotFinite, Training, build_state, evaluate
 from ray_jobs.cli import JobFailed
 from ray_jobs.gauges import Gauges
-from ray_jobs.ingest import DATA_CPUS, read_with_ray
+from ray_jobs.ingest import DATA_CPUS, DataFault, read_with_ray
 from ray_jobs.network import Network
 from ray_jobs.preflight import Resources
 
@@ -72,12 +72,18 @@ def train(
     (run_folder / FAILURE).unlink(missing_ok=True)
     if mirror is not None:
         mirror.forget_failure()
-    _fit(_train_worker, experiment, data_folder, run_folder, resources, say, {"stop_at": stop_at}, on_report)
+    failed = None
+    try:
+        _fit(_train_worker, experiment, data_folder, run_folder, resources, say, {"stop_at": stop_at}, on_report)
+    except TrainingFailed as error:
+        failed = error
     if mirror is not None:
         mirror.fetch(0)
     if (run_folder / FAILURE).exists():
         failure = json.loads((run_folder / FAILURE).read_text())
-        raise (UserError if failure["users"] else TrainingFailed)(failure["reason"])
+        raise (UserError if failure["users"] else TrainingFailed)(failure["reason"]) from failed
+    if failed is not None:
+        raise failed
 
 
 def evaluate_checkpoint(
@@ -191,6 +197,14 @@ def _train_worker(config: dict[str, Any]) -> None:
             stop_at=config["stop_at"],
         )
         training.run()
+    except DataFault as error:
+        # One worker alone may meet it, while the others wait for its part of a step: they are ended by its error, and the reason
+        # that is noted ends the run when they start again.
+        again = (
+            f"remove it and run `{preprocess_command(experiment)}`" if experiment.data.prepare == "shards" else "mend it and start again"
+        )
+        _note_failure(run_folder, mirror, True, f"{error}: {again}")
+        raise
     except (NotFinite, UserError) as error:
         # Raised by all workers alike, and again at every restart: end the run instead of restarting it.
         if world.rank == 0:

@@ -64,7 +64,7 @@ def test_all_token_rows_together_are_the_stream(tmp_path_factory, lengths, lengt
     folder = tmp_path_factory.mktemp("stream")
     bodies = ["x" * n for n in lengths]
     write_jsonl(folder / "train.jsonl", [{"text": body} for body in bodies])
-    write_jsonl(folder / "valid.jsonl", [{"text": body} for body in bodies[::-1]])
+    write_jsonl(folder / "valid.jsonl", [{"text": body, "of": "valid"} for body in bodies[::-1]])
     chosen = experiment(
         "mlm-imdb" if mlm else "clm-wikitext",
         folder / "out",
@@ -129,8 +129,9 @@ def test_images_in_parquet_are_decoded(tmp_path):
 def test_sentencepiece_documents_end_with_its_end_id(shared, tmp_path):
     model = shared / "data" / "sentencepiece" / "spiece.model"
     write_jsonl(tmp_path / "a.jsonl", [{"text": "one two"}, {"text": "three"}])
+    write_jsonl(tmp_path / "b.jsonl", [{"text": "four"}])
     folder, manifest = prepare(
-        experiment("clm-c4", tmp_path / "out", tmp_path / "a.jsonl", tokenizer=str(model), val_source=str(tmp_path / "a.jsonl"))
+        experiment("clm-c4", tmp_path / "out", tmp_path / "a.jsonl", tokenizer=str(model), val_source=str(tmp_path / "b.jsonl"))
     )
     pieces = load_tokenizer(str(model))
     expected = [*pieces.encode("one two"), pieces.eos_id, *pieces.encode("three"), pieces.eos_id]
@@ -144,7 +145,8 @@ def test_data_of_a_sentencepiece_model_needs_the_models_file_no_more(shared, tmp
     model.parent.mkdir()
     model.write_bytes((shared / "data" / "sentencepiece" / "spiece.model").read_bytes())
     write_jsonl(tmp_path / "a.jsonl", [{"text": "one two"}, {"text": "three"}])
-    own = {"tokenizer": str(model), "val_source": str(tmp_path / "a.jsonl")}
+    write_jsonl(tmp_path / "b.jsonl", [{"text": "four"}])
+    own = {"tokenizer": str(model), "val_source": str(tmp_path / "b.jsonl")}
     chosen = experiment("clm-c4", tmp_path / "out", tmp_path / "a.jsonl", **own)
     folder, manifest = prepare(chosen)
     copy = f"{folder}/{TOKENIZER}"
@@ -357,6 +359,10 @@ def broken(folder: Path, name: str) -> tuple[str, Path]:
         (folder / "train.parquet").write_bytes(b"PAR1 and no more")
     elif name == "label":
         write_jsonl(folder / "train.jsonl", [{"text": "a", "label": 2}])
+    elif name == "nested":
+        (folder / "train.jsonl").write_bytes(data + b'\n{"text": "a", "label": 1, "x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}")
+    elif name == "digits":
+        (folder / "train.jsonl").write_bytes(data + b'\n{"text": "a", "label": ' + b"1" * 5_000 + b"}")
     return "txt-clf-imdb-all", folder
 
 
@@ -371,6 +377,8 @@ FAULTS = {
     "json": r"train.jsonl line 10: is not one JSON object a line",
     "column": r"train.parquet has no column 'text' \(it has: body, label\)",
     "parquet": r"train.parquet is no readable parquet file",
+    "nested": r"train.jsonl line 11: is not one JSON object a line \(it is nested too deep\)",
+    "digits": r"train.jsonl line 11: is not one JSON object a line \(it has a number of too many digits\)",
     "label": r"train.jsonl line 1: label 2 must be 0 .. 1 or negative, positive",
 }
 
@@ -388,7 +396,7 @@ def test_faults_end_with_one_sentence_and_no_data_set(tmp_path, capsys, fault):
     assert not list((tmp_path / "out").rglob(MANIFEST)) and not list((tmp_path / "out").rglob("*.parquet"))
 
 
-@pytest.mark.parametrize("fault", ["truncated", "utf8", "empty", "json", "column", "parquet", "label", "idx-label"])
+@pytest.mark.parametrize("fault", ["truncated", "utf8", "empty", "json", "column", "parquet", "label", "idx-label", "nested", "digits"])
 def test_faults_are_skipped_and_counted_where_told(tmp_path, capsys, fault):
     preset, source = broken(tmp_path / "in", fault)
     if not fault.startswith("idx"):
@@ -399,7 +407,18 @@ def test_faults_are_skipped_and_counted_where_told(tmp_path, capsys, fault):
     assert stop.value.code == 0 and "skipped: 1 x " in capsys.readouterr().out
     manifest = Manifest.load(next((tmp_path / "out").rglob(MANIFEST)).parent)
     assert sum(manifest.stats["skipped"].values()) == 1
-    assert manifest.splits["train"].rows == {"utf8": 12, "json": 12, "idx-label": 9}.get(fault, 3)
+    assert manifest.splits["train"].rows == {"utf8": 12, "json": 12, "idx-label": 9, "nested": 13, "digits": 13}.get(fault, 3)
+
+
+def test_the_same_files_for_training_and_validation_are_refused(tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        write_jsonl(tmp_path / folder / "some.jsonl", [{"text": text} for text in texts(9)])
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "a" / "some.jsonl")
+    for val in ("a/some.jsonl", "a", "link.jsonl", "b/some.jsonl"):
+        with pytest.raises(UserError, match=r"some.jsonl .*both for training \(data.source\) and for validation"):
+            prepare(experiment("clm-wikitext", tmp_path / "out", tmp_path / "a" / "some.jsonl", val_source=str(tmp_path / val)))
+    assert not list((tmp_path / "out").rglob("*.parquet"))
 
 
 def test_too_few_documents_to_hold_any_out_are_refused(tmp_path):
@@ -410,7 +429,7 @@ def test_too_few_documents_to_hold_any_out_are_refused(tmp_path):
 
 def test_images_of_another_shape_are_refused_before_any_work(tmp_path):
     write_idx(tmp_path / "in", "train", 3)
-    write_idx(tmp_path / "in", "t10k", 3)
+    write_idx(tmp_path / "in", "t10k", 3, seed=1)
     chosen = experiment("img-clf-mnist", tmp_path / "out", tmp_path / "in")
     model = replace(chosen.model, input=replace(chosen.model.input, image_shape=(32, 32, 1)))
     with pytest.raises(UserError, match=r"image_shape is \(32, 32, 1\), but the images are \(28, 28, 1\)"):

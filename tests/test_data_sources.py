@@ -72,6 +72,43 @@ def test_globs_and_single_files(tmp_path):
     assert [f.name for f in resolve(DataConfig(source=str(tmp_path / "in" / "a.txt")), "tokens").files] == ["a.txt"]
 
 
+def test_each_file_is_read_once_however_many_links_lead_to_it(tmp_path):
+    touch(tmp_path, "in/a.txt", "in/deep/b.txt", "elsewhere/c.txt")
+    (tmp_path / "in" / "deep" / "up").symlink_to(tmp_path / "in")
+    (tmp_path / "in" / "again").symlink_to(tmp_path / "in" / "deep")
+    (tmp_path / "in" / "more").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "in" / "0.txt").symlink_to(tmp_path / "in" / "a.txt")
+    expected = [("a.txt", "hash"), ("deep/b.txt", "hash"), ("more/c.txt", "hash")]
+    assert used(tmp_path / "in") == (expected, ["0.txt"])
+    assert used(f"{tmp_path}/in/**/*.txt")[0] == expected
+
+
+def test_what_links_put_into_both_splits_is_refused(tmp_path):
+    touch(tmp_path, "in/train/a.txt")
+    (tmp_path / "in" / "valid").symlink_to(tmp_path / "in" / "train")
+    with pytest.raises(UserError, match=r"train/a.txt and in/valid/a.txt hold the same, .* both for training"):
+        used(tmp_path / "in")
+
+
+def test_links_that_lead_nowhere_are_named(tmp_path):
+    touch(tmp_path, "in/a.txt")
+    (tmp_path / "in" / "b.txt").symlink_to(tmp_path / "none")
+    with pytest.raises(UserError, match="has b.txt, a link to a file that does not exist"):
+        used(tmp_path / "in")
+
+
+def test_names_that_look_like_globs_and_endings_in_capitals_are_read(tmp_path):
+    touch(tmp_path, "in/a[b].jsonl", "in/ab.jsonl", "x[1]/c.txt", "x1/d.txt")
+    one = resolve(DataConfig(source=str(tmp_path / "in" / "a[b].jsonl")), "tokens").files
+    assert [f.path for f in one] == [str(tmp_path / "in" / "a[b].jsonl")]
+    assert used(tmp_path / "in")[0] == [("a[b].jsonl", "hash"), ("ab.jsonl", "hash")]
+    assert used(f"{tmp_path}/x[1]/*.txt")[0] == [("c.txt", "hash")]
+    (tmp_path / "X.JSONL.GZ").write_bytes(gzip.compress(b'{"text": "some"}\n'))
+    (file,) = resolve(DataConfig(source=str(tmp_path / "X.JSONL.GZ")), "tokens").files
+    (found,) = read_documents(Span(file, 0, file.size), COLUMNS, Problems(skip=False))
+    assert found.texts == ["some"]
+
+
 @pytest.mark.parametrize(
     ("source", "kind", "message"),
     [

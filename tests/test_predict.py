@@ -76,16 +76,18 @@ def test_rows_that_cannot_be_read_are_rows_with_an_error(tmp_path):
         b'{"other": 1}',
         b'"text"',
         b'{"text": "\xff"}',
+        b"[" * 100_000 + b"]" * 100_000,
+        b'{"text": ' + b"1" * 5_000 + b"}",
         b'{"text": "good too"}',
     ]
     (tmp_path / "x.jsonl").write_bytes(b"\n".join(lines) + b"\n")
     (part,) = plan_parts(list_inputs([str(tmp_path)]), 10, "text", None)
     rows = read_part(part, "text", "text", None)
-    assert [row.error is None for row in rows] == [True, False, False, False, False, False, True]
-    assert [row.id for row in rows] == [f"x.jsonl:{i}" for i in range(7)]
+    assert [row.error is None for row in rows] == [True, *[False] * 7, True]
+    assert [row.id for row in rows] == [f"x.jsonl:{i}" for i in range(9)]
     for row, message in zip(
-        rows[1:6],
-        ["not a JSON object", "is int, not text", "missing or null", "not a JSON object", "not UTF-8"],
+        rows[1:8],
+        ["not a JSON object", "is int, not text", "missing or null", "not a JSON object", "not UTF-8", "too deep", "too many digits"],
         strict=True,
     ):
         assert message in row.error

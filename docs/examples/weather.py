@@ -4,16 +4,15 @@ Hourly series of 7 sensors; from 72 hours a small Perceiver IO tells the next 24
 """
 
 import numpy as np
-import pyarrow as pa
 import torch
 import torch.nn.functional as F
+from perceiver.data.rows import ArrayRows
+from perceiver.models.configs import DecoderConfig, EncoderConfig, InputConfig, OutputConfig, OutputQueries, PerceiverIOConfig
 from torch import nn
 
 from perceiver.config import DataConfig, Experiment, OptimConfig, OptimizerConfig, ParallelConfig, RunConfig, TaskConfig, TrainingConfig
-from perceiver.data.rows import ArrayRows
-from perceiver.models.configs import DecoderConfig, EncoderConfig, InputConfig, OutputConfig, OutputQueries, PerceiverIOConfig
 from perceiver.models.position import fourier_features
-from perceiver.tasks.base import Sample, Task
+from perceiver.tasks.base import Task
 
 SENSORS, PAST, FUTURE = 7, 72, 24
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import io
 import math
 import struct
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import numpy as np
 
 from perceiver.config import UserError
 
 _UBYTE = 0x08
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0
+"""Of TIFF: two tags, and a value of the second."""
 
 
 def scale(images: np.ndarray) -> np.ndarray:
@@ -80,15 +82,63 @@ def parse_idx(data: bytes, ndim: int, name: str, head_only: bool = False) -> np.
     return np.frombuffer(data, np.uint8, offset=head).reshape(shape)
 
 
+class BadImage(ValueError):
+    """A picture that cannot be read, or not without guessing: the message is the reason."""
+
+
 def decode_image(data: bytes) -> np.ndarray:
-    """A PNG or JPEG file as (height, width, channels), 1 channel if grey, else 3; uint8.
+    """An image file as (height, width, channels), 1 channel if grey, else 3; uint8. See `picture_pixels`.
 
     Raises:
-        OSError: it is no image.
+        BadImage: it is no image, it is damaged or larger than Pillow opens, or its pixels have no known range.
     """
     from PIL import Image
 
-    with Image.open(io.BytesIO(data)) as image:
-        grey = image.mode in ("1", "L", "LA", "I;16")
-        array = np.asarray(image.convert("L" if grey else "RGB"))
+    if not isinstance(data, bytes):
+        raise BadImage("there is no image" if data is None else f"{type(data).__name__} is not the bytes of an image file")
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return picture_pixels(image)
+    except BadImage:
+        raise
+    except Image.UnidentifiedImageError:
+        raise BadImage("it is no image file of a known format, such as PNG or JPEG") from None
+    except Image.DecompressionBombError as error:
+        raise BadImage(f"it is too large: {str(error).partition(',')[0]}") from None
+    except Exception as error:  # Pillow's readers meet damage with errors of every kind
+        raise BadImage(f"it is damaged: {(str(error) or type(error).__name__).splitlines()[0]}") from None
+
+
+def picture_pixels(image: Any) -> np.ndarray:
+    """A Pillow image as (height, width, channels), 1 channel if grey, else 3; uint8.
+
+    It is turned as its EXIF data say. Of 16 bits the upper 8 are kept. What is transparent is seen before white.
+
+    Raises:
+        BadImage: 32-bit or other pixels whose range is not known.
+    """
+    from PIL import ImageOps
+
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):  # these two have 16 bits as I
+        return _grey_of_16_bits(image, np.asarray(ImageOps.exif_transpose(image)).astype(np.uint16))[..., None]
+    if image.mode in ("I", "F") or image.mode.startswith("I;"):
+        raise BadImage(f"its pixels (Pillow's mode {image.mode}) have no known range: save it with 8 or 16 bits a channel")
+    image = ImageOps.exif_transpose(image)
+    grey = image.mode in ("1", "L", "LA", "La")
+    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+        *colours, alpha = np.moveaxis(np.asarray(image.convert("LA" if grey else "RGBA")).astype(np.uint32), -1, 0)
+        mixed = [(band * alpha + 255 * (255 - alpha) + 127) // 255 for band in colours]
+        return np.stack(mixed, -1).astype(np.uint8)
+    array = np.asarray(image.convert("L" if grey else "RGB"))
     return array[..., None] if grey else array
+
+
+def _grey_of_16_bits(image: Any, values: np.ndarray) -> np.ndarray:
+    tags = getattr(image, "tag_v2", {})  # of a TIFF file
+    if tags.get(_BITS_PER_SAMPLE, (16,)) != (16,):
+        raise BadImage(f"it has {tags[_BITS_PER_SAMPLE][0]} bits a pixel: save it with 8 or 16")
+    if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
+        values = ~values
+    if isinstance(transparent := image.info.get("transparency"), int):
+        values = np.where(values == transparent, np.uint16(0xFFFF), values)
+    return (values >> 8).astype(np.uint8)

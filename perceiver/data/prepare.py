@@ -21,10 +21,10 @@ import numpy as np
 import pyarrow as pa
 
 from perceiver.data.readers import Columns, Documents, Images, parquet_rows, read_documents, read_images
-from perceiver.data.shards import SPLITS, Shard, Split, fixed_column, shard_name, stream_rows, write_blocks
+from perceiver.data.shards import SPLITS, Shard, Split, describe_shard, fixed_column, shard_name, stream_rows, write_blocks
 from perceiver.data.sources import InputFile
 from perceiver.data.spans import SECTION, Problems, Span, Unreadable
-from perceiver.data.storage import atomic_file, file_hash, list_folder, read_file, read_range, write_file
+from perceiver.data.storage import atomic_file, list_folder, read_file, read_range, write_file
 from perceiver.data.text import count_words, join_documents, truncate
 from perceiver.data.tokenizers import ByteTokenizer, Tokenizer
 
@@ -278,8 +278,7 @@ def make_shard(job: Job, plan: ShardPlan) -> dict[str, Any]:
     name = shard_name(plan.split, plan.number)
     with atomic_file(job.folder, name) as file:
         write_blocks(file, job.kind, job.row_length, _blocks(job, plan))
-    size, sha256 = file_hash(job.folder, name)
-    note = asdict(Shard(file=name, rows=plan.rows, bytes=size, sha256=sha256))
+    note = asdict(describe_shard(job.folder, name, plan.rows))
     write_file(job.staging, _shard_note(plan), json.dumps(note).encode())
     return note
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import reprlib
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from perceiver.config import UserError
-from perceiver.data.images import decode_image, parse_idx
+from perceiver.data.images import BadImage, decode_image, parse_idx
 from perceiver.data.sources import InputFile
 from perceiver.data.spans import (
     SLAB,
@@ -32,6 +33,8 @@ from perceiver.data.storage import open_folder
 
 MAX_ROWS = 4096
 """Rows of parquet taken at once, at most; fewer where they are large."""
+MOST_NAMED = 20
+"""Fields of a row that a message names, at most."""
 LINES_BEFORE = 16
 """Lines before a part of WikiText in rows, which tell whether its first line is a title: a blank one after another, and some to spare."""
 
@@ -219,7 +222,7 @@ def _parse_line(line: bytes, span: Span, position: int, columns: Columns, proble
         problems.report(reason, f"{span.file.name} {place}{what}")
 
     try:
-        row = json.loads(line.decode())
+        row = parse_json(line.decode())
         text = row[columns.text]
         text.encode()
         label = _label(row[columns.label], columns) if columns.label else 0
@@ -227,16 +230,37 @@ def _parse_line(line: bytes, span: Span, position: int, columns: Columns, proble
         return fault("not UTF-8", f"is not UTF-8: byte {line[error.start]:#04x} at byte {position + error.start:,} of the file")
     except UnicodeEncodeError:
         return fault("not UTF-8", f"field {columns.text!r} has a lone surrogate, which no UTF-8 text can hold")
-    except json.JSONDecodeError as error:
-        return fault("not JSON", f"is not one JSON object a line ({error.msg} at column {error.colno})")
+    except NotJson as error:
+        return fault("not JSON", f"is not one JSON object a line ({error})")
     except KeyError as error:
-        return fault("missing field", f"has no field {error.args[0]!r} (it has: {', '.join(map(str, row))})")
+        more = ", ..." if len(row) > MOST_NAMED else ""
+        return fault("missing field", f"has no field {error.args[0]!r} (it has: {', '.join(list(row)[:MOST_NAMED])}{more})")
     except (TypeError, AttributeError):
         what = f"field {columns.text!r} is no text" if isinstance(row, dict) else "is not one JSON object a line"
         return fault("wrong type", what)
     except _BadLabel as error:
         return fault("bad label", str(error))
     return text, label
+
+
+class NotJson(Exception):
+    """Text that is not JSON, or JSON that Python does not read: the message is the reason."""
+
+
+def parse_json(text: str) -> Any:
+    """The value of a text of JSON.
+
+    Raises:
+        NotJson: it is none, is nested too deep, or has a number of thousands of digits.
+    """
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise NotJson(f"{error.msg} at column {error.colno}") from None
+    except RecursionError:
+        raise NotJson("it is nested too deep") from None
+    except ValueError:
+        raise NotJson("it has a number of too many digits") from None
 
 
 class _BadLabel(Exception):
@@ -251,10 +275,11 @@ def _label(value: Any, columns: Columns) -> int:
     """
     if isinstance(value, str) and value in columns.class_names:
         return columns.class_names.index(value)
-    if isinstance(value, (int, np.integer)) and 0 <= value < columns.num_classes:
+    whole = isinstance(value, (int, np.integer)) or (isinstance(value, float) and value.is_integer())
+    if whole and 0 <= value < columns.num_classes:
         return int(value)
     names = f" or {', '.join(columns.class_names)}" if columns.class_names else ""
-    raise _BadLabel(f"label {value!r} must be 0 .. {columns.num_classes - 1}{names}")
+    raise _BadLabel(f"label {reprlib.repr(value)} must be 0 .. {columns.num_classes - 1}{names}")
 
 
 def _read_parquet(span: Span, columns: Columns, problems: Problems) -> Iterator[Documents]:
@@ -382,10 +407,9 @@ def _read_parquet_images(span: Span, columns: Columns, problems: Problems) -> It
     for first, table in _parquet_tables(span, ["image", columns.label]):
         pixels: list[np.ndarray | None] = []
         for i, value in enumerate(table.column("image").to_pylist()):
-            data = value.get("bytes") if isinstance(value, dict) else value
             try:
-                pixels.append(decode_image(data))
-            except (OSError, TypeError, ValueError) as error:
+                pixels.append(_decoded(value))
+            except BadImage as error:
                 problems.report("bad image", f"{span.file.name} row {first + i:,}: no readable image ({error})")
                 pixels.append(None)
                 continue
@@ -399,19 +423,28 @@ def _read_parquet_images(span: Span, columns: Columns, problems: Problems) -> It
             yield Images(np.stack([p for p, k in zip(pixels, keep, strict=True) if k]), labels[np.array(keep)])
 
 
-def image_shape(file: InputFile) -> tuple[int, int, int]:
-    """Height, width and channels of a file's images, from its head alone.
+def _decoded(value: Any) -> np.ndarray:
+    """The pixels of a value of an "image" column. Raises BadImage."""
+    return decode_image(value.get("bytes") if isinstance(value, dict) else value)
+
+
+def image_shape(file: InputFile, skip: bool = False) -> tuple[int, int, int]:
+    """Height, width and channels of a file's images, from its head alone; with `skip` of its first readable one.
 
     Raises:
         UserError: the file is damaged or has none.
     """
+    problems = Problems(skip)
     try:
         if file.format == "idx":
             head = next(chunks(Span(file, 0, 0), 0), b"")
             return (*parse_idx(head, 3, file.name, head_only=True), 1)
-        for _, table in _parquet_tables(Span(file, 0, 1), ["image"]):
-            value = table.column("image")[0].as_py()
-            return decode_image(value.get("bytes") if isinstance(value, dict) else value).shape
+        for first, table in _parquet_tables(Span(file, 0, sys.maxsize), ["image"]):
+            for i, value in enumerate(table.column("image")):
+                try:
+                    return _decoded(value.as_py()).shape
+                except BadImage as error:
+                    problems.report("bad image", f"{file.name} row {first + i:,}: no readable image ({error})")
     except Unreadable as error:
         raise UserError(error.args[1]) from None
-    raise UserError(f"{file.name} has no images")
+    raise UserError(f"{file.name} has no image that can be read")

@@ -19,14 +19,22 @@ A stream of n ids has ceil((n - 1) / T) rows (at least 1): windows of T + 1 ids 
 id but the first is the target of exactly one window.
 
 Manifest and shards hold no times and no absolute paths: preparing the same input twice gives the same bytes.
+
+Nothing that was damaged is read: the manifest has a hash of itself, and of each shard's footer; a shard's footer has a
+checksum of each of its blocks, all bytes of it, which are compared when they are read.
 """
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
+import os
 import re
 import shlex
+import zlib
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache
 from pathlib import Path
@@ -54,10 +62,18 @@ from perceiver.experiments import command_words
 FORMAT_VERSION = 1
 """Who raises it also adds it to `prepare_settings`, so that data sets of the old format are not found any more."""
 MANIFEST = "manifest.json"
+BLOCK_CHECKS = b"block_crc32"
+"""Key of a shard's footer: crc32 of the bytes of each block, 8 hexadecimal digits each."""
+CHECKED_BYTES = 512 << 20
+"""Shards on this machine that have at most so many bytes together are compared with their hashes when a job begins (1 to 2 s)."""
 SPLITS = ("train", "val")
 
 _READING_ONLY = ("shuffle_window_blocks", "lanes")
 """Fields of the data's configuration that preparation does not depend on."""
+
+
+class DamagedData(UserError):
+    """Prepared data that is missing or not as it was written: the message names the file."""
 
 
 # ------------------------------------------------------------------------------------------------------------- manifest
@@ -72,6 +88,8 @@ class Shard:
     """Logical rows."""
     bytes: int
     sha256: str
+    footer: str = ""
+    """Hash of the footer (`footer_hash`); "": prepared by an older version, without checksums of blocks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +115,8 @@ class Split:
     lookahead: int
     """Physical rows at the end of a block that belong to the following block."""
     shards: tuple[Shard, ...]
+    image_shape: tuple[int, int, int] | None = None
+    """Height, width, channels, for images: the manifest's, which alone stores it."""
 
     @property
     def num_blocks(self) -> int:
@@ -138,10 +158,23 @@ class Manifest:
     num_classes: int | None = None
     """Greatest label + 1, where rows have labels."""
 
+    def __post_init__(self) -> None:
+        splits = {name: replace(split, image_shape=self.image_shape) for name, split in self.splits.items()}
+        object.__setattr__(self, "splits", splits)
+
     @property
     def digest(self) -> str:
         """Hash of the manifest's content, and so of the data (it holds the hash of each shard)."""
-        return digest(asdict(self))
+        return digest(self._stored())
+
+    def _stored(self) -> dict[str, Any]:
+        data = asdict(self)
+        for split in data["splits"].values():
+            del split["image_shape"]
+            for shard in split["shards"]:
+                if not shard["footer"]:  # as it was written
+                    del shard["footer"]
+        return data
 
     @property
     def mixture(self) -> list[dict[str, Any]]:
@@ -155,7 +188,8 @@ class Manifest:
 
     def save(self, folder: str | Path) -> None:
         """Writes `manifest.json` at once as a whole."""
-        text = json.dumps(asdict(self), indent=1, sort_keys=True) + "\n"
+        data = self._stored()
+        text = json.dumps({**data, "digest": digest(data)}, indent=1, sort_keys=True) + "\n"
         write_file(folder, MANIFEST, text.encode())
 
     @classmethod
@@ -163,30 +197,60 @@ class Manifest:
         """Reads the manifest of a prepared data set.
 
         Raises:
-            UserError: there is none, it is damaged, or this version does not know its format.
+            DamagedData: it is not as it was written.
+            UserError: there is none, or this version does not know its format.
         """
+        place = f"{folder}/{MANIFEST}"
         try:
             data = json.loads(read_file(folder, MANIFEST))
         except FileNotFoundError:
             raise UserError(f"{folder} holds no prepared data set (no {MANIFEST})") from None
-        except ValueError as error:
-            raise UserError(f"{folder}/{MANIFEST} is damaged ({error})") from None
+        except (ValueError, RecursionError) as error:
+            raise DamagedData(f"{place} is damaged ({error})") from None
+        if not isinstance(data, dict):
+            raise DamagedData(f"{place} is damaged (it is no JSON object)")
+        written = data.pop("digest", None)  # older ones have none
+        if written is not None and written != digest(data):
+            raise DamagedData(f"{place} is damaged or was changed (its content does not have its digest {written})")
         if data.get("format_version") != FORMAT_VERSION:
             raise UserError(
-                f"{folder}/{MANIFEST} has format version {data.get('format_version')}, this version reads "
-                f"{FORMAT_VERSION}: prepare the data again"
+                f"{place} has format version {data.get('format_version')}, this version reads {FORMAT_VERSION}: prepare the data again"
             )
-        splits = {
-            name: Split(**{**split, "shards": tuple(Shard(**shard) for shard in split["shards"])})
-            for name, split in data.pop("splits").items()
-        }
-        shape = data.pop("image_shape")
-        known = {f.name for f in fields(cls)}
-        return cls(
-            splits=splits,
-            image_shape=None if shape is None else tuple(shape),
-            **{name: value for name, value in data.items() if name in known},
-        )
+        try:
+            splits = {
+                name: Split(**{**split, "shards": tuple(Shard(**shard) for shard in split["shards"])})
+                for name, split in data.pop("splits").items()
+            }
+            shape = data.pop("image_shape")
+            known = {f.name for f in fields(cls)}
+            manifest = cls(
+                splits=splits,
+                image_shape=None if shape is None else tuple(shape),
+                **{name: value for name, value in data.items() if name in known},
+            )
+            wrong = manifest._wrong()
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            wrong = str(error)
+        if wrong:
+            raise DamagedData(f"{place} is damaged ({wrong})")
+        return manifest
+
+    def _wrong(self) -> str | None:
+        """What cannot be in a manifest as it was written, of what reading relies on."""
+        for part in self.mixture:
+            if "/" in part["folder"] or part["folder"].startswith("."):
+                return f"it names the folder {part['folder']}"
+        for name, split in self.splits.items():
+            if split.name != name or split.kind != self.kind:
+                return f"its split {name} is called {split.name} and has {split.kind}"
+            counts = (split.rows, split.tokens, split.row_length, split.rows_per_block, split.blocks_per_shard, split.lookahead)
+            if not all(type(count) is int and count >= 0 for count in counts) or 0 in (split.rows_per_block, split.blocks_per_shard):
+                return f"its split {name} has counts that cannot be"
+            size = split.rows_per_block * split.blocks_per_shard
+            expected = [(shard_name(name, i), min(size, split.rows - first)) for i, first in enumerate(range(0, split.rows, size))]
+            if split.shards and [(shard.file, shard.rows) for shard in split.shards] != expected:
+                return f"the shards of its split {name} do not have its {split.rows:,} rows"
+        return None
 
 
 def stream_rows(num_tokens: int, length: int) -> int:
@@ -218,12 +282,41 @@ def write_blocks(file: BinaryIO, kind: str, row_length: int, blocks: Iterable[pa
     The encoding (bytes of equal place together, then zstd) was the smallest and the fastest to read of those that
     parquet has.
     """
-    columns = schema(kind, row_length)
+    columns, sums = schema(kind, row_length), _Sums(file)
     with pq.ParquetWriter(
-        file, columns, compression="zstd", use_dictionary=False, use_byte_stream_split=True, write_statistics=False
-    ) as writer:
+        sums, columns, compression="zstd", use_dictionary=False, use_byte_stream_split=True, write_statistics=False,
+        write_page_checksum=True,
+    ) as writer:  # fmt: skip
+        sums.take()
+        found = []
         for block in blocks:
             writer.write_table(block.cast(columns), row_group_size=max(1, block.num_rows))
+            found.append(f"{sums.take():08x}")
+        writer.add_key_value_metadata({BLOCK_CHECKS: "".join(found)})
+
+
+class _Sums(io.RawIOBase):
+    """Passes what is written on to a file, and sums it up."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._size, self._crc = file, 0, 0
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self._file.write(data)
+        self._size += len(data)
+        self._crc = zlib.crc32(data, self._crc)
+        return len(data)
+
+    def tell(self) -> int:
+        return self._size
+
+    def take(self) -> int:
+        """crc32 of what was written since the last call."""
+        crc, self._crc = self._crc, 0
+        return crc
 
 
 def read_block(folder: str | Path, split: Split, block: int) -> pa.Table:
@@ -231,21 +324,116 @@ def read_block(folder: str | Path, split: Split, block: int) -> pa.Table:
 
     Args:
         folder: a local path, or a URI that pyarrow or fsspec know (s3://, gs://, ...).
+
+    Raises:
+        DamagedData: the shard is missing, or not as it was written.
     """
-    shard = split.shards[block // split.blocks_per_shard]
+    shard, group = split.shards[block // split.blocks_per_shard], block % split.blocks_per_shard
     filesystem, path = open_folder(folder)
-    path = f"{path}/{shard.file}"
-    with filesystem.open_input_file(path) as source:
-        metadata = _metadata(str(folder), shard)
-        return pq.ParquetFile(source, metadata=metadata).read_row_group(block % split.blocks_per_shard)
+    place = f"{folder}/{shard.file}"
+    metadata = _metadata(str(folder), shard)
+    if group >= metadata.num_row_groups:
+        raise DamagedData(f"{place} is damaged (it has {metadata.num_row_groups} row groups)")
+    start, stop = _place(metadata.row_group(group))
+    with _opened(filesystem, f"{path}/{shard.file}", place) as source:
+        data = source.read_at(stop - start, start)
+    if shard.footer and zlib.crc32(data) != int(metadata.metadata[BLOCK_CHECKS][8 * group : 8 * group + 8], 16):
+        raise DamagedData(f"{place} is damaged (row group {group} does not have its checksum)")
+    try:
+        table = pq.ParquetFile(_Window(data, start, shard.bytes), metadata=metadata, pre_buffer=False).read_row_group(group)
+    except (pa.ArrowException, OSError, ValueError) as error:  # of bytes that are in memory
+        raise DamagedData(f"{place} is damaged (row group {group}: {(str(error).splitlines() or [''])[0]})") from None
+    if table.num_rows != split.block_rows(block) + split.lookahead or table.schema != schema(split.kind, split.row_length):
+        raise DamagedData(f"{place} is damaged (row group {group} has other rows or columns)")
+    return table
+
+
+def _opened(filesystem: pafs.FileSystem, path: str, place: str) -> pa.NativeFile:
+    try:
+        return filesystem.open_input_file(path)
+    except FileNotFoundError:
+        raise DamagedData(f"{place} is missing") from None
+
+
+def _place(group: pq.RowGroupMetaData) -> tuple[int, int]:
+    """Where a row group's bytes are in its file: first, last + 1."""
+    columns = [group.column(i) for i in range(group.num_columns)]
+    starts = [c.data_page_offset if c.dictionary_page_offset is None else c.dictionary_page_offset for c in columns]
+    return min(starts), max(start + column.total_compressed_size for start, column in zip(starts, columns, strict=True))
+
+
+class _Window(io.RawIOBase):
+    """Some bytes of a file at their place, for whoever reads no others."""
+
+    def __init__(self, data: bytes, start: int, size: int) -> None:
+        self._data, self._start, self._size, self._position = data, start, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def read(self, size: int = -1) -> bytes:
+        first = self._position - self._start
+        if first < 0 or size < 0:
+            raise OSError("bytes outside of the row group are asked for")
+        found = self._data[first : first + size]
+        self._position += len(found)
+        return found
 
 
 @lru_cache(maxsize=64)
 def _metadata(folder: str, shard: Shard) -> pq.FileMetaData:
-    """A shard's footer, kept because blocks are read one by one. The shard's hash is part of the key."""
+    """A shard's footer, kept because blocks are read one by one. The shard's hash is part of the key.
+
+    Raises:
+        DamagedData: the shard is missing, or its size or footer is not as it was written.
+    """
+    footer = _footer(folder, shard.file, shard.bytes)
+    place = f"{folder}/{shard.file}"
+    if shard.footer and footer_hash(footer) != shard.footer:
+        raise DamagedData(f"{place} is damaged (its footer does not have its hash)")
+    try:
+        return pq.read_metadata(pa.BufferReader(footer))
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise DamagedData(f"{place} is damaged ({str(error).splitlines()[0]})") from None
+
+
+def _footer(folder: str | Path, name: str, size: int) -> bytes:
+    """The last bytes of a shard: the footer, its length, and parquet's mark."""
     filesystem, path = open_folder(folder)
-    with filesystem.open_input_file(f"{path}/{shard.file}") as source:
-        return pq.read_metadata(source)
+    place = f"{folder}/{name}"
+    with _opened(filesystem, f"{path}/{name}", place) as source:
+        if source.size() != size:
+            raise DamagedData(f"{place} is damaged (it has {source.size():,} bytes, not {size:,})")
+        length = min(size, _TAIL)
+        tail = source.read_at(length, size - length)
+        needed = int.from_bytes(tail[-8:-4], "little") + 8
+        if needed > size:
+            raise DamagedData(f"{place} is damaged (its footer says that it is larger than the file)")
+        return tail[-needed:] if needed <= length else source.read_at(needed, size - needed)
+
+
+_TAIL = 64 << 10
+"""Bytes that most footers fit into."""
+
+
+def footer_hash(footer: bytes) -> str:
+    return hashlib.sha256(footer).hexdigest()[:16]
+
+
+def describe_shard(folder: str | Path, name: str, rows: int) -> Shard:
+    """What the manifest says of a shard that has been written."""
+    size, sha256 = file_hash(folder, name)
+    return Shard(file=name, rows=rows, bytes=size, sha256=sha256, footer=footer_hash(_footer(folder, name, size)))
 
 
 def fixed_array(table: pa.Table, column: str) -> np.ndarray:
@@ -405,7 +593,10 @@ def load_prepared(experiment: Experiment) -> tuple[str, Manifest]:
     settings = prepare_settings(experiment)
     folder = _folder(experiment, settings)
     if MANIFEST in list_folder(folder):
-        manifest = Manifest.load(folder)
+        try:
+            manifest = Manifest.load(folder)
+        except DamagedData as error:
+            raise UserError(f"{error}: run `{preprocess_command(experiment)}`") from None
         if broken := broken_files(folder, manifest):
             raise UserError(f"{folder}/{broken[0]} is missing or damaged: run `{preprocess_command(experiment)}`")
         check_fits(experiment, manifest)
@@ -420,21 +611,38 @@ def load_prepared(experiment: Experiment) -> tuple[str, Manifest]:
 
 
 def broken_files(folder: str | Path, manifest: Manifest) -> list[str]:
-    """Files that are not there, or not as the manifest says: shards, the tokenizer, the data sets of a mixture."""
+    """Files that are not there, or not as the manifest says: shards, the tokenizer, the data sets of a mixture.
+
+    Of shards on this machine with at most CHECKED_BYTES together all bytes are compared, of others the sizes: their blocks
+    are checked when they are read.
+    """
     there = list_folder(folder)
-    shards = (shard for split in manifest.splits.values() for shard in split.shards)
+    shards = [shard for split in manifest.splits.values() for shard in split.shards]
     broken = [shard.file for shard in shards if there.get(shard.file) != shard.bytes]
+    if not broken and "://" not in str(folder) and sum(shard.bytes for shard in shards) <= CHECKED_BYTES:
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            found = pool.map(lambda shard: file_hash(folder, shard.file)[1], shards)
+            broken = [shard.file for shard, sha256 in zip(shards, found, strict=True) if sha256 != shard.sha256]
     beside = str(folder).rpartition("/")[0]
     for part in manifest.mixture:
         path = f"{beside}/{part['folder']}"
-        if MANIFEST not in list_folder(path) or Manifest.load(path).digest != part["digest"]:
+        other = _readable(path)
+        if other is None or other.digest != part["digest"]:
             broken.append(f"../{part['folder']}/{MANIFEST}")
         else:
-            broken += [f"../{part['folder']}/{name}" for name in broken_files(path, Manifest.load(path))]
+            broken += [f"../{part['folder']}/{name}" for name in broken_files(path, other)]
     wanted = (manifest.tokenizer or {}).get("sha256")
     if wanted and (TOKENIZER not in there or file_hash(folder, TOKENIZER)[1] != wanted):
         broken.append(TOKENIZER)
     return broken
+
+
+def _readable(folder: str) -> Manifest | None:
+    """The manifest of a folder; None where there is none, or none that can be read."""
+    try:
+        return Manifest.load(folder) if MANIFEST in list_folder(folder) else None
+    except UserError:
+        return None
 
 
 def _others(experiment: Experiment, settings: dict[str, Any]) -> list[tuple[str, Manifest]]:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import fnmatch
 import glob
+import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -57,6 +60,9 @@ _EXPECTED = {
     "tokens": ".txt, .raw, .tokens, .jsonl, .json (.gz or not) or .parquet",
     "documents": ".jsonl, .json (.gz or not) or .parquet, with a text and a label column",
 }
+_SAME = "same file"
+"""Mark of a path that leads to a file which another path leads to: for no split."""
+_HIDDEN, _DOTTED = re.compile(r"(^|/)[._]"), re.compile(r"(^|/)[.]")
 _MARKS = {
     "train": "train", "training": "train", "unsupervised": "unsupervised",
     "valid": "val", "validation": "val", "val": "val", "dev": "val", "test": "test", "testing": "test", "t10k": "test",
@@ -81,7 +87,7 @@ class InputFile:
 
     @property
     def compressed(self) -> bool:
-        return self.path.endswith(".gz")
+        return self.path.lower().endswith(".gz")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,7 +184,8 @@ def resolve(data: DataConfig, kind: str) -> Source:
     validation files `val_fraction` of the documents is held out.
 
     Raises:
-        UserError: no such data set or files, nothing of a format that `kind` can be made from, nothing to validate on.
+        UserError: no such data set or files, nothing of a format that `kind` can be made from, nothing to validate on,
+            a file that is both for training and for validation.
     """
     train: list[InputFile] = []
     val: list[InputFile] = []
@@ -198,9 +205,24 @@ def resolve(data: DataConfig, kind: str) -> Source:
         raise UserError(
             f"data.source {data.source} has no validation files: give them as data.val_source, or set data.val_fraction above 0"
         )
+    by_place = {real_place(f.path): f for f in train}
+    for file in val:
+        if (same := by_place.get(real_place(file.path))) is not None:
+            raise UserError(same_file(same.name, file.name))
     train = [replace(f, split="train" if val else "hash") for f in train]
     files = [*train, *(replace(f, split="val") for f in val)]
     return Source(files=tuple(files), ignored=tuple(sorted(ignored)), origin=origin)
+
+
+def same_file(train: str, val: str) -> str:
+    """What is said of a file that is for training and for validation."""
+    what = f"{train} is" if train == val else f"{train} and {val} hold the same, which is"
+    return f"{what} both for training (data.source) and for validation (data.val_source): give validation files that are not trained on"
+
+
+def real_place(path: str) -> str:
+    """A path without links; a URI as it is."""
+    return path if "://" in path else os.path.realpath(path)
 
 
 def _assign(found: list[_Found], kind: str) -> tuple[list[InputFile], list[InputFile], list[str]]:
@@ -224,8 +246,8 @@ def _find(source: str, kind: str, field: str) -> tuple[list[_Found], dict[str, A
     if source.startswith("hub:"):
         name, _, config = source.removeprefix("hub:").partition(":")
         return _hub_files(_Hub(repository=name, config=config or None), source, kind)
-    local_glob = "://" not in source and _is_glob(source)
-    return _files(source, _short(str(_glob_root(source))) if local_glob else _short(source), kind, field), None
+    root, pattern = _split_glob(source)
+    return _files(source, _short(str(root)).rpartition("/")[2] if pattern else _short(source), kind, field), None
 
 
 # ---------------------------------------------------------------------------------------------------------------- files
@@ -239,26 +261,43 @@ def _files(source: str, label: str, kind: str, field: str) -> list[_Found]:
         raise UserError(f"{field} {source} is of no known format: {kind} are made from {_EXPECTED[kind]}")
     result = []
     sizes = {path: size for path, _, size in listed}
+    again = set() if single else _again(listed)
     for path, inner, size in listed:
         form = _format(path)
         if form not in _READABLE[kind] or (form == "idx" and not _labels_paths(path)):
             continue
         labels = _labels_beside(path, None if single else sizes) if form == "idx" else None
         name = f"{label}/{inner}" if inner else label
+        if any("\ud800" <= character <= "\udfff" for character in name):
+            raise UserError(f"{field} {source} has a file whose name is not UTF-8, {name!r}: rename it")
         file = InputFile(path=path, name=name, format=form, size=size, labels_path=labels)
-        result.append(_Found(file, None if single else _mark(inner)))
+        result.append(_Found(file, _SAME if path in again else None if single else _mark(inner)))
     if not result:
         raise UserError(f"{field} {source} holds nothing that {kind} are made from: {_EXPECTED[kind]}")
     return result
 
 
+def _again(listed: list[tuple[str, str, int]]) -> set[str]:
+    """Paths that lead by links to a file that another path leads to, for the same split: all but one of each file's paths."""
+    groups: dict[tuple[str, str | None], list[tuple[bool, str]]] = {}
+    for path, inner, _ in listed:
+        real = real_place(path)
+        groups.setdefault((real, _mark(inner)), []).append((not real.endswith(f"/{inner}"), path))
+    return {path for group in groups.values() for _, path in sorted(group)[1:]}
+
+
 def _list(source: str, field: str) -> list[tuple[str, str, int]]:
     """(path, path inside the source, size) of all files, sorted; a single file has no path inside."""
-    if "://" not in source and _is_glob(source):
-        paths = sorted(p for p in glob.glob(str(Path(source).expanduser()), recursive=True) if Path(p).is_file())
+    root, pattern = _split_glob(source)
+    if pattern:
+        if "**" in pattern.split("/"):  # glob would follow links to a folder above them up and down
+            files = _walk(str(root), f"{field} {source}", _DOTTED) if root.is_dir() else ()
+            found = [path for path, inner, _ in files if _matches(inner.split("/"), pattern.split("/"))]
+        else:
+            found = glob.glob(f"{glob.escape(str(root))}/{pattern}")
+        paths = sorted(p for p in found if Path(p).is_file())
         if not paths:
             raise UserError(f"{field} {source} matches no file")
-        root = _glob_root(source)
         return [(str(Path(p).absolute()), Path(p).relative_to(root).as_posix(), Path(p).stat().st_size) for p in paths]
     filesystem, path = open_folder(source)
     prefix = source.partition("://")[0] + "://" if "://" in source else ""
@@ -269,17 +308,66 @@ def _list(source: str, field: str) -> list[tuple[str, str, int]]:
         raise UserError(f"{field} {source} does not exist: it is no file, folder or glob, and no named data set ({', '.join(NAMED)}){hint}")
     if info.type == pafs.FileType.File:
         return [(prefix + path, "", info.size)]
-    infos = filesystem.get_file_info(pafs.FileSelector(path, recursive=True))
-    inner = {i.path: i.path[len(path) :].strip("/") for i in infos if i.type == pafs.FileType.File}
-    visible = [i for i in infos if i.path in inner and not re.search(r"(^|/)[._]", inner[i.path])]
+    if not prefix:
+        visible = sorted(_walk(path, f"{field} {source}"))
+    else:
+        infos = filesystem.get_file_info(pafs.FileSelector(path, recursive=True))
+        inner = {i.path: i.path[len(path) :].strip("/") for i in infos if i.type == pafs.FileType.File}
+        visible = sorted((prefix + i.path, inner[i.path], i.size) for i in infos if i.path in inner and not _HIDDEN.search(inner[i.path]))
     if not visible:
         raise UserError(f"{field} {source} is a folder without files")
-    return sorted((prefix + i.path, inner[i.path], i.size) for i in visible)
+    return visible
 
 
-def _glob_root(source: str) -> Path:
-    """The folder that a glob starts in."""
-    return Path(re.split(r"[*?\[]", str(Path(source).expanduser()))[0] + "x").parent
+def _matches(names: list[str], pattern: list[str]) -> bool:
+    """Whether a path is what a glob means, part by part."""
+    if not pattern:
+        return not names
+    if pattern[0] == "**":
+        return _matches(names, pattern[1:]) or (bool(names) and _matches(names[1:], pattern))
+    return bool(names) and fnmatch.fnmatchcase(names[0], pattern[0]) and _matches(names[1:], pattern[1:])
+
+
+def _walk(root: str, what: str, hidden: re.Pattern[str] = _HIDDEN) -> Iterator[tuple[str, str, int]]:
+    """The files of a local folder and the folders in it, as `_list` has them. Links are followed.
+
+    A real folder is entered once, or once for each split that the names of links to it mark it for: so a link to a folder
+    above it does no harm, and what is linked into both splits is found in both.
+    """
+    folders, links, entered = [""], [], set()
+    try:
+        while folders or links:
+            inside = folders.pop() if folders else links.pop(0)
+            here = f"{root}/{inside}".rstrip("/") or "/"
+            info = os.stat(here)
+            key = (info.st_dev, info.st_ino, _mark(inside))
+            if key in entered:
+                continue
+            entered.add(key)
+            for entry in sorted(os.scandir(here), key=lambda entry: entry.name):
+                inner = f"{inside}/{entry.name}".lstrip("/")
+                if hidden.search(inner):
+                    continue
+                if entry.is_dir():
+                    (links if entry.is_symlink() else folders).append(inner)
+                elif entry.is_file():
+                    yield entry.path, inner, entry.stat().st_size
+                elif entry.is_symlink() and _format(entry.name) is not None:
+                    raise UserError(f"{what} has {inner}, a link to a file that does not exist: remove it")
+    except OSError as error:
+        raise UserError(f"{what} cannot be read: {error.filename} ({error.strerror})") from None
+
+
+def _split_glob(source: str) -> tuple[Path, str]:
+    """The folder that a glob starts in, and the rest of it; "" where the source is no glob, or a file with such a name."""
+    path = Path(source).expanduser()
+    if "://" in source or not _is_glob(source) or path.exists():
+        return path, ""
+    root = Path(path.anchor)
+    parts = list(path.parts[1:] if path.anchor else path.parts)
+    while parts and (not _is_glob(parts[0]) or (root / parts[0]).exists()):
+        root /= parts.pop(0)
+    return root, "/".join(parts)
 
 
 def _format(path: str) -> Format | None:
@@ -296,8 +384,9 @@ def _labels_paths(path: str) -> list[str]:
     folder, slash, name = path.rpartition("/")
     if "images" not in name:
         return []
-    bare = folder + slash + name.removesuffix(".gz").replace("images", "labels").replace("idx3", "idx1")
-    return [bare + ".gz", bare] if name.endswith(".gz") else [bare, bare + ".gz"]
+    packed = name.lower().endswith(".gz")
+    bare = folder + slash + (name[:-3] if packed else name).replace("images", "labels").replace("idx3", "idx1")
+    return [bare + name[-3:], bare] if packed else [bare, bare + ".gz"]
 
 
 def _labels_beside(path: str, there: dict[str, int] | None) -> str:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from perceiver.config import ImageInput, UserError
-from perceiver.data.images import decode_image, random_crop, scale
+from perceiver.data.images import BadImage, decode_image, picture_pixels, random_crop, scale
 
 ImageLike = Any
 """An image: a path, the bytes of a PNG or JPEG file, an array or tensor (height, width[, channels]) of uint8,
@@ -113,15 +113,13 @@ def _pixels(value: Any) -> tuple[np.ndarray, str]:
         value = path.read_bytes()
     else:
         name = "the image"
-    if isinstance(value, bytes):
-        try:
+    try:
+        if isinstance(value, bytes):
             return decode_image(value), name
-        except OSError:
-            raise UserError(f"{name} is no image that can be read (PNG, JPEG)") from None
-    if hasattr(value, "convert") and hasattr(value, "mode"):  # a Pillow image, without importing Pillow
-        grey = value.mode in ("1", "L", "LA", "I;16")
-        pixels = np.asarray(value.convert("L" if grey else "RGB"))
-        return (pixels[..., None] if grey else pixels), name
+        if hasattr(value, "convert") and hasattr(value, "mode"):  # a Pillow image, without importing Pillow
+            return picture_pixels(value), name
+    except BadImage as error:
+        raise UserError(f"{name} is no image that can be read: {error}") from None
     raise UserError(f"an image must be a path, bytes, a uint8 array or tensor, or a Pillow image, not {type(value).__name__}")
 
 

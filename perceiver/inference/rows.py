@@ -7,7 +7,6 @@ a row). A row that cannot be read is a row all the same: it has an error in plac
 from __future__ import annotations
 
 import gzip
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from perceiver.config import UserError
+from perceiver.data.readers import NotJson, parse_json
 from perceiver.data.storage import open_folder
 
 Kind = Literal["text", "image"]
@@ -199,11 +199,11 @@ def _text_row(line: bytes, place: str, kind: Kind, column: str, id_column: str |
 
 def _object_row(line: bytes, place: str, kind: Kind, column: str, id_column: str | None) -> Row:
     try:
-        row = json.loads(line.decode())
+        row = parse_json(line.decode())
     except UnicodeDecodeError as error:
         return Row(place, None, f"not UTF-8: byte {line[error.start]:#04x}")
-    except json.JSONDecodeError as error:
-        return Row(place, None, f"not a JSON object: {error.msg} at column {error.colno}")
+    except NotJson as error:
+        return Row(place, None, f"not a JSON object: {error}")
     if not isinstance(row, dict):
         return Row(place, None, "not a JSON object")
     return _checked_row(row.get(column), row.get(id_column), place, kind, column, id_column)

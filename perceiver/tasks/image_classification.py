@@ -25,7 +25,8 @@ class ImageClassification(Classification[ImageClassificationConfig]):
 
     def collate(self, rows: pa.Table, size: int, split: Split, train: bool, step: int) -> Batch:
         """images (size, H, W, C) uint8, labels (size,) int64."""
-        images = fixed_array(rows, "image").reshape(rows.num_rows, *self._stored_shape(split))
+        assert split.image_shape is not None
+        images = fixed_array(rows, "image").reshape(rows.num_rows, *split.image_shape)
         crop = self.config.random_crop
         if crop is not None:
             seed = self.seed
@@ -36,11 +37,3 @@ class ImageClassification(Classification[ImageClassificationConfig]):
 
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
         return model(batch["images"].float() / 127.5 - 1)
-
-    def _stored_shape(self, split: Split) -> tuple[int, int, int]:
-        """Shape of the images as stored, which a crop makes smaller."""
-        height, width, channels = self.model_config.input.image_shape
-        if self.config.random_crop is None:
-            return height, width, channels
-        side = round((split.row_length // channels) ** 0.5)
-        return side, split.row_length // channels // side, channels
