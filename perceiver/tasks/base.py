@@ -6,6 +6,7 @@ To add a task is to add a file with a subclass of `Task`, its configuration data
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -39,8 +40,16 @@ class Task(ABC):
     kind: ClassVar[Literal["images", "tokens", "documents"]]
     """What prepared rows the task reads (see perceiver/data/shards.py)."""
 
+    metric_directions: ClassVar[Mapping[str, Literal["min", "max"]]] = {"loss": "min"}
+    """All that `metrics` returns, by name, and which values are better: low ("min") or high ("max")."""
+
     def __init__(self, experiment: Experiment) -> None:
         self.experiment = experiment
+
+    @classmethod
+    def higher_is_better(cls, metric: str) -> bool:
+        """Whether higher values of a metric are better. A name may have the prefix "val_", and a suffix "/SOURCE" in mixtures."""
+        return cls.metric_directions.get(metric.removeprefix("val_").partition("/")[0]) == "max"
 
     @abstractmethod
     def build_model(self) -> nn.Module:

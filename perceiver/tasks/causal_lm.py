@@ -30,6 +30,7 @@ class CausalLM(Task):
     """Windows of max_seq_len + 1 tokens; the last max_latents of a window are predicted."""
 
     kind = "tokens"
+    metric_directions = {"loss": "min", "bits_per_byte": "min", "perplexity": "min", "word_perplexity": "min"}
 
     def check(self) -> None:
         model, stride, shortest = self.experiment.model, self._settings.val_stride, self._settings.min_seq_len

@@ -27,6 +27,7 @@ class MaskedLM(Task):
     """Windows of max_seq_len tokens, of which only the labelled positions are decoded (about 15%), always all of them."""
 
     kind = "tokens"
+    metric_directions = {"loss": "min", "bits_per_byte": "min", "acc": "max"}
 
     def check(self) -> None:
         model, settings = self.experiment.model, self._settings
