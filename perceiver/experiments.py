@@ -71,17 +71,25 @@ def _storage(experiment: Experiment, folder: Path) -> str:
 # ------------------------------------------------------------------------------------------------------ saved experiments
 
 
-def read_run(folder: Path, trust_code: bool = False) -> tuple[Experiment, Code]:
-    """The experiment of a run's folder, and the code that it brings, which is importable afterwards.
+def read_run(folder: Path, trust_code: bool = False, install_code: bool = True) -> tuple[Experiment, str]:
+    """The experiment of a run's folder and the digest of its data. The code that it brings is importable afterwards.
+
+    Args:
+        trust_code: run the code that it brings although that was never run from this account.
+        install_code: False where this process has its own version of that code.
 
     Raises:
         UserError: a damaged file; code that may not be run, or is imported already in another version.
     """
     content = read_json(folder / EXPERIMENT)
-    code = Code.load(folder / CODE)
-    check_trust(code, f"run {folder.name}", folder / CODE, trust_code)
-    code.install()
-    return load_tree(content.get("experiment"), Experiment, str(folder / EXPERIMENT)), code
+    if install_code:
+        code = Code.load(folder / CODE)
+        check_trust(code, f"run {folder.name}", folder / CODE, trust_code)
+        code.install()
+    what = f"{folder / EXPERIMENT} is damaged: it does not describe a run"
+    if not isinstance(digest := content.get("data"), str):
+        raise UserError(f"{what} (no digest of its data)")
+    return load_tree(content.get("experiment"), Experiment, what), digest
 
 
 def check_code(folder: Path, code: Code, allow_changed: bool = False) -> None:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from perceiver.config import Experiment, UserError, from_dict, home
+from perceiver.config import Experiment, UserError, home
 from perceiver.data.shards import load_prepared
 from perceiver.data.storage import copy_file
 from perceiver.data.tokenizers import TOKENIZER
-from perceiver.training.checkpoint import EXPERIMENT, CheckpointInfo, choose_checkpoint, find_run, write_json
+from perceiver.experiments import read_run
+from perceiver.training.checkpoint import choose_checkpoint, find_run, write_json
+from perceiver.training.checkpoint_files import CheckpointInfo, check_files
 from perceiver.training.mirror import CHECKPOINTS
 from ray_jobs.cli import main_entry, override
 from ray_jobs.preflight import check_experiment, plan_resources
@@ -40,12 +41,12 @@ def evaluate_run(run: str | Path, checkpoint: str = "best", overrides: list[str]
         The metrics, named val_...
 
     Raises:
-        UserError: no such run, checkpoint or data.
+        UserError: no such run, checkpoint or data, a damaged checkpoint, or data without any target.
     """
     folder = find_run(run)
     if folder is None:
         raise UserError(f"no run {str(run)!r}: neither a run's folder nor the name of one in {home() / 'runs'}")
-    trained = from_dict(json.loads((folder / EXPERIMENT).read_text())["experiment"])
+    trained, _ = read_run(folder)
     if trained.data.mixture:  # which takes the place of data.source: told here, it is another source in any case
         trained = replace(trained, data=replace(trained.data, source=""))
     experiment = override(trained, overrides or [], f"ray_jobs.evaluate {run}")
@@ -59,6 +60,7 @@ def evaluate_run(run: str | Path, checkpoint: str = "best", overrides: list[str]
         experiment = replace(experiment, data=data)
     check_experiment(experiment)
     chosen = choose_checkpoint(folder / CHECKPOINTS, checkpoint, trained.run.best_metric)
+    check_files(chosen.path)
 
     from ray_jobs import worker
     from ray_jobs.preprocess import prepare
@@ -71,6 +73,8 @@ def evaluate_run(run: str | Path, checkpoint: str = "best", overrides: list[str]
         data_folder, manifest = load_prepared(experiment)
         origin = str(run) if "://" in str(run) else None
         result = worker.evaluate_checkpoint(experiment, data_folder, folder, resources, chosen.path, origin)
+    if not result["metrics"]:
+        raise UserError(f"the validation data in {data_folder} has no target, so nothing can be measured on it")
     path = folder / "evaluations" / f"step-{chosen.step:08d}-{manifest.digest}.json"
     path.parent.mkdir(exist_ok=True)
     content = _content(experiment, chosen, data_folder, manifest.digest, result)

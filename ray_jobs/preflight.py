@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import ray
 from ray.autoscaler.sdk import request_resources
 
-from perceiver.config import Experiment, ParallelConfig, UserError, check_tree
+from perceiver.config import Experiment, ParallelConfig, UserError, check_tree, nearest
 from perceiver.data.sources import mixture_sources
 from perceiver.models import check_model
-from perceiver.tasks import build_task
+from perceiver.tasks import Task, build_task
 from ray_jobs.ingest import DATA_CPUS
 from ray_jobs.ray_env import use_gpus
 
@@ -40,8 +40,19 @@ def check_experiment(experiment: Experiment) -> None:
     task = build_task(experiment)
     if experiment.data.mixture:
         mixture_sources(experiment.data)
+    check_best_metric(experiment, task)
     check_model(experiment.model)
     task.check()
+
+
+def check_best_metric(experiment: Experiment, task: Task) -> None:
+    """Raises UserError where run.best-metric is nothing that the task measures."""
+    sources = [source.name for source in mixture_sources(experiment.data)] if experiment.data.mixture else []
+    names = [f"val_{name}" for name in task.metric_directions]
+    names += [f"{name}/{source}" for name in names for source in sources]
+    metric = experiment.run.best_metric
+    if metric not in names:
+        raise UserError(f"run.best-metric is {metric!r} and must be one of {', '.join(names)}{nearest(metric, names)}")
 
 
 def plan_resources(experiment: Experiment) -> Resources:

@@ -10,9 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from perceiver.config import Experiment, UserError, from_dict, home
+from perceiver.config import Experiment, UserError, home
 from perceiver.data.shards import load_prepared
-from perceiver.experiments import CODE, command_words
+from perceiver.experiments import CODE, command_words, read_run
 from perceiver.training.checkpoint import EXPERIMENT, best_of, list_checkpoints
 from perceiver.training.mirror import CHECKPOINTS
 from perceiver.training.record import read_metrics
@@ -42,6 +42,8 @@ def main(argv: list[str]) -> int:
     for run in runs:
         if run["continue"]:
             print(f"continue {run['name']}: {run['continue']}")
+        if run["status"] == "damaged":
+            print(f"damaged {run['name']}: {run['reason']}")
     return 0
 
 
@@ -49,14 +51,25 @@ def list_runs(folder: str | Path) -> list[dict[str, Any]]:
     """The runs in a folder, by name.
 
     Each has name, preset, task, status (running, finished, failed, stopped), step (of the last record), of (steps in all, None
-    where the prepared data is not there to tell), best (metric and value), checkpoint (last step), MiB, and continue (command).
+    where the prepared data is not there to tell), best (metric and value), checkpoint (last step), MiB, and continue (command). A run whose files
+    are
+    damaged has the status damaged, a reason, and None for all else.
     """
-    return [describe(path.parent) for path in sorted(Path(folder).glob(f"*/{EXPERIMENT}"))]
+    return [_describe_any(path.parent) for path in sorted(Path(folder).glob(f"*/{EXPERIMENT}"))]
+
+
+def _describe_any(run: Path) -> dict[str, Any]:
+    """One run, also where its files are damaged: one broken run shall not hide the others."""
+    try:
+        return describe(run)
+    except (UserError, OSError) as error:
+        empty = dict.fromkeys(("preset", "task", "step", "of", "best", "checkpoint", "MiB", "continue"))
+        return {"name": run.name, **empty, "status": "damaged", "reason": str(error)}
 
 
 def describe(run: Path) -> dict[str, Any]:
     """One run; see `list_runs`."""
-    experiment = from_dict(json.loads((run / EXPERIMENT).read_text())["experiment"])
+    experiment, _ = read_run(run)
     checkpoints, records = list_checkpoints(run / CHECKPOINTS), read_metrics(run)
     status, metric = _status(run), experiment.run.best_metric
     best = best_of(checkpoints, metric)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,19 +10,21 @@ from pathlib import Path
 
 import torch
 
-from perceiver.config import Experiment, UserError, differences, from_dict
+from perceiver.config import Experiment, UserError, differences
 from perceiver.data.shards import Manifest, load_prepared, with_tokenizer
 from perceiver.data.sources import is_shipped
-from perceiver.experiments import check_code, save_code
+from perceiver.experiments import check_code, read_run, save_code
 from perceiver.extensions import code_of
 from perceiver.tasks import build_task
 from perceiver.tasks.pictures import curves
-from perceiver.training.checkpoint import CheckpointInfo, best_of, list_checkpoints, mirrored
+from perceiver.training.batches import make_val_feeds
+from perceiver.training.checkpoint import best_of, list_checkpoints, mirrored
+from perceiver.training.checkpoint_files import CheckpointInfo, check_files
 from perceiver.training.init_from import START, Start, find_start
 from perceiver.training.meters import duration
 from perceiver.training.mirror import CHECKPOINTS, Mirror
 from perceiver.training.record import read_metrics
-from perceiver.training.run import EXPERIMENT, RESULT, save_experiment
+from perceiver.training.run import EXPERIMENT, read_result, save_experiment
 from ray_jobs.cli import main_entry, parse_experiment
 from ray_jobs.preflight import check_experiment, plan_resources
 from ray_jobs.room import check_memory
@@ -72,6 +73,8 @@ def run(
     start = check_start(experiment, _checkpoints(run_folder, mirror))
     at_once = is_shipped(experiment.data.source) or experiment.data.prepare == "stream"
     prepared = None if at_once else load_prepared(experiment)
+    if prepared is not None:
+        check_validation(experiment, *prepared)
 
     from ray_jobs import worker
     from ray_jobs.preprocess import prepare
@@ -85,6 +88,7 @@ def run(
             prepare(experiment, say)
             prepared = load_prepared(experiment)
         data_folder, manifest = prepared
+        check_validation(experiment, data_folder, manifest)
         check_data(run_folder, manifest)
         save_code(run_folder, code)
         save_experiment(run_folder, experiment, manifest, data_folder)
@@ -95,9 +99,9 @@ def run(
             say(f"{start} (names in {run_folder / START})")
         worker.train(experiment, data_folder, run_folder, resources, say, on_report, stop_at)
     checkpoints = _checkpoints(run_folder, mirror)
-    if not (run_folder / RESULT).exists():
+    result = read_result(run_folder)
+    if result is None:
         return {"step": checkpoints[-1].step, **checkpoints[-1].metrics}
-    result = json.loads((run_folder / RESULT).read_text())
     report(experiment, run_folder, checkpoints, result, manifest, time.monotonic() - started, say)
     return result
 
@@ -114,15 +118,14 @@ def check_run(experiment: Experiment, run_folder: Path) -> dict[str, float] | No
     """
     if not (run_folder / EXPERIMENT).exists():
         return None
-    old = from_dict(json.loads((run_folder / EXPERIMENT).read_text())["experiment"])
+    old, _ = read_run(run_folder, install_code=False)
     changes = differences(old.identity, experiment.identity)
     if changes:
         raise UserError(
             f"run {experiment.run_name!r} in {run_folder.parent} is another experiment ({'; '.join(changes)}): "
             "choose another --run.name, or the same settings"
         )
-    result = run_folder / RESULT
-    return json.loads(result.read_text()) if result.exists() else None
+    return read_result(run_folder)
 
 
 def check_start(experiment: Experiment, checkpoints: list[CheckpointInfo]) -> Start | None:
@@ -141,7 +144,25 @@ def check_start(experiment: Experiment, checkpoints: list[CheckpointInfo]) -> St
             "model.encoder.freeze is on, so the encoder must come from somewhere: --init-encoder-from RUN (a masked language "
             "model's, say) or weights"
         )
+    if start is not None and start.checkpoint is not None:
+        check_files(start.checkpoint)
     return start
+
+
+def check_validation(experiment: Experiment, data_folder: str, manifest: Manifest) -> None:
+    """Refuses validation data of which nothing can be measured, as far as its size tells.
+
+    Raises:
+        UserError: there is none.
+    """
+    for part, feed in make_val_feeds(experiment, build_task(experiment), data_folder, manifest):
+        split = feed.split
+        if split.rows < 1 or (split.kind == "tokens" and split.tokens < 2):
+            source = f" of {part.name}" if part.name else ""
+            raise UserError(
+                f"the validation data{source} in {data_folder} has no target, so no metric could be measured: give more data with "
+                "--data.val-source"
+            )
 
 
 def check_data(run_folder: Path, manifest: Manifest) -> None:
@@ -150,8 +171,7 @@ def check_data(run_folder: Path, manifest: Manifest) -> None:
     Raises:
         UserError: the prepared data is not that of the run's start.
     """
-    path = run_folder / EXPERIMENT
-    if path.exists() and json.loads(path.read_text())["data"] != manifest.digest:
+    if (run_folder / EXPERIMENT).exists() and read_run(run_folder, install_code=False)[1] != manifest.digest:
         raise UserError(f"the prepared data has changed since {run_folder} began: choose another --run.name")
 
 

@@ -21,7 +21,8 @@ from perceiver.config import (
 )
 from perceiver.models import build_model
 from perceiver.training.checkpoint import EXPERIMENT
-from perceiver.training.mirror import CHECKPOINTS, MARKER
+from perceiver.training.checkpoint_files import MARKER, CheckpointInfo, ShardWriter, marker_content
+from perceiver.training.mirror import CHECKPOINTS
 from tests.small import image_experiment, text_experiment
 
 TEXT_MODEL = PerceiverIOConfig(
@@ -60,8 +61,10 @@ def write_run(folder: Path, task: str, losses: dict[int, float] | None = None) -
     for step, loss in (losses or {1: 1.0}).items():
         path = folder / CHECKPOINTS / f"step-{step:08d}"
         with warnings.catch_warnings(action="ignore"):
-            dcp.save({"model": build_model(config.model, seed=step).state_dict()}, checkpoint_id=str(path), no_dist=True)
-        (path / MARKER).write_text(json.dumps({"step": step, "metrics": {"val_loss": loss}}))
+            writer = ShardWriter(path, 0)
+            dcp.save({"model": build_model(config.model, seed=step).state_dict()}, storage_writer=writer, no_dist=True)
+        checkpoint = CheckpointInfo(path, step, {"val_loss": loss}, frozenset(), writer.files)
+        (path / MARKER).write_bytes(marker_content(checkpoint))
     return folder
 
 

@@ -20,6 +20,7 @@ from ray import tune
 from perceiver.config import Experiment, UserError, flatten, nearest, to_dict
 from perceiver.experiments import field_words, find_experiment
 from perceiver.extensions import call, is_reference, load_object
+from perceiver.tasks import build_task
 from ray_jobs.cli import override
 
 Scheduler = Literal["fifo", "asha", "hyperband", "pbt"]
@@ -38,7 +39,7 @@ class Sweep:
     overrides: tuple[str, ...] = ()
     """Fields that are other than the preset's in all trials, as on the command line."""
     metric: str = "val_loss"
-    """What is compared: a validation metric (those ending in acc: higher is better, others: lower)."""
+    """What is compared: a validation metric."""
     trials: int = 8
     """Samples of the space (each of them with every combination of its grids)."""
     search: Literal["random", "optuna"] = "random"
@@ -61,7 +62,7 @@ class Sweep:
 
     @property
     def mode(self) -> Literal["min", "max"]:
-        return "max" if self.metric.endswith("acc") else "min"
+        return "max" if build_task(self.experiment()).higher_is_better(self.metric) else "min"
 
     @property
     def has_grid(self) -> bool:

@@ -125,10 +125,12 @@ def load_tree(data: Any, cls: type[T], what: str, *, foreign: bool = False) -> T
     """
     try:
         config = from_dict(data, foreign=foreign)
+    except UserError as error:
+        raise UserError(f"{what}: {error}") from None
     except RecursionError:
-        raise UserError(f"{what} is nested too deep for a configuration") from None
+        raise UserError(f"{what}: it is nested too deep for a configuration") from None
     if not isinstance(config, cls):
-        raise UserError(f"{what} holds no {cls.__name__}")
+        raise UserError(f"{what}: it holds no {cls.__name__}")
     return config
 
 

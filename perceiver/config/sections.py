@@ -201,9 +201,10 @@ class RunConfig(Config):
     checkpoint_every: int = 500
     """Steps between checkpoints (there is always one at the end)."""
     keep_checkpoints: int = 2
-    """How many of the newest checkpoints are kept; the best one is kept besides."""
+    """How many of the newest checkpoints are kept; the best one is kept besides. (A validation that is the best so far makes a
+    checkpoint of its own.)"""
     best_metric: str = "val_loss"
-    """Metric that names the best checkpoint (val_acc: higher is better, otherwise lower)."""
+    """Metric that names the best checkpoint: a validation metric of the task (val_loss, val_acc, ...)."""
     max_failures: int = 3
     """How often a run restarts by itself from its last checkpoint when a worker dies; -1: without limit."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 from collections.abc import Callable, Iterator
@@ -53,8 +54,21 @@ def atomic_file(folder: str | Path, name: str) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, f"{path}/{name}")
+        sync_folder(path)
     finally:
         Path(temporary).unlink(missing_ok=True)
+
+
+def sync_folder(path: str | Path) -> None:
+    """Puts the names in a local folder on disk: a file's content alone would not survive a power cut under its name."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # file systems that cannot do so
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def write_file(folder: str | Path, name: str, content: bytes | Callable[[BinaryIO], Any]) -> None:
@@ -108,6 +122,14 @@ def read_range(folder: str | Path, name: str, start: int, stop: int) -> bytes:
     filesystem, path = open_folder(folder)
     with filesystem.open_input_file(f"{path}/{name}") as file:
         return file.read_at(stop - start, start)
+
+
+def move_file(source: str | Path, name: str, target: str | Path) -> None:
+    """Moves a file of one folder into another of the same file system."""
+    filesystem, path = open_folder(source)
+    _, there = open_folder(target)
+    filesystem.create_dir(there, recursive=True)
+    filesystem.move(f"{path}/{name}", f"{there}/{name}")
 
 
 def remove_folder(folder: str | Path) -> None:

@@ -24,11 +24,13 @@ from perceiver.config import (
     home,
 )
 from perceiver.data.tokenizers import TOKENIZER, Tokenizer, load_tokenizer
+from perceiver.experiments import read_run
 from perceiver.inference.export import CONFIG, WEIGHTS, download, read_config
 from perceiver.inference.trained import TrainedModel, abilities_of, task_of
 from perceiver.models import PerceiverAR, PerceiverIO, build_model
 from perceiver.pretrained import is_hub_name, read_pretrained
-from perceiver.training.checkpoint import EXPERIMENT, choose_checkpoint, find_run, load_model
+from perceiver.training.checkpoint import choose_checkpoint, find_run, load_model
+from perceiver.training.checkpoint_files import check_files
 from perceiver.training.mirror import CHECKPOINTS
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -89,12 +91,13 @@ def describe(source: str | Path, checkpoint: str = "best") -> Description:
     """What `load` would load.
 
     Raises:
-        UserError: a run without such a checkpoint, or a path or name that cannot be a model.
+        UserError: a run without such a checkpoint or with a damaged one, or a path or name that cannot be a model.
     """
     folder = find_run(source)
     if folder is not None:
-        experiment = from_dict(json.loads((folder / EXPERIMENT).read_text())["experiment"])
+        experiment, _ = read_run(folder)
         chosen = choose_checkpoint(folder / CHECKPOINTS, str(checkpoint), experiment.run.best_metric)
+        check_files(chosen.path)
         # Who loads it may be on another machine: a URI means the same there.
         location = str(source) if "://" in str(source) else str(folder)
         return Description(folder.name, location, str(chosen.step), experiment.task)
@@ -111,10 +114,9 @@ def load_run(folder: Path, checkpoint: str, device: torch.device) -> TrainedMode
     """The model of a run's checkpoint.
 
     Raises:
-        UserError: there is no such checkpoint, or the run's tokenizer is missing.
+        UserError: there is no such checkpoint or it is damaged, or the run's tokenizer is missing.
     """
-    run = json.loads((folder / EXPERIMENT).read_text())
-    experiment = from_dict(run["experiment"])
+    experiment, data = read_run(folder)
     chosen = choose_checkpoint(folder / CHECKPOINTS, str(checkpoint), experiment.run.best_metric)
     model = empty_model(experiment.model, device)
     with warnings.catch_warnings():
@@ -129,7 +131,7 @@ def load_run(folder: Path, checkpoint: str, device: torch.device) -> TrainedMode
         "preset": experiment.preset,
         "step": chosen.step,
         "metrics": chosen.metrics,
-        "data": run["data"],
+        "data": data,
     }
     return TrainedModel(model=model, task=experiment.task, tokenizer=tokenizer, name=folder.name, provenance=provenance)
 

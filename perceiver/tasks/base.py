@@ -6,8 +6,9 @@ To add a task is to add a file with a subclass of `Task`, its configuration data
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -46,8 +47,16 @@ class Task(ABC, Generic[C, M]):
         seed: of all random choices.
     """
 
+    metric_directions: ClassVar[Mapping[str, Literal["min", "max"]]] = {"loss": "min"}
+    """All that `metrics` returns, by name, and which values are better: low ("min") or high ("max")."""
+
     def __init__(self, config: C, model: M, data: DataConfig, seed: int) -> None:
         self.config, self.model_config, self.data, self.seed = config, model, data, seed
+
+    @classmethod
+    def higher_is_better(cls, metric: str) -> bool:
+        """Whether higher values of a metric are better. A name may have the prefix "val_", and a suffix "/SOURCE" in mixtures."""
+        return cls.metric_directions.get(metric.removeprefix("val_").partition("/")[0]) == "max"
 
     def build_model(self) -> Any:
         """The model, on the current default device (also "meta"), weights uninitialised there."""

@@ -28,6 +28,8 @@ LENGTHS = 2
 class CausalLM(Task[CausalLMConfig, PerceiverARConfig]):
     """Windows of max_seq_len + 1 tokens; the last max_latents of a window are predicted."""
 
+    metric_directions = {"loss": "min", "bits_per_byte": "min", "perplexity": "min", "word_perplexity": "min"}
+
     def check(self) -> None:
         model, stride, shortest = self.model_config, self.config.val_stride, self.config.min_seq_len
         if not isinstance(model, PerceiverARConfig):

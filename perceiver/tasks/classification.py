@@ -20,6 +20,8 @@ from perceiver.tasks.pictures import confusion_matrix
 class Classification(Task[C, PerceiverIOConfig]):
     """A class per example: a batch's "labels" are (B,), and `logits` are (B, classes)."""
 
+    metric_directions = {"loss": "min", "acc": "max"}
+
     @abstractmethod
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
         """The model's logits (B, classes)."""

@@ -25,6 +25,8 @@ from perceiver.training.batches import VALIDATION_SEED
 class MaskedLM(Task[MaskedLMConfig, PerceiverIOConfig]):
     """Windows of max_seq_len tokens, of which only the labelled positions are decoded (about 15%), always all of them."""
 
+    metric_directions = {"loss": "min", "bits_per_byte": "min", "acc": "max"}
+
     def check(self) -> None:
         model, settings = self.model_config, self.config
         text = isinstance(model, PerceiverIOConfig) and isinstance(model.input, TextInput)

@@ -1,20 +1,21 @@
 """Sharded checkpoints that are complete or do not count.
 
-A checkpoint is a folder `step-00001234` of files written by torch.distributed.checkpoint (each worker its shards of model and
-optimizer), and `checkpoint.json`, written last by one worker when all shards are down: a folder without it is not a checkpoint.
-Learning rate, order and random numbers are functions of (seed, step), so model, optimizer and step are the whole state.
+A checkpoint is a folder `step-00001234` of safetensors files (each worker its shards of model and optimizer), and
+`checkpoint.json`, written last by one worker when all shards are on disk: it lists them with their hashes, and a folder without
+it is not a checkpoint. Learning rate, order and random numbers are functions of (seed, step), and the optimizer's settings are
+the experiment's, so the tensors of model and optimizer and the step are the whole state.
 A checkpoint written by N workers loads on any number.
 """
 
 from __future__ import annotations
 
-import json
+import math
 import os
 import shutil
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -31,7 +33,22 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from perceiver.config import UserError, home
-from perceiver.training.mirror import MARKER, Mirror, fetch_run
+from perceiver.data.storage import write_file
+from perceiver.training.checkpoint_files import (
+    MARKER,
+    CheckpointInfo,
+    DamagedCheckpoint,
+    ShardWriter,
+    cause,
+    check_files,
+    find_damage,
+    json_bytes,
+    marker_content,
+    parse_marker,
+    read_marker,
+    read_tensors,
+)
+from perceiver.training.mirror import Mirror, fetch_run
 
 EXPERIMENT = "experiment.json"
 """File that makes a folder a run: its resolved configuration and the hash of its data."""
@@ -46,15 +63,6 @@ class TrainState:
     step: int = 0
 
 
-@dataclass(frozen=True)
-class CheckpointInfo:
-    """A complete checkpoint on disk."""
-
-    path: Path
-    step: int
-    metrics: dict[str, float]
-
-
 def find_run(source: str | Path, storage: str | Path | None = None) -> Path | None:
     """The folder of a run that is given by its path, its URI in an object store (then fetched), or its name among those of
     `storage` or $PERCEIVER_HOME; else None."""
@@ -67,68 +75,149 @@ def find_run(source: str | Path, storage: str | Path | None = None) -> Path | No
 
 
 def list_checkpoints(folder: str | Path) -> list[CheckpointInfo]:
-    """The complete checkpoints in a folder, oldest first."""
+    """The complete checkpoints in a folder, oldest first, without those whose marker is damaged."""
     found = []
-    for marker in sorted(Path(folder).glob(f"step-*/{MARKER}")):
-        data = json.loads(marker.read_text())
-        found.append(CheckpointInfo(marker.parent, data["step"], data["metrics"]))
+    for path in sorted(Path(folder).glob("step-*")):
+        try:
+            found.append(read_marker(path))
+        except (FileNotFoundError, NotADirectoryError, DamagedCheckpoint):
+            continue
     return found
 
 
 def mirrored(mirror: Mirror) -> list[CheckpointInfo]:
-    """The complete checkpoints of a run's mirror, oldest first; their paths are names alone."""
-    return [CheckpointInfo(Path(name), data["step"], data["metrics"]) for name, data in mirror.checkpoints().items()]
+    """The complete checkpoints of a run's mirror, oldest first, without those whose marker is damaged; their paths are names
+    alone."""
+    found = []
+    for name, marker in mirror.markers().items():
+        try:
+            found.append(parse_marker(Path(name), marker))
+        except DamagedCheckpoint:
+            continue
+    return found
 
 
 def best_of(checkpoints: list[CheckpointInfo], metric: str) -> CheckpointInfo | None:
-    """The checkpoint with the best value of a metric (accuracies: the highest, others: the lowest); None if none has it."""
-    having = [c for c in checkpoints if metric in c.metrics]
-    sign = -1 if metric.endswith("acc") else 1
-    return min(having, key=lambda c: (sign * c.metrics[metric], -c.step), default=None)
+    """The checkpoint with the best value of a metric, of equal ones the earliest; None if none has it.
+
+    What is no finite number is never the best.
+    """
+    best = None
+    for checkpoint in sorted(checkpoints, key=lambda c: c.step):
+        value = checkpoint.metrics.get(metric, math.nan)
+        higher = metric in checkpoint.higher_is_better
+        if math.isfinite(value) and (best is None or is_better(value, best.metrics[metric], higher)):
+            best = checkpoint
+    return best
+
+
+def is_better(value: float, than: float, higher: bool) -> bool:
+    return value > than if higher else value < than
 
 
 def choose_checkpoint(folder: str | Path, which: str, metric: str) -> CheckpointInfo:
-    """The checkpoint named "last", "best" or by its step.
+    """The checkpoint named "last", "best" (the last, where none has the metric) or by its step.
 
     Raises:
-        UserError: there is none, or none of that step; names the ones there are.
+        UserError: there is none, or none of that step, or it cannot be told because a marker is damaged; names the ones there are.
     """
-    checkpoints = list_checkpoints(folder)
+    checkpoints, damaged = [], {}
+    for path in sorted(Path(folder).glob(f"step-*/{MARKER}")):
+        try:
+            checkpoints.append(read_marker(path.parent))
+        except FileNotFoundError:  # removed just now
+            continue
+        except DamagedCheckpoint as error:
+            damaged[path.parent.name.removeprefix("step-").lstrip("0")] = error
+    steps = ", ".join(str(c.step) for c in checkpoints)
+    wanted = which.removeprefix("step-").lstrip("0")
+    if which in ("last", "best"):
+        if damaged:
+            others = f"; choose one of the steps {steps}, or continue the training, which sets it aside" if steps else ""
+            raise DamagedCheckpoint(f"{next(iter(damaged.values()))}{others}")
+        if not checkpoints:
+            raise UserError(f"{folder} holds no complete checkpoint")
+        return (best_of(checkpoints, metric) if which == "best" else None) or checkpoints[-1]
+    if wanted in damaged:
+        raise damaged[wanted]
+    for checkpoint in checkpoints:
+        if wanted == str(checkpoint.step):
+            return checkpoint
     if not checkpoints:
         raise UserError(f"{folder} holds no complete checkpoint")
-    if which == "last":
-        return checkpoints[-1]
-    if which == "best":
-        return best_of(checkpoints, metric) or checkpoints[-1]
-    for checkpoint in checkpoints:
-        if which.removeprefix("step-").isdigit() and checkpoint.step == int(which.removeprefix("step-")):
-            return checkpoint
-    steps = ", ".join(str(c.step) for c in checkpoints)
     raise UserError(f"checkpoint {which!r} does not exist: say best, last or one of the steps {steps}")
 
 
 class Checkpointer:
     """Saves checkpoints of a run asynchronously and keeps the newest few and the best.
 
-    Training is blocked while the state is copied; files are written by a thread over a process group of its own.
+    Training is blocked while the state is copied; files are written by threads over a process group of their own.
     `blocked_seconds` adds up the time that training waited. With a mirror each worker copies its shards there, in the same thread,
     and a checkpoint counts when all have.
+
+    Args:
+        higher_is_better: whether higher values of a metric are better.
     """
 
-    def __init__(self, folder: str | Path, keep: int, best_metric: str, rank: int, mirror: Mirror | None = None) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        keep: int,
+        best_metric: str,
+        higher_is_better: Callable[[str], bool],
+        rank: int,
+        mirror: Mirror | None = None,
+    ) -> None:
         self.folder = Path(folder)
         self.keep = keep
         self.best_metric = best_metric
+        self.higher_is_better = higher_is_better
         self.rank = rank
         self.mirror = mirror
         self.blocked_seconds = 0.0
-        self._copies = ThreadPoolExecutor(1, "mirror")
+        self._copies = ThreadPoolExecutor(1, "checkpoint")
         self._group = dist.new_group(backend="gloo")
-        self._pending: tuple[Future, Path, dict[str, Any]] | None = None
+        self._pending: Future | None = None
         self._saved_step = -1
+        self._best: float | None = None
+
+    def resume(self, state: TrainState, say: Callable[[str], None] = lambda text: None) -> CheckpointInfo | None:
+        """Loads the newest checkpoint that is whole, the same on all workers, and returns it; None: there is none.
+
+        Newer ones that are damaged are set aside: renamed, so that they do not count. Where one is found to be damaged while it
+        is loaded and there is none before it, the state is undefined.
+        """
+        while True:
+            if self.mirror is not None:
+                self.mirror.fetch()
+            name = self._first_of_all(self._newest() if self.rank == 0 else None)
+            if name is None:
+                return None
+            loaded, damage = self._try(name, state)
+            if damage is None:
+                assert loaded is not None
+                best = best_of(self._complete(), self.best_metric) if self.rank == 0 else None
+                self._best = self._first_of_all(best and best.metrics[self.best_metric])
+                return loaded
+            kept = self._first_of_all(self._set_aside(name) if self.rank == 0 else None)
+            say(f"checkpoint {name} is damaged and set aside as {kept}: {damage}")
+
+    def is_best(self, metrics: dict[str, float]) -> bool:
+        """Whether a validation is the best so far (the first of equal ones), which it then is. Called on all workers alike."""
+        value = metrics.get(self.best_metric, math.nan)
+        if not math.isfinite(value):
+            return False
+        if self._best is not None and not is_better(value, self._best, self.higher_is_better(self.best_metric)):
+            return False
+        self._best = value
+        return True
 
     def save(self, state: TrainState, metrics: dict[str, float]) -> None:
-        """Starts to save the state. Called by all workers; `metrics` are stored with it."""
+        """Starts to save the state. Called by all workers.
+
+        Args:
+            metrics: of a validation of this very state; empty if there was none.
+        """
         if state.step == self._saved_step:
             return
         start = time.perf_counter()
@@ -137,12 +226,10 @@ class Checkpointer:
         if self.rank == 0 and path.exists():
             shutil.rmtree(path)
         dist.barrier(self._group)
-        model, optimizer = get_state_dict(state.model, state.optimizer)
-        future = dcp.async_save({"model": model, "optimizer": optimizer}, checkpoint_id=str(path), process_group=self._group)
-        content = {"step": state.step, "metrics": metrics}
-        if self.mirror is not None:
-            future = self._copies.submit(self._copy, future, path.name, content)
-        self._pending = (future, path, content)
+        writer = ShardWriter(path, self.rank)
+        written = dcp.async_save(_tensors(*get_state_dict(state.model, state.optimizer)), storage_writer=writer, process_group=self._group)
+        higher = frozenset(filter(self.higher_is_better, metrics))
+        self._pending = self._copies.submit(self._end, written, writer, CheckpointInfo(path, state.step, metrics, higher))
         self._saved_step = state.step
         self.blocked_seconds += time.perf_counter() - start
 
@@ -153,31 +240,38 @@ class Checkpointer:
         self.blocked_seconds += time.perf_counter() - start
 
     def poll(self) -> None:
-        """Completes a save whose files are all down, so that it counts at once."""
-        if self._pending and self._pending[0].done():
+        """Raises what has gone wrong in a save that is over."""
+        if self._pending and self._pending.done():
             self._finish()
 
     def _finish(self) -> None:
         if self._pending is None:
             return
-        future, path, content = self._pending
-        future.result()
+        self._pending.result()
         self._pending = None
-        if self.rank == 0 or self.mirror is not None:
-            write_json(path / MARKER, content)
-            self._prune()
 
-    def _copy(self, written: Future, checkpoint: str, content: dict[str, Any]) -> None:
-        """Copies this worker's shards when they are written; when all workers have, the checkpoint counts."""
-        written.result()
-        assert self.mirror is not None
-        self.mirror.send_shards(checkpoint, self.rank)
+    def _end(self, written: Any, writer: ShardWriter, checkpoint: CheckpointInfo) -> None:
+        """Makes a checkpoint count when all workers have written (and, with a mirror, copied) their files."""
+        try:
+            written.result()
+        except CheckpointException as error:
+            raise cause(error) from None
+        parts: list[Any] = [None] * dist.get_world_size(self._group)
+        dist.all_gather_object(parts, writer.files, self._group)
+        checkpoint = replace(checkpoint, files={name: part[name] for part in parts for name in sorted(part)})
+        marker = marker_content(checkpoint)
+        if self.mirror is not None:
+            self.mirror.send_shards(checkpoint.path.name, writer.files)
+            dist.barrier(self._group)
+            if self.rank == 0:
+                self.mirror.complete(checkpoint.path.name, marker)
+                self.mirror.send_records()
+                for old in self._superfluous(mirrored(self.mirror)):
+                    self.mirror.remove(old.path.name)
+        if self.rank == 0 or self.mirror is not None:
+            write_file(checkpoint.path, MARKER, marker)
+            self._prune()
         dist.barrier(self._group)
-        if self.rank == 0:
-            self.mirror.complete(checkpoint, json.dumps(content).encode())
-            self.mirror.send_records()
-            for old in self._superfluous(mirrored(self.mirror)):
-                self.mirror.remove(old.path.name)
 
     def _prune(self) -> None:
         """Removes what is neither among the newest nor the best. With a mirror each worker does so: its folder may be its own."""
@@ -190,43 +284,105 @@ class Checkpointer:
         best = best_of(checkpoints, self.best_metric)
         return [c for c in checkpoints[: -self.keep] if best is None or c.step != best.step]
 
+    def _complete(self) -> list[CheckpointInfo]:
+        return mirrored(self.mirror) if self.mirror is not None else list_checkpoints(self.folder)
 
-def load_state(path: str | Path, state: TrainState) -> None:
+    def _newest(self) -> str | None:
+        """Folder of the newest checkpoint that has a marker, or of any that has a damaged one."""
+        if self.mirror is not None:
+            names = list(self.mirror.markers())
+        else:
+            names = sorted(path.parent.name for path in self.folder.glob(f"step-*/{MARKER}"))
+        whole = {checkpoint.path.name for checkpoint in self._complete()}
+        return next((name for name in names if name not in whole), names[-1] if names else None)
+
+    def _try(self, name: str, state: TrainState) -> tuple[CheckpointInfo | None, str | None]:
+        """Checks and loads a checkpoint: what its marker says, and what one of the workers found damaged."""
+        checkpoint, damage, path = None, None, self.folder / name
+        try:
+            checkpoint = read_marker(path) if self.mirror is None else parse_marker(path, self.mirror.markers()[name])
+            # Where the folder is shared, each worker checks a part of it.
+            share = (self.rank, dist.get_world_size(self._group)) if self.mirror is None else (0, 1)
+            damage = find_damage(checkpoint, *share)
+        except (DamagedCheckpoint, FileNotFoundError, KeyError) as error:
+            damage = str(error)
+        if damage := self._any(damage):
+            return None, damage
+        try:
+            load_state(path, state, checked=True)
+        except DamagedCheckpoint as error:
+            damage = str(error)
+        return checkpoint, self._any(damage)
+
+    def _set_aside(self, name: str) -> str:
+        """Renames a checkpoint so that it does not count; its new name."""
+        if self.mirror is not None:
+            return self.mirror.set_aside(name)
+        target = self.folder / f"damaged-{name}"
+        while target.exists():
+            target = target.with_name(f"{target.name}-again")
+        os.replace(self.folder / name, target)
+        return target.name
+
+    def _any(self, text: str | None) -> str | None:
+        """The text of the first worker that has one."""
+        texts: list[str | None] = [None] * dist.get_world_size(self._group)
+        dist.all_gather_object(texts, text, self._group)
+        return next(filter(None, texts), None)
+
+    def _first_of_all(self, value: Any) -> Any:
+        """The first worker's value, on all workers."""
+        values = [value]
+        dist.broadcast_object_list(values, src=0, group=self._group)
+        return values[0]
+
+
+def _tensors(model: dict[str, Any], optimizer: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint holds: without the optimizer's settings (weight decay, betas, ...), which are the experiment's."""
+    return {"model": model, "optimizer": {"state": optimizer["state"]}}
+
+
+def load_state(path: str | Path, state: TrainState, checked: bool = False) -> None:
     """Loads a checkpoint into a state whose model and optimizer are built and sharded, on any number of workers.
 
-    The optimizer's settings (weight decay, betas, ...) stay those it was built with: they are the experiment's, not the state's.
+    Args:
+        checked: the files' hashes have just been checked.
+
+    Raises:
+        DamagedCheckpoint: a file is damaged; on all workers alike.
     """
+    path = Path(path)
+    if not checked:
+        check_files(path)
     settings = [{k: v for k, v in group.items() if k != "params"} for group in state.optimizer.param_groups]
     model, optimizer = get_state_dict(state.model, state.optimizer)
-    dcp.load({"model": model, "optimizer": optimizer}, checkpoint_id=str(path))
+    read_tensors(path, _tensors(model, optimizer))
     set_state_dict(state.model, state.optimizer, model_state_dict=model, optim_state_dict=optimizer)
     for group, own in zip(state.optimizer.param_groups, settings, strict=True):
         group.update(own)
-    state.step = json.loads((Path(path) / MARKER).read_text())["step"]
+    state.step = read_marker(path).step
 
 
 def load_model(path: str | Path, model: nn.Module) -> None:
-    """Loads the model alone from a checkpoint: sharded over the workers, or plain in one process without any."""
+    """Loads the model alone from a checkpoint: sharded over the workers, or plain in one process without any.
+
+    Raises:
+        DamagedCheckpoint: a file is damaged; on all workers alike.
+    """
+    check_files(Path(path))
     weights = get_model_state_dict(model)
-    dcp.load({"model": weights}, checkpoint_id=str(path), no_dist=not dist.is_initialized())
+    read_tensors(Path(path), {"model": weights})
     set_model_state_dict(model, weights, options=StateDictOptions(strict=True))
-
-
-def stored_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a checkpoint's weights; reads none of them."""
-    entries = dcp.FileSystemReader(str(path)).read_metadata().state_dict_metadata
-    return {name.removeprefix("model."): tuple(e.size) for name, e in entries.items() if name.startswith("model.")}
 
 
 def load_weights(path: str | Path, model: nn.Module, names: Collection[str]) -> None:
     """Loads some of the model's weights from a checkpoint and leaves the others as they are; otherwise as `load_model`."""
+    check_files(Path(path))
     weights = {name: value for name, value in get_model_state_dict(model).items() if name in names}
-    dcp.load({"model": weights}, checkpoint_id=str(path), no_dist=not dist.is_initialized())
+    read_tensors(Path(path), {"model": weights})
     set_model_state_dict(model, weights, options=StateDictOptions(strict=False))
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes a file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
-    os.replace(temporary, path)
+    """Writes a file whole or not at all; numbers that are not finite become null."""
+    write_file(path.parent, path.name, json_bytes(content))

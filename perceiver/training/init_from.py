@@ -6,7 +6,6 @@ another shape is refused, and so is a configuration under which the same weights
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,17 +15,17 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
 from perceiver import hub
-from perceiver.config import Experiment, ModelConfig, PerceiverIOConfig, UserError, differences, from_dict
+from perceiver.config import Experiment, ModelConfig, PerceiverIOConfig, UserError, differences
 from perceiver.data.tokenizers import TOKENIZER, load_tokenizer
+from perceiver.experiments import read_run
 from perceiver.pretrained import is_hub_name, read_pretrained
 from perceiver.training.checkpoint import (
-    EXPERIMENT,
     choose_checkpoint,
     find_run,
     load_weights,
-    stored_shapes,
     write_json,
 )
+from perceiver.training.checkpoint_files import stored_shapes
 from perceiver.training.mirror import CHECKPOINTS
 
 START = "start.json"
@@ -111,7 +110,7 @@ def _find(source: str, experiment: Experiment) -> tuple[str, ModelConfig, Shapes
     storage = experiment.run.storage_path
     folder = find_run(source, storage)
     if folder is not None:
-        trained = from_dict(json.loads((folder / EXPERIMENT).read_text())["experiment"])
+        trained, _ = read_run(folder)
         chosen = choose_checkpoint(folder / CHECKPOINTS, experiment.training.init_checkpoint, trained.run.best_metric)
         origin = f"run {folder.name}, step {chosen.step:,}"
         _check_tokenizer(origin, folder, trained, experiment)

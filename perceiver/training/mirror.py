@@ -9,18 +9,26 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from perceiver.config import RunConfig, UserError, home
-from perceiver.data.storage import copy_file, list_folder, list_tree, read_file, remove_file, remove_folder, write_file
+from perceiver.data.storage import (
+    copy_file,
+    file_hash,
+    list_folder,
+    list_tree,
+    move_file,
+    read_file,
+    remove_file,
+    remove_folder,
+    write_file,
+)
 from perceiver.data.tokenizers import TOKENIZER
+from perceiver.training.checkpoint_files import MARKER, DamagedCheckpoint, parse_marker
 
-MARKER = "checkpoint.json"
-"""Written into a checkpoint's folder when all else is there."""
 CHECKPOINTS = "checkpoints"
 """Folder of a run's checkpoints."""
 RECORDS = ("experiment.json", "start.json", "metrics.jsonl", "result.json", "failure.json", TOKENIZER)
@@ -54,11 +62,10 @@ class Mirror:
         except (OSError, ValueError, ImportError) as error:
             raise UserError(f"run.storage {self.uri.rpartition('/')[0]} cannot be read: {str(error).splitlines()[0]}") from error
 
-    def send_shards(self, checkpoint: str, rank: int) -> None:
+    def send_shards(self, checkpoint: str, files: Iterable[str]) -> None:
         """Copies what this worker wrote of a checkpoint."""
-        for path in sorted((self.folder / CHECKPOINTS / checkpoint).iterdir()):
-            if path.name.startswith(f"__{rank}_") or (rank == 0 and path.name == ".metadata"):
-                copy_file(path.parent, path.name, f"{self.uri}/{CHECKPOINTS}/{checkpoint}")
+        for name in files:
+            copy_file(self.folder / CHECKPOINTS / checkpoint, name, f"{self.uri}/{CHECKPOINTS}/{checkpoint}")
 
     def complete(self, checkpoint: str, content: bytes) -> None:
         """Marks a checkpoint whose shards are all there."""
@@ -70,6 +77,14 @@ class Mirror:
         if MARKER in list_folder(folder):
             remove_file(folder, MARKER)
         remove_folder(folder)
+
+    def set_aside(self, checkpoint: str) -> str:
+        """Renames a damaged checkpoint so that it does not count, its marker last; its new name."""
+        folder, target = f"{self.uri}/{CHECKPOINTS}/{checkpoint}", f"damaged-{checkpoint}"
+        for name in sorted(list_folder(folder), key=lambda name: name == MARKER):
+            move_file(folder, name, f"{self.uri}/{CHECKPOINTS}/{target}")
+        remove_folder(folder)
+        return target
 
     def send_records(self) -> None:
         """Copies the run's records that have changed since they were last copied."""
@@ -90,21 +105,21 @@ class Mirror:
         if "failure.json" in list_folder(self.uri):
             remove_file(self.uri, "failure.json")
 
-    def checkpoints(self) -> dict[str, dict]:
-        """Contents of the markers of the checkpoints that are complete, by folder, oldest first."""
-        markers = sorted(name for name in list_tree(f"{self.uri}/{CHECKPOINTS}") if name.endswith(f"/{MARKER}"))
-        return {
-            name.partition("/")[0]: json.loads(read_file(f"{self.uri}/{CHECKPOINTS}/{name.partition('/')[0]}", MARKER)) for name in markers
-        }
+    def markers(self) -> dict[str, bytes]:
+        """The markers of the checkpoints that are complete, by folder, oldest first."""
+        there = sorted(list_tree(f"{self.uri}/{CHECKPOINTS}"))
+        folders = [name.removesuffix(f"/{MARKER}") for name in there if name.endswith(f"/{MARKER}") and name.startswith("step-")]
+        return {folder: read_file(f"{self.uri}/{CHECKPOINTS}/{folder}", MARKER) for folder in folders}
 
     def fetch(self, checkpoints: int | None = 1) -> None:
         """Brings the local folder to what the store has: all records, and the newest so many checkpoints (None: all).
 
         Checkpoints and progress that the store has not are removed: they were not complete, or are of a run that was removed
-        there, whose name may by now be another's. Several processes of a machine may call this at once.
+        there, whose name may by now be another's. Files that differ from their hash are fetched again; what is damaged in the
+        store is told by loading it. Several processes of a machine may call this at once.
         """
         with self._alone():
-            markers = self.checkpoints()  # first: then all their files are listed
+            markers = self.markers()  # first: then all their files are listed
             there = list_tree(self.uri)
             for name in there:
                 if name in RECORDS or name.partition("/")[0] in RECORD_FOLDERS:
@@ -114,13 +129,31 @@ class Mirror:
                     (self.folder / name).unlink(missing_ok=True)
             complete = list(markers)
             for path in (self.folder / CHECKPOINTS).glob("step-*"):
-                if not (path / MARKER).is_file() or json.loads((path / MARKER).read_text()) != markers.get(path.name):
+                if not (path / MARKER).is_file() or (path / MARKER).read_bytes() != markers.get(path.name):
                     shutil.rmtree(path)
             for checkpoint in complete if checkpoints is None else complete[max(0, len(complete) - checkpoints) :]:
-                files = [name for name in there if name.startswith(f"{CHECKPOINTS}/{checkpoint}/")]
-                for name in sorted(files, key=lambda name: name.endswith(MARKER)):
-                    if not (self.folder / name).is_file():
-                        self._get(name)
+                self._fetch_checkpoint(checkpoint, markers[checkpoint], there)
+
+    def _fetch_checkpoint(self, checkpoint: str, marker: bytes, there: Iterable[str]) -> None:
+        """Gets the files of a checkpoint that are not here as they were written, its marker last."""
+        folder = f"{CHECKPOINTS}/{checkpoint}"
+        try:
+            files = parse_marker(self.folder / folder, marker).files
+        except DamagedCheckpoint:
+            files = {}
+        if files is None:  # of before hashes were recorded
+            names = {name.removeprefix(f"{folder}/") for name in there if name.startswith(f"{folder}/")} - {MARKER}
+            missing = [name for name in sorted(names) if not (self.folder / folder / name).is_file()]
+        else:
+            missing = [name for name, known in files.items() if not self._is_here(f"{folder}/{name}", known)]
+        for name in missing:
+            if f"{folder}/{name}" in there:
+                self._get(f"{folder}/{name}")
+        write_file(self.folder / folder, MARKER, marker)
+
+    def _is_here(self, name: str, known: tuple[int, str]) -> bool:
+        path = self.folder / name
+        return path.is_file() and path.stat().st_size == known[0] and file_hash(path.parent, path.name) == known
 
     def _get(self, name: str) -> None:
         path = self.folder / name

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tensorboardX import SummaryWriter
 
+from perceiver.data.storage import write_file
+from perceiver.training.checkpoint_files import finite
 from perceiver.training.meters import duration
 
 if TYPE_CHECKING:
@@ -34,9 +36,7 @@ class Recorder:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         keep = [record for record in read_metrics(folder) if record["step"] <= step]
-        temporary = folder / f".{METRICS}.tmp"
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in keep))
-        os.replace(temporary, folder / METRICS)
+        write_file(folder, METRICS, "".join(map(_line, keep)).encode())
         self._file = open(folder / METRICS, "a", buffering=1)
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
 
@@ -45,10 +45,10 @@ class Recorder:
             self._say(text)
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
-        """Adds a record. Names with val_ go under val/ in TensorBoard, the others under train/."""
+        """Adds a record (null for what is no finite number). Names with val_ go under val/ in TensorBoard, the others under train/."""
         if not self.active:
             return
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.write(_line({"step": step, **values}))
         for name, value in values.items():
             tag = f"val/{name.removeprefix('val_')}" if name.startswith("val_") else f"train/{name}"
             self._board.add_scalar(tag, value, step)
@@ -90,14 +90,20 @@ class Recorder:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The records of a run so far; a last line cut off by a crash is left out."""
+    """The records of a run so far. Lines that are no records are left out: the last one may have been cut off by a crash."""
     path = folder / METRICS
     if not path.exists():
         return []
     records = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(errors="replace").splitlines():
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+            record = json.loads(line)
+            if type(record["step"]) is int:
+                records.append({name: math.nan if value is None else value for name, value in record.items()})
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            continue
     return records
+
+
+def _line(record: dict[str, Any]) -> str:
+    return json.dumps(finite(record), allow_nan=False) + "\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from perceiver.data.shards import Manifest, Split
 from perceiver.data.storage import read_file, write_file
 from perceiver.data.tokenizers import TOKENIZER
 from perceiver.training.batches import Feed, Prefetch, ReadAll, make_train_feed, make_val_feeds
-from perceiver.training.checkpoint import EXPERIMENT, Checkpointer, TrainState, list_checkpoints, load_state, write_json
+from perceiver.training.checkpoint import EXPERIMENT, Checkpointer, TrainState, write_json
 from perceiver.training.init_from import find_start
 from perceiver.training.loop import StepResult, add_to, fit, validate
 from perceiver.training.meters import Meter, peak_flops
@@ -91,12 +92,17 @@ class Training:
         if self.mirror is not None:
             self.mirror.fetch()
         self.checkpointer = Checkpointer(
-            run_folder / CHECKPOINTS, experiment.run.keep_checkpoints, experiment.run.best_metric, world.rank, self.mirror
+            run_folder / CHECKPOINTS,
+            experiment.run.keep_checkpoints,
+            experiment.run.best_metric,
+            task.higher_is_better,
+            world.rank,
+            self.mirror,
         )
-        checkpoints = list_checkpoints(run_folder / CHECKPOINTS)
-        if checkpoints:
-            load_state(checkpoints[-1].path, self.state)
-        elif start := find_start(experiment, {name: p.shape for name, p in self.state.model.named_parameters()}):
+        resumed = self.checkpointer.resume(self.state, say if world.rank == 0 else lambda text: None)
+        if resumed is None and (run_folder / CHECKPOINTS).exists():
+            self.state = build_state(experiment, task, world)  # a damaged checkpoint may have been loaded in part
+        if resumed is None and (start := find_start(experiment, {name: p.shape for name, p in self.state.model.named_parameters()})):
             start.apply(self.state.model)
             if world.rank == 0:
                 start.save(run_folder)
@@ -110,7 +116,8 @@ class Training:
             "flops_per_step": batch * task.flops_per_example(),
             "peak": peak and peak * world.size,
         }
-        self.val_metrics: dict[str, float] = {}
+        self.val_metrics = resumed.metrics if resumed else {}
+        """Of the last validation; of the checkpoint that this continues from, until there is one."""
         self._last_log: dict[str, float] = {}
         self._sums: dict[str, torch.Tensor] = {}
 
@@ -143,8 +150,8 @@ class Training:
         """Validates and returns the metrics, named val_..."""
         limit, model = self.experiment.run.val_batches, self.state.model
         metrics, sums, split = evaluate(self.task, model, self.val_feeds, self.world, self.read_all, limit)
-        samples = self.task.samples(model, sums, split)
-        self.recorder.samples(self.state.step, samples)
+        if metrics:
+            self.recorder.samples(self.state.step, self.task.samples(model, sums, split))
         return metrics
 
     def _announce(self) -> None:
@@ -164,10 +171,13 @@ class Training:
         if checkpoint or validation or step % run.log_every == 0:
             self._log(result)
             checkpoint = self.notice() or checkpoint
+        measured: dict[str, float] = {}  # metrics go with the weights that they were measured on, and no others
         if validation:
             self._apart(self._validate)
+            measured = self.val_metrics
+            checkpoint = self.checkpointer.is_best(measured) or checkpoint
         if checkpoint:
-            self._apart(lambda: self.checkpointer.save(self.state, self.val_metrics))
+            self._apart(lambda: self.checkpointer.save(self.state, measured))
         self.checkpointer.poll()
 
     def _log(self, result: StepResult) -> None:
@@ -203,9 +213,10 @@ class Training:
 
     def _validate(self) -> None:
         self.val_metrics = self.validate()
-        self.recorder.metrics(self.state.step, self.val_metrics)
+        if self.val_metrics:
+            self.recorder.metrics(self.state.step, self.val_metrics)
         text = "  ".join(f"{name} {value:.4f}" for name, value in self.val_metrics.items())
-        self.recorder.say(f"step {self.state.step:,}: {text}")
+        self.recorder.say(f"step {self.state.step:,}: {text or 'the validation data has no target, so nothing is measured'}")
         self.report({"step": self.state.step, **self._last_log, **self.val_metrics})
 
     def _apart(self, action: Callable[[], None]) -> None:
@@ -214,8 +225,7 @@ class Training:
         self.meter.exclude(time.perf_counter() - start)
 
     def _finish(self) -> dict[str, float]:
-        checkpoints = list_checkpoints(self.run_folder / CHECKPOINTS)
-        metrics = {"step": self.state.step, **(self.val_metrics or checkpoints[-1].metrics)}
+        metrics = {"step": self.state.step, **self.val_metrics}
         if self.world.rank == 0 and self.state.step == self.total_steps:
             write_json(self.run_folder / RESULT, metrics)
         return metrics
@@ -239,17 +249,22 @@ def evaluate(
 ) -> tuple[dict[str, float], dict[str, np.ndarray], Split]:
     """Metrics (named val_...), their sums and what was read, over each feed's first global batches (None: all of them).
 
-    Of a mixture, val_NAME/SOURCE is a metric on one source, and val_NAME that on all, each with its share.
+    Of a mixture, val_NAME/SOURCE is a metric on one source, and val_NAME that on all, each with its share. Data without any
+    target has no metrics: a sum over nothing, 0, is no loss.
     """
     metrics, passes = {}, []
     for part, feed in feeds:
         sums = _pass(task, model, feed, world, read_all, num_batches)
-        passes.append(sums)
+        if not sums.get("targets", 0):
+            continue
+        passes.append((part, sums))
         suffix = f"/{part.name}" if part.name else ""
         metrics |= {f"val_{name}{suffix}": value for name, value in task.metrics(sums, feed.split).items()}
+    if not passes:
+        return {}, {}, feeds[0][1].split
     if len(feeds) == 1:
-        return metrics, passes[0], feeds[0][1].split
-    sums, split = weighted([part for part, _ in feeds], passes)
+        return metrics, passes[0][1], feeds[0][1].split
+    sums, split = weighted([part for part, _ in passes], [sums for _, sums in passes])
     return {f"val_{name}": value for name, value in task.metrics(sums, split).items()} | metrics, sums, split
 
 
@@ -260,6 +275,15 @@ def _pass(task: Task, model: nn.Module, feed: Feed, world: World, read_all: Read
         return validate(task, model, batches, world)
     finally:
         batches.close()
+
+
+def read_result(folder: Path) -> dict[str, float] | None:
+    """The last metrics of a finished run; None: it is not finished (or the file is damaged, and continuing writes it again)."""
+    try:
+        content = json.loads((folder / RESULT).read_bytes())
+        return {name: math.nan if value is None else value for name, value in content.items()}
+    except (FileNotFoundError, ValueError, AttributeError, RecursionError):
+        return None
 
 
 def save_experiment(folder: Path, experiment: Experiment, manifest: Manifest, data_folder: str) -> None:

@@ -1,0 +1,374 @@
+"""Files of a checkpoint: one .safetensors file per worker, and a marker that lists them with their sizes and hashes.
+
+Tensors are written through torch.distributed.checkpoint (DCP) in the layout of its `HuggingFaceStorageReader`, so that any tool
+that knows safetensors can read them. Nothing here unpickles freely: checkpoints written before that have a pickled `.metadata`,
+which is read with an allow-list of classes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+import os
+import pickle
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint import filesystem, metadata
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
+from torch.futures import Future as TorchFuture
+
+from perceiver.config import UserError
+from perceiver.data.storage import file_hash, sync_folder
+
+MARKER = "checkpoint.json"
+"""Written into a checkpoint's folder when all else is there."""
+SUFFIX = ".safetensors"
+OLD_METADATA = ".metadata"
+"""DCP's own pickled index, of checkpoints written before safetensors."""
+
+Result = TypeVar("Result")
+Files = dict[str, tuple[int, str]]
+"""Size and sha256 of files, by name."""
+
+
+class DamagedCheckpoint(UserError):
+    """A file of a checkpoint is missing, cut, changed, or not what a checkpoint holds."""
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """A complete checkpoint, as its marker describes it."""
+
+    path: Path
+    step: int
+    metrics: dict[str, float]
+    """Of a validation at this very step; empty where there was none."""
+    higher_is_better: frozenset[str] = frozenset()
+    """Names of those of the metrics of which higher values are better."""
+    files: Files | None = None
+    """All files but the marker; None: written before hashes were recorded."""
+
+
+def marker_content(checkpoint: CheckpointInfo) -> bytes:
+    """The content of a checkpoint's marker."""
+    assert checkpoint.files is not None
+    content = {
+        "step": checkpoint.step,
+        "metrics": checkpoint.metrics,
+        "higher_is_better": sorted(checkpoint.higher_is_better),
+        "files": {name: {"bytes": size, "sha256": digest} for name, (size, digest) in checkpoint.files.items()},
+    }
+    return json_bytes(content)
+
+
+def parse_marker(path: Path, content: bytes) -> CheckpointInfo:
+    """What a checkpoint's marker says.
+
+    Args:
+        path: the checkpoint's folder.
+
+    Raises:
+        DamagedCheckpoint: it is not what `marker_content` writes.
+    """
+    try:
+        data = json.loads(content)
+        step, metrics, files = data["step"], data["metrics"], data.get("files")
+        # Checkpoints written before the direction was recorded know one metric of which more is better.
+        higher = data.get("higher_is_better", [name for name in metrics if name.partition("/")[0] == "val_acc"])
+        if type(step) is not int or path.name != f"step-{step:08d}":
+            raise ValueError(f"its step is {step!r}")
+        if not all(isinstance(name, str) for name in higher):
+            raise TypeError
+        return CheckpointInfo(
+            path,
+            step,
+            {name: math.nan if value is None else float(value) for name, value in metrics.items()},
+            frozenset(higher),
+            None if files is None else {_plain(name): (int(f["bytes"]), str(f["sha256"])) for name, f in files.items()},
+        )
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
+        reason = f" ({error})" if type(error) is ValueError else ""
+        raise DamagedCheckpoint(f"{path / MARKER} is damaged: it is no marker of a complete checkpoint{reason}") from error
+
+
+def read_marker(path: Path) -> CheckpointInfo:
+    """What the marker in a checkpoint's folder says.
+
+    Raises:
+        FileNotFoundError: there is none, so the checkpoint is not complete.
+        DamagedCheckpoint: it is damaged.
+    """
+    try:
+        content = (path / MARKER).read_bytes()
+    except IsADirectoryError:
+        content = b""
+    return parse_marker(path, content)
+
+
+def find_damage(checkpoint: CheckpointInfo, rank: int = 0, size: int = 1) -> str | None:
+    """Why a checkpoint's files are not the ones that were written; None: they are, as far as its marker can tell.
+
+    Args:
+        rank, size: check the share of one of `size` processes.
+    """
+    if checkpoint.files is None:
+        return None
+    if foreign := sorted({path.name for path in checkpoint.path.glob(f"*{SUFFIX}")} - checkpoint.files.keys()):
+        return f"{checkpoint.path / foreign[0]} does not belong to it"
+    for name in sorted(checkpoint.files)[rank::size]:
+        path, (length, digest) = checkpoint.path / name, checkpoint.files[name]
+        try:
+            found = path.stat().st_size
+            if found != length:
+                return f"{path} has {found:,} bytes instead of {length:,}"
+            if file_hash(path.parent, name)[1] != digest:
+                return f"{path} has changed since it was written"
+        except FileNotFoundError:
+            return f"{path} is missing"
+    return None
+
+
+def check_files(path: Path) -> None:
+    """Checks the files of a checkpoint against the hashes in its marker. Called by all workers, each checks a share.
+
+    Raises:
+        DamagedCheckpoint: on all workers alike.
+    """
+    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    try:
+        damage = find_damage(read_marker(path), rank, size)
+    except DamagedCheckpoint as error:
+        damage = str(error)
+    except FileNotFoundError:
+        damage = f"{path / MARKER} is missing"
+    if size > 1:
+        found: list[str | None] = [None] * size
+        dist.all_gather_object(found, damage)
+        damage = next(filter(None, found), None)
+    if damage is not None:
+        raise DamagedCheckpoint(f"checkpoint {path.name} is damaged: {damage}")
+
+
+class ShardWriter(StorageWriter):
+    """Writes a worker's tensors into one safetensors file.
+
+    Tensors go to the file one by one, and their bytes into its hash on the way: DCP's own writer holds the whole file in memory
+    once more, and Python's lock while it is put together, so that training stands still.
+    """
+
+    def __init__(self, path: Path, rank: int) -> None:
+        self.path = path
+        self.files: Files = {}
+        """Sizes and hashes of what this worker wrote."""
+        self._name = f"rank-{rank:05d}{SUFFIX}"
+
+    def reset(self, checkpoint_id: str | os.PathLike | None = None) -> None:
+        self.files = {}
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        return plans
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> TorchFuture[list[WriteResult]]:
+        written: TorchFuture[list[WriteResult]] = TorchFuture()
+        tensors: dict[str, Tensor] = {}
+        offsets = {}
+        for item in plan.items:
+            assert item.tensor_data is not None and item.index.fqn not in tensors, item.index
+            tensors[item.index.fqn] = planner.resolve_data(item)  # type: ignore[assignment]
+            offsets[item.index.fqn] = {"saved_offsets": list(item.tensor_data.chunk.offsets)}
+        if tensors:
+            extra = {"DCP_SHARDING_INFO": json.dumps(offsets), "DCP_VERSION": "1.0", "format": "pt"}
+            self.files[self._name] = write_safetensors(self.path / self._name, tensors, extra)
+            sync_folder(self.path)
+        written.set_result([WriteResult(index=item.index, size_in_bytes=0, storage_data=None) for item in plan.items])
+        return written
+
+    def finish(self, metadata: metadata.Metadata, results: list[list[WriteResult]]) -> None:
+        sync_folder(self.path.parent)
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike) -> bool:
+        return True
+
+
+_DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], extra: Mapping[str, str]) -> tuple[int, str]:
+    """Writes tensors into a safetensors file, one at a time, and has the system put it on disk; its size and sha256."""
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # so that all are aligned
+    header: dict[str, Any] = {"__metadata__": dict(extra)}
+    position = 0
+    for name in names:
+        tensor = tensors[name]
+        end = position + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
+    with open(path, "wb") as file:
+
+        def write(data: Any) -> None:
+            digest.update(data)
+            file.write(data)
+
+        write(len(text).to_bytes(8, "little"))
+        write(text)
+        for name in names:
+            write(tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        file.flush()
+        os.fsync(file.fileno())
+    return 8 + len(text) + position, digest.hexdigest()
+
+
+class OldReader(dcp.FileSystemReader):
+    """Reads checkpoints of before safetensors: tensors alone, and their index with an allow-list of classes.
+
+    What is no tensor there is pickled, too, and DCP would unpickle it: such entries are left out of the index.
+    """
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> metadata.Metadata:
+        path = Path(self.path) / OLD_METADATA
+        found = _Unpickler(path).load()
+        try:
+            entries, places = found.state_dict_metadata, found.storage_data
+            tensors = {name: entry for name, entry in entries.items() if type(entry) is metadata.TensorStorageMetadata}
+            for place in places.values():
+                _plain(place.relative_path)
+        except (AttributeError, TypeError, ValueError) as error:
+            raise DamagedCheckpoint(f"{path} is damaged: it is no index of a checkpoint") from error
+        return replace(found, state_dict_metadata=tensors, storage_meta=metadata.StorageMeta(load_id=self.load_id))
+
+
+class _Unpickler(pickle.Unpickler):
+    """Of DCP's index: its dataclasses, and what torch and pathlib put into them."""
+
+    ALLOWED: Mapping[tuple[str, str], Callable[..., Any]] = {
+        **{
+            (metadata.__name__, name): getattr(metadata, name)
+            for name in (
+                "Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata",
+                "TensorProperties", "_MEM_FORMAT_ENCODING",
+            )
+        },
+        (filesystem.__name__, "_StorageInfo"): filesystem._StorageInfo,
+        ("torch", "Size"): torch.Size,
+        ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
+        ("pathlib", "PosixPath"): PurePosixPath,
+        ("pathlib._local", "PosixPath"): PurePosixPath,
+        **{("torch", str(dtype).removeprefix("torch.")): dtype for dtype in _DTYPES},  # type: ignore[dict-item]
+    }  # fmt: skip
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        super().__init__(io.BytesIO(path.read_bytes()))
+
+    def load(self) -> metadata.Metadata:
+        try:
+            found = super().load()
+        except UserError:
+            raise
+        except Exception as error:  # damaged pickles raise whatever they like
+            raise DamagedCheckpoint(f"{self._path} is damaged: it is no index of a checkpoint") from error
+        if type(found) is not metadata.Metadata:
+            raise DamagedCheckpoint(f"{self._path} is damaged: it is no index of a checkpoint")
+        return found
+
+    def find_class(self, module: str, name: str) -> Any:
+        try:
+            return self.ALLOWED[module, name]
+        except KeyError:
+            raise DamagedCheckpoint(
+                f"{self._path} asks for {module}.{name}, which no checkpoint holds: it was not written by a training, and is not loaded"
+            ) from None
+
+
+def read_tensors(path: Path, tensors: dict[str, Any]) -> None:
+    """Reads a checkpoint into a nested dict of tensors, plain or sharded over the workers, which it must hold all.
+
+    Raises:
+        DamagedCheckpoint: it holds others, or cannot be read; on all workers alike.
+    """
+    _reading(path, lambda: dcp.load(tensors, storage_reader=_reader(path), no_dist=not dist.is_initialized()))
+
+
+def stored_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a checkpoint's weights; reads none of them.
+
+    Raises:
+        DamagedCheckpoint: it cannot be read.
+    """
+    entries = _reading(Path(path), lambda: _reader(Path(path)).read_metadata()).state_dict_metadata
+    return {name.removeprefix("model."): tuple(e.size) for name, e in entries.items() if name.startswith("model.")}
+
+
+def _reader(path: Path) -> StorageReader:
+    if any(path.glob(f"*{SUFFIX}")):
+        return HuggingFaceStorageReader(str(path))
+    if (path / OLD_METADATA).is_file():
+        return OldReader(str(path))
+    raise DamagedCheckpoint(f"checkpoint {path.name} is damaged: {path} holds no weights")
+
+
+def _reading(path: Path, read: Callable[[], Result]) -> Result:
+    """Whatever damaged files make torch raise (its CheckpointException is not even an Exception) as one sentence."""
+    try:
+        return read()
+    except (Exception, CheckpointException) as caught:
+        error = cause(caught)
+        if isinstance(error, (UserError, MemoryError)) or (isinstance(error, OSError) and not isinstance(error, FileNotFoundError)):
+            raise error from None
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise DamagedCheckpoint(f"checkpoint {path.name} is damaged: {path} cannot be read ({reason})") from caught
+
+
+def cause(error: BaseException) -> BaseException:
+    """The first worker's own error in an error of DCP."""
+    if isinstance(error, CheckpointException) and error.failures:
+        return error.failures[min(error.failures)][0]
+    return error
+
+
+def json_bytes(content: Any) -> bytes:
+    """JSON for people and programs; what is no finite number becomes null, which all programs can read."""
+    return (json.dumps(finite(content), indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
+
+
+def finite(content: Any) -> Any:
+    """Plain data with None in place of NaN and infinities."""
+    if isinstance(content, float):
+        return content if math.isfinite(content) else None
+    if isinstance(content, Mapping):
+        return {key: finite(value) for key, value in content.items()}
+    if isinstance(content, Iterable) and not isinstance(content, str):
+        return [finite(value) for value in content]
+    return content
+
+
+def _plain(name: str) -> str:
+    """A name of a file in the checkpoint's own folder."""
+    if not isinstance(name, str) or not name or name != Path(name).name:
+        raise ValueError(f"it names the file {name!r}")
+    return name
