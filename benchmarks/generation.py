@@ -26,9 +26,9 @@ from typing import Any
 
 import torch
 
-from perceiver.config import PerceiverARConfig
 from perceiver.inference.generate import Sampling, stream
 from perceiver.models import PerceiverAR, build_model
+from perceiver.models.configs import PerceiverARConfig
 from perceiver.presets import PRESETS
 
 Clock = Callable[[], float]

@@ -23,7 +23,8 @@ import torch
 import torch.distributed as dist
 
 from perceiver.config import Experiment, from_dict, to_dict
-from perceiver.data.shards import Manifest, load_prepared, with_prepared_tokenizer, with_tokenizer
+from perceiver.data.shards import Manifest
+from perceiver.datasets import load_prepared, with_prepared_tokenizer, with_tokenizer
 from perceiver.models.flops import num_parameters
 from perceiver.models.memory import step_memory
 from perceiver.tasks import build_task

@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 
 from perceiver.config import Experiment, from_dict, to_dict
-from perceiver.data.shards import Manifest, load_prepared
+from perceiver.data.shards import Manifest
+from perceiver.datasets import load_prepared
 from perceiver.presets import PRESETS
 from perceiver.tasks import build_task
 from perceiver.training.batches import read_here

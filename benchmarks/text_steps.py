@@ -23,10 +23,11 @@ from dataclasses import replace
 
 import torch
 
-from perceiver.config import Experiment, ParallelConfig, TextClassificationConfig
+from perceiver.config import Experiment, ParallelConfig
 from perceiver.presets import PRESETS
 from perceiver.tasks import build_task
 from perceiver.tasks.masked_lm import usual_positions
+from perceiver.tasks.text_classification import TextClassificationConfig
 from perceiver.training.batches import Batch
 from perceiver.training.init_from import find_start
 from perceiver.training.loop import StepResult, fit

@@ -8,24 +8,20 @@ from typing import Any
 
 from torch import Tensor
 
-from perceiver.config import (
+from perceiver.config import ModelConfig, UserError, differences, flatten, to_dict
+from perceiver.models import shapes
+from perceiver.models.configs import (
     ClassOutput,
     DecoderConfig,
     EncoderConfig,
     FlowInput,
     FlowOutput,
     ImageInput,
-    ModelConfig,
     PerceiverARConfig,
     PerceiverIOConfig,
     TextInput,
     TextOutput,
-    UserError,
-    differences,
-    flatten,
-    to_dict,
 )
-from perceiver.models import shapes
 
 StateDict = dict[str, Tensor]
 Rules = tuple[tuple[str, str | None], ...]

@@ -7,31 +7,23 @@ krasserm/perceiver-io and of the Perceiver papers (arXiv 2103.03206, 2107.14795,
 from collections.abc import Callable
 from dataclasses import replace
 
-from perceiver.config import (
-    Adam,
-    AdamW,
-    CausalLMConfig,
+from perceiver.config import Adam, AdamW, Cosine, DataConfig, Experiment, OptimConfig, ParallelConfig, RunConfig, TrainingConfig
+from perceiver.models.configs import (
     ClassOutput,
-    Cosine,
-    DataConfig,
     DecoderConfig,
     EncoderConfig,
-    Experiment,
     FlowInput,
     FlowOutput,
-    ImageClassificationConfig,
     ImageInput,
-    MaskedLMConfig,
-    OpticalFlowConfig,
-    OptimConfig,
-    ParallelConfig,
     PerceiverARConfig,
     PerceiverIOConfig,
-    RunConfig,
-    SymbolicAudioConfig,
-    TextClassificationConfig,
-    TrainingConfig,
 )
+from perceiver.tasks.causal_lm import CausalLMConfig
+from perceiver.tasks.image_classification import ImageClassificationConfig
+from perceiver.tasks.masked_lm import MaskedLMConfig
+from perceiver.tasks.optical_flow import OpticalFlowConfig
+from perceiver.tasks.symbolic_audio import SymbolicAudioConfig
+from perceiver.tasks.text_classification import TextClassificationConfig
 
 # --------------------------------------------------------------------------------------------------------------- images
 

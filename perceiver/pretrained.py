@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 
 from perceiver import hub
-from perceiver.config import ModelConfig, PerceiverARConfig, UserError, from_dict
+from perceiver.config import ModelConfig, UserError, from_dict
+from perceiver.models.configs import PerceiverARConfig
 
 CONFIG = "config.json"
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from perceiver.config import Experiment, UserError, home
-from perceiver.data.shards import load_prepared
 from perceiver.data.storage import copy_file
 from perceiver.data.tokenizers import TOKENIZER
-from perceiver.experiments import read_run
+from perceiver.datasets import load_prepared
+from perceiver.runs import read_run
 from perceiver.training.checkpoint import choose_checkpoint, find_run, write_json
 from perceiver.training.checkpoint_files import CheckpointInfo, check_files
 from perceiver.training.mirror import CHECKPOINTS

@@ -10,8 +10,9 @@ import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 
-from perceiver.config import Experiment, PerceiverARConfig, UserError
-from perceiver.data.shards import load_prepared, with_tokenizer
+from perceiver.config import Experiment, UserError
+from perceiver.datasets import load_prepared, with_tokenizer
+from perceiver.models.configs import PerceiverARConfig
 from perceiver.models.flops import num_parameters
 from perceiver.models.memory import Memory, Traffic, most_of_each, step_memory, step_traffic, units
 from perceiver.tasks import build_task

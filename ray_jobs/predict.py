@@ -20,11 +20,12 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from perceiver.config import ImageClassificationConfig, ParallelConfig, UserError, differences, flatten
+from perceiver.config import ParallelConfig, UserError, differences, flatten
 from perceiver.data.storage import atomic_file, list_folder, open_folder, read_file, write_file
 from perceiver.inference.load import describe
 from perceiver.inference.predict import MODES, PredictOptions, output_schema, predict_rows
 from perceiver.inference.rows import Part, Row, from_plain, list_inputs, plan_parts, read_part, to_plain
+from perceiver.tasks.image_classification import ImageClassificationConfig
 from ray_jobs.cli import main_entry
 
 PLAN, ERRORS, SUMMARY = "plan.json", "errors.jsonl", "summary.json"

@@ -35,18 +35,7 @@ from perceiver.data.prepare import (
     unigram_nats,
 )
 from perceiver.data.readers import Columns, image_shape
-from perceiver.data.shards import (
-    MANIFEST,
-    DamagedData,
-    Manifest,
-    broken_files,
-    check_fits,
-    check_image_shape,
-    data_folder,
-    prepare_settings,
-    task_kind,
-    with_tokenizer,
-)
+from perceiver.data.shards import MANIFEST, DamagedData, Manifest, broken_files
 from perceiver.data.sources import InputFile, Source, is_path, mixture_sources, resolve, same_file
 from perceiver.data.storage import (
     file_hash,
@@ -58,6 +47,7 @@ from perceiver.data.storage import (
     write_file,
 )
 from perceiver.data.tokenizers import TOKENIZER, SentencePieceTokenizer, load_tokenizer
+from perceiver.datasets import check_fits, check_image_shape, data_folder, prepare_settings, task_kind, with_tokenizer
 from ray_jobs.cli import main_entry, parse_experiment
 
 Say = Callable[[str], Any]

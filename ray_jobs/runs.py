@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from perceiver.config import Experiment, UserError, home
-from perceiver.data.shards import load_prepared
-from perceiver.experiments import CODE, command_words, read_run
-from perceiver.training.checkpoint import EXPERIMENT, best_of, list_checkpoints
+from perceiver.datasets import load_prepared
+from perceiver.experiments import command_words
+from perceiver.runs import CODE, EXPERIMENT, read_run
+from perceiver.training.checkpoint import best_of, list_checkpoints
 from perceiver.training.mirror import CHECKPOINTS
 from perceiver.training.record import read_metrics
 from perceiver.training.run import RESULT, total_steps
@@ -51,9 +52,8 @@ def list_runs(folder: str | Path) -> list[dict[str, Any]]:
     """The runs in a folder, by name.
 
     Each has name, preset, task, status (running, finished, failed, stopped), step (of the last record), of (steps in all, None
-    where the prepared data is not there to tell), best (metric and value), checkpoint (last step), MiB, and continue (command). A run whose files
-    are
-    damaged has the status damaged, a reason, and None for all else.
+    where the prepared data is not there to tell), best (metric and value), checkpoint (last step), MiB, and continue (command). A run
+    whose files are damaged has the status damaged, a reason, and None for all else.
     """
     return [_describe_any(path.parent) for path in sorted(Path(folder).glob(f"*/{EXPERIMENT}"))]
 

@@ -11,10 +11,11 @@ from pathlib import Path
 import torch
 
 from perceiver.config import Experiment, UserError, differences
-from perceiver.data.shards import Manifest, load_prepared, with_tokenizer
+from perceiver.data.shards import Manifest
 from perceiver.data.sources import is_shipped
-from perceiver.experiments import check_code, read_run, save_code
+from perceiver.datasets import load_prepared, with_tokenizer
 from perceiver.extensions import code_of
+from perceiver.runs import EXPERIMENT, check_code, read_run, save_code
 from perceiver.tasks import build_task
 from perceiver.tasks.pictures import curves
 from perceiver.training.batches import make_val_feeds
@@ -24,7 +25,7 @@ from perceiver.training.init_from import START, Start, find_start
 from perceiver.training.meters import duration
 from perceiver.training.mirror import CHECKPOINTS, Mirror
 from perceiver.training.record import read_metrics
-from perceiver.training.run import EXPERIMENT, read_result, save_experiment
+from perceiver.training.run import read_result, save_experiment
 from ray_jobs.cli import main_entry, parse_experiment
 from ray_jobs.preflight import check_experiment, plan_resources
 from ray_jobs.room import check_memory

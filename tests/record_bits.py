@@ -18,7 +18,8 @@ import pytest
 import torch
 
 from perceiver.config import Experiment, RunConfig, TrainingConfig
-from perceiver.data.shards import Manifest, data_folder
+from perceiver.data.shards import Manifest
+from perceiver.datasets import data_folder
 from perceiver.models import build_model
 from perceiver.presets import PRESETS
 from perceiver.tasks import build_task

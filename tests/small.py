@@ -12,27 +12,22 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch.distributed as dist
 
-from perceiver.config import (
-    CausalLMConfig,
+from perceiver.config import Cosine, DataConfig, Experiment, OptimConfig, RunConfig, TrainingConfig
+from perceiver.data.shards import Manifest, Shard, Split, fixed_column, schema, shard_name, stream_rows
+from perceiver.models.configs import (
     ClassOutput,
-    Cosine,
-    DataConfig,
     DecoderConfig,
     EncoderConfig,
-    Experiment,
-    ImageClassificationConfig,
     ImageInput,
-    MaskedLMConfig,
-    OptimConfig,
     PerceiverARConfig,
     PerceiverIOConfig,
-    RunConfig,
-    TextClassificationConfig,
     TextInput,
     TextOutput,
-    TrainingConfig,
 )
-from perceiver.data.shards import Manifest, Shard, Split, fixed_column, schema, shard_name, stream_rows
+from perceiver.tasks.causal_lm import CausalLMConfig
+from perceiver.tasks.image_classification import ImageClassificationConfig
+from perceiver.tasks.masked_lm import MaskedLMConfig
+from perceiver.tasks.text_classification import TextClassificationConfig
 
 BLOCK, SHARD = 8, 3
 

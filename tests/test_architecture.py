@@ -10,20 +10,22 @@ ROOT = Path(__file__).resolve().parent.parent
 # What a room may import of the project, besides itself.
 ARROWS = {
     "perceiver.config": set(),
-    "perceiver.presets": {"perceiver.config", "perceiver.models"},
-    "perceiver.models": {"perceiver.config"},
     "perceiver.extensions": {"perceiver.config"},
-    "perceiver.experiments": {"perceiver.config", "perceiver.presets", "perceiver.extensions"},
-    "perceiver.data": {"perceiver.config", "perceiver.experiments"},
-    "perceiver.training": {"perceiver.config", "perceiver.data", "perceiver.hub", "perceiver.pretrained"},
-    "perceiver.inference": {
-        "perceiver.config", "perceiver.models", "perceiver.data", "perceiver.training", "perceiver.tasks", "perceiver.hub",
-        "perceiver.pretrained",
+    "perceiver.runs": {"perceiver.config", "perceiver.extensions"},
+    "perceiver.models": {"perceiver.config"},
+    "perceiver.data": {"perceiver.config"},
+    "perceiver.tasks": {"perceiver.config", "perceiver.models", "perceiver.data", "perceiver.inference"},
+    "perceiver.presets": {"perceiver.config", "perceiver.models", "perceiver.tasks"},
+    "perceiver.experiments": {"perceiver.config", "perceiver.extensions", "perceiver.presets", "perceiver.runs"},
+    "perceiver.datasets": {"perceiver.config", "perceiver.data", "perceiver.experiments", "perceiver.models"},
+    "perceiver.hub": {"perceiver.config", "perceiver.models", "perceiver.presets"},
+    "perceiver.pretrained": {"perceiver.config", "perceiver.hub", "perceiver.models"},
+    "perceiver.training": {
+        "perceiver.config", "perceiver.data", "perceiver.hub", "perceiver.models", "perceiver.pretrained", "perceiver.runs", "perceiver.tasks",
     },
-    "perceiver.hub": {"perceiver.config", "perceiver.presets", "perceiver.models"},
-    "perceiver.pretrained": {"perceiver.config", "perceiver.hub"},
-    "perceiver.tasks": {
-        "perceiver.config", "perceiver.models", "perceiver.data", "perceiver.training", "perceiver.inference",
+    "perceiver.inference": {
+        "perceiver.config", "perceiver.models", "perceiver.data", "perceiver.datasets", "perceiver.hub", "perceiver.pretrained",
+        "perceiver.runs", "perceiver.tasks", "perceiver.training",
     },
 }  # fmt: skip
 

@@ -9,7 +9,8 @@ import pytest
 
 from perceiver.config import UserError
 from perceiver.data import shards
-from perceiver.data.shards import MANIFEST, DamagedData, Manifest, describe_shard, load_prepared, read_block
+from perceiver.data.shards import MANIFEST, DamagedData, Manifest, describe_shard, read_block
+from perceiver.datasets import load_prepared
 from ray_jobs import preprocess
 from tests import preparing
 from tests.preparing import content, experiment, texts, write_idx, write_jsonl

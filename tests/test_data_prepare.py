@@ -11,17 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from perceiver.config import UserError
-from perceiver.data.shards import (
-    MANIFEST,
-    Manifest,
-    data_folder,
-    fixed_array,
-    load_prepared,
-    read_block,
-    with_prepared_tokenizer,
-    with_tokenizer,
-)
+from perceiver.data.shards import MANIFEST, Manifest, fixed_array, read_block
 from perceiver.data.tokenizers import CLS, EOS, SEP, TOKENIZER, ByteTokenizer, load_tokenizer
+from perceiver.datasets import data_folder, load_prepared, with_prepared_tokenizer, with_tokenizer
 from perceiver.training.run import save_experiment
 from ray_jobs import preprocess
 from ray_jobs.cli import main_entry

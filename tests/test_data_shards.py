@@ -9,21 +9,9 @@ import pytest
 
 from perceiver import presets
 from perceiver.config import UserError
-from perceiver.data.shards import (
-    Manifest,
-    Shard,
-    Split,
-    data_folder,
-    fixed_array,
-    fixed_column,
-    load_prepared,
-    prepare_settings,
-    read_block,
-    schema,
-    shard_name,
-    stream_rows,
-)
+from perceiver.data.shards import Manifest, Shard, Split, fixed_array, fixed_column, read_block, schema, shard_name, stream_rows
 from perceiver.data.storage import file_hash, list_folder, write_file
+from perceiver.datasets import data_folder, load_prepared, prepare_settings
 
 
 def make_split(folder, rows=23, length=4, rows_per_block=3, blocks_per_shard=2) -> Split:

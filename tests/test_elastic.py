@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from perceiver.data.shards import load_prepared
+from perceiver.datasets import load_prepared
 from perceiver.training.checkpoint import list_checkpoints
 from ray_jobs.cli import parse_experiment
 from tests import test_training

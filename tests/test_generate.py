@@ -48,8 +48,8 @@ def test_greedy_generation_gives_the_golden_ids(shared, mode):
 
 @pytest.fixture(scope="module")
 def model():
-    from perceiver.config import PerceiverARConfig
     from perceiver.models import build_model
+    from perceiver.models.configs import PerceiverARConfig
 
     config = PerceiverARConfig(
         vocab_size=20,

@@ -9,11 +9,12 @@ import torch
 
 import perceiver
 from perceiver import hub
-from perceiver.config import PerceiverARConfig, UserError
+from perceiver.config import UserError
 from perceiver.inference.batches import images_of
 from perceiver.inference.export import export, upload
 from perceiver.inference.trained import TrainedModel
 from perceiver.models import build_model
+from perceiver.models.configs import PerceiverARConfig
 from perceiver.presets import PRESETS
 from tests import golden
 from tests.trained import experiment, same_weights, write_run

@@ -9,12 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import perceiver
-from perceiver.config import PerceiverARConfig, UserError
+from perceiver.config import UserError
 from perceiver.data.tokenizers import load_tokenizer
 from perceiver.inference.batches import pad_left
 from perceiver.inference.continuations import Continuation
 from perceiver.inference.generate import Sampling, beam_search, generate, stream
 from perceiver.models import build_model
+from perceiver.models.configs import PerceiverARConfig
 from tests.trained import write_run
 
 CONFIG = PerceiverARConfig(

@@ -3,7 +3,7 @@
 import pytest
 
 from perceiver.config import ParallelConfig
-from perceiver.data.shards import data_folder
+from perceiver.datasets import data_folder
 from perceiver.tasks import build_task
 from perceiver.training.batches import make_train_feed, read_here
 from ray_jobs.ingest import read_with_ray

@@ -15,8 +15,9 @@ from perceiver.config import DataConfig, Experiment, OptimConfig, ParallelConfig
 from perceiver.data.components import Component, components, weighted
 from perceiver.data.mixture import ROUND, Mixture, mixture_batches, mixture_plan, round_of
 from perceiver.data.order import Order
-from perceiver.data.shards import Manifest, Split, data_folder, load_prepared
+from perceiver.data.shards import Manifest, Split
 from perceiver.data.sources import mixture_sources
+from perceiver.datasets import data_folder, load_prepared
 from perceiver.tasks import build_task
 from perceiver.tasks.base import IGNORE_INDEX
 from perceiver.training.batches import make_feed, make_train_feed, make_val_feeds, read_here

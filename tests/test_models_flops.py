@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from perceiver.config import ClassOutput, ModelConfig
+from perceiver.config import ModelConfig
 from perceiver.models import build_model, flops
+from perceiver.models.configs import ClassOutput
 from perceiver.presets import PRESETS
 from tests.test_models_perceiver_ar import CONFIG as AR
 from tests.test_models_perceiver_io import FLOW, IMAGE, TEXT

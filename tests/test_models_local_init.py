@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from perceiver.config import DecoderConfig, EncoderConfig, PerceiverIOConfig, TextInput, TextOutput, UserError
+from perceiver.config import UserError
 from perceiver.hub import resolved_architecture
 from perceiver.models import PerceiverIO, attention, build_model, check_model
+from perceiver.models.configs import DecoderConfig, EncoderConfig, PerceiverIOConfig, TextInput, TextOutput
 from tests.test_models_perceiver_io import IMAGE
 
 LENGTH, LATENTS, HEADS = 64, 32, 4

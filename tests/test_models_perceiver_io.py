@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from perceiver.config import (
+from perceiver.models import PerceiverIO, build_model
+from perceiver.models.configs import (
     ClassOutput,
     DecoderConfig,
     EncoderConfig,
@@ -17,7 +18,6 @@ from perceiver.config import (
     TextInput,
     TextOutput,
 )
-from perceiver.models import PerceiverIO, build_model
 
 ENCODER = EncoderConfig(
     num_cross_attention_heads=2,

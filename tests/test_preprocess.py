@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from perceiver.data.shards import MANIFEST, data_folder, load_prepared
+from perceiver.data.shards import MANIFEST
+from perceiver.datasets import data_folder, load_prepared
 from tests.conftest import ROOT
 from tests.preparing import content, experiment, texts, write_jsonl, write_parquet
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from perceiver.config import ParallelConfig, TextClassificationConfig, UserError
+from perceiver.config import ParallelConfig, UserError
 from perceiver.data.shards import read_block
 from perceiver.data.text import IGNORE, mask_words
 from perceiver.data.tokenizers import CLS, MASK, SEP, SentencePieceTokenizer, load_tokenizer
@@ -18,6 +18,7 @@ from perceiver.inference.masks import encode_masked
 from perceiver.models import build_model
 from perceiver.tasks import build_task
 from perceiver.tasks.masked_lm import gather_labels, usual_positions, with_masks
+from perceiver.tasks.text_classification import TextClassificationConfig
 from perceiver.training.batches import make_feed, read_here
 from tests.small import classification_experiment, masked_experiment, text_experiment, write_documents, write_stream
 from tests.test_train_tokenizer import CONFIG as SMALL_TOKENIZER

@@ -8,19 +8,12 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as dcp
 
-from perceiver.config import (
-    ClassOutput,
-    DecoderConfig,
-    EncoderConfig,
-    Experiment,
-    MaskedLMConfig,
-    PerceiverIOConfig,
-    TextClassificationConfig,
-    TextInput,
-    to_dict,
-)
+from perceiver.config import Experiment, to_dict
 from perceiver.models import build_model
-from perceiver.training.checkpoint import EXPERIMENT
+from perceiver.models.configs import ClassOutput, DecoderConfig, EncoderConfig, PerceiverIOConfig, TextInput
+from perceiver.runs import EXPERIMENT
+from perceiver.tasks.masked_lm import MaskedLMConfig
+from perceiver.tasks.text_classification import TextClassificationConfig
 from perceiver.training.checkpoint_files import MARKER, CheckpointInfo, ShardWriter, marker_content
 from perceiver.training.mirror import CHECKPOINTS
 from tests.small import image_experiment, text_experiment

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from perceiver.config import Experiment, to_dict
-from perceiver.training.checkpoint import EXPERIMENT, list_checkpoints, write_json
+from perceiver.runs import EXPERIMENT
+from perceiver.training.checkpoint import list_checkpoints, write_json
 from perceiver.training.mirror import CHECKPOINTS, MARKER
 
 EXCHANGES = "exchanges.jsonl"

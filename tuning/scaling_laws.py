@@ -16,10 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from perceiver.config import CausalLMConfig, Experiment, UserError
+from perceiver.config import Experiment, UserError
 from perceiver.models import check_model
 from perceiver.models.flops import num_parameters
 from perceiver.tasks import build_task
+from perceiver.tasks.causal_lm import CausalLMConfig
 from perceiver.training.checkpoint import write_json
 from ray_jobs.cli import main_entry
 from tuning.figures import GREY, PALETTE, Panel, save, stack

@@ -22,8 +22,8 @@ import ray
 from ray import tune
 
 from perceiver.config import Experiment, UserError, differences, digest, flatten, home, to_dict
-from perceiver.data.shards import load_prepared
 from perceiver.data.sources import is_shipped
+from perceiver.datasets import load_prepared
 from perceiver.extensions import code_of
 from perceiver.training.checkpoint import write_json
 from perceiver.training.meters import duration

@@ -12,9 +12,10 @@ from typing import Any
 from ray import tune
 
 from perceiver.config import Experiment, UserError, from_dict
-from perceiver.data.shards import load_prepared
+from perceiver.datasets import load_prepared
 from perceiver.extensions import Code
-from perceiver.training.checkpoint import EXPERIMENT, write_json
+from perceiver.runs import EXPERIMENT
+from perceiver.training.checkpoint import write_json
 from perceiver.training.mirror import CHECKPOINTS, MARKER
 from perceiver.training.run import total_steps
 from ray_jobs import train

@@ -25,6 +25,10 @@ import numpy as np
 Range = tuple[int, int]
 
 
+VALIDATION_SEED = 20_210_730
+"""Seed of the one fixed order of validation: a part of the set is then a fair sample of it, and the same for all runs."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Order:
     """The order of all epochs of a data set of `rows` rows."""

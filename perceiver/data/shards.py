@@ -30,8 +30,6 @@ import hashlib
 import io
 import json
 import os
-import re
-import shlex
 import zlib
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -45,19 +43,9 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from perceiver.config import (
-    Experiment,
-    ImageInput,
-    PerceiverIOConfig,
-    UserError,
-    differences,
-    digest,
-    flatten,
-)
-from perceiver.data.sources import mixture_sources, source_label
+from perceiver.config import UserError, digest
 from perceiver.data.storage import file_hash, list_folder, open_folder, read_file, write_file
-from perceiver.data.tokenizers import TOKENIZER, load_tokenizer, tokenizer_is_there
-from perceiver.experiments import command_words
+from perceiver.data.tokenizers import TOKENIZER
 
 FORMAT_VERSION = 1
 """Who raises it also adds it to `prepare_settings`, so that data sets of the old format are not found any more."""
@@ -67,9 +55,6 @@ BLOCK_CHECKS = b"block_crc32"
 CHECKED_BYTES = 512 << 20
 """Shards on this machine that have at most so many bytes together are compared with their hashes when a job begins (1 to 2 s)."""
 SPLITS = ("train", "val")
-
-_READING_ONLY = ("shuffle_window_blocks", "lanes")
-"""Fields of the data's configuration that preparation does not depend on."""
 
 
 class DamagedData(UserError):
@@ -458,158 +443,6 @@ def fixed_column(values: np.ndarray) -> pa.FixedSizeListArray:
     return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), type=pa.list_(item, values.shape[1]))
 
 
-# ------------------------------------------------------------------------------------------ from experiment to data set
-
-
-def task_kind(experiment: Experiment) -> str:
-    """Which kind of rows the experiment's task reads.
-
-    Raises:
-        UserError: data for this task cannot be prepared.
-    """
-    kind = experiment.task.kind
-    if not kind:
-        task = type(experiment.task).__name__.removesuffix("Config")
-        raise UserError(f"{experiment.preset}: data for {task} cannot be prepared yet")
-    return kind
-
-
-def text_limits(experiment: Experiment) -> tuple[int, int]:
-    """Longest input in tokens and number of ids of the experiment's text model.
-
-    Raises:
-        UserError: the model does not read text.
-    """
-    limits = experiment.model.text_limits()
-    if limits is None:
-        raise UserError(f"{experiment.preset}: the task reads text, but the model ({type(experiment.model).__name__}) does not")
-    return limits
-
-
-def prepare_settings(experiment: Experiment) -> dict[str, Any]:
-    """What determines the content of the experiment's data set, apart from the input files' content.
-
-    Raises:
-        UserError: the task's data cannot be prepared, the tokenizer's file is missing, or it has more ids than the
-            model.
-    """
-    settings = _settings(experiment)
-    if settings["kind"] == "images":
-        return settings
-    name, (_, vocab_size) = experiment.data.tokenizer, text_limits(experiment)
-    tokenizer = load_tokenizer(name)
-    if tokenizer.vocab_size > vocab_size:
-        raise UserError(f"data.tokenizer {name} has {tokenizer.vocab_size} ids, but the model's vocab_size is {vocab_size}")
-    return settings | {"tokenizer": tokenizer.fingerprint}
-
-
-def _settings(experiment: Experiment) -> dict[str, Any]:
-    """`prepare_settings` without the tokenizer."""
-    data, kind = experiment.data, task_kind(experiment)
-    if not data.source and not data.val_source and not data.mixture:
-        raise UserError(f"{experiment.preset}: data.source is empty: name a data set or your own files (see docs/data.md)")
-    if data.rows_per_block < 1 or data.blocks_per_shard < 1:
-        raise UserError("data.rows_per_block and data.blocks_per_shard must be at least 1")
-    if not 0 <= data.val_fraction < 1:
-        raise UserError(f"data.val_fraction is {data.val_fraction}, it must be at least 0 and below 1")
-    settings: dict[str, Any] = {
-        "kind": kind,
-        "source": None if data.mixture else source_label(data.source),
-        "val_source": source_label(data.val_source) if data.val_source else None,
-        "val_fraction": None if data.val_source else data.val_fraction,
-        "rows_per_block": data.rows_per_block,
-        "blocks_per_shard": data.blocks_per_shard,
-    }
-    if data.mixture:
-        settings["mixture"] = {part.name: part.share for part in mixture_sources(data)}
-    if data.prepare == "stream" and kind != "tokens":
-        raise UserError("data.prepare is stream, which language models alone can read: leave it out")
-    if kind == "images":
-        return settings
-    max_seq_len, _ = text_limits(experiment)
-    settings |= {"text_column": data.text_column}
-    if kind == "documents":
-        return settings | {"label_column": data.label_column, "row_length": max_seq_len - 2}
-    if data.prepare == "stream":
-        settings |= {"prepare": "stream", "most_rows_per_chunk": data.rows_per_block * data.shuffle_window_blocks}
-    return settings | {"row_length": max_seq_len, "document_marks": experiment.task.document_marks}
-
-
-def with_tokenizer(experiment: Experiment) -> Experiment:
-    """The experiment with a tokenizer that is there: its own, else the copy in the one data set prepared for it.
-
-    So a prepared data set is enough to train on another machine. Without any, the experiment as it is.
-
-    Raises:
-        UserError: its own is not there, and several prepared data sets differ in nothing but the tokenizer.
-    """
-    data = experiment.data
-    if experiment.task.kind in ("", "images") or tokenizer_is_there(data.tokenizer):
-        return experiment
-    settings = _settings(experiment)
-    found = [
-        f"{data.root_path.rstrip('/')}/{name}"
-        for name, other in _others(experiment, settings)
-        if TOKENIZER in list_folder(f"{data.root_path.rstrip('/')}/{name}")
-        and {**other.settings, "tokenizer": None} == {**settings, "tokenizer": None}
-    ]
-    if len(found) > 1:
-        raise UserError(
-            f"data.tokenizer is {data.tokenizer}, which is not there, and data was prepared with {len(found)} others: give "
-            f"--data.tokenizer {' or '.join(f'{folder}/{TOKENIZER}' for folder in found)}"
-        )
-    return replace(experiment, data=replace(data, tokenizer=f"{found[0]}/{TOKENIZER}")) if found else experiment
-
-
-def with_prepared_tokenizer(experiment: Experiment, folder: str, manifest: Manifest) -> Experiment:
-    """The experiment with the copy of its tokenizer that lies beside its shards, where all workers read."""
-    if (manifest.tokenizer or {}).get("sha256") is None:
-        return experiment
-    return replace(experiment, data=replace(experiment.data, tokenizer=f"{folder}/{TOKENIZER}"))
-
-
-def data_folder(experiment: Experiment) -> str:
-    """Where the experiment's prepared data lies: its name holds the source, the kind, and a hash of the settings."""
-    return _folder(experiment, prepare_settings(experiment))
-
-
-def _folder(experiment: Experiment, settings: dict[str, Any]) -> str:
-    return f"{experiment.data.root_path.rstrip('/')}/{_slug(settings)}-{digest(settings, 8)}"
-
-
-def _slug(settings: dict[str, Any]) -> str:
-    name = (settings["source"] or settings["val_source"] or "mixture").removeprefix("files:").removeprefix("hub:")
-    name = re.sub(r"\.(gz|txt|raw|tokens|jsonl|json|parquet)\b", "", name)
-    return f"{re.sub(r'[^A-Za-z0-9]+', '-', name).strip('-').lower() or 'data'}-{settings['kind']}"
-
-
-def load_prepared(experiment: Experiment) -> tuple[str, Manifest]:
-    """Folder and manifest of the experiment's prepared data.
-
-    Raises:
-        UserError: it is not prepared (then the sentence has the command that does it), was prepared with other
-            settings (and which), or does not fit the model.
-    """
-    settings = prepare_settings(experiment)
-    folder = _folder(experiment, settings)
-    if MANIFEST in list_folder(folder):
-        try:
-            manifest = Manifest.load(folder)
-        except DamagedData as error:
-            raise UserError(f"{error}: run `{preprocess_command(experiment)}`") from None
-        if broken := broken_files(folder, manifest):
-            raise UserError(f"{folder}/{broken[0]} is missing or damaged: run `{preprocess_command(experiment)}`")
-        check_fits(experiment, manifest)
-        return folder, manifest
-    message = f"data of {experiment.preset} is not prepared: run `{preprocess_command(experiment)}`"
-    others = [
-        f"{name} ({'; '.join(differences(flatten(other.settings), flatten(settings)))})" for name, other in _others(experiment, settings)
-    ]
-    if others:
-        message += f" (prepared with other settings: {', '.join(others)})"
-    raise UserError(message)
-
-
 def broken_files(folder: str | Path, manifest: Manifest) -> list[str]:
     """Files that are not there, or not as the manifest says: shards, the tokenizer, the data sets of a mixture.
 
@@ -626,7 +459,7 @@ def broken_files(folder: str | Path, manifest: Manifest) -> list[str]:
     beside = str(folder).rpartition("/")[0]
     for part in manifest.mixture:
         path = f"{beside}/{part['folder']}"
-        other = _readable(path)
+        other = readable(path)
         if other is None or other.digest != part["digest"]:
             broken.append(f"../{part['folder']}/{MANIFEST}")
         else:
@@ -637,69 +470,9 @@ def broken_files(folder: str | Path, manifest: Manifest) -> list[str]:
     return broken
 
 
-def _readable(folder: str) -> Manifest | None:
+def readable(folder: str) -> Manifest | None:
     """The manifest of a folder; None where there is none, or none that can be read."""
     try:
         return Manifest.load(folder) if MANIFEST in list_folder(folder) else None
     except UserError:
         return None
-
-
-def _others(experiment: Experiment, settings: dict[str, Any]) -> list[tuple[str, Manifest]]:
-    """Data sets of the same source and kind that were prepared with other settings."""
-    filesystem, root = open_folder(experiment.data.root_path)
-    infos = filesystem.get_file_info(pafs.FileSelector(root, allow_not_found=True))
-    pattern = re.compile(re.escape(_slug(settings)) + "-[0-9a-f]{8}")
-    names = sorted(info.base_name for info in infos if pattern.fullmatch(info.base_name))
-    found = []
-    for name in names:
-        try:
-            found.append((name, Manifest.load(f"{experiment.data.root_path.rstrip('/')}/{name}")))
-        except UserError:  # not finished, or of another version of the format: nothing to compare
-            continue
-    return found
-
-
-def check_fits(experiment: Experiment, manifest: Manifest) -> None:
-    """Whether prepared data suits the experiment's model.
-
-    Raises:
-        UserError: images of another shape, or more classes than the model has.
-    """
-    classes = getattr(getattr(experiment.model, "output", None), "num_classes", None)
-    if manifest.num_classes is not None and classes is not None and manifest.num_classes > classes:
-        raise UserError(f"the data has labels up to {manifest.num_classes - 1}, but model.output.num_classes is {classes}")
-    if manifest.image_shape is not None:
-        check_image_shape(experiment, manifest.image_shape)
-
-
-def check_image_shape(experiment: Experiment, image_shape: tuple[int, int, int]) -> None:
-    """Whether images of this shape (height, width, channels), cropped as told, are what the model takes.
-
-    Raises:
-        UserError: they are not.
-    """
-    model = experiment.model
-    if not isinstance(model, PerceiverIOConfig) or not isinstance(model.input, ImageInput):
-        raise UserError(f"{experiment.preset}: the task reads images, but the model does not")
-    height, width, channels = image_shape
-    crop = getattr(experiment.task, "random_crop", None)
-    if crop is not None and not 1 <= crop <= min(height, width):
-        raise UserError(f"task.random_crop is {crop}, but the images have {height} x {width} pixels")
-    shape = (height, width, channels) if crop is None else (crop, crop, channels)
-    if tuple(model.input.image_shape) != shape:
-        raise UserError(
-            f"model.input.image_shape is {tuple(model.input.image_shape)}, but the images are {image_shape}"
-            + ("" if crop is None else f", cropped to {shape}")
-        )
-
-
-def preprocess_command(experiment: Experiment) -> str:
-    """The command that prepares the experiment's data, with what differs from what it started from."""
-
-    def matters(name: str) -> bool:
-        section, _, field = name.partition(".")
-        stream = experiment.data.prepare == "stream" and field == "shuffle_window_blocks"
-        return section in ("data", "model", "task") and (stream or not (section == "data" and field in _READING_ONLY))
-
-    return shlex.join(["python", "-m", "ray_jobs.preprocess", *command_words(experiment, matters)])

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 from safetensors.torch import save_file
 
 from perceiver import hub
-from perceiver.config import ImageInput, UserError, to_dict
+from perceiver.config import UserError, to_dict
 from perceiver.data.tokenizers import TOKENIZER, ByteTokenizer, SentencePieceTokenizer, Tokenizer
+from perceiver.models.configs import ImageInput
 
 if TYPE_CHECKING:
     from perceiver.inference.trained import TrainedModel

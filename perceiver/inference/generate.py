@@ -17,7 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from perceiver.config import PerceiverARConfig, UserError
+from perceiver.config import UserError
+from perceiver.models.configs import PerceiverARConfig
 
 
 @dataclass(frozen=True, kw_only=True)

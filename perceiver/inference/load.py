@@ -12,23 +12,16 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from perceiver.config import (
-    ImageClassificationConfig,
-    ModelConfig,
-    PerceiverARConfig,
-    SymbolicAudioConfig,
-    TaskConfig,
-    TextInput,
-    UserError,
-    from_dict,
-    home,
-)
+from perceiver.config import ModelConfig, TaskConfig, UserError, from_dict, home
 from perceiver.data.tokenizers import TOKENIZER, Tokenizer, load_tokenizer
-from perceiver.experiments import read_run
 from perceiver.inference.export import CONFIG, WEIGHTS, download, read_config
 from perceiver.inference.trained import TrainedModel, abilities_of, task_of
 from perceiver.models import PerceiverAR, PerceiverIO, build_model
+from perceiver.models.configs import PerceiverARConfig, TextInput
 from perceiver.pretrained import is_hub_name, read_pretrained
+from perceiver.runs import read_run
+from perceiver.tasks.image_classification import ImageClassificationConfig
+from perceiver.tasks.symbolic_audio import SymbolicAudioConfig
 from perceiver.training.checkpoint import choose_checkpoint, find_run, load_model
 from perceiver.training.checkpoint_files import check_files
 from perceiver.training.mirror import CHECKPOINTS

@@ -10,21 +10,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from perceiver.config import (
-    CausalLMConfig,
-    ClassOutput,
-    ImageClassificationConfig,
-    ImageInput,
-    MaskedLMConfig,
-    ModelConfig,
-    PerceiverARConfig,
-    PerceiverIOConfig,
-    TaskConfig,
-    TextClassificationConfig,
-    TextInput,
-    TextOutput,
-    UserError,
-)
+from perceiver.config import ModelConfig, TaskConfig, UserError
 from perceiver.data.tokenizers import Tokenizer
 from perceiver.inference import measure
 from perceiver.inference.batches import ImageLike, check_text, images_of, pad_right
@@ -32,6 +18,11 @@ from perceiver.inference.continuations import generate_text, stream_text
 from perceiver.inference.generate import Sampling
 from perceiver.inference.masks import fill_masks
 from perceiver.models import PerceiverAR, PerceiverIO
+from perceiver.models.configs import ClassOutput, ImageInput, PerceiverARConfig, PerceiverIOConfig, TextInput, TextOutput
+from perceiver.tasks.causal_lm import CausalLMConfig
+from perceiver.tasks.image_classification import ImageClassificationConfig
+from perceiver.tasks.masked_lm import MaskedLMConfig
+from perceiver.tasks.text_classification import TextClassificationConfig
 
 Result = TypeVar("Result")
 

@@ -6,7 +6,7 @@ Each has `num_channels`, the channels of that sequence, and `reset_buffers()`, w
 import torch
 from torch import Tensor, nn
 
-from perceiver.config import FlowInput, ImageInput
+from perceiver.models.configs import FlowInput, ImageInput
 from perceiver.models.position import fourier_features
 
 

@@ -2,8 +2,9 @@
 
 from typing import Any
 
-from perceiver.config import ModelConfig, PerceiverARConfig, PerceiverIOConfig, UserError, nodes, spelled
+from perceiver.config import ModelConfig, UserError, nodes, spelled
 from perceiver.models import shapes
+from perceiver.models.configs import PerceiverARConfig, PerceiverIOConfig
 from perceiver.models.local_init import check_local_init
 
 

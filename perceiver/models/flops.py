@@ -14,13 +14,9 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from perceiver.config import (
-    ModelConfig,
-    PerceiverARConfig,
-    PerceiverIOConfig,
-    TextOutput,
-)
+from perceiver.config import ModelConfig
 from perceiver.models import build_model, shapes
+from perceiver.models.configs import PerceiverARConfig, PerceiverIOConfig, TextOutput
 from perceiver.models.shapes import AttentionChannels
 
 

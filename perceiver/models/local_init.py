@@ -15,8 +15,9 @@ import math
 import torch
 from torch import Tensor
 
-from perceiver.config import PerceiverIOConfig, TextInput, TextOutput, UserError
+from perceiver.config import UserError
 from perceiver.models import shapes
+from perceiver.models.configs import PerceiverIOConfig, TextInput, TextOutput
 
 _SHARPNESS = {"encoder": 2.5, "within": 2.0, "decoder": 3.0}
 """How narrowly heads look at the start: the scale of query and key projections of the input, latents and output."""

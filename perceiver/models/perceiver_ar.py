@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from perceiver.config import PerceiverARConfig
 from perceiver.models.adapters import TextAdapter
 from perceiver.models.attention import (
     CrossAttentionLayer,
@@ -20,6 +19,7 @@ from perceiver.models.attention import (
     StaticKeyValueCache,
     causal_mask,
 )
+from perceiver.models.configs import PerceiverARConfig
 from perceiver.models.initialize import initialize
 from perceiver.models.position import rotation, token_positions
 from perceiver.models.shapes import AttentionChannels

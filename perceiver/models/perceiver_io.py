@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from perceiver.config import PerceiverIOConfig
 from perceiver.models import factored_attention, shapes
 from perceiver.models.attention import CrossAttentionLayer, SelfAttentionLayer
+from perceiver.models.configs import PerceiverIOConfig
 from perceiver.models.factored_attention import FactoredInput
 from perceiver.models.initialize import initialize
 from perceiver.models.local_init import LocalInit

@@ -2,8 +2,7 @@
 
 from dataclasses import dataclass
 
-from perceiver.config import PerceiverIOConfig
-from perceiver.config.models import OutputQueries
+from perceiver.models.configs import OutputQueries, PerceiverIOConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
-from perceiver.config import CausalLMConfig, PerceiverARConfig, UserError
+from perceiver.config import DataConfig, ModelConfig, TaskConfig, UserError
 from perceiver.data.order import uniforms
 from perceiver.data.shards import Split, fixed_array, fixed_column
 from perceiver.data.tokenizers import load_tokenizer
 from perceiver.inference.generate import generate
 from perceiver.models.activations import StepSizes
+from perceiver.models.configs import PerceiverARConfig
 from perceiver.models.flops import num_kept, training_flops
 from perceiver.tasks.base import IGNORE_INDEX, Batch, Sample, Task, loss_of_sources, padded
 from perceiver.tasks.chunked_loss import CHUNK_ELEMENTS, chunked_cross_entropy
@@ -23,6 +25,27 @@ PAD_ID = 0
 """Fills windows up on the left; such positions are masked, so that it may be any id."""
 LENGTHS = 2
 """Stream of random numbers of the windows' lengths."""
+
+
+class CausalLMConfig(TaskConfig):
+    """Next-token prediction on packed windows of text."""
+
+    kind: ClassVar[str] = "tokens"
+
+    random_shift: bool = False
+    """Shift all window boundaries by a random offset each epoch (training only)."""
+    min_seq_len: int | None = None
+    """Windows are cut to a random length from here to max_seq_len in training, all of a step to the same; None: not cut."""
+    val_stride: int | None = None
+    """Validation scores the last max_latents targets of windows that start so many tokens apart; None: max_seq_len (windows
+    do not overlap); max_latents: every target of the text is scored once."""
+    sample_prompt: str = "The "
+    """Prompt of the sample continuation that validation writes."""
+    sample_tokens: int = 128
+    """Length of that continuation in tokens; 0: none."""
+
+    def build(self, model: ModelConfig, data: DataConfig, seed: int) -> Task:
+        return CausalLM(self, model, data, seed)
 
 
 class CausalLM(Task[CausalLMConfig, PerceiverARConfig]):

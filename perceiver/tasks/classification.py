@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from perceiver.config import ClassOutput, PerceiverIOConfig, UserError
+from perceiver.config import UserError
 from perceiver.data.shards import Manifest, Split
+from perceiver.models.configs import ClassOutput, PerceiverIOConfig
 from perceiver.models.flops import training_flops
 from perceiver.tasks.base import IGNORE_INDEX, Batch, C, Sample, Task, loss_of_sources
 from perceiver.tasks.pictures import confusion_matrix

@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import numpy as np
 import pyarrow as pa
 from torch import Tensor, nn
 
-from perceiver.config import ImageClassificationConfig, ImageInput, PerceiverIOConfig, UserError
+from perceiver.config import DataConfig, ModelConfig, TaskConfig, UserError
 from perceiver.data.images import random_crop
 from perceiver.data.order import uniforms
 from perceiver.data.shards import Split, fixed_array
-from perceiver.tasks.base import IGNORE_INDEX, Batch, padded
+from perceiver.models.configs import ImageInput, PerceiverIOConfig
+from perceiver.tasks.base import IGNORE_INDEX, Batch, Task, padded
 from perceiver.tasks.classification import Classification
+
+
+class ImageClassificationConfig(TaskConfig):
+    """A class per image."""
+
+    kind: ClassVar[str] = "images"
+
+    class_names: tuple[str, ...] | None = None
+    """Names of the classes, in the order of their labels; None: their numbers."""
+    random_crop: int | None = None
+    """Training images are cropped to this side length at a random place; None: not cropped."""
+
+    def build(self, model: ModelConfig, data: DataConfig, seed: int) -> Task:
+        return ImageClassification(self, model, data, seed)
 
 
 class ImageClassification(Classification[ImageClassificationConfig]):

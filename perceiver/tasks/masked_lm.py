@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from typing import ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -11,15 +12,40 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from perceiver.config import MaskedLMConfig, PerceiverIOConfig, TextInput, TextOutput, UserError
+from perceiver.config import DataConfig, ModelConfig, TaskConfig, UserError
+from perceiver.data.order import VALIDATION_SEED
 from perceiver.data.shards import Manifest, Split, fixed_array
 from perceiver.data.text import mask_words
 from perceiver.data.tokenizers import Tokenizer, load_tokenizer
 from perceiver.inference.masks import MARKS, encode_masked, fill_masks
 from perceiver.models.activations import StepSizes
+from perceiver.models.configs import PerceiverIOConfig, TextInput, TextOutput
 from perceiver.models.flops import training_flops
 from perceiver.tasks.base import IGNORE_INDEX, Batch, Sample, Task, loss_of_sources, padded
-from perceiver.training.batches import VALIDATION_SEED
+
+
+class MaskedLMConfig(TaskConfig):
+    """Masked language modelling on packed windows of text."""
+
+    kind: ClassVar[str] = "tokens"
+    document_marks: ClassVar[str] = "cls-sep"
+
+    mask_probability: float = 0.15
+    """Share of words (or tokens) chosen; of those 80% are masked, 10% replaced at random, 10% kept."""
+    val_mask_probability: float | None = None
+    """The same in validation, so that trainings with other shares can be compared; None: as mask_probability."""
+    whole_words: bool = True
+    """Choose whole words instead of single tokens."""
+    static: bool = False
+    """The same masks in every epoch instead of new ones."""
+    sample_texts: tuple[str, ...] = ("I have watched this[ movie] and it was[ great].",)
+    """Sentences that validation fills in: what stands in brackets is masked, all its tokens, the space before a word as in
+    training; [MASK] is one masked token."""
+    sample_predictions: int = 3
+    """How many of the best predictions it writes for each."""
+
+    def build(self, model: ModelConfig, data: DataConfig, seed: int) -> Task:
+        return MaskedLM(self, model, data, seed)
 
 
 class MaskedLM(Task[MaskedLMConfig, PerceiverIOConfig]):

@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from torch import Tensor, nn
 
-from perceiver.config import PerceiverIOConfig, TextClassificationConfig, TextInput, UserError
+from perceiver.config import DataConfig, ModelConfig, TaskConfig, UserError
 from perceiver.data.shards import Split
 from perceiver.data.tokenizers import load_tokenizer
-from perceiver.tasks.base import IGNORE_INDEX, Batch, padded
+from perceiver.models.configs import PerceiverIOConfig, TextInput
+from perceiver.tasks.base import IGNORE_INDEX, Batch, Task, padded
 from perceiver.tasks.classification import Classification
+
+
+class TextClassificationConfig(TaskConfig):
+    """A class per document."""
+
+    kind: ClassVar[str] = "documents"
+
+    class_names: tuple[str, ...] = ("negative", "positive")
+    """Names of the classes, in the order of their labels."""
+    group_by_length: bool = True
+    """Sort a worker's share of a global batch by length before it is cut into micro-batches: less padding, the same batches."""
+
+    def build(self, model: ModelConfig, data: DataConfig, seed: int) -> Task:
+        return TextClassification(self, model, data, seed)
 
 
 class TextClassification(Classification[TextClassificationConfig]):

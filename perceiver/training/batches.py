@@ -18,7 +18,7 @@ from perceiver.config import Experiment
 from perceiver.data.chunks import Chunks, no_tokens, open_chunks
 from perceiver.data.components import Component, components
 from perceiver.data.mixture import Mixture, MixtureUnit, mixture_batches, mixture_plan
-from perceiver.data.order import Order, Unit, plan, worker_slots
+from perceiver.data.order import VALIDATION_SEED, Order, Unit, plan, worker_slots
 from perceiver.data.shards import Manifest, Split
 from perceiver.data.sources import mixture_sources
 from perceiver.data.stream import empty_rows, rank_batches, read_unit
@@ -27,9 +27,6 @@ if TYPE_CHECKING:
     from perceiver.tasks.base import Task
 
 Batch = dict[str, Tensor]
-
-VALIDATION_SEED = 20_210_730
-"""Seed of the one fixed order of validation: a part of the set is then a fair sample of it, and the same for all runs."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,6 +34,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from perceiver.config import UserError, home
 from perceiver.data.storage import write_file
+from perceiver.runs import EXPERIMENT
 from perceiver.training.checkpoint_files import (
     MARKER,
     CheckpointInfo,
@@ -49,9 +50,6 @@ from perceiver.training.checkpoint_files import (
     read_tensors,
 )
 from perceiver.training.mirror import Mirror, fetch_run
-
-EXPERIMENT = "experiment.json"
-"""File that makes a folder a run: its resolved configuration and the hash of its data."""
 
 
 @dataclass

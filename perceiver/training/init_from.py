@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
 from perceiver import hub
-from perceiver.config import Experiment, ModelConfig, PerceiverIOConfig, UserError, differences
+from perceiver.config import Experiment, ModelConfig, UserError, differences
 from perceiver.data.tokenizers import TOKENIZER, load_tokenizer
-from perceiver.experiments import read_run
+from perceiver.models.configs import PerceiverIOConfig
 from perceiver.pretrained import is_hub_name, read_pretrained
+from perceiver.runs import read_run
 from perceiver.training.checkpoint import (
     choose_checkpoint,
     find_run,

@@ -18,8 +18,9 @@ from perceiver.data.components import Component, weighted
 from perceiver.data.shards import Manifest, Split
 from perceiver.data.storage import read_file, write_file
 from perceiver.data.tokenizers import TOKENIZER
+from perceiver.runs import EXPERIMENT
 from perceiver.training.batches import Feed, Prefetch, ReadAll, make_train_feed, make_val_feeds
-from perceiver.training.checkpoint import EXPERIMENT, Checkpointer, TrainState, write_json
+from perceiver.training.checkpoint import Checkpointer, TrainState, write_json
 from perceiver.training.init_from import find_start
 from perceiver.training.loop import StepResult, add_to, fit, validate
 from perceiver.training.meters import Meter, peak_flops
