@@ -1,7 +1,5 @@
 """The models: plain PyTorch modules built from a configuration, that take and return plain tensors."""
 
-import torch
-
 from perceiver.config import ModelConfig, PerceiverARConfig
 from perceiver.models.check import check_model
 from perceiver.models.perceiver_ar import PerceiverAR, PerceiverARCache
@@ -11,16 +9,10 @@ __all__ = ["PerceiverAR", "PerceiverARCache", "PerceiverIO", "build_model", "che
 
 
 def build_model(config: ModelConfig, seed: int = 0) -> PerceiverIO | PerceiverAR:
-    """The model of a configuration on the current default device, with initial weights (none on "meta").
+    """The model of a configuration on the current default device, with the initial weights of `seed` (none on "meta").
 
     Raises:
         UserError: see `check_model`.
     """
     check_model(config)
-    device = torch.get_default_device()
-    with torch.device("meta"):
-        model = PerceiverAR(config) if isinstance(config, PerceiverARConfig) else PerceiverIO(config)
-    if device.type != "meta":
-        model.to_empty(device=device)
-        model.init_weights(seed)
-    return model
+    return PerceiverAR(config, seed) if isinstance(config, PerceiverARConfig) else PerceiverIO(config, seed)
