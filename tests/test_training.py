@@ -48,7 +48,9 @@ def _die(training: Training) -> None:
     os._exit(9)
 
 
-def run(experiment: Experiment, data: Path, folder: Path, world: int = 1, stop_at: int | None = None) -> dict[str, np.ndarray]:
+def run(
+    experiment: Experiment, data: Path, folder: Path, world: int = 1, stop_at: int | None = None, timeout: float = 240
+) -> dict[str, np.ndarray]:
     """Trains with `world` processes; weights by name, or nothing if they were told to die."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -60,7 +62,7 @@ def run(experiment: Experiment, data: Path, folder: Path, world: int = 1, stop_a
     for process in processes:
         process.start()
     for process in processes:
-        process.join(timeout=240)
+        process.join(timeout=timeout)
     if stop_at is not None:
         assert all(process.exitcode for process in processes)
         return {}
