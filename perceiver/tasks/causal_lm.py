@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from perceiver.config import CausalLMConfig, PerceiverARConfig, UserError
 from perceiver.data.order import uniforms
-from perceiver.data.shards import Split, fixed_array, fixed_column
+from perceiver.data.shards import Manifest, Split, fixed_array, fixed_column
 from perceiver.data.tokenizers import load_tokenizer
 from perceiver.inference.generate import generate
 from perceiver.models import build_model
 from perceiver.models.activations import StepSizes
 from perceiver.models.flops import num_kept, training_flops
-from perceiver.tasks.base import IGNORE_INDEX, Batch, Sample, Task, loss_of_sources, padded
+from perceiver.tasks.base import IGNORE_INDEX, Batch, Guess, Sample, Task, loss_of_sources, padded, unigram_guess
 from perceiver.tasks.chunked_loss import CHUNK_ELEMENTS, chunked_cross_entropy
 
 PAD_ID = 0
@@ -119,6 +119,9 @@ class CausalLM(Task):
             model, prompt.to(device), max_new_tokens=settings.sample_tokens, num_latents=num_latents, temperature=0.8, top_k=40, seed=0
         )
         return [Sample("continuation", text=tokenizer.decode(ids[0].cpu().numpy()))]
+
+    def guess(self, manifest: Manifest, trained_on: Manifest) -> Guess | None:
+        return unigram_guess(manifest, ("loss", "bits_per_byte", "perplexity", "word_perplexity"))
 
     def unit(self) -> tuple[str, int]:
         return "tokens", self._mean_length
