@@ -63,8 +63,9 @@ class CausalLM(Task):
     def collate(self, rows: pa.Table, size: int, split: Split, train: bool, step: int) -> Batch:
         """ids (B, T) int64, labels (B, max_latents) int64; where needed pad_mask (B, T) bool, prefix_keep (B, K) int64.
 
-        B is `size`, or `size` times the windows that start in a row. T is max_seq_len, or in training the step's length (of
-        a row's window the first T + 1 tokens). Windows are right-aligned: padding is on the left.
+        B is `size`, or `size` times the windows that start in a row (and those of `_first_windows` where a text begins). T is
+        max_seq_len, or in training the step's length (of a row's window the first T + 1 tokens). Windows are right-aligned:
+        padding is on the left.
         """
         model, stride = self._model, model_stride(self._settings, self._model, train)
         length, latents = self._length(step) if train else model.max_seq_len, model.max_latents
@@ -78,15 +79,37 @@ class CausalLM(Task):
         windows = np.take_along_axis(windows, np.maximum(position, 0), 1)
         # A window that the text's end cuts short is moved right, so some of its targets were another window's already.
         first = np.full((size, len(starts)), 1 if stride == model.max_seq_len else length + 1 - latents)
-        first[: rows.num_rows, 0][rows["row"].to_numpy() == 0] = 1
+        heads = np.flatnonzero(rows["row"].to_numpy() == 0)
+        if stride != latents:
+            first[heads, 0] = 1
         own = position >= first.reshape(-1, 1)
+        padding = (position[:, :-1] < 0) & (real > 0)[:, None]
+        if stride == latents and not train:
+            for head in heads:
+                more = self._first_windows(tokens[head], int(rows["length"][head].as_py()))
+                windows, own, padding = (np.concatenate(both) for both in zip((windows, own, padding), more, strict=True))
         labels = np.where(own, windows, IGNORE_INDEX)[:, -latents:]
         batch = {"ids": torch.from_numpy(windows[:, :-1].copy()), "labels": torch.from_numpy(labels.copy())}
-        if missing[: rows.num_rows * len(starts)].any():
-            batch["pad_mask"] = torch.from_numpy(position[:, :-1] < 0) & torch.from_numpy(real > 0)[:, None]
+        if missing[: rows.num_rows * len(starts)].any() or padding[size * len(starts) :].any():
+            batch["pad_mask"] = torch.from_numpy(padding)
         if train and (keep := self._prefix_keep(rows, size, length - latents)) is not None:
             batch["prefix_keep"] = keep
         return batch
+
+    def _first_windows(self, tokens: np.ndarray, real: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Windows that score the targets of a text's beginning, which are no window's last max_latents.
+
+        Args:
+            tokens: the text's first ids, of which `real` are real.
+
+        Returns:
+            Windows (n, T + 1) as if they began before the text; which targets are scored (n, T + 1); padding (n, T).
+        """
+        length, latents = self._model.max_seq_len, self._model.max_latents
+        ends = np.arange(latents, length, latents)  # the last target of each
+        shown = np.minimum(ends + 1, real)[:, None]
+        position = np.arange(length + 1) - (length + 1 - shown)
+        return tokens[np.maximum(position, 0)], position > (ends - latents)[:, None], position[:, :-1] < 0
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         labels = batch["labels"]
