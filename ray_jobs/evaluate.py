@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from perceiver.config import Experiment, UserError, home
+from perceiver.data.components import components
+from perceiver.data.shards import Manifest
 from perceiver.data.storage import copy_file
 from perceiver.data.tokenizers import TOKENIZER
 from perceiver.datasets import load_prepared
 from perceiver.runs import read_run
+from perceiver.tasks import build_task
+from perceiver.tasks.base import Baseline
 from perceiver.training.checkpoint import choose_checkpoint, find_run, write_json
 from perceiver.training.checkpoint_files import CheckpointInfo, check_files
 from perceiver.training.mirror import CHECKPOINTS
@@ -75,8 +79,11 @@ def evaluate_run(run: str | Path, checkpoint: str = "best", overrides: list[str]
         result = worker.evaluate_checkpoint(experiment, data_folder, folder, resources, chosen.path, origin)
     if not result["metrics"]:
         raise UserError(f"the validation data in {data_folder} has no target, so nothing can be measured on it")
+    task, parts = build_task(experiment), components(data_folder, manifest)
+    baselines = task.baselines(parts, _trained_on(trained) if other else None)
     path = folder / "evaluations" / f"step-{chosen.step:08d}-{manifest.digest}.json"
     path.parent.mkdir(exist_ok=True)
+    result["baselines"] = {name: asdict(baseline) for name, baseline in baselines.items()}
     content = _content(experiment, chosen, data_folder, manifest.digest, result)
     write_json(path, content)
     where = str(path)
@@ -84,7 +91,7 @@ def evaluate_run(run: str | Path, checkpoint: str = "best", overrides: list[str]
         there = f"{origin.rstrip('/')}/{path.parent.name}"
         copy_file(path.parent, path.name, there)
         where = f"{there}/{path.name}"
-    _print_table(folder, chosen, content, where, say)
+    _print_table(folder, chosen, content, baselines, where, say)
     return result["metrics"]
 
 
@@ -93,12 +100,21 @@ def _content(experiment: Experiment, chosen: CheckpointInfo, data_folder: str, d
     return {"checkpoint": chosen.path.name, "data": {"folder": data_folder, "source": source, "digest": digest}, **result}
 
 
-def _print_table(folder: Path, chosen: CheckpointInfo, content: dict[str, Any], where: str, say) -> None:
+def _trained_on(trained: Experiment) -> Manifest | None:
+    """What a run was trained on, for a baseline on other data; None where it is not here any more."""
+    try:
+        return load_prepared(trained)[1]
+    except UserError:
+        return None
+
+
+def _print_table(folder: Path, chosen: CheckpointInfo, content: dict[str, Any], baselines: dict[str, Baseline], where: str, say) -> None:
     targets = int(content["sums"]["targets"])
     say(f"{folder.name}, step {chosen.step:,}, on {content['data']['source']}: {targets:,} targets")
     width = max(22, 2 + max(map(len, content["metrics"])))  # names of a mixture's sources may be long
     for name, value in content["metrics"].items():
-        say(f"  {name:<{width}}{value:>12.4f}")
+        beside = f"  ({baselines[name]})" if name in baselines else ""
+        say(f"  {name:<{width}}{value:>12.4f}{beside}")
     say(f"  written to {where}")
 
 

@@ -11,12 +11,14 @@ from pathlib import Path
 import torch
 
 from perceiver.config import Experiment, UserError, differences
+from perceiver.data.components import Component, components
 from perceiver.data.shards import Manifest
 from perceiver.data.sources import is_shipped
 from perceiver.datasets import load_prepared, with_tokenizer
 from perceiver.extensions import code_of
 from perceiver.runs import EXPERIMENT, check_code, read_run, save_code
 from perceiver.tasks import build_task
+from perceiver.tasks.base import Baseline
 from perceiver.tasks.pictures import curves
 from perceiver.training.batches import make_val_feeds
 from perceiver.training.checkpoint import best_of, list_checkpoints, mirrored
@@ -68,7 +70,7 @@ def run(
     check_code(run_folder, code, allow_changed_code)
     finished = check_run(experiment, run_folder)
     if finished is not None:
-        say(f"run {experiment.run_name} is finished: {_summary(finished)}")
+        say(f"run {experiment.run_name} is finished: {_summary(finished, {})}")
         say(f"evaluate it: python -m ray_jobs.evaluate {_place(experiment, run_folder)}; another training needs another --run.name")
         return finished
     start = check_start(experiment, _checkpoints(run_folder, mirror))
@@ -103,7 +105,7 @@ def run(
     result = read_result(run_folder)
     if result is None:
         return {"step": checkpoints[-1].step, **checkpoints[-1].metrics}
-    report(experiment, run_folder, checkpoints, result, manifest, time.monotonic() - started, say)
+    report(experiment, run_folder, checkpoints, result, components(data_folder, manifest), time.monotonic() - started, say)
     return result
 
 
@@ -197,7 +199,7 @@ def report(
     run_folder: Path,
     checkpoints: list[CheckpointInfo],
     result: dict[str, float],
-    manifest: Manifest,
+    parts: list[Component],
     seconds: float,
     say,
 ) -> None:
@@ -208,9 +210,8 @@ def report(
     series = {name: [(r["step"], r[name]) for r in records if name in r] for name in ("loss", "val_loss")}
     Image.fromarray(curves(series, f"{experiment.run_name}: loss over steps")).save(run_folder / "curve.png")
     best = best_of(checkpoints, experiment.run.best_metric) or checkpoints[-1]
-    say(f"finished after {duration(seconds)}: {_summary(result)}")
-    for line in build_task(experiment).baselines(manifest.splits["val"], manifest):
-        say(f"  to compare: {line}")
+    baselines = build_task(experiment).baselines(parts)
+    say(f"finished after {duration(seconds)}: {_summary(result, baselines)}")
     say(f"  run folder:   {run_folder}")
     say(f"  checkpoints:  last step {checkpoints[-1].step}, best step {best.step} by {experiment.run.best_metric}")
     say(f"  TensorBoard:  tensorboard --logdir {run_folder / 'tensorboard'}")
@@ -225,8 +226,13 @@ def _place(experiment: Experiment, run_folder: Path) -> str:
     return str(run_folder) if mirror is None else mirror.uri
 
 
-def _summary(metrics: dict[str, float]) -> str:
-    return ", ".join(f"{name} {value:,.4g}" if name != "step" else f"step {value:,}" for name, value in metrics.items())
+def _summary(metrics: dict[str, float], baselines: dict[str, Baseline]) -> str:
+    """The metrics, each with what is reached without training."""
+    words = []
+    for name, value in metrics.items():
+        beside = f" ({baselines[name]})" if name in baselines else ""
+        words.append(f"{name} {value:,.4g}{beside}" if name != "step" else f"step {value:,}")
+    return ", ".join(words)
 
 
 if __name__ == "__main__":

@@ -181,7 +181,7 @@ def images_of_two_workers(folder: Path) -> str:
 def quickstart_of_two_workers(folder: Path) -> str:
     """The quickstart as it is: six epochs of the digits that come with the package."""
     chosen, data, _ = quickstart(folder)
-    return digest(run(chosen, Path(data), folder / "run", world=2))
+    return digest(run(chosen, Path(data), folder / "run", world=2, timeout=1800))
 
 
 def masked(folder: Path) -> str:

@@ -21,7 +21,8 @@ ARROWS = {
     "perceiver.hub": {"perceiver.config", "perceiver.models", "perceiver.presets"},
     "perceiver.pretrained": {"perceiver.config", "perceiver.hub", "perceiver.models"},
     "perceiver.training": {
-        "perceiver.config", "perceiver.data", "perceiver.hub", "perceiver.models", "perceiver.pretrained", "perceiver.runs", "perceiver.tasks",
+        "perceiver.config", "perceiver.data", "perceiver.hub", "perceiver.models", "perceiver.pretrained", "perceiver.runs",
+        "perceiver.tasks",
     },
     "perceiver.inference": {
         "perceiver.config", "perceiver.models", "perceiver.data", "perceiver.datasets", "perceiver.hub", "perceiver.pretrained",

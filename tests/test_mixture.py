@@ -316,7 +316,7 @@ def test_a_run_on_a_mixture_is_evaluated_by_source(prepared, tmp_path, monkeypat
     said = []
     metrics = evaluate_run(run_folder, "last", say=said.append)
     assert metrics == pytest.approx({name: value for name, value in result.items() if name != "step"})
-    table = dict(line.split() for line in said[1:-1])
+    table = dict(line.split()[:2] for line in said[1:-1])
     assert table == {name: f"{value:.4f}" for name, value in metrics.items()}
     assert json.loads(next((run_folder / "evaluations").glob("*.json")).read_text())["metrics"] == metrics
     other = evaluate_run(run_folder, "last", ["--data.source", str(tmp_path / "books.jsonl")], say=said.append)

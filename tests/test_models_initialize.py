@@ -10,8 +10,12 @@ import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 
 from perceiver.config import ModelConfig
-from perceiver.models import PerceiverAR, PerceiverIO, build_model
-from tests.small import leave
+from perceiver.models import PerceiverAR, PerceiverIO, build_model, initialize
+from perceiver.models.perceiver_io import PerceiverDecoder, PerceiverEncoder
+from perceiver.tasks import build_task
+from perceiver.training.parallel import join_world
+from perceiver.training.run import build_state
+from tests.small import image_experiment, leave
 from tests.test_models_perceiver_ar import CONFIG as AR
 from tests.test_models_perceiver_io import FLOW, IMAGE, TEXT
 
@@ -41,6 +45,36 @@ def test_a_model_from_the_meta_device_equals_one_built_directly(config: ModelCon
     expected.init_weights(seed=5)
     for name, tensor in tensors(expected).items():
         assert torch.equal(tensor, tensors(model)[name]), name
+
+
+@pytest.mark.parametrize("config", [*CONFIGS.values(), replace(TEXT, init="local")], ids=[*CONFIGS, "local"])
+def test_a_constructor_gives_the_weights_of_build_model_and_leaves_torchs_generator_alone(config: ModelConfig) -> None:
+    before = torch.get_rng_state()
+    expected = tensors(build_model(config, seed=3))
+    build = PerceiverAR if config is AR else PerceiverIO
+    parts = {"": build(config, seed=3)}
+    if config is not AR:
+        parts |= {"encoder.": PerceiverEncoder(config, seed=3), "decoder.": PerceiverDecoder(config, seed=3)}
+    for prefix, part in parts.items():
+        assert len(tensors(part)) == sum(name.startswith(prefix) for name in expected)
+        for name, tensor in tensors(part).items():
+            assert torch.equal(tensor, expected[prefix + name]), prefix + name
+    assert all(torch.equal(tensor, tensors(build_model(config))[name]) for name, tensor in tensors(build(config)).items())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_part_built_on_the_meta_device_takes_no_memory() -> None:
+    with torch.device("meta"):
+        for build in (PerceiverIO, PerceiverEncoder, PerceiverDecoder):
+            assert all(tensor.is_meta for tensor in tensors(build(IMAGE)).values())
+
+
+def test_training_draws_each_weight_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    monkeypatch.setattr(initialize, "seed_of", lambda seed, name: drawn.append(name) or len(drawn))
+    experiment = image_experiment()
+    model = build_state(experiment, build_task(experiment), join_world(torch.device("cpu"))).model
+    assert sorted(drawn) == sorted(name for name, p in model.named_parameters() if p.dim() > 1)
 
 
 def test_weights_have_their_scale_biases_are_zero_and_norms_are_one(config: ModelConfig) -> None:

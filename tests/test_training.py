@@ -48,7 +48,9 @@ def _die(training: Training) -> None:
     os._exit(9)
 
 
-def run(experiment: Experiment, data: Path, folder: Path, world: int = 1, stop_at: int | None = None) -> dict[str, np.ndarray]:
+def run(
+    experiment: Experiment, data: Path, folder: Path, world: int = 1, stop_at: int | None = None, timeout: float = 240
+) -> dict[str, np.ndarray]:
     """Trains with `world` processes; weights by name, or nothing if they were told to die."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -60,7 +62,7 @@ def run(experiment: Experiment, data: Path, folder: Path, world: int = 1, stop_a
     for process in processes:
         process.start()
     for process in processes:
-        process.join(timeout=240)
+        process.join(timeout=timeout)
     if stop_at is not None:
         assert all(process.exitcode for process in processes)
         return {}
@@ -238,15 +240,24 @@ def test_the_last_window_is_padded_on_the_left_and_its_padding_is_no_target(stre
     assert (batch["labels"][0] >= 0).sum() == min(real, 8)
 
 
-def test_a_stride_of_the_latents_scores_every_target_once(stream):
-    folder, manifest, _, val = stream
+@pytest.mark.parametrize("size", [2, 5, 9, 12, 16, 17, 18, 40, 301])
+def test_a_stride_of_the_latents_scores_every_target_once_and_shows_what_comes_before_it(size, tmp_path):
+    """Also of texts that end within the first window. Ids are unique, so that each tells its place."""
+    val = np.arange(1000, 1000 + size).astype(np.uint16)
+    manifest = write_stream(tmp_path, val, val)
     experiment = text_experiment()
     experiment = replace(experiment, task=replace(experiment.task, val_stride=8))
     task = build_task(experiment)
-    feed = make_feed(experiment, task, str(folder), manifest.splits["val"], train=False)
-    found = targets_of(feed, task, feed.order.steps_per_epoch)
-    # All but the first max_seq_len - max_latents targets, which have no window that ends early enough.
-    assert sorted(found) == sorted(val[1 + 8 :].tolist())
+    feed = make_feed(experiment, task, str(tmp_path), manifest.splits["val"], train=False)
+    assert sorted(targets_of(feed, task, feed.order.steps_per_epoch)) == val[1:].tolist()
+    for (batch,) in feed.steps(read_here, 0, 1, 0, feed.order.steps_per_epoch):
+        pad_mask = batch.get("pad_mask", torch.zeros_like(batch["ids"], dtype=torch.bool))
+        for ids, labels, padding in zip(batch["ids"], batch["labels"], pad_mask, strict=True):
+            for place in torch.nonzero(labels >= 0)[:, 0].tolist():
+                before = ids[: 16 - 8 + place + 1][~padding[: 16 - 8 + place + 1]]
+                target = int(labels[place])
+                assert before.tolist() == list(range(target - len(before), target))
+                assert len(before) >= min(9, target - 1000), "a whole prefix, or all there is"
 
 
 def test_shifted_windows_of_an_epoch_cover_the_stream_from_the_shift_on(stream):

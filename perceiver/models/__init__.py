@@ -13,7 +13,7 @@ __all__ = ["PerceiverAR", "PerceiverARCache", "PerceiverIO", "build_model", "che
 
 
 def build_model(config: ModelConfig, seed: int = 0) -> Any:
-    """The model of a configuration on the current default device, with initial weights (none on "meta").
+    """The model of a configuration on the current default device, with the initial weights of `seed` (none on "meta").
 
     Raises:
         UserError: see `check_model`.

@@ -20,7 +20,7 @@ from perceiver.models.attention import (
     causal_mask,
 )
 from perceiver.models.configs import PerceiverARConfig
-from perceiver.models.initialize import initialize
+from perceiver.models.initialize import initialize, initialized
 from perceiver.models.position import rotation, token_positions
 from perceiver.models.shapes import AttentionChannels
 
@@ -53,12 +53,13 @@ class PerceiverARCache:
 
 
 class PerceiverAR(nn.Module):
-    """Perceiver AR over token ids. Weights start uninitialised: `init_weights`, or a checkpoint.
+    """Perceiver AR over token ids: `PerceiverAR(config, seed=0)`, on the default device, with initial weights (none on "meta").
 
     Padding is on the left and may reach into the latents. A padded latent attends to itself alone and no other attends
     to it: its output is finite and means nothing, those of the others are as without padding.
     """
 
+    @initialized
     def __init__(self, config: PerceiverARConfig) -> None:
         super().__init__()
         self.config = config

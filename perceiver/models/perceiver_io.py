@@ -14,19 +14,29 @@ from perceiver.models import factored_attention, shapes
 from perceiver.models.attention import CrossAttentionLayer, SelfAttentionLayer
 from perceiver.models.configs import PerceiverIOConfig
 from perceiver.models.factored_attention import FactoredInput
-from perceiver.models.initialize import initialize
+from perceiver.models.initialize import initialize, initialized
 from perceiver.models.local_init import LocalInit
+
+
+def reset_parts(module: nn.Module) -> None:
+    """Computes the constants of all parts of a module that have some."""
+    for part in module.modules():
+        if not isinstance(part, (PerceiverEncoder, PerceiverIO)) and hasattr(part, "reset_buffers"):
+            part.reset_buffers()
 
 
 class PerceiverEncoder(nn.Module):
     """Input to latents: block i is self-attention, preceded by cross-attention to the input in the first few blocks.
 
+    `PerceiverEncoder(config, seed=0)` has the initial weights of the encoder of `PerceiverIO(config, seed)`.
     `cross_attention_n` and `self_attention_n` are the second set of weights, which all later layers or blocks share;
     None where there is none because the first set serves them too, or because there is no later one.
     """
 
+    @initialized
     def __init__(self, config: PerceiverIOConfig) -> None:
         super().__init__()
+        self.config = config
         encoder = config.encoder
         self.num_blocks = encoder.num_self_attention_blocks
         self.num_cross_attention_layers = encoder.num_cross_attention_layers
@@ -73,6 +83,15 @@ class PerceiverEncoder(nn.Module):
         if self.self_attention_n is not None:
             yield from self.self_attention_n
 
+    def init_weights(self, seed: int) -> None:
+        """Draws all parameters and computes all buffers, as in the whole model."""
+        self.reset_buffers()
+        _initialize(self, self.config, seed, prefix="encoder")
+
+    def reset_buffers(self) -> None:
+        """Computes the constants that are not in checkpoints anew, in place (after `to_empty`)."""
+        reset_parts(self)
+
     def adapt(self, x: Any, pad_mask: Tensor | None = None) -> tuple[Tensor | FactoredInput, Tensor | None]:
         """The input as keys and values are made from it, and its mask of padding: the given one, or the adapter's own."""
         if isinstance(x, Tensor) and x.is_floating_point():
@@ -110,14 +129,18 @@ class PerceiverEncoder(nn.Module):
 class PerceiverDecoder(nn.Module):
     """Latents to output: cross-attention of output queries to the latents, and a linear map.
 
+    `PerceiverDecoder(config, seed=0)` has the initial weights of the decoder of `PerceiverIO(config, seed)`.
+
     Attributes:
         queries: learned queries (Q, channels), or the module that makes them of the batch; None where the adapted input is the query.
         output: map of decoded queries to outputs; None where the token embedding is the output matrix (tied text).
         output_bias: bias per token of the tied output.
     """
 
+    @initialized
     def __init__(self, config: PerceiverIOConfig) -> None:
         super().__init__()
+        self.config = config
         decoder, queries = config.decoder, shapes.output_queries(config)
         learned, num_outputs = queries.num_learned, queries.num_outputs
         self.queries = config.output.build_queries(config)
@@ -135,6 +158,10 @@ class PerceiverDecoder(nn.Module):
             self.output = config.output.build_head(config) or nn.Linear(queries.num_channels, num_outputs)
         self.output_bias = nn.Parameter(torch.empty(num_outputs)) if queries.tied else None
 
+    def init_weights(self, seed: int) -> None:
+        """Draws all parameters, as in the whole model."""
+        _initialize(self, self.config, seed, prefix="decoder")
+
     def forward(self, queries: Tensor, latents: Tensor, tied_matrix: Tensor | None = None) -> Tensor:
         """queries (B or 1, M, channels), latents (B, L, D) -> (B, M, outputs); tied_matrix (outputs, channels)."""
         x = self.cross_attention(queries, latents)
@@ -142,11 +169,13 @@ class PerceiverDecoder(nn.Module):
 
 
 class PerceiverIO(nn.Module):
-    """Perceiver IO for text, images and optical flow. Weights start uninitialised: `init_weights`, or a checkpoint.
+    """Perceiver IO for text, images and optical flow: `PerceiverIO(config, seed=0)`.
 
+    It is built on the default device, with initial weights (none on "meta").
     For anything but `forward` under FSDP (`encode`), see `torch.distributed.fsdp.register_fsdp_forward_method`.
     """
 
+    @initialized
     def __init__(self, config: PerceiverIOConfig) -> None:
         super().__init__()
         self.config = config
@@ -162,16 +191,11 @@ class PerceiverIO(nn.Module):
     def init_weights(self, seed: int) -> None:
         """Draws all parameters and computes all buffers; see `initialize` and, for `init` local, `LocalInit`."""
         self.reset_buffers()
-        if self.config.init == "local":
-            initialize(self, self.config.init_scale, seed, LocalInit(self.config))
-        else:
-            initialize(self, self.config.init_scale, seed)
+        _initialize(self, self.config, seed)
 
     def reset_buffers(self) -> None:
         """Computes the constants that are not in checkpoints anew, in place (after `to_empty`)."""
-        for module in self.modules():
-            if module is not self and hasattr(module, "reset_buffers"):
-                module.reset_buffers()
+        reset_parts(self)
 
     def encode(self, x: Tensor, pad_mask: Tensor | None = None) -> Tensor:
         """The latents (B, L, D) of an input as in `forward`."""
@@ -204,3 +228,11 @@ class PerceiverIO(nn.Module):
     def _encoder_gradients(self) -> torch.set_grad_enabled:
         """A frozen encoder runs as in evaluation: no activation is kept for a backward pass that would change nothing."""
         return torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.encoder.freeze)
+
+
+def _initialize(module: nn.Module, config: PerceiverIOConfig, seed: int, prefix: str = "") -> None:
+    """Draws the parameters of a model, or of its part called `prefix`."""
+    if config.init == "local":
+        initialize(module, config.init_scale, seed, LocalInit(config), prefix=prefix)
+    else:
+        initialize(module, config.init_scale, seed, prefix=prefix)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from perceiver.config import DataConfig, ModelConfig, TaskConfig
+from perceiver.data.components import Component, weighted
 from perceiver.data.shards import Manifest, Split
 from perceiver.models import build_model
 from perceiver.models.activations import StepSizes
@@ -35,6 +36,28 @@ class Sample:
     name: str
     text: str | None = None
     image: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Guess:
+    """A pass over a validation split by a model that knows frequencies alone."""
+
+    sums: dict[str, np.ndarray]
+    """As those of a pass; NaN where one is not known."""
+    means: dict[str, str]
+    """By metric: how it is reached, such as "always answering 'positive'"."""
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """What a metric is without a trained model."""
+
+    value: float
+    means: str
+    """How it is reached."""
+
+    def __str__(self) -> str:
+        return f"{self.means}: {self.value:,.4g}"
 
 
 class Task(ABC, Generic[C, M]):
@@ -118,9 +141,36 @@ class Task(ABC, Generic[C, M]):
             UserError: settings of the task that do not fit its model.
         """
 
-    def baselines(self, split: Split, manifest: Manifest) -> list[str]:
-        """Lines that say what a model that learned nothing would reach on the validation split."""
-        return []
+    def guess(self, manifest: Manifest, trained_on: Manifest) -> Guess | None:
+        """What guessing by the frequencies of the training data reaches on a validation split; None where that is not known.
+
+        Args:
+            manifest: of one data set, whose validation split is guessed.
+            trained_on: of the data set whose training split is counted, usually the same.
+        """
+        return None
+
+    def baselines(self, parts: list[Component], trained_on: Manifest | None = None) -> dict[str, Baseline]:
+        """What a model that learned nothing but frequencies reaches in validation, by the names of metrics (val_...).
+
+        Args:
+            parts: the data sets that are validated on, as in `evaluate`: of a mixture there is a baseline for each and for all.
+            trained_on: the data set that the model was trained on, where it is not that of each part.
+        """
+        guesses = [(part, self.guess(part.manifest, trained_on or part.manifest)) for part in parts]
+        known = [(part, guess) for part, guess in guesses if guess is not None]
+        found = {}
+        for part, guess in known:
+            metrics = self.metrics(guess.sums, part.manifest.splits["val"])
+            suffix = f"/{part.name}" if part.name else ""
+            found |= {f"val_{name}{suffix}": Baseline(metrics[name], means) for name, means in guess.means.items()}
+        if len(parts) == 1 or len(known) < len(parts):
+            return found
+        metrics = self.metrics(*weighted(parts, [guess.sums for _, guess in known]))
+        for name, means in known[0][1].means.items():
+            same = all(guess.means[name] == means for _, guess in known)
+            found[f"val_{name}"] = Baseline(metrics[name], means if same else "guessing so in each data set")
+        return found
 
     def unit(self) -> tuple[str, int]:
         """What throughput is counted in and how many of it an example holds, e.g. ("tokens", 4096)."""
@@ -157,3 +207,19 @@ def padded(values: np.ndarray, size: int, fill: float = 0) -> Tensor:
     result = np.full((size, *values.shape[1:]), fill, dtype=values.dtype)
     result[: len(values)] = values
     return torch.from_numpy(result)
+
+
+def unigram_guess(manifest: Manifest, metrics: tuple[str, ...], **sums: float) -> Guess | None:
+    """Guessing each token of the validation text by its frequency in the training text.
+
+    Args:
+        metrics: those that this says something about.
+        sums: what the task sums besides loss and targets.
+    """
+    nats = manifest.stats.get("unigram_nats_per_token")
+    if nats is None:  # nothing is counted where there is no training text
+        return None
+    tokens = manifest.splits["val"].tokens
+    counts = {"loss": nats * tokens, "targets": tokens, **sums}
+    means = "guessing by the frequencies of single tokens"
+    return Guess({name: np.float64(value) for name, value in counts.items()}, dict.fromkeys(metrics, means))

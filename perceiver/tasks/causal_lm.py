@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from perceiver.config import DataConfig, ModelConfig, TaskConfig, UserError
 from perceiver.data.order import uniforms
-from perceiver.data.shards import Split, fixed_array, fixed_column
+from perceiver.data.shards import Manifest, Split, fixed_array, fixed_column
 from perceiver.data.tokenizers import load_tokenizer
 from perceiver.inference.generate import generate
 from perceiver.models.activations import StepSizes
 from perceiver.models.configs import PerceiverARConfig
 from perceiver.models.flops import num_kept, training_flops
-from perceiver.tasks.base import IGNORE_INDEX, Batch, Sample, Task, loss_of_sources, padded
+from perceiver.tasks.base import IGNORE_INDEX, Batch, Guess, Sample, Task, loss_of_sources, padded, unigram_guess
 from perceiver.tasks.chunked_loss import CHUNK_ELEMENTS, chunked_cross_entropy
 
 PAD_ID = 0
@@ -38,7 +38,7 @@ class CausalLMConfig(TaskConfig):
     """Windows are cut to a random length from here to max_seq_len in training, all of a step to the same; None: not cut."""
     val_stride: int | None = None
     """Validation scores the last max_latents targets of windows that start so many tokens apart; None: max_seq_len (windows
-    do not overlap); max_latents: every target of the text is scored once."""
+    do not overlap); max_latents: every target of the text is scored once, those of its beginning with the text there is before them."""
     sample_prompt: str = "The "
     """Prompt of the sample continuation that validation writes."""
     sample_tokens: int = 128
@@ -82,8 +82,9 @@ class CausalLM(Task[CausalLMConfig, PerceiverARConfig]):
     def collate(self, rows: pa.Table, size: int, split: Split, train: bool, step: int) -> Batch:
         """ids (B, T) int64, labels (B, max_latents) int64; where needed pad_mask (B, T) bool, prefix_keep (B, K) int64.
 
-        B is `size`, or `size` times the windows that start in a row. T is max_seq_len, or in training the step's length (of
-        a row's window the first T + 1 tokens). Windows are right-aligned: padding is on the left.
+        B is `size`, or `size` times the windows that start in a row (and those of `_first_windows` where a text begins). T is
+        max_seq_len, or in training the step's length (of a row's window the first T + 1 tokens). Windows are right-aligned:
+        padding is on the left.
         """
         model, stride = self.model_config, model_stride(self.config, self.model_config, train)
         length, latents = self._length(step) if train else model.max_seq_len, model.max_latents
@@ -97,15 +98,37 @@ class CausalLM(Task[CausalLMConfig, PerceiverARConfig]):
         windows = np.take_along_axis(windows, np.maximum(position, 0), 1)
         # A window that the text's end cuts short is moved right, so some of its targets were another window's already.
         first = np.full((size, len(starts)), 1 if stride == model.max_seq_len else length + 1 - latents)
-        first[: rows.num_rows, 0][rows["row"].to_numpy() == 0] = 1
+        heads = np.flatnonzero(rows["row"].to_numpy() == 0)
+        if stride != latents:
+            first[heads, 0] = 1
         own = position >= first.reshape(-1, 1)
+        padding = (position[:, :-1] < 0) & (real > 0)[:, None]
+        if stride == latents and not train:
+            for head in heads:
+                more = self._first_windows(tokens[head], int(rows["length"][head].as_py()))
+                windows, own, padding = (np.concatenate(both) for both in zip((windows, own, padding), more, strict=True))
         labels = np.where(own, windows, IGNORE_INDEX)[:, -latents:]
         batch = {"ids": torch.from_numpy(windows[:, :-1].copy()), "labels": torch.from_numpy(labels.copy())}
-        if missing[: rows.num_rows * len(starts)].any():
-            batch["pad_mask"] = torch.from_numpy(position[:, :-1] < 0) & torch.from_numpy(real > 0)[:, None]
+        if missing[: rows.num_rows * len(starts)].any() or padding[size * len(starts) :].any():
+            batch["pad_mask"] = torch.from_numpy(padding)
         if train and (keep := self._prefix_keep(rows, size, length - latents)) is not None:
             batch["prefix_keep"] = keep
         return batch
+
+    def _first_windows(self, tokens: np.ndarray, real: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Windows that score the targets of a text's beginning, which are no window's last max_latents.
+
+        Args:
+            tokens: the text's first ids, of which `real` are real.
+
+        Returns:
+            Windows (n, T + 1) as if they began before the text; which targets are scored (n, T + 1); padding (n, T).
+        """
+        length, latents = self.model_config.max_seq_len, self.model_config.max_latents
+        ends = np.arange(latents, length, latents)  # the last target of each
+        shown = np.minimum(ends + 1, real)[:, None]
+        position = np.arange(length + 1) - (length + 1 - shown)
+        return tokens[np.maximum(position, 0)], position > (ends - latents)[:, None], position[:, :-1] < 0
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         labels = batch["labels"]
@@ -138,6 +161,9 @@ class CausalLM(Task[CausalLMConfig, PerceiverARConfig]):
             model, prompt.to(device), max_new_tokens=settings.sample_tokens, num_latents=num_latents, temperature=0.8, top_k=40, seed=0
         )
         return [Sample("continuation", text=tokenizer.decode(ids[0].cpu().numpy()))]
+
+    def guess(self, manifest: Manifest, trained_on: Manifest) -> Guess | None:
+        return unigram_guess(manifest, ("loss", "bits_per_byte", "perplexity", "word_perplexity"))
 
     def unit(self) -> tuple[str, int]:
         return "tokens", self._mean_length

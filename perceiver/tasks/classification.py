@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 
 import numpy as np
@@ -14,7 +13,7 @@ from perceiver.config import UserError
 from perceiver.data.shards import Manifest, Split
 from perceiver.models.configs import ClassOutput, PerceiverIOConfig
 from perceiver.models.flops import training_flops
-from perceiver.tasks.base import IGNORE_INDEX, Batch, C, Sample, Task, loss_of_sources
+from perceiver.tasks.base import IGNORE_INDEX, Batch, C, Guess, Sample, Task, loss_of_sources
 from perceiver.tasks.pictures import confusion_matrix
 
 
@@ -56,9 +55,25 @@ class Classification(Task[C, PerceiverIOConfig]):
         names = self.config.class_names or tuple(str(i) for i in range(len(confusion)))
         return [Sample("confusion", image=confusion_matrix(confusion, names))] if len(names) <= 100 else []
 
-    def baselines(self, split: Split, manifest: Manifest) -> list[str]:
+    def guess(self, manifest: Manifest, trained_on: Manifest) -> Guess | None:
+        """Answering each example with the frequencies of the training labels (plus one each), so always with the same class."""
+        train, val = (each.stats.get("labels", {}).get(split, ()) for each, split in ((trained_on, "train"), (manifest, "val")))
+        if not sum(train) or not sum(val):
+            return None
         num_classes = self.model_config.output.num_classes
-        return [f"chance is accuracy {1 / num_classes:.3f}, loss {math.log(num_classes):.3f}"]
+        counts, answers = np.ones(num_classes), np.zeros(num_classes)
+        counts[: len(train)] += train
+        answers[: len(val)] = val
+        most = int(counts.argmax())
+        confusion = np.zeros((num_classes, num_classes))
+        confusion[:, most] = answers
+        loss = -(answers * np.log(counts / counts.sum())).sum()
+        names = self.config.class_names
+        means = {
+            "loss": "answering with the training labels' frequencies",
+            "acc": f"always answering {repr(names[most]) if names else most}",
+        }
+        return Guess({"loss": loss, "targets": answers.sum(), "confusion": confusion}, means)
 
     def flops_per_example(self) -> float:
         """Counted at the model's greatest input length."""

@@ -21,7 +21,7 @@ from perceiver.inference.masks import MARKS, encode_masked, fill_masks
 from perceiver.models.activations import StepSizes
 from perceiver.models.configs import PerceiverIOConfig, TextInput, TextOutput
 from perceiver.models.flops import training_flops
-from perceiver.tasks.base import IGNORE_INDEX, Batch, Sample, Task, loss_of_sources, padded
+from perceiver.tasks.base import IGNORE_INDEX, Batch, Guess, Sample, Task, loss_of_sources, padded, unigram_guess
 
 
 class MaskedLMConfig(TaskConfig):
@@ -139,9 +139,9 @@ class MaskedLM(Task[MaskedLMConfig, PerceiverIOConfig]):
             lines += [text, *(f"{i}. {fill.text}" for i, fill in enumerate(fills, 1))]
         return [Sample("filled", text="\n".join(lines))]
 
-    def baselines(self, split: Split, manifest: Manifest) -> list[str]:
-        nats = manifest.stats.get("unigram_nats_per_token")
-        return [] if nats is None else [f"guessing by the frequencies of single tokens is loss {nats:.3f}"]
+    def guess(self, manifest: Manifest, trained_on: Manifest) -> Guess | None:
+        """Of the whole text, not of the masked words alone. How often the most frequent token is right is not on record."""
+        return unigram_guess(manifest, ("loss", "bits_per_byte"), correct=math.nan)
 
     def unit(self) -> tuple[str, int]:
         return "tokens", self.model_config.input.max_seq_len
