@@ -81,6 +81,12 @@ _KINDS = {
     TextClassificationConfig: "documents",
 }
 
+_LEAST_LENGTHS = {
+    "tokens": (2, "a token is predicted from another one"),
+    "documents": (3, "a document stands between [CLS] and [SEP]"),
+}
+"""Shortest input of a model of text, and what it must hold."""
+
 _READING_ONLY = ("shuffle_window_blocks", "lanes")
 """Fields of the data's configuration that preparation does not depend on."""
 
@@ -164,7 +170,8 @@ class Manifest:
     stats: dict[str, Any] = field(default_factory=dict)
     """ "skipped": what was left out, counted by reason; "unigram_nats_per_token": cross-entropy of the validation
     stream under the training stream's id frequencies (tokens); "labels": how often each label occurs, by split
-    (images, documents).
+    (images, documents); "shared_documents": how many validation documents or images have the content of a training one, where
+    the splits are different files; "empty_documents": how many documents have no ids, by split, where there are any.
     """
     image_shape: tuple[int, int, int] | None = None
     """Height, width, channels, for images."""
@@ -542,6 +549,10 @@ def _settings(experiment: Experiment) -> dict[str, Any]:
     if kind == "images":
         return settings
     max_seq_len, _ = text_limits(experiment)
+    least, why = _LEAST_LENGTHS[kind]
+    if max_seq_len < least:
+        section = "model" if isinstance(experiment.model, PerceiverARConfig) else "model.input"
+        raise UserError(f"{section}.max-seq-len is {max_seq_len} and must be at least {least}: {why}")
     settings |= {"text_column": data.text_column}
     if kind == "documents":
         return settings | {"label_column": data.label_column, "row_length": max_seq_len - 2}
