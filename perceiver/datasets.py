@@ -17,6 +17,11 @@ from perceiver.data.tokenizers import TOKENIZER, load_tokenizer, tokenizer_is_th
 from perceiver.experiments import command_words
 from perceiver.models.configs import ImageInput, PerceiverIOConfig
 
+_LEAST_LENGTHS = {
+    "tokens": (2, "a token is predicted from another one"),
+    "documents": (3, "a document stands between [CLS] and [SEP]"),
+}
+"""Shortest input of a model of text, and what it must hold."""
 _READING_ONLY = ("shuffle_window_blocks", "lanes")
 """Fields of the data's configuration that preparation does not depend on."""
 
@@ -87,6 +92,10 @@ def _settings(experiment: Experiment) -> dict[str, Any]:
     if kind == "images":
         return settings
     max_seq_len, _ = text_limits(experiment)
+    least, why = _LEAST_LENGTHS[kind]
+    if max_seq_len < least:
+        section = "model.input" if hasattr(experiment.model, "input") else "model"
+        raise UserError(f"{section}.max-seq-len is {max_seq_len} and must be at least {least}: {why}")
     settings |= {"text_column": data.text_column}
     if kind == "documents":
         return settings | {"label_column": data.label_column, "row_length": max_seq_len - 2}

@@ -32,6 +32,7 @@ from perceiver.data.prepare import (
     make_shard,
     make_split,
     plan_shards,
+    shared_documents,
     unigram_nats,
 )
 from perceiver.data.readers import Columns, image_shape
@@ -54,6 +55,10 @@ Say = Callable[[str], Any]
 
 HASHES = ".source-hashes.json"
 """File in data.root that keeps the hashes of source files by path, size and time, so that they are not read again."""
+
+
+PIECE_FORMAT = 2
+"""Of what pass 1 leaves for pass 2: who changes it raises it, so that a preparation stopped before begins again."""
 
 
 def main(argv: list[str]) -> int:
@@ -314,9 +319,9 @@ def _staging_prefix(folder: str) -> str:
 
 def run_pieces(job: Job, pieces: list[Piece], progress: Say, piece_bytes: int) -> list[dict[str, Any]]:
     """Pass 1: the notes on all pieces."""
-    layout = json.dumps({"piece_bytes": piece_bytes, "pieces": len(pieces)}).encode()
+    layout = json.dumps({"piece_bytes": piece_bytes, "pieces": len(pieces), "format": PIECE_FORMAT}).encode()
     if "layout.json" in list_folder(job.staging) and read_file(job.staging, "layout.json") != layout:
-        remove_folder(job.staging)  # pieces cut otherwise: their numbers mean nothing here
+        remove_folder(job.staging)  # pieces cut otherwise, or by another version: their numbers mean nothing here
     write_file(job.staging, "layout.json", layout)
     notes = finished_pieces(job, len(pieces))
     weights = [piece.size for piece in pieces]
@@ -345,6 +350,9 @@ def run_shards(
         if not found:
             remove_folder(job.staging)
             raise UserError(_empty_split(experiment, split, source))
+        if job.kind == "documents" and not any(note["splits"][split]["tokens"] for note in notes):
+            remove_folder(job.staging)
+            raise UserError(f"{_source_name(experiment)} has no text for the {split} split: all of its documents are empty")
         plans += found
     done = finished_shards(job, plans)
     todo = [i for i in range(len(plans)) if i not in done]
@@ -356,14 +364,19 @@ def run_shards(
     return {split: [done[i] for i, plan in enumerate(plans) if plan.split == split] for split in wanted}
 
 
+def _source_name(experiment: Experiment) -> str:
+    data = experiment.data
+    return f"data.source {data.source}" if data.source else f"data.val_source {data.val_source}"
+
+
 def _empty_split(experiment: Experiment, split: str, source: Source) -> str:
-    what = experiment.data.source or experiment.data.val_source
+    what = _source_name(experiment)
     if any(file.split == "hash" for file in source.files):
         return (
-            f"data.source {what} has too few documents: none fell into the {split} split (data.val_fraction is "
+            f"{what} has too few documents: none fell into the {split} split (data.val_fraction is "
             f"{experiment.data.val_fraction}); give validation files as data.val_source, or change data.val_fraction"
         )
-    return f"data.source {what} has no rows for the {split} split: everything in it is empty or was skipped"
+    return f"{what} has no rows for the {split} split: everything in it is empty or was skipped"
 
 
 def in_parallel(function: Callable[[int], dict[str, Any]], items: list[int]) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -406,6 +419,11 @@ def _finish(
     for note in notes:
         skipped.update(note["skipped"])
     stats: dict[str, Any] = {"skipped": dict(sorted(skipped.items()))}
+    if (shared := shared_documents(job)) is not None:
+        stats["shared_documents"] = shared
+    empty = {name: sum(note["splits"][name]["empty"] for note in notes) for name in shards}
+    if any(empty.values()):
+        stats["empty_documents"] = empty
     if job.columns.label is not None:
         stats["labels"] = {name: counts.tolist() for name, counts in histograms.items()}
     elif "train" in histograms and job.tokenizer is not None:
@@ -458,6 +476,11 @@ def _summary(folder: str, manifest: Manifest, source: Source, seconds: float, pr
             ]
         parts.append(f"{len(split.shards):,} shard{'s' * (len(split.shards) != 1)}")
         progress(f"  {name + ':':<6} {', '.join(parts)}")
+    what = "images" if manifest.kind == "images" else "documents"
+    if shared := manifest.stats.get("shared_documents"):
+        progress(f"  shared: {shared:,} of the {manifest.splits['val'].documents:,} validation {what} occur in training, too")
+    if empty := manifest.stats.get("empty_documents"):
+        progress(f"  empty: {' and '.join(f'{count:,} {name}' for name, count in empty.items() if count)} documents have no text")
     if manifest.stats.get("skipped"):
         progress(f"  {_skipped(manifest)}")
     if source.ignored:

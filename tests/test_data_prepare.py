@@ -413,6 +413,56 @@ def test_the_same_files_for_training_and_validation_are_refused(tmp_path):
     assert not list((tmp_path / "out").rglob("*.parquet"))
 
 
+def test_documents_that_are_in_both_splits_are_counted(tmp_path):
+    bodies = texts(50)
+    write_jsonl(tmp_path / "train.jsonl", [{"text": body, "label": 0} for body in ["", *bodies]])
+    write_jsonl(tmp_path / "valid.jsonl", [{"text": body, "label": 1} for body in ["", *bodies[10:13], bodies[10], "a new one"]])
+    for preset, piece in (("clm-wikitext", 1 << 20), ("clm-wikitext", 50), ("txt-clf-imdb-all", 50)):
+        chosen = experiment(preset, tmp_path / f"{preset}{piece}", f"{tmp_path}/*.jsonl")
+        lines = []
+        manifest = preprocess.prepare(chosen, lines.append, piece)
+        assert manifest.stats["shared_documents"] == 4
+        assert "  shared: 4 of the 6 validation documents occur in training, too" in lines
+        assert manifest.stats["empty_documents"] == {"train": 1, "val": 1}
+        assert "  empty: 1 train and 1 val documents have no text" in lines
+    held_out = preprocess.prepare(experiment("clm-wikitext", tmp_path / "o", tmp_path / "train.jsonl", val_fraction=0.3), print)
+    assert "shared_documents" not in held_out.stats  # equal ones are on the same side
+
+
+def test_images_that_are_in_both_splits_are_counted(tmp_path):
+    write_idx(tmp_path / "in", "train", 9)
+    write_idx(tmp_path / "in", "t10k", 4)  # the first ones of the same random numbers
+    lines = []
+    manifest = preprocess.prepare(experiment("img-clf-mnist", tmp_path / "out", tmp_path / "in"), lines.append)
+    assert manifest.stats["shared_documents"] == 4
+    assert "  shared: 4 of the 4 validation images occur in training, too" in lines
+
+
+@pytest.mark.parametrize(
+    ("preset", "length", "message"),
+    [
+        ("txt-clf-imdb-all", 2, r"model.input.max-seq-len is 2 and must be at least 3: a document stands between"),
+        ("mlm-imdb", 1, r"model.input.max-seq-len is 1 and must be at least 2"),
+        ("clm-wikitext", 1, r"model.max-seq-len is 1 and must be at least 2"),
+    ],
+)
+def test_lengths_that_hold_nothing_are_refused_and_the_least_is_not(tmp_path, preset, length, message):
+    rows = [{"text": text, "label": i % 2} for i, text in enumerate(texts(20))]
+    write_jsonl(tmp_path / "train.jsonl", rows)
+    write_jsonl(tmp_path / "test.jsonl", rows[:9])
+    with pytest.raises(UserError, match=message):
+        prepare(experiment(preset, tmp_path / "out", f"{tmp_path}/*.jsonl", length))
+    folder, manifest = prepare(experiment(preset, tmp_path / "out", f"{tmp_path}/*.jsonl", length + 1))
+    assert manifest.splits["train"].row_length > 0 and rows_of(folder, manifest, "train")["tokens"][0].as_py()
+
+
+def test_documents_without_any_text_are_refused(tmp_path):
+    write_jsonl(tmp_path / "train.jsonl", [{"text": "", "label": 0}] * 3)
+    write_jsonl(tmp_path / "test.jsonl", [{"text": "some", "label": 0}])
+    with pytest.raises(UserError, match=r"has no text for the train split: all of its documents are empty"):
+        prepare(experiment("txt-clf-imdb-all", tmp_path / "out", f"{tmp_path}/*.jsonl"))
+
+
 def test_too_few_documents_to_hold_any_out_are_refused(tmp_path):
     (tmp_path / "a.txt").write_text("short")
     with pytest.raises(UserError, match="none fell into the val split"):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any, BinaryIO
@@ -140,10 +140,17 @@ class _PieceWriter:
     def __init__(self, job: Job, index: int, split: str, stack: ExitStack) -> None:
         self._job, self._stack, self._name = job, stack, f"piece-{index:06d}-{split}"
         self._files: dict[str, BinaryIO] = {}
-        self._counts = dict.fromkeys(_COUNTS, 0)
+        self._counts = dict.fromkeys((*_COUNTS, "empty"), 0)
         self._histogram = np.zeros(0, np.int64)
 
-    def add(self, values: np.ndarray, counts: dict[str, int], labels: np.ndarray | None, lengths: np.ndarray | None) -> None:
+    def add(
+        self,
+        values: np.ndarray,
+        counts: dict[str, int],
+        labels: np.ndarray | None,
+        lengths: np.ndarray | None,
+        hashes: np.ndarray | None,
+    ) -> None:
         for name, count in counts.items():
             self._counts[name] += count
         self._write("values", values)
@@ -151,6 +158,8 @@ class _PieceWriter:
             self._write("labels", labels.astype(np.int32))
         if lengths is not None:
             self._write("lengths", lengths.astype(np.int32))
+        if hashes is not None:
+            self._write("hashes", hashes)
         self._count(values if labels is None else labels)
 
     def _count(self, values: np.ndarray) -> None:
@@ -176,12 +185,13 @@ class _PieceWriter:
 
 def _add_images(job: Job, file: InputFile, images: Images, writers: dict[str, _PieceWriter]) -> None:
     pixels = np.ascontiguousarray(images.pixels)
-    contents = [image.tobytes() for image in pixels] if file.split == "hash" else pixels
+    contents = [image.tobytes() for image in pixels]
     for split, chosen in splits_of(file, contents, job.val_fraction):
         values = pixels[chosen].reshape(-1)
         num = int(np.count_nonzero(chosen))
         counts = {"rows": num, "bytes": values.nbytes, "documents": num}
-        writers[split].add(values, counts, images.labels[chosen], None)
+        hashes = None if file.split == "hash" else content_hashes(contents)
+        writers[split].add(values, counts, images.labels[chosen], None, hashes)
 
 
 def _add_documents(job: Job, file: InputFile, documents: Documents, writers: dict[str, _PieceWriter]) -> None:
@@ -195,15 +205,17 @@ def _add_documents(job: Job, file: InputFile, documents: Documents, writers: dic
             "bytes": sum(len(encoded[i]) for i in places),
             "words": count_words(b"\n".join(encoded[i] for i in places)),
             "documents": int(np.count_nonzero(complete)),
+            "empty": int(np.count_nonzero(lengths == 0)),
         }
+        hashes = None if file.split == "hash" else content_hashes([content for content in encoded if content])
         if job.kind == "tokens":
             ids = join_documents(ids, lengths, documents.begins[chosen], complete, *document_marks(job, file))
-            writers[split].add(ids, {**counts, "tokens": len(ids)}, None, None)
+            writers[split].add(ids, {**counts, "tokens": len(ids)}, None, None, hashes)
         else:
             assert documents.labels is not None
             ids, lengths = truncate(ids, lengths, job.row_length)
             counts |= {"rows": len(places), "tokens": len(ids)}
-            writers[split].add(ids, counts, documents.labels[chosen], lengths)
+            writers[split].add(ids, counts, documents.labels[chosen], lengths, hashes)
 
 
 def document_marks(job: Job, file: InputFile) -> tuple[int | None, int | None]:
@@ -216,13 +228,18 @@ def document_marks(job: Job, file: InputFile) -> tuple[int | None, int | None]:
     return None, None if running else tokenizer.eos_id
 
 
+def content_hashes(contents: Sequence[bytes]) -> np.ndarray:
+    """What tells documents (or images) apart by their content: uint64 (n,)."""
+    data = b"".join(hashlib.blake2b(content, digest_size=8).digest() for content in contents)
+    return np.frombuffer(data, ">u8").astype(np.uint64)
+
+
 def splits_of(file: InputFile, contents: Any, val_fraction: float) -> Iterator[tuple[str, np.ndarray]]:
     """The splits that a file's documents go to, with which ones; equal documents go to the same."""
     if file.split != "hash":
         yield file.split, np.ones(len(contents), bool)
         return
-    hashes = [int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big") for content in contents]
-    is_val = np.array(hashes, np.float64) < val_fraction * 2.0**64
+    is_val = content_hashes(contents).astype(np.float64) < val_fraction * 2.0**64
     for split, chosen in (("train", ~is_val), ("val", is_val)):
         if chosen.any():
             yield split, chosen
@@ -362,6 +379,22 @@ def histogram(job: Job, split: str) -> np.ndarray:
             longer[: len(shorter)] += shorter
             total = longer
     return total
+
+
+def shared_documents(job: Job) -> int | None:
+    """How many validation documents (or images; of plain text sections) have the content of a training one.
+
+    None where it cannot be: equal documents of the same files go to the same split.
+    """
+    names = sorted(list_folder(job.staging))
+    train, val = ([name for name in names if name.endswith(f"-{split}.hashes")] for split in ("train", "val"))
+    if not train or not val:
+        return None
+    wanted = np.concatenate([np.frombuffer(read_file(job.staging, name), np.uint64) for name in val])
+    shared = np.zeros(len(wanted), bool)
+    for name in train:
+        shared |= np.isin(wanted, np.frombuffer(read_file(job.staging, name), np.uint64))
+    return int(np.count_nonzero(shared))
 
 
 def unigram_nats(train: np.ndarray, val: np.ndarray, vocab_size: int) -> float:
