@@ -23,9 +23,9 @@ import torch
 import torch.distributed as dist
 
 from perceiver.config import Experiment, from_dict, to_dict
+from perceiver.costs.flops import num_parameters
+from perceiver.costs.memory import step_memory
 from perceiver.data.shards import Manifest, load_prepared, with_prepared_tokenizer, with_tokenizer
-from perceiver.models.flops import num_parameters
-from perceiver.models.memory import step_memory
 from perceiver.tasks import build_task
 from perceiver.training.batches import make_val_feeds, read_here
 from perceiver.training.checkpoint import list_checkpoints, load_state

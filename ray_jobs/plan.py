@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 
 from perceiver.config import Experiment, PerceiverARConfig, UserError
+from perceiver.costs.flops import num_parameters
+from perceiver.costs.memory import Memory, Traffic, most_of_each, step_memory, step_traffic, units
 from perceiver.data.shards import load_prepared, with_tokenizer
-from perceiver.models.flops import num_parameters
-from perceiver.models.memory import Memory, Traffic, most_of_each, step_memory, step_traffic, units
 from perceiver.tasks import build_task
 from perceiver.training.meters import DEVICES, GIB, Device
 from perceiver.training.run import total_steps

@@ -9,8 +9,8 @@ from dataclasses import replace
 import torch
 
 from perceiver.config import Experiment, UserError
-from perceiver.models.activations import Layout
-from perceiver.models.memory import largest_micro_batch, step_memory
+from perceiver.costs.activations import Layout
+from perceiver.costs.memory import largest_micro_batch, step_memory
 from perceiver.tasks import build_task
 from perceiver.training.meters import DEVICES, GIB
 

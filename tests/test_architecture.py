@@ -10,8 +10,9 @@ ROOT = Path(__file__).resolve().parent.parent
 # What a room may import of the project, besides itself.
 ARROWS = {
     "perceiver.config": set(),
-    "perceiver.presets": {"perceiver.config", "perceiver.models"},
+    "perceiver.presets": {"perceiver.config", "perceiver.costs"},
     "perceiver.models": {"perceiver.config"},
+    "perceiver.costs": {"perceiver.config", "perceiver.models"},
     "perceiver.data": {"perceiver.config", "perceiver.presets"},
     "perceiver.training": {"perceiver.config", "perceiver.data", "perceiver.hub", "perceiver.pretrained"},
     "perceiver.inference": {
@@ -21,7 +22,7 @@ ARROWS = {
     "perceiver.hub": {"perceiver.config", "perceiver.presets", "perceiver.models"},
     "perceiver.pretrained": {"perceiver.config", "perceiver.hub"},
     "perceiver.tasks": {
-        "perceiver.config", "perceiver.models", "perceiver.data", "perceiver.training", "perceiver.inference",
+        "perceiver.config", "perceiver.models", "perceiver.costs", "perceiver.data", "perceiver.training", "perceiver.inference",
     },
 }  # fmt: skip
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from perceiver.config import Experiment
+from perceiver.costs.activations import StepSizes
 from perceiver.data.shards import Manifest, Split
-from perceiver.models.activations import StepSizes
 
 Batch = dict[str, Tensor]
 

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from perceiver.config import CausalLMConfig, PerceiverARConfig, UserError
+from perceiver.costs.activations import StepSizes
+from perceiver.costs.flops import num_kept, training_flops
 from perceiver.data.order import uniforms
 from perceiver.data.shards import Split, fixed_array, fixed_column
 from perceiver.data.tokenizers import load_tokenizer
 from perceiver.inference.generate import generate
 from perceiver.models import build_model
-from perceiver.models.activations import StepSizes
-from perceiver.models.flops import num_kept, training_flops
 from perceiver.tasks.base import IGNORE_INDEX, Batch, Sample, Task, loss_of_sources, padded
 from perceiver.tasks.chunked_loss import CHUNK_ELEMENTS, chunked_cross_entropy
 

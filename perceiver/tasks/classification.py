@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from perceiver.config import ClassOutput, UserError
+from perceiver.costs.flops import training_flops
 from perceiver.data.shards import Manifest, Split
 from perceiver.models import build_model
-from perceiver.models.flops import training_flops
 from perceiver.tasks.base import IGNORE_INDEX, Batch, Sample, Task, loss_of_sources
 from perceiver.tasks.pictures import confusion_matrix
 

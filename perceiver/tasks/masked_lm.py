@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from perceiver.config import MaskedLMConfig, PerceiverIOConfig, TextInput, TextOutput, UserError
+from perceiver.costs.activations import StepSizes
+from perceiver.costs.flops import training_flops
 from perceiver.data.shards import Manifest, Split, fixed_array
 from perceiver.data.text import mask_words
 from perceiver.data.tokenizers import Tokenizer, load_tokenizer
 from perceiver.inference.masks import MARKS, encode_masked, fill_masks
 from perceiver.models import build_model
-from perceiver.models.activations import StepSizes
-from perceiver.models.flops import training_flops
 from perceiver.tasks.base import IGNORE_INDEX, Batch, Sample, Task, loss_of_sources, padded
 from perceiver.training.batches import VALIDATION_SEED
 

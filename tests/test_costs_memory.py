@@ -16,9 +16,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from perceiver.config import Experiment, ParallelConfig, PerceiverARConfig
-from perceiver.models.activations import Layout, StepSizes, step_calls
-from perceiver.models.flops import num_kept, num_parameters
-from perceiver.models.memory import largest_micro_batch, most_of_each, step_memory, step_traffic, units
+from perceiver.costs.activations import Layout, StepSizes, step_calls
+from perceiver.costs.flops import num_kept, num_parameters
+from perceiver.costs.memory import largest_micro_batch, most_of_each, step_memory, step_traffic, units
 from perceiver.presets import PRESETS
 from perceiver.tasks import Batch, build_task
 from perceiver.training.loop import fit

@@ -10,10 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from perceiver.config import ImageInput, ModelConfig, PerceiverARConfig, PerceiverIOConfig, TextInput, TextOutput
+from perceiver.costs.flops import num_kept
 from perceiver.models import shapes
 from perceiver.models.attention import LONG_ENOUGH_TO_SPLIT
 from perceiver.models.factored_attention import is_cheaper
-from perceiver.models.flops import num_kept
 from perceiver.models.shapes import AttentionChannels
 
 FP32 = 4
