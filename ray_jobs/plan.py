@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 
 from perceiver.config import Experiment, PerceiverARConfig, UserError
+from perceiver.costs.devices import DEVICES, GIB, Device
 from perceiver.costs.flops import num_parameters
 from perceiver.costs.memory import Memory, Traffic, most_of_each, step_memory, step_traffic, units
 from perceiver.data.shards import load_prepared, with_tokenizer
 from perceiver.tasks import build_task
-from perceiver.training.meters import DEVICES, GIB, Device
 from perceiver.training.run import total_steps
 from ray_jobs.cli import main_entry, parse_experiment
 from ray_jobs.preflight import check_experiment

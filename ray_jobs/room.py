@@ -10,9 +10,9 @@ import torch
 
 from perceiver.config import Experiment, UserError
 from perceiver.costs.activations import Layout
+from perceiver.costs.devices import DEVICES, GIB
 from perceiver.costs.memory import largest_micro_batch, step_memory
 from perceiver.tasks import build_task
-from perceiver.training.meters import DEVICES, GIB
 
 CONTEXT = 1.5 * GIB
 """Of a GPU: its context, kernels, and the buffers of NCCL. An assumption, as is the next."""

@@ -14,7 +14,7 @@ ARROWS = {
     "perceiver.models": {"perceiver.config"},
     "perceiver.costs": {"perceiver.config", "perceiver.models"},
     "perceiver.data": {"perceiver.config", "perceiver.presets"},
-    "perceiver.training": {"perceiver.config", "perceiver.data", "perceiver.hub", "perceiver.pretrained"},
+    "perceiver.training": {"perceiver.config", "perceiver.costs", "perceiver.data", "perceiver.hub", "perceiver.pretrained"},
     "perceiver.inference": {
         "perceiver.config", "perceiver.models", "perceiver.data", "perceiver.training", "perceiver.tasks", "perceiver.hub",
         "perceiver.pretrained",
