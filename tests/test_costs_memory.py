@@ -1,4 +1,4 @@
-"""The memory model against what the allocator counts while real steps run: 12 configurations of all tasks, within 15%.
+"""The memory model, by formulas and counted, against what the allocator counts while real steps run: 12 configurations of all tasks, within 15%.
 
 One process is one of N workers: its collectives are a fake group's, which sends nothing, so that memory is real and numbers are not.
 """
@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from perceiver.config import Experiment, ParallelConfig, PerceiverARConfig
 from perceiver.costs.activations import Layout, StepSizes, step_calls
+from perceiver.costs.count import CountedStep
 from perceiver.costs.flops import num_kept, num_parameters
 from perceiver.costs.memory import FormulaStep, largest_micro_batch, most_of_each, step_memory, step_traffic
 from perceiver.presets import PRESETS
@@ -130,9 +131,13 @@ def peak_bytes(experiment: Experiment, world: World) -> int:
 def test_memory_of_a_step_is_what_the_allocator_counts_within_15_percent(case, one_of):
     experiment = case.experiment()
     measured = peak_bytes(experiment, one_of(experiment))
-    model = step_memory(step_of(experiment), layout_of(experiment, cuda=False))
-    print(f"{measured / 2**20:.1f} MiB measured, {model.total / measured - 1:+.1%}")
-    assert model.total == pytest.approx(measured, rel=0.15)
+    layout, task = layout_of(experiment, cuda=False), build_task(experiment)
+    with torch.device("meta"):
+        counted = CountedStep(task.build_model(), task.loss, batch_of(experiment, 2))
+    by_formula, by_count = (step_memory(step, layout).total for step in (step_of(experiment), counted))
+    print(f"{measured / 2**20:.1f} MiB measured, {by_formula / measured - 1:+.1%} by formula, {by_count / measured - 1:+.1%} counted")
+    assert by_formula == pytest.approx(measured, rel=0.15)
+    assert by_count == pytest.approx(measured, rel=0.15)
 
 
 class Received(TorchDispatchMode):

@@ -108,7 +108,7 @@ def count_step(model: nn.Module, loss: LossFunction, batch: Batch, *, precision:
             total.backward()
     except (NotImplementedError, RuntimeError) as error:
         raise UserError(
-            f"the costs of {type(model).__name__} cannot be counted, as its step depends on values of tensors or fails without them: {error}"
+            f"the costs of {type(model).__name__} cannot be counted, as its step needs more of tensors than their shapes: {error}"
         ) from error
     return watch.result(dtype.itemsize)
 
