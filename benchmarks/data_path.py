@@ -28,6 +28,8 @@ import numpy as np
 import pyarrow as pa
 
 from perceiver.config import DataConfig, ParallelConfig
+from perceiver.costs.devices import DEVICES
+from perceiver.costs.flops import training_flops
 from perceiver.data.chunks import Chunks, chunk_ids, chunk_rows, chunks_of, measure
 from perceiver.data.order import Order, plan
 from perceiver.data.prepare import Job, cut_pieces, make_piece, make_shard, make_split, plan_shards
@@ -38,11 +40,9 @@ from perceiver.data.spans import Problems
 from perceiver.data.stream import read_unit
 from perceiver.data.text import mask_words, windows, word_ids
 from perceiver.data.tokenizers import MASK, ByteTokenizer, Tokenizer, load_tokenizer
-from perceiver.models.flops import training_flops
 from perceiver.presets import PRESETS
 from perceiver.tasks import build_task
 from perceiver.training.batches import Feed, ReadAll, StreamFeed, make_feed, read_here
-from perceiver.training.meters import DEVICES
 
 REPEATS = 3
 MLM, CLM = (32, 2048), (24, 4096)

@@ -23,10 +23,10 @@ import torch
 import torch.distributed as dist
 
 from perceiver.config import Experiment, from_dict, to_dict
+from perceiver.costs.flops import num_parameters
+from perceiver.costs.memory import step_memory
 from perceiver.data.shards import Manifest
 from perceiver.datasets import load_prepared, with_prepared_tokenizer, with_tokenizer
-from perceiver.models.flops import num_parameters
-from perceiver.models.memory import step_memory
 from perceiver.tasks import build_task
 from perceiver.training.batches import make_val_feeds, read_here
 from perceiver.training.checkpoint import list_checkpoints, load_state
@@ -35,7 +35,7 @@ from perceiver.training.record import read_metrics
 from perceiver.training.run import Training, build_state, evaluate
 from ray_jobs.cli import main_entry, parse_experiment
 from ray_jobs.preflight import check_experiment
-from ray_jobs.room import layout_of
+from ray_jobs.room import layout_of, step_of
 
 
 def peak_gib() -> float:
@@ -120,7 +120,7 @@ def main(argv: list[str]) -> int:
     data, manifest = load_prepared(experiment)
     experiment = with_prepared_tokenizer(experiment, data, manifest)
     print(f"{experiment.preset}: {num_parameters(experiment.model):,} parameters, {experiment.parallel.workers} workers", flush=True)
-    planned = step_memory(experiment.model, layout_of(experiment, cuda=False), build_task(experiment).step_sizes()).total
+    planned = step_memory(step_of(experiment), layout_of(experiment, cuda=False)).total
     print(f"  planned: {planned / 2**30:.2f} GiB of tensors for the step of a worker", flush=True)
     with tempfile.TemporaryDirectory(dir=experiment.run.storage or None) as folder:
         saved = run(train_worker, experiment, data, Path(folder))

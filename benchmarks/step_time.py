@@ -24,8 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from perceiver.costs.flops import num_kept
 from perceiver.models import build_model
-from perceiver.models.flops import num_kept
 from perceiver.presets import PRESETS
 from perceiver.training.parallel import reuse_freed_memory
 

@@ -421,7 +421,7 @@ PRESETS: dict[str, Callable[[], Experiment]] = {
 def main() -> None:
     """Prints the table of presets."""
     # Here and not above: to name an experiment takes no PyTorch.
-    from perceiver.models.flops import num_parameters
+    from perceiver.costs.flops import num_parameters
 
     rows = [("preset", "task", "data", "parameters")]
     for name, preset in PRESETS.items():

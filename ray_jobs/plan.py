@@ -11,16 +11,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 
 from perceiver.config import Experiment, UserError
+from perceiver.costs.devices import DEVICES, GIB, Device
+from perceiver.costs.flops import num_parameters
+from perceiver.costs.memory import Memory, Traffic, most_of_each, step_memory, step_traffic
 from perceiver.datasets import load_prepared, with_tokenizer
 from perceiver.models.configs import PerceiverARConfig
-from perceiver.models.flops import num_parameters
-from perceiver.models.memory import Memory, Traffic, most_of_each, step_memory, step_traffic, units
 from perceiver.tasks import build_task
-from perceiver.training.meters import DEVICES, GIB, Device
 from perceiver.training.run import total_steps
 from ray_jobs.cli import main_entry, parse_experiment
 from ray_jobs.preflight import check_experiment
-from ray_jobs.room import largest, layout_of, share, usable
+from ray_jobs.room import largest, layout_of, share, step_of, usable
 
 FACTORS = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"))
 
@@ -64,18 +64,18 @@ def make_plan(experiment: Experiment, device: Device, mfu: float) -> Plan:
         mfu: share of the devices' peak at which they compute what the model asks for (without recomputation).
     """
     task, layout, parallel = build_task(experiment), layout_of(experiment), experiment.parallel
-    sizes, limit, batch = task.step_sizes(), usable(device.memory), experiment.training.global_batch_size
+    step, limit, batch = step_of(experiment), usable(device.memory), experiment.training.global_batch_size
     unit, per_example = task.unit()
     peak = device.bf16 if experiment.training.precision == "bf16" else device.fp32
-    parts = units(experiment.model, 1)
+    parts = step.units(1)
     return Plan(
         parameters=num_parameters(experiment.model),
         unit=unit,
         units_per_step=batch * per_example,
         flops_per_unit=task.flops_per_example() / per_example,
         steps=_steps(experiment),
-        memory=step_memory(experiment.model, layout, sizes),
-        most=most_of_each(experiment.model, layout, sizes),
+        memory=step_memory(step, layout),
+        most=most_of_each(step, layout),
         host=_shard(experiment) if parallel.cpu_offload else 0.0,
         limit=limit,
         micro_batch=layout.micro_batch_size,
@@ -83,7 +83,7 @@ def make_plan(experiment: Experiment, device: Device, mfu: float) -> Plan:
             name: largest(replace(experiment, parallel=replace(parallel, activation_checkpointing=every)), limit)
             for name, every in (("no layer", 0), ("every second layer", 2), ("every layer", 1))
         },
-        traffic=step_traffic(experiment.model, layout, sizes, parallel.replicas),
+        traffic=step_traffic(step, layout, parallel.replicas),
         checkpoint=4.0 * sum(part.size + 2 * part.trained for part in parts),
         seconds_per_step=batch * task.flops_per_example() / (parallel.workers * peak * mfu),
     )
@@ -91,7 +91,7 @@ def make_plan(experiment: Experiment, device: Device, mfu: float) -> Plan:
 
 def _shard(experiment: Experiment) -> float:
     """Bytes of a worker's parameters, gradients and moments."""
-    parts = units(experiment.model, layout_of(experiment).shards)
+    parts = step_of(experiment).units(layout_of(experiment).shards)
     return 4.0 * sum(part.size + 3 * part.trained for part in parts) / layout_of(experiment).shards
 
 

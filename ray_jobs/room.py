@@ -9,10 +9,10 @@ from dataclasses import replace
 import torch
 
 from perceiver.config import Experiment, UserError
-from perceiver.models.activations import Layout
-from perceiver.models.memory import largest_micro_batch, step_memory
+from perceiver.costs.activations import Layout
+from perceiver.costs.devices import DEVICES, GIB
+from perceiver.costs.memory import FormulaStep, largest_micro_batch, step_memory
 from perceiver.tasks import build_task
-from perceiver.training.meters import DEVICES, GIB
 
 CONTEXT = 1.5 * GIB
 """Of a GPU: its context, kernels, and the buffers of NCCL. An assumption, as is the next."""
@@ -48,10 +48,14 @@ def layout_of(experiment: Experiment, cuda: bool = True) -> Layout:
     )
 
 
+def step_of(experiment: Experiment) -> FormulaStep:
+    """The training step of an experiment, of which memory is worked out."""
+    return FormulaStep(experiment.model, build_task(experiment).step_sizes())
+
+
 def largest(experiment: Experiment, limit: float, cuda: bool = True) -> int:
     """The largest micro-batch whose step takes at most `limit` bytes of a worker's device; 0: none."""
-    sizes = build_task(experiment).step_sizes()
-    return largest_micro_batch(experiment.model, layout_of(experiment, cuda), sizes, limit, share(experiment))
+    return largest_micro_batch(step_of(experiment), layout_of(experiment, cuda), limit, share(experiment))
 
 
 def check_fits(experiment: Experiment, limit: float, cuda: bool = True, where: str = "a device") -> None:
@@ -61,7 +65,7 @@ def check_fits(experiment: Experiment, limit: float, cuda: bool = True, where: s
         UserError: it does not; says which change would make it fit.
     """
     layout = layout_of(experiment, cuda)
-    needed = step_memory(experiment.model, layout, build_task(experiment).step_sizes()).total
+    needed = step_memory(step_of(experiment), layout).total
     if needed <= limit:
         return
     raise UserError(

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from perceiver.config import ParallelConfig, UserError
-from perceiver.models.flops import training_flops
+from perceiver.costs.flops import training_flops
 from perceiver.tasks import build_task
 from perceiver.tasks.base import IGNORE_INDEX
 from perceiver.tasks.chunked_loss import chunk_rows, chunked_cross_entropy

@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 
 from perceiver.config import ParallelConfig, UserError
+from perceiver.costs.devices import DEVICES, GIB
 from perceiver.presets import PRESETS
-from perceiver.training.meters import DEVICES, GIB
 from ray_jobs.plan import main
 from ray_jobs.room import check_fits, check_memory, layout_of, usable
 

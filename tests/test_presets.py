@@ -3,7 +3,7 @@
 import pytest
 
 from perceiver.config import from_dict, to_dict
-from perceiver.models.flops import num_parameters
+from perceiver.costs.flops import num_parameters
 from perceiver.presets import PRESETS, main
 
 PUBLISHED = {

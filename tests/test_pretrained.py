@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 
 from perceiver import pretrained
 from perceiver.config import ParallelConfig, UserError, to_dict
+from perceiver.costs.flops import training_flops
 from perceiver.data.train_tokenizer import train_sentencepiece
 from perceiver.hub import resolved_architecture
 from perceiver.models import build_model
-from perceiver.models.flops import training_flops
 from perceiver.presets import PRESETS
 from perceiver.pretrained import read_lightning, read_pretrained
 from perceiver.training.checkpoint import choose_checkpoint, load_model

@@ -43,7 +43,7 @@ def test_every_command_is_known_to_this_test():
 
 
 def test_the_table_is_that_of_the_presets():
-    from perceiver.models.flops import num_parameters
+    from perceiver.costs.flops import num_parameters
 
     rows = dict(re.findall(r"^\| `([\w-]+)` \|.*\| ([\d,]+) \|$", TEXT, flags=re.M))
     assert rows == {name: f"{num_parameters(preset().model):,}" for name, preset in PRESETS.items() if name in rows}

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from perceiver.config import DataConfig, ModelConfig, TaskConfig
+from perceiver.costs.activations import StepSizes
 from perceiver.data.components import Component, weighted
 from perceiver.data.shards import Manifest, Split
 from perceiver.models import build_model
-from perceiver.models.activations import StepSizes
 
 Batch = dict[str, Tensor]
 C = TypeVar("C", bound=TaskConfig)

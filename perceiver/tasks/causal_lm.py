@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from perceiver.config import DataConfig, ModelConfig, TaskConfig, UserError
+from perceiver.costs.activations import StepSizes
+from perceiver.costs.flops import num_kept, training_flops
 from perceiver.data.order import uniforms
 from perceiver.data.shards import Manifest, Split, fixed_array, fixed_column
 from perceiver.data.tokenizers import load_tokenizer
 from perceiver.inference.generate import generate
-from perceiver.models.activations import StepSizes
 from perceiver.models.configs import PerceiverARConfig
-from perceiver.models.flops import num_kept, training_flops
 from perceiver.tasks.base import IGNORE_INDEX, Batch, Guess, Sample, Task, loss_of_sources, padded, unigram_guess
 from perceiver.tasks.chunked_loss import CHUNK_ELEMENTS, chunked_cross_entropy
 

@@ -13,14 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from perceiver.config import DataConfig, ModelConfig, TaskConfig, UserError
+from perceiver.costs.activations import StepSizes
+from perceiver.costs.flops import training_flops
 from perceiver.data.order import VALIDATION_SEED
 from perceiver.data.shards import Manifest, Split, fixed_array
 from perceiver.data.text import mask_words
 from perceiver.data.tokenizers import Tokenizer, load_tokenizer
 from perceiver.inference.masks import MARKS, encode_masked, fill_masks
-from perceiver.models.activations import StepSizes
 from perceiver.models.configs import PerceiverIOConfig, TextInput, TextOutput
-from perceiver.models.flops import training_flops
 from perceiver.tasks.base import IGNORE_INDEX, Batch, Guess, Sample, Task, loss_of_sources, padded, unigram_guess
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from perceiver.config import Experiment, to_dict
+from perceiver.costs.devices import peak_flops
 from perceiver.data.components import Component, weighted
 from perceiver.data.shards import Manifest, Split
 from perceiver.data.storage import read_file, write_file
@@ -23,7 +24,7 @@ from perceiver.training.batches import Feed, Prefetch, ReadAll, make_train_feed,
 from perceiver.training.checkpoint import Checkpointer, TrainState, write_json
 from perceiver.training.init_from import find_start
 from perceiver.training.loop import StepResult, add_to, fit, validate
-from perceiver.training.meters import Meter, peak_flops
+from perceiver.training.meters import Meter
 from perceiver.training.mirror import CHECKPOINTS, Mirror
 from perceiver.training.optim import build_optimizer
 from perceiver.training.parallel import World, build_sharded

@@ -10,11 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from perceiver.config import ModelConfig
+from perceiver.costs.flops import num_kept
 from perceiver.models import shapes
 from perceiver.models.attention import LONG_ENOUGH_TO_SPLIT
 from perceiver.models.configs import PerceiverARConfig, PerceiverIOConfig, TextOutput
 from perceiver.models.factored_attention import is_cheaper
-from perceiver.models.flops import num_kept
 from perceiver.models.shapes import AttentionChannels
 
 FP32 = 4

@@ -7,7 +7,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from perceiver.config import ModelConfig
-from perceiver.models import build_model, flops
+from perceiver.costs import flops
+from perceiver.models import build_model
 from perceiver.models.configs import ClassOutput
 from perceiver.presets import PRESETS
 from tests.test_models_perceiver_ar import CONFIG as AR

@@ -1,4 +1,4 @@
-"""The memory model against what the allocator counts while real steps run: 12 configurations of all tasks, within 15%.
+"""The memory model, by formulas and counted, against what the allocator counts while real steps run: 12 configurations, within 15%.
 
 One process is one of N workers: its collectives are a fake group's, which sends nothing, so that memory is real and numbers are not.
 """
@@ -16,16 +16,17 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from perceiver.config import Experiment, ParallelConfig
-from perceiver.models.activations import Layout, StepSizes, step_calls
+from perceiver.costs.activations import Layout, StepSizes, step_calls
+from perceiver.costs.count import CountedStep
+from perceiver.costs.flops import num_kept, num_parameters
+from perceiver.costs.memory import FormulaStep, largest_micro_batch, most_of_each, step_memory, step_traffic
 from perceiver.models.configs import PerceiverARConfig
-from perceiver.models.flops import num_kept, num_parameters
-from perceiver.models.memory import largest_micro_batch, most_of_each, step_memory, step_traffic, units
 from perceiver.presets import PRESETS
 from perceiver.tasks import Batch, build_task
 from perceiver.training.loop import fit
 from perceiver.training.parallel import World, join_world
 from perceiver.training.run import build_state
-from ray_jobs.room import layout_of
+from ray_jobs.room import layout_of, step_of
 
 
 @dataclass(frozen=True)
@@ -131,9 +132,13 @@ def peak_bytes(experiment: Experiment, world: World) -> int:
 def test_memory_of_a_step_is_what_the_allocator_counts_within_15_percent(case, one_of):
     experiment = case.experiment()
     measured = peak_bytes(experiment, one_of(experiment))
-    model = step_memory(experiment.model, layout_of(experiment, cuda=False), build_task(experiment).step_sizes())
-    print(f"{measured / 2**20:.1f} MiB measured, {model.total / measured - 1:+.1%}")
-    assert model.total == pytest.approx(measured, rel=0.15)
+    layout, task = layout_of(experiment, cuda=False), build_task(experiment)
+    with torch.device("meta"):
+        counted = CountedStep(task.build_model(), task.loss, batch_of(experiment, 2))
+    by_formula, by_count = (step_memory(step, layout).total for step in (step_of(experiment), counted))
+    print(f"{measured / 2**20:.1f} MiB measured, {by_formula / measured - 1:+.1%} by formula, {by_count / measured - 1:+.1%} counted")
+    assert by_formula == pytest.approx(measured, rel=0.15)
+    assert by_count == pytest.approx(measured, rel=0.15)
 
 
 class Received(TorchDispatchMode):
@@ -158,7 +163,7 @@ def test_traffic_is_that_of_the_collectives(case, one_of):
     world, layout = one_of(experiment), layout_of(experiment, cuda=False)
     with Received() as received:
         two_steps(experiment, world)
-    traffic = step_traffic(experiment.model, layout, build_task(experiment).step_sizes(), case.replicas)
+    traffic = step_traffic(step_of(experiment), layout, case.replicas)
     own = (layout.shards - 1) / layout.shards  # a worker has its own part of what is gathered
     sent = received.bytes
     assert sent["_allgather_base_"] / 2 * own == pytest.approx(traffic.gathered, rel=0.01)
@@ -169,7 +174,7 @@ def test_traffic_is_that_of_the_collectives(case, one_of):
 def test_units_hold_every_parameter_once_and_all_of_them_run():
     for name, preset in PRESETS.items():
         config = preset().model
-        parts = units(config, 1)
+        parts = FormulaStep(config).units(1)
         assert sum(unit.size for unit in parts) == num_parameters(config), name
         # All layers but the last unit, which is what belongs to none, run in a step.
         calls, _ = step_calls(config, Layout(micro_batch_size=1), StepSizes())
@@ -178,23 +183,23 @@ def test_units_hold_every_parameter_once_and_all_of_them_run():
 
 def test_a_shard_is_a_part_of_everything_and_offloaded_shards_take_nothing():
     experiment = replace(PRESETS["clm-c4"](), parallel=ParallelConfig(workers=8, activation_checkpointing=1))
-    layout, sizes = layout_of(experiment), build_task(experiment).step_sizes()
-    most = most_of_each(experiment.model, layout, sizes)
+    layout, step = layout_of(experiment), step_of(experiment)
+    most = most_of_each(step, layout)
     assert most.parameters == pytest.approx(4 * 453_950_720 / 8) and most.optimizer == 2 * most.parameters == 2 * most.gradients
-    offloaded = most_of_each(experiment.model, replace(layout, cpu_offload=True), sizes)
+    offloaded = most_of_each(step, replace(layout, cpu_offload=True))
     assert offloaded.parameters == offloaded.gradients == offloaded.optimizer == 0
     assert offloaded.activations == most.activations
 
 
 def test_the_largest_micro_batch_fits_and_the_next_one_does_not():
     experiment = PRESETS["clm-c4"]()
-    sizes, limit = build_task(experiment).step_sizes(), 8 * 2**30
+    step, limit = step_of(experiment), 8 * 2**30
     layout = layout_of(experiment)
-    size = largest_micro_batch(experiment.model, layout, sizes, limit, 256)
+    size = largest_micro_batch(step, layout, limit, 256)
 
     def needed(size: int) -> float:
-        return step_memory(experiment.model, replace(layout, micro_batch_size=size, accumulated=-(-256 // size)), sizes).total
+        return step_memory(step, replace(layout, micro_batch_size=size, accumulated=-(-256 // size))).total
 
     assert 0 < size < 256 and needed(size) <= limit < needed(size + 1)
-    assert largest_micro_batch(experiment.model, layout, sizes, 2**20, 256) == 0
-    assert largest_micro_batch(experiment.model, layout, sizes, 2**50, 256) == 256
+    assert largest_micro_batch(step, layout, 2**20, 256) == 0
+    assert largest_micro_batch(step, layout, 2**50, 256) == 256

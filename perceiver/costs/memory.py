@@ -1,12 +1,12 @@
-"""Memory of a training step on one device, from the configuration alone: arithmetic, no tensor is made.
+"""Memory of a training step on one device: arithmetic on what its layers hold, no tensor is made.
 
 The step is walked through as it runs (forward layer by layer, loss, backward, optimizer), and what is in memory is added up at
-every moment by kind; the moment with the most is the answer. tests/test_models_memory.py compares it with the allocator's own count.
+every moment by kind; the moment with the most is the answer. tests/test_costs_memory.py compares it with the allocator's own count.
 
-Activations are those of `activations.py`. Of FSDP2 (`perceiver/training/parallel.py`): a shard of parameters, gradients and two
-moments in fp32; the whole parameters of the layer at work in the type of computation, the next layer's as they arrive, gradients
-before they are reduced, and the reduction's input in fp32. Parameters outside of layers (embeddings) stay whole from forward to
-backward.
+Activations are those of `activations.py` or, counted, of `count.py`. Of FSDP2 (`perceiver/training/parallel.py`): a shard of
+parameters, gradients and two moments in fp32; the whole parameters of the layer at work in the type of computation, the next layer's as
+they arrive, gradients before they are reduced, and the reduction's input in fp32. Parameters outside of layers (embeddings) stay whole
+from forward to backward.
 
 Not counted: what the allocator loses to fragments, the device's context, the communication library's own buffers.
 """
@@ -15,14 +15,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
+from typing import Protocol
 
 import torch
+from torch import nn
 
 from perceiver.config import ModelConfig
+from perceiver.costs.activations import FP32, Call, Layout, Loss, StepSizes, step_calls
 from perceiver.models import build_model
-from perceiver.models.activations import FP32, Call, Layout, StepSizes, step_calls
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +48,7 @@ class Memory:
 
     @property
     def total(self) -> float:
-        return sum(getattr(self, field.name) for field in fields(self))
+        return sum(getattr(self, f.name) for f in fields(self))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,11 +61,42 @@ class Unit:
     """Those of them that get gradients."""
 
 
+class Step(Protocol):
+    """A training step whose memory is asked for: by formulas (`FormulaStep`) or counted (`CountedStep` in `count.py`)."""
+
+    def walk(self, layout: Layout) -> tuple[list[Call], Loss]:
+        """The runs of layers in the order in which a forward pass has them, and its end."""
+        ...
+
+    def units(self, shards: int) -> tuple[Unit, ...]:
+        """The units of sharding: one for each of the model's `layers()`, then one for what is left."""
+        ...
+
+
+@dataclass(frozen=True)
+class FormulaStep:
+    """The step of a built-in model, from its configuration alone."""
+
+    config: ModelConfig
+    sizes: StepSizes = field(default_factory=StepSizes)
+
+    def walk(self, layout: Layout) -> tuple[list[Call], Loss]:
+        """See `Step`."""
+        return step_calls(self.config, layout, self.sizes)
+
+    def units(self, shards: int) -> tuple[Unit, ...]:
+        """See `Step`."""
+        return _units(self.config, shards)
+
+
 @lru_cache(maxsize=16)
-def units(config: ModelConfig, shards: int) -> tuple[Unit, ...]:
-    """The units of sharding: one for each of `layers()`, then one for what is left."""
+def _units(config: ModelConfig, shards: int) -> tuple[Unit, ...]:
     with torch.device("meta"):
-        model = build_model(config)
+        return units_of(build_model(config), shards)
+
+
+def units_of(model: nn.Module, shards: int) -> tuple[Unit, ...]:
+    """The units of sharding of a model with `layers()`."""
     parts = [list(layer.parameters()) for layer in model.layers()]
     own = {id(parameter) for part in parts for parameter in part}
     parts.append([parameter for parameter in model.parameters() if id(parameter) not in own])
@@ -72,18 +105,18 @@ def units(config: ModelConfig, shards: int) -> tuple[Unit, ...]:
     return tuple(Unit(size=sum(n for n, _ in part), trained=sum(n for n, grad in part if grad)) for part in sizes)
 
 
-def step_memory(config: ModelConfig, layout: Layout, sizes: StepSizes) -> Memory:
+def step_memory(step: Step, layout: Layout) -> Memory:
     """Memory of a training step (from the second on, when the optimizer has its moments)."""
-    return max(_moments(config, layout, sizes), key=lambda memory: memory.total)
+    return max(_moments(step, layout), key=lambda memory: memory.total)
 
 
-def most_of_each(config: ModelConfig, layout: Layout, sizes: StepSizes) -> Memory:
+def most_of_each(step: Step, layout: Layout) -> Memory:
     """The most that there is of each kind in a step, which is not all at one moment."""
-    moments = list(_moments(config, layout, sizes))
-    return Memory(**{field.name: max(getattr(moment, field.name) for moment in moments) for field in fields(Memory)})
+    moments = list(_moments(step, layout))
+    return Memory(**{f.name: max(getattr(moment, f.name) for moment in moments) for f in fields(Memory)})
 
 
-def largest_micro_batch(config: ModelConfig, layout: Layout, sizes: StepSizes, limit: float, most: int) -> int:
+def largest_micro_batch(step: Step, layout: Layout, limit: float, most: int) -> int:
     """The largest number of examples, up to `most`, whose step takes at most `limit` bytes; 0: not even one fits.
 
     `most` is the device's share of a step: a smaller micro-batch is accumulated.
@@ -91,7 +124,7 @@ def largest_micro_batch(config: ModelConfig, layout: Layout, sizes: StepSizes, l
 
     def fits(size: int) -> bool:
         smaller = replace(layout, micro_batch_size=size, accumulated=-(-most // size))
-        return step_memory(config, smaller, sizes).total <= limit
+        return step_memory(step, smaller).total <= limit
 
     if fits(most):  # nothing is accumulated then, which saves the whole gradients
         return most
@@ -114,13 +147,13 @@ class Traffic:
     """Its shard's gradients, summed over replicas (a ring sends each number twice)."""
 
 
-def step_traffic(config: ModelConfig, layout: Layout, sizes: StepSizes, replicas: int = 1) -> Traffic:
+def step_traffic(step: Step, layout: Layout, replicas: int = 1) -> Traffic:
     """What FSDP2 sends: a layer is gathered for each of its runs forward and backward, what belongs to no layer once.
 
     Gradients are reduced once a step, also those of a layer that runs several times.
     """
-    *layers, root = units(config, layout.shards)
-    calls, _ = step_calls(config, layout, sizes)
+    *layers, root = step.units(layout.shards)
+    calls, _ = step.walk(layout)
     others = (layout.shards - 1) / layout.shards
     runs = sum(layers[call.unit].size * (2 if call.trained else 1) for call in calls) + root.size
     reduced = sum(unit.trained for unit in layers) + root.trained
@@ -131,15 +164,15 @@ def step_traffic(config: ModelConfig, layout: Layout, sizes: StepSizes, replicas
     )
 
 
-def _moments(config: ModelConfig, layout: Layout, sizes: StepSizes) -> Iterator[Memory]:
+def _moments(step: Step, layout: Layout) -> Iterator[Memory]:
     """What is in memory at the moments of a step that can have the most."""
     e, shards = layout.element_size, layout.shards
-    parts = units(config, shards)
+    parts = step.units(shards)
     *layers, root = parts
     owned = 0.0 if layout.cpu_offload else 1.0
     size, trained = sum(unit.size for unit in parts) / shards, sum(unit.trained for unit in parts) / shards
     base = Counter(parameters=owned * FP32 * size, optimizer=owned * 2 * FP32 * trained, gathered=e * root.size)
-    calls, loss = step_calls(config, layout, sizes)
+    calls, loss = step.walk(layout)
     whole = 0.0
     if layout.accumulated > 1:  # gradients stay whole, in fp32, until the step's last micro-batch
         whole = FP32 * sum(unit.trained for unit in parts)
@@ -188,4 +221,4 @@ def _keeps(call: Call, layout: Layout) -> bool:
 
 
 def _memory(live: Counter, **more: float) -> Memory:
-    return Memory(**{field.name: live[field.name] + more.get(field.name, 0.0) for field in fields(Memory)})
+    return Memory(**{f.name: live[f.name] + more.get(f.name, 0.0) for f in fields(Memory)})
