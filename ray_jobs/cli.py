@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import difflib
 import io
 import re
 import sys
 from collections.abc import Callable, Sequence
-from typing import TypeVar
-
-import tyro
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
 from perceiver.config import Experiment, UserError, flatten, to_dict
 from perceiver.presets import PRESETS
+
+if TYPE_CHECKING:
+    from tyro.constructors import ConstructorRegistry
 
 SHORTCUTS = {
     "--workers": "--parallel.workers",
@@ -42,9 +45,9 @@ def parse_experiment(argv: Sequence[str], prog: str) -> Experiment:
     """
     if not argv or argv[0] in ("-h", "--help"):
         names = ", ".join(PRESETS)
-        print(f"usage: python -m {prog} PRESET [--field value ...]\n\npresets: {names}")
+        print(f"usage: {program(prog)} PRESET [--field value ...]\n\npresets: {names}")
         print(f"shortcuts: {', '.join(f'{short} = {long}' for short, long in SHORTCUTS.items())}; --workers 2..8 is elastic")
-        print(f"fields of a preset: python -m {prog} PRESET --help")
+        print(f"fields of a preset: {program(prog)} PRESET --help")
         raise SystemExit(0)
     return override(preset(argv[0]), argv[1:], f"{prog} {argv[0]}")
 
@@ -73,16 +76,31 @@ def override(config: Config, args: Sequence[str], prog: str) -> Config:
             name = arg[2:].partition("=")[0].replace("-", "_")
             if name not in fields:
                 raise UserError(f"field {arg.partition('=')[0]} does not exist{nearest(name, fields, '--')}")
+    # Here and not above: to import this module takes nothing that lists of runs and presets do not need.
+    import tyro
+
     output = io.StringIO()
     try:
-        with contextlib.redirect_stderr(output):
+        with contextlib.redirect_stderr(output), _without_internal_fields():
             return tyro.cli(
-                tyro.conf.AvoidSubcommands[tyro.conf.FlagConversionOff[type(config)]], default=config, args=args, prog=f"python -m {prog}"
+                tyro.conf.AvoidSubcommands[tyro.conf.FlagConversionOff[type(config)]],
+                default=config,
+                args=args,
+                prog=program(prog),
+                description=type(config).__doc__,
             )
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
         raise UserError(_first_sentence(output.getvalue())) from None
+
+
+def program(module: str) -> str:
+    """How the job of a module is started here: `perceiver COMMAND` in a process that was, else `python -m MODULE`."""
+    if Path(sys.argv[0]).name != "perceiver":
+        return f"python -m {module}"
+    name, _, rest = module.rpartition(".")[2].partition(" ")
+    return " ".join(filter(None, ("perceiver", name.replace("_", "-").removeprefix("train-"), rest)))
 
 
 def main_entry(main: Callable[[list[str]], int | None], argv: list[str] | None = None) -> None:
@@ -103,6 +121,26 @@ def main_entry(main: Callable[[list[str]], int | None], argv: list[str] | None =
         print("\nstopped; the same command continues", file=sys.stderr)
         status = 130
     sys.exit(status or 0)
+
+
+def _without_internal_fields() -> ConstructorRegistry:
+    """Rules for tyro by which an experiment's `preset` is no argument: it says where the experiment came from."""
+    from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructFieldSpec, StructTypeInfo
+
+    registry = ConstructorRegistry()
+
+    @registry.struct_rule
+    def experiment(info: StructTypeInfo) -> StructConstructorSpec | None:
+        if info.type is not Experiment:
+            return None
+        fields = (
+            StructFieldSpec(name=field.name, type=field.type, default=getattr(info.default, field.name))
+            for field in dataclasses.fields(Experiment)
+            if field.name != "preset"
+        )
+        return StructConstructorSpec(instantiate=lambda **values: dataclasses.replace(info.default, **values), fields=tuple(fields))
+
+    return registry
 
 
 def _long(arg: str) -> str:

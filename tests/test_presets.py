@@ -4,7 +4,7 @@ import pytest
 
 from perceiver.config import from_dict, to_dict
 from perceiver.models.flops import num_parameters
-from perceiver.presets import PRESETS, main
+from perceiver.presets import PARAMETERS, PRESETS, main
 
 PUBLISHED = {
     "mlm-imdb": 201_108_230,
@@ -23,6 +23,12 @@ PUBLISHED = {
 @pytest.mark.parametrize(("name", "parameters"), PUBLISHED.items())
 def test_published_models_have_exactly_their_parameters(name: str, parameters: int) -> None:
     assert num_parameters(PRESETS[name]().model) == parameters
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_table_of_parameters_is_that_of_the_models(name: str) -> None:
+    assert PARAMETERS[name] == num_parameters(PRESETS[name]().model)
+    assert PARAMETERS.keys() == PRESETS.keys()
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -27,7 +27,7 @@ from perceiver.data.sources import is_shipped
 from perceiver.training.checkpoint import write_json
 from perceiver.training.meters import duration
 from perceiver.training.run import total_steps
-from ray_jobs.cli import main_entry
+from ray_jobs.cli import main_entry, program
 from ray_jobs.ingest import DATA_CPUS
 from ray_jobs.preflight import check_experiment, cluster_cores
 from ray_jobs.ray_env import connect, use_gpus
@@ -54,7 +54,7 @@ class Room:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tuning.sweep", description=__doc__, allow_abbrev=False,
+    parser = argparse.ArgumentParser(prog=program("tuning.sweep"), description=__doc__, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=f"sweeps: {', '.join(SWEEPS)}, or file.py:function",
     )  # fmt: skip

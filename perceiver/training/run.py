@@ -12,25 +12,25 @@ import numpy as np
 import torch
 from torch import nn
 
+import perceiver
 from perceiver.config import Experiment, to_dict
 from perceiver.data.components import Component, weighted
 from perceiver.data.shards import Manifest, Split
 from perceiver.data.storage import read_file, write_file
 from perceiver.data.tokenizers import TOKENIZER
+from perceiver.runs import CHECKPOINTS, EXPERIMENT, RESULT, list_checkpoints
 from perceiver.training.batches import Feed, Prefetch, ReadAll, make_train_feed, make_val_feeds
-from perceiver.training.checkpoint import EXPERIMENT, Checkpointer, TrainState, list_checkpoints, load_state, write_json
+from perceiver.training.checkpoint import Checkpointer, TrainState, load_state, write_json
 from perceiver.training.init_from import find_start
 from perceiver.training.loop import StepResult, add_to, fit, validate
 from perceiver.training.meters import Meter, peak_flops
-from perceiver.training.mirror import CHECKPOINTS, Mirror
+from perceiver.training.mirror import Mirror
 from perceiver.training.optim import build_optimizer
 from perceiver.training.parallel import World, build_sharded
 from perceiver.training.record import Recorder
 
 if TYPE_CHECKING:
     from perceiver.tasks.base import Task
-
-RESULT = "result.json"
 
 
 class NotFinite(Exception):
@@ -263,8 +263,15 @@ def _pass(task: Task, model: nn.Module, feed: Feed, world: World, read_all: Read
 
 
 def save_experiment(folder: Path, experiment: Experiment, manifest: Manifest, data_folder: str) -> None:
-    """Writes what a run is: its resolved configuration, the data it is trained on, a copy of the data's tokenizer."""
+    """Writes what a run is: its resolved configuration, the data it is trained on and its length on it, the version of this package,
+    a copy of the data's tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
     if (manifest.tokenizer or {}).get("sha256") is not None:
         write_file(folder, TOKENIZER, read_file(data_folder, TOKENIZER))
-    write_json(folder / EXPERIMENT, {"experiment": to_dict(experiment), "data": manifest.digest})
+    content = {
+        "experiment": to_dict(experiment),
+        "data": manifest.digest,
+        "steps": total_steps(experiment, manifest.splits["train"].rows),
+        "version": perceiver.__version__,
+    }
+    write_json(folder / EXPERIMENT, content)
