@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ RESULT = "result.json"
 """The last metrics of a finished run."""
 FAILURE = "failure.json"
 """Why a run's last start failed for good; workers that are started again find it and end at once."""
+TAIL = 2**16
+"""Bytes at the end of the metrics in which the last record is looked for."""
 LOCK = ".lock"
 """File that the driver of a run holds locked."""
 
@@ -56,17 +59,29 @@ def best_of(checkpoints: list[CheckpointInfo], metric: str) -> CheckpointInfo | 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The records of a run so far; a line that is damaged, as the last one is after a crash, costs itself alone."""
     path = folder / METRICS
-    if not path.exists():
-        return []
-    records = []
-    for line in path.read_bytes().splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict) and isinstance(record.get("step"), int):
-            records.append(record)
-    return records
+    return [record for line in path.read_bytes().splitlines() if (record := _record(line))] if path.exists() else []
+
+
+def last_step(folder: Path) -> int:
+    """The step of a run's last record, found from the end of the file; 0 without any."""
+    try:
+        with open(folder / METRICS, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - TAIL))
+            for line in reversed(file.read().splitlines()):
+                if record := _record(line):
+                    return record["step"]
+    except FileNotFoundError:
+        pass
+    return 0
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
 
 
 def read_run(folder: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from perceiver.config import UserError, flatten, home, to_dict
 from perceiver.presets import PRESETS
-from perceiver.runs import CHECKPOINTS, EXPERIMENT, DamagedRun, best_of, list_checkpoints, read_metrics, read_run, status
+from perceiver.runs import CHECKPOINTS, EXPERIMENT, DamagedRun, best_of, last_step, list_checkpoints, read_run, status
 from ray_jobs.cli import main_entry, program
 
 COLUMNS = ("name", "preset", "task", "status", "step", "of", "best", "checkpoint", "MiB")
@@ -64,13 +64,13 @@ def describe(run: Path) -> dict[str, Any]:
         content = read_run(run)
         experiment = content["experiment"]
         metric = experiment["run"].get("best_metric", "val_loss")
-        checkpoints, records, state = list_checkpoints(run / CHECKPOINTS), read_metrics(run), status(run)
+        checkpoints, state = list_checkpoints(run / CHECKPOINTS), status(run)
         best = best_of(checkpoints, metric)
         return row | {
             "preset": experiment.get("preset"),
             "task": str(experiment["task"].get("type", "")).rpartition(":")[2].removesuffix("Config"),
             "status": state,
-            "step": records[-1]["step"] if records else 0,
+            "step": last_step(run),
             "of": content.get("steps") or (None if experiment["training"].get("max_epochs") else experiment["training"].get("max_steps")),
             "best": f"{metric} {best.metrics[metric]:.4f}" if best else None,
             "checkpoint": checkpoints[-1].step if checkpoints else None,
