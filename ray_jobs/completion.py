@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from perceiver.config import flatten, home, to_dict
 from perceiver.presets import PRESETS
-from perceiver.runs import EXPERIMENT
+from perceiver.run_files import EXPERIMENT
 from ray_jobs.cli import SHORTCUTS, program
 from ray_jobs.main import COMMANDS
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from perceiver.config import UserError, flatten, home, to_dict
 from perceiver.presets import PRESETS
-from perceiver.runs import CHECKPOINTS, EXPERIMENT, DamagedRun, best_of, last_step, list_checkpoints, read_run, status
+from perceiver.run_files import EXPERIMENT, DamagedRun, best_value, last_step, read_markers, read_saved, status
 from ray_jobs.cli import main_entry, program
 
 COLUMNS = ("name", "preset", "task", "status", "step", "of", "best", "checkpoint", "MiB")
@@ -40,8 +40,8 @@ def main(argv: list[str]) -> int:
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     for run in runs:
-        if run["damage"]:
-            print(f"damaged {run['name']}: {run['damage']}")
+        if run["reason"]:
+            print(f"damaged {run['name']}: {run['reason']}")
         if run["continue"]:
             print(f"continue {run['name']}: {run['continue']}")
     return 0
@@ -51,7 +51,7 @@ def list_runs(folder: str | Path) -> list[dict[str, Any]]:
     """The runs in a folder, by name.
 
     Each has name, preset, task, status (running, finished, failed, stopped, damaged), step (of the last record), of (steps in all,
-    None where the run does not say), best (metric and value), checkpoint (last step), MiB, continue (command), and damage (what is
+    None where the run does not say), best (metric and value), checkpoint (last step), MiB, continue (command), and reason (what is
     wrong with its files). A damaged run costs its own line alone.
     """
     return [describe(path.parent) for path in sorted(Path(folder).glob(f"*/{EXPERIMENT}"))]
@@ -59,27 +59,27 @@ def list_runs(folder: str | Path) -> list[dict[str, Any]]:
 
 def describe(run: Path) -> dict[str, Any]:
     """One run; see `list_runs`."""
-    row: dict[str, Any] = dict.fromkeys((*COLUMNS, "continue", "damage")) | {"name": run.name, "MiB": _mebibytes(run)}
+    row: dict[str, Any] = dict.fromkeys((*COLUMNS, "continue", "reason")) | {"name": run.name, "MiB": _mebibytes(run)}
     try:
-        content = read_run(run)
+        content = read_saved(run)
         experiment = content["experiment"]
         metric = experiment["run"].get("best_metric", "val_loss")
-        checkpoints, state = list_checkpoints(run / CHECKPOINTS), status(run)
-        best = best_of(checkpoints, metric)
+        markers, state = read_markers(run), status(run)
+        best = best_value(markers, metric)
         return row | {
             "preset": experiment.get("preset"),
             "task": str(experiment["task"].get("type", "")).rpartition(":")[2].removesuffix("Config"),
             "status": state,
             "step": last_step(run),
             "of": content.get("steps") or (None if experiment["training"].get("max_epochs") else experiment["training"].get("max_steps")),
-            "best": f"{metric} {best.metrics[metric]:.4f}" if best else None,
-            "checkpoint": checkpoints[-1].step if checkpoints else None,
+            "best": f"{metric} {best:.4f}" if best is not None else None,
+            "checkpoint": markers[-1]["step"] if markers else None,
             "continue": None if state in ("running", "finished") else continue_command(experiment, run),
         }
     except DamagedRun as error:
-        return row | {"status": "damaged", "damage": str(error)}
+        return row | {"status": "damaged", "reason": str(error)}
     except Exception as error:  # whatever else stands in files that anybody may have written
-        return row | {"status": "damaged", "damage": f"its files are not those of a run ({type(error).__name__}: {error})"}
+        return row | {"status": "damaged", "reason": f"its files are not those of a run ({type(error).__name__}: {error})"}
 
 
 def continue_command(experiment: dict[str, Any], run: Path) -> str:

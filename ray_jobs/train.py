@@ -14,14 +14,14 @@ import torch
 from perceiver.config import Experiment, UserError, differences, from_dict
 from perceiver.data.shards import Manifest, load_prepared, with_tokenizer
 from perceiver.data.sources import is_shipped
-from perceiver.runs import CHECKPOINTS, EXPERIMENT, LOCK, RESULT, CheckpointInfo, best_of, list_checkpoints, read_metrics
 from perceiver.tasks import build_task
 from perceiver.tasks.pictures import curves
-from perceiver.training.checkpoint import mirrored
+from perceiver.training.checkpoint import CheckpointInfo, best_of, list_checkpoints, mirrored
 from perceiver.training.init_from import START, Start, find_start
 from perceiver.training.meters import duration
-from perceiver.training.mirror import Mirror
-from perceiver.training.run import save_experiment
+from perceiver.training.mirror import CHECKPOINTS, Mirror
+from perceiver.training.record import read_metrics
+from perceiver.training.run import EXPERIMENT, RESULT, save_experiment
 from ray_jobs.cli import main_entry, parse_experiment
 from ray_jobs.preflight import check_experiment, plan_resources
 from ray_jobs.room import check_memory
@@ -155,7 +155,7 @@ def locked(run_folder: Path) -> Iterator[None]:
         UserError: another process trains it.
     """
     run_folder.mkdir(parents=True, exist_ok=True)
-    with open(run_folder / LOCK, "w") as file:
+    with open(run_folder / ".lock", "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

@@ -21,11 +21,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from perceiver.config import Experiment, UserError, from_dict, to_dict
 from perceiver.data.shards import Manifest, with_prepared_tokenizer
-from perceiver.runs import CHECKPOINTS, FAILURE
 from perceiver.tasks import build_task
 from perceiver.training.batches import make_val_feeds
 from perceiver.training.checkpoint import load_model, write_json
-from perceiver.training.mirror import Mirror, fetch_run
+from perceiver.training.mirror import CHECKPOINTS, Mirror, fetch_run
 from perceiver.training.parallel import World, join_world
 from perceiver.training.run import NotFinite, Training, build_state, evaluate
 from ray_jobs.cli import JobFailed
@@ -34,6 +33,8 @@ from ray_jobs.ingest import DATA_CPUS, read_with_ray
 from ray_jobs.network import Network
 from ray_jobs.preflight import Resources
 
+FAILURE = "failure.json"
+"""In a run's folder: why its last start failed for good; workers that are started again find it and end at once."""
 PROGRAM_FAULTS = (TypeError, ValueError, KeyError, IndexError, AttributeError, AssertionError, ImportError, NotImplementedError)
 """Faults of the program or its files; what a lost worker or a broken connection raises is none of them."""
 DATA_PATIENCE = 600.0

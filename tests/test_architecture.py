@@ -11,10 +11,10 @@ ROOT = Path(__file__).resolve().parent.parent
 ARROWS = {
     "perceiver.config": set(),
     "perceiver.presets": {"perceiver.config", "perceiver.models"},
-    "perceiver.runs": set(),
+    "perceiver.run_files": set(),
     "perceiver.models": {"perceiver.config"},
     "perceiver.data": {"perceiver.config", "perceiver.presets"},
-    "perceiver.training": {"perceiver.config", "perceiver.data", "perceiver.hub", "perceiver.pretrained", "perceiver.runs"},
+    "perceiver.training": {"perceiver.config", "perceiver.data", "perceiver.hub", "perceiver.pretrained"},
     "perceiver.inference": {
         "perceiver.config", "perceiver.models", "perceiver.data", "perceiver.training", "perceiver.tasks", "perceiver.hub",
         "perceiver.pretrained",

@@ -61,7 +61,7 @@ def test_an_unknown_command_is_a_sentence_with_the_nearest_name(capsys, wrong, r
     "code",
     [
         "import perceiver",
-        "import perceiver.config, perceiver.presets, perceiver.runs",
+        "import perceiver.config, perceiver.presets, perceiver.run_files",
         "from ray_jobs.main import main; main(['--help'])",
         "from ray_jobs.main import main; main(['--version'])",
         "from ray_jobs.main import main; main(['presets'])",

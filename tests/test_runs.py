@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from perceiver.config import UserError, to_dict
-from perceiver.runs import TAIL, last_step, read_metrics
+from perceiver.run_files import TAIL, last_step
 from ray_jobs import runs
 from ray_jobs.cli import parse_experiment
 from tests.test_tuning import make_run
@@ -78,10 +78,9 @@ def test_a_damaged_run_costs_its_own_line_alone(folder, capsys, file, content):
         assert lines[3][1] == "damaged" and any(words[:2] == ["damaged", "halted:"] for words in lines)
 
 
-def test_a_damaged_line_of_metrics_costs_itself_alone(folder):
+def test_a_damaged_last_line_of_metrics_costs_itself_alone(folder):
     path = folder / "halted" / "metrics.jsonl"
     path.write_text('{"step": 10, "loss": 1}\n{"step": 11, "lo\n{"step": 12, "loss": 1}\n{"step": 13, "lo')
-    assert [record["step"] for record in read_metrics(folder / "halted")] == [10, 12]
     assert last_step(folder / "halted") == 12
 
 

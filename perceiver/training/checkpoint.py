@@ -31,8 +31,10 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from perceiver.config import UserError, home
-from perceiver.runs import EXPERIMENT, MARKER, CheckpointInfo, best_of, list_checkpoints
-from perceiver.training.mirror import Mirror, fetch_run
+from perceiver.training.mirror import MARKER, Mirror, fetch_run
+
+EXPERIMENT = "experiment.json"
+"""File that makes a folder a run: its resolved configuration and the hash of its data."""
 
 
 @dataclass
@@ -42,6 +44,15 @@ class TrainState:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     step: int = 0
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """A complete checkpoint on disk."""
+
+    path: Path
+    step: int
+    metrics: dict[str, float]
 
 
 def find_run(source: str | Path, storage: str | Path | None = None) -> Path | None:
@@ -55,9 +66,25 @@ def find_run(source: str | Path, storage: str | Path | None = None) -> Path | No
     return next((folder.absolute() for folder in candidates if (folder / EXPERIMENT).is_file()), None)
 
 
+def list_checkpoints(folder: str | Path) -> list[CheckpointInfo]:
+    """The complete checkpoints in a folder, oldest first."""
+    found = []
+    for marker in sorted(Path(folder).glob(f"step-*/{MARKER}")):
+        data = json.loads(marker.read_text())
+        found.append(CheckpointInfo(marker.parent, data["step"], data["metrics"]))
+    return found
+
+
 def mirrored(mirror: Mirror) -> list[CheckpointInfo]:
     """The complete checkpoints of a run's mirror, oldest first; their paths are names alone."""
     return [CheckpointInfo(Path(name), data["step"], data["metrics"]) for name, data in mirror.checkpoints().items()]
+
+
+def best_of(checkpoints: list[CheckpointInfo], metric: str) -> CheckpointInfo | None:
+    """The checkpoint with the best value of a metric (accuracies: the highest, others: the lowest); None if none has it."""
+    having = [c for c in checkpoints if metric in c.metrics]
+    sign = -1 if metric.endswith("acc") else 1
+    return min(having, key=lambda c: (sign * c.metrics[metric], -c.step), default=None)
 
 
 def choose_checkpoint(folder: str | Path, which: str, metric: str) -> CheckpointInfo:

@@ -18,10 +18,13 @@ from pathlib import Path
 from perceiver.config import RunConfig, UserError, home
 from perceiver.data.storage import copy_file, list_folder, list_tree, read_file, remove_file, remove_folder, write_file
 from perceiver.data.tokenizers import TOKENIZER
-from perceiver.runs import CHECKPOINTS, EXPERIMENT, FAILURE, MARKER, METRICS, RESULT
 
-RECORDS = (EXPERIMENT, "start.json", METRICS, RESULT, FAILURE, TOKENIZER)
-PROGRESS = (METRICS, RESULT)
+MARKER = "checkpoint.json"
+"""Written into a checkpoint's folder when all else is there."""
+CHECKPOINTS = "checkpoints"
+"""Folder of a run's checkpoints."""
+RECORDS = ("experiment.json", "start.json", "metrics.jsonl", "result.json", "failure.json", TOKENIZER)
+PROGRESS = ("metrics.jsonl", "result.json")
 """The records that say how far a run is."""
 RECORD_FOLDERS = ("tensorboard", "samples")
 
@@ -84,8 +87,8 @@ class Mirror:
 
     def forget_failure(self) -> None:
         """Removes the note of why the run's last start failed."""
-        if FAILURE in list_folder(self.uri):
-            remove_file(self.uri, FAILURE)
+        if "failure.json" in list_folder(self.uri):
+            remove_file(self.uri, "failure.json")
 
     def checkpoints(self) -> dict[str, dict]:
         """Contents of the markers of the checkpoints that are complete, by folder, oldest first."""

@@ -6,15 +6,16 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tensorboardX import SummaryWriter
 
-from perceiver.runs import METRICS, read_metrics
 from perceiver.training.meters import duration
 
 if TYPE_CHECKING:
     from perceiver.tasks.base import Sample
+
+METRICS = "metrics.jsonl"
 
 
 class Recorder:
@@ -86,3 +87,17 @@ class Recorder:
         if self.active:
             self._file.close()
             self._board.close()
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The records of a run so far; a last line cut off by a crash is left out."""
+    path = folder / METRICS
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text().splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records

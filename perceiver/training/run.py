@@ -18,19 +18,20 @@ from perceiver.data.components import Component, weighted
 from perceiver.data.shards import Manifest, Split
 from perceiver.data.storage import read_file, write_file
 from perceiver.data.tokenizers import TOKENIZER
-from perceiver.runs import CHECKPOINTS, EXPERIMENT, RESULT, list_checkpoints
 from perceiver.training.batches import Feed, Prefetch, ReadAll, make_train_feed, make_val_feeds
-from perceiver.training.checkpoint import Checkpointer, TrainState, load_state, write_json
+from perceiver.training.checkpoint import EXPERIMENT, Checkpointer, TrainState, list_checkpoints, load_state, write_json
 from perceiver.training.init_from import find_start
 from perceiver.training.loop import StepResult, add_to, fit, validate
 from perceiver.training.meters import Meter, peak_flops
-from perceiver.training.mirror import Mirror
+from perceiver.training.mirror import CHECKPOINTS, Mirror
 from perceiver.training.optim import build_optimizer
 from perceiver.training.parallel import World, build_sharded
 from perceiver.training.record import Recorder
 
 if TYPE_CHECKING:
     from perceiver.tasks.base import Task
+
+RESULT = "result.json"
 
 
 class NotFinite(Exception):
