@@ -4,12 +4,15 @@ Ray."""
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from perceiver.inference.trained import TrainedModel
 
-__all__ = ["load"]
+__all__ = ["TrainedModel", "__version__", "load"]
+
+__version__: str
+"""Version of the installed package; "unknown" where it is used from a folder, without an installation."""
 
 
 def load(source: str | Path, checkpoint: str = "best", *, device: str = "auto", precision: str = "fp32") -> TrainedModel:
@@ -23,3 +26,25 @@ def load(source: str | Path, checkpoint: str = "best", *, device: str = "auto", 
     from perceiver.inference.load import load as load_model
 
     return load_model(source, checkpoint, device=device, precision=precision)
+
+
+def __getattr__(name: str) -> Any:
+    """What the package offers and loads when it is first asked for: importing the package takes neither PyTorch nor the metadata
+    of installed packages."""
+    if name == "__version__":
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            value: Any = version("perceiver-ray")
+        except PackageNotFoundError:
+            value = "unknown"
+    elif name == "TrainedModel":
+        from perceiver.inference.trained import TrainedModel as value
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

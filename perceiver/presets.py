@@ -1,9 +1,10 @@
 """Named experiments: each a function that returns an `Experiment` and shows only what differs from the defaults.
 
-`python -m perceiver.presets` prints their table. Architectures and recipes are those of the published examples of
+`perceiver presets` prints their table. Architectures and recipes are those of the published examples of
 krasserm/perceiver-io and of the Perceiver papers (arXiv 2103.03206, 2107.14795, 2202.07765).
 """
 
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -418,20 +419,7 @@ PRESETS: dict[str, Callable[[], Experiment]] = {
 }
 
 
-def main() -> None:
-    """Prints the table of presets."""
-    # Here and not above: to name an experiment takes no PyTorch.
-    from perceiver.costs.flops import num_parameters
-
-    rows = [("preset", "task", "data", "parameters")]
-    for name, preset in PRESETS.items():
-        experiment = preset()
-        task = type(experiment.task).__name__.removesuffix("Config")
-        rows.append((name, task, experiment.data.source, f"{num_parameters(experiment.model):,}"))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for name, task, data, parameters in rows:
-        print(f"{name:{widths[0]}}  {task:{widths[1]}}  {data:{widths[2]}}  {parameters:>{widths[3]}}")
-
-
 if __name__ == "__main__":
-    main()
+    from perceiver.catalog import main
+
+    sys.exit(main(sys.argv[1:]))

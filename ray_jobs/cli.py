@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import re
 import sys
 from collections.abc import Callable, Sequence
-from typing import TypeVar
-
-import tyro
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
 from perceiver.config import Experiment, UserError, flatten, from_dict, nearest, subclasses, to_dict, type_name
 from perceiver.config.core import Config as Node
 from perceiver.config.core import find_type, nodes
-from perceiver.experiments import find_experiment
-from perceiver.presets import PRESETS
+
+if TYPE_CHECKING:
+    from tyro.constructors import ConstructorRegistry
 
 SHORTCUTS = {
     "--workers": "--parallel.workers",
@@ -43,12 +44,17 @@ def parse_experiment(argv: Sequence[str], prog: str) -> Experiment:
         SystemExit: after `--help`.
     """
     if not argv or argv[0] in ("-h", "--help"):
-        names = ", ".join(PRESETS)
-        print(f"usage: python -m {prog} EXPERIMENT [--field value ...]\n\npresets: {names}")
+        from perceiver.catalog import CATALOG
+
+        names = ", ".join(CATALOG)
+        print(f"usage: {program(prog)} EXPERIMENT [--field value ...]\n\npresets: {names}")
         print("yours:   FILE.py:FUNCTION, MODULE:FUNCTION, a run's folder, a .json or a .yaml file")
         print(f"shortcuts: {', '.join(f'{short} = {long}' for short, long in SHORTCUTS.items())}; --workers 2..8 is elastic")
-        print(f"fields of an experiment: python -m {prog} EXPERIMENT --help")
+        print(f"fields of an experiment: {program(prog)} EXPERIMENT --help")
         raise SystemExit(0)
+    # Here and not above: to parse nothing takes none of the models and tasks.
+    from perceiver.experiments import find_experiment
+
     return override(find_experiment(argv[0]), argv[1:], f"{prog} {argv[0]}")
 
 
@@ -65,17 +71,32 @@ def override(config: Config, args: Sequence[str], prog: str) -> Config:
             name = arg[2:].partition("=")[0].replace("-", "_")
             if name not in fields:
                 raise UserError(f"field {arg.partition('=')[0]} does not exist{nearest(name, fields, '--')}")
+    # Here and not above: to import this module takes nothing that lists of runs and presets do not need.
+    import tyro
+
     output = io.StringIO()
     try:
-        with contextlib.redirect_stderr(output):
+        with contextlib.redirect_stderr(output), _without_internal_fields():
             made = tyro.cli(
-                tyro.conf.AvoidSubcommands[tyro.conf.FlagConversionOff[type(config)]], default=config, args=args, prog=f"python -m {prog}"
+                tyro.conf.AvoidSubcommands[tyro.conf.FlagConversionOff[type(config)]],
+                default=config,
+                args=args,
+                prog=program(prog),
+                description=type(config).__doc__,
             )
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
         raise UserError(_first_sentence(output.getvalue())) from None
     return made
+
+
+def program(module: str) -> str:
+    """How the job of a module is started here: `perceiver COMMAND` in a process that was, else `python -m MODULE`."""
+    if Path(sys.argv[0]).name != "perceiver":
+        return f"python -m {module}"
+    name, _, rest = module.rpartition(".")[2].partition(" ")
+    return " ".join(filter(None, ("perceiver", name.replace("_", "-").removeprefix("train-"), rest)))
 
 
 def main_entry(main: Callable[[list[str]], int | None], argv: list[str] | None = None) -> None:
@@ -96,6 +117,26 @@ def main_entry(main: Callable[[list[str]], int | None], argv: list[str] | None =
         print("\nstopped; the same command continues", file=sys.stderr)
         status = 130
     sys.exit(status or 0)
+
+
+def _without_internal_fields() -> ConstructorRegistry:
+    """Rules for tyro by which an experiment's `preset` is no argument: it says where the experiment came from."""
+    from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructFieldSpec, StructTypeInfo
+
+    registry = ConstructorRegistry()
+
+    @registry.struct_rule
+    def experiment(info: StructTypeInfo) -> StructConstructorSpec | None:
+        if info.type is not Experiment:
+            return None
+        fields = (
+            StructFieldSpec(name=field.name, type=field.type, default=getattr(info.default, field.name))
+            for field in dataclasses.fields(Experiment)
+            if field.name != "preset"
+        )
+        return StructConstructorSpec(instantiate=lambda **values: dataclasses.replace(info.default, **values), fields=tuple(fields))
+
+    return registry
 
 
 def _long(arg: str) -> str:

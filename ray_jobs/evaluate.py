@@ -19,12 +19,12 @@ from perceiver.tasks.base import Baseline
 from perceiver.training.checkpoint import choose_checkpoint, find_run, write_json
 from perceiver.training.checkpoint_files import CheckpointInfo, check_files
 from perceiver.training.mirror import CHECKPOINTS
-from ray_jobs.cli import main_entry, override
+from ray_jobs.cli import main_entry, override, program
 from ray_jobs.preflight import check_experiment, plan_resources
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m ray_jobs.evaluate", description=__doc__)
+    parser = argparse.ArgumentParser(prog=program("ray_jobs.evaluate"), description=__doc__)
     parser.add_argument("run", help="folder or URI of a run, or its name among the runs of $PERCEIVER_HOME")
     parser.add_argument("--checkpoint", default="best", help="best (default), last, or a step")
     args, overrides = parser.parse_known_args(argv)

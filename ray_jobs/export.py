@@ -10,11 +10,11 @@ import argparse
 
 import perceiver
 from perceiver.inference.export import FORMATS, upload
-from ray_jobs.cli import main_entry
+from ray_jobs.cli import main_entry, program
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m ray_jobs.export", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(prog=program("ray_jobs.export"), description=(__doc__ or "").splitlines()[0])
     parser.add_argument("run", help="folder or name of a run, an exported folder, or a name on the hub")
     parser.add_argument("--out", required=True, help="folder to write; an earlier export in it is replaced")
     parser.add_argument("--checkpoint", default="best", help="best (default), last, or a step")

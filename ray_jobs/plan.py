@@ -18,7 +18,7 @@ from perceiver.datasets import load_prepared, with_tokenizer
 from perceiver.models.configs import PerceiverARConfig
 from perceiver.tasks import build_task
 from perceiver.training.run import total_steps
-from ray_jobs.cli import main_entry, parse_experiment
+from ray_jobs.cli import main_entry, parse_experiment, program
 from ray_jobs.preflight import check_experiment
 from ray_jobs.room import largest, layout_of, share, step_of, usable
 
@@ -179,7 +179,7 @@ def find_device(name: str, memory: float | None, flops: float | None) -> Device:
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m ray_jobs.plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog=program("ray_jobs.plan"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False, add_help=False,
     )  # fmt: skip
     parser.add_argument("--device", default="a100-40gb", help=f"kind of GPU: {', '.join(DEVICES)} (%(default)s)")

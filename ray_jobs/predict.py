@@ -26,7 +26,7 @@ from perceiver.inference.load import describe
 from perceiver.inference.predict import MODES, PredictOptions, output_schema, predict_rows
 from perceiver.inference.rows import Part, Row, from_plain, list_inputs, plan_parts, read_part, to_plain
 from perceiver.tasks.image_classification import ImageClassificationConfig
-from ray_jobs.cli import main_entry
+from ray_jobs.cli import main_entry, program
 
 PLAN, ERRORS, SUMMARY = "plan.json", "errors.jsonl", "summary.json"
 READ_CPUS = 0.5
@@ -72,7 +72,7 @@ def parse(argv: list[str]) -> tuple[PredictJob, str, Placement]:
         SystemExit: an unknown argument, or `--help`.
     """
     o = {f.name: f.default for f in dataclasses.fields(PredictOptions)}
-    parser = argparse.ArgumentParser(prog="python -m ray_jobs.predict", description=(__doc__ or "").partition("\n\n")[2])
+    parser = argparse.ArgumentParser(prog=program("ray_jobs.predict"), description=(__doc__ or "").partition("\n\n")[2])
     parser.add_argument("run", help="folder or name of a run, an exported folder, or a name on the hub")
     parser.add_argument("--input", nargs="+", required=True, metavar="PATH", help="files or folders")
     parser.add_argument("--output", required=True, metavar="FOLDER", help="a new folder, or that of the same job before")

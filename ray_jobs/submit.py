@@ -22,12 +22,11 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 from ray.util.state import list_nodes
 
 from perceiver.config import Experiment, UserError, nearest
-from ray_jobs.cli import JobFailed, main_entry, parse_experiment
+from ray_jobs.cli import JobFailed, main_entry, parse_experiment, program
+from ray_jobs.main import COMMANDS, JOBS
 from ray_jobs.preflight import check_experiment
 from ray_jobs.ray_env import choose_authentication
 
-JOBS = {name: f"ray_jobs.{name}" for name in ("train", "preprocess", "train_tokenizer", "evaluate", "predict", "export", "runs")}
-JOBS |= {name: f"tuning.{name}" for name in ("sweep", "scaling_laws", "report")}
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 """Where the dashboard of a cluster is, here or through an SSH tunnel."""
 STOPPED = 130
@@ -36,7 +35,7 @@ STOPPED = 130
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m ray_jobs.submit", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=program("ray_jobs.submit"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--address", help=f"of the cluster's dashboard; default $RAY_API_SERVER_ADDRESS or {DEFAULT_ADDRESS}")
     parser.add_argument("--id", help="submission id; default: made from job, preset and time")
@@ -49,6 +48,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("job", nargs="?", help=", ".join(JOBS))
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="of the job")
     args = parser.parse_args(argv)
+    if args.job in COMMANDS and COMMANDS[args.job].job:  # scaling-laws for scaling_laws, and the like
+        args.job = COMMANDS[args.job].module.rpartition(".")[2]
     if args.follow:
         client, name = connect(args.address), args.follow
     else:

@@ -10,13 +10,14 @@ ROOT = Path(__file__).resolve().parent.parent
 # What a room may import of the project, besides itself.
 ARROWS = {
     "perceiver.config": set(),
+    "perceiver.catalog": set(),
     "perceiver.extensions": {"perceiver.config"},
     "perceiver.runs": {"perceiver.config", "perceiver.extensions"},
     "perceiver.models": {"perceiver.config"},
     "perceiver.data": {"perceiver.config"},
     "perceiver.costs": {"perceiver.config", "perceiver.models"},
     "perceiver.tasks": {"perceiver.config", "perceiver.costs", "perceiver.models", "perceiver.data", "perceiver.inference"},
-    "perceiver.presets": {"perceiver.config", "perceiver.costs", "perceiver.models", "perceiver.tasks"},
+    "perceiver.presets": {"perceiver.catalog", "perceiver.config", "perceiver.costs", "perceiver.models", "perceiver.tasks"},
     "perceiver.experiments": {"perceiver.config", "perceiver.extensions", "perceiver.presets", "perceiver.runs"},
     "perceiver.datasets": {"perceiver.config", "perceiver.data", "perceiver.experiments", "perceiver.models"},
     "perceiver.hub": {"perceiver.config", "perceiver.models", "perceiver.presets"},

@@ -2,9 +2,10 @@
 
 import pytest
 
+from perceiver.catalog import CATALOG, main
 from perceiver.config import from_dict, to_dict
 from perceiver.costs.flops import num_parameters
-from perceiver.presets import PRESETS, main
+from perceiver.presets import PRESETS
 
 PUBLISHED = {
     "mlm-imdb": 201_108_230,
@@ -23,6 +24,14 @@ PUBLISHED = {
 @pytest.mark.parametrize(("name", "parameters"), PUBLISHED.items())
 def test_published_models_have_exactly_their_parameters(name: str, parameters: int) -> None:
     assert num_parameters(PRESETS[name]().model) == parameters
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_catalog_says_of_each_preset_what_it_is(name: str) -> None:
+    experiment = PRESETS[name]()
+    task = type(experiment.task).__name__.removesuffix("Config")
+    assert CATALOG[name] == (task, experiment.data.source, num_parameters(experiment.model))
+    assert list(CATALOG) == list(PRESETS)
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -9,8 +9,9 @@ from ray_jobs.submit import JOBS, check_job, describe, job_name, main, read_envi
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "say which job: train"),
+        ([], "say which job: preprocess, "),
         (["trian", "quickstart"], "did you mean train?"),
+        (["scaling-law"], "did you mean scaling_laws?"),
         (["train", "quikstart"], "did you mean quickstart?"),
         (["train", "quickstart", "--optim.lr", "-1"], "optim.lr is -1.0 and must be above 0"),
         (["--working-dir", "/nowhere", "train", "quickstart"], "--working-dir /nowhere is no folder"),

@@ -22,7 +22,7 @@ from PIL import Image
 from perceiver.config import UserError, home
 from perceiver.training.record import read_metrics
 from perceiver.training.run import RESULT
-from ray_jobs.cli import main_entry
+from ray_jobs.cli import main_entry, program
 from tuning.figures import GREY, PALETTE, Panel, save, stack
 from tuning.population import exchanges
 from tuning.record import diverged, read_events
@@ -33,7 +33,7 @@ Trial = dict[str, Any]
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tuning.report", description=__doc__)
+    parser = argparse.ArgumentParser(prog=program("tuning.report"), description=__doc__)
     parser.add_argument("sweep", help="a sweep's folder, or its name in $PERCEIVER_HOME/sweeps")
     folder = Path(parser.parse_args(argv).sweep).expanduser()
     if not (folder / "sweep.json").exists():

@@ -22,7 +22,7 @@ from perceiver.models import check_model
 from perceiver.tasks import build_task
 from perceiver.tasks.causal_lm import CausalLMConfig
 from perceiver.training.checkpoint import write_json
-from ray_jobs.cli import main_entry
+from ray_jobs.cli import main_entry, program
 from tuning.figures import GREY, PALETTE, Panel, save, stack
 from tuning.power_law import Measurement, Study, fit_study
 from tuning.sweep import run_sweep, sweep_folder
@@ -33,7 +33,7 @@ LEAST_STEPS = 30
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tuning.scaling_laws", description=__doc__, allow_abbrev=False,
+    parser = argparse.ArgumentParser(prog=program("tuning.scaling_laws"), description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("preset", help="of a causal language model")
     parser.add_argument("--budgets", required=True, help="training FLOPs, separated by commas: at least two")

@@ -28,7 +28,7 @@ from perceiver.extensions import code_of
 from perceiver.training.checkpoint import write_json
 from perceiver.training.meters import duration
 from perceiver.training.run import total_steps
-from ray_jobs.cli import main_entry
+from ray_jobs.cli import main_entry, program
 from ray_jobs.ingest import DATA_CPUS
 from ray_jobs.preflight import check_experiment, cluster_cores
 from ray_jobs.ray_env import connect, use_gpus
@@ -55,7 +55,7 @@ class Room:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tuning.sweep", description=__doc__, allow_abbrev=False,
+    parser = argparse.ArgumentParser(prog=program("tuning.sweep"), description=__doc__, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=f"sweeps: {', '.join(SWEEPS)}, or file.py:function",
     )  # fmt: skip

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
+import perceiver
 from perceiver.config import Experiment, to_dict
 from perceiver.costs.devices import peak_flops
 from perceiver.data.components import Component, weighted
@@ -289,8 +290,15 @@ def read_result(folder: Path) -> dict[str, float] | None:
 
 
 def save_experiment(folder: Path, experiment: Experiment, manifest: Manifest, data_folder: str) -> None:
-    """Writes what a run is: its resolved configuration, the data it is trained on, a copy of the data's tokenizer."""
+    """Writes what a run is: its resolved configuration, the data it is trained on and its length on it, the version of this package,
+    a copy of the data's tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
     if (manifest.tokenizer or {}).get("sha256") is not None:
         write_file(folder, TOKENIZER, read_file(data_folder, TOKENIZER))
-    write_json(folder / EXPERIMENT, {"experiment": to_dict(experiment), "data": manifest.digest})
+    content = {
+        "experiment": to_dict(experiment),
+        "data": manifest.digest,
+        "steps": total_steps(experiment, manifest.splits["train"].rows),
+        "version": perceiver.__version__,
+    }
+    write_json(folder / EXPERIMENT, content)

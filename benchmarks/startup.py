@@ -1,0 +1,83 @@
+"""Time and peak memory of commands that only look something up, against `python -c "import numpy"`.
+
+    python -m benchmarks.startup [--repeats 7] [--out benchmarks/results/startup_2_cores.json]
+
+Rounds of all commands follow each other, so that all of them see the same machine; the first round only warms the file cache. Prints
+the median and least time, the processor's time (which others on the machine do not stretch) and the peak memory of each. The list of
+runs has 20, made for the occasion.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from perceiver.config import to_dict
+from perceiver.presets import PRESETS
+
+COMMAND = [sys.executable, "-c", "from ray_jobs.main import entry; entry()"]
+"""What the console script does; that itself is there only where the package is installed."""
+MEASURED = {
+    "python -c 'import numpy'": [sys.executable, "-c", "import numpy"],
+    "perceiver --help": [*COMMAND, "--help"],
+    "perceiver presets": [*COMMAND, "presets"],
+    "perceiver runs (20 runs)": [*COMMAND, "runs"],
+    "perceiver completion --words train": [*COMMAND, "completion", "--words", "train"],
+    "perceiver train quickstart --help": [*COMMAND, "train", "quickstart", "--help"],
+    "perceiver train quickstrat (a mistake)": [*COMMAND, "train", "quickstrat"],
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=7, help="rounds that count (%(default)s)")
+    parser.add_argument("--out", type=Path, help="file for the results, as JSON")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as home:
+        for number in range(20):
+            make_run(Path(home) / "runs" / f"run-{number}")
+        environment = {**os.environ, "PERCEIVER_HOME": home}
+        rounds = [{name: measure(words, environment) for name, words in MEASURED.items()} for _ in range(args.repeats + 1)][1:]
+    results = {}
+    for name in MEASURED:
+        seconds, processor, mebibytes = zip(*(measured[name] for measured in rounds), strict=True)
+        results[name] = {
+            "median_s": round(statistics.median(seconds), 3),
+            "min_s": round(min(seconds), 3),
+            "median_cpu_s": round(statistics.median(processor), 3),
+            "peak_mib": round(max(mebibytes), 1),
+        }
+        print(f"{name:40}  " + "  ".join(f"{key} {value:g}" for key, value in results[name].items()))
+    if args.out:
+        machine = {"cpus": os.cpu_count(), "python": platform.python_version(), "load_at_end": round(os.getloadavg()[0], 1)}
+        args.out.write_text(json.dumps({"machine": machine, "repeats": args.repeats, "commands": results}, indent=1) + "\n")
+
+
+def measure(words: list[str], environment: dict[str, str]) -> tuple[float, float, float]:
+    """Seconds, the processor's seconds, and MiB at most of a process, from its start to its end."""
+    started = time.perf_counter()
+    process = subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    _, _, usage = os.wait4(process.pid, 0)
+    process.returncode = 0  # it is waited for
+    return time.perf_counter() - started, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024
+
+
+def make_run(folder: Path) -> None:
+    """A run's folder with 1,000 lines of metrics and three checkpoints."""
+    folder.mkdir(parents=True)
+    (folder / "experiment.json").write_text(json.dumps({"experiment": to_dict(PRESETS["quickstart"]()), "data": "none"}))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps({"step": step, "loss": 1.0}) + "\n" for step in range(1000)))
+    for step in (250, 500, 750):
+        checkpoint = folder / "checkpoints" / f"step-{step:08d}"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "checkpoint.json").write_text(json.dumps({"step": step, "metrics": {"val_loss": 1.0}}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,43 @@
+"""The presets as a table, which takes neither PyTorch nor the presets themselves to print. A test compares it with them."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+CATALOG: dict[str, tuple[str, str, int]] = {
+    "quickstart": ("ImageClassification", "mnist-mini", 198_284),
+    "img-clf-mnist": ("ImageClassification", "mnist", 907_212),
+    "clm-wikitext": ("CausalLM", "wikitext-103-raw", 30_563_078),
+    "clm-wikitext-small": ("CausalLM", "wikitext-2-raw", 4_267_526),
+    "mlm-imdb": ("MaskedLM", "imdb-unsupervised", 201_108_230),
+    "mlm-imdb-small": ("MaskedLM", "imdb-unsupervised", 419_974),
+    "txt-clf-imdb-decoder": ("TextClassification", "imdb", 200_587_010),
+    "txt-clf-imdb-decoder-small": ("TextClassification", "imdb", 403_522),
+    "txt-clf-imdb-all": ("TextClassification", "imdb", 200_587_010),
+    "txt-clf-imdb-all-small": ("TextClassification", "imdb", 403_522),
+    "clm-c4": ("CausalLM", "c4", 453_950_720),
+    "clm-c4-small": ("CausalLM", "c4", 4_885_120),
+    "sam-maestro": ("SymbolicAudio", "maestro", 28_531_712),
+    "sam-giantmidi": ("SymbolicAudio", "giantmidi", 134_840_832),
+    "img-clf-imagenet": ("ImageClassification", "imagenet", 48_440_627),
+    "optical-flow": ("OpticalFlow", "flow", 41_057_134),
+}
+"""Task, source of the data, and number of the model's parameters, by the preset's name."""
+
+
+def main(argv: Sequence[str] = ()) -> int:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(prog="perceiver presets", description="Lists the experiments that come with the package.")
+    parser.parse_args(list(argv))
+    rows = [("preset", "task", "data", "parameters")]
+    rows += [(name, task, data, f"{parameters:,}") for name, (task, data, parameters) in CATALOG.items()]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for name, task, data, number in rows:
+        print(f"{name:{widths[0]}}  {task:{widths[1]}}  {data:{widths[2]}}  {number:>{widths[3]}}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,106 @@
+"""`perceiver COMMAND [arguments]`: one command for all jobs. Each command is the main function of a module, which is loaded when the
+command is given and not before."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+
+from perceiver.config import UserError, nearest
+from ray_jobs.cli import main_entry
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command: the module whose `main` it runs."""
+
+    group: str
+    """What one wants to do: the heading it stands under in the help."""
+    summary: str
+    """What it does, in one line of the help."""
+    module: str
+    """Runs the same as `python -m MODULE`."""
+    arguments: tuple[str, ...] = ()
+    """Arguments that it always has, before those that are typed."""
+    takes: str = "files"
+    """What its first argument is, for the completion: preset, run, job, shell or files."""
+    job: bool = False
+    """Whether it can be submitted to a cluster."""
+
+
+_INFERENCE = "perceiver.inference.__main__"
+
+COMMANDS = {
+    "preprocess": Command(
+        "prepare data",
+        "prepare the data of an experiment",
+        "ray_jobs.preprocess",
+        job=True,
+        takes="preset",
+    ),
+    "tokenizer": Command("prepare data", "train a SentencePiece tokenizer", "ray_jobs.train_tokenizer", job=True),
+    "presets": Command("train", "list the experiments that come with the package", "perceiver.catalog"),
+    "plan": Command("train", "memory, time and cost of a training, before it starts", "ray_jobs.plan", takes="preset"),
+    "train": Command("train", "train an experiment, or continue it", "ray_jobs.train", job=True, takes="preset"),
+    "runs": Command("train", "list the runs, and the command that continues each", "ray_jobs.runs", job=True),
+    "evaluate": Command("train", "metrics of a run over its whole validation set", "ray_jobs.evaluate", job=True, takes="run"),
+    "generate": Command("use a model", "continue a text", _INFERENCE, ("--action", "generate"), takes="run"),
+    "fill-mask": Command("use a model", "fill in masked words", _INFERENCE, ("--action", "fill_mask"), takes="run"),
+    "predict": Command("use a model", "apply a model to many inputs", "ray_jobs.predict", job=True, takes="run"),
+    "export": Command("use a model", "write a model as files to keep or share", "ray_jobs.export", job=True, takes="run"),
+    "sweep": Command("tune", "search for settings", "tuning.sweep", job=True),
+    "report": Command("tune", "table and curves of a sweep", "tuning.report", job=True),
+    "scaling-laws": Command("tune", "fit scaling laws from trainings of several sizes", "tuning.scaling_laws", job=True),
+    "submit": Command("run on a cluster", "submit a job to a Ray cluster and follow it", "ray_jobs.submit", takes="job"),
+    "completion": Command("other", "print the completion script of a shell", "ray_jobs.completion", takes="shell"),
+}
+
+JOBS = {command.module.rpartition(".")[2]: command.module for command in COMMANDS.values() if command.job}
+"""Jobs that can be submitted, by the names of their modules."""
+
+EXAMPLES = """examples:
+  perceiver train quickstart         train a small image classifier on this machine
+  perceiver train quickstart --help  list all settings of a preset
+  perceiver runs                     show what has been trained, and how to continue it"""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs a command line.
+
+    Raises:
+        UserError: an unknown command (offers the nearest), or what the command raises.
+    """
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(overview())
+        return 0
+    if argv[0] == "--version":
+        import perceiver
+
+        print(f"perceiver {perceiver.__version__}")
+        return 0
+    name, arguments = argv[0], list(argv[1:])
+    if name not in COMMANDS:
+        raise UserError(f"command {name!r} does not exist{nearest(name, COMMANDS)}; perceiver --help lists the commands")
+    command = COMMANDS[name]
+    return import_module(command.module).main([*command.arguments, *arguments]) or 0
+
+
+def overview() -> str:
+    """The help: commands by what one wants to do, and examples."""
+    width = max(map(len, COMMANDS))
+    lines = ["usage: perceiver COMMAND [arguments]"]
+    for group in dict.fromkeys(command.group for command in COMMANDS.values()):
+        lines += ["", f"{group}:"]
+        lines += [f"  {name:{width}}  {command.summary}" for name, command in COMMANDS.items() if command.group == group]
+    return "\n".join([*lines, "", EXAMPLES, "", "help on a command: perceiver COMMAND --help; version: perceiver --version"])
+
+
+def entry() -> None:
+    """The console script."""
+    main_entry(main, sys.argv[1:])
+
+
+if __name__ == "__main__":
+    entry()
