@@ -50,8 +50,8 @@ def list_runs(folder: str | Path) -> list[dict[str, Any]]:
     """The runs in a folder, by name.
 
     Each has name, preset, task, status (running, finished, failed, stopped), step (of the last record), of (steps in all, None
-    where the prepared data is not there to tell), best (metric and value), checkpoint (last step), MiB, and continue (command). A run whose files are
-    damaged has the status damaged, a reason, and None for all else.
+    where the prepared data is not there to tell), best (metric and value), checkpoint (last step), MiB, and continue (command).
+    A run whose files are damaged has the status damaged, a reason, and None for all else.
     """
     return [_describe_any(path.parent) for path in sorted(Path(folder).glob(f"*/{EXPERIMENT}"))]
 

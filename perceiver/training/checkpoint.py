@@ -84,7 +84,10 @@ def read_run(folder: Path) -> tuple[Experiment, str]:
     path = folder / EXPERIMENT
     try:
         content = json.loads(path.read_bytes())
-        return from_dict(content["experiment"]), str(content["data"])
+        experiment = from_dict(content["experiment"])
+        if not isinstance(experiment, Experiment):
+            raise TypeError(f"it holds {experiment!r:.40}")
+        return experiment, str(content["data"])
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is damaged: it does not describe a run ({type(error).__name__}: {error})") from error
 
@@ -391,8 +394,8 @@ def load_model(path: str | Path, model: nn.Module) -> None:
 
 
 def load_weights(path: str | Path, model: nn.Module, names: Collection[str]) -> None:
-    """Loads some of the model's weights from a checkpoint and leaves the others as they are; otherwise as `load_model`."""
-    check_files(Path(path))
+    """Loads some of the model's weights from a checkpoint whose files have been checked, and leaves the others as they are;
+    otherwise as `load_model`."""
     weights = {name: value for name, value in get_model_state_dict(model).items() if name in names}
     read_tensors(Path(path), {"model": weights})
     set_model_state_dict(model, weights, options=StateDictOptions(strict=False))
