@@ -22,7 +22,7 @@ from perceiver.tasks.base import Baseline
 from perceiver.tasks.pictures import curves
 from perceiver.training.batches import make_val_feeds
 from perceiver.training.checkpoint import best_of, list_checkpoints, mirrored
-from perceiver.training.checkpoint_files import CheckpointInfo, check_files
+from perceiver.training.checkpoint_files import CheckpointInfo
 from perceiver.training.init_from import START, Start, find_start
 from perceiver.training.meters import duration
 from perceiver.training.mirror import CHECKPOINTS, Mirror
@@ -147,8 +147,6 @@ def check_start(experiment: Experiment, checkpoints: list[CheckpointInfo]) -> St
             "model.encoder.freeze is on, so the encoder must come from somewhere: --init-encoder-from RUN (a masked language "
             "model's, say) or weights"
         )
-    if start is not None and start.checkpoint is not None:
-        check_files(start.checkpoint)
     return start
 
 

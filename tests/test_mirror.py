@@ -139,7 +139,7 @@ def test_a_run_that_was_replaced_in_the_store_is_fetched_anew(images, moved, tmp
     mirror = Mirror(f"file://{tmp_path}/store", tmp_path / "here" / "run")
     mirror.fetch(None)
     marker = Path("checkpoints") / "step-00000012" / "checkpoint.json"
-    (shard,) = (path.name for path in (tmp_path / "here" / "run" / marker).parent.glob("__0_*"))
+    (shard,) = (path.name for path in (tmp_path / "here" / "run" / marker).parent.glob("rank-00000*"))
     (tmp_path / "store" / "run" / marker).write_text(json.dumps({"step": 12, "metrics": {"val_loss": 9.0}}))
     (tmp_path / "store" / "run" / marker).with_name(shard).write_bytes(b"other")
     (tmp_path / "store" / "run" / "result.json").unlink()

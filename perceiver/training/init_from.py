@@ -26,7 +26,7 @@ from perceiver.training.checkpoint import (
     load_weights,
     write_json,
 )
-from perceiver.training.checkpoint_files import stored_shapes
+from perceiver.training.checkpoint_files import check_files, stored_shapes
 from perceiver.training.mirror import CHECKPOINTS
 
 START = "start.json"
@@ -113,6 +113,7 @@ def _find(source: str, experiment: Experiment) -> tuple[str, ModelConfig, Shapes
     if folder is not None:
         trained, _ = read_run(folder)
         chosen = choose_checkpoint(folder / CHECKPOINTS, experiment.training.init_checkpoint, trained.run.best_metric)
+        check_files(chosen.path)
         origin = f"run {folder.name}, step {chosen.step:,}"
         _check_tokenizer(origin, folder, trained, experiment)
         return origin, trained.model, stored_shapes(chosen.path), {"checkpoint": chosen.path}
