@@ -101,7 +101,12 @@ def evaluate_checkpoint(
     """
     results: list[dict[str, Any]] = []
     settings = {"checkpoint": str(checkpoint), "origin": origin}
-    _fit(_evaluate_worker, experiment, data_folder, run_folder, resources, print, settings, results.append)
+    try:
+        _fit(_evaluate_worker, experiment, data_folder, run_folder, resources, print, settings, results.append)
+    except TrainingFailed:
+        if faults := [result["fault"] for result in results if "fault" in result]:
+            raise UserError(faults[0]) from None
+        raise
     return results[-1]
 
 
@@ -201,10 +206,7 @@ def _train_worker(config: dict[str, Any]) -> None:
     except DataFault as error:
         # One worker alone may meet it, while the others wait for its part of a step: they are ended by its error, and the reason
         # that is noted ends the run when they start again.
-        again = (
-            f"remove it and run `{preprocess_command(experiment)}`" if experiment.data.prepare == "shards" else "mend it and start again"
-        )
-        _note_failure(run_folder, mirror, True, f"{error}: {again}")
+        _note_failure(run_folder, mirror, True, _with_repair(error, experiment))
         raise
     except (NotFinite, UserError) as error:
         # Raised by all workers alike, and again at every restart: end the run instead of restarting it.
@@ -217,6 +219,13 @@ def _train_worker(config: dict[str, Any]) -> None:
         lines = traceback.format_exception(error)
         _note_failure(run_folder, mirror, False, f"worker {world.rank}:\n{''.join(lines)}")
         raise
+
+
+def _with_repair(error: DataFault, experiment: Experiment) -> str:
+    """A fault in the data, with what mends it."""
+    if experiment.data.prepare == "stream":
+        return f"{error}: mend it and start again"
+    return f"{error}: remove it and run `{preprocess_command(experiment)}`"
 
 
 def _note_failure(run_folder: Path, mirror: Mirror | None, users: bool, reason: str) -> None:
@@ -236,7 +245,11 @@ def _evaluate_worker(config: dict[str, Any]) -> None:
     if config["origin"] is not None:  # this machine may not have it yet
         checkpoint = fetch_run(config["origin"]) / CHECKPOINTS / checkpoint.name
     load_model(checkpoint, model)
-    metrics, sums, _ = evaluate(task, model, feeds, world, read_with_ray)
+    try:
+        metrics, sums, _ = evaluate(task, model, feeds, world, read_with_ray)
+    except DataFault as error:
+        ray.get(config["messages"].put.remote({"fault": _with_repair(error, experiment)}))
+        raise
     if world.rank == 0:
         counts = {name: value.tolist() for name, value in sums.items()}
         ray.get(config["messages"].put.remote({"metrics": metrics, "sums": counts}))

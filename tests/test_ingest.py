@@ -1,16 +1,29 @@
 """Feeds of all kinds through Ray Data: the rows that one process reads, in the same order."""
 
+import pyarrow as pa
 import pytest
 
 from perceiver.config import ParallelConfig
+from perceiver.data.shards import DamagedData
 from perceiver.datasets import data_folder
 from perceiver.tasks import build_task
 from perceiver.training.batches import make_train_feed, read_here
-from ray_jobs.ingest import read_with_ray
+from ray_jobs.ingest import _FAULT, _read, read_with_ray
 from ray_jobs.preprocess import prepare
 from ray_jobs.ray_env import connect
 from tests.preparing import texts, write_jsonl
 from tests.test_stream_text import streamed
+
+
+def test_data_that_cannot_be_read_leaves_a_data_task_as_a_sentence():
+    class Damaged:
+        unit_type = dict
+
+        def read(self, unit):
+            raise DamagedData(f"x/train-0000{unit['number']}.parquet is damaged")
+
+    (table,) = _read(pa.table({"number": [3, 4]}), Damaged())
+    assert table.to_pydict() == {_FAULT: ["x/train-00003.parquet is damaged"]}
 
 
 @pytest.mark.slow
