@@ -1,4 +1,6 @@
-"""The memory model, by formulas and counted, against what the allocator counts while real steps run: 12 configurations, within 15%.
+"""The memory model, by formulas and counted, against what the allocator counts while real steps run.
+
+Twelve configurations of all tasks, within 15%.
 
 One process is one of N workers: its collectives are a fake group's, which sends nothing, so that memory is real and numbers are not.
 """

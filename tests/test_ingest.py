@@ -11,6 +11,7 @@ from perceiver.training.batches import make_train_feed, read_here
 from ray_jobs.ingest import _FAULT, _read, read_with_ray
 from ray_jobs.preprocess import prepare
 from ray_jobs.ray_env import connect
+from ray_jobs.shipping import Shipped
 from tests.preparing import texts, write_jsonl
 from tests.test_stream_text import streamed
 
@@ -22,7 +23,7 @@ def test_data_that_cannot_be_read_leaves_a_data_task_as_a_sentence():
         def read(self, unit):
             raise DamagedData(f"x/train-0000{unit['number']}.parquet is damaged")
 
-    (table,) = _read(pa.table({"number": [3, 4]}), Damaged())
+    (table,) = _read(pa.table({"number": [3, 4]}), Shipped(Damaged()))
     assert table.to_pydict() == {_FAULT: ["x/train-00003.parquet is damaged"]}
 
 

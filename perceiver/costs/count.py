@@ -20,8 +20,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -33,6 +35,7 @@ from perceiver.costs.activations import Call, Layout, Loss
 from perceiver.costs.memory import Unit, units_of
 
 Batch = dict[str, Tensor]
+SDPA = F.scaled_dot_product_attention
 LossFunction = Callable[[nn.Module, Batch], tuple[Tensor, Any]]
 """As `Task.loss`: of model and batch, the loss to be differentiated, and something that is not looked at."""
 
@@ -291,25 +294,28 @@ class _Kernels(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is torch.nn.functional.scaled_dot_product_attention:
-            return self._attention(func, *args, **kwargs)
-        if func is torch.dropout and self._cuda:
+        if func is SDPA:
+            return self._attention(*args, **kwargs)
+        if func is F.dropout and self._cuda:
             return _dropout(*args, **kwargs)
+        if func is F.multi_head_attention_forward:  # calls inside of it are not told to this mode
+            with mock.patch.object(F, "scaled_dot_product_attention", self._attention):
+                return func(*args, **kwargs)
         return func(*args, **kwargs)
 
     def _attention(
-        self, func: Any, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, *args: Any,
+        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, *args: Any,
         **kwargs: Any,
     ) -> Tensor:  # fmt: skip
         if not self._cuda and (dropout_p or query.shape[-1] != value.shape[-1]):
-            return func(query, key, value, attn_mask, dropout_p, *args, **kwargs)
+            return SDPA(query, key, value, attn_mask, dropout_p, *args, **kwargs)
         if attn_mask is not None and attn_mask.dtype == torch.bool:
             attn_mask = torch.empty_like(attn_mask, dtype=query.dtype)  # kernels add masks
         return _FusedAttention.apply(query, key, value, attn_mask, self._watch)
 
 
-def _dropout(input: Tensor, p: float, train: bool) -> Tensor:
-    return torch.native_dropout(input, p, train)[0] if train and p else input
+def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    return torch.native_dropout(input, p, True)[0] if training and p else input
 
 
 class _FusedAttention(torch.autograd.Function):
