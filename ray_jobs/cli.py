@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import difflib
 import io
@@ -13,6 +14,7 @@ from typing import TypeVar
 import tyro
 
 from perceiver.config import Experiment, UserError, flatten, to_dict
+from perceiver.inference.terminal import print_anything
 from perceiver.presets import PRESETS
 
 SHORTCUTS = {
@@ -91,6 +93,7 @@ def main_entry(main: Callable[[list[str]], int | None], argv: list[str] | None =
     A user's mistake is printed as one line, exit status 2; a job that failed with its reason, exit status 1; an interruption
     has exit status 130.
     """
+    print_anything()
     try:
         status = main(sys.argv[1:] if argv is None else argv)
     except UserError as error:
@@ -103,6 +106,31 @@ def main_entry(main: Callable[[list[str]], int | None], argv: list[str] | None =
         print("\nstopped; the same command continues", file=sys.stderr)
         status = 130
     sys.exit(status or 0)
+
+
+def refuse_empty(args: argparse.Namespace, positional: Sequence[str] = ()) -> None:
+    """Refuses empty arguments: most are a variable of the shell that is not set, and would be taken as not given.
+
+    Raises:
+        UserError: names the argument.
+    """
+    for name, value in vars(args).items():
+        if any(isinstance(v, str) and not v.strip() for v in (value if isinstance(value, (list, tuple)) else [value])):
+            shown = name.upper() if name in positional else f"--{name.replace('_', '-')}"
+            raise UserError(f"{shown} is empty: give a value (is a variable of the shell not set?)")
+
+
+def check_folder_name(field: str, name: str) -> None:
+    """Checks the name of a folder that is made inside another one.
+
+    Raises:
+        UserError: it would lie elsewhere, or cannot be a name on every machine and in Ray.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9_@+=,%~-][A-Za-z0-9_@+=,%~. -]{0,199}", name):
+        raise UserError(
+            f"{field} is {name!r} and must be a plain folder name: at most 200 letters (a-z), digits and ._- without / and "
+            "no . at the beginning"
+        )
 
 
 def _long(arg: str) -> str:

@@ -14,7 +14,7 @@ from perceiver.data.storage import copy_file
 from perceiver.data.tokenizers import TOKENIZER
 from perceiver.training.checkpoint import EXPERIMENT, CheckpointInfo, choose_checkpoint, find_run, write_json
 from perceiver.training.mirror import CHECKPOINTS
-from ray_jobs.cli import main_entry, override
+from ray_jobs.cli import main_entry, override, refuse_empty
 from ray_jobs.preflight import check_experiment, plan_resources
 
 
@@ -23,6 +23,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("run", help="folder or URI of a run, or its name among the runs of $PERCEIVER_HOME")
     parser.add_argument("--checkpoint", default="best", help="best (default), last, or a step")
     args, overrides = parser.parse_known_args(argv)
+    refuse_empty(args, ("run",))
     evaluate_run(args.run, args.checkpoint, overrides, say=lambda text: print(text, flush=True))
     return 0
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 
 import ray
 from ray.autoscaler.sdk import request_resources
@@ -14,6 +14,7 @@ from perceiver.config import Experiment, ParallelConfig, UserError
 from perceiver.data.sources import mixture_sources
 from perceiver.models import check_model
 from perceiver.tasks import build_task
+from ray_jobs.cli import check_folder_name
 from ray_jobs.ingest import DATA_CPUS
 from ray_jobs.ray_env import use_gpus
 
@@ -36,6 +37,7 @@ def check_experiment(experiment: Experiment) -> None:
     Raises:
         UserError: the first field that cannot be right.
     """
+    _check_given(experiment)
     task = build_task(experiment)
     training, optim, data, run, parallel = (
         experiment.training, experiment.optim, experiment.data, experiment.run, experiment.parallel,
@@ -85,12 +87,26 @@ def check_experiment(experiment: Experiment) -> None:
         raise UserError(f"optim.max-grad-norm is {optim.max_grad_norm} and must be above 0, or None for no clipping")
     if not 0 <= optim.min_lr_fraction <= 1:
         raise UserError(f"optim.min-lr-fraction is {optim.min_lr_fraction} and must be from 0 to 1")
-    if "/" in experiment.run_name or experiment.run_name.startswith("."):
-        raise UserError(f"run.name is {experiment.run_name!r} and must be a plain folder name (the folder of runs is run.storage)")
+    check_folder_name("--run.name", experiment.run_name)
     if data.mixture:
         mixture_sources(data)
     check_model(experiment.model)
     task.check()
+
+
+def _check_given(config: object, section: str = "") -> None:
+    """Refuses an empty text where None means "not given": most are a variable of the shell that is not set.
+
+    Raises:
+        UserError: names the field.
+    """
+    for field in fields(config):  # type: ignore[arg-type]
+        value = getattr(config, field.name)
+        if is_dataclass(value):
+            _check_given(value, f"{section}{field.name}.")
+        elif field.default is None and isinstance(value, str) and not value.strip():
+            name = f"--{section}{field.name}".replace("_", "-")
+            raise UserError(f"{name} is empty: give a value, or leave it out (is a variable of the shell not set?)")
 
 
 def plan_resources(experiment: Experiment) -> Resources:

@@ -16,7 +16,7 @@ from perceiver.training.checkpoint import EXPERIMENT, best_of, list_checkpoints
 from perceiver.training.mirror import CHECKPOINTS
 from perceiver.training.record import read_metrics
 from perceiver.training.run import RESULT, total_steps
-from ray_jobs.cli import main_entry
+from ray_jobs.cli import main_entry, refuse_empty
 
 COLUMNS = ("name", "preset", "status", "step", "of", "best", "checkpoint", "MiB")
 
@@ -26,6 +26,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("folder", nargs="?", help="folder of runs; default: $PERCEIVER_HOME/runs")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     args = parser.parse_args(argv)
+    refuse_empty(args, ("folder",))
     folder = Path(args.folder).expanduser() if args.folder else home() / "runs"
     if not folder.is_dir():
         raise UserError(f"there is no folder of runs {folder}")

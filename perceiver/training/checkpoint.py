@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Collection
@@ -58,6 +59,8 @@ class CheckpointInfo:
 def find_run(source: str | Path, storage: str | Path | None = None) -> Path | None:
     """The folder of a run that is given by its path, its URI in an object store (then fetched), or its name among those of
     `storage` or $PERCEIVER_HOME; else None."""
+    if not str(source).strip():
+        raise UserError("the name of the run is empty: give its folder, its URI or its name")
     if "://" in str(source):
         return fetch_run(str(source))
     candidates = [Path(source).expanduser()]
@@ -101,7 +104,7 @@ def choose_checkpoint(folder: str | Path, which: str, metric: str) -> Checkpoint
     if which == "best":
         return best_of(checkpoints, metric) or checkpoints[-1]
     for checkpoint in checkpoints:
-        if which.removeprefix("step-").isdigit() and checkpoint.step == int(which.removeprefix("step-")):
+        if re.fullmatch(rf"(step-)?0*{checkpoint.step}", which):
             return checkpoint
     steps = ", ".join(str(c.step) for c in checkpoints)
     raise UserError(f"checkpoint {which!r} does not exist: say best, last or one of the steps {steps}")
