@@ -19,7 +19,7 @@ ARROWS = {
         "perceiver.pretrained",
     },
     "perceiver.hub": {"perceiver.config", "perceiver.presets", "perceiver.models"},
-    "perceiver.pretrained": {"perceiver.config", "perceiver.hub"},
+    "perceiver.pretrained": {"perceiver.config", "perceiver.models", "perceiver.hub"},
     "perceiver.tasks": {
         "perceiver.config", "perceiver.models", "perceiver.data", "perceiver.training", "perceiver.inference",
     },
