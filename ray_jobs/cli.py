@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import io
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, TypeVar
 from perceiver.config import Experiment, UserError, flatten, from_dict, nearest, subclasses, to_dict, type_name
 from perceiver.config.core import Config as Node
 from perceiver.config.core import find_type, nodes
+from perceiver.terminal import print_anything
 
 if TYPE_CHECKING:
     from tyro.constructors import ConstructorRegistry
@@ -105,6 +107,7 @@ def main_entry(main: Callable[[list[str]], int | None], argv: list[str] | None =
     A user's mistake is printed as one line, exit status 2; a job that failed with its reason, exit status 1; an interruption
     has exit status 130.
     """
+    print_anything()
     try:
         status = main(sys.argv[1:] if argv is None else argv)
     except UserError as error:
@@ -137,6 +140,18 @@ def _without_internal_fields() -> ConstructorRegistry:
         return StructConstructorSpec(instantiate=lambda **values: dataclasses.replace(info.default, **values), fields=tuple(fields))
 
     return registry
+
+
+def refuse_empty(args: argparse.Namespace, positional: Sequence[str] = ()) -> None:
+    """Refuses empty arguments: most are a variable of the shell that is not set, and would be taken as not given.
+
+    Raises:
+        UserError: names the argument.
+    """
+    for name, value in vars(args).items():
+        if any(isinstance(v, str) and not v.strip() for v in (value if isinstance(value, (list, tuple)) else [value])):
+            shown = name.upper() if name in positional else f"--{name.replace('_', '-')}"
+            raise UserError(f"{shown} is empty: give a value (is a variable of the shell not set?)")
 
 
 def _long(arg: str) -> str:

@@ -19,7 +19,7 @@ from perceiver.tasks.base import Baseline
 from perceiver.training.checkpoint import choose_checkpoint, find_run, write_json
 from perceiver.training.checkpoint_files import CheckpointInfo, check_files
 from perceiver.training.mirror import CHECKPOINTS
-from ray_jobs.cli import main_entry, override, program
+from ray_jobs.cli import main_entry, override, program, refuse_empty
 from ray_jobs.preflight import check_experiment, plan_resources
 
 
@@ -28,6 +28,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("run", help="folder or URI of a run, or its name among the runs of $PERCEIVER_HOME")
     parser.add_argument("--checkpoint", default="best", help="best (default), last, or a step")
     args, overrides = parser.parse_known_args(argv)
+    refuse_empty(args, ("run",))
     evaluate_run(args.run, args.checkpoint, overrides, say=lambda text: print(text, flush=True))
     return 0
 

@@ -10,18 +10,19 @@ import argparse
 
 import perceiver
 from perceiver.inference.export import FORMATS, upload
-from ray_jobs.cli import main_entry, program
+from ray_jobs.cli import main_entry, program, refuse_empty
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog=program("ray_jobs.export"), description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(prog=program("ray_jobs.export"), description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("run", help="folder or name of a run, an exported folder, or a name on the hub")
-    parser.add_argument("--out", required=True, help="folder to write; an earlier export in it is replaced")
+    parser.add_argument("--out", required=True, help="folder to write: a new one, or one that holds an earlier export and nothing else")
     parser.add_argument("--checkpoint", default="best", help="best (default), last, or a step")
     parser.add_argument("--format", choices=FORMATS, default=FORMATS[0], help="ours (default), or that of transformers")
     parser.add_argument("--upload", metavar="OWNER/NAME", help="upload the folder to the Hugging Face hub under this name")
     parser.add_argument("--public", action="store_true", help="a repository made by --upload is public, not private")
     args = parser.parse_args(argv)
+    refuse_empty(args, ("run",))
     trained = perceiver.load(args.run, args.checkpoint, device="cpu")
     folder = trained.export(args.out, format=args.format)
     size = sum(file.stat().st_size for file in folder.iterdir())

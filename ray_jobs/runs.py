@@ -13,7 +13,7 @@ from typing import Any
 
 from perceiver.config import UserError, home
 from perceiver.runs import EXPERIMENT, DamagedRun, best_value, last_step, read_markers, read_saved, status
-from ray_jobs.cli import main_entry, program
+from ray_jobs.cli import main_entry, program, refuse_empty
 
 COLUMNS = ("name", "preset", "task", "status", "step", "of", "best", "checkpoint", "MiB")
 
@@ -23,6 +23,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("folder", nargs="?", help="folder of runs; default: $PERCEIVER_HOME/runs")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     args = parser.parse_args(argv)
+    refuse_empty(args, ("folder",))
     folder = Path(args.folder).expanduser() if args.folder else home() / "runs"
     if args.folder and not folder.is_dir():
         raise UserError(f"there is no folder of runs {folder}")

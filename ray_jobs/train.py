@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from perceiver.training.checkpoint import best_of, list_checkpoints, mirrored
 from perceiver.training.checkpoint_files import CheckpointInfo
 from perceiver.training.init_from import START, Start, find_start
 from perceiver.training.meters import duration
-from perceiver.training.mirror import CHECKPOINTS, Mirror
+from perceiver.training.mirror import CHECKPOINTS, RECORD_FOLDERS, RECORDS, Mirror
 from perceiver.training.record import read_metrics
 from perceiver.training.run import read_result, save_experiment
 from ray_jobs.cli import main_entry, parse_experiment
@@ -120,6 +120,7 @@ def check_run(experiment: Experiment, run_folder: Path) -> dict[str, float] | No
         UserError: a run of another experiment; names the differences.
     """
     if not (run_folder / EXPERIMENT).exists():
+        check_free(run_folder, EXPERIMENT, "--run.name", (*RECORDS, *RECORD_FOLDERS, CHECKPOINTS, "curve.png"))
         return None
     old, _ = read_run(run_folder, install_code=False)
     changes = differences(old.identity, experiment.identity)
@@ -129,6 +130,21 @@ def check_run(experiment: Experiment, run_folder: Path) -> dict[str, float] | No
             "choose another --run.name, or the same settings"
         )
     return read_result(run_folder)
+
+
+def check_free(folder: Path, mark: str, field: str, names: Collection[str] | None = None) -> None:
+    """Refuses a folder without `mark` that already has files of these names (None: any): a run or a sweep would write over them.
+
+    Raises:
+        UserError: names what is there.
+    """
+    if not folder.exists():
+        return
+    found = [path.name for path in folder.iterdir()] if folder.is_dir() else [folder.name]
+    there = sorted(name for name in found if (name in names if names else not name.startswith(".")))
+    if there:
+        shown = ", ".join(there[:5]) + (f" and {len(there) - 5} more" if len(there) > 5 else "")
+        raise UserError(f"{folder} has no {mark} but holds other files ({shown}): choose another {field}")
 
 
 def check_start(experiment: Experiment, checkpoints: list[CheckpointInfo]) -> Start | None:

@@ -11,12 +11,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pyarrow as pa
+from pyarrow.fs import FileType
 
 from perceiver.config import DataConfig, ParallelConfig, TokenizerTraining, UserError, flatten, to_dict
 from perceiver.data.prepare import Piece, cut_pieces
 from perceiver.data.readers import Columns
 from perceiver.data.sources import resolve
-from perceiver.data.storage import write_file
+from perceiver.data.storage import open_folder, write_file
 from perceiver.data.tokenizers import SentencePieceTokenizer
 from perceiver.data.train_tokenizer import Sample, check_training, choose_pieces, sample_piece, train_sentencepiece
 from ray_jobs.cli import main_entry, override
@@ -67,8 +68,8 @@ def train(out: str, config: TokenizerTraining, progress: Say = print) -> None:
         raise UserError(f"data.source {config.data.source} has no text to train on: everything in it is empty or was skipped")
     progress(f"learning {config.vocab_size:,} pieces from {len(texts):,} documents, {sample.size / 1e6:.1f} MB (one thread)")
     model = train_sentencepiece(texts, config)
-    folder, _, name = out.rpartition("/")
-    write_file(folder or ("/" if out.startswith("/") else "."), name, model)
+    folder, name = place(out)
+    write_file(folder, name, model)
     tokenizer = SentencePieceTokenizer(model, name)
     ids = sum(len(tokenizer.encode(text)) for text in texts[:100])
     size = sum(len(text.encode()) for text in texts[:100])
@@ -86,12 +87,24 @@ def check(out: str, config: TokenizerTraining) -> None:
     check_training(config)
     if not config.data.source:
         raise UserError("data.source is empty: name a data set or your own files (see docs/data.md)")
+    if not out.strip():
+        raise UserError("OUT is empty: it must be the file to write")
     if out.endswith("/"):
         raise UserError(f"{out} is a folder, it must be the file to write")
+    folder, name = place(out)
+    filesystem, path = open_folder(folder)
+    if filesystem.get_file_info(f"{path}/{name}").type != FileType.NotFound:
+        raise UserError(f"{out} exists already: choose another file, or remove it first")
     given, default = flatten(to_dict(config.data)), flatten(to_dict(DataConfig()))
     useless = [name for name in given if name not in USED and given[name] != default[name]]
     if useless:
         raise UserError(f"data.{useless[0].replace('_', '-')} has no part in training a tokenizer, only {', '.join(USED)} do")
+
+
+def place(out: str) -> tuple[str, str]:
+    """Folder and name of the file to write."""
+    folder, _, name = out.rpartition("/")
+    return folder or ("/" if out.startswith("/") else "."), name
 
 
 def _samples(pieces: list[Piece], config: TokenizerTraining) -> Iterator[tuple[list[tuple[int, str]], bool]]:

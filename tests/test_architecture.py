@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ARROWS = {
     "perceiver.config": set(),
     "perceiver.catalog": set(),
+    "perceiver.terminal": set(),
     "perceiver.extensions": {"perceiver.config"},
     "perceiver.runs": {"perceiver.config", "perceiver.extensions"},
     "perceiver.models": {"perceiver.config"},

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 
 from perceiver import pretrained
@@ -243,6 +244,71 @@ def test_another_kind_of_model_of_transformers_is_refused(transformers, tmp_path
         read_pretrained(tmp_path)
 
 
+CONFIGS = {
+    "a list": "[1]",
+    "null": "null",
+    "nested deeply": "[" * 100_000,
+    "empty": "{}",
+    "architectures are a number": {"architectures": 3},
+    "architectures are empty": {"architectures": []},
+    "channels are text": {"architectures": ["PerceiverForMaskedLM"], "d_latents": "many"},
+    "channels are an object": {"architectures": ["PerceiverForMaskedLM"], "d_latents": {"a": 1}},
+    "heads are 0": {"architectures": ["PerceiverForMaskedLM"], "num_cross_attention_heads": 0},
+    "labels are a number": {"architectures": ["PerceiverForImageClassificationFourier"], "id2label": 7},
+    "sizes are a number": {"architectures": ["PerceiverForOpticalFlow"], "train_size": 7},
+    "model_config is null": {"model_config": None},
+    "model_config is a list": {"model_config": [1]},
+    "model_config is empty": {"model_config": {}},
+    "encoder is text": {"model_config": {"num_latents": 2, "num_latent_channels": 8, "encoder": "x", "decoder": {}}},
+    "latents are text": {"model_config": {"max_latents": "8"}},
+    "our model is null": {"format": "perceiver", "model": None},
+    "our model is a task": {"format": "perceiver", "model": {"type": "CausalLMConfig"}},
+    "our model's type is a list": {"format": "perceiver", "model": {"type": ["PerceiverARConfig"]}},
+}
+
+
+@pytest.mark.parametrize("content", CONFIGS.values(), ids=CONFIGS)
+def test_a_configuration_of_another_shape_is_one_sentence_with_its_file(tmp_path, content):
+    (tmp_path / "config.json").write_text(content if isinstance(content, str) else json.dumps(content))
+    save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError) as caught:
+        read_pretrained(tmp_path)
+    assert "config.json" in str(caught.value) or "transformers Perceiver" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("parameters", [None, 3, [1], {}, {"max_latents": "8"}, {"max_latents": 8, "num_heads": 2**70}, {"encoder": 1}])
+def test_hyperparameters_of_another_shape_are_one_sentence(tmp_path, parameters):
+    path = tmp_path / "x.ckpt"
+    torch.save({"state_dict": {"model.x": torch.zeros(1)}, "hyper_parameters": parameters}, path)
+    with pytest.raises(UserError, match="x.ckpt|hyperparameters") as caught:
+        read_pretrained(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "value", [torch.tensor([1.0, torch.nan]), torch.tensor([1.0, torch.inf]), torch.tensor([1, 2]), torch.tensor([True])]
+)
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "x.ckpt"])
+def test_weights_that_are_no_finite_numbers_are_refused_by_tensor_and_file(tmp_path, name, value):
+    weights = {"good": torch.zeros(2), "bad": value}
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["PerceiverForMaskedLM"]}))
+    if name.endswith("safetensors"):
+        save_file(weights, tmp_path / name)
+    else:
+        torch.save({"state_dict": weights, "hyper_parameters": {}} if name == "x.ckpt" else weights, tmp_path / name)
+    with pytest.raises(UserError, match=f"weight bad of .*{name} has values"):
+        read_pretrained(tmp_path / name)
+
+
+def test_half_precision_weights_are_taken(tmp_path):
+    experiment = masked_experiment()
+    weights = {name: value.bfloat16() for name, value in build_model(experiment.model, seed=7).state_dict().items()}
+    save_file(weights, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"format": "perceiver", "model": to_dict(experiment.model)}))
+    assert read_pretrained(tmp_path).weights.keys() == weights.keys()
+
+
 # ----------------------------------------------------------------------------------------------- starting from other runs
 
 
@@ -309,6 +375,28 @@ def test_a_whole_model_is_taken_from_a_run_by_name_and_checkpoint(chain, tmp_pat
     earlier = started(begun(masked_experiment(), init_from="mlm", init_checkpoint="9"), tmp_path, folder, 1)
     assert all(np.array_equal(earlier[name], value.detach().numpy()) for name, value in model.named_parameters())
     assert not all(np.array_equal(earlier[name], weights[name]) for name in weights)
+
+
+@pytest.mark.parametrize("field", ["init_from", "init_encoder_from"])
+@pytest.mark.parametrize("value", ["", " "])
+def test_an_empty_start_is_refused_and_not_random_weights(field, value):
+    experiment = begun(masked_experiment(), **{field: value})
+    with pytest.raises(UserError, match=f"--training.{field.replace('_', '-')} is empty"):
+        find_start(experiment, shapes(experiment))
+
+
+def test_a_run_that_ended_in_nan_starts_no_other(chain, tmp_path):
+    folder, _ = chain
+    experiment = begun(masked_experiment(), init_from=str(folder / "mlm"), init_checkpoint="last")
+    start = find_start(experiment, shapes(experiment))
+    model = build_model(experiment.model)
+    start.apply(model)
+    with torch.no_grad():
+        model.decoder.cross_attention.mlp.norm.weight[0] = torch.nan
+    damaged = tmp_path / "step-00000012"
+    dcp.save({"model": model.state_dict()}, checkpoint_id=str(damaged), no_dist=True)
+    with pytest.raises(UserError, match="run mlm, step 12 has values in decoder.cross_attention.mlp.norm.weight that are not finite"):
+        replace(start, checkpoint=damaged).apply(build_model(experiment.model))
 
 
 @pytest.mark.parametrize("world", [1, 2])

@@ -113,6 +113,17 @@ def test_a_mistake_is_named_before_anything_is_read(config, part):
         check("out.model", config)
 
 
+def test_a_file_that_is_there_is_not_written_over(tmp_path):
+    out = tmp_path / "thesis.txt"
+    out.write_text("all of it")
+    for path in (out, tmp_path):
+        with pytest.raises(UserError, match="exists already"):
+            check(str(path), replace(CONFIG, data=DataConfig(source="x")))
+    with pytest.raises(UserError, match="OUT is empty"):
+        check("", replace(CONFIG, data=DataConfig(source="x")))
+    assert out.read_text() == "all of it"
+
+
 def test_a_missing_file_name_is_named():
     with pytest.raises(UserError, match="must be the file to write"):
         main(["--vocab-size", "300"])

@@ -136,6 +136,22 @@ def test_a_sweep_in_an_object_store_is_refused():
         sweep.sweep_folder("s3://bucket/sweeps", "mine")
 
 
+@pytest.mark.parametrize("name", ["..", ".", "a/b", "/tmp/a", "../a", "", "x" * 300, "ü", "a\0b"])
+def test_a_sweep_stays_inside_its_storage(tmp_path, name):
+    with pytest.raises(UserError, match="--name is .* must be a plain folder name"):
+        sweep.sweep_folder(str(tmp_path), name)
+    assert sweep.sweep_folder(str(tmp_path), "mine-2.b") == tmp_path / "mine-2.b"
+
+
+def test_a_sweep_does_not_write_into_a_folder_of_someone_else(tmp_path):
+    (tmp_path / "report.html").write_text("all of it")
+    with pytest.raises(UserError, match="has no sweep.json but holds other files .report.html.: choose another --name"):
+        sweep.check_folder(GOOD, tmp_path)
+    (tmp_path / "report.html").unlink()
+    (tmp_path / ".lock").touch()  # of a start that was refused
+    sweep.check_folder(GOOD, tmp_path)
+
+
 def test_trials_that_do_not_fit_are_refused_with_the_sum(monkeypatch):
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4.0})
     monkeypatch.setattr(sweep, "cluster_cores", lambda: 4)

@@ -22,7 +22,7 @@ from perceiver.models import check_model
 from perceiver.tasks import build_task
 from perceiver.tasks.causal_lm import CausalLMConfig
 from perceiver.training.checkpoint import write_json
-from ray_jobs.cli import main_entry, program
+from ray_jobs.cli import main_entry, program, refuse_empty
 from tuning.figures import GREY, PALETTE, Panel, save, stack
 from tuning.power_law import Measurement, Study, fit_study
 from tuning.sweep import run_sweep, sweep_folder
@@ -43,6 +43,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--storage", help="folder of all sweeps; default: $PERCEIVER_HOME/sweeps")
     parser.add_argument("--concurrent", type=int, help="trainings at once; default: as many as the cluster has room for")
     args, overrides = parser.parse_known_args(argv)
+    refuse_empty(args, ("preset",))
     budgets, channels = _numbers("budgets", args.budgets, 2), [int(c) for c in _numbers("channels", args.channels, 3)]
     sweep, skipped = plan(args.preset, overrides, budgets, channels)
     for line in skipped:

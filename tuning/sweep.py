@@ -21,18 +21,18 @@ from typing import Any
 import ray
 from ray import tune
 
-from perceiver.config import Experiment, UserError, differences, digest, flatten, home, to_dict
+from perceiver.config import Experiment, UserError, check_folder_name, differences, digest, flatten, home, to_dict
 from perceiver.data.sources import is_shipped
 from perceiver.datasets import load_prepared
 from perceiver.extensions import code_of
 from perceiver.training.checkpoint import write_json
 from perceiver.training.meters import duration
 from perceiver.training.run import total_steps
-from ray_jobs.cli import main_entry, program
+from ray_jobs.cli import main_entry, program, refuse_empty
 from ray_jobs.ingest import DATA_CPUS
 from ray_jobs.preflight import check_experiment, cluster_cores
 from ray_jobs.ray_env import connect, use_gpus
-from ray_jobs.train import locked
+from ray_jobs.train import check_free, locked
 from tuning import report
 from tuning.record import Record, StopDiverged, prune
 from tuning.schedulers import scheduler, search, slot
@@ -66,6 +66,7 @@ def main(argv: list[str]) -> int:
     for option, kind in OPTIONS.items():
         parser.add_argument(f"--{option}", type=kind, help="see tuning/sweeps.py")
     args, overrides = parser.parse_known_args(argv)
+    refuse_empty(args, ("sweep",))
     sweep = find_sweep(args.sweep)
     given = {option: getattr(args, option) for option in OPTIONS if getattr(args, option) is not None}
     sweep = replace(sweep, **given, overrides=(*sweep.overrides, *overrides))
@@ -78,10 +79,11 @@ def sweep_folder(storage: str | None, name: str) -> Path:
     """Where a sweep is kept.
 
     Raises:
-        UserError: in an object store, which a sweep cannot be.
+        UserError: in an object store, which a sweep cannot be, or by a name that leads out of the storage.
     """
     if storage and "://" in storage:
         raise UserError(f"--storage is {storage} and must be a folder, one that all nodes share: sweeps are not kept in object stores")
+    check_folder_name("--name", name)
     return ((Path(storage).expanduser() if storage else home() / "sweeps") / name).absolute()
 
 
@@ -149,7 +151,9 @@ def check_folder(sweep: Sweep, folder: Path) -> None:
         UserError: names the differences.
     """
     path = folder / SETTINGS
-    if path.exists():
+    if not path.exists():
+        check_free(folder, SETTINGS, "--name")
+    else:
         changes = differences(flatten(json.loads(path.read_text())), flatten(json.loads(json.dumps(describe(sweep)))))
         if changes:
             raise UserError(f"{folder} holds another sweep ({'; '.join(changes)}): choose another --name, or the same settings")

@@ -3,6 +3,7 @@
 from perceiver.config.core import (
     Config,
     UserError,
+    check_folder_name,
     check_tree,
     differences,
     digest,
@@ -49,6 +50,7 @@ __all__ = [
     "TokenizerTraining",
     "TrainingConfig",
     "UserError",
+    "check_folder_name",
     "check_tree",
     "differences",
     "digest",

@@ -14,6 +14,7 @@ import json
 import math
 import os
 import pkgutil
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -220,11 +221,24 @@ def _check_value(name: str, value: Any, default: Any) -> None:
         raise UserError(f"{name} is {value} and must be a finite number")
     if isinstance(value, int) and abs(value) >= 2**63:
         raise UserError(f"{name} is {value} and must be below 2^63")
-    if value == "" and default is None:
-        raise UserError(f"{name} is empty (an unset variable?): leave it out, or name something")
+    if isinstance(value, str) and not value.strip() and default is None:
+        raise UserError(f"--{name} is empty: give a value, or leave it out (is a variable of the shell not set?)")
     if isinstance(value, tuple):
         for member in value:
             _check_value(name, member, dataclasses.MISSING)
+
+
+def check_folder_name(field: str, name: str) -> None:
+    """Checks the name of a folder that is made inside another one.
+
+    Raises:
+        UserError: it would lie elsewhere, or cannot be a name on every machine and in Ray.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9_@+=,%~-][A-Za-z0-9_@+=,%~. -]{0,199}", name):
+        raise UserError(
+            f"{field} is {name!r} and must be a plain folder name: at most 200 letters (a-z), digits and ._- without / and "
+            "no . at the beginning"
+        )
 
 
 def check_positive(node: Config, where: str, *names: str) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from perceiver.config.core import Config, UserError, check_positive, flatten, home, is_builtin, spelled, to_dict
+from perceiver.config.core import Config, UserError, check_folder_name, check_positive, flatten, home, is_builtin, spelled, to_dict
 from perceiver.config.optimization import OptimConfig
 
 if TYPE_CHECKING:
@@ -252,11 +252,7 @@ class Experiment(Config):
         return self.run.name or self.preset.rpartition(":")[2].replace("_", "-")
 
     def check(self, where: str) -> None:
-        name = self.run_name
-        if not name or "/" in name or "\0" in name or name.startswith("."):
-            raise UserError(f"run.name is {name!r} and must be a plain folder name (the folder of runs is run.storage)")
-        if not name.isascii() or not name.isprintable() or len(name) > 200:
-            raise UserError(f"run.name is {name!r} and must be at most 200 printable ASCII characters")
+        check_folder_name("--run.name", self.run_name)
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -2,37 +2,45 @@
 
 A folder in our format has `config.json` with the model's and the task's configuration, `model.safetensors` with our
 weight names, and `tokenizer.model` where the tokenizer is a SentencePiece model. Nothing in it is pickled. The format
-of transformers has its own config.json and weight names, for those models that it has too.
+of transformers has its own config.json and weight names, for those models that it has too. In both, `export.json` lists
+the files with their hashes: only what it lists is ever replaced by a later export.
 """
 
 from __future__ import annotations
 
+import ctypes
+import hashlib
 import json
+import os
 import shutil
 import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from perceiver import hub
 from perceiver.config import UserError, to_dict
 from perceiver.data.tokenizers import TOKENIZER, ByteTokenizer, SentencePieceTokenizer, Tokenizer
 from perceiver.models.configs import ImageInput
+from perceiver.pretrained import check_weights
 
 if TYPE_CHECKING:
     from perceiver.inference.trained import TrainedModel
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
+CONFIG, WEIGHTS, LISTING = "config.json", "model.safetensors", "export.json"
 FORMAT, FORMAT_VERSION = "perceiver", 1
 FORMATS = ("perceiver", "transformers")
+_LISTING_FORMAT, _TOKENIZER_CONFIG = "perceiver export", "tokenizer_config.json"
 
 
 def export(trained: TrainedModel, folder: str | Path, format: str = "perceiver") -> Path:
     """Writes a model to a folder, which appears whole or not at all.
 
     Args:
-        folder: must not exist yet, or hold an earlier export, which is replaced.
+        folder: must not exist yet, be empty, or hold an earlier export (unchanged, and nothing else), which is replaced:
+            in one step where the file system can exchange two folders.
         format: "perceiver" (loads with `perceiver.load`), or "transformers" (loads with its `from_pretrained`).
 
     Returns:
@@ -43,27 +51,141 @@ def export(trained: TrainedModel, folder: str | Path, format: str = "perceiver")
     """
     if format not in FORMATS:
         raise UserError(f"format is {format!r} and must be one of {', '.join(FORMATS)}")
-    target = Path(folder).expanduser().absolute()
-    if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not (target / CONFIG).is_file())):
-        raise UserError(f"{folder} exists and is no exported model: choose another folder")
+    if not str(folder).strip():
+        raise UserError("the folder to export to is empty: give its path")
+    try:
+        target = Path(folder).expanduser().resolve()
+        _check_target(target)
+    except (OSError, ValueError, RuntimeError) as error:  # too long, with a NUL, of a user that is not there, a circle of links
+        raise UserError(f"{folder} cannot be an exported folder ({_reason(error)}): choose another path") from error
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in trained.model.state_dict().items()}
+    check_weights(weights, trained.name)
     if format == "transformers":
         config = _transformers_config(trained)
         weights = hub.to_transformers(weights, trained.config)
     else:
         config = our_config(trained)
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
-    temporary.mkdir(parents=True)
+    staged = target.with_name(f".export.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        save_file(weights, temporary / WEIGHTS, metadata={"format": "pt"})
-        (temporary / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-        _write_tokenizer(trained.tokenizer, temporary, format, config)
-        if target.exists():
-            shutil.rmtree(target)
-        temporary.rename(target)
+        staged.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written ({_reason(error)})") from error
+    try:
+        (staged / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        save_file(weights, staged / WEIGHTS, metadata={"format": "pt"})
+        os.chmod(staged / WEIGHTS, (staged / CONFIG).stat().st_mode)  # save_file lets the owner alone read it
+        _write_tokenizer(trained.tokenizer, staged, format, config)
+        _write_listing(staged)
+        for path in staged.iterdir():
+            _to_disk(path)
+        _put_in_place(staged, target)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder} cannot be written ({_reason(error)})") from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        _remove_own(staged)
     return target
+
+
+def _check_target(target: Path) -> None:
+    """Refuses a folder that holds anything but an earlier export.
+
+    Raises:
+        UserError: names what is not ours.
+    """
+    if not os.path.lexists(target):
+        return
+    if not target.is_dir():
+        raise UserError(f"{target} exists and is no folder: choose another one")
+    if foreign := _foreign(target):
+        shown = ", ".join(foreign[:5]) + (f" and {len(foreign) - 5} more" if len(foreign) > 5 else "")
+        raise UserError(f"{target} holds what is not from an export, or has been changed since ({shown}): choose another folder")
+
+
+def _foreign(folder: Path) -> list[str]:
+    """Names in a folder that no export wrote as they are now."""
+    listed = _listed(folder)
+    return sorted(path.name for path in folder.iterdir() if not _is_own(path, listed))
+
+
+def _is_own(path: Path, listed: dict[str, Any]) -> bool:
+    if path.is_symlink() or not path.is_file():
+        return False
+    if path.name == LISTING:
+        return bool(listed)
+    entry = listed.get(path.name)
+    return isinstance(entry, dict) and entry.get("bytes") == path.stat().st_size and entry.get("sha256") == _sha256(path)
+
+
+def _listed(folder: Path) -> dict[str, Any]:
+    """The files that an export wrote, by name; none where there is no list that can be read."""
+    try:
+        content = json.loads((folder / LISTING).read_text())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    files = content.get("files") if isinstance(content, dict) and content.get("format") == _LISTING_FORMAT else None
+    return files if isinstance(files, dict) else {}
+
+
+def _write_listing(folder: Path) -> None:
+    files = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(folder.iterdir())}
+    (folder / LISTING).write_text(json.dumps({"format": _LISTING_FORMAT, "files": files}, indent=2) + "\n")
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _put_in_place(staged: Path, target: Path) -> None:
+    """Makes a written export the content of a folder that has been checked."""
+    if not target.exists():
+        staged.rename(target)
+    elif _exchange(staged, target):
+        os.chmod(target, staged.stat().st_mode)
+    else:
+        # File by file. Without a config.json a folder is no model to anyone: what a crash leaves is never half of each.
+        listed = _listed(target)
+        for name in [CONFIG, *listed]:
+            if _is_own(target / name, listed):
+                (target / name).unlink()
+        for path in sorted(staged.iterdir(), key=lambda path: (path.name == CONFIG) - (path.name == LISTING)):
+            copy = target / f".{path.name}.tmp"
+            shutil.copy2(path, copy)
+            _to_disk(copy)
+            os.replace(copy, target / path.name)
+    for folder in (target, target.parent):
+        _to_disk(folder)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchanges two folders in one step; False where the system or the file system has no such operation."""
+    try:
+        rename = ctypes.CDLL(None).renameat2
+    except (AttributeError, OSError):
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
+
+
+def _remove_own(folder: Path) -> None:
+    """Removes a folder of which all was written by an export: its files by name, and never what someone else put there."""
+    if not folder.is_dir():
+        return
+    listed = _listed(folder)
+    unlisted = {CONFIG, WEIGHTS, TOKENIZER, _TOKENIZER_CONFIG, LISTING} if not listed else set()  # an export that did not get so far
+    for path in list(folder.iterdir()):
+        if _is_own(path, listed) or path.name in unlisted:
+            path.unlink()
+    if not any(folder.iterdir()):
+        folder.rmdir()
+
+
+def _to_disk(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def our_config(trained: TrainedModel) -> dict[str, Any]:
@@ -85,17 +207,30 @@ def read_config(folder: Path) -> dict[str, Any] | None:
     """The config.json of a folder in our format; None where it is none.
 
     Raises:
-        UserError: a version of the format that this version does not know.
+        UserError: a version of the format that this version does not know, or a config.json that lacks something.
     """
     try:
         config = json.loads((folder / CONFIG).read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         return None
     if config.get("format_version") != FORMAT_VERSION:
         raise UserError(f"{folder} has format version {config.get('format_version')}, this version reads {FORMAT_VERSION}")
+    for name, kind in (("model", dict), ("task", dict), ("photos", bool), ("name", str), ("provenance", dict)):
+        if not isinstance(config.get(name), kind):
+            raise UserError(f"{folder / CONFIG} is damaged: {name!r} must be {_KINDS[kind]}, not {_shown(config.get(name))}")
+    if config.get("tokenizer") not in (None, "bytes", TOKENIZER):
+        raise UserError(f"{folder / CONFIG} is damaged: 'tokenizer' must be null, bytes or {TOKENIZER}, not {_shown(config['tokenizer'])}")
     return config
+
+
+_KINDS = {dict: "an object", bool: "true or false", str: "text"}
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) < 60 else f"{text[:60]}..."
 
 
 def upload(folder: str | Path, name: str, private: bool = True) -> str:
@@ -142,7 +277,7 @@ def download(name: str, files: list[str]) -> Path:
 def _write_tokenizer(tokenizer: Tokenizer | None, folder: Path, format: str, config: dict[str, Any]) -> None:
     if format == "transformers" and isinstance(tokenizer, ByteTokenizer):
         settings = {"tokenizer_class": "PerceiverTokenizer", "model_max_length": config["max_position_embeddings"]}
-        (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+        (folder / _TOKENIZER_CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
     elif isinstance(tokenizer, SentencePieceTokenizer):
         (folder / TOKENIZER).write_bytes(tokenizer.model)
 

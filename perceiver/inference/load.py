@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from torch import Tensor
 
 from perceiver.config import ModelConfig, TaskConfig, UserError, from_dict, home
 from perceiver.data.tokenizers import TOKENIZER, Tokenizer, load_tokenizer
@@ -18,7 +16,16 @@ from perceiver.inference.export import CONFIG, WEIGHTS, download, read_config
 from perceiver.inference.trained import TrainedModel, abilities_of, task_of
 from perceiver.models import PerceiverAR, PerceiverIO, build_model
 from perceiver.models.configs import PerceiverARConfig, TextInput
-from perceiver.pretrained import is_hub_name, read_pretrained
+from perceiver.pretrained import (
+    fitting_model,
+    header_of,
+    in_one_sentence,
+    is_hub_name,
+    read_json,
+    read_model,
+    read_pretrained,
+    read_tensors,
+)
 from perceiver.runs import read_run
 from perceiver.tasks.image_classification import ImageClassificationConfig
 from perceiver.tasks.symbolic_audio import SymbolicAudioConfig
@@ -48,6 +55,7 @@ def load(
     Raises:
         UserError: there is no such model; says where it was looked for.
     """
+    _check_source(source)
     target = _device(device)
     if precision not in DTYPES:
         raise UserError(f"precision is {precision!r} and must be one of {', '.join(DTYPES)}")
@@ -73,6 +81,8 @@ class Description:
     """Of a run: the step chosen, which stays the same where "best" or "last" would move on."""
     task: TaskConfig | None
     """None: only loading tells (published weights)."""
+    config: ModelConfig | None = None
+    """None: only loading tells."""
 
     @property
     def abilities(self) -> tuple[str, ...]:
@@ -86,6 +96,7 @@ def describe(source: str | Path, checkpoint: str = "best") -> Description:
     Raises:
         UserError: a run without such a checkpoint or with a damaged one, or a path or name that cannot be a model.
     """
+    _check_source(source)
     folder = find_run(source)
     if folder is not None:
         experiment, _ = read_run(folder)
@@ -93,11 +104,12 @@ def describe(source: str | Path, checkpoint: str = "best") -> Description:
         check_files(chosen.path)
         # Who loads it may be on another machine: a URI means the same there.
         location = str(source) if "://" in str(source) else str(folder)
-        return Description(folder.name, location, str(chosen.step), experiment.task)
+        return Description(folder.name, location, str(chosen.step), experiment.task, experiment.model)
     path = Path(source).expanduser()
     config = read_config(path)
     if config is not None:
-        return Description(config["name"], str(path.absolute()), checkpoint, from_dict(config["task"]))
+        task, model = _task(config["task"], path / CONFIG), read_model(config["model"], path / CONFIG)
+        return Description(config["name"], str(path.absolute()), checkpoint, task, model)
     if not path.exists() and not is_hub_name(str(source)):
         raise _nothing(source)
     return Description(str(source), str(path.absolute()) if path.exists() else str(source), checkpoint, None)
@@ -138,20 +150,32 @@ def load_export(folder: Path, device: torch.device) -> TrainedModel:
     config = read_config(folder)
     if config is None:
         raise UserError(f"{folder} holds no exported model")
-    model_config = from_dict(config["model"])
-    model = empty_model(model_config, device)
-    try:
-        model.load_state_dict(load_file(folder / WEIGHTS, device=str(device)))
-    except (OSError, SafetensorError, RuntimeError) as error:
-        reason = (str(error).strip().splitlines() or [""])[-1].strip()
-        raise UserError(f"{folder / WEIGHTS} does not hold the weights of its config.json ({reason})") from error
+    model_config, task = read_model(config["model"], folder / CONFIG), _task(config["task"], folder / CONFIG)
+    path = folder / WEIGHTS
+    model = _filled(fitting_model(model_config, header_of(path), path), read_tensors(path), device)
     tokenizer = config["tokenizer"]
     if tokenizer is not None:
         tokenizer = tokenizer_of(model_config, str(folder / TOKENIZER) if tokenizer == TOKENIZER else tokenizer)
     return TrainedModel(
-        model=model, task=from_dict(config["task"]), tokenizer=tokenizer, photos=config["photos"], name=config["name"],
+        model=model, task=task, tokenizer=tokenizer, photos=config["photos"], name=config["name"],
         provenance=config["provenance"],
     )  # fmt: skip
+
+
+def _task(data: Any, file: Path) -> TaskConfig:
+    with in_one_sentence(file):
+        task = from_dict(data)
+    if not isinstance(task, TaskConfig):
+        raise UserError(f"{file} describes no model that can be read: 'task' is {type(task).__name__}")
+    return task
+
+
+def _filled(model: PerceiverIO | PerceiverAR, weights: dict[str, Tensor], device: torch.device) -> PerceiverIO | PerceiverAR:
+    """A model without values on a device with these, which fit it."""
+    model.to_empty(device=device)
+    model.reset_buffers()
+    model.load_state_dict(weights)
+    return model
 
 
 def empty_model(config: ModelConfig, device: torch.device) -> PerceiverIO | PerceiverAR:
@@ -194,17 +218,14 @@ def load_published(source: str | Path, folder: Path | None, device: torch.device
         UserError: there is no such model, or none that can be used here.
     """
     pretrained = read_pretrained(source)
-    published = json.loads((folder / CONFIG).read_text()) if folder is not None and (folder / CONFIG).is_file() else {}
+    published = read_json(folder / CONFIG) if folder is not None and (folder / CONFIG).is_file() else {}
     task = task_of(pretrained.config)
     photos = published.get("architectures") == ["PerceiverForImageClassificationFourier"]
     if isinstance(task, ImageClassificationConfig) and (labels := published.get("id2label")):
-        task = replace(task, class_names=tuple(labels[key] for key in sorted(labels, key=int)))
-    model = empty_model(pretrained.config, device)
-    try:
-        model.load_state_dict(pretrained.weights)
-    except RuntimeError as error:
-        reason = str(error).strip().splitlines()[-1].strip()
-        raise UserError(f"{source} does not hold the weights of its configuration ({reason})") from error
+        with in_one_sentence((folder or Path()) / CONFIG):
+            task = replace(task, class_names=tuple(str(labels[key]) for key in sorted(labels, key=int)))
+    shapes = {name: tuple(tensor.shape) for name, tensor in pretrained.weights.items()}
+    model = _filled(fitting_model(pretrained.config, shapes, source), pretrained.weights, device)
     tokenizer = tokenizer_of(pretrained.config, "bytes")
     name = Path(pretrained.origin).name
     return TrainedModel(model=model, task=task, tokenizer=tokenizer, photos=photos, name=name, provenance={"origin": name})
@@ -224,6 +245,12 @@ def _load_other(source: str | Path, device: torch.device) -> TrainedModel:
     return load_published(str(source), folder, device)
 
 
+def _check_source(source: str | Path) -> None:
+    """Raises UserError for an empty text, which as a path is the current folder."""
+    if not str(source).strip():
+        raise UserError("the name of the model is empty: give a run, a folder of weights or a name on the hub")
+
+
 def _nothing(source: str | Path) -> UserError:
     return UserError(
         f"no model {str(source)!r}: it is no run's folder, no name of a run in {home() / 'runs'}, no exported folder, "
@@ -238,6 +265,8 @@ def _device(device: str) -> torch.device:
         chosen = torch.device(device)
     except RuntimeError:
         raise UserError(f"device is {device!r} and must be auto, cpu, cuda or cuda:NUMBER") from None
+    if chosen.type not in ("cpu", "cuda"):
+        raise UserError(f"device is {device!r} and must be auto, cpu, cuda or cuda:NUMBER")
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise UserError(f"device is {device!r}, but this machine has {torch.cuda.device_count()} GPUs that PyTorch can use")
     return chosen

@@ -64,6 +64,8 @@ class TrainState:
 def find_run(source: str | Path, storage: str | Path | None = None) -> Path | None:
     """The folder of a run that is given by its path, its URI in an object store (then fetched), or its name among those of
     `storage` or $PERCEIVER_HOME; else None."""
+    if not str(source).strip():
+        raise UserError("the name of the run is empty: give its folder, its URI or its name")
     if "://" in str(source):
         return fetch_run(str(source))
     candidates = [Path(source).expanduser()]

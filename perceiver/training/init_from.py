@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.tensor import DTensor
 
 from perceiver import hub
 from perceiver.config import Experiment, ModelConfig, UserError, differences
@@ -55,10 +57,18 @@ class Start:
         """Puts the weights into a model, plain or sharded. Called by all workers; each takes its shards."""
         if self.checkpoint is not None:
             load_weights(self.checkpoint, model, self.loaded)
+            self._check_finite(model)
             return
         assert self.weights is not None
         weights = {name: self.weights[name] for name in self.loaded}
         set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, strict=False))
+
+    def _check_finite(self, model: nn.Module) -> None:
+        """Raises UserError where a worker's part of the loaded weights is not finite: a run that ended in NaN starts none."""
+        for name, parameter in model.named_parameters():
+            values = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            if name in self.loaded and not bool(torch.isfinite(values).all()):
+                raise UserError(f"{self.origin} has values in {name} that are not finite: choose another --training.init-checkpoint")
 
     def save(self, run_folder: Path) -> None:
         """Writes into the run's folder what was loaded, what is new, and what was left."""
@@ -85,6 +95,9 @@ def find_start(experiment: Experiment, shapes: Shapes) -> Start | None:
         UserError: there are no such weights, or they do not fit; says in what.
     """
     training = experiment.training
+    for name, value in (("init-from", training.init_from), ("init-encoder-from", training.init_encoder_from)):
+        if value is not None and not value.strip():
+            raise UserError(f"--training.{name} is empty: give a run or weights, or leave it out to start from random weights")
     if training.init_from and training.init_encoder_from:
         raise UserError("training.init-from and training.init-encoder-from are both set: choose one")
     source = training.init_from or training.init_encoder_from
