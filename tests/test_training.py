@@ -104,6 +104,18 @@ def test_a_killed_run_continues_to_bitwise_the_same_weights_and_records(images, 
     assert [r["step"] for r in read_metrics(folder) if "loss" in r] == list(range(1, 13))
 
 
+def test_two_workers_agree_to_leave_a_checkpoint_that_is_damaged_for_one_of_them(images, uninterrupted, tmp_path):
+    folder = tmp_path / "run"
+    run(image_experiment(), images, folder, world=2, stop_at=8)
+    shard = folder / "checkpoints" / "step-00000009" / "rank-00001.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    continued = run(image_experiment(), images, folder, world=2)
+    assert all(np.array_equal(continued[name], weights) for name, weights in uninterrupted[0].items())
+    assert (folder / "checkpoints" / "damaged-step-00000009" / shard.name).is_file()
+
+
 def test_another_number_of_workers_gives_the_same_losses(images, tmp_path):
     experiment = without_dropout(image_experiment())
     one = run(experiment, images, tmp_path / "one", world=1)
