@@ -199,17 +199,18 @@ def preset_step(name: str, factored: bool = True) -> tuple[CountedStep, dict[str
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_costs_of_every_preset_agree_with_its_formulas(name):
-    """FLOPs within 2%, kept activations within 4%.
+    """FLOPs within 2%, kept activations within 4% (of small images 0.25 MiB).
 
     The formulas leave out that learned queries and latents are projected once for the whole batch, and that the gradient of an
     input that is not learned (frames of optical flow) is not computed. Factored attention to images computes less than the plain
     one, which FLOPs are told of: it is switched off for them. Of activations the formulas leave out statistics of norms,
-    tables of rotation, and masks.
+    tables of rotation, masks, and the few numbers per pixel that factored attention makes, which only small images show.
     """
     config = PRESETS[name]().model
     step, arguments = preset_step(name, factored=False)
     flops = step.flops_per_example() / training_flops(config, **arguments)
-    if name.startswith(("img", "quickstart")):
+    image = isinstance(getattr(config, "input", None), ImageInput)
+    if image:
         step, _ = preset_step(name)
     layout = Layout(micro_batch_size=2)
     kept = [
@@ -218,7 +219,7 @@ def test_costs_of_every_preset_agree_with_its_formulas(name):
     ]
     print(f"FLOPs {flops - 1:+.3%}, activations {kept[0] / kept[1] - 1:+.2%} of {kept[1] / 2**20:.1f} MiB")
     assert flops == pytest.approx(1, abs=0.02)
-    assert kept[0] == pytest.approx(kept[1], rel=0.04)
+    assert kept[0] == pytest.approx(kept[1], rel=0.04, abs=2**18 if image else 0)
 
 
 def test_a_loss_in_chunks_is_counted_whole():

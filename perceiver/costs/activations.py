@@ -140,8 +140,8 @@ def _factored(layout: Layout, config: PerceiverIOConfig, num_inputs: int, shared
     latents = batch * config.num_latents
     weights = latents * heads * num_inputs
     c = shapes.encoder_cross_attention(config)
-    # Softmax; with dropout its decisions. (The weights times the norm's scale are not kept: pixels need no gradient.) Means in input
-    # channels twice, and per value channel.
+    # Softmax; with dropout its decisions. The weights times the norm's scale are not kept, as pixels need no gradient. Means in
+    # input channels twice, and per value channel.
     kept = weights * (FP32 + (1 if config.encoder.dropout else 0)) + FP32 * latents * (2 * heads * c.kv_channels + c.v_channels)
     kept += FP32 * (1 if shared else latents) * heads * c.kv_channels * 2
     if layout.element_size < FP32:
