@@ -15,17 +15,18 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from perceiver.config import ImageClassificationConfig, ParallelConfig, UserError, differences, flatten
+from perceiver.config import ImageClassificationConfig, ParallelConfig, PerceiverARConfig, UserError, differences, flatten
 from perceiver.data.storage import atomic_file, list_folder, open_folder, read_file, write_file
 from perceiver.inference.load import describe
 from perceiver.inference.predict import MODES, PredictOptions, output_schema, predict_rows
 from perceiver.inference.rows import Part, Row, from_plain, list_inputs, plan_parts, read_part, to_plain
-from ray_jobs.cli import main_entry
+from ray_jobs.cli import JobFailed, main_entry, refuse_empty
 
 PLAN, ERRORS, SUMMARY = "plan.json", "errors.jsonl", "summary.json"
 READ_CPUS = 0.5
@@ -59,7 +60,9 @@ class Placement:
 
 def main(argv: list[str]) -> int:
     job, output, placement = parse(argv)
-    predict(job, output, placement, say=lambda text: print(text, flush=True))
+    summary = predict(job, output, placement, say=lambda text: print(text, flush=True))
+    if summary["errors"] == summary["rows"]:
+        raise JobFailed(f"none of the {summary['rows']:,} rows could be computed; the first: {summary['first_error']}")
     return 0
 
 
@@ -75,7 +78,7 @@ def parse(argv: list[str]) -> tuple[PredictJob, str, Placement]:
     parser.add_argument("run", help="folder or name of a run, an exported folder, or a name on the hub")
     parser.add_argument("--input", nargs="+", required=True, metavar="PATH", help="files or folders")
     parser.add_argument("--output", required=True, metavar="FOLDER", help="a new folder, or that of the same job before")
-    parser.add_argument("--mode", choices=MODES, help="what to compute (default: what the model was trained for)")
+    parser.add_argument("--mode", choices=MODES, help="what to compute (default: of the model's task: generate, fill-mask or classify)")
     parser.add_argument("--checkpoint", default="best", help="best (default), last, or a step")
     parser.add_argument("--column", help='column with the text or image (default: "text" or "image")')
     parser.add_argument("--id-column", help="column with the rows' ids (default: file name and row number)")
@@ -93,6 +96,7 @@ def parse(argv: list[str]) -> tuple[PredictJob, str, Placement]:
     parser.add_argument("--stop", nargs="+", default=(), metavar="TEXT", help="generate: strings that end a continuation")
     parser.add_argument("--seed", type=int, default=o["seed"], help="generate: of the drawing (%(default)s)")
     args = parser.parse_args(argv)
+    refuse_empty(args, ("run",))
     for name in ("batch_size", "rows_per_part", "actors"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)} and must be at least 1")
@@ -103,6 +107,11 @@ def parse(argv: list[str]) -> tuple[PredictJob, str, Placement]:
         stop=tuple(args.stop),
         **{n: getattr(args, n) for n in names},
     )
+    with _named_as_typed():
+        options.check()
+        if options.mode == "generate" and isinstance(model.config, PerceiverARConfig):
+            if options.num_latents is not None and options.num_latents > model.config.max_latents:
+                raise UserError(f"num_latents is {options.num_latents} and must be at most the model's {model.config.max_latents}")
     if model.abilities and MODES[options.mode].ability not in model.abilities:
         can = ", ".join(name for name, mode in MODES.items() if mode.ability in model.abilities)
         raise UserError(f"--mode is {options.mode}, but {model.name} can only {can}")
@@ -130,6 +139,7 @@ def predict(job: PredictJob, output: str, placement: Placement, say: Callable[[s
     Raises:
         UserError: a mistake in the job or its inputs, or another job's output in the folder.
     """
+    say(f"mode {job.options.mode} of {job.source}, checkpoint {job.checkpoint}")
     parts = plan(job, output)
     there = list_folder(output)
     todo = [part for part in parts if part_name(part.number) not in there]
@@ -160,12 +170,13 @@ def plan(job: PredictJob, output: str) -> list[Part]:
     files = list_inputs(job.inputs)
     settings = flatten(dataclasses.asdict(job) | {"files": {name: size for _, name, size in files}})
     settings = json.loads(json.dumps(settings))
+    _check_apart(job.inputs, output)
     there = list_folder(output)
     if PLAN in there:
-        earlier = json.loads(read_file(output, PLAN))
-        if changes := differences(earlier["settings"], settings):
+        earlier, parts = _read_plan(output)
+        if changes := differences(earlier, settings):
             raise UserError(f"--output {output} holds the output of another job ({'; '.join(changes[:5])}): choose another folder")
-        return from_plain(earlier["parts"])
+        return parts
     if any(not name.startswith(".") for name in there):  # a first start may have been stopped in the middle of its first file
         raise UserError(f"--output {output} is not empty and holds no earlier output: choose another folder")
     parts = plan_parts(files, job.rows_per_part, job.column, job.id_column)
@@ -176,12 +187,39 @@ def plan(job: PredictJob, output: str) -> list[Part]:
     return parts
 
 
+def _check_apart(inputs: tuple[str, ...], output: str) -> None:
+    """Raises UserError where the output would become input of the next start of the same job."""
+    for given in inputs:
+        if f"{output}/".startswith(f"{given.rstrip('/')}/"):
+            raise UserError(f"--output {output} lies inside --input {given}: choose a folder outside")
+
+
+def _read_plan(output: str) -> tuple[dict[str, Any], list[Part]]:
+    """Settings and parts of the job that an output folder belongs to.
+
+    Raises:
+        UserError: its plan.json is damaged or no plan of a job.
+    """
+    try:
+        content = json.loads(read_file(output, PLAN))
+        settings, parts = content["settings"], from_plain(content["parts"])
+        if not isinstance(settings, dict) or not all(isinstance(part.rows, int) for part in parts):
+            raise TypeError
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise UserError(f"{PLAN} in --output {output} is damaged or no plan of this program: choose another folder") from None
+    return settings, parts
+
+
 def part_name(number: int) -> str:
     return f"part-{number:05d}.parquet"
 
 
 def finish(parts: list[Part], output: str) -> dict[str, Any]:
-    """Checks that every row is there, and writes errors.jsonl and summary.json."""
+    """Checks that every row is there, and writes errors.jsonl and summary.json.
+
+    Returns:
+        The summary, and the error of the first row that has one ("" if none has).
+    """
     filesystem, path = open_folder(output)
     rows, lines = 0, []
     for part in parts:
@@ -194,7 +232,7 @@ def finish(parts: list[Part], output: str) -> dict[str, Any]:
     summary = {"rows": rows, "errors": len(lines), "parts": len(parts)}
     write_file(output, ERRORS, "".join(lines).encode())
     write_file(output, SUMMARY, (json.dumps(summary) + "\n").encode())
-    return summary
+    return summary | {"first_error": json.loads(lines[0])["error"] if lines else ""}
 
 
 # ------------------------------------------------------------------------------------------------------------------ Ray
@@ -253,6 +291,7 @@ def _read(items: pa.Table, job: PredictJob) -> pa.Table:
             "id": pa.array([row.id for row in rows], pa.string()),
             "value": pa.array(values, pa.large_binary()),
             "error": pa.array([row.error for row in rows], pa.string()),
+            "place": pa.array([row.place for row in rows], pa.string()),
         }
     )
 
@@ -274,10 +313,10 @@ class Predictor:
         number = table["number"][0].as_py()
         text = self.job.kind == "text"
         rows = [
-            Row(identity, value.decode("utf-8", "surrogatepass") if text and value is not None else value, error)
-            for identity, value, error in zip(*(table[c].to_pylist() for c in ("id", "value", "error")), strict=True)
+            Row(identity, value.decode("utf-8", "surrogatepass") if text and value is not None else value, error, place)
+            for identity, value, error, place in zip(*(table[c].to_pylist() for c in ("id", "value", "error", "place")), strict=True)
         ]
-        result = predict_rows(self.model, rows, self.job.options, stream=str(number))
+        result = predict_rows(self.model, rows, self.job.options)
         with atomic_file(self.output, part_name(number)) as file:
             pq.write_table(result.cast(output_schema(self.job.options.mode)), file)
         errors = len(rows) - result["error"].null_count
@@ -290,10 +329,22 @@ def _absolute(path: str) -> str:
 
 
 def _usual_mode(abilities: tuple[str, ...], name: str) -> str:
-    mode = next((mode for mode, what in MODES.items() if what.ability in abilities), None)
-    if mode is None:
+    """The mode of what a model was trained for: a task's first ability."""
+    modes = {mode.ability: name for name, mode in MODES.items()}
+    usual = next((modes[ability] for ability in abilities if ability in modes), None)
+    if usual is None:
         raise UserError(f"--mode is needed for {name}: one of {', '.join(MODES)}")
-    return mode
+    return usual
+
+
+@contextmanager
+def _named_as_typed() -> Iterator[None]:
+    """Names the fields in messages about options as the command line does (--top-k, not top_k)."""
+    try:
+        yield
+    except UserError as error:
+        name, _, rest = str(error).partition(" ")
+        raise UserError(f"--{name.replace('_', '-')} {rest}") from None
 
 
 if __name__ == "__main__":

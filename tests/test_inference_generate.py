@@ -13,7 +13,7 @@ from perceiver.config import PerceiverARConfig, UserError
 from perceiver.data.tokenizers import load_tokenizer
 from perceiver.inference.batches import pad_left
 from perceiver.inference.continuations import Continuation
-from perceiver.inference.generate import Sampling, beam_search, generate, stream
+from perceiver.inference.generate import Sampling, _draws, beam_search, generate, stream
 from perceiver.models import build_model
 from tests.trained import write_run
 
@@ -149,6 +149,61 @@ def test_a_stream_is_the_whole_in_pieces():
     assert torch.equal(torch.cat(list(stream(model, ids, sampling=Sampling(temperature=0.8, seed=5), **options)), 1), whole)
 
 
+@settings(deadline=None, max_examples=15)
+@given(VARIANTS, LENGTHS, SHARE, st.integers(0, 2**63 - 1), st.floats(0.1, 3))
+def test_what_is_drawn_for_a_row_depends_on_the_seed_and_its_id_alone(variant, lengths, share, seed, temperature):
+    """Not on the other rows, nor on the cache as long as that changes nothing."""
+    rows = prompts(lengths, seed % 1000)
+    ids, pad_mask = pad_left(rows, torch.device("cpu"))
+    num_latents = fitting(max(lengths), share)
+    steps = CONFIG.max_latents - num_latents + 1
+    names = [f"file:{i}" for i in range(len(rows))]
+    options = {"max_new_tokens": steps, "temperature": temperature, "top_p": 0.95, "seed": seed}
+    batch = generate(MODELS[variant], ids, num_latents=num_latents, pad_mask=pad_mask, row_ids=names, **options).tolist()
+    for row, name, expected in zip(rows, names, batch, strict=True):
+        for use_cache in (True, False):
+            options |= {"num_latents": min(num_latents, len(row)), "use_cache": use_cache}
+            assert generate(MODELS[variant], torch.tensor(row)[None], row_ids=[name], **options)[0].tolist() == expected
+
+
+@pytest.mark.parametrize("narrow", [{}, {"top_k": 5}, {"top_p": 0.7}, {"temperature": 3.0}])
+def test_tokens_are_drawn_with_the_probabilities_of_the_model(narrow):
+    model, prompt, count = MODELS["rotary only"], torch.tensor([[1, 2, 3]]), 8000
+    narrow = {"temperature": 6.0} | narrow
+    logits = model(prompt, 0)[0, -1].detach() / narrow["temperature"]
+    expected = logits.softmax(-1)
+    if "top_k" in narrow:
+        expected = expected.where(expected >= expected.topk(5).values[-1], 0.0)
+    if "top_p" in narrow:
+        ordered = expected.sort(descending=True).values
+        least = ordered[int((ordered.cumsum(-1) < 0.7).sum())]
+        expected = expected.where(expected >= least, 0.0)
+    expected = expected / expected.sum()
+    new = generate(model, prompt.expand(count, -1), max_new_tokens=1, num_latents=3, seed=11, **narrow)
+    found = torch.bincount(new[:, 0], minlength=30) / count
+    assert bool((found[expected == 0] == 0).all()) and int((expected > 0).sum()) > 1
+    assert bool(((found - expected).abs() <= 5 * (expected * (1 - expected) / count).sqrt()).all())
+
+
+def test_steps_of_a_row_are_drawn_independently():
+    """Beyond the steps whose numbers are made together, too."""
+    drawn = [float(next(draws)[1]) for draws in [_draws(3, ["a", "b"], torch.device("cpu"))] for _ in range(1000)]
+    assert len(set(drawn)) == 1000 and abs(np.mean(drawn) - 0.5) < 0.05
+    assert abs(np.corrcoef(drawn[:-1], drawn[1:])[0, 1]) < 0.15
+    other = [float(d[0]) for d, _ in zip(_draws(3, ["a", "b"], torch.device("cpu")), range(1000), strict=False)]
+    assert abs(np.corrcoef(drawn, other)[0, 1]) < 0.15
+
+
+def test_the_smallest_temperature_is_greedy_and_no_top_k_is_too_large():
+    model, ids = MODELS["rotary only"], torch.tensor([[1, 2, 3], [4, 5, 6]])
+    greedy = generate(model, ids, max_new_tokens=8, temperature=0)
+    for temperature in (1e-300, 5e-324, 1e-30):
+        assert torch.equal(generate(model, ids, max_new_tokens=8, temperature=temperature, seed=1), greedy)
+    whole = generate(model, ids, max_new_tokens=8, seed=2**63 - 1)
+    assert torch.equal(generate(model, ids, max_new_tokens=8, seed=2**63 - 1, top_k=10**6), whole)
+    assert bool((generate(model, ids, max_new_tokens=8, temperature=1e300, seed=1) < 30).all())
+
+
 def test_generation_leaves_the_model_as_it_was():
     model = MODELS["rotary only"]
     model.train()
@@ -245,11 +300,44 @@ def test_text_prompts_of_any_length_are_batched_and_streamed_alike(model):
     assert ["".join(model.stream(text, max_new_tokens=30, temperature=0)) for text in texts] == alone
 
 
+@pytest.mark.parametrize("batch_size", [1, 3, 8, 16])
+def test_samples_of_one_prompt_are_many_and_do_not_depend_on_the_batch_size(model, batch_size):
+    options = {"max_new_tokens": 12, "seed": 4}
+    samples = model.generate(["abc"] * 16, batch_size=batch_size, **options)
+    assert len(set(samples)) == 16
+    assert samples == model.generate(["abc"] * 16, **options)
+    assert samples[0] == model.generate("abc", **options) == "".join(model.stream("abc", **options))
+    assert samples[5] == "".join(model.stream("abc", row_id=5, **options))
+    assert samples[3:5] == model.generate(["abc", "abc"], row_ids=[3, 4], **options)
+
+
+def test_without_a_seed_the_batch_size_changes_nothing_either(model):
+    torch.manual_seed(0)
+    samples = model.generate(["abc"] * 6, max_new_tokens=12)
+    torch.manual_seed(0)
+    assert model.generate(["abc"] * 6, max_new_tokens=12, batch_size=2) == samples
+    assert model.generate(["abc"] * 6, max_new_tokens=12) != samples
+
+
+def test_what_is_refused_of_a_prompt_does_not_depend_on_the_others(model):
+    for batch_size in (1, 2):
+        with pytest.raises(UserError, match="num_latents is 5 and must be 1 to 3"):
+            model.generate(["four and more", "abc"], num_latents=5, batch_size=batch_size)
+
+
 def test_text_generation_refuses_what_does_not_fit(model):
     for arguments, message in [
         ({"prompt": "seventeen letters"}, "17 tokens and must have 1 to 16"),
         ({"prompt": "four", "num_latents": 9}, "1 to 4"),
         ({"prompt": "x", "temperature": -1}, "temperature is -1"),
+        ({"prompt": "x", "temperature": float("nan")}, "temperature is nan"),
+        ({"prompt": "x", "temperature": float("inf")}, "temperature is inf"),
+        ({"prompt": "x", "top_p": float("nan")}, "top_p is nan"),
+        ({"prompt": "x", "seed": 2**64}, "seed is 18446744073709551616"),
+        ({"prompt": "x", "seed": -1}, "seed is -1"),
+        ({"prompt": "x", "seed": 1.5}, "seed is 1.5"),
+        ({"prompt": "x", "max_new_tokens": 1.5}, "max_new_tokens is 1.5"),
+        ({"prompt": ["x", "y"], "row_ids": [1]}, "1 ids for 2 prompts"),
         ({"prompt": "x", "top_k": 0}, "top_k is 0"),
         ({"prompt": "x", "top_p": 1.5}, "top_p is 1.5"),
         ({"prompt": "x", "stop": "ab"}, "list of strings"),

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -162,12 +163,21 @@ def test_fills_are_the_best_combinations_of_all(models):
     np.testing.assert_allclose([f.probability for f in fills], pairs.numpy(), rtol=1e-4)
 
 
+def test_the_most_fills_of_many_masks_take_a_moment(models):
+    started = time.monotonic()
+    fills = models["masked"].fill_mask("<mask>" * 20, top_k=10_000)
+    probabilities = [fill.probability for fill in fills]
+    assert len(fills) == 10_000 and probabilities == sorted(probabilities, reverse=True)
+    assert time.monotonic() - started < 20
+
+
 @pytest.mark.parametrize(
     "text, top_k, message",
     [
         ("no mask", 1, "has no mask"),
         ("<mask>" * 40, 1, "at most 32"),
         ("<mask>", 0, "at least 1"),
+        ("<mask>" * 30, 10**9, "at most 10,000"),
         (3, 1, "must be text"),
     ],
 )

@@ -141,13 +141,48 @@ def test_a_bad_row_has_an_error_and_the_others_are_as_without_it(runs, mode, bat
                 np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
 
 
-def test_drawn_continuations_are_the_same_again_and_others_in_other_parts(runs):
+@pytest.mark.parametrize("id_column", [None, "id"])
+def test_a_drawn_continuation_depends_on_its_row_and_neither_on_part_nor_batch(runs, tmp_path, id_column):
+    """Equal prompts differ, also under equal ids."""
+    lines = [{"text": text, "id": "same"} for text in ["abc", "abc", "a", "x" * 17, "abc", "longer text", "abc"]]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     model = perceiver.load(runs["causal"], device="cpu")
-    rows = [Row(str(i), "abc") for i in range(4)]
-    options = PredictOptions(mode="generate", batch_size=2, max_new_tokens=8)
-    first, again, other = (predict_rows(model, rows, options, stream) for stream in ("1", "1", "2"))
-    assert first.equals(again) and not first.equals(other)
-    assert len(set(first["text"].to_pylist())) == 4
+    results = []
+    for rows_per_part, batch_size, seed in ((100, 16, 0), (2, 1, 0), (3, 2, 0), (100, 16, 1)):
+        options = PredictOptions(mode="generate", batch_size=batch_size, max_new_tokens=12, seed=seed)
+        parts = plan_parts(list_inputs([str(tmp_path)]), rows_per_part, "text", id_column)
+        tables = [predict_rows(model, read_part(part, "text", "text", id_column), options) for part in parts]
+        results.append(pa.concat_tables(tables))
+    first, *others, other_seed = results
+    assert all(table.equals(first) for table in others) and not other_seed.equals(first)
+    texts = [text for text in first["text"].to_pylist() if text is not None]
+    assert len(texts) == 6 and len(set(texts)) == 6
+
+
+def test_lines_that_no_parser_takes_are_rows_with_an_error(tmp_path):
+    lines = ['{"text": "good"}', "[" * 100_000, '{"text": ' + "9" * 5000 + "}", '{"text": "good too"}']
+    (tmp_path / "x.jsonl").write_text("\n".join(lines) + "\n")
+    (part,) = plan_parts(list_inputs([str(tmp_path)]), 10, "text", None)
+    rows = read_part(part, "text", "text", None)
+    assert [row.error is None for row in rows] == [True, False, False, True]
+    assert all("not a JSON object" in row.error for row in rows[1:3])
+
+
+def test_a_picture_with_a_huge_header_is_a_row_with_an_error(runs):
+    import io
+    import struct
+    import zlib
+
+    from PIL import Image
+
+    good = io.BytesIO()
+    Image.fromarray(np.zeros((6, 6), np.uint8)).save(good, "PNG")
+    header = b"IHDR" + struct.pack(">IIBBBBB", 100_000, 100_000, 8, 0, 0, 0, 0)
+    bomb = good.getvalue()[:8] + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header)) + good.getvalue()[33:]
+    model = perceiver.load(runs["images"], device="cpu")
+    table = predict_rows(model, [Row("a", good.getvalue()), Row("b", bomb), Row("c", good.getvalue())], PredictOptions(mode="classify"))
+    assert [error is None for error in table["error"].to_pylist()] == [True, False, True]
+    assert "exceeds limit" in table["error"].to_pylist()[1]
 
 
 def test_a_model_of_another_task_is_refused(runs):
@@ -168,6 +203,9 @@ def test_a_command_line_becomes_a_job_with_its_checkpoint_settled(runs, tmp_path
     assert job.inputs == (os.path.abspath("in"),) and output == str(tmp_path / "out")
     job, _, _ = parse([str(runs["images"]), "--input", "in", "--output", "out", "--mode", "embed"])
     assert (job.options.mode, job.column, job.kind) == ("embed", "image", "image")
+    for task, mode in {"causal": "generate", "masked": "fill-mask", "sentiment": "classify", "images": "classify"}.items():
+        for source in (runs[task], perceiver.load(runs[task], device="cpu").export(tmp_path / task)):
+            assert parse([str(source), "--input", "in", "--output", "out"])[0].options.mode == mode
     for arguments, message in [
         (["--mode", "generate"], "can only classify, embed"),
         (["--actors", "0"], "--actors is 0"),
@@ -175,6 +213,80 @@ def test_a_command_line_becomes_a_job_with_its_checkpoint_settled(runs, tmp_path
     ]:
         with pytest.raises(UserError, match=message):
             parse([str(runs["sentiment"]), "--input", "in", "--output", "out", *arguments])
+
+
+@pytest.mark.parametrize(
+    "task, arguments, message",
+    [
+        ("causal", ["--temperature", "-1"], "--temperature is -1.0"),
+        ("causal", ["--temperature", "nan"], "--temperature is nan"),
+        ("causal", ["--top-p", "nan"], "--top-p is nan"),
+        ("causal", ["--top-k", "0"], "--top-k is 0"),
+        ("causal", ["--seed", str(2**64)], "--seed is 18446744073709551616"),
+        ("causal", ["--max-new-tokens", "0"], "--max-new-tokens is 0"),
+        ("causal", ["--num-latents", "0"], "--num-latents is 0"),
+        ("causal", ["--num-latents", "9"], "--num-latents is 9 and must be at most the model's 8"),
+        ("causal", ["--stop", ""], "--stop is empty"),
+        ("causal", ["--checkpoint", "²"], "checkpoint '²' does not exist"),
+        ("causal", ["--checkpoint", "9" * 5000], "does not exist"),
+        ("causal", ["--column", ""], "--column is empty"),
+        ("causal", ["--id-column", " "], "--id-column is empty"),
+        ("causal", ["--output", ""], "--output is empty"),
+        ("causal", ["--input", "a", ""], "--input is empty"),
+        ("masked", ["--top-k", "1000000"], "--top-k is 1000000 and must be at least 1 and at most 10,000"),
+    ],
+)
+def test_options_that_cannot_be_are_refused_before_anything_runs(runs, task, arguments, message):
+    from ray_jobs.predict import parse
+
+    with pytest.raises(UserError, match=message):
+        parse([str(runs[task]), "--input", "in", "--output", "out", *arguments])
+
+
+def test_an_empty_name_of_a_run_is_not_the_current_folder(runs, monkeypatch):
+    from ray_jobs.predict import parse
+
+    monkeypatch.chdir(runs["causal"])
+    for name in ("", " "):
+        for call in (lambda: perceiver.load(name), lambda: parse([name, "--input", "in", "--output", "out"])):  # noqa: B023
+            with pytest.raises(UserError, match="empty"):
+                call()
+
+
+@pytest.mark.parametrize("content", ["[]", "null", "{", "{}", '{"settings": 1, "parts": []}', '{"settings": {}, "parts": [{"a": 1}]}'])
+def test_a_plan_of_someone_else_is_one_sentence(runs, tmp_path, content):
+    from ray_jobs.predict import parse, plan
+
+    write_inputs(tmp_path / "in")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "plan.json").write_text(content)
+    job = parse([str(runs["sentiment"]), "--input", str(tmp_path / "in"), "--output", str(tmp_path / "out")])[0]
+    with pytest.raises(UserError, match="plan.json in --output .*/out is damaged"):
+        plan(job, str(tmp_path / "out"))
+    assert (tmp_path / "out" / "plan.json").read_text() == content
+
+
+@pytest.mark.parametrize("bad, status", [(5, 1), (4, 0)])
+def test_a_job_of_which_no_row_succeeds_fails_and_names_its_mode(runs, tmp_path, monkeypatch, capsys, bad, status):
+    from ray_jobs import cli, predict
+
+    (tmp_path / "in.txt").write_text("".join("x" * (17 if i < bad else 3) + "\n" for i in range(5)))
+
+    def compute(job, parts, output, placement):
+        predictor = predict.Predictor(job, output, "cpu", 0)
+        for part in parts:
+            table = predict._read(pa.table({"part": [json.dumps(to_plain([part])[0])]}), job)
+            yield predictor(table).to_pylist()[0]
+
+    monkeypatch.setattr(predict, "_compute", compute)
+    arguments = [str(runs["causal"]), "--input", str(tmp_path / "in.txt"), "--output", str(tmp_path / "out"), "--max-new-tokens", "3"]
+    for _ in range(2):  # also when it is started again, with nothing left to compute
+        with pytest.raises(SystemExit) as stop:
+            cli.main_entry(predict.main, arguments)
+        assert stop.value.code == status
+        streams = capsys.readouterr()
+        assert streams.out.startswith("mode generate of ")
+        assert ("none of the 5 rows could be computed; the first: the prompt has 17 tokens" in streams.err) == (status == 1)
 
 
 def test_an_output_folder_belongs_to_one_job(runs, tmp_path):
@@ -192,8 +304,13 @@ def test_an_output_folder_belongs_to_one_job(runs, tmp_path):
     (tmp_path / "in" / "lines.txt").write_text("changed")
     with pytest.raises(UserError, match="another job .*files.lines.txt"):
         plan(job(), str(tmp_path / "out"))
+    for inside in (tmp_path / "in", tmp_path / "in" / "out"):
+        with pytest.raises(UserError, match="lies inside --input"):
+            plan(job(), str(inside))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("all of it")
     with pytest.raises(UserError, match="is not empty"):
-        plan(job(), str(tmp_path / "in"))
+        plan(job(), str(tmp_path / "mine"))
 
 
 @pytest.mark.parametrize("rows_per_part", [3, 100])

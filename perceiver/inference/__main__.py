@@ -12,28 +12,33 @@ from collections.abc import Callable, Iterator
 
 import perceiver
 from perceiver.config import UserError
+from perceiver.inference.generate import Sampling
+from perceiver.inference.terminal import print_anything
 from perceiver.inference.trained import TrainedModel
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; a user's mistake is one line and exit status 2 (in a dialogue: one line, and the next
     question)."""
+    print_anything()
     args = parse(argv)
     try:
+        if args.action is None or args.action == "generate":  # before the weights are read
+            Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed).check()
         model = perceiver.load(args.run, args.checkpoint, device=args.device, precision=args.precision)
         action = args.action or next(iter(model.abilities), "")
         if action not in model.abilities or action not in ACTIONS:
             getattr(model, action or "generate")("")
         print(f"{model.name}: {action}, on {model.device}", file=sys.stderr)
-        for prompt in args.prompt:
-            ACTIONS[action](model, prompt, args)
+        for number, prompt in enumerate(args.prompt):
+            ACTIONS[action](model, prompt, args, number)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if not args.prompt:
-        for prompt in ask(HINTS[action]):
+        for number, prompt in enumerate(ask(HINTS[action])):
             try:
-                ACTIONS[action](model, prompt, args)
+                ACTIONS[action](model, prompt, args, number)
             except UserError as error:
                 print(f"error: {error}", file=sys.stderr)
     return 0
@@ -70,10 +75,10 @@ def ask(hint: str) -> Iterator[str]:
         yield line
 
 
-def _generate(model: TrainedModel, prompt: str, args: argparse.Namespace) -> None:
+def _generate(model: TrainedModel, prompt: str, args: argparse.Namespace, number: int) -> None:
     pieces = model.stream(
         prompt, max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
-        num_latents=args.num_latents, seed=args.seed, stop=args.stop,
+        num_latents=args.num_latents, seed=args.seed, row_id=number, stop=args.stop,
     )  # fmt: skip
     print(prompt, end="", flush=True)
     for piece in pieces:
@@ -81,23 +86,23 @@ def _generate(model: TrainedModel, prompt: str, args: argparse.Namespace) -> Non
     print()
 
 
-def _fill_mask(model: TrainedModel, text: str, args: argparse.Namespace) -> None:
-    for fill in model.fill_mask(text, top_k=args.top_k or 5):
+def _fill_mask(model: TrainedModel, text: str, args: argparse.Namespace, number: int) -> None:
+    for fill in model.fill_mask(text, top_k=5 if args.top_k is None else args.top_k):
         print(f"{fill.probability:8.2%}  {fill.text}")
 
 
-def _classify(model: TrainedModel, value: str, args: argparse.Namespace) -> None:
+def _classify(model: TrainedModel, value: str, args: argparse.Namespace, number: int) -> None:
     probabilities = model.classify(value).probabilities
     ranking = sorted(zip(probabilities, model.class_names, strict=True), reverse=True)
-    print("  ".join(f"{name} {probability:.2%}" for probability, name in ranking[: args.top_k or 3]))
+    print("  ".join(f"{name} {probability:.2%}" for probability, name in ranking[: 3 if args.top_k is None else args.top_k]))
 
 
-def _score(model: TrainedModel, text: str, args: argparse.Namespace) -> None:
+def _score(model: TrainedModel, text: str, args: argparse.Namespace, number: int) -> None:
     score = model.score(text)
     print(f"loss {score.loss:.4f} nats a token, {score.bits_per_byte:.4f} bits a byte, {score.tokens:,} tokens")
 
 
-ACTIONS: dict[str, Callable[[TrainedModel, str, argparse.Namespace], None]] = {
+ACTIONS: dict[str, Callable[[TrainedModel, str, argparse.Namespace, int], None]] = {
     "generate": _generate,
     "fill_mask": _fill_mask,
     "classify": _classify,

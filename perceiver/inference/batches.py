@@ -116,8 +116,9 @@ def _pixels(value: Any) -> tuple[np.ndarray, str]:
     if isinstance(value, bytes):
         try:
             return decode_image(value), name
-        except OSError:
-            raise UserError(f"{name} is no image that can be read (PNG, JPEG)") from None
+        except Exception as error:  # damaged bytes make decoders raise nearly anything; a header of a huge picture too
+            reason = f": {error}" if type(error).__name__ == "DecompressionBombError" else ""
+            raise UserError(f"{name} is no image that can be read (PNG, JPEG){reason}") from None
     if hasattr(value, "convert") and hasattr(value, "mode"):  # a Pillow image, without importing Pillow
         grey = value.mode in ("1", "L", "LA", "I;16")
         pixels = np.asarray(value.convert("L" if grey else "RGB"))

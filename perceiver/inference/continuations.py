@@ -11,7 +11,7 @@ from torch import nn
 from perceiver.config import UserError
 from perceiver.data.tokenizers import Tokenizer
 from perceiver.inference.batches import check_text, pad_left
-from perceiver.inference.generate import DEFAULT_SAMPLING, Sampling, beam_search, stream
+from perceiver.inference.generate import DEFAULT_SAMPLING, Sampling, beam_search, check_prompt, stream
 
 _CONTEXT = 16
 """Ids of the prompt that are decoded with a continuation: white space between pieces depends on the piece before."""
@@ -79,6 +79,7 @@ def stream_text(
     max_new_tokens: int,
     num_latents: int | None = None,
     sampling: Sampling = DEFAULT_SAMPLING,
+    row_ids: Sequence[int | str] | None = None,
     stop: Sequence[str] = (),
     use_cache: bool = True,
     compile: bool = False,
@@ -88,7 +89,8 @@ def stream_text(
     Arguments: see `generate_text`; they are checked at once.
     """
     rows = encode_prompts(tokenizer, prompts)
-    _check_stop(stop)
+    _check_latents(model, rows, num_latents)
+    check_stop(stop)
     device = next(model.parameters()).device
     ids, pad_mask = pad_left(rows, device)
     tokens = stream(
@@ -98,6 +100,7 @@ def stream_text(
         num_latents=_num_latents(model, rows, num_latents),
         pad_mask=pad_mask,
         sampling=sampling,
+        row_ids=row_ids,
         use_cache=use_cache,
         compile=compile,
     )
@@ -122,6 +125,7 @@ def generate_text(
     max_new_tokens: int,
     num_latents: int | None = None,
     sampling: Sampling = DEFAULT_SAMPLING,
+    row_ids: Sequence[int | str] | None = None,
     num_beams: int = 1,
     stop: Sequence[str] = (),
     use_cache: bool = True,
@@ -134,6 +138,7 @@ def generate_text(
         prompts: texts; "" begins a new document, where the tokenizer has an id for that.
         max_new_tokens: a continuation's greatest length in tokens; the end of the document ends it before.
         num_latents: prompt positions that start as latents; None: as many as the model has, as in training.
+        row_ids: see `perceiver.inference.generate.generate`.
         num_beams: above 1: beam search for the likeliest continuation, without sampling.
         stop: strings that end a continuation and do not belong to it.
         use_cache, compile: see `perceiver.inference.generate`; beams are not compiled.
@@ -150,6 +155,7 @@ def generate_text(
             max_new_tokens=max_new_tokens,
             num_latents=num_latents,
             sampling=sampling,
+            row_ids=row_ids,
             stop=stop,
             use_cache=use_cache,
             compile=compile,
@@ -157,7 +163,8 @@ def generate_text(
             result = [text + piece for text, piece in zip(result, pieces, strict=True)]
         return result
     rows = encode_prompts(tokenizer, prompts)
-    _check_stop(stop)
+    _check_latents(model, rows, num_latents)
+    check_stop(stop)
     ids, pad_mask = pad_left(rows, next(model.parameters()).device)
     new, _ = beam_search(
         model,
@@ -197,6 +204,14 @@ def _num_latents(model: nn.Module, rows: list[np.ndarray], num_latents: int | No
     return min(model.config.max_latents, max(map(len, rows))) if num_latents is None else num_latents
 
 
-def _check_stop(stop: Sequence[str]) -> None:
+def _check_latents(model: nn.Module, rows: list[np.ndarray], num_latents: int | None) -> None:
+    """Each prompt must allow the number by itself: what is refused does not depend on the other prompts of a batch."""
+    if num_latents is not None:
+        for row in rows:
+            check_prompt(model.config, torch.from_numpy(row)[None], 0, num_latents)
+
+
+def check_stop(stop: Sequence[str]) -> None:
+    """Raises UserError where strings that are to end a continuation are none."""
     if isinstance(stop, str) or not all(isinstance(s, str) and s for s in stop):
         raise UserError("stop must be a list of strings that are not empty")

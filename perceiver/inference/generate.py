@@ -11,13 +11,20 @@ Shapes: B rows (prompts, or prompts times beams), N prompt positions, T new toke
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from perceiver.config import PerceiverARConfig, UserError
+from perceiver.data.order import uniforms
+from perceiver.models.initialize import seed_of
+
+_DRAWN_AT_ONCE = 256
+"""Steps whose uniform numbers are made together."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,16 +38,26 @@ class Sampling:
     top_p: float | None = None
     """Draw only among the fewest tokens that have this probability together (arXiv 1904.09751)."""
     seed: int | None = None
-    """Of the drawing; None: torch's own generator."""
+    """Of the drawing; None: drawn by torch's own generator."""
 
     def check(self) -> None:
         """Raises UserError where a value is out of range."""
-        if self.temperature < 0:
-            raise UserError(f"temperature is {self.temperature} and must be 0 (greedy) or above")
-        if self.top_k is not None and self.top_k < 1:
-            raise UserError(f"top_k is {self.top_k} and must be at least 1")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise UserError(f"top_p is {self.top_p} and must be above 0 and at most 1")
+        if not _is_number(self.temperature) or not 0 <= self.temperature < math.inf:
+            raise UserError(f"temperature is {self.temperature!r} and must be 0 (greedy) or a finite number above it")
+        if self.top_k is not None and (not _is_whole(self.top_k) or self.top_k < 1):
+            raise UserError(f"top_k is {self.top_k!r} and must be a whole number, at least 1")
+        if self.top_p is not None and (not _is_number(self.top_p) or not 0 < self.top_p <= 1):
+            raise UserError(f"top_p is {self.top_p!r} and must be above 0 and at most 1")
+        if self.seed is not None and (not _is_whole(self.seed) or not 0 <= self.seed < 2**63):
+            raise UserError(f"seed is {self.seed!r} and must be a whole number from 0 to 2**63 - 1")
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return _is_whole(value) or isinstance(value, (float, np.floating))
 
 
 DEFAULT_SAMPLING = Sampling()
@@ -58,6 +75,7 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int | None = None,
+    row_ids: Sequence[int | str] | None = None,
     eos_id: int | None = None,
     use_cache: bool = True,
     compile: bool = False,
@@ -71,6 +89,8 @@ def generate(
         num_latents: prompt positions that start as latents: 1 .. max_latents.
         pad_mask: (B, N), True = padding, on the left.
         temperature, top_k, top_p, seed: see `Sampling`.
+        row_ids: what is drawn for a row depends on the seed, its id here and the step, not on the other rows. None: the
+            rows' numbers, 0 .. B - 1.
         eos_id: a row that has it is finished and filled up with it; None: no row ends before the others.
         use_cache: keep keys and values instead of computing them again for each token.
         compile: with the cache, compile the step of a token: it takes long once for a batch size, and less for each token
@@ -85,7 +105,7 @@ def generate(
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     tokens = stream(
         model, prompt, max_new_tokens=max_new_tokens, num_latents=num_latents, pad_mask=pad_mask, sampling=sampling,
-        use_cache=use_cache, compile=compile,
+        row_ids=row_ids, use_cache=use_cache, compile=compile,
     )  # fmt: skip
     new: list[Tensor] = []
     finished = torch.zeros_like(prompt[:, :1], dtype=torch.bool)
@@ -107,6 +127,7 @@ def stream(
     num_latents: int = 1,
     pad_mask: Tensor | None = None,
     sampling: Sampling = DEFAULT_SAMPLING,
+    row_ids: Sequence[int | str] | None = None,
     use_cache: bool = True,
     compile: bool = False,
 ) -> Iterator[Tensor]:
@@ -114,7 +135,10 @@ def stream(
     once."""
     check_prompt(model.config, prompt, max_new_tokens, num_latents)
     sampling.check()
-    return _stream(model, prompt, max_new_tokens, num_latents, pad_mask, sampling, use_cache, compile)
+    ids = range(len(prompt)) if row_ids is None else row_ids
+    if len(ids) != len(prompt):
+        raise UserError(f"row_ids has {len(ids)} ids for {len(prompt)} prompts and must have one for each")
+    return _stream(model, prompt, max_new_tokens, num_latents, pad_mask, sampling, ids, use_cache, compile)
 
 
 @torch.no_grad()
@@ -125,16 +149,18 @@ def _stream(
     num_latents: int,
     pad_mask: Tensor | None,
     sampling: Sampling,
+    row_ids: Sequence[int | str],
     use_cache: bool,
     compile: bool,
 ) -> Iterator[Tensor]:
-    generator = None if sampling.seed is None else torch.Generator(prompt.device).manual_seed(sampling.seed)
+    draws = None if sampling.temperature == 0 else _draws(sampling.seed, row_ids, prompt.device)
     training = model.training
     model.eval()
     try:
         window = Window.start(model, prompt, pad_mask, num_latents, max_new_tokens, use_cache, compile)
         for number in range(max_new_tokens):
-            token = _choose(window.logits(), sampling, generator)
+            logits = window.logits()
+            token = logits.argmax(-1, keepdim=True) if draws is None else _draw(logits, sampling, next(draws))
             if number + 1 < max_new_tokens:
                 window.append(token)
             yield token
@@ -271,11 +297,28 @@ class Window:
             self.cache.select(rows)
 
 
-def _choose(logits: Tensor, sampling: Sampling, generator: torch.Generator | None) -> Tensor:
-    """The next ids (B, 1) of logits (B, V)."""
-    if sampling.temperature == 0:
-        return logits.argmax(-1, keepdim=True)
-    logits = logits / sampling.temperature
+def new_seed() -> int:
+    """A seed drawn by torch's own generator."""
+    return int(torch.randint(2**63 - 1, ()))
+
+
+def _draws(seed: int | None, row_ids: Sequence[int | str], device: torch.device) -> Iterator[Tensor]:
+    """For each step a uniform number in [0, 1) for each row (B,), float64, that depends on (seed, row's id, step) alone."""
+    keys = [seed_of(new_seed() if seed is None else seed, str(row)) for row in row_ids]
+    start = 0
+    while True:
+        steps = np.arange(start, start + _DRAWN_AT_ONCE)
+        # Two numbers of 24 bits each make one of 48: fine enough for the rarest token.
+        halves = np.stack([uniforms(key, 0, steps, 2).astype(np.float64) for key in keys], 1)
+        yield from torch.from_numpy(halves[..., 0] + halves[..., 1] * 2.0**-24).to(device)
+        start += _DRAWN_AT_ONCE
+
+
+def _draw(logits: Tensor, sampling: Sampling, drawn: Tensor) -> Tensor:
+    """The next ids (B, 1) of logits (B, V), by the inverse of their distribution function at uniform numbers (B,)."""
+    # In float64, and relative to the likeliest token: no temperature, however small, makes a number that is not finite.
+    logits = logits.double()
+    logits = (logits - logits.amax(-1, keepdim=True)) / sampling.temperature
     if sampling.top_k is not None:
         least = logits.topk(min(sampling.top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)
@@ -283,7 +326,11 @@ def _choose(logits: Tensor, sampling: Sampling, generator: torch.Generator | Non
         ordered, order = logits.sort(descending=True)
         before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
         logits = logits.masked_fill((before >= sampling.top_p).gather(1, order.argsort(-1)), -torch.inf)
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator)
+    below = logits.softmax(-1).cumsum(-1)
+    total = below[:, -1:]
+    # Below the total, so that rounding never leads past the last token that can be drawn.
+    point = torch.minimum(drawn[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(below, point, right=True).clamp(max=logits.shape[-1] - 1)
 
 
 def check_prompt(config: PerceiverARConfig, prompt: Tensor, max_new_tokens: int, num_latents: int) -> None:
@@ -294,5 +341,5 @@ def check_prompt(config: PerceiverARConfig, prompt: Tensor, max_new_tokens: int,
     low, high = max(1, length - max_prefix), min(config.max_latents, length)
     if not low <= num_latents <= high:
         raise UserError(f"num_latents is {num_latents} and must be {low} to {high} for a prompt of {length} tokens")
-    if max_new_tokens < 0:
-        raise UserError(f"max_new_tokens is {max_new_tokens} and must not be negative")
+    if not _is_whole(max_new_tokens) or max_new_tokens < 0:
+        raise UserError(f"max_new_tokens is {max_new_tokens!r} and must be a whole number and must not be negative")

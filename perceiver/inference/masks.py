@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import heapq
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +16,9 @@ from perceiver.inference.batches import check_text, pad_right
 
 MARKS = ("<mask>", "[MASK]")
 """How a masked position is written: one token each, so with a byte tokenizer one byte."""
+
+MAX_FILLS = 10_000
+"""Fills of one text, at most."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,7 @@ def fill_masks(model: nn.Module, tokenizer: Tokenizer, texts: Sequence[str], top
     Raises:
         UserError: a text without a mask or too long, a tokenizer without a mask id, top_k below 1.
     """
-    if top_k < 1:
-        raise UserError(f"top_k is {top_k} and must be at least 1")
+    check_top_k(top_k)
     rows = [encode_masked(tokenizer, text, model.config.input.max_seq_len) for text in texts]
     device = next(model.parameters()).device
     ids, pad_mask = pad_right(rows, device)
@@ -61,6 +62,12 @@ def fill_masks(model: nn.Module, tokenizer: Tokenizer, texts: Sequence[str], top
         [_fill(tokenizer, row, where, chosen, score) for score, chosen in _best(scores[: len(where)], top_k)]
         for row, where, scores in zip(rows, places, log_probs.cpu(), strict=True)
     ]
+
+
+def check_top_k(top_k: int) -> None:
+    """Raises UserError where a text cannot have so many fills."""
+    if not 1 <= top_k <= MAX_FILLS:
+        raise UserError(f"top_k is {top_k} and must be at least 1 and at most {MAX_FILLS:,}")
 
 
 def encode_masked(tokenizer: Tokenizer, text: str, max_seq_len: int) -> np.ndarray:
@@ -94,12 +101,18 @@ def with_marks(tokenizer: Tokenizer, ids: np.ndarray) -> np.ndarray:
 def _best(log_probs: Tensor, top_k: int) -> list[tuple[float, list[int]]]:
     """The top_k best choices of one token a position, of independent log-probabilities (M, V): exact, position by
     position."""
-    beams: list[tuple[float, list[int]]] = [(0.0, [])]
+    scores, chosen = np.zeros(1), np.zeros((1, 0), np.int64)
     best = log_probs.double().topk(min(top_k, log_probs.shape[-1]))
-    for choice, scores in zip(best.indices.tolist(), best.values.tolist(), strict=True):
-        extended = [(score + s, [*chosen, t]) for score, chosen in beams for t, s in zip(choice, scores, strict=True) if s > -np.inf]
-        beams = heapq.nlargest(top_k, extended, key=lambda beam: beam[0])
-    return beams
+    for tokens, values in zip(best.indices.numpy(), best.values.numpy(), strict=True):
+        possible = int((values > -np.inf).sum())
+        # Both are sorted. As (i + 1) * (j + 1) pairs are at least as good as the pair (i, j), few can be among the best.
+        widths = np.minimum(possible, top_k // np.arange(1, len(scores) + 1))
+        i = np.repeat(np.arange(len(scores)), widths)
+        j = np.arange(len(i)) - np.repeat(widths.cumsum() - widths, widths)
+        order = np.argsort(-(scores[i] + values[j]), kind="stable")[:top_k]
+        i, j = i[order], j[order]
+        scores, chosen = scores[i] + values[j], np.concatenate([chosen[i], tokens[j, None]], 1)
+    return list(zip(scores.tolist(), chosen.tolist(), strict=True))
 
 
 def _fill(tokenizer: Tokenizer, row: np.ndarray, places: np.ndarray, chosen: list[int], score: float) -> Fill:

@@ -9,9 +9,11 @@ from typing import Any
 import pyarrow as pa
 
 from perceiver.config import UserError
+from perceiver.inference.continuations import check_stop
+from perceiver.inference.generate import Sampling
+from perceiver.inference.masks import check_top_k
 from perceiver.inference.rows import Row
 from perceiver.inference.trained import TrainedModel
-from perceiver.models.initialize import seed_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +39,27 @@ class PredictOptions:
     seed: int = 0
     """generate: of the drawing."""
 
+    def check(self) -> None:
+        """Checks what the mode uses; needs no model.
+
+        Raises:
+            UserError: an unknown mode or a value out of range.
+        """
+        if self.mode not in MODES:
+            raise UserError(f"mode is {self.mode!r} and must be one of {', '.join(MODES)}")
+        if self.batch_size < 1:
+            raise UserError(f"batch_size is {self.batch_size} and must be at least 1")
+        if self.mode == "fill-mask" and self.top_k is not None:
+            check_top_k(self.top_k)
+        if self.mode != "generate":
+            return
+        Sampling(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, seed=self.seed).check()
+        if self.max_new_tokens < 1:
+            raise UserError(f"max_new_tokens is {self.max_new_tokens} and must be at least 1")
+        if self.num_latents is not None and self.num_latents < 1:
+            raise UserError(f"num_latents is {self.num_latents} and must be at least 1")
+        check_stop(self.stop)
+
 
 @dataclass(frozen=True)
 class Mode:
@@ -46,29 +69,29 @@ class Mode:
     """The method of `TrainedModel`."""
     columns: tuple[tuple[str, pa.DataType], ...]
     """What it adds to an output row."""
-    run: Callable[[TrainedModel, list[Any], PredictOptions, int], list[tuple]]
-    """(model, values, options, seed) -> the columns' values of each row."""
+    run: Callable[[TrainedModel, list[Any], PredictOptions, list[str]], list[tuple]]
+    """(model, values, options, places of the rows) -> the columns' values of each row."""
 
 
-def _classify(model: TrainedModel, values: list[Any], options: PredictOptions, seed: int) -> list[tuple]:
+def _classify(model: TrainedModel, values: list[Any], options: PredictOptions, places: list[str]) -> list[tuple]:
     results = model.classify(values, batch_size=len(values))
     return [(r.label, r.index, r.probability, r.probabilities) for r in results]
 
 
-def _fill_mask(model: TrainedModel, values: list[Any], options: PredictOptions, seed: int) -> list[tuple]:
+def _fill_mask(model: TrainedModel, values: list[Any], options: PredictOptions, places: list[str]) -> list[tuple]:
     results = model.fill_mask(values, top_k=1 if options.top_k is None else options.top_k, batch_size=len(values))
     return [([f.text for f in fills], [f.probability for f in fills]) for fills in results]
 
 
-def _embed(model: TrainedModel, values: list[Any], options: PredictOptions, seed: int) -> list[tuple]:
+def _embed(model: TrainedModel, values: list[Any], options: PredictOptions, places: list[str]) -> list[tuple]:
     return [(vector,) for vector in model.embed(values, batch_size=len(values))]
 
 
-def _score(model: TrainedModel, values: list[Any], options: PredictOptions, seed: int) -> list[tuple]:
+def _score(model: TrainedModel, values: list[Any], options: PredictOptions, places: list[str]) -> list[tuple]:
     return [(s.loss, s.bits_per_byte, s.tokens) for s in model.score(values, batch_size=len(values))]
 
 
-def _generate(model: TrainedModel, values: list[Any], options: PredictOptions, seed: int) -> list[tuple]:
+def _generate(model: TrainedModel, values: list[Any], options: PredictOptions, places: list[str]) -> list[tuple]:
     texts = model.generate(
         values,
         max_new_tokens=options.max_new_tokens,
@@ -77,7 +100,8 @@ def _generate(model: TrainedModel, values: list[Any], options: PredictOptions, s
         top_p=options.top_p,
         num_latents=options.num_latents,
         stop=options.stop,
-        seed=seed,
+        seed=options.seed,
+        row_ids=places,
         batch_size=len(values),
     )
     return [(text,) for text in texts]
@@ -101,14 +125,11 @@ MODES: dict[str, Mode] = {
 }
 
 
-def predict_rows(model: TrainedModel, rows: Sequence[Row], options: PredictOptions, stream: str = "") -> pa.Table:
+def predict_rows(model: TrainedModel, rows: Sequence[Row], options: PredictOptions) -> pa.Table:
     """One output row for each input row, in order: "id", the mode's columns, and "error" (null where all is well).
 
     A row that the model refuses has an error and nulls; the others of its batch are computed without it. What comes out
-    of a row does not depend on the others, but for random draws, which depend on (seed, stream) and the rows together.
-
-    Args:
-        stream: what sets random draws of these rows apart from those of others.
+    of a row does not depend on the others: random draws depend on the seed and the row's place.
 
     Raises:
         UserError: the model's task does not allow the mode.
@@ -121,18 +142,18 @@ def predict_rows(model: TrainedModel, rows: Sequence[Row], options: PredictOptio
     # Neighbours of like length need little padding.
     todo = sorted((i for i, row in enumerate(rows) if row.error is None), key=lambda i: len(rows[i].value or ""))
     for start in range(0, len(todo), options.batch_size):
-        places = todo[start : start + options.batch_size]
-        for group in (places, *([i] for i in places)):
-            seed = seed_of(options.seed, f"{stream}/{start}/{group[0]}/{len(group)}")
+        batch = todo[start : start + options.batch_size]
+        for group in (batch, *([i] for i in batch)):
+            values, places = [rows[i].value for i in group], [rows[i].place for i in group]
             try:
-                for i, result in zip(group, mode.run(model, [rows[i].value for i in group], options, seed), strict=True):
+                for i, result in zip(group, mode.run(model, values, options, places), strict=True):
                     results[i] = result
             except UserError as error:
                 # The batch is taken apart, and the one that is refused alone is the bad row.
                 if len(group) == 1:
                     errors[group[0]] = str(error)
                 continue
-            if len(group) == len(places):
+            if len(group) == len(batch):
                 break
     columns: dict[str, pa.Array] = {"id": pa.array([row.id for row in rows], pa.string())}
     for number, (name, kind) in enumerate(mode.columns):

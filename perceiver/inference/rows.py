@@ -51,6 +51,12 @@ class Row:
     id: str
     value: str | bytes | None
     error: str | None = None
+    given_place: str | None = None
+
+    @property
+    def place(self) -> str:
+        """File and number, also where the id is from a column (where two rows may have the same)."""
+        return self.id if self.given_place is None else self.given_place
 
 
 def list_inputs(inputs: Sequence[str]) -> list[tuple[str, str, int]]:
@@ -204,6 +210,8 @@ def _object_row(line: bytes, place: str, kind: Kind, column: str, id_column: str
         return Row(place, None, f"not UTF-8: byte {line[error.start]:#04x}")
     except json.JSONDecodeError as error:
         return Row(place, None, f"not a JSON object: {error.msg} at column {error.colno}")
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or brackets as deep
+        return Row(place, None, f"not a JSON object that can be read: {error}")
     if not isinstance(row, dict):
         return Row(place, None, "not a JSON object")
     return _checked_row(row.get(column), row.get(id_column), place, kind, column, id_column)
@@ -219,8 +227,8 @@ def _checked_row(value: Any, given: Any, place: str, kind: Kind, column: str, id
         value = value.get("bytes")
     if not isinstance(value, str if kind == "text" else bytes):
         what = "is missing or null" if value is None else f"is {type(value).__name__}"
-        return Row(identity, None, f"{column!r} {what}, not {'text' if kind == 'text' else 'the bytes of an image'}")
-    return Row(identity, value)
+        return Row(identity, None, f"{column!r} {what}, not {'text' if kind == 'text' else 'the bytes of an image'}", place)
+    return Row(identity, value, None, place)
 
 
 # ------------------------------------------------------------------------------------------------------ parquet, images

@@ -29,7 +29,7 @@ from perceiver.data.tokenizers import Tokenizer
 from perceiver.inference import measure
 from perceiver.inference.batches import ImageLike, check_text, images_of, pad_right
 from perceiver.inference.continuations import generate_text, stream_text
-from perceiver.inference.generate import Sampling
+from perceiver.inference.generate import Sampling, new_seed
 from perceiver.inference.masks import fill_masks
 from perceiver.models import PerceiverAR, PerceiverIO
 
@@ -94,6 +94,7 @@ class TrainedModel:
         num_latents: int | None = None,
         num_beams: int = 1,
         seed: int | None = None,
+        row_ids: Sequence[int | str] | None = None,
         stop: Sequence[str] = (),
         use_cache: bool = True,
         compile: bool = False,
@@ -106,28 +107,36 @@ class TrainedModel:
             top_k, top_p: draw only among the k likeliest tokens, or the fewest that have probability p together.
             num_latents: prompt tokens that start as latents, 1 .. max_latents; None: as many as there are.
             num_beams: above 1: beam search instead of drawing.
-            seed: of the drawing.
+            seed: of the drawing; None: another one at each call.
+            row_ids: what is drawn for a prompt depends on the seed and its id here alone; None: the prompts' numbers in the
+                list. So equal prompts get different samples, and a sample does not depend on batch_size.
             stop: strings that end the continuation and do not belong to it.
             compile: compile the step of a token: worth its minute where much is generated.
         """
         tokenizer = self._require("generate")
-        sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-        return _map(
-            lambda prompts: generate_text(
+        sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=new_seed() if seed is None else seed)
+        prompts = prompt if isinstance(prompt, (list, tuple)) else [prompt]
+        ids = range(len(prompts)) if row_ids is None else row_ids
+        if len(ids) != len(prompts):
+            raise UserError(f"row_ids has {len(ids)} ids for {len(prompts)} prompts and must have one for each")
+        texts = _map(
+            lambda rows: generate_text(
                 self.model,
                 tokenizer,
-                prompts,
+                [text for _, text in rows],
                 max_new_tokens=max_new_tokens,
                 num_latents=num_latents,
                 sampling=sampling,
+                row_ids=[identity for identity, _ in rows],
                 num_beams=num_beams,
                 stop=stop,
                 use_cache=use_cache,
                 compile=compile,
             ),
-            prompt,
+            list(zip(ids, prompts, strict=True)),
             batch_size,
         )
+        return texts if isinstance(prompt, (list, tuple)) else texts[0]
 
     def stream(
         self,
@@ -139,9 +148,10 @@ class TrainedModel:
         top_p: float | None = None,
         num_latents: int | None = None,
         seed: int | None = None,
+        row_id: int | str = 0,
         stop: Sequence[str] = (),
     ) -> Iterator[str]:
-        """Like `generate` for one prompt, but gives the text piece by piece as it comes."""
+        """Like `generate` for one prompt (of this id), but gives the text piece by piece as it comes."""
         tokenizer = self._require("stream")
         pieces = stream_text(
             self.model,
@@ -150,6 +160,7 @@ class TrainedModel:
             max_new_tokens=max_new_tokens,
             num_latents=num_latents,
             stop=stop,
+            row_ids=[row_id],
             sampling=Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed),
         )
         return (piece for (piece,) in pieces if piece)
