@@ -10,7 +10,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeVar, cast
 
 from perceiver.config import Experiment, UserError, flatten, to_dict
 from perceiver.presets import PRESETS
@@ -134,7 +134,7 @@ def _without_internal_fields() -> ConstructorRegistry:
         if info.type is not Experiment:
             return None
         fields = (
-            StructFieldSpec(name=field.name, type=field.type, default=getattr(info.default, field.name))
+            StructFieldSpec(name=field.name, type=cast(type, field.type), default=getattr(info.default, field.name))
             for field in dataclasses.fields(Experiment)
             if field.name != "preset"
         )
@@ -173,7 +173,7 @@ def nearest(name: str, names: Sequence[str] | dict, prefix: str = "") -> str:
 
 def _first_sentence(box: str) -> str:
     """What tyro's framed message says, without the frame and the help below it."""
-    lines = []
+    lines: list[str] = []
     for line in box.splitlines():
         text = line.strip("│ \t")
         if text.startswith("──") and lines:
