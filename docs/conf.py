@@ -1,7 +1,9 @@
 """Settings of the documentation site: `sphinx-build -W -b html docs docs/_build/html` (with the extra `docs`)."""
 
+import re
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -22,6 +24,19 @@ autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented_params"
 default_role = "code"
 add_module_names = False
+
+
+def plain_underscores(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """Escapes the underscore at the end of a name like val_, which would be a reference, outside of code."""
+    for number, line in enumerate(lines):
+        parts = line.split("`")
+        parts[::2] = [re.sub(r"(?<=\w)_(?=\W|$)", r"\\_", part) for part in parts[::2]]
+        lines[number] = "`".join(parts)
+
+
+def setup(app: Any) -> None:
+    """Called by Sphinx."""
+    app.connect("autodoc-process-docstring", plain_underscores)
 
 
 def write_commands() -> str:

@@ -4,7 +4,7 @@ Ray."""
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from perceiver.inference.trained import TrainedModel
@@ -15,7 +15,9 @@ __version__: str
 """Version of the installed package; "unknown" where it is used from a folder, without an installation."""
 
 
-def load(source: str | Path, checkpoint: str = "best", *, device: str = "auto", precision: str = "fp32") -> TrainedModel:
+def load(
+    source: str | Path, checkpoint: str = "best", *, device: str = "auto", precision: Literal["fp32", "bf16"] = "fp32"
+) -> TrainedModel:
     """A trained model by a run's folder or name, an exported folder, or a name on the hub; see
     `perceiver.inference.load`.
 

@@ -10,7 +10,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeVar, cast
 
 from perceiver.config import Experiment, UserError, flatten, from_dict, nearest, subclasses, to_dict, type_name
 from perceiver.config.core import Config as Node
@@ -133,7 +133,7 @@ def _without_internal_fields() -> ConstructorRegistry:
         if info.type is not Experiment:
             return None
         fields = (
-            StructFieldSpec(name=field.name, type=field.type, default=getattr(info.default, field.name))
+            StructFieldSpec(name=field.name, type=cast(type, field.type), default=getattr(info.default, field.name))
             for field in dataclasses.fields(Experiment)
             if field.name != "preset"
         )
@@ -221,7 +221,7 @@ def _section_class(flag: str, name: str, old: Node) -> type[Node]:
 
 def _first_sentence(box: str) -> str:
     """What tyro's framed message says, without the frame and the help below it."""
-    lines = []
+    lines: list[str] = []
     for line in box.splitlines():
         text = line.strip("│ \t")
         if text.startswith("──") and lines:

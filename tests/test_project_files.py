@@ -1,0 +1,77 @@
+"""The files for people who join the project: that they agree with each other and with the program."""
+
+import json
+import re
+import tomllib
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+
+import perceiver
+from perceiver.config import to_dict
+from perceiver.presets import PRESETS
+from perceiver.training.run import save_experiment
+from ray_jobs.main import COMMANDS
+from tests.conftest import ROOT
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def test_changelog_and_citation_are_of_the_version_in_the_making():
+    version = PROJECT["project"]["version"].partition(".dev")[0]
+    first = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), flags=re.M)
+    assert first and first.group(1) == version
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == version
+
+
+@pytest.mark.parametrize("package", ["perceiver", "ray_jobs", "tuning"])
+def test_types_are_shipped_with_each_package(package):
+    assert (ROOT / package / "py.typed").is_file()
+    assert "py.typed" in PROJECT["tool"]["setuptools"]["package-data"]["*"]
+
+
+def test_hooks_and_workflow_run_what_ci_runs():
+    ci = (ROOT / ".ci" / "run").read_text()
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
+    assert [hook["id"] for hook in hooks] == ["ruff-format", "ruff-check", "mypy"]
+    lint, tests = ci.index("ruff format --check"), ci.index("python -m pytest")
+    assert lint < ci.index("\nruff check") < ci.index("\nmypy\n") < ci.index("sphinx-build -W") < tests
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
+    assert workflow["jobs"]["ci"]["steps"][-1] == {"run": ".ci/run"}
+    for form in (ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"):
+        assert {"name", "description", "body"} <= yaml.safe_load(form.read_text()).keys()
+
+
+def test_every_file_without_types_in_order_is_there():
+    listed = [path.strip("^$").replace("\\", "") for path in PROJECT["tool"]["mypy"]["exclude"]]
+    assert [path for path in listed if not (ROOT / path).is_file()] == []
+
+
+def test_every_page_is_in_the_index_and_every_link_of_the_documentation_leads_somewhere():
+    docs = ROOT / "docs"
+    trees = re.findall(r"```\{toctree\}(.*?)```", (docs / "index.md").read_text(), flags=re.S)
+    listed = re.findall(r"^([a-z-]+)$", "\n".join(trees), flags=re.M)
+    assert sorted(listed) == sorted(page.stem for page in docs.glob("*.md") if page.stem != "index")
+    for page in [*docs.glob("*.md"), ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]:
+        for link in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            assert link.startswith("https://") or (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def test_commands_in_the_documentation_are_commands():
+    for page in [*(ROOT / "docs").glob("*.md"), ROOT / "CONTRIBUTING.md", ROOT / "README.md"]:
+        for name in re.findall(r"^perceiver ([a-z-]+)", page.read_text(), flags=re.M):
+            assert name in COMMANDS, f"{page.name}: perceiver {name}"
+
+
+def test_a_run_records_the_version_and_its_length(tmp_path: Path):
+    experiment = PRESETS["quickstart"]()
+    manifest = SimpleNamespace(digest="abc", tokenizer=None, splits={"train": SimpleNamespace(rows=100)})
+    save_experiment(tmp_path, experiment, manifest, "")
+    assert json.loads((tmp_path / "experiment.json").read_text()) == {
+        "experiment": json.loads(json.dumps(to_dict(experiment))),
+        "data": "abc",
+        "steps": 6 * 4,  # epochs of 100 rows in batches of 32
+        "version": perceiver.__version__,
+    }
