@@ -11,7 +11,7 @@ import torch
 from perceiver.config import Experiment, UserError
 from perceiver.costs.activations import Layout
 from perceiver.costs.devices import DEVICES, GIB
-from perceiver.costs.memory import FormulaStep, largest_micro_batch, step_memory
+from perceiver.costs.memory import Step, largest_micro_batch, step_memory
 from perceiver.tasks import build_task
 
 CONTEXT = 1.5 * GIB
@@ -48,9 +48,9 @@ def layout_of(experiment: Experiment, cuda: bool = True) -> Layout:
     )
 
 
-def step_of(experiment: Experiment) -> FormulaStep:
+def step_of(experiment: Experiment) -> Step:
     """The training step of an experiment, of which memory is worked out."""
-    return FormulaStep(experiment.model, build_task(experiment).step_sizes())
+    return build_task(experiment).step()
 
 
 def largest(experiment: Experiment, limit: float, cuda: bool = True) -> int:

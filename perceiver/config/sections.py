@@ -16,6 +16,7 @@ from perceiver.config.optimization import OptimConfig
 if TYPE_CHECKING:
     from torch import nn
 
+    from perceiver.data.rows import ArrayRows
     from perceiver.tasks.base import Task
 
 
@@ -39,10 +40,14 @@ class ModelConfig(Config):
 class TaskConfig(Config):
     """What is learned: base class of all tasks' settings."""
 
-    kind: ClassVar[str] = ""
-    """What prepared rows the task reads (see perceiver/data/shards.py); "": data for it cannot be prepared."""
+    kind: ClassVar[str] = "arrays"
+    """What prepared rows the task reads: "images", "tokens", "documents" (see perceiver/data/shards.py), or "arrays" (`rows`)."""
     document_marks: ClassVar[str] = "eos"
     """Of a task that reads a stream of text, the ids around each document: "eos" (one after it) or "cls-sep"."""
+
+    def rows(self, model: ModelConfig, data: DataConfig) -> ArrayRows | None:
+        """The columns of the rows that the task reads, where it reads arrays (kind "arrays"); else None."""
+        return None
 
     @abstractmethod
     def build(self, model: ModelConfig, data: DataConfig, seed: int) -> Task[Any, Any]:

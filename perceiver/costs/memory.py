@@ -22,7 +22,8 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from perceiver.config import ModelConfig
+from perceiver.config import ModelConfig, nodes, type_name
+from perceiver.config.core import is_builtin
 from perceiver.costs.activations import FP32, Call, Layout, Loss, StepSizes, step_calls
 from perceiver.models import build_model
 
@@ -87,6 +88,11 @@ class FormulaStep:
     def units(self, shards: int) -> tuple[Unit, ...]:
         """See `Step`."""
         return _units(self.config, shards)
+
+
+def has_formulas(config: ModelConfig) -> bool:
+    """Whether the closed formulas are those of a model: of this package's, with inputs and outputs of this package."""
+    return all(is_builtin(type_name(type(node))) for _, node in nodes(config))
 
 
 @lru_cache(maxsize=16)

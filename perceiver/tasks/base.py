@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 import numpy as np
@@ -15,9 +16,12 @@ import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
-from perceiver.config import DataConfig, ModelConfig, TaskConfig
+from perceiver.config import DataConfig, ModelConfig, TaskConfig, UserError
 from perceiver.costs.activations import StepSizes
+from perceiver.costs.count import CountedStep
+from perceiver.costs.memory import FormulaStep, Step, has_formulas
 from perceiver.data.components import Component, weighted
+from perceiver.data.rows import ArrayRows
 from perceiver.data.shards import Manifest, Split
 from perceiver.models import build_model
 
@@ -101,9 +105,18 @@ class Task(ABC, Generic[C, M]):
         """A worker's rows of one step in the order in which they are cut into micro-batches. Any order gives the same step."""
         return rows
 
-    @abstractmethod
+    @property
+    def rows(self) -> ArrayRows:
+        """The columns of the task's rows, of one that reads arrays (`TaskConfig.rows`)."""
+        found = self.config.rows(self.model_config, self.data)
+        assert found is not None
+        return found
+
     def collate(self, rows: pa.Table, size: int, split: Split, train: bool, step: int) -> Batch:
         """Makes a batch of exactly `size` examples, all tensors with first dimension `size`.
+
+        By default, of a task that reads arrays, each of its columns (size, *shape), as far as `rows` has it, and "valid" (size,) bool,
+        which examples are no padding.
 
         `rows` has the columns of `examples` and, besides, "row" (int64, its number in the split) and "epoch" (int64).
         It holds between 0 and `size` rows; the examples missing at its end are padding that carries no target: their
@@ -113,6 +126,8 @@ class Task(ABC, Generic[C, M]):
         `step` counts optimizer steps over all epochs: what all examples of a step share, on all workers, may depend on
         (seed, step).
         """
+        batch = {name: padded(values, size) for name, values in self.rows.arrays(rows).items()}
+        return {**batch, "valid": padded(np.ones(rows.num_rows, bool), size)}
 
     @abstractmethod
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -123,8 +138,12 @@ class Task(ABC, Generic[C, M]):
         """
 
     def num_targets(self, batch: Batch) -> Tensor:
-        """The number of valid targets of a batch: a scalar int64 tensor."""
-        return (batch["labels"] != IGNORE_INDEX).sum()
+        """The number of valid targets of a batch: a scalar int64 tensor. By default that of its labels, else of its examples."""
+        return (batch["labels"] != IGNORE_INDEX).sum() if "labels" in batch else batch["valid"].sum()
+
+    def predict(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """What the model says of each example of a batch that may lack its targets, (size, ...) by name: for new data."""
+        raise UserError(f"{type(self).__name__} has no method predict(model, batch), so its models cannot be applied to new data")
 
     def metrics(self, sums: dict[str, np.ndarray], split: Split) -> dict[str, float]:
         """Metrics of a whole pass from its sums ("targets" and "loss" among them), without the prefix "val_"."""
@@ -180,9 +199,26 @@ class Task(ABC, Generic[C, M]):
         """What of an example the model computes at once at most, where that is not all: for the memory of a step."""
         return StepSizes()
 
-    @abstractmethod
     def flops_per_example(self) -> float:
-        """FLOPs of one training step per example: forward and backward, by count of the model's configuration."""
+        """FLOPs of one training step per example: forward and backward. Counted on the meta device where the task has no formula."""
+        return self.counted_step.flops_per_example()
+
+    def step(self) -> Step:
+        """What a training step takes: by the closed formulas of this package's models, else counted."""
+        return FormulaStep(self.model_config, self.step_sizes()) if has_formulas(self.model_config) else self.counted_step
+
+    @cached_property
+    def counted_step(self) -> CountedStep:
+        """What a training step takes, counted on the meta device."""
+        with torch.device("meta"):
+            return CountedStep(self.build_model(), self.loss, {name: t.to("meta") for name, t in self.dummy_batch(2).items()})
+
+    def dummy_batch(self, size: int) -> Batch:
+        """A batch of rows of zeros, to count with."""
+        rows = self.rows.zeros(size)
+        numbers = pa.array(np.arange(size))
+        rows = rows.append_column("row", numbers).append_column("epoch", pa.array(np.zeros(size, np.int64)))
+        return self.collate(rows, size, dummy_split(self.rows, size), True, 0)
 
 
 def loss_of_sources(each: Tensor, batch: Batch) -> dict[str, Tensor]:
@@ -200,6 +236,14 @@ def loss_of_sources(each: Tensor, batch: Batch) -> dict[str, Tensor]:
     sources, valid = batch["sources"].double(), batch["labels"] != IGNORE_INDEX
     sums = {"source_loss": each.detach(), "source_targets": valid}
     return {name: values.double().reshape(len(values), -1).sum(1) @ sources for name, values in sums.items()}
+
+
+def dummy_split(rows: ArrayRows, size: int) -> Split:
+    """A split of `size` rows that lie nowhere."""
+    return Split(
+        name="train", kind=rows.kind, rows=size, tokens=0, bytes=size * rows.bytes_per_row, words=0, documents=size, row_length=0,
+        rows_per_block=size, blocks_per_shard=1, lookahead=0, shards=(),
+    )  # fmt: skip
 
 
 def padded(values: np.ndarray, size: int, fill: float = 0) -> Tensor:
