@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow.fs as pafs
 
 from perceiver.config import Experiment, UserError, differences, digest, flatten
+from perceiver.data.rows import KINDS, ArrayRows
 from perceiver.data.shards import MANIFEST, DamagedData, Manifest, broken_files
 from perceiver.data.sources import mixture_sources, source_label
 from perceiver.data.storage import list_folder, open_folder
@@ -33,10 +34,25 @@ def task_kind(experiment: Experiment) -> str:
         UserError: data for this task cannot be prepared.
     """
     kind = experiment.task.kind
+    task = type(experiment.task).__name__
     if not kind:
-        task = type(experiment.task).__name__.removesuffix("Config")
-        raise UserError(f"{experiment.preset}: data for {task} cannot be prepared yet")
+        raise UserError(f"{experiment.preset}: data for {task.removesuffix('Config')} cannot be prepared yet")
+    if kind not in KINDS:
+        raise UserError(f"{task}.kind is {kind!r} and must be one of {', '.join(KINDS)}")
     return kind
+
+
+def array_rows(experiment: Experiment) -> ArrayRows:
+    """The columns that a task of arrays reads.
+
+    Raises:
+        UserError: the task names none.
+    """
+    rows = experiment.task.rows(experiment.model, experiment.data)
+    if not isinstance(rows, ArrayRows):
+        method = f"{type(experiment.task).__name__}.rows(model, data)"
+        raise UserError(f"{method} returns {'nothing' if rows is None else f'a {type(rows).__name__}'} and must return ArrayRows(...)")
+    return rows
 
 
 def text_limits(experiment: Experiment) -> tuple[int, int]:
@@ -59,7 +75,7 @@ def prepare_settings(experiment: Experiment) -> dict[str, Any]:
             model.
     """
     settings = _settings(experiment)
-    if settings["kind"] == "images":
+    if not KINDS[settings["kind"]].is_text:
         return settings
     name, (_, vocab_size) = experiment.data.tokenizer, text_limits(experiment)
     tokenizer = load_tokenizer(name)
@@ -89,7 +105,9 @@ def _settings(experiment: Experiment) -> dict[str, Any]:
         settings["mixture"] = {part.name: part.share for part in mixture_sources(data)}
     if data.prepare == "stream" and kind != "tokens":
         raise UserError("data.prepare is stream, which language models alone can read: leave it out")
-    if kind == "images":
+    if kind == ArrayRows.kind:
+        return settings | {"columns": array_rows(experiment).to_json()}
+    if not KINDS[kind].is_text:
         return settings
     max_seq_len, _ = text_limits(experiment)
     least, why = _LEAST_LENGTHS[kind]
@@ -104,6 +122,12 @@ def _settings(experiment: Experiment) -> dict[str, Any]:
     return settings | {"row_length": max_seq_len, "document_marks": experiment.task.document_marks}
 
 
+def needs_tokenizer(experiment: Experiment) -> bool:
+    """Whether the experiment's data is made from text."""
+    kind = KINDS.get(experiment.task.kind)
+    return kind is not None and kind.is_text
+
+
 def with_tokenizer(experiment: Experiment) -> Experiment:
     """The experiment with a tokenizer that is there: its own, else the copy in the one data set prepared for it.
 
@@ -113,7 +137,7 @@ def with_tokenizer(experiment: Experiment) -> Experiment:
         UserError: its own is not there, and several prepared data sets differ in nothing but the tokenizer.
     """
     data = experiment.data
-    if experiment.task.kind in ("", "images") or tokenizer_is_there(data.tokenizer):
+    if not needs_tokenizer(experiment) or tokenizer_is_there(data.tokenizer):
         return experiment
     settings = _settings(experiment)
     found = [
@@ -147,7 +171,7 @@ def _folder(experiment: Experiment, settings: dict[str, Any]) -> str:
 
 
 def _slug(settings: dict[str, Any]) -> str:
-    name = (settings["source"] or settings["val_source"] or "mixture").removeprefix("files:").removeprefix("hub:")
+    name = (settings["source"] or settings["val_source"] or "mixture").removeprefix("files:").removeprefix("hub:").removeprefix("code:")
     name = re.sub(r"\.(gz|txt|raw|tokens|jsonl|json|parquet)\b", "", name)
     return f"{re.sub(r'[^A-Za-z0-9]+', '-', name).strip('-').lower() or 'data'}-{settings['kind']}"
 

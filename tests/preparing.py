@@ -14,7 +14,8 @@ import torch
 
 from perceiver import presets
 from perceiver.config import Experiment
-from perceiver.data.shards import Manifest, fixed_array, read_block
+from perceiver.data.rows import fixed_array
+from perceiver.data.shards import Manifest, read_block
 from perceiver.tasks import build_task
 from perceiver.training.batches import make_val_feeds, read_here
 from perceiver.training.checkpoint import load_model

@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from perceiver.config import UserError
-from perceiver.data.shards import MANIFEST, Manifest, fixed_array, read_block
+from perceiver.data.rows import fixed_array
+from perceiver.data.shards import MANIFEST, Manifest, read_block
 from perceiver.data.tokenizers import CLS, EOS, SEP, TOKENIZER, ByteTokenizer, load_tokenizer
 from perceiver.datasets import data_folder, load_prepared, with_prepared_tokenizer, with_tokenizer
 from perceiver.training.run import save_experiment

@@ -10,7 +10,7 @@ from PIL import Image
 
 from perceiver.config import UserError
 from perceiver.data.images import BadImage, decode_image
-from perceiver.data.shards import fixed_array
+from perceiver.data.rows import fixed_array
 from perceiver.datasets import load_prepared
 from perceiver.inference.batches import _pixels
 from ray_jobs import preprocess
