@@ -6,11 +6,11 @@ Hourly series of 7 sensors; from 72 hours a small Perceiver IO tells the next 24
 import numpy as np
 import torch
 import torch.nn.functional as F
-from perceiver.data.rows import ArrayRows
-from perceiver.models.configs import DecoderConfig, EncoderConfig, InputConfig, OutputConfig, OutputQueries, PerceiverIOConfig
 from torch import nn
 
 from perceiver.config import DataConfig, Experiment, OptimConfig, OptimizerConfig, ParallelConfig, RunConfig, TaskConfig, TrainingConfig
+from perceiver.data.rows import ArrayRows
+from perceiver.models.configs import DecoderConfig, EncoderConfig, InputConfig, OutputConfig, OutputQueries, PerceiverIOConfig
 from perceiver.models.position import fourier_features
 from perceiver.tasks.base import Task
 
@@ -85,6 +85,8 @@ class Forecast(TaskConfig):
 
 
 class ForecastTask(Task):
+    metric_directions = {"loss": "min", "mae": "min"}
+
     def loss(self, model, batch):
         """Huber loss, summed over the hours and sensors of the batch's real examples."""
         error = model(batch["past"]).float() - batch["future"]
