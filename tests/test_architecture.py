@@ -31,7 +31,7 @@ ARROWS = {
     },
     "perceiver.inference": {
         "perceiver.config", "perceiver.models", "perceiver.data", "perceiver.datasets", "perceiver.hub", "perceiver.pretrained",
-        "perceiver.runs", "perceiver.tasks", "perceiver.training",
+        "perceiver.runs", "perceiver.tasks", "perceiver.terminal", "perceiver.training",
     },
 }  # fmt: skip
 
