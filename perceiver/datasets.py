@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import re
 import shlex
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow.fs as pafs
 
 from perceiver.config import Experiment, UserError, differences, digest, flatten
+from perceiver.data.components import Component, components
 from perceiver.data.rows import KINDS, ArrayRows
 from perceiver.data.shards import MANIFEST, DamagedData, Manifest, broken_files
-from perceiver.data.sources import mixture_sources, source_label
+from perceiver.data.sources import is_shipped, mixture_sources, source_label
 from perceiver.data.storage import list_folder, open_folder
 from perceiver.data.tokenizers import TOKENIZER, load_tokenizer, tokenizer_is_there
 from perceiver.experiments import command_words
@@ -25,6 +26,61 @@ _LEAST_LENGTHS = {
 """Shortest input of a model of text, and what it must hold."""
 _READING_ONLY = ("shuffle_window_blocks", "lanes")
 """Fields of the data's configuration that preparation does not depend on."""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """The prepared data of an experiment."""
+
+    experiment: Experiment
+    """With a tokenizer that is there (`with_tokenizer`)."""
+    folder: str
+    manifest: Manifest
+
+    @classmethod
+    def find(cls, experiment: Experiment) -> Dataset:
+        """The data that was prepared for an experiment.
+
+        Raises:
+            UserError: it is not prepared (then the sentence has the command that does it), was prepared with other
+                settings (and which), or does not fit the model.
+        """
+        experiment = with_tokenizer(experiment)
+        settings = prepare_settings(experiment)
+        folder = _folder(experiment, settings)
+        if MANIFEST not in list_folder(folder):
+            raise UserError(_not_prepared(experiment, settings))
+        try:
+            manifest = Manifest.load(folder)
+        except DamagedData as error:
+            raise UserError(f"{error}: run `{preprocess_command(experiment)}`") from None
+        if broken := broken_files(folder, manifest):
+            raise UserError(f"{folder}/{broken[0]} is missing or damaged: run `{preprocess_command(experiment)}`")
+        check_fits(experiment, manifest)
+        return cls(experiment, folder, manifest)
+
+    @classmethod
+    def find_early(cls, experiment: Experiment) -> Dataset | None:
+        """The same before anything is held; None where the job itself prepares it, at once: shipped data, and text that is streamed.
+
+        Raises:
+            UserError: see `find`.
+        """
+        at_once = is_shipped(experiment.data.source) or experiment.data.prepare == "stream"
+        return None if at_once else cls.find(experiment)
+
+    @property
+    def parts(self) -> list[Component]:
+        """The data sets of a mixture; of other prepared data itself alone."""
+        return components(self.folder, self.manifest)
+
+
+def _not_prepared(experiment: Experiment, settings: dict[str, Any]) -> str:
+    message = f"data of {experiment.preset} is not prepared: run `{preprocess_command(experiment)}`"
+    others = [
+        f"{name} ({'; '.join(differences(flatten(other.settings), flatten(settings)))})" for name, other in _others(experiment, settings)
+    ]
+    return f"{message} (prepared with other settings: {', '.join(others)})" if others else message
 
 
 def task_kind(experiment: Experiment) -> str:
@@ -174,33 +230,6 @@ def _slug(settings: dict[str, Any]) -> str:
     name = (settings["source"] or settings["val_source"] or "mixture").removeprefix("files:").removeprefix("hub:").removeprefix("code:")
     name = re.sub(r"\.(gz|txt|raw|tokens|jsonl|json|parquet)\b", "", name)
     return f"{re.sub(r'[^A-Za-z0-9]+', '-', name).strip('-').lower() or 'data'}-{settings['kind']}"
-
-
-def load_prepared(experiment: Experiment) -> tuple[str, Manifest]:
-    """Folder and manifest of the experiment's prepared data.
-
-    Raises:
-        UserError: it is not prepared (then the sentence has the command that does it), was prepared with other
-            settings (and which), or does not fit the model.
-    """
-    settings = prepare_settings(experiment)
-    folder = _folder(experiment, settings)
-    if MANIFEST in list_folder(folder):
-        try:
-            manifest = Manifest.load(folder)
-        except DamagedData as error:
-            raise UserError(f"{error}: run `{preprocess_command(experiment)}`") from None
-        if broken := broken_files(folder, manifest):
-            raise UserError(f"{folder}/{broken[0]} is missing or damaged: run `{preprocess_command(experiment)}`")
-        check_fits(experiment, manifest)
-        return folder, manifest
-    message = f"data of {experiment.preset} is not prepared: run `{preprocess_command(experiment)}`"
-    others = [
-        f"{name} ({'; '.join(differences(flatten(other.settings), flatten(settings)))})" for name, other in _others(experiment, settings)
-    ]
-    if others:
-        message += f" (prepared with other settings: {', '.join(others)})"
-    raise UserError(message)
 
 
 def _others(experiment: Experiment, settings: dict[str, Any]) -> list[tuple[str, Manifest]]:

@@ -19,6 +19,7 @@ import pyarrow.fs as pafs
 from perceiver.config import Experiment, UserError, digest
 from perceiver.data.chunks import fingerprint as stream_fingerprint
 from perceiver.data.components import Component, mixture_manifest
+from perceiver.data.examples import check_repeatable, is_code
 from perceiver.data.prepare import (
     PIECE_BYTES,
     Job,
@@ -35,7 +36,6 @@ from perceiver.data.prepare import (
     shared_documents,
     unigram_nats,
 )
-from perceiver.data.examples import check_repeatable
 from perceiver.data.readers import Columns, image_shape
 from perceiver.data.rows import KINDS, ArrayRows
 from perceiver.data.shards import MANIFEST, DamagedData, Manifest, broken_files
@@ -87,8 +87,8 @@ def prepare(experiment: Experiment, progress: Say = print, piece_bytes: int = PI
         return _prepare_mixture(experiment, progress, piece_bytes)
     settings, folder = prepare_settings(experiment), data_folder(experiment)
     old = _whole_or_removed(folder, progress)
-    own_files = any(is_path(source) for source in (experiment.data.source, experiment.data.val_source) if source)
-    if old is not None and not own_files:  # the name stands for the content: no network is needed
+    own = any(is_path(source) or is_code(source) for source in (experiment.data.source, experiment.data.val_source) if source)
+    if old is not None and not own:  # the name stands for the content: no network is needed
         return _nothing_to_do(experiment, folder, old, progress)
     source = resolve(experiment.data, task_kind(experiment))
     if experiment.data.prepare == "stream":

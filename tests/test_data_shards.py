@@ -12,7 +12,8 @@ from perceiver.config import UserError
 from perceiver.data.rows import fixed_array, fixed_column, rows_of
 from perceiver.data.shards import Manifest, Shard, Split, read_block, shard_name, stream_rows
 from perceiver.data.storage import file_hash, list_folder, write_file
-from perceiver.datasets import data_folder, load_prepared, prepare_settings
+from perceiver.datasets import data_folder, prepare_settings
+from tests.preparing import load_prepared
 
 
 def make_split(folder, rows=23, length=4, rows_per_block=3, blocks_per_shard=2) -> Split:

@@ -169,7 +169,9 @@ def check_repeatable(parts: Iterable[ExamplePart]) -> None:
                     "be seeded, by np.random.default_rng(0) say"
                 )
         if len(once) != len(again):
-            raise UserError(f"{part.place} yields {len(once)} examples, and {len(again)} when it is read again: each call must yield the same")
+            raise UserError(
+                f"{part.place} yields {len(once)} examples, and {len(again)} when it is read again: each call must yield the same"
+            )
 
 
 def _difference(first: Any, second: Any) -> str | None:

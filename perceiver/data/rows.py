@@ -22,6 +22,7 @@ from perceiver.config import UserError
 DTYPES = ("float32", "float16", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "string", "binary")
 """Types of a column's numbers; "string" and "binary" stand alone in a row, with shape ()."""
 
+
 class RowKind(ABC):
     """What the rows of a data set are."""
 
@@ -141,7 +142,8 @@ class BadExample(UserError):
 class ArrayRows(RowKind):
     """Rows of named arrays: `ArrayRows(past=((72, 7), "float32"), label=((), "int32"))`.
 
-    A row may lack none of its columns; missing measurements are a mask of their own, say. Rows are stored as fixed-size lists.
+    The order of the columns has no meaning. A row may lack none of them; missing measurements are a mask of their own, say. Rows are
+    stored as fixed-size lists.
 
     Raises:
         UserError: a shape or type that cannot be stored.
@@ -155,7 +157,7 @@ class ArrayRows(RowKind):
         if not columns:
             raise UserError("ArrayRows needs at least one column")
         self.columns: dict[str, Column] = {}
-        for name, (shape, dtype) in columns.items():
+        for name, (shape, dtype) in sorted(columns.items()):
             if dtype not in DTYPES:
                 raise UserError(f"column {name} has type {dtype!r} and must have one of {', '.join(DTYPES)}")
             if any(not isinstance(n, int) or n < 1 for n in shape):
