@@ -9,7 +9,7 @@ from typing import Any
 
 from perceiver.config import Config, Experiment, UserError, flatten, load_tree, nearest, spelled, to_dict
 from perceiver.config.core import is_builtin
-from perceiver.extensions import call, code_of, installed_experiments, is_reference, load_object, trust
+from perceiver.extensions import call, check_trust, code_of, code_of_file, installed_experiments, is_reference, load_object, trust
 from perceiver.presets import PRESETS
 from perceiver.runs import EXPERIMENT, read_json, read_run
 
@@ -39,6 +39,7 @@ def find_experiment(name: str, trust_code: bool = False) -> Experiment:
     path = Path(name).expanduser()
     if (path / EXPERIMENT).is_file():
         experiment, _ = read_run(path, trust_code)
+        _check_sources(experiment, path, trust_code)
         return replace(experiment, run=replace(experiment.run, name=path.absolute().name, storage=_storage(experiment, path)))
     if path.suffix in (".json", ".yaml", ".yml"):
         return _read_file(path)
@@ -55,6 +56,19 @@ def _made(name: str, found: Any) -> Experiment:
     if not isinstance(found, Experiment):
         raise UserError(f"experiment {name!r} is a {type(found).__name__} and must be an Experiment or a function that returns one")
     return replace(found, preset=name)
+
+
+def _check_sources(experiment: Experiment, path: Path, trusted: bool) -> None:
+    """Refuses files of code that somebody else's run names as its data sources.
+
+    Raises:
+        UserError: this user never ran them.
+    """
+    data = experiment.data
+    for source in (data.source, data.val_source or "", *(entry.rpartition("=")[0] for entry in data.mixture)):
+        file = Path(source.rpartition(":")[0]).expanduser()
+        if is_reference(source) and file.suffix == ".py" and file.is_file():
+            check_trust(code_of_file(file), f"{path} (data source {source})", file.parent, trusted)
 
 
 def _storage(experiment: Experiment, folder: Path) -> str:

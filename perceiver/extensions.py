@@ -215,6 +215,14 @@ def code_of_modules(modules: Iterable[str]) -> Code:
     return Code(dict(sorted(files.items())))
 
 
+def code_of_file(path: Path) -> Code:
+    """The source file at a path and what it imports from beside it, as `code_of_modules` would have them once it is imported."""
+    files: dict[str, str] = {}
+    path = path.expanduser().resolve()
+    _collect(path.parent, path, files)
+    return Code(dict(sorted(files.items())))
+
+
 def _collect(root: Path, file: Path, files: dict[str, str]) -> None:
     """Adds a file and, recursively, what it imports from the same folder."""
     name = str(file.relative_to(root))

@@ -10,12 +10,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from perceiver.config import DataConfig, TaskConfig, UserError
+from perceiver.config import DataConfig, TaskConfig, UserError, to_dict
 from perceiver.data.rows import ArrayRows
 from perceiver.data.shards import Manifest
 from perceiver.data.sources import mixture_sources, resolve, source_label
 from perceiver.data.tokenizers import ByteTokenizer
 from perceiver.datasets import Dataset
+from perceiver.experiments import find_experiment
 from perceiver.presets import PRESETS
 from perceiver.tasks.base import Task
 from ray_jobs import preprocess
@@ -191,7 +192,7 @@ def test_another_source_can_be_for_validation(folder):
         ("too_large", r"example 0: label has values that int32 cannot hold"),
         (
             "unseeded",
-            r"unseeded\('train'\) yields other examples when it is read again \(example 0: past differs\): its random choices must",
+            r"unseeded\('train'\) yields other examples when it is read again \(example 0: past differs\): its random choices",
         ),
         ("failing", r"failing\('train'\) fails: own_series.py, line \d+: ValueError: the disk is on fire"),
         ("NUMBER", r"NUMBER is a int and must be a function of the split that yields examples"),
@@ -224,6 +225,19 @@ def test_a_source_that_has_changed_is_not_taken_for_the_prepared_one(folder):
     said: list[str] = []
     preprocess.prepare(named, said.append)
     assert "nothing to do" in said[-1]  # its fingerprint() is the same
+
+
+def test_a_file_that_somebody_elses_run_names_as_its_source_is_not_run(folder):
+    run, chosen = folder / "run", arrays(folder, "plain")
+    run.mkdir()
+    (run / "experiment.json").write_text(
+        json.dumps({"experiment": to_dict(replace(chosen, task=PRESETS["quickstart"]().task)), "data": ""})
+    )
+    with pytest.raises(UserError, match=r"own_series.py:plain\) brings code of its own \(own_series.py\) that was never run"):
+        find_experiment(str(run))
+    assert "own_series" not in sys.modules
+    prepared(chosen)  # named by the user himself
+    assert find_experiment(str(run)).data == chosen.data
 
 
 def test_a_source_has_one_name_in_a_file_and_as_a_module(folder):

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,15 +14,20 @@ from ray import tune
 from ray.tune.schedulers.pbt import _PBTTrialState
 
 from perceiver.config import UserError, to_dict
+from perceiver.datasets import Dataset
 from perceiver.presets import PRESETS
 from perceiver.training.checkpoint import list_checkpoints, write_json
+from ray_jobs import preprocess
 from ray_jobs.cli import parse_experiment
+from tests.preparing import serially, write_jsonl
+from tests.test_data_prepare import tiny_sentencepiece_model
 from tuning import population, report, sweep
 from tuning.figures import _Axis
 from tuning.record import prune
 from tuning.scaling_laws import plan, step_flops
 from tuning.schedulers import scheduler, slot
 from tuning.sweeps import SWEEPS, Sweep, check_sweep, find_sweep, trial_experiment
+from tuning.trial import _experiment
 
 GOOD = Sweep(preset="quickstart", space={"optim.lr": tune.loguniform(1e-4, 1e-2)})
 
@@ -62,6 +68,46 @@ def test_a_sweep_of_a_file_is_found_and_others_are_refused(tmp_path):
     for name in (f"{tmp_path}/mine.py:bad", f"{tmp_path}/mine.py:none", f"{tmp_path}/other.py:good", "quickstar"):
         with pytest.raises(UserError, match="sweep "):
             find_sweep(name)
+
+
+def swept(monkeypatch, tmp_path, *words: str):
+    """What a sweep hands on to Ray Tune: the experiment that its trials vary, and its steps."""
+    serially(monkeypatch)
+    found = []
+    monkeypatch.setattr(sweep, "connect", lambda parallel, dashboard: nullcontext())
+    monkeypatch.setattr(sweep, "plan_room", lambda base, concurrent: sweep.Room(1, 1.0, 1, "room for one"))
+    monkeypatch.setattr(sweep, "fit", lambda _, folder, base, room, steps, say: found.extend((base, steps)))
+    monkeypatch.setattr(report, "write", lambda folder: [])
+    with pytest.raises(KeyboardInterrupt):  # no trial was run
+        sweep.run_sweep(replace(GOOD, preset="clm-c4-small", overrides=words), tmp_path / "sweep", say=lambda text: None)
+    return found
+
+
+def test_a_sweep_finds_a_tokenizer_in_its_prepared_data_as_a_training_does(monkeypatch, tmp_path):
+    serially(monkeypatch)
+    write_jsonl(tmp_path / "a.jsonl", [{"text": "one two three"}] * 9)
+    write_jsonl(tmp_path / "b.jsonl", [{"text": "four"}])
+    model = tmp_path / "my.model"
+    model.write_bytes(tiny_sentencepiece_model())
+    words = ["--data.source", str(tmp_path / "a.jsonl"), "--data.val-source", str(tmp_path / "b.jsonl"), "--data.root", str(tmp_path),
+             "--data.tokenizer", str(model)]  # fmt: skip
+    preprocess.prepare(parse_experiment(["clm-c4-small", *words], "ray_jobs.preprocess"), lambda text: None)
+    model.unlink()
+
+    base, steps = swept(monkeypatch, tmp_path, *words)
+    assert Path(base.data.tokenizer).read_bytes() == tiny_sentencepiece_model()
+    settings = {"reports": 1, "trials": str(tmp_path), "population": False}
+    own = parse_experiment(["clm-c4-small", *words], "tuning.sweep")
+    experiment, trial_steps = _experiment(own, {"optim.lr": 1e-3}, "trial-0", settings)
+    assert experiment.data.tokenizer == base.data.tokenizer and trial_steps == steps
+
+
+def test_a_sweep_prepares_a_source_that_is_streamed_by_itself_as_a_training_does(monkeypatch, tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", [{"text": "one two three " * 50}] * 400)
+    data = ("--data.source", str(tmp_path / "a.jsonl"), "--data.root", str(tmp_path), "--data.prepare", "stream")
+    model = ("--data.tokenizer", "bytes", "--model.max-seq-len", "128", "--model.max-latents", "64")
+    base, _ = swept(monkeypatch, tmp_path, *data, *model)
+    assert Dataset.find(base).manifest.stream
 
 
 @pytest.mark.parametrize("cpus, workers, asked, fits", [(3, 1, None, 2), (3, 2, None, 1), (16, 2, None, 6), (16, 2, 3, 3)])

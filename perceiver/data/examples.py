@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from perceiver.config import UserError
-from perceiver.extensions import code_of_modules, is_reference, load_object, place_of
+from perceiver.extensions import code_of_modules, is_reference, load_object, place_of, trust
 
 COMPARED = 4
 """Examples of a part that are read twice before a preparation, to see whether they are the same."""
@@ -133,6 +133,7 @@ def find_parts(source: str, field: str) -> tuple[list[ExamplePart], list[Example
     """
     name = name_of(source)
     target = load_object(source, field)
+    trust(code_of_modules([name.rpartition(":")[0]]))
     opened = _opened(target) if _is_source(target) else None
     if opened is None:
         raise UserError(
