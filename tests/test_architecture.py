@@ -15,7 +15,7 @@ ARROWS = {
     "perceiver.extensions": {"perceiver.config"},
     "perceiver.runs": {"perceiver.config", "perceiver.extensions"},
     "perceiver.models": {"perceiver.config"},
-    "perceiver.data": {"perceiver.config"},
+    "perceiver.data": {"perceiver.config", "perceiver.extensions"},
     "perceiver.costs": {"perceiver.config", "perceiver.models"},
     "perceiver.tasks": {
         "perceiver.config", "perceiver.costs", "perceiver.data", "perceiver.extensions", "perceiver.inference", "perceiver.models",
