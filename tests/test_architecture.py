@@ -17,7 +17,8 @@ ARROWS = {
     "perceiver.models": {"perceiver.config"},
     "perceiver.data": {"perceiver.config"},
     "perceiver.costs": {"perceiver.config", "perceiver.models"},
-    "perceiver.tasks": {"perceiver.config", "perceiver.costs", "perceiver.models", "perceiver.data", "perceiver.inference"},
+    "perceiver.generation": {"perceiver.config", "perceiver.models", "perceiver.data"},
+    "perceiver.tasks": {"perceiver.config", "perceiver.costs", "perceiver.models", "perceiver.data", "perceiver.generation"},
     "perceiver.presets": {"perceiver.catalog", "perceiver.config", "perceiver.costs", "perceiver.models", "perceiver.tasks"},
     "perceiver.experiments": {"perceiver.config", "perceiver.extensions", "perceiver.presets", "perceiver.runs"},
     "perceiver.datasets": {"perceiver.config", "perceiver.data", "perceiver.experiments", "perceiver.models"},
@@ -28,8 +29,8 @@ ARROWS = {
         "perceiver.runs", "perceiver.tasks",
     },
     "perceiver.inference": {
-        "perceiver.config", "perceiver.models", "perceiver.data", "perceiver.datasets", "perceiver.hub", "perceiver.pretrained",
-        "perceiver.runs", "perceiver.tasks", "perceiver.training",
+        "perceiver.config", "perceiver.models", "perceiver.data", "perceiver.generation", "perceiver.hub", "perceiver.pretrained",
+        "perceiver.runs", "perceiver.tasks", "perceiver.terminal", "perceiver.training",
     },
 }  # fmt: skip
 

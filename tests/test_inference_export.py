@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 import perceiver
 from perceiver import hub
 from perceiver.config import UserError
-from perceiver.inference.batches import images_of
 from perceiver.inference.export import export, upload
+from perceiver.inference.images import images_of
 from perceiver.inference.trained import TrainedModel
 from perceiver.models import build_model
 from perceiver.models.configs import PerceiverARConfig

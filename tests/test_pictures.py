@@ -12,7 +12,7 @@ from perceiver.config import UserError
 from perceiver.data.images import BadImage, decode_image
 from perceiver.data.shards import fixed_array
 from perceiver.datasets import load_prepared
-from perceiver.inference.batches import _pixels
+from perceiver.inference.images import _pixels
 from ray_jobs import preprocess
 from tests import preparing
 from tests.preparing import experiment, rows_of, write_parquet

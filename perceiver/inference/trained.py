@@ -12,11 +12,12 @@ import torch
 
 from perceiver.config import ModelConfig, TaskConfig, UserError
 from perceiver.data.tokenizers import Tokenizer
+from perceiver.generation.continuations import generate_text, stream_text
+from perceiver.generation.generate import Sampling, new_seed
+from perceiver.generation.masks import fill_masks
+from perceiver.generation.texts import check_text, pad_right
 from perceiver.inference import measure
-from perceiver.inference.batches import ImageLike, check_text, images_of, pad_right
-from perceiver.inference.continuations import generate_text, stream_text
-from perceiver.inference.generate import Sampling, new_seed
-from perceiver.inference.masks import fill_masks
+from perceiver.inference.images import ImageLike, images_of
 from perceiver.models import PerceiverAR, PerceiverIO
 from perceiver.models.configs import ClassOutput, ImageInput, PerceiverARConfig, PerceiverIOConfig, TextInput, TextOutput
 from perceiver.tasks.causal_lm import CausalLMConfig
@@ -48,7 +49,7 @@ class TrainedModel:
     tokenizer: Tokenizer | None = None
     photos: bool = False
     """Images of any size are cut and scaled, as the published ImageNet models want it
-    (`perceiver.inference.batches.photo`)."""
+    (`perceiver.inference.images.photo`)."""
     name: str = "model"
     """What messages call it."""
     provenance: dict[str, Any] = field(default_factory=dict)

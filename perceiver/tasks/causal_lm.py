@@ -16,7 +16,7 @@ from perceiver.costs.flops import num_kept, training_flops
 from perceiver.data.order import uniforms
 from perceiver.data.shards import Manifest, Split, fixed_array, fixed_column
 from perceiver.data.tokenizers import load_tokenizer
-from perceiver.inference.generate import generate
+from perceiver.generation.generate import generate
 from perceiver.models.configs import PerceiverARConfig
 from perceiver.tasks.base import IGNORE_INDEX, Batch, Guess, Sample, Task, loss_of_sources, padded, unigram_guess
 from perceiver.tasks.chunked_loss import CHUNK_ELEMENTS, chunked_cross_entropy
