@@ -31,6 +31,7 @@ class CausalLMConfig(TaskConfig):
     """Next-token prediction on packed windows of text."""
 
     kind: ClassVar[str] = "tokens"
+    abilities: ClassVar[tuple[str, ...]] = ("generate", "stream", "score", "embed")
 
     random_shift: bool = False
     """Shift all window boundaries by a random offset each epoch (training only)."""
@@ -43,6 +44,10 @@ class CausalLMConfig(TaskConfig):
     """Prompt of the sample continuation that validation writes."""
     sample_tokens: int = 128
     """Length of that continuation in tokens; 0: none."""
+
+    @classmethod
+    def of_model(cls, model: ModelConfig) -> TaskConfig | None:
+        return cls() if isinstance(model, PerceiverARConfig) else None
 
     def build(self, model: ModelConfig, data: DataConfig, seed: int) -> Task:
         return CausalLM(self, model, data, seed)
