@@ -11,7 +11,7 @@ from PIL import Image
 from perceiver.config import UserError
 from perceiver.data.images import BadImage, decode_image
 from perceiver.data.rows import fixed_array
-from perceiver.inference.batches import _pixels
+from perceiver.inference.images import _pixels
 from ray_jobs import preprocess
 from tests import preparing
 from tests.preparing import experiment, load_prepared, rows_of, write_parquet

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from perceiver.config import UserError
+from perceiver.config import UserError, to_dict
 from perceiver.runs import TAIL, last_step
 from ray_jobs import runs
 from ray_jobs.cli import parse_experiment
