@@ -544,9 +544,9 @@ class _Meter:
         seconds = max(now - self._started, 1e-9)
         rate = (self._weight_done - self._begin) / seconds
         left = _duration((self._weight - self._weight_done) / max(rate, 1e-9))
-        unit = {"pieces": f"{rate / 1e6:.1f} MB/s", "parts": f"{rate:.1f} parts/s"}.get(self._what, f"{rate:,.0f} rows/s")
+        unit = {"pieces": f", {rate / 1e6:.1f} MB/s", "parts": ""}.get(self._what, f", {rate:,.0f} rows/s")
         tokens = f", {self._tokens / seconds / 1e6:.2f} million tokens/s" if self._tokens else ""
-        self._say(f"  {self._what} {self._done:,}/{self._total:,}, {unit}{tokens}, {left} left")
+        self._say(f"  {self._what} {self._done:,}/{self._total:,}{unit}{tokens}, {left} left")
 
 
 def _duration(seconds: float) -> str:

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from perceiver.config import Experiment, RunConfig, TrainingConfig
+from perceiver.config import Cosine, Experiment, RunConfig, TrainingConfig
 from perceiver.data.shards import Manifest
 from perceiver.datasets import data_folder
 from perceiver.models import build_model
@@ -153,7 +153,7 @@ def _language_model(base: Experiment) -> Experiment:
     """With dropout, clipping and a schedule, so that all that decides on the weights takes part."""
     return replace(
         base,
-        optim=replace(base.optim, lr=3e-3, schedule="cosine", warmup_steps=5, min_lr_fraction=0.1, max_grad_norm=1.0),
+        optim=replace(base.optim, lr=3e-3, schedule=Cosine(min_lr_fraction=0.1), warmup_steps=5, max_grad_norm=1.0),
         training=TrainingConfig(global_batch_size=8, max_steps=STEPS),
         run=RunConfig(log_every=10, val_every=25, checkpoint_every=25),
     )

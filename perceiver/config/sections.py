@@ -74,7 +74,8 @@ class DataConfig(Config):
     """Where the data comes from, how it is prepared, and how it is shuffled."""
 
     source: str = ""
-    """A named data set (see docs/data.md), a hub name ("hub:NAME[:CONFIG]"), or your own files: a file, folder or glob."""
+    """A named data set (see docs/data.md), a hub name ("hub:NAME[:CONFIG]"), your own files (a file, folder or glob), or your own code
+    that yields examples (FILE.py:NAME or MODULE:NAME, see perceiver/data/examples.py)."""
     mixture: tuple[str, ...] = ()
     """Several sources in place of `source`, each as SOURCE=WEIGHT (c4=0.7 wikitext-103-raw=0.3): rows of a batch in these
     shares, each source in its own order, over and over; validation metrics of each."""
