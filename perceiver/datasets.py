@@ -11,6 +11,7 @@ import pyarrow.fs as pafs
 
 from perceiver.config import Experiment, UserError, differences, digest, flatten
 from perceiver.data.components import Component, components
+from perceiver.data.examples import is_code
 from perceiver.data.rows import KINDS, ArrayRows
 from perceiver.data.shards import MANIFEST, DamagedData, Manifest, broken_files
 from perceiver.data.sources import is_shipped, mixture_sources, source_label
@@ -161,6 +162,8 @@ def _settings(experiment: Experiment) -> dict[str, Any]:
         settings["mixture"] = {part.name: part.share for part in mixture_sources(data)}
     if data.prepare == "stream" and kind != "tokens":
         raise UserError("data.prepare is stream, which language models alone can read: leave it out")
+    if data.prepare == "stream" and (is_code(data.source) or any(is_code(entry.rpartition("=")[0]) for entry in data.mixture)):
+        raise UserError("data.prepare is stream, which reads files alone: leave it out for a data.source that is code")
     if kind == ArrayRows.kind:
         return settings | {"columns": array_rows(experiment).to_json()}
     if not KINDS[kind].is_text:

@@ -49,7 +49,7 @@ def train(out: str, config: TokenizerTraining, progress: Say = print) -> None:
     """
     started = time.monotonic()
     check(out, config)
-    pieces = cut_pieces(resolve(config.data, "tokens").files)
+    pieces = cut_pieces(resolve(config.data, "tokens").inputs)
     pieces = [piece for piece in pieces if any(span.file.split != "val" for span in piece.spans)]
     chosen = choose_pieces(pieces, config.read_megabytes * 10**6, config.seed)
 

@@ -269,6 +269,14 @@ def test_text_may_come_from_code_too(folder):
     assert ByteTokenizer().decode(stream_of(path, manifest, "train"), skip_special=False) == ends
 
 
+def test_what_reads_files_alone_refuses_code(folder):
+    source = f"{folder}/own_series.py:texts"
+    with pytest.raises(UserError, match="texts is code, but images are made from idx files"):
+        preprocess.prepare(experiment("quickstart", folder / "out", source), print)
+    with pytest.raises(UserError, match="data.prepare is stream, which reads files alone"):
+        preprocess.prepare(experiment("clm-c4", folder / "out", source, tokenizer="bytes", prepare="stream"), print)
+
+
 # ------------------------------------------------------------------------------------------------------------------- files
 
 
@@ -331,11 +339,11 @@ def test_files_of_other_formats_are_refused(folder):
 
 
 @pytest.mark.slow
-def test_the_example_prepares_its_own_series_on_ray_workers_without_its_file(tmp_path):
+def test_the_example_prepares_its_own_series_on_ray_workers_that_cannot_import_its_file(tmp_path):
     mine = copy_examples(tmp_path / "mine")
     said = Job("ray_jobs.preprocess", f"{mine}/weather.py:tiny", home=tmp_path / "home").finish()
     (folder,) = (tmp_path / "home" / "data").glob("weather-series-arrays-*")
     manifest = Manifest.load(folder)
     assert manifest.splits["train"].rows == 2048 and manifest.splits["val"].rows == 256
-    assert "columns: past (72, 7) float32, future (24, 7) float32" in said and str(folder) in said
+    assert "columns: future (24, 7) float32, past (72, 7) float32" in said and str(folder) in said
     assert json.loads((folder / "manifest.json").read_text())["source"]["examples"][0]["name"] == "weather:series"

@@ -14,6 +14,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
@@ -145,7 +146,7 @@ def find_parts(source: str, field: str) -> tuple[list[ExamplePart], list[Example
         raise UserError(f"{name}.splits has {unknown[0]!r}: the splits are train and val")
     found: dict[str, list[ExamplePart]] = {"train": [], "val": []}
     for split in splits:
-        count = _asked(f"{name}.parts({split!r})", lambda split=split: opened.parts(split)) if hasattr(opened, "parts") else 1
+        count = _asked(f"{name}.parts({split!r})", partial(opened.parts, split)) if hasattr(opened, "parts") else 1
         if type(count) is not int or count < 1:
             raise UserError(f"{name}.parts({split!r}) returns {count!r} and must return a whole number of at least 1")
         found[split] = [ExamplePart(target=target, name=name, read=split, part=part) for part in range(count)]

@@ -16,7 +16,7 @@ import pyarrow.fs as pafs
 
 from perceiver.config import DataConfig, UserError
 from perceiver.data.examples import ExamplePart, find_parts, is_code, name_of
-from perceiver.data.rows import KINDS
+from perceiver.data.rows import KINDS, ImageRows
 from perceiver.data.storage import open_folder
 
 Format = Literal["text", "wikitext", "jsonl", "parquet", "wikitext-rows", "idx"]
@@ -223,6 +223,8 @@ def resolve(data: DataConfig, kind: str) -> Source:
 def _resolved(source: str, kind: str, field: str) -> tuple[list[Any], list[Any], list[str], dict[str, Any] | None]:
     """What there is for training, for validation, names of what is for neither, and where on the hub it comes from."""
     if is_code(source):
+        if kind == ImageRows.kind:
+            raise UserError(f"{field} {source} is code, but {kind} are made from {ImageRows.expected}: a task of your own can read arrays")
         return *find_parts(source, field), [], None
     found, origin = _find(source, kind, field)
     return *_assign(found, kind), origin
