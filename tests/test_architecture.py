@@ -17,7 +17,9 @@ ARROWS = {
     "perceiver.models": {"perceiver.config"},
     "perceiver.data": {"perceiver.config"},
     "perceiver.costs": {"perceiver.config", "perceiver.models"},
-    "perceiver.tasks": {"perceiver.config", "perceiver.costs", "perceiver.models", "perceiver.data", "perceiver.inference"},
+    "perceiver.tasks": {
+        "perceiver.config", "perceiver.costs", "perceiver.data", "perceiver.extensions", "perceiver.inference", "perceiver.models",
+    },
     "perceiver.presets": {"perceiver.catalog", "perceiver.config", "perceiver.costs", "perceiver.models", "perceiver.tasks"},
     "perceiver.experiments": {"perceiver.config", "perceiver.extensions", "perceiver.presets", "perceiver.runs"},
     "perceiver.datasets": {"perceiver.config", "perceiver.data", "perceiver.experiments", "perceiver.models"},
