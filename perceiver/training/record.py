@@ -126,6 +126,7 @@ class Board:
         self._folder = folder
         self._first_step = first_step
         self._file: EventsWriter | None = None
+        self._files = 0
 
     def add(self, step: int, summaries: list[Summary]) -> None:
         """Writes summaries of a step. After an error, which is raised, the next ones go to a new file: a cut one is read no further."""
@@ -146,7 +147,9 @@ class Board:
 
     def _open(self) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._file = EventsWriter(str(self._folder / "events"))
+        # The name of a file has the second that it was made in.
+        self._file = EventsWriter(str(self._folder / "events"), f".{self._files}" if self._files else "")
+        self._files += 1
         if self._first_step is not None:  # readers drop what an earlier start wrote of these steps
             self._file.write_event(Event(step=self._first_step, file_version="brain.Event:2"))
             self._file.write_event(Event(step=self._first_step, session_log=SessionLog(status=SessionLog.START)))

@@ -199,7 +199,7 @@ class Training:
             # A request that this checkpoint's state already holds as made would be lost if the run continued from here.
             requests |= agree(self.world, self.view.take_requests())
             checkpoint = checkpoint or not requests.isdisjoint((STOP, PAUSE, SAVE))
-        if STOP in requests:
+        if STOP in requests and step < self.total_steps:
             if not validation:
                 measured = self._apart(self._validate)
             self.stopped = self.world.first(self.view.reason)
