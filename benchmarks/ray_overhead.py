@@ -71,7 +71,7 @@ def main() -> None:
     )
     from ray_jobs.preprocess import prepare
 
-    prepare(experiment, quiet)
+    prepare(experiment, lambda text: None)
     data, _ = load_prepared(experiment)
     seconds: dict[str, list[float]] = {"without Ray": [], "with Ray": []}
     waits: list[float] = []

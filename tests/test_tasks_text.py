@@ -20,7 +20,8 @@ from perceiver.tasks import build_task
 from perceiver.tasks.masked_lm import gather_labels, usual_positions, with_masks
 from perceiver.tasks.text_classification import TextClassificationConfig
 from perceiver.training.batches import read_here
-from tests.small import classification_experiment, feed_of, masked_experiment, text_experiment, write_documents, write_stream
+from tests import small
+from tests.small import classification_experiment, masked_experiment, text_experiment, write_documents, write_stream
 from tests.test_train_tokenizer import CONFIG as SMALL_TOKENIZER
 from tests.test_train_tokenizer import documents as random_texts
 from tests.test_training import losses, run
