@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -147,8 +148,15 @@ class Board:
 
     def _open(self) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
-        # The name of a file has the second that it was made in.
-        self._file = EventsWriter(str(self._folder / "events"), f".{self._files}" if self._files else "")
+        # A name has the second that the file is made in; after an error another file may be made in the same one.
+        suffix = f".{os.getpid()}.{self._files}"
+        try:
+            self._file = EventsWriter(str(self._folder / "events"), suffix)
+        except Exception:
+            for path in self._folder.glob(f"*{suffix}"):
+                if path.stat().st_size == 0:
+                    path.unlink()
+            raise
         self._files += 1
         if self._first_step is not None:  # readers drop what an earlier start wrote of these steps
             self._file.write_event(Event(step=self._first_step, file_version="brain.Event:2"))
