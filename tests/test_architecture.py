@@ -25,8 +25,8 @@ ARROWS = {
     "perceiver.hub": {"perceiver.config", "perceiver.models", "perceiver.presets"},
     "perceiver.pretrained": {"perceiver.config", "perceiver.hub", "perceiver.models"},
     "perceiver.training": {
-        "perceiver.config", "perceiver.costs", "perceiver.data", "perceiver.hub", "perceiver.models", "perceiver.pretrained",
-        "perceiver.runs", "perceiver.tasks",
+        "perceiver.config", "perceiver.costs", "perceiver.data", "perceiver.extensions", "perceiver.hub", "perceiver.models",
+        "perceiver.pretrained", "perceiver.runs", "perceiver.tasks",
     },
     "perceiver.inference": {
         "perceiver.config", "perceiver.models", "perceiver.data", "perceiver.generation", "perceiver.hub", "perceiver.pretrained",

@@ -129,7 +129,7 @@ def test_a_bad_row_has_an_error_and_the_others_are_as_without_it(runs, mode, bat
     values = [good[0], bad, *good[1:]]
     rows = [Row(f"r{i}", value) for i, value in enumerate(values)] + [Row("unread", None, "no such row")]
     table = predict_rows(model, rows, options)
-    assert table.cast(output_schema(mode)).schema.equals(output_schema(mode))
+    assert table.schema.equals(output_schema(mode, model))
     assert table["id"].to_pylist() == ["r0", "r1", "r2", "r3", "unread"]
     errors = table["error"].to_pylist()
     assert [error is None for error in errors] == [True, False, True, True, False] and errors[-1] == "no such row"
@@ -203,7 +203,7 @@ def test_a_command_line_becomes_a_job_with_its_checkpoint_settled(runs, tmp_path
     job, output, placement = parse([str(runs["sentiment"]), "--input", "in", "--output", str(tmp_path / "out"), "--actors", "2"])
     assert (job.options.mode, job.column, job.checkpoint, placement.actors) == ("classify", "text", "1", 2)
     assert job.inputs == (os.path.abspath("in"),) and output == str(tmp_path / "out")
-    job, _, _ = parse([str(runs["images"]), "--input", "in", "--output", "out", "--mode", "embed"])
+    job, *_ = parse([str(runs["images"]), "--input", "in", "--output", "out", "--mode", "embed"])
     assert (job.options.mode, job.column, job.kind) == ("embed", "image", "image")
     for task, mode in {"causal": "generate", "masked": "fill-mask", "sentiment": "classify", "images": "classify"}.items():
         for source in (runs[task], perceiver.load(runs[task], device="cpu").export(tmp_path / task)):
@@ -323,7 +323,7 @@ def test_parts_go_from_reader_to_actor_to_file_and_every_row_is_there(runs, tmp_
     write_inputs(tmp_path / "in")
     (tmp_path / "in" / "bad.jsonl").write_text('{"text": "\\ud800"}\nno json\n{"text": "good"}\n')
     out = str(tmp_path / "out")
-    job, _, _ = parse(
+    job, *_ = parse(
         [
             str(runs["sentiment"]),
             "--input",

@@ -19,9 +19,10 @@ from torch.distributed.tensor import DTensor
 from perceiver import hub
 from perceiver.config import Experiment, ModelConfig, UserError, differences
 from perceiver.data.tokenizers import TOKENIZER, load_tokenizer
+from perceiver.extensions import Code, check_trust, trust
 from perceiver.models.configs import PerceiverIOConfig
 from perceiver.pretrained import is_hub_name, read_pretrained
-from perceiver.runs import read_run
+from perceiver.runs import CODE, read_run
 from perceiver.training.checkpoint import (
     choose_checkpoint,
     find_run,
@@ -119,12 +120,22 @@ def find_start(experiment: Experiment, shapes: Shapes) -> Start | None:
     )
 
 
+def trust_start(experiment: Experiment) -> None:
+    """Remembers that the user trusts the code of the run that the experiment starts from, if it does start from one."""
+    source = experiment.training.init_from or experiment.training.init_encoder_from
+    if source and (folder := find_run(source, experiment.run.storage_path)) is not None:
+        trust(Code.load(folder / CODE))
+
+
 def _find(source: str, experiment: Experiment) -> tuple[str, ModelConfig, Shapes, dict[str, Any]]:
     """Origin, configuration and shapes of the weights, and where they are (fields of `Start`)."""
     storage = experiment.run.storage_path
     folder = find_run(source, storage)
     if folder is not None:
-        trained, _ = read_run(folder)
+        code = Code.load(folder / CODE)
+        check_trust(code, f"run {folder.name}", folder / CODE)
+        # Of classes that this process has already, its own version is meant: they may have changed since that run.
+        trained, _ = read_run(folder, install_code=not code.is_imported)
         chosen = choose_checkpoint(folder / CHECKPOINTS, experiment.training.init_checkpoint, trained.run.best_metric)
         check_files(chosen.path)
         origin = f"run {folder.name}, step {chosen.step:,}"
