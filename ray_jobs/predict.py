@@ -1,10 +1,11 @@
 """`python -m ray_jobs.predict RUN --input FILES --output FOLDER [--mode MODE]`: a trained model on many inputs, on Ray
 Data.
 
-Modes: predict (what the task of your own says of rows of arrays), classify, fill-mask, embed (mean of the latents), score (loss of each document), generate. Inputs are lines of
-.txt files, objects of .jsonl files, rows of .parquet files, or image files. The output folder gets parquet files with
-exactly one row for each input row, with its id, and errors.jsonl with the rows that could not be computed. A job that
-was stopped continues when it is started again: parts that are written are not computed again.
+Modes: classify, fill-mask, embed (mean of the latents), score (loss of each document), generate, and predict: what a
+task of your own says of rows of arrays. Inputs are lines of .txt files, objects of .jsonl files, rows of .parquet files, or
+image files. The output folder gets parquet files with exactly one row for each input row, with its id, and errors.jsonl
+with the rows that could not be computed. A job that was stopped continues when it is started again: parts that are written
+are not computed again.
 """
 
 from __future__ import annotations
@@ -130,13 +131,10 @@ def parse(argv: list[str]) -> tuple[PredictJob, str, Placement, Description]:
     arrays = model.rows if kind == "arrays" else None
     if kind == "arrays":
         if args.column is not None:
-            raise UserError(
-                f"--column is {args.column}, but {model.name} reads rows of arrays, by the names of its task's columns: leave it out"
-            )
+            raise UserError(f"--column is {args.column}, but {model.name} reads rows of arrays, each column by its name: leave it out")
         if arrays is None:
-            raise UserError(
-                f"{model.name} cannot be used on new rows: its task says no columns ({type(model.task).__name__}.rows gives none)"
-            )
+            task = type(model.task).__name__
+            raise UserError(f"{model.name} cannot be used on new rows: its task names no columns ({task}.rows gives none)")
     job = PredictJob(
         source=model.location,
         checkpoint=model.checkpoint,

@@ -120,7 +120,7 @@ INPUTS = {
 }
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", INPUTS)
 @pytest.mark.parametrize("batch_size", [1, 3, 16])
 def test_a_bad_row_has_an_error_and_the_others_are_as_without_it(runs, mode, batch_size):
     task, good, bad = INPUTS[mode]
@@ -200,7 +200,7 @@ def test_a_model_of_another_task_is_refused(runs):
 def test_a_command_line_becomes_a_job_with_its_checkpoint_settled(runs, tmp_path):
     from ray_jobs.predict import parse
 
-    job, output, placement = parse([str(runs["sentiment"]), "--input", "in", "--output", str(tmp_path / "out"), "--actors", "2"])
+    job, output, placement, _ = parse([str(runs["sentiment"]), "--input", "in", "--output", str(tmp_path / "out"), "--actors", "2"])
     assert (job.options.mode, job.column, job.checkpoint, placement.actors) == ("classify", "text", "1", 2)
     assert job.inputs == (os.path.abspath("in"),) and output == str(tmp_path / "out")
     job, *_ = parse([str(runs["images"]), "--input", "in", "--output", "out", "--mode", "embed"])
