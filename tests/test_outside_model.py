@@ -165,6 +165,7 @@ def test_rows_in_any_form_are_predicted_without_their_targets(tmp_path, module):
     [
         ([{"y": 1.0}], "the rows have no x, which SumsTask needs to predict"),
         ([{"x": np.zeros((3, 2))}], "x has shape (3, 2) and must have (2, 3)"),
+        ([{"x": [[1.0, 2.0, 3.0], [4.0, None, 6.0]]}], "x has nulls among its numbers"),
         ([{"z": 1}], "needs rows with x, name, y"),
         ({"x": inputs(2), "y": [1.0]}, "different numbers of rows: x 2, y 1"),
         ("text", "must be a pyarrow table, a list of mappings or a mapping of arrays, not str"),
@@ -197,7 +198,7 @@ def write_files(folder: Path) -> None:
     x = inputs(9)
     pq.write_table(pa.table({"key": [f"k{i}" for i in range(5)], "x": x[:5].tolist()}), folder / "a.parquet", row_group_size=2)
     lines = [{"key": f"k{i}", "x": x[i].tolist(), "y": float(i)} for i in range(5, 9)]
-    lines[1] = {"key": "k6", "x": [1.0, None]}
+    lines[1] = {"key": "k6", "x": [[1.0, 2.0, 3.0], [4.0, None, 6.0]]}
     lines[2] = {"key": "k7", "y": 1.0}
     (folder / "b.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
@@ -226,7 +227,7 @@ def test_files_of_arrays_are_predicted_in_order_and_a_bad_row_has_an_error(tmp_p
     found = np.array([table["outputs"][i].as_py() for i in good]).reshape(-1, 2, 2)
     np.testing.assert_allclose(found, expected(inputs(9)[good], module), rtol=1e-5)
     errors = table["error"].to_pylist()
-    assert errors[6].startswith("the row: x cannot be read as float32") and "the rows have no x" in errors[7]
+    assert errors[6] == "x has nulls among its numbers: all of them must be there" and "the rows have no x" in errors[7]
     assert table["outputs"][6].as_py() is None and table["best"][7].as_py() is None
 
 

@@ -283,12 +283,14 @@ def given_rows(arrays: ArrayRows, names: Sequence[str], rows: Sequence[Mapping[s
 
 def _shaped(value: Any, arrays: ArrayRows, name: str) -> Any:
     column = arrays.columns[name]
-    if not column.is_number or len(column.shape) < 2:
+    if not column.is_number:
         return value
     try:
         array = np.asarray(value)
     except ValueError:
         return value  # the check of the column says what is wrong
+    if array.dtype == object and any(number is None for number in array.flat):
+        raise UserError(f"{name} has nulls among its numbers: all of them must be there")
     return array.reshape(column.shape) if array.shape == (column.size,) else value
 
 
