@@ -76,7 +76,7 @@ def call(reference: str, function: Any, what: str) -> Any:
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"{what} {reference!r} fails: {_where(error)}") from error
+        raise UserError(f"{what} {reference!r} fails: {place_of(error)}") from error
 
 
 def _import_file(path: Path, what: str) -> ModuleType:
@@ -101,12 +101,12 @@ def _import_module(name: str, what: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name and (name == error.name or name.startswith(f"{error.name}.")):
             raise UserError(f"{what} {name!r}: there is no module {error.name} on the import path") from None
-        raise UserError(f"{what}: {_where(error)}") from error
+        raise UserError(f"{what}: {place_of(error)}") from error
     except Exception as error:
-        raise UserError(f"{what}: {_where(error)}") from error
+        raise UserError(f"{what}: {place_of(error)}") from error
 
 
-def _where(error: Exception) -> str:
+def place_of(error: Exception) -> str:
     """An error of the user's code with the place that it comes from: "weather.py, line 12: NameError: ..."."""
     if isinstance(error, SyntaxError) and error.filename:
         return f"{Path(error.filename).name}, line {error.lineno}: SyntaxError: {error.msg}"

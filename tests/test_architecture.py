@@ -16,10 +16,12 @@ ARROWS = {
     "perceiver.extensions": {"perceiver.config"},
     "perceiver.runs": {"perceiver.config", "perceiver.extensions"},
     "perceiver.models": {"perceiver.config"},
-    "perceiver.data": {"perceiver.config"},
+    "perceiver.data": {"perceiver.config", "perceiver.extensions"},
     "perceiver.costs": {"perceiver.config", "perceiver.models"},
     "perceiver.generation": {"perceiver.config", "perceiver.models", "perceiver.data"},
-    "perceiver.tasks": {"perceiver.config", "perceiver.costs", "perceiver.models", "perceiver.data", "perceiver.generation"},
+    "perceiver.tasks": {
+        "perceiver.config", "perceiver.costs", "perceiver.data", "perceiver.extensions", "perceiver.generation", "perceiver.models",
+    },
     "perceiver.presets": {"perceiver.catalog", "perceiver.config", "perceiver.costs", "perceiver.models", "perceiver.tasks"},
     "perceiver.experiments": {"perceiver.config", "perceiver.extensions", "perceiver.presets", "perceiver.runs"},
     "perceiver.datasets": {"perceiver.config", "perceiver.data", "perceiver.experiments", "perceiver.models"},
@@ -30,7 +32,8 @@ ARROWS = {
         "perceiver.pretrained", "perceiver.runs", "perceiver.tasks",
     },
     "perceiver.inference": {
-        "perceiver.config", "perceiver.models", "perceiver.data", "perceiver.generation", "perceiver.hub", "perceiver.pretrained",
+        "perceiver.config", "perceiver.models", "perceiver.data", "perceiver.datasets", "perceiver.generation", "perceiver.hub",
+        "perceiver.pretrained",
         "perceiver.runs", "perceiver.tasks", "perceiver.terminal", "perceiver.training",
     },
 }  # fmt: skip

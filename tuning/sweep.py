@@ -22,8 +22,7 @@ import ray
 from ray import tune
 
 from perceiver.config import Experiment, UserError, check_folder_name, differences, digest, flatten, home, to_dict
-from perceiver.data.sources import is_shipped
-from perceiver.datasets import load_prepared
+from perceiver.datasets import Dataset, with_tokenizer
 from perceiver.extensions import code_of
 from perceiver.training.checkpoint import write_json
 from perceiver.training.meters import duration
@@ -40,8 +39,19 @@ from tuning.sweeps import SWEEPS, Sweep, check_sweep, find_sweep, trial_experime
 from tuning.trial import run_trial
 
 SETTINGS = "sweep.json"
-OPTIONS = {"trials": int, "search": str, "scheduler": str, "metric": str, "reports": int, "keep": int, "seed": int}
-"""Fields of a sweep that the command line can change."""
+OPTIONS = {
+    "trials": (int, "samples of the space, each with every combination of its grids"),
+    "search": (str, "how samples are drawn: random, or optuna (an extra package)"),
+    "scheduler": (
+        str,
+        "fifo: all trials run to the end; asha, hyperband: losing ones are stopped early; pbt: they take over winners' weights",
+    ),
+    "metric": (str, "what is compared: a validation metric of the task"),
+    "reports": (int, "validations of a whole training: the moments at which a scheduler can act"),
+    "keep": (int, "best trials whose checkpoints are kept"),
+    "seed": (int, "seed of the samples (that of the trainings is training.seed)"),
+}
+"""Fields of a sweep that the command line can change, with their types and help."""
 
 
 @dataclass(frozen=True)
@@ -59,15 +69,18 @@ def main(argv: list[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=f"sweeps: {', '.join(SWEEPS)}, or file.py:function",
     )  # fmt: skip
-    parser.add_argument("sweep")
+    parser.add_argument("sweep", help="a sweep, or with --space an experiment")
+    parser.add_argument(
+        "--space", metavar="FILE.py:FUNCTION", help="search space of an experiment: a function that returns {field: domain}"
+    )
     parser.add_argument("--name", help="folder of the sweep; default: the sweep's name")
     parser.add_argument("--storage", help="folder of all sweeps; default: $PERCEIVER_HOME/sweeps")
     parser.add_argument("--concurrent", type=int, help="trials at once; default: as many as the cluster has room for")
     for option, kind in OPTIONS.items():
-        parser.add_argument(f"--{option}", type=kind, help="see tuning/sweeps.py")
+        parser.add_argument(f"--{option}", type=kind[0], help=kind[1])
     args, overrides = parser.parse_known_args(argv)
     refuse_empty(args, ("sweep",))
-    sweep = find_sweep(args.sweep)
+    sweep = find_sweep(args.sweep, args.space)
     given = {option: getattr(args, option) for option in OPTIONS if getattr(args, option) is not None}
     sweep = replace(sweep, **given, overrides=(*sweep.overrides, *overrides))
     name = args.name or args.sweep.rpartition(":")[2].replace("_", "-")
@@ -97,20 +110,20 @@ def run_sweep(sweep: Sweep, folder: Path, concurrent: int | None = None, say=pri
     check_values(sweep)
     if concurrent is not None and concurrent < 1:
         raise UserError(f"--concurrent is {concurrent} and must be at least 1")
-    base = sweep.experiment()
+    base = with_tokenizer(sweep.experiment())
     check_experiment(base)
     check_folder(sweep, folder)
-    prepared = None if is_shipped(base.data.source) else load_prepared(base)
+    dataset = Dataset.find_early(base)
     # Ray Train frees what the workers of a stopped trial held by way of the dashboard's state service.
     with locked(folder), connect(base.parallel, dashboard=True):
-        if prepared is None:
+        if dataset is None:
             from ray_jobs.preprocess import prepare
 
             prepare(base, say)
-            prepared = load_prepared(base)
+            dataset = Dataset.find(base)
         room = plan_room(base, concurrent)
         write_json(folder / SETTINGS, describe(sweep))
-        steps = total_steps(base, prepared[1].splits["train"].rows)
+        steps = total_steps(base, dataset.manifest.splits["train"].rows)
         length = "" if sweep.points else f"; {steps:,} steps in a whole training"
         say(f"sweep of {sweep.size} trials in {folder}: {room.why}{length}")
         started = time.monotonic()

@@ -137,20 +137,33 @@ def check_sweep(sweep: Sweep) -> None:
         raise UserError("search optuna needs a package that is not installed: pip install 'optuna>=4'")
 
 
-def find_sweep(name: str) -> Sweep:
+def find_sweep(name: str, space: str | None = None) -> Sweep:
     """A ready-made sweep by its name, or yours: path/file.py:function or package.module:function.
+
+    Args:
+        name: of a sweep; of an experiment where a space is given.
+        space: reference of a function that returns a search space, dotted field -> one of Ray Tune's domains.
 
     Raises:
         UserError: there is none of that name, or the file has no such function.
     """
+    if space is not None:
+        if not is_reference(space):
+            raise UserError(f"--space is {space!r} and must be FILE.py:FUNCTION or MODULE:FUNCTION")
+        found = call(space, load_object(space, "search space"), "search space")
+        if not isinstance(found, Mapping):
+            raise UserError(f"--space {space} is a {type(found).__name__} and must be a mapping from fields to domains of Ray Tune")
+        return Sweep(preset=name, space=found)
     if name in SWEEPS:
         return SWEEPS[name]()
     if not is_reference(name):
         raise UserError(
             f"sweep {name!r} does not exist{nearest(name, SWEEPS)}; there are {', '.join(SWEEPS)}; "
-            "yours can be FILE.py:FUNCTION or MODULE:FUNCTION"
+            "yours can be FILE.py:FUNCTION or MODULE:FUNCTION; an experiment needs a --space"
         )
     made = call(name, load_object(name, "sweep"), "sweep")
+    if isinstance(made, Experiment):
+        raise UserError(f"{name} is an experiment: give its search space with --space FILE.py:FUNCTION")
     if not isinstance(made, Sweep):
         raise UserError(f"sweep {name!r} is a {type(made).__name__} and must be a Sweep or a function that returns one")
     return made

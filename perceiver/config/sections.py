@@ -270,7 +270,7 @@ class Experiment(Config):
     def identity(self) -> dict[str, Any]:
         """What makes two runs the same run: everything but place, speed and reporting. Flat, by dotted names."""
         tree = to_dict(self)
-        for section in ("parallel", "run", "callbacks"):
+        for section in ("preset", "parallel", "run", "callbacks"):
             del tree[section]
         for name in ("root", "on_error"):
             del tree["data"][name]

@@ -147,7 +147,7 @@ def _factored(layout: Layout, config: PerceiverIOConfig, num_inputs: int, shared
     if layout.element_size < FP32:
         kept += FP32 * num_inputs * c.kv_channels  # the table of positions
     kept += layout.element_size * latents * mlp
-    extra = max(layout.element_size * latents * mlp_extra, 3 * FP32 * weights - layout.element_size * latents * mlp)
+    extra = max(layout.element_size * latents * mlp_extra, 4 * FP32 * weights - layout.element_size * latents * mlp)
     return kept, extra, 2 * FP32 * num_inputs * c.kv_channels
 
 

@@ -7,7 +7,8 @@ and memory as runs of layers that `memory.py` walks through. tests/test_costs_co
 On GPUs attention and dropout run as one kernel each. Meta tensors would be given the plain computation, which keeps the weights of
 attention; such calls are replaced by ones that keep what the kernels keep.
 
-What cannot be counted is a step that depends on the values of its tensors (`.item()`, a boolean mask as an index).
+A model that asks whether its tensors are on a CPU is counted as it runs elsewhere. What cannot be counted is a step that depends on the
+values of its tensors (`.item()`, a boolean mask as an index).
 """
 
 from __future__ import annotations

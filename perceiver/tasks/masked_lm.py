@@ -16,7 +16,8 @@ from perceiver.config import DataConfig, ModelConfig, TaskConfig, UserError
 from perceiver.costs.activations import StepSizes
 from perceiver.costs.flops import training_flops
 from perceiver.data.order import VALIDATION_SEED
-from perceiver.data.shards import Manifest, Split, fixed_array
+from perceiver.data.rows import fixed_array
+from perceiver.data.shards import Manifest, Split
 from perceiver.data.text import mask_words
 from perceiver.data.tokenizers import Tokenizer, load_tokenizer
 from perceiver.generation.masks import MARKS, encode_masked, fill_masks

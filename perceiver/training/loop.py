@@ -89,7 +89,7 @@ def validate(task: Task, model: nn.Module, batches: Iterable[list[Batch]], world
 def add_to(sums: dict[str, Tensor], values: dict[str, Tensor]) -> None:
     """Adds values to the sums of their names, in float64."""
     for name, value in values.items():
-        sums[name] = sums.get(name, 0) + value.double()
+        sums[name] = sums.get(name, 0) + value.detach().double()
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
