@@ -166,7 +166,7 @@ def test_rows_in_any_form_are_predicted_without_their_targets(tmp_path, module):
         ([{"y": 1.0}], "the rows have no x, which SumsTask needs to predict"),
         ([{"x": np.zeros((3, 2))}], "x has shape (3, 2) and must have (2, 3)"),
         ([{"x": [[1.0, 2.0, 3.0], [4.0, None, 6.0]]}], "x has nulls among its numbers"),
-        ([{"z": 1}], "needs rows with x, name, y"),
+        ([{"z": 1}], "needs rows with name, x, y"),
         ({"x": inputs(2), "y": [1.0]}, "different numbers of rows: x 2, y 1"),
         ("text", "must be a pyarrow table, a list of mappings or a mapping of arrays, not str"),
         ([3], "a row is a int and must be a mapping"),
@@ -247,7 +247,7 @@ def test_files_without_any_of_the_columns_and_a_column_that_is_given_are_refused
     run = write_run(tmp_path / "run", module)
     pq.write_table(pa.table({"z": [1]}), tmp_path / "new.parquet")
     words = [str(run), "--input", str(tmp_path / "new.parquet"), "--output", str(tmp_path / "out")]
-    with pytest.raises(UserError, match="has none of the columns x, name, y \\(it has: z\\)"):
+    with pytest.raises(UserError, match="has none of the columns name, x, y \\(it has: z\\)"):
         plan(parse(words)[0], str(tmp_path / "out"))
     with pytest.raises(UserError, match="--column is x, but run reads rows of arrays"):
         parse([*words, "--column", "x"])

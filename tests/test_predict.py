@@ -274,7 +274,7 @@ def test_a_job_of_which_no_row_succeeds_fails_and_names_its_mode(runs, tmp_path,
 
     (tmp_path / "in.txt").write_text("".join("x" * (17 if i < bad else 3) + "\n" for i in range(5)))
 
-    def compute(job, parts, output, placement):
+    def compute(job, parts, output, placement, model):
         predictor = predict.Predictor(job, output, "cpu", 0)
         for part in parts:
             table = predict._read(pa.table({"part": [json.dumps(to_plain([part])[0])]}), job)
