@@ -277,7 +277,7 @@ def worker_feed(folder: str, split: Split) -> Feed:
     """What one of 8 workers of clm-c4 takes: 256 windows of a step."""
     experiment = PRESETS["clm-c4"]()
     experiment = replace(experiment, training=replace(experiment.training, global_batch_size=256))
-    return make_feed(experiment, build_task(experiment), folder, split, train=True)
+    return make_feed(build_task(experiment), folder, split, True, data=experiment.data, training=experiment.training)
 
 
 def streaming_feed(shards: Feed, job: Job, files: list[InputFile]) -> StreamFeed:

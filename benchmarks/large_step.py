@@ -29,6 +29,7 @@ from perceiver.data.shards import Manifest
 from perceiver.datasets import Dataset, with_prepared_tokenizer, with_tokenizer
 from perceiver.tasks import build_task
 from perceiver.training.batches import make_val_feeds, read_here
+from perceiver.training.callbacks import Callback
 from perceiver.training.checkpoint import list_checkpoints, load_state
 from perceiver.training.parallel import World, join_world
 from perceiver.training.record import read_metrics
@@ -53,13 +54,20 @@ def join(rank: int, port: int, experiment: Experiment) -> World:
     return join_world(torch.device("cpu"), experiment.parallel.replicas)
 
 
+class Steps(Callback):
+    """Reports every step."""
+
+    def after_log(self, step: int, metrics: dict[str, float]) -> None:
+        report(self.training.world.rank, self.training.world.size, f"step {step} taken")
+
+
 def train_worker(rank: int, port: int, config: dict[str, Any], data: str, folder: str, results: Any) -> None:
     """One worker of the training; the first puts its validation loss into `results`."""
     experiment = from_dict(config)
     world, start = join(rank, port, experiment), time.perf_counter()
     training = Training(
-        experiment, build_task(experiment), data, Manifest.load(data), world, Path(folder), read_here, say=lambda text: None,
-        measured=lambda metrics: report(rank, world.size, f"step {metrics['step']} taken"),
+        experiment, build_task(experiment), data, Manifest.load(data), world, Path(folder), read_here,
+        [Steps()],
     )  # fmt: skip
     report(rank, world.size, f"built and sharded after {time.perf_counter() - start:.0f} s")
     start = time.perf_counter()

@@ -32,15 +32,11 @@ EVERY = 20
 """Steps between two measurements."""
 
 
-def quiet(text: str) -> None:
-    """Takes lines of progress and drops them."""
-
-
 def without_ray(config: dict, data: str, run: str, threads: int) -> None:
     torch.set_num_threads(threads)
     experiment = from_dict(config)
     world = join_world(torch.device("cpu"))
-    Training(experiment, build_task(experiment), data, Manifest.load(data), world, Path(run), read_here, say=quiet).run()
+    Training(experiment, build_task(experiment), data, Manifest.load(data), world, Path(run), read_here).run()
 
 
 def with_ray(experiment: Experiment, data: str, run: Path) -> None:
@@ -49,7 +45,7 @@ def with_ray(experiment: Experiment, data: str, run: Path) -> None:
     from ray_jobs.ray_env import connect
 
     with connect(experiment.parallel):
-        worker.train(experiment, data, run, plan_resources(experiment), quiet)
+        worker.train(experiment, data, run, plan_resources(experiment))
 
 
 def steady(run: Path) -> list[dict]:
@@ -75,7 +71,7 @@ def main() -> None:
     )
     from ray_jobs.preprocess import prepare
 
-    prepare(experiment, quiet)
+    prepare(experiment, lambda text: None)
     data = Dataset.find(experiment).folder
     seconds: dict[str, list[float]] = {"without Ray": [], "with Ray": []}
     waits: list[float] = []

@@ -38,7 +38,7 @@ def session(overrides: list[str], rates: list[float]) -> None:
     experiments = [parse_experiment(["quickstart", *one_training(overrides, rate, "session")], "session") for rate in rates]
     with connect(experiments[0].parallel, dashboard=True):
         for experiment in experiments:
-            train.run(experiment, say=lambda text: None)
+            train.run(experiment)
 
 
 def one_training(overrides: list[str], rate: float, prefix: str) -> list[str]:

@@ -78,7 +78,7 @@ def run(name: str, recompute: int, args: argparse.Namespace) -> tuple[float, flo
     def after_step(result: StepResult) -> None:
         losses.append(result.loss_sum.item() / result.targets.item())
 
-    fit(experiment, task, state, batches(), world, args.steps + 1, after_step)
+    fit(experiment.optim, experiment.training.seed, task, state, batches(), world, args.steps + 1, after_step)
     times.append((time.perf_counter(), time.process_time()))
     wall, cpu = (statistics.median(b[i] - a[i] for a, b in zip(times[1:-1], times[2:], strict=True)) for i in range(2))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -39,6 +39,10 @@ class JobFailed(Exception):
     """A job that ended without a result, through no mistake that could be named before."""
 
 
+class Interrupted(KeyboardInterrupt):
+    """An interruption after which all is in order, which the message says."""
+
+
 def parse_experiment(argv: Sequence[str], prog: str) -> Experiment:
     """The experiment of a command line: its name (see `find_experiment`) and overrides by dotted names.
 
@@ -126,8 +130,8 @@ def main_entry(main: Callable[[list[str]], int | None], argv: list[str] | None =
     except JobFailed as error:
         print(f"failed: {error}", file=sys.stderr)
         status = 1
-    except KeyboardInterrupt:
-        print("\nstopped; the same command continues", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(str(error) or "\nstopped; the same command continues", file=sys.stderr)
         status = 130
     sys.exit(status or 0)
 

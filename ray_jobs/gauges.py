@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from ray.util.metrics import Gauge
 
+from perceiver.training.callbacks import Callback
+
 GAUGES = {
     "step": ("perceiver_step", "Optimizer steps taken"),
     "loss": ("perceiver_loss", "Training loss since the last log line"),
@@ -16,17 +18,20 @@ GAUGES = {
 """Name in metrics.jsonl -> name and description of the gauge."""
 
 
-class Gauges:
-    """Called with a run's training metrics; sets its gauges, tagged with the run's name."""
+class Gauges(Callback):
+    """Sets the gauges of a run from its training metrics, tagged with the run's name."""
 
     def __init__(self, run: str) -> None:
         self._run = run
         self._gauges: dict[str, Gauge] = {}
 
-    def __call__(self, metrics: dict[str, float]) -> None:
+    def after_log(self, step: int, metrics: dict[str, float]) -> None:
+        if self.training.world.rank > 0:
+            return
+        values = {"step": step, **metrics}
         for name, (gauge, description) in GAUGES.items():
-            if name in metrics:
+            if name in values:
                 if name not in self._gauges:
                     self._gauges[name] = Gauge(gauge, description=description, tag_keys=("run",))
                     self._gauges[name].set_default_tags({"run": self._run})
-                self._gauges[name].set(metrics[name])
+                self._gauges[name].set(values[name])

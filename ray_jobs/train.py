@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import logging
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -26,30 +27,37 @@ from perceiver.training.init_from import START, Start, find_start
 from perceiver.training.meters import duration
 from perceiver.training.mirror import CHECKPOINTS, RECORD_FOLDERS, RECORDS, Mirror
 from perceiver.training.record import read_metrics
-from perceiver.training.run import read_result, save_experiment
-from ray_jobs.cli import main_entry, parse_experiment
+from perceiver.training.run import read_result, read_stopped, save_experiment
+from ray_jobs.cli import Interrupted, main_entry, parse_experiment
+from ray_jobs.logs import log_file, show_progress
 from ray_jobs.preflight import check_experiment, plan_resources
 from ray_jobs.room import check_memory
 
+logger = logging.getLogger(__name__)
+
+LOG = "log.txt"
+"""File of a run with its lines of progress, each with its time."""
+
 
 def main(argv: list[str]) -> int:
+    argv = show_progress(argv)
     allow_changed_code = "--allow-changed-code" in argv
     experiment = parse_experiment([word for word in argv if word != "--allow-changed-code"], "ray_jobs.train")
-    run(experiment, say=lambda text: print(text, flush=True), allow_changed_code=allow_changed_code)
+    run(experiment, allow_changed_code=allow_changed_code)
     return 0
 
 
 def run(
     experiment: Experiment,
-    say=print,
     on_report: Callable[[dict[str, float]], None] | None = None,
     stop_at: int | None = None,
     allow_changed_code: bool = False,
 ) -> dict[str, float]:
     """Trains an experiment to its end, from its last checkpoint on if there is one, and returns its last metrics.
 
+    Progress is logged (`logging`, loggers perceiver and ray_jobs, level INFO), and kept in the run's log.txt.
+
     Args:
-        say: takes lines of progress.
         on_report: called in a thread with the metrics of each validation.
         stop_at: end with a validation and a checkpoint at this step, to be continued later.
         allow_changed_code: continue a run although the user's code in it has changed since it began.
@@ -57,6 +65,7 @@ def run(
     Raises:
         UserError: a mistake in the experiment, data that is not prepared, another experiment under the same name.
         TrainingFailed: workers failed too often.
+        Interrupted: a signal (Ctrl-C, SIGTERM) came while it trained; a checkpoint is saved.
     """
     experiment = with_tokenizer(experiment)
     check_experiment(experiment)
@@ -69,8 +78,8 @@ def run(
     check_code(run_folder, code, allow_changed_code)
     finished = check_run(experiment, run_folder)
     if finished is not None:
-        say(f"run {experiment.run_name} is finished: {_summary(finished, {})}")
-        say(f"evaluate it: python -m ray_jobs.evaluate {_place(experiment, run_folder)}; another training needs another --run.name")
+        logger.info(f"run {experiment.run_name} is finished: {_summary(finished, {})}")
+        logger.info(f"evaluate it: python -m ray_jobs.evaluate {_place(experiment, run_folder)}; another training needs another --run.name")
         return finished
     start = check_start(experiment, _checkpoints(run_folder, mirror))
     dataset = Dataset.find_early(experiment)
@@ -82,29 +91,32 @@ def run(
     from ray_jobs.ray_env import connect
 
     started = time.monotonic()
-    with locked(run_folder), connect(experiment.parallel):
-        resources = plan_resources(experiment)
-        check_memory(experiment, resources.gpu)
-        if dataset is None:
-            prepare(experiment, say)
-            dataset = Dataset.find(experiment)
-        data_folder, manifest = dataset.folder, dataset.manifest
-        check_validation(experiment, data_folder, manifest)
-        check_data(run_folder, manifest)
-        save_code(run_folder, code)
-        save_experiment(run_folder, experiment, manifest, data_folder)
-        if mirror is not None:
-            mirror.send_records()
-        say(f"run {experiment.run_name} in {run_folder}" + (f", kept in {mirror.uri}" if mirror is not None else ""))
-        if start is not None:
-            say(f"{start} (names in {run_folder / START})")
-        worker.train(experiment, data_folder, run_folder, resources, say, on_report, stop_at)
-    checkpoints = _checkpoints(run_folder, mirror)
-    result = read_result(run_folder)
-    if result is None:
-        return {"step": checkpoints[-1].step, **checkpoints[-1].metrics}
-    report(experiment, run_folder, checkpoints, result, dataset.parts, time.monotonic() - started, say)
-    return result
+    with locked(run_folder), log_file(run_folder / LOG):
+        with connect(experiment.parallel):
+            resources = plan_resources(experiment)
+            check_memory(experiment, resources.gpu)
+            if dataset is None:
+                prepare(experiment, logger.info)
+                dataset = Dataset.find(experiment)
+            data_folder, manifest = dataset.folder, dataset.manifest
+            check_validation(experiment, data_folder, manifest)
+            check_data(run_folder, manifest)
+            save_code(run_folder, code)
+            save_experiment(run_folder, experiment, manifest, data_folder)
+            if mirror is not None:
+                mirror.send_records()
+            logger.info(f"run {experiment.run_name} in {run_folder}" + (f", kept in {mirror.uri}" if mirror is not None else ""))
+            if start is not None:
+                logger.info(f"{start} (names in {run_folder / START})")
+            interrupted = worker.train(experiment, data_folder, run_folder, resources, on_report, stop_at)
+        checkpoints = _checkpoints(run_folder, mirror)
+        result = read_result(run_folder)
+        if result is None and interrupted:
+            raise Interrupted(f"stopped at step {checkpoints[-1].step:,}, checkpoint saved; the same command continues")
+        if result is None:
+            return {"step": checkpoints[-1].step, **checkpoints[-1].metrics}
+        report(experiment, run_folder, checkpoints, result, dataset.parts, time.monotonic() - started)
+        return result
 
 
 def _checkpoints(run_folder: Path, mirror: Mirror | None) -> list[CheckpointInfo]:
@@ -213,7 +225,6 @@ def report(
     result: dict[str, float],
     parts: list[Component],
     seconds: float,
-    say,
 ) -> None:
     """Says what came out and where it is, and draws the loss curve."""
     from PIL import Image
@@ -223,13 +234,15 @@ def report(
     Image.fromarray(curves(series, f"{experiment.run_name}: loss over steps")).save(run_folder / "curve.png")
     best = best_of(checkpoints, experiment.run.best_metric) or checkpoints[-1]
     baselines = build_task(experiment).baselines(parts)
-    say(f"finished after {duration(seconds)}: {_summary(result, baselines)}")
-    say(f"  run folder:   {run_folder}")
-    say(f"  checkpoints:  last step {checkpoints[-1].step}, best step {best.step} by {experiment.run.best_metric}")
-    say(f"  TensorBoard:  tensorboard --logdir {run_folder / 'tensorboard'}")
+    logger.info(f"finished after {duration(seconds)}: {_summary(result, baselines)}")
+    if (reason := read_stopped(run_folder)) is not None:
+        logger.info(f"  ended early:  {reason}")
+    logger.info(f"  run folder:   {run_folder}")
+    logger.info(f"  checkpoints:  last step {checkpoints[-1].step}, best step {best.step} by {experiment.run.best_metric}")
+    logger.info(f"  TensorBoard:  tensorboard --logdir {run_folder / 'tensorboard'}")
     pictures = ", ".join(str(p) for p in [run_folder / "curve.png", *sorted((run_folder / "samples").glob("*.png"))[-1:]])
-    say(f"  pictures:     {pictures}")
-    say(f"  evaluate:     python -m ray_jobs.evaluate {_place(experiment, run_folder)}")
+    logger.info(f"  pictures:     {pictures}")
+    logger.info(f"  evaluate:     python -m ray_jobs.evaluate {_place(experiment, run_folder)}")
 
 
 def _place(experiment: Experiment, run_folder: Path) -> str:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
+import signal
 import threading
 import time
 import traceback
@@ -25,15 +27,21 @@ from perceiver.datasets import preprocess_command, with_prepared_tokenizer
 from perceiver.extensions import Code, code_of
 from perceiver.tasks import build_task
 from perceiver.training.batches import make_val_feeds
+from perceiver.training.callbacks import Callback
 from perceiver.training.checkpoint import load_model, write_json
+from perceiver.training.hooks import CallbackError
+from perceiver.training.loop import StepResult
 from perceiver.training.mirror import CHECKPOINTS, Mirror, fetch_run
 from perceiver.training.parallel import World, join_world
 from perceiver.training.run import NotFinite, Training, build_state, evaluate
 from ray_jobs.cli import JobFailed
 from ray_jobs.gauges import Gauges
 from ray_jobs.ingest import DATA_CPUS, DataFault, read_with_ray
+from ray_jobs.logs import send_progress
 from ray_jobs.network import Network
 from ray_jobs.preflight import Resources
+
+logger = logging.getLogger(__name__)
 
 FAILURE = "failure.json"
 """In a run's folder: why its last start failed for good; workers that are started again find it and end at once."""
@@ -41,6 +49,8 @@ PROGRAM_FAULTS = (TypeError, ValueError, KeyError, IndexError, AttributeError, A
 """Faults of the program or its files; what a lost worker or a broken connection raises is none of them."""
 DATA_PATIENCE = 600.0
 """Seconds without data after which a worker gives up (the run then restarts from its last checkpoint)."""
+Item = str | tuple[int, str] | dict[str, Any]
+"""What workers send to the driver: a sign of life, a line with its level, or metrics."""
 SIGN_OF_LIFE = ""
 """What a worker says when it begins: nobody waits for it any more."""
 START_PATIENCE = 60.0
@@ -56,26 +66,32 @@ def train(
     data_folder: str,
     run_folder: Path,
     resources: Resources,
-    say: Callable[[str], None],
     on_report: Callable[[dict[str, float]], None] | None = None,
     stop_at: int | None = None,
-) -> None:
+) -> bool:
     """Trains an experiment on Ray Train workers until it is finished, or to step `stop_at`.
 
     `on_report` is called in this process, in a thread, with the metrics of each validation.
     Workers that die are replaced, and training continues from the last checkpoint, `run.max_failures` times.
+    At a first SIGINT or SIGTERM the workers save a checkpoint and end; a second one ends them at once.
+
+    Returns:
+        Whether it was interrupted so.
 
     Raises:
         UserError: the training cannot succeed (the loss is not a number).
         TrainingFailed: workers failed too often.
+        KeyboardInterrupt: it was ended at once.
     """
     mirror = Mirror.of(experiment.run, run_folder)
     (run_folder / FAILURE).unlink(missing_ok=True)
     if mirror is not None:
         mirror.forget_failure()
-    failed = None
+    failed, interrupted = None, False
     try:
-        _fit(_train_worker, experiment, data_folder, run_folder, resources, say, {"stop_at": stop_at}, on_report)
+        interrupted = _fit(
+            _train_worker, experiment, data_folder, run_folder, resources, {"stop_at": stop_at}, on_report, run_until_interrupted
+        )
     except TrainingFailed as error:
         failed = error
     if mirror is not None:
@@ -85,6 +101,7 @@ def train(
         raise (UserError if failure["users"] else TrainingFailed)(failure["reason"]) from failed
     if failed is not None:
         raise failed
+    return interrupted
 
 
 def evaluate_checkpoint(
@@ -102,7 +119,7 @@ def evaluate_checkpoint(
     results: list[dict[str, Any]] = []
     settings = {"checkpoint": str(checkpoint), "origin": origin}
     try:
-        _fit(_evaluate_worker, experiment, data_folder, run_folder, resources, print, settings, results.append)
+        _fit(_evaluate_worker, experiment, data_folder, run_folder, resources, settings, results.append)
     except TrainingFailed:
         if faults := [result["fault"] for result in results if "fault" in result]:
             raise UserError(faults[0]) from None
@@ -116,10 +133,11 @@ def _fit(
     data_folder: str,
     run_folder: Path,
     resources: Resources,
-    say: Callable[[str], None],
     settings: dict[str, Any],
     on_report: Callable[[dict[str, float]], None] | None = None,
-) -> None:
+    run: Callable[[Callable[[], Any], Messages], None] = lambda fit, messages: fit(),
+) -> bool:
+    """Runs a function on workers; whether it was interrupted. `run` calls the given function, which waits for their end."""
     if resources.min_workers:
         # After the loss of a node Ray first counts on what it had: it shall not wait a minute for that.
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "20")
@@ -127,7 +145,7 @@ def _fit(
     ray_folder = run_folder / "ray"
     experiment = with_prepared_tokenizer(experiment, data_folder, Manifest.load(data_folder))
     shutil.rmtree(ray_folder, ignore_errors=True)
-    with Messages(say, lambda: _why_no_workers(resources), on_report) as messages:
+    with Messages(lambda: _why_no_workers(resources), on_report) as messages:
         trainer = TorchTrainer(
             function,
             train_loop_config={
@@ -153,12 +171,43 @@ def _fit(
             ),
         )
         try:
-            trainer.fit()
+            run(trainer.fit, messages)
         except SystemExit:
             # Ray Train's own handler of Ctrl-C ends its workers and then the process.
             raise KeyboardInterrupt from None
         except ray.train.TrainingFailedError as error:
             raise TrainingFailed(_describe(error)) from error
+    return messages.interrupted
+
+
+def run_until_interrupted(fit: Callable[[], Any], messages: Messages) -> None:
+    """Waits for a training; at a first SIGINT or SIGTERM its workers are asked to save and end, at a second it is left as it is.
+
+    In the main thread Ray Train would answer a Ctrl-C itself, and end the workers at once; in another one signals are not ours.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        fit()
+        return
+    errors: list[BaseException] = []
+
+    def fit_here() -> None:
+        try:
+            fit()
+        except BaseException as error:  # raised again by whoever waits
+            errors.append(error)
+
+    numbers = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, messages.interrupt) for number in numbers}
+    thread = threading.Thread(target=fit_here, name="training", daemon=True)
+    try:
+        thread.start()
+        while thread.is_alive():
+            thread.join(0.5)  # with a limit, so that signals are heard
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+    if errors:
+        raise errors[0]
 
 
 def _why_no_workers(resources: Resources) -> str:
@@ -178,14 +227,8 @@ def _train_worker(config: dict[str, Any]) -> None:
         mirror.fetch(0)
     if (run_folder / FAILURE).exists():
         return
-    experiment, world, say = _enter(config)
-    data_folder = config["data_folder"]
-
-    def report(metrics: dict[str, float]) -> None:
-        ray.train.report(metrics)
-        if world.rank == 0:
-            config["messages"].put.remote(metrics)
-
+    experiment, world = _enter(config)
+    data_folder, mailbox = config["data_folder"], config["messages"]
     try:
         training = Training(
             experiment,
@@ -195,18 +238,17 @@ def _train_worker(config: dict[str, Any]) -> None:
             world,
             run_folder,
             read_with_ray,
-            report=report,
-            say=say,
-            measured=Gauges(run_folder.name),
-            stalled=lambda seconds: stalled(seconds, world.rank, say),
-            notice=Notice(say if world.rank == 0 else lambda text: None),
-            stop_at=config["stop_at"],
+            [Reports(mailbox), Gauges(run_folder.name), DataPatience(), Notice(), Interruption(mailbox)],
+            config["stop_at"],
         )
         training.run()
     except DataFault as error:
         # One worker alone may meet it, while the others wait for its part of a step: they are ended by its error, and the reason
         # that is noted ends the run when they start again.
         _note_failure(run_folder, mirror, True, _with_repair(error, experiment))
+        raise
+    except CallbackError as error:  # as above
+        _note_failure(run_folder, mirror, True, str(error))
         raise
     except (NotFinite, UserError) as error:
         # Raised by all workers alike, and again at every restart: end the run instead of restarting it.
@@ -236,7 +278,7 @@ def _note_failure(run_folder: Path, mirror: Mirror | None, users: bool, reason: 
 
 def _evaluate_worker(config: dict[str, Any]) -> None:
     Code(config["code"]).install()
-    experiment, world, _ = _enter(config)
+    experiment, world = _enter(config)
     task = build_task(experiment)
     manifest = Manifest.load(config["data_folder"])
     feeds = make_val_feeds(experiment, task, config["data_folder"], manifest)
@@ -255,46 +297,102 @@ def _evaluate_worker(config: dict[str, Any]) -> None:
         ray.get(config["messages"].put.remote({"metrics": metrics, "sums": counts}))
 
 
-def _enter(config: dict[str, Any]) -> tuple[Experiment, World, Callable[[str], None]]:
-    """The worker's experiment, its world, and a way to talk to the driver."""
+def _enter(config: dict[str, Any]) -> tuple[Experiment, World]:
+    """The worker's experiment and its world. What it logs goes to the driver from now on."""
     torch.set_num_threads(config["threads"])
     device = get_device()
     actor = config["messages"]
     actor.put.remote(SIGN_OF_LIFE)
+    send_progress(lambda line: actor.put.remote(line))
     experiment = from_dict(config["experiment"])
-    return experiment, join_world(device, experiment.parallel.replicas), lambda text: actor.put.remote(text)
+    return experiment, join_world(device, experiment.parallel.replicas)
 
 
-class Notice:
-    """Whether a machine of this run is about to be taken away (a spot machine's notice, or anything else that drains a node of
-    Ray): once for every machine, on all workers alike, which must all ask equally often."""
+class Reports(Callback):
+    """Reports every validation, with the last training metrics, to Ray Train and to the driver."""
 
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self._say = say
+    def __init__(self, mailbox: Any) -> None:
+        self._mailbox = mailbox
+        self._logged: dict[str, float] = {}
+
+    def after_log(self, step: int, metrics: dict[str, float]) -> None:
+        self._logged = metrics
+
+    def after_validation(self, step: int, metrics: dict[str, float]) -> None:
+        report = {"step": step, **self._logged, **metrics}
+        ray.train.report(report)
+        if self.training.world.rank == 0:
+            self._mailbox.put.remote(report)
+
+
+class Interruption(Callback):
+    """Pauses the training when the driver is interrupted. The answer to one question is not waited for, but looked for after later
+    steps."""
+
+    EVERY = 1.0
+    """Seconds from an answer to the next question."""
+
+    def __init__(self, mailbox: Any) -> None:
+        self._mailbox = mailbox
+        self._answer: ray.ObjectRef | None = None
+        self._next = 0.0
+
+    def after_step(self, step: int, result: StepResult) -> None:
+        if self.training.world.rank > 0:
+            return
+        if self._answer is None:
+            if time.monotonic() >= self._next:
+                self._answer = self._mailbox.is_interrupted.remote()
+            return
+        if not ray.wait([self._answer], timeout=0)[0]:
+            return
+        try:
+            if ray.get(self._answer):
+                self.training.pause()
+        except ray.exceptions.RayError:
+            pass  # the driver is not there to be interrupted, or its mailbox is lost: training goes on
+        self._answer, self._next = None, time.monotonic() + self.EVERY
+
+
+class Notice(Callback):
+    """Asks for a checkpoint when a machine of this run is about to be taken away (a spot machine's notice, or anything else that
+    drains a node of Ray): once for every machine. Ray answers when all workers ask."""
+
+    EVERY = 5.0
+    """Seconds between two questions."""
+
+    def __init__(self) -> None:
         self._known: set[str] = set()
+        self._next = time.monotonic() + self.EVERY
 
-    def __call__(self) -> bool:
+    def after_step(self, step: int, result: StepResult) -> None:
+        if self.training.world.rank == 0 and time.monotonic() >= self._next:
+            self._next = time.monotonic() + self.EVERY
+            self.training.meet()
+
+    def on_meeting(self, step: int) -> None:
         info = ray.train.get_preemption_info()
         new = set(info.preempted_node_ids) - self._known if info else set()
         if new:
             self._known |= new
-            self._say(f"notice that {len(new)} of the run's machines will go: checkpoint")
-        return bool(new)
+            self.training.save()
+            if self.training.world.rank == 0:
+                logger.info("notice that %d of the run's machines will go: checkpoint", len(new))
 
 
-def stalled(seconds: float, rank: int, say: Callable[[str], None]) -> None:
-    """Says why data does not come, and gives up after DATA_PATIENCE.
+class DataPatience(Callback):
+    """Says why data does not come, and gives up after DATA_PATIENCE."""
 
-    Raises:
-        RuntimeError: no data for DATA_PATIENCE.
-    """
-    free, total = ray.available_resources().get("CPU", 0.0), ray.cluster_resources().get("CPU", 0.0)
-    text = f"worker {rank} has waited {seconds:.0f} s for data: {free:g} of the cluster's {total:g} CPUs are free"
-    if free < DATA_CPUS:
-        text += f", and a data task needs {DATA_CPUS:g}: lower --parallel.cpus-per-worker or --workers, or wait for other jobs"
-    if seconds > DATA_PATIENCE:
-        raise RuntimeError(text)
-    say(text)
+    def while_waiting(self, seconds: float) -> None:
+        """Raises RuntimeError after too long."""
+        free, total = ray.available_resources().get("CPU", 0.0), ray.cluster_resources().get("CPU", 0.0)
+        rank = self.training.world.rank
+        text = f"worker {rank} has waited {seconds:.0f} s for data: {free:g} of the cluster's {total:g} CPUs are free"
+        if free < DATA_CPUS:
+            text += f", and a data task needs {DATA_CPUS:g}: lower --parallel.cpus-per-worker or --workers, or wait for other jobs"
+        if seconds > DATA_PATIENCE:
+            raise RuntimeError(text)
+        logger.warning("%s", text)
 
 
 def _describe(error: Exception) -> str:
@@ -307,22 +405,28 @@ def _describe(error: Exception) -> str:
 @ray.remote(num_cpus=0)
 class _Mailbox:
     def __init__(self) -> None:
-        self._items: list[str | dict[str, Any]] = []
+        self._items: list[Item] = []
+        self._interrupted = False
 
-    def put(self, item: str | dict[str, Any]) -> None:
+    def put(self, item: Item) -> None:
         self._items.append(item)
 
-    def take(self) -> list[str | dict[str, Any]]:
+    def take(self) -> list[Item]:
         items, self._items = self._items, []
         return items
 
+    def interrupt(self) -> None:
+        self._interrupted = True
+
+    def is_interrupted(self) -> bool:
+        return self._interrupted
+
 
 class Messages:
-    """Lines and reported metrics from workers to the driver, without the noise of Ray's log forwarding."""
+    """Lines and reported metrics from workers to the driver, without the noise of Ray's log forwarding, and its interruption to them."""
 
     def __init__(
         self,
-        say: Callable[[str], None],
         why_silent: Callable[[], str],
         on_report: Callable[[dict[str, float]], None] | None = None,
         every: float = 0.5,
@@ -330,7 +434,9 @@ class Messages:
         # On this node: a machine that is lost shall not take the run's messages along.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self.actor = _Mailbox.options(scheduling_strategy=here).remote()
-        self._say = say
+        self.interrupted = False
+        """Whether the workers have been asked to save and end."""
+        self._alive = False
         self._why_silent = why_silent
         self._on_report = on_report
         self._every = every
@@ -346,20 +452,29 @@ class Messages:
         self._thread.join(timeout=60)
         ray.kill(self.actor)
 
+    def interrupt(self, number: int, frame: object) -> None:
+        """Handles a signal: a first one asks the workers, where there are any; else, and a second one, ends all at once."""
+        if self.interrupted or not self._alive:
+            raise KeyboardInterrupt
+        self.interrupted = True
+        logger.info("stopping: the step is finished and a checkpoint saved (Ctrl-C again stops at once)")
+
     def _pump(self) -> None:
-        silent_since: float | None = time.monotonic()
+        silent_since, passed_on = time.monotonic(), False
         while True:
             ended = self._ended.is_set()
             for item in ray.get(self.actor.take.remote()):
-                silent_since = None
-                if isinstance(item, str):
-                    if item != SIGN_OF_LIFE:
-                        self._say(item)
-                elif self._on_report is not None:
+                self._alive = True
+                if isinstance(item, tuple):
+                    logger.log(*item)
+                elif item != SIGN_OF_LIFE and self._on_report is not None:
                     self._on_report(item)
             if ended:
                 return
-            if silent_since is not None and time.monotonic() - silent_since > START_PATIENCE:
-                self._say(self._why_silent())
+            if self.interrupted and not passed_on:
+                self.actor.interrupt.remote()
+                passed_on = True
+            if not self._alive and time.monotonic() - silent_since > START_PATIENCE:
+                logger.warning("%s", self._why_silent())
                 silent_since = time.monotonic()
             self._ended.wait(self._every)

@@ -217,7 +217,7 @@ def _train(chosen: Experiment, folder: Path, stop_at: int | None = None) -> str:
     try:
         training = Training(
             chosen, build_task(chosen), str(folder / "data"), Manifest.load(folder / "data"), join_world(torch.device("cpu")),
-            folder / "run", read_here, say=lambda text: None, stop_at=stop_at,
+            folder / "run", read_here, stop_at=stop_at,
         )  # fmt: skip
         training.run()
     finally:

@@ -1,11 +1,14 @@
 """Small prepared data sets and experiments, made in a moment and without Ray."""
 
 import hashlib
+import logging
 import os
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import pyarrow as pa
@@ -25,10 +28,13 @@ from perceiver.models.configs import (
     TextInput,
     TextOutput,
 )
+from perceiver.tasks.base import Task
 from perceiver.tasks.causal_lm import CausalLMConfig
 from perceiver.tasks.image_classification import ImageClassificationConfig
 from perceiver.tasks.masked_lm import MaskedLMConfig
 from perceiver.tasks.text_classification import TextClassificationConfig
+from perceiver.training.batches import Feed, make_feed
+from perceiver.training.callbacks import Callback
 
 BLOCK, SHARD = 8, 3
 
@@ -43,6 +49,38 @@ def leave() -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
+
+
+@contextmanager
+def heard() -> Iterator[list[str]]:
+    """The lines that are logged meanwhile, as a person sees them."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    loggers = [logging.getLogger(name) for name in ("perceiver", "ray_jobs")]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+    try:
+        yield lines
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.removeHandler(handler)
+            logger.setLevel(level)
+
+
+class Call(Callback):
+    """Calls functions in hooks, by their names."""
+
+    def __init__(self, **hooks: Callable[..., Any]) -> None:
+        vars(self).update(hooks)
+
+
+def feed_of(experiment: Experiment, task: Task, folder: str, split: Split, train: bool) -> Feed:
+    """The feed of a split of one data set with an experiment's settings."""
+    most = experiment.parallel.micro_batch_size
+    return make_feed(task, folder, split, train, data=experiment.data, training=experiment.training, micro_batch_size=most)
 
 
 def image_experiment(**training) -> Experiment:

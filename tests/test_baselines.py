@@ -95,7 +95,7 @@ def test_an_evaluation_prints_and_stores_baselines_and_counts_the_training_label
     folder, run_folder = load_prepared(chosen)[0], tmp_path / "run"
     save_experiment(run_folder, chosen, manifest, folder)
     world = join_world(torch.device("cpu"))
-    Training(chosen, build_task(chosen), folder, manifest, world, run_folder, read_here, say=lambda text: None).run()
+    Training(chosen, build_task(chosen), folder, manifest, world, run_folder, read_here).run()
     evaluating_here(monkeypatch)
     said = []
     evaluate_run(run_folder, "last", say=said.append)

@@ -35,7 +35,7 @@ from ray_jobs.evaluate import evaluate_run
 from ray_jobs.preflight import check_experiment
 from ray_jobs.train import check_start, check_validation
 from tests.preparing import evaluating_here
-from tests.small import image_experiment, masked_experiment, text_experiment, write_images, write_stream
+from tests.small import heard, image_experiment, masked_experiment, text_experiment, write_images, write_stream
 
 OLD = Path(__file__).parent / "data" / "run-before-safetensors.tar.gz"
 """A run of 6 steps on `write_images` by two workers, of which step 3 is kept, written when checkpoints were DCP's own; with the
@@ -44,16 +44,15 @@ weights of that step."""
 
 def train(experiment: Experiment, data: Path, folder: Path, stop_at: int | None = None, values: dict[int, float] | None = None):
     """Trains with one worker; its weights and what it said. `values`: of val_loss by step, in place of measured ones."""
-    said: list[str] = []
     manifest = Manifest.load(data)
     save_experiment(folder, experiment, manifest, str(data))
-    training = Training(
-        experiment, build_task(experiment), str(data), manifest, join_world(torch.device("cpu")), folder, read_here,
-        say=said.append, stop_at=stop_at,
-    )  # fmt: skip
-    if values is not None:
-        training.validate = lambda: {"val_loss": values[training.state.step]}
-    training.run()
+    with heard() as said:
+        training = Training(
+            experiment, build_task(experiment), str(data), manifest, join_world(torch.device("cpu")), folder, read_here, stop_at=stop_at
+        )
+        if values is not None:
+            training.validate = lambda: {"val_loss": values[training.state.step]}
+        training.run()
     return {name: p.full_tensor().detach().numpy() for name, p in training.state.model.named_parameters()}, said
 
 
@@ -412,10 +411,9 @@ def test_what_is_no_number_is_never_the_best_and_null_on_record(images, tmp_path
 def test_of_accuracies_the_highest_is_the_best_also_of_a_mixtures_source(images, tmp_path):
     accuracies = {4: 0.1, 8: 0.9, 12: 0.3, 16: 0.9, 20: 0.5, 24: 0.2}
     experiment = watched(best_metric="val_acc/books")
-    manifest, said = Manifest.load(images), []
+    manifest = Manifest.load(images)
     training = Training(
         experiment, build_task(experiment), str(images), manifest, join_world(torch.device("cpu")), tmp_path / "run", read_here,
-        say=said.append,
     )  # fmt: skip
     training.validate = lambda: {"val_acc/books": accuracies[training.state.step]}
     training.run()

@@ -14,7 +14,8 @@ from perceiver.costs.flops import training_flops
 from perceiver.tasks import build_task
 from perceiver.tasks.base import IGNORE_INDEX
 from perceiver.tasks.chunked_loss import chunk_rows, chunked_cross_entropy
-from perceiver.training.batches import make_feed, read_here
+from perceiver.training.batches import read_here
+from tests import small
 from tests.small import text_experiment, write_stream
 
 CHANNELS, CLASSES = 24, 50
@@ -123,7 +124,7 @@ def random_lengths(shortest=10, dropout=0.0, **training):
 
 def feed_of(experiment, stream, split="train"):
     folder, manifest, _ = stream
-    return make_feed(experiment, build_task(experiment), str(folder), manifest.splits[split], train=split == "train")
+    return small.feed_of(experiment, build_task(experiment), str(folder), manifest.splits[split], train=split == "train")
 
 
 def steps(experiment, stream, rank=0, world=1, start=0, stop=40):

@@ -114,7 +114,8 @@ def ids(*shape: int) -> torch.Tensor:
 def two_steps(experiment: Experiment, world: World) -> None:
     task, layout = build_task(experiment), layout_of(experiment, cuda=False)
     batches = [[batch_of(experiment, layout.micro_batch_size) for _ in range(layout.accumulated)] for _ in range(2)]
-    fit(experiment, task, build_state(experiment, task, world), batches, world, 10, lambda result: None)
+    state = build_state(experiment, task, world)
+    fit(experiment.optim, experiment.training.seed, task, state, batches, world, 10, lambda result: None)
 
 
 def peak_bytes(experiment: Experiment, world: World) -> int:

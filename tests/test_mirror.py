@@ -26,7 +26,7 @@ from perceiver.training.record import read_metrics
 from perceiver.training.run import Training, save_experiment
 from ray_jobs.evaluate import evaluate_run
 from tests.preparing import evaluating_here
-from tests.small import image_experiment, leave, write_images
+from tests.small import Call, image_experiment, leave, write_images
 
 
 def train_here(rank: int, world: int, port: int, config: dict, data: str, run: str, stop_at: int | None, output: str) -> None:
@@ -38,14 +38,14 @@ def train_here(rank: int, world: int, port: int, config: dict, data: str, run: s
     if rank == 0:
         save_experiment(Path(run), experiment, manifest, data)
 
-    def report(metrics: dict[str, float]) -> None:
-        if stop_at is not None and metrics["step"] >= stop_at:
+    def die(step: int, metrics: dict[str, float]) -> None:
+        if stop_at is not None and step >= stop_at:
             training.checkpointer.close()
             os._exit(9)
 
     training = Training(
         experiment, build_task(experiment), data, manifest, join_world(torch.device("cpu")), Path(run), read_here,
-        report=report, say=lambda text: None,
+        [Call(after_validation=die)],
     )  # fmt: skip
     training.run()
     weights = {name: p.full_tensor().detach().numpy() for name, p in training.state.model.named_parameters()}

@@ -20,14 +20,14 @@ from perceiver.data.sources import mixture_sources
 from perceiver.datasets import data_folder
 from perceiver.tasks import build_task
 from perceiver.tasks.base import IGNORE_INDEX
-from perceiver.training.batches import make_feed, make_train_feed, make_val_feeds, read_here
+from perceiver.training.batches import make_train_feed, make_val_feeds, read_here
 from perceiver.training.parallel import World, join_world
 from perceiver.training.record import read_metrics
 from perceiver.training.run import Training, evaluate, save_experiment
 from ray_jobs.evaluate import evaluate_run
 from ray_jobs.preprocess import prepare
 from tests.preparing import evaluating_here, experiment, load_prepared, serially, texts, write_jsonl
-from tests.small import classification_experiment, masked_experiment, text_experiment, write_documents, write_stream
+from tests.small import classification_experiment, feed_of, heard, masked_experiment, text_experiment, write_documents, write_stream
 from tests.test_training import losses, run
 
 
@@ -250,7 +250,7 @@ def test_the_loss_of_a_source_is_that_of_its_examples(kind, tmp_path):
         manifest = write_stream(tmp_path, ids, ids, length=16 if kind == "causal" else 32)
     task = build_task(chosen)
     model = task.build_model().eval()
-    (batch,) = next(make_feed(chosen, task, str(tmp_path), manifest.splits["train"], train=True).steps(read_here, 0, 1, 0, 1))
+    (batch,) = next(feed_of(chosen, task, str(tmp_path), manifest.splits["train"], train=True).steps(read_here, 0, 1, 0, 1))
     assert task.loss(model, batch)[1] == {}, "nothing to tell apart"
     batch["sources"] = torch.arange(12)[:, None] % 3 == torch.arange(3)
     _, sums = task.loss(model, batch)
@@ -275,9 +275,10 @@ def test_the_losses_of_the_sources_by_their_targets_are_the_training_loss(prepar
     """Over several steps, accumulated micro-batches and padding (5 + 5 + 2 of 5)."""
     chosen, folder, manifest, _ = prepared
     chosen = replace(settings_of(chosen, log_every=4), parallel=ParallelConfig(micro_batch_size=5))
-    task, said = build_task(chosen), []
+    task = build_task(chosen)
     world = join_world(torch.device("cpu"))
-    Training(chosen, task, folder, manifest, world, tmp_path / "run", read_here, say=said.append).run()
+    with heard() as said:
+        Training(chosen, task, folder, manifest, world, tmp_path / "run", read_here).run()
     records = [record for record in read_metrics(tmp_path / "run") if "loss" in record]
     assert [record["step"] for record in records] == [3, 4, 6, 8, 9, 12]
     feed, first = make_train_feed(chosen, task, folder, manifest), 0
@@ -311,7 +312,7 @@ def test_a_run_on_a_mixture_is_evaluated_by_source(prepared, tmp_path, monkeypat
     chosen, run_folder = settings_of(chosen, val_batches=None), tmp_path / "run"
     save_experiment(run_folder, chosen, manifest, folder)
     world = join_world(torch.device("cpu"))
-    result = Training(chosen, build_task(chosen), folder, manifest, world, run_folder, read_here, say=lambda text: None).run()
+    result = Training(chosen, build_task(chosen), folder, manifest, world, run_folder, read_here).run()
     evaluating_here(monkeypatch)
     said = []
     metrics = evaluate_run(run_folder, "last", say=said.append)
@@ -329,7 +330,7 @@ def test_the_source_that_a_mixture_took_the_place_of_may_be_evaluated(prepared, 
     chosen, run_folder = settings_of(replace(chosen, data=replace(chosen.data, source=books))), tmp_path / "run"
     save_experiment(run_folder, chosen, manifest, folder)
     world = join_world(torch.device("cpu"))
-    Training(chosen, build_task(chosen), folder, manifest, world, run_folder, read_here, say=lambda text: None, stop_at=3).run()
+    Training(chosen, build_task(chosen), folder, manifest, world, run_folder, read_here, stop_at=3).run()
     evaluating_here(monkeypatch)
     said = []
     assert "val_loss/books.jsonl" not in evaluate_run(run_folder, "last", ["--data.source", books], say=said.append)

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from tests.conftest import ROOT
+from tests.small import heard
 
 PAGES = {"aws": "/latest/meta-data/spot/instance-action", "gcp": "/computeMetadata/v1/instance/preempted"}
 
@@ -73,7 +74,22 @@ def test_a_training_hears_of_each_machine_once(monkeypatch):
     told = [None, ["a"], ["a"], ["a", "b"], None]
     infos = iter([nodes and SimpleNamespace(preempted_node_ids=nodes) for nodes in told])
     monkeypatch.setattr("ray.train.get_preemption_info", lambda: next(infos))
-    lines = []
-    notice = Notice(lines.append)
-    assert [notice() for _ in told] == [False, True, False, True, False]
-    assert len(lines) == 2
+    notice, saved = Notice(), []
+    notice.training = SimpleNamespace(save=lambda: saved.append(step), world=SimpleNamespace(rank=0))
+    with heard() as lines:
+        for step in range(len(told)):
+            notice.on_meeting(step)
+    assert saved == [1, 3] and len(lines) == 2
+
+
+def test_the_first_worker_asks_for_notices_every_few_seconds_whatever_the_steps_take(monkeypatch):
+    from ray_jobs import worker
+
+    now, asked = [100.0], []
+    monkeypatch.setattr(worker.time, "monotonic", lambda: now[0])
+    notice = worker.Notice()
+    notice.training = SimpleNamespace(meet=lambda: asked.append(now[0]), world=SimpleNamespace(rank=0))
+    for step in range(40):
+        now[0] += 0.5
+        notice.after_step(step, None)
+    assert asked == [105.0, 110.0, 115.0, 120.0]

@@ -63,7 +63,7 @@ def worker(rank: int, port: int, config: dict, data: str, folder: str, stop_at: 
         assert world.mesh.shape == (made.parallel.replicas, size // made.parallel.replicas)
     settings = {} if stop_at is None else {"stop_at": stop_at}
     manifest, task = Manifest.load(data), build_task(made)
-    Training(made, task, data, manifest, world, Path(folder), read_here, say=lambda text: None, **settings).run()
+    Training(made, task, data, manifest, world, Path(folder), read_here, **settings).run()
     leave()
 
 

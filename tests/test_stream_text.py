@@ -125,7 +125,7 @@ def test_something_is_left_to_train_on_whatever_is_held_out(source):
 
 def test_every_chunk_gives_its_rows_from_its_own_text(prepared, source):
     chosen, folder, manifest, said = prepared
-    chunks = open_chunks(chosen, str(source), manifest)
+    chunks = open_chunks(chosen.data, str(source), manifest)
     split = manifest.splits["train"]
     assert split.rows == chunks.rows * len(chunks.pieces) and split.rows_per_block == chunks.rows
     for number, piece in enumerate(chunks.pieces):
@@ -147,7 +147,7 @@ def test_a_document_longer_than_a_chunk_is_no_fault(tmp_path, monkeypatch):
     write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in (*texts(100), "x" * 3000, *texts(100, seed=1))])
     chosen = streamed(tmp_path / "data", tmp_path / "a.jsonl")
     manifest = prepare(chosen, lambda text: None)
-    chunks = open_chunks(chosen, chosen.data.source, manifest)
+    chunks = open_chunks(chosen.data, chosen.data.source, manifest)
     empty = [i for i, piece in enumerate(chunks.pieces) if not documents(piece.spans[0])]
     split = manifest.splits["train"]
     assert empty and chunks.read("", split, empty[0]).equals(chunks.read("", split, empty[0] - 1))
@@ -195,7 +195,7 @@ def test_files_that_have_changed_are_refused(prepared, source):
     assert prepare(chosen, again.append) == manifest and "nothing to do" in again[0]
     write_jsonl(source / "b.jsonl", [{"text": "other"}])
     with pytest.raises(UserError, match="has other files now"):
-        open_chunks(chosen, str(source), manifest)
+        open_chunks(chosen.data, str(source), manifest)
     with pytest.raises(UserError, match="has changed since"):
         prepare(chosen, again.append)
 

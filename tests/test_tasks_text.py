@@ -19,7 +19,8 @@ from perceiver.models import build_model
 from perceiver.tasks import build_task
 from perceiver.tasks.masked_lm import gather_labels, usual_positions, with_masks
 from perceiver.tasks.text_classification import TextClassificationConfig
-from perceiver.training.batches import make_feed, read_here
+from perceiver.training.batches import read_here
+from tests import small
 from tests.small import classification_experiment, masked_experiment, text_experiment, write_documents, write_stream
 from tests.test_train_tokenizer import CONFIG as SMALL_TOKENIZER
 from tests.test_train_tokenizer import documents as random_texts
@@ -50,7 +51,7 @@ def documents(tmp_path_factory):
 
 def batches(experiment, data, split="train", rank=0, world=1, start=0, stop=None):
     folder, manifest = data
-    feed = make_feed(experiment, build_task(experiment), str(folder), manifest.splits[split], train=split == "train")
+    feed = small.feed_of(experiment, build_task(experiment), str(folder), manifest.splits[split], train=split == "train")
     return [batch for step in feed.steps(read_here, rank, world, start, stop or feed.order.steps_per_epoch) for batch in step]
 
 

@@ -15,12 +15,12 @@ import torch.distributed as dist
 from perceiver.config import Experiment, ParallelConfig, from_dict, to_dict
 from perceiver.data.shards import Manifest, read_block
 from perceiver.tasks import build_task
-from perceiver.training.batches import make_feed, read_here
+from perceiver.training.batches import read_here
 from perceiver.training.checkpoint import choose_checkpoint, list_checkpoints
 from perceiver.training.parallel import join_world
 from perceiver.training.record import read_metrics
 from perceiver.training.run import NotFinite, Training
-from tests.small import image_experiment, leave, text_experiment, write_images, write_stream
+from tests.small import Call, feed_of, image_experiment, leave, text_experiment, write_images, write_stream
 
 
 def train_here(rank: int, world: int, port: int, config: dict, data: str, run: str, stop_at: int | None, pipe) -> None:
@@ -31,8 +31,7 @@ def train_here(rank: int, world: int, port: int, config: dict, data: str, run: s
     experiment: Experiment = from_dict(config)
     training = Training(
         experiment, build_task(experiment), data, Manifest.load(data), join_world(torch.device("cpu")), Path(run), read_here,
-        report=lambda metrics: _die(training) if stop_at is not None and metrics["step"] >= stop_at else None,
-        say=lambda text: None,
+        [Call(after_validation=lambda step, metrics: _die(training) if stop_at is not None and step >= stop_at else None)],
     )  # fmt: skip
     training.run()
     weights = {name: p.full_tensor().detach().numpy() for name, p in training.state.model.named_parameters()}
@@ -174,18 +173,19 @@ def test_a_loss_that_is_not_finite_stops_the_training_with_a_reason(images, tmp_
     experiment = replace(experiment, optim=replace(experiment.optim, lr=1e30, max_grad_norm=None, warmup_steps=0))
     training = Training(
         experiment, build_task(experiment), str(images), Manifest.load(images), join_world(torch.device("cpu")),
-        tmp_path / "run", read_here, say=lambda text: None,
+        tmp_path / "run", read_here,
     )  # fmt: skip
     with pytest.raises(NotFinite, match="the loss became .* step"):
         training.run()
 
 
-def test_a_notice_that_a_machine_will_go_makes_a_checkpoint_between_the_usual_ones(images, tmp_path):
-    experiment, notices = image_experiment(), iter([False, False, False, True] + [False] * 20)
+def test_a_checkpoint_that_a_callback_asks_for_is_made_between_the_usual_ones(images, tmp_path):
+    experiment = image_experiment()
+    callback = Call(after_step=lambda step, result: callback.training.save() if step == 3 else None)
     experiment = replace(experiment, run=replace(experiment.run, keep_checkpoints=20))
     Training(
         experiment, build_task(experiment), str(images), Manifest.load(images), join_world(torch.device("cpu")),
-        tmp_path / "run", read_here, say=lambda text: None, notice=lambda: next(notices),
+        tmp_path / "run", read_here, [callback],
     ).run()  # fmt: skip
     assert [c.step for c in list_checkpoints(tmp_path / "run" / "checkpoints")] == [3, 4, 6, 9, 12]
 
@@ -196,7 +196,7 @@ def test_validation_is_exact_for_every_number_of_workers_and_rows(rows, world, t
     manifest = write_images(tmp_path / "data", train=rows, val=rows)
     experiment = without_dropout(image_experiment())
     task = build_task(experiment)
-    feed = make_feed(experiment, task, str(tmp_path / "data"), manifest.splits["val"], train=False)
+    feed = feed_of(experiment, task, str(tmp_path / "data"), manifest.splits["val"], train=False)
     labels, targets = [], 0
     for rank in range(world):
         for step in feed.steps(read_here, rank, world, 0, feed.order.steps_per_epoch):
@@ -229,7 +229,7 @@ def test_windows_are_those_of_the_stream_and_labels_the_next_ids(stream):
     folder, manifest, train, _ = stream
     experiment = replace(text_experiment(), task=replace(text_experiment().task, random_shift=False))
     task = build_task(experiment)
-    feed = make_feed(experiment, task, str(folder), manifest.splits["train"], train=True)
+    feed = feed_of(experiment, task, str(folder), manifest.splits["train"], train=True)
     rows = feed.order.batch_rows(3)
     (batch,) = next(iter(feed.steps(read_here, 0, 1, 3, 4)))
     for row, ids, labels in zip(rows, batch["ids"].numpy(), batch["labels"].numpy(), strict=True):
@@ -242,7 +242,7 @@ def test_the_last_window_is_padded_on_the_left_and_its_padding_is_no_target(stre
     folder, manifest, _, val = stream
     experiment = text_experiment(global_batch_size=1)
     task = build_task(experiment)
-    feed = make_feed(experiment, task, str(folder), manifest.splits["val"], train=False)
+    feed = feed_of(experiment, task, str(folder), manifest.splits["val"], train=False)
     last = manifest.splits["val"].rows - 1
     (step,) = [s for s in range(feed.order.rows) if feed.order.batch_rows(s).tolist() == [last]]
     (batch,) = next(iter(feed.steps(read_here, 0, 1, step, step + 1)))
@@ -260,7 +260,7 @@ def test_a_stride_of_the_latents_scores_every_target_once_and_shows_what_comes_b
     experiment = text_experiment()
     experiment = replace(experiment, task=replace(experiment.task, val_stride=8))
     task = build_task(experiment)
-    feed = make_feed(experiment, task, str(tmp_path), manifest.splits["val"], train=False)
+    feed = feed_of(experiment, task, str(tmp_path), manifest.splits["val"], train=False)
     assert sorted(targets_of(feed, task, feed.order.steps_per_epoch)) == val[1:].tolist()
     for (batch,) in feed.steps(read_here, 0, 1, 0, feed.order.steps_per_epoch):
         pad_mask = batch.get("pad_mask", torch.zeros_like(batch["ids"], dtype=torch.bool))
@@ -277,7 +277,7 @@ def test_shifted_windows_of_an_epoch_cover_the_stream_from_the_shift_on(stream):
     experiment = text_experiment()
     task = build_task(experiment)
     split = manifest.splits["train"]
-    feed = make_feed(experiment, task, str(folder), split, train=True)
+    feed = feed_of(experiment, task, str(folder), split, train=True)
     steps = feed.order.steps_per_epoch
     heads = set()
     for epoch in (1, 2):
@@ -295,7 +295,7 @@ def test_shifted_windows_of_an_epoch_cover_the_stream_from_the_shift_on(stream):
 def test_prefix_dropout_depends_on_seed_epoch_and_row_alone(stream):
     folder, manifest, _, _ = stream
     task = build_task(text_experiment())
-    feed = make_feed(text_experiment(), task, str(folder), manifest.splits["train"], train=True)
+    feed = feed_of(text_experiment(), task, str(folder), manifest.splits["train"], train=True)
     (whole,) = next(iter(feed.steps(read_here, 0, 1, 5, 6)))
     halves = [next(iter(feed.steps(read_here, rank, 2, 5, 6)))[0] for rank in range(2)]
     assert whole["prefix_keep"].shape == (6, 4)

@@ -79,7 +79,7 @@ def run_trial(config: dict[str, Any], settings: dict[str, Any]) -> None:
         experiment, steps = _experiment(from_dict(settings["experiment"]), values, name, settings)
         _continue_from_donor(run, experiment, values)
         try:
-            metrics = train.run(experiment, say=lambda text: _log(run, text), on_report=report_saved)
+            metrics = train.run(experiment, on_report=report_saved)
         finally:
             over.set()
     except Exception as error:
@@ -117,8 +117,3 @@ def _continue_from_donor(run: Path, experiment: Experiment, values: dict[str, An
         place = json.loads((Path(folder) / "place.json").read_text())
     if place["run"] != run.name:
         take_over(run.parent / place["run"], place["step"], run, experiment, values)
-
-
-def _log(run: Path, text: str) -> None:
-    with open(run / "log.txt", "a") as file:
-        file.write(text + "\n")

@@ -174,11 +174,12 @@ def _builtin(short: str, name: str) -> type[Config]:
 
 
 def import_builtins() -> None:
-    """Imports all modules of this package that define tasks, models, inputs and outputs, so that their classes are registered."""
+    """Imports all modules of this package that define tasks, models and their parts, and callbacks, so that they are registered."""
     for room in ("tasks", "models"):
         package = importlib.import_module(f"{PACKAGE}.{room}")
         for module in pkgutil.iter_modules(package.__path__):
             importlib.import_module(f"{PACKAGE}.{room}.{module.name}")
+    importlib.import_module(f"{PACKAGE}.training.callbacks")
 
 
 def subclasses(base: type[T]) -> dict[str, type[T]]:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from perceiver.data.rows import ArrayRows
     from perceiver.tasks.base import Task
+    from perceiver.training.callbacks import Callback
 
 
 class ModelConfig(Config):
@@ -68,6 +69,11 @@ class TaskConfig(Config):
 
 class CallbackConfig(Config):
     """Something that watches a training: base class of all callbacks' settings."""
+
+    @abstractmethod
+    def build(self) -> Callback:
+        """The callback, a subclass of `perceiver.training.callbacks.Callback`: one on every worker, for every start of a run."""
+        raise NotImplementedError(f"{type(self).__name__} needs a method build() that returns the callback")
 
 
 class DataConfig(Config):

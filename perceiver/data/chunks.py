@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from perceiver.config import Experiment, UserError
+from perceiver.config import DataConfig, UserError
 from perceiver.data.prepare import Job, Piece, document_marks
 from perceiver.data.readers import Columns, parquet_rows, read_documents
 from perceiver.data.rows import fixed_column
@@ -159,13 +159,13 @@ def chunks_of(files: list[InputFile], described: dict[str, Any], row_length: int
     return hold_out(pieces, described["val_fraction"])
 
 
-def open_chunks(experiment: Experiment, source: str, manifest: Manifest) -> Chunks:
+def open_chunks(data: DataConfig, source: str, manifest: Manifest) -> Chunks:
     """The chunks of a source that is streamed, where a training reads them.
 
     Raises:
         UserError: its files are not those that the manifest was made of.
     """
-    data = replace(experiment.data, source=source, mixture=())
+    data = replace(data, source=source, mixture=())
     found = resolve(data, "tokens")
     if fingerprint(found)["files"] != manifest.source["files"]:
         raise UserError(f"data.source {source} has other files now than when it was looked at: prepare into another --data.root")

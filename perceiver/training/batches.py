@@ -6,7 +6,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,7 +14,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from perceiver.config import Experiment
+from perceiver.config import DataConfig, Experiment, TrainingConfig
 from perceiver.data.chunks import Chunks, no_tokens, open_chunks
 from perceiver.data.components import Component, components
 from perceiver.data.mixture import Mixture, MixtureUnit, mixture_batches, mixture_plan
@@ -148,19 +148,33 @@ def read_here(feed: Feed, units: Iterator[Any]) -> Iterator[pa.Table]:
     return map(feed.read, units)
 
 
-def make_feed(experiment: Experiment, task: Task, folder: str, split: Split, train: bool) -> Feed:
-    """The feed of an experiment's training or validation split."""
-    data, training = experiment.data, experiment.training
+def make_feed(
+    task: Task, folder: str, split: Split, train: bool, *, data: DataConfig, training: TrainingConfig, micro_batch_size: int | None = None
+) -> Feed:
+    """The feed of the training or validation split of one prepared data set."""
+    return _feed(task, folder, split, train, data, training.seed, training.global_batch_size, data.shuffle_window_blocks, micro_batch_size)
+
+
+def _feed(
+    task: Task,
+    folder: str,
+    split: Split,
+    train: bool,
+    data: DataConfig,
+    seed: int,
+    global_batch_size: int,
+    window_blocks: int,
+    micro_batch_size: int | None,
+) -> Feed:
     order = Order(
         rows=split.rows,
         rows_per_block=split.rows_per_block,
-        global_batch_size=training.global_batch_size,
-        window_blocks=data.shuffle_window_blocks,
+        global_batch_size=global_batch_size,
+        window_blocks=window_blocks,
         max_lanes=data.lanes,
-        seed=training.seed if train else VALIDATION_SEED,
+        seed=seed if train else VALIDATION_SEED,
     )
-    most = experiment.parallel.micro_batch_size
-    return Feed(task=task, folder=folder, split=split, order=order, train=train, micro_batch_size=most)
+    return Feed(task=task, folder=folder, split=split, order=order, train=train, micro_batch_size=micro_batch_size)
 
 
 def make_train_feed(experiment: Experiment, task: Task, folder: str, manifest: Manifest) -> Feed:
@@ -169,41 +183,41 @@ def make_train_feed(experiment: Experiment, task: Task, folder: str, manifest: M
     Raises:
         UserError: files that are streamed have changed.
     """
-    parts = components(folder, manifest)
+    parts, data, training = components(folder, manifest), experiment.data, experiment.training
+    most = experiment.parallel.micro_batch_size
     if not manifest.mixture:
-        return _part_feed(experiment, task, parts[0], experiment.data.source)
-    sources = {source.name: source.source for source in mixture_sources(experiment.data)}
-    feeds = tuple(_part_feed(experiment, task, part, sources[part.name]) for part in parts)
+        return _part_feed(task, parts[0], data.source, data, training, most)
+    sources = {source.name: source.source for source in mixture_sources(data)}
+    feeds = tuple(_part_feed(task, part, sources[part.name], data, training, most) for part in parts)
     order = Mixture(
         orders=tuple(feed.order for feed in feeds),
         shares=tuple(part.share for part in parts),
-        global_batch_size=experiment.training.global_batch_size,
+        global_batch_size=training.global_batch_size,
     )
     return MixtureFeed(
-        task=task, folder=folder, split=manifest.splits["train"], order=order, train=True,
-        micro_batch_size=experiment.parallel.micro_batch_size, feeds=feeds,
+        task=task, folder=folder, split=manifest.splits["train"], order=order, train=True, micro_batch_size=most, feeds=feeds,
     )  # fmt: skip
 
 
-def _part_feed(experiment: Experiment, task: Task, part: Component, source: str) -> Feed:
+def _part_feed(task: Task, part: Component, source: str, data: DataConfig, training: TrainingConfig, micro_batch_size: int | None) -> Feed:
     """The feed of one data set of training data; of a mixture's in an order that takes a row of each lane in turn."""
-    split, data = part.manifest.splits["train"], experiment.data
+    split, stream = part.manifest.splits["train"], part.manifest.stream
     # A chunk is as large as a window of blocks.
-    data = replace(data, shuffle_window_blocks=1) if part.manifest.stream else data
-    size = experiment.training.global_batch_size
+    window_blocks = 1 if stream else data.shuffle_window_blocks
+    size = training.global_batch_size
     if part.name:
-        size = max(1, min(data.lanes, -(-split.num_blocks // data.shuffle_window_blocks)))
-    training = replace(experiment.training, global_batch_size=size)
-    feed = make_feed(replace(experiment, data=data, training=training), task, part.folder, split, train=True)
-    if not part.manifest.stream:
-        return feed
-    return StreamFeed(**vars(feed), chunks=open_chunks(experiment, source, part.manifest))
+        size = max(1, min(data.lanes, -(-split.num_blocks // window_blocks)))
+    feed = _feed(task, part.folder, split, True, data, training.seed, size, window_blocks, micro_batch_size)
+    return StreamFeed(**vars(feed), chunks=open_chunks(data, source, part.manifest)) if stream else feed
 
 
 def make_val_feeds(experiment: Experiment, task: Task, folder: str, manifest: Manifest) -> list[tuple[Component, Feed]]:
     """The feeds of an experiment's validation data: one, or one of each data set of a mixture."""
-    parts = components(folder, manifest)
-    return [(part, make_feed(experiment, task, part.folder, part.manifest.splits["val"], train=False)) for part in parts]
+    data, training, most = experiment.data, experiment.training, experiment.parallel.micro_batch_size
+    return [
+        (part, make_feed(task, part.folder, part.manifest.splits["val"], False, data=data, training=training, micro_batch_size=most))
+        for part in components(folder, manifest)
+    ]
 
 
 class Prefetch:

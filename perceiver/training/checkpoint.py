@@ -9,6 +9,7 @@ A checkpoint written by N workers loads on any number.
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import shutil
@@ -33,7 +34,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from perceiver.config import UserError, home
-from perceiver.data.storage import write_file
+from perceiver.data.storage import sync_folder, write_file
 from perceiver.runs import EXPERIMENT
 from perceiver.training.checkpoint_files import (
     MARKER,
@@ -48,8 +49,12 @@ from perceiver.training.checkpoint_files import (
     parse_marker,
     read_marker,
     read_tensors,
+    write_safetensors,
 )
+from perceiver.training.hooks import STATES, pack
 from perceiver.training.mirror import Mirror, fetch_run
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -157,6 +162,7 @@ class Checkpointer:
 
     Args:
         higher_is_better: whether higher values of a metric are better.
+        completed: called with step and folder of a checkpoint that is complete, in the thread that trains.
     """
 
     def __init__(
@@ -167,7 +173,9 @@ class Checkpointer:
         higher_is_better: Callable[[str], bool],
         rank: int,
         mirror: Mirror | None = None,
+        completed: Callable[[int, Path], None] = lambda step, path: None,
     ) -> None:
+        self.completed = completed
         self.folder = Path(folder)
         self.keep = keep
         self.best_metric = best_metric
@@ -181,7 +189,7 @@ class Checkpointer:
         self._saved_step = -1
         self._best: float | None = None
 
-    def resume(self, state: TrainState, say: Callable[[str], None] = lambda text: None) -> CheckpointInfo | None:
+    def resume(self, state: TrainState) -> CheckpointInfo | None:
         """Loads the newest checkpoint that is whole, the same on all workers, and returns it; None: there is none.
 
         Newer ones that are damaged are set aside: renamed, so that they do not count. Where one is found to be damaged while it
@@ -200,7 +208,8 @@ class Checkpointer:
                 self._best = self._first_of_all(best and best.metrics[self.best_metric])
                 return loaded
             kept = self._first_of_all(self._set_aside(name) if self.rank == 0 else None)
-            say(f"checkpoint {name} is damaged and set aside as {kept}: {damage}")
+            if self.rank == 0:
+                logger.warning("checkpoint %s is damaged and set aside as %s: %s", name, kept, damage)
 
     def is_best(self, metrics: dict[str, float]) -> bool:
         """Whether a validation is the best so far (the first of equal ones), which it then is. Called on all workers alike."""
@@ -212,11 +221,12 @@ class Checkpointer:
         self._best = value
         return True
 
-    def save(self, state: TrainState, metrics: dict[str, float]) -> None:
+    def save(self, state: TrainState, metrics: dict[str, float], more: dict[str, Any] | None = None) -> None:
         """Starts to save the state. Called by all workers.
 
         Args:
             metrics: of a validation of this very state; empty if there was none.
+            more: what else belongs to it, plain data and tensors on the CPU, the same on all workers: see `hooks.pack`.
         """
         if state.step == self._saved_step:
             return
@@ -229,7 +239,7 @@ class Checkpointer:
         writer = ShardWriter(path, self.rank)
         written = dcp.async_save(_tensors(*get_state_dict(state.model, state.optimizer)), storage_writer=writer, process_group=self._group)
         higher = frozenset(filter(self.higher_is_better, metrics))
-        self._pending = self._copies.submit(self._end, written, writer, CheckpointInfo(path, state.step, metrics, higher))
+        self._pending = self._copies.submit(self._end, written, writer, CheckpointInfo(path, state.step, metrics, higher), more)
         self._saved_step = state.step
         self.blocked_seconds += time.perf_counter() - start
 
@@ -247,15 +257,19 @@ class Checkpointer:
     def _finish(self) -> None:
         if self._pending is None:
             return
-        self._pending.result()
+        checkpoint = self._pending.result()
         self._pending = None
+        self.completed(checkpoint.step, checkpoint.path)
 
-    def _end(self, written: Any, writer: ShardWriter, checkpoint: CheckpointInfo) -> None:
+    def _end(self, written: Any, writer: ShardWriter, checkpoint: CheckpointInfo, more: dict[str, Any] | None) -> CheckpointInfo:
         """Makes a checkpoint count when all workers have written (and, with a mirror, copied) their files."""
         try:
             written.result()
         except CheckpointException as error:
             raise cause(error) from None
+        if more is not None and self.rank == 0:
+            writer.files[STATES] = write_safetensors(checkpoint.path / STATES, *pack(more))
+            sync_folder(checkpoint.path)
         parts: list[Any] = [None] * dist.get_world_size(self._group)
         dist.all_gather_object(parts, writer.files, self._group)
         checkpoint = replace(checkpoint, files={name: part[name] for part in parts for name in sorted(part)})
@@ -272,6 +286,7 @@ class Checkpointer:
             write_file(checkpoint.path, MARKER, marker)
             self._prune()
         dist.barrier(self._group)
+        return checkpoint
 
     def _prune(self) -> None:
         """Removes what is neither among the newest nor the best. With a mirror each worker does so: its folder may be its own."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from perceiver.config import Experiment
+from perceiver.config import OptimConfig
 from perceiver.training.batches import Batch
+from perceiver.training.callbacks import REQUESTS
 from perceiver.training.checkpoint import TrainState
 from perceiver.training.optim import set_learning_rate
 from perceiver.training.parallel import World
@@ -33,30 +34,40 @@ class StepResult:
     """This worker's other sums, as `Task.loss` gives them: float64."""
     grad_norm: Tensor
     lr: float
+    requests: frozenset[str] = frozenset()
+    """What callbacks on any worker have asked for, as all workers know at this step."""
 
 
 def fit(
-    experiment: Experiment,
+    optim: OptimConfig,
+    seed: int,
     task: Task,
     state: TrainState,
     batches: Iterable[list[Batch]],
     world: World,
     total_steps: int,
-    after_step: Callable[[StepResult], None],
+    after_step: Callable[[StepResult], bool | None],
+    requests: Callable[[], Collection[str]] = lambda: (),
 ) -> None:
     """Trains: one optimizer step per item of `batches`, which is the step's list of micro-batches.
 
     The loss of a step is the sum over its valid targets divided by their number over all workers and micro-batches, so that
     workers and accumulation are interchangeable. Random numbers of a step depend on (seed, step, worker) alone.
+
+    Args:
+        after_step: called after every step; True ends the training. The same on all workers.
+        requests: called before every step on each worker, whose requests travel with the number of targets: to agree takes no
+            communication of its own.
     """
-    config = experiment.optim
     parameters = [p for p in state.model.parameters() if p.requires_grad]
-    max_norm = config.max_grad_norm or float("inf")
+    max_norm = optim.max_grad_norm or float("inf")
     for micro_batches in batches:
-        seed_step(experiment.training.seed, state.step, world.rank)
-        lr = config.learning_rate(state.step, total_steps)
+        seed_step(seed, state.step, world.rank)
+        lr = optim.learning_rate(state.step, total_steps)
         set_learning_rate(state.optimizer, lr)
-        targets = world.all_sum(torch.stack([task.num_targets(batch) for batch in micro_batches]).sum())
+        targets = torch.stack([task.num_targets(batch) for batch in micro_batches]).sum()
+        targets, asked = world.all_sum(torch.stack([targets, targets.new_full((), _code(requests()))])).unbind()
+        agreed = Agreed(asked)
         loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
         sums: dict[str, Tensor] = {}
         for number, batch in enumerate(micro_batches, 1):
@@ -70,7 +81,43 @@ def fit(
         state.optimizer.step()
         state.optimizer.zero_grad()
         state.step += 1
-        after_step(StepResult(loss_sum, targets, sums, grad_norm, lr))
+        if after_step(StepResult(loss_sum, targets, sums, grad_norm, lr, agreed.requests())):
+            return
+
+
+def agree(world: World, requests: Collection[str]) -> frozenset[str]:
+    """What has been asked for on any worker. Called on all workers alike; waits for the device."""
+    return Agreed(world.all_sum(torch.full((), _code(requests), dtype=torch.int64, device=world.device))).requests()
+
+
+class Agreed:
+    """The sum over all workers of their requests, on its way from the device.
+
+    The device copies it as soon as the sum is there, so that whoever reads it later does not wait for the work that was queued
+    meanwhile.
+    """
+
+    def __init__(self, code: Tensor) -> None:
+        self._code, self._copied = code, None
+        if code.is_cuda:
+            self._code = torch.empty((), dtype=code.dtype, pin_memory=True)
+            self._code.copy_(code, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+
+    def requests(self) -> frozenset[str]:
+        if self._copied is not None:
+            self._copied.synchronize()
+        code = int(self._code)
+        return frozenset(name for number, name in enumerate(REQUESTS) if code >> number * _BITS & (1 << _BITS) - 1)
+
+
+_BITS = 15
+"""Of an int64 for each kind of request: the number of workers that make it, below 2^15."""
+
+
+def _code(requests: Collection[str]) -> int:
+    return sum(1 << number * _BITS for number, name in enumerate(REQUESTS) if name in requests)
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ import ctypes
 import platform
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,7 @@ from perceiver.config import ParallelConfig, TrainingConfig
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _NEVER = 2**31 - 1
 """The largest number that mallopt takes: 2 GiB."""
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,14 @@ class World:
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
+
+    def first(self, value: T | None) -> T | None:
+        """The value of the first worker that has one, on all workers."""
+        if self.size == 1:
+            return value
+        values: list[T | None] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return next((found for found in values if found is not None), None)
 
 
 def join_world(device: torch.device, replicas: int = 1) -> World:

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
+import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import image, scalar, text
 
 from perceiver.data.storage import write_file
 from perceiver.training.checkpoint_files import finite
 from perceiver.training.meters import duration
 
 if TYPE_CHECKING:
+    from tensorboardX.proto.summary_pb2 import Summary
+
     from perceiver.tasks.base import Sample
+
+logger = logging.getLogger(__name__)
 
 METRICS = "metrics.jsonl"
 
@@ -23,35 +32,35 @@ METRICS = "metrics.jsonl"
 class Recorder:
     """Writes a run's records; on all workers but the first it writes nothing.
 
-    A run that continues from step n drops the records of later steps first: they are of steps that will be taken again.
+    A run that continues from step n drops the records of later steps first: they are of steps that will be taken again. While it
+    trains, a record that cannot be written (the disk is full, say) is a warning, given once, and no error: training goes on, and
+    the next record is tried again.
     """
 
-    def __init__(self, folder: Path, step: int, total_steps: int, unit: str, active: bool, say: Callable[[str], None]):
+    def __init__(self, folder: Path, step: int, total_steps: int, unit: str, active: bool):
         self.folder = folder
         self.total_steps = total_steps
         self.unit = unit
         self.active = active
-        self._say = say
         if not active:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         keep = [record for record in read_metrics(folder) if record["step"] <= step]
         write_file(folder, METRICS, "".join(map(_line, keep)).encode())
-        self._file = open(folder / METRICS, "a", buffering=1)
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
+        self._board = Board(folder / "tensorboard", step + 1 if step else None)
+        self._cut = False
+        self._warned = False
 
-    def say(self, text: str) -> None:
+    def say(self, line: str) -> None:
+        """A line for people, of the first worker."""
         if self.active:
-            self._say(text)
+            logger.info("%s", line)
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
         """Adds a record (null for what is no finite number). Names with val_ go under val/ in TensorBoard, the others under train/."""
-        if not self.active:
-            return
-        self._file.write(_line({"step": step, **values}))
-        for name, value in values.items():
-            tag = f"val/{name.removeprefix('val_')}" if name.startswith("val_") else f"train/{name}"
-            self._board.add_scalar(tag, value, step)
+        self._record(lambda: self._append(_line({"step": step, **values}).encode()))
+        tags = {f"val/{name.removeprefix('val_')}" if name.startswith("val_") else f"train/{name}": value for name, value in values.items()}
+        self._record(lambda: self._board.add(step, [scalar(tag, value) for tag, value in tags.items()]))
 
     def progress(self, step: int, values: dict[str, float]) -> None:
         """One line for a person."""
@@ -69,24 +78,90 @@ class Recorder:
 
     def samples(self, step: int, samples: list[Sample]) -> None:
         """Texts and pictures: to TensorBoard and to the folder `samples`."""
-        if not self.active:
-            return
+        for sample in samples:
+            self._record(lambda sample=sample: self._sample(step, sample))
+
+    def _sample(self, step: int, sample: Sample) -> None:
         target = self.folder / "samples"
         target.mkdir(exist_ok=True)
-        for sample in samples:
-            if sample.text is not None:
-                (target / f"{sample.name}-{step:08d}.txt").write_text(sample.text)
-                self._board.add_text(sample.name, f"```\n{sample.text}\n```", step)
-            if sample.image is not None:
-                from PIL import Image
+        if sample.text is not None:
+            (target / f"{sample.name}-{step:08d}.txt").write_text(sample.text)
+            self._board.add(step, [text(sample.name, f"```\n{sample.text}\n```")])
+        if sample.image is not None:
+            from PIL import Image
 
-                Image.fromarray(sample.image).save(target / f"{sample.name}-{step:08d}.png")
-                self._board.add_image(sample.name, sample.image, step, dataformats="HWC")
+            Image.fromarray(sample.image).save(target / f"{sample.name}-{step:08d}.png")
+            self._board.add(step, [image(sample.name, sample.image, dataformats="HWC")])
 
     def close(self) -> None:
-        if self.active:
+        self._record(lambda: self._board.close())
+
+    def _append(self, line: bytes) -> None:
+        """Adds a line to the metrics, or raises OSError. A line that was cut off before is ended first."""
+        content = b"\n" + line if self._cut else line
+        with open(self.folder / METRICS, "ab", buffering=0) as file:
+            written = file.write(content)
+        self._cut = written != len(content)
+        if self._cut:
+            raise OSError(f"only {written} of {len(content)} bytes could be written")
+
+    def _record(self, write: Callable[[], None]) -> None:
+        if not self.active:
+            return
+        try:
+            write()
+        except Exception as error:  # whatever a record meets, it is no reason to stop a step
+            if not self._warned:
+                logger.warning("records of this run are incomplete, training goes on: %s: %s", type(error).__name__, error)
+            self._warned = True
+
+
+class Board:
+    """TensorBoard's event files.
+
+    They are written in the thread that calls. The writer of tensorboardX has a thread of its own, which ends at its first error,
+    and then its queue is full for ever and blocks who adds to it.
+    """
+
+    def __init__(self, folder: Path, first_step: int | None) -> None:
+        self._folder = folder
+        self._first_step = first_step
+        self._file: EventsWriter | None = None
+        self._files = 0
+
+    def add(self, step: int, summaries: list[Summary]) -> None:
+        """Writes summaries of a step. After an error, which is raised, the next ones go to a new file: a cut one is read no further."""
+        try:
+            if self._file is None:
+                self._open()
+            assert self._file is not None
+            for summary in summaries:
+                self._file.write_event(Event(wall_time=time.time(), step=step, summary=summary))
+            self._file.flush()
+        except Exception:
+            self._file = None
+            raise
+
+    def close(self) -> None:
+        if self._file is not None:
             self._file.close()
-            self._board.close()
+
+    def _open(self) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        # A name has the second that the file is made in; after an error another file may be made in the same one.
+        suffix = f".{os.getpid()}.{self._files}"
+        try:
+            self._file = EventsWriter(str(self._folder / "events"), suffix)
+        except Exception:
+            for path in self._folder.glob(f"*{suffix}"):
+                if path.stat().st_size == 0:
+                    path.unlink()
+            raise
+        self._files += 1
+        if self._first_step is not None:  # readers drop what an earlier start wrote of these steps
+            self._file.write_event(Event(step=self._first_step, file_version="brain.Event:2"))
+            self._file.write_event(Event(step=self._first_step, session_log=SessionLog(status=SessionLog.START)))
+            self._first_step = None
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

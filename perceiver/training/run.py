@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -22,9 +22,11 @@ from perceiver.data.storage import read_file, write_file
 from perceiver.data.tokenizers import TOKENIZER
 from perceiver.runs import EXPERIMENT
 from perceiver.training.batches import Feed, Prefetch, ReadAll, make_train_feed, make_val_feeds
+from perceiver.training.callbacks import MEET, PAUSE, SAVE, STOP, Callback, TrainingView
 from perceiver.training.checkpoint import Checkpointer, TrainState, write_json
+from perceiver.training.hooks import Callbacks, read_states
 from perceiver.training.init_from import find_start
-from perceiver.training.loop import StepResult, add_to, fit, validate
+from perceiver.training.loop import StepResult, add_to, agree, fit, validate
 from perceiver.training.meters import Meter
 from perceiver.training.mirror import CHECKPOINTS, Mirror
 from perceiver.training.optim import build_optimizer
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from perceiver.tasks.base import Task
 
 RESULT = "result.json"
+Result = TypeVar("Result")
 
 
 class NotFinite(Exception):
@@ -59,12 +62,7 @@ class Training:
         world: this process among the workers.
         run_folder: where the run is kept.
         read_all: how data is read (in this process, or by Ray Data).
-        report: called on all workers after every validation, with its metrics and the last ones of training.
-        say: takes lines of progress (first worker).
-        measured: called on the first worker with the step and every set of training metrics.
-        stalled: called from time to time while data does not come, with the seconds waited.
-        notice: asked on all workers with every set of training metrics: whether a machine of theirs is about to be taken
-            away, which makes a checkpoint. True on all of them or none.
+        callbacks: those of the job that runs the training, besides the experiment's own.
         stop_at: end with a validation and a checkpoint at this step, to be continued later; None: at the last.
     """
 
@@ -77,19 +75,13 @@ class Training:
         world: World,
         run_folder: Path,
         read_all: ReadAll,
-        report: Callable[[dict[str, float]], None] = lambda metrics: None,
-        say: Callable[[str], None] = print,
-        measured: Callable[[dict[str, float]], None] = lambda metrics: None,
-        stalled: Callable[[float], None] = lambda seconds: None,
-        notice: Callable[[], bool] = lambda: False,
+        callbacks: Sequence[Callback] = (),
         stop_at: int | None = None,
     ) -> None:
-        self.experiment, self.task, self.world, self.run_folder = experiment, task, world, run_folder
-        self.read_all, self.report, self.measured, self.stalled, self.notice = read_all, report, measured, stalled, notice
+        self.experiment, self.task, self.world, self.run_folder, self.read_all = experiment, task, world, run_folder, read_all
         self.train_feed = make_train_feed(experiment, task, data_folder, manifest)
         self.val_feeds = make_val_feeds(experiment, task, data_folder, manifest)
         self.total_steps = total_steps(experiment, self.train_feed.split.rows)
-        self.stop_step = min(self.total_steps, stop_at or self.total_steps)
         self.state = build_state(experiment, task, world)
         self.mirror = Mirror.of(experiment.run, run_folder)
         if self.mirror is not None:
@@ -101,16 +93,24 @@ class Training:
             task.higher_is_better,
             world.rank,
             self.mirror,
+            lambda step, path: self.callbacks.call("after_checkpoint", step, path),
         )
-        resumed = self.checkpointer.resume(self.state, say if world.rank == 0 else lambda text: None)
+        resumed = self.checkpointer.resume(self.state)
         if resumed is None and (run_folder / CHECKPOINTS).exists():
             self.state = build_state(experiment, task, world)  # a damaged checkpoint may have been loaded in part
         if resumed is None and (start := find_start(experiment, {name: p.shape for name, p in self.state.model.named_parameters()}, True)):
             start.apply(self.state.model)
             if world.rank == 0:
                 start.save(run_folder)
+        self.view = TrainingView(experiment, task, self.state, world, run_folder, self.total_steps)
+        self.callbacks = Callbacks(self.view, callbacks, experiment.callbacks)
+        saved = read_states(resumed.path) if resumed else {}
+        self.callbacks.load_states(saved.get("callbacks", ()))
+        self.stopped: str | None = saved.get("stopped")
+        """Why a callback has ended the training before its last step."""
+        self.stop_step = self.state.step if self.stopped else min(self.total_steps, stop_at or self.total_steps)
         unit, per_example = task.unit()
-        self.recorder = Recorder(run_folder, self.state.step, self.total_steps, unit, world.rank == 0, say)
+        self.recorder = Recorder(run_folder, self.state.step, self.total_steps, unit, world.rank == 0)
         batch = experiment.training.global_batch_size
         peak = peak_flops(world.device)
         self.meter_settings: dict[str, Any] = {
@@ -121,7 +121,6 @@ class Training:
         }
         self.val_metrics = resumed.metrics if resumed else {}
         """Of the last validation; of the checkpoint that this continues from, until there is one."""
-        self._last_log: dict[str, float] = {}
         self._sums: dict[str, torch.Tensor] = {}
 
     def run(self) -> dict[str, float]:
@@ -129,21 +128,18 @@ class Training:
 
         Raises:
             NotFinite: the loss is not a number; on all workers alike.
+            CallbackError: a callback of the experiment failed; maybe on this worker alone.
         """
-        self._announce()
-        step = self.state.step
-        batches = Prefetch(
-            self.train_feed.steps(self.read_all, self.world.rank, self.world.size, step, self.stop_step),
-            self.world.device,
-            stalled=self.stalled,
-        )
-        self.meter = Meter(wait_seconds=lambda: batches.wait_seconds, step=step, **self.meter_settings)
         try:
-            fit(self.experiment, self.task, self.state, batches, self.world, self.total_steps, self._after_step)
-        finally:
-            batches.close()
-        self.checkpointer.close()
-        metrics = self._finish()
+            self.callbacks.call("on_start", self.view)
+            self._announce()
+            self._train()
+            self.checkpointer.close()
+            metrics = self._finish()
+        except BaseException as error:
+            self.callbacks.end(self.state.step, self.val_metrics, error)
+            raise
+        self.callbacks.end(self.state.step, self.val_metrics, None)
         self.recorder.close()
         if self.mirror is not None and self.world.rank == 0:
             self.mirror.send_records()
@@ -166,22 +162,57 @@ class Training:
             f"{self.total_steps / epoch:.3g} epochs of {self.train_feed.split.rows:,} examples, on {workers}"
         )
 
-    def _after_step(self, result: StepResult) -> None:
+    def _train(self) -> None:
+        step, experiment = self.state.step, self.experiment
+        batches = Prefetch(
+            self.train_feed.steps(self.read_all, self.world.rank, self.world.size, step, self.stop_step),
+            self.world.device,
+            stalled=lambda seconds: self.callbacks.call("while_waiting", seconds),
+        )
+        self.meter = Meter(wait_seconds=lambda: batches.wait_seconds, step=step, **self.meter_settings)
+        try:
+            fit(
+                experiment.optim, experiment.training.seed, self.task, self.state, batches, self.world, self.total_steps,
+                self._after_step, self.view.take_requests,
+            )  # fmt: skip
+        finally:
+            batches.close()
+
+    def _after_step(self, result: StepResult) -> bool:
+        """Whether the training ends here."""
         step, run = self.state.step, self.experiment.run
         add_to(self._sums, {"loss": result.loss_sum, "targets": result.targets.double() / self.world.size, **result.sums})
-        last = step == self.stop_step
-        checkpoint, validation = last or step % run.checkpoint_every == 0, last or step % run.val_every == 0
+        requests = result.requests
+        self.callbacks.call("after_step", step, result)
+        if MEET in requests:
+            self.callbacks.call("on_meeting", step)
+        last = step == self.stop_step or STOP in requests
+        checkpoint = last or step % run.checkpoint_every == 0 or not requests.isdisjoint((PAUSE, SAVE))
+        validation = last or step % run.val_every == 0
         if checkpoint or validation or step % run.log_every == 0:
             self._log(result)
-            checkpoint = self.notice() or checkpoint
         measured: dict[str, float] = {}  # metrics go with the weights that they were measured on, and no others
         if validation:
-            self._apart(self._validate)
-            measured = self.val_metrics
+            measured = self._apart(self._validate)
             checkpoint = self.checkpointer.is_best(measured) or checkpoint
+        if checkpoint or validation:
+            # A request that this checkpoint's state already holds as made would be lost if the run continued from here.
+            requests |= agree(self.world, self.view.take_requests())
+            checkpoint = checkpoint or not requests.isdisjoint((STOP, PAUSE, SAVE))
+        if STOP in requests and step < self.total_steps:
+            if not validation:
+                measured = self._apart(self._validate)
+            self.stopped = self.world.first(self.view.reason)
+            self.recorder.say(f"ended at step {step:,}: {self.stopped}")
         if checkpoint:
-            self._apart(lambda: self.checkpointer.save(self.state, measured))
+            self._apart(lambda: self.checkpointer.save(self.state, measured, self._more()))
         self.checkpointer.poll()
+        return not requests.isdisjoint((STOP, PAUSE))
+
+    def _more(self) -> dict[str, Any] | None:
+        """What a checkpoint holds besides model and optimizer: why the training ended early, the states of callbacks."""
+        states = self.callbacks.states()
+        return {"stopped": self.stopped, "callbacks": states} if states or self.stopped else None
 
     def _log(self, result: StepResult) -> None:
         norm = result.grad_norm
@@ -196,9 +227,7 @@ class Training:
         metrics["checkpoint_seconds"] = self.checkpointer.blocked_seconds
         self.recorder.metrics(self.state.step, metrics)
         self.recorder.progress(self.state.step, metrics)
-        if self.world.rank == 0:
-            self.measured({"step": self.state.step, **metrics})
-        self._last_log = metrics
+        self.callbacks.call("after_log", self.state.step, metrics)
 
     def _losses(self) -> dict[str, float]:
         """The loss since the last log line, "loss", and that of each source of a mixture with any target in it, "loss/SOURCE"."""
@@ -214,23 +243,25 @@ class Training:
             losses |= {f"loss/{source}": loss / targets for source, loss, targets in found if targets}
         return losses
 
-    def _validate(self) -> None:
+    def _validate(self) -> dict[str, float]:
         self.val_metrics = self.validate()
         if self.val_metrics:
             self.recorder.metrics(self.state.step, self.val_metrics)
         text = "  ".join(f"{name} {value:.4f}" for name, value in self.val_metrics.items())
         self.recorder.say(f"step {self.state.step:,}: {text or 'the validation data has no target, so nothing is measured'}")
-        self.report({"step": self.state.step, **self._last_log, **self.val_metrics})
+        self.callbacks.call("after_validation", self.state.step, dict(self.val_metrics))
+        return self.val_metrics
 
-    def _apart(self, action: Callable[[], None]) -> None:
+    def _apart(self, action: Callable[[], Result]) -> Result:
         start = time.perf_counter()
-        action()
+        result = action()
         self.meter.exclude(time.perf_counter() - start)
+        return result
 
     def _finish(self) -> dict[str, float]:
         metrics = {"step": self.state.step, **self.val_metrics}
-        if self.world.rank == 0 and self.state.step == self.total_steps:
-            write_json(self.run_folder / RESULT, metrics)
+        if self.world.rank == 0 and (self.stopped is not None or self.state.step == self.total_steps):
+            write_json(self.run_folder / RESULT, metrics if self.stopped is None else {**metrics, "stopped": self.stopped})
         return metrics
 
 
@@ -282,11 +313,23 @@ def _pass(task: Task, model: nn.Module, feed: Feed, world: World, read_all: Read
 
 def read_result(folder: Path) -> dict[str, float] | None:
     """The last metrics of a finished run; None: it is not finished (or the file is damaged, and continuing writes it again)."""
+    content = _read_result(folder)
+    if content is None:
+        return None
+    return {name: math.nan if value is None else value for name, value in content.items() if name != "stopped"}
+
+
+def read_stopped(folder: Path) -> str | None:
+    """Why a finished run ended before its last step; None: it did not."""
+    return (_read_result(folder) or {}).get("stopped")
+
+
+def _read_result(folder: Path) -> dict[str, Any] | None:
     try:
         content = json.loads((folder / RESULT).read_bytes())
-        return {name: math.nan if value is None else value for name, value in content.items()}
-    except (FileNotFoundError, ValueError, AttributeError, RecursionError):
+    except (FileNotFoundError, ValueError, RecursionError):
         return None
+    return content if isinstance(content, dict) else None
 
 
 def save_experiment(folder: Path, experiment: Experiment, manifest: Manifest, data_folder: str) -> None:
