@@ -155,6 +155,11 @@ class Code:
         """Names of the files that differ from another's."""
         return sorted(name for name in self.files.keys() | other.files.keys() if self.files.get(name) != other.files.get(name))
 
+    @property
+    def is_imported(self) -> bool:
+        """Whether this process has imported all of its modules, in whatever version."""
+        return bool(self.files) and all(_module_of(name) in sys.modules for name in self.files)
+
     def install(self) -> None:
         """Makes the files importable in this process.
 
@@ -163,7 +168,7 @@ class Code:
         """
         missing = False
         for name, text in self.files.items():
-            module = name.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+            module = _module_of(name)
             loaded = sys.modules.get(module)
             if loaded is None:
                 missing = True
@@ -177,6 +182,11 @@ class Code:
             sys.path.insert(0, str(folder))
             _installed[self.digest] = folder
             importlib.invalidate_caches()
+
+
+def _module_of(name: str) -> str:
+    """The module of a source file."""
+    return name.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
 
 
 _installed: dict[str, Path] = {}

@@ -328,7 +328,7 @@ def resolved_architecture(config: ModelConfig) -> dict[str, Any]:
     """
     irrelevant = ("dropout", "init_scale", "init", "freeze")
     flat = {name: value for name, value in flatten(to_dict(config)).items() if not name.endswith(irrelevant)}
-    if isinstance(config, PerceiverARConfig):
+    if not isinstance(config, PerceiverIOConfig):
         return flat
     for name, channels in (
         ("encoder.num_cross_attention", shapes.encoder_cross_attention(config)),

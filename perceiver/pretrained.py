@@ -20,7 +20,7 @@ import pickle
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,8 @@ import torch
 from torch import Tensor
 
 from perceiver import hub
-from perceiver.config import ModelConfig, UserError, flatten, from_dict, to_dict
+from perceiver.config import ModelConfig, UserError, flatten, load_tree, to_dict, type_name
+from perceiver.config.core import is_builtin
 from perceiver.models import build_model, check_model
 from perceiver.models.configs import PerceiverARConfig
 
@@ -145,9 +146,7 @@ def read_model(data: Any, file: Path) -> ModelConfig:
         UserError: it is none.
     """
     with in_one_sentence(file):
-        config = from_dict(data, foreign=True)
-    if not isinstance(config, ModelConfig):
-        raise UserError(f"{file} describes no model that can be read: 'model' is {type(config).__name__}")
+        config = load_tree(data, ModelConfig, f"{file} describes no model that can be read", foreign=True)
     check_config(config, file)
     return config
 
@@ -167,8 +166,11 @@ def check_config(config: ModelConfig, file: Path) -> None:
 
 def _check_types(config: Any, name: str, file: Path) -> None:
     """Each field must be of the type of its default; a number that can be None is a whole one."""
+    ours = is_builtin(type_name(type(config)))
     for field in fields(config):
         value, default, place = getattr(config, field.name), field.default, f"{name}.{field.name}"
+        if not ours and (default is None or default is MISSING):
+            continue  # of what type it is only its class knows
         if is_dataclass(default):
             if not is_dataclass(value) or isinstance(value, type):
                 raise UserError(f"{file} describes no model that can be: {place} is {value!r:.60}")

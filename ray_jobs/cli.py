@@ -29,7 +29,8 @@ SHORTCUTS = {
     "--init-encoder-from": "--training.init-encoder-from",
     "--init-checkpoint": "--training.init-checkpoint",
 }
-
+TRUST_CODE = "--trust-code"
+"""Runs that an experiment is or starts from may run code of their own that was never run from this account."""
 
 Config = TypeVar("Config")
 
@@ -61,7 +62,16 @@ def parse_experiment(argv: Sequence[str], prog: str) -> Experiment:
     # Here and not above: to parse nothing takes none of the models and tasks.
     from perceiver.experiments import find_experiment
 
-    return override(find_experiment(argv[0]), argv[1:], f"{prog} {argv[0]}")
+    trust_code = TRUST_CODE in argv
+    words = [word for word in argv if word != TRUST_CODE]
+    if not words:
+        raise UserError(f"{TRUST_CODE} needs the experiment that it is about: {program(prog)} EXPERIMENT {TRUST_CODE}")
+    experiment = override(find_experiment(words[0], trust_code), words[1:], f"{prog} {words[0]}")
+    if trust_code:
+        from perceiver.training.init_from import trust_start
+
+        trust_start(experiment)
+    return experiment
 
 
 def override(config: Config, args: Sequence[str], prog: str) -> Config:

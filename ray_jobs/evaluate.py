@@ -26,13 +26,16 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog=program("ray_jobs.evaluate"), description=__doc__)
     parser.add_argument("run", help="folder or URI of a run, or its name among the runs of $PERCEIVER_HOME")
     parser.add_argument("--checkpoint", default="best", help="best (default), last, or a step")
+    parser.add_argument("--trust-code", action="store_true", help="run code that the run brings and that was never run from this account")
     args, overrides = parser.parse_known_args(argv)
     refuse_empty(args, ("run",))
-    evaluate_run(args.run, args.checkpoint, overrides, say=lambda text: print(text, flush=True))
+    evaluate_run(args.run, args.checkpoint, overrides, say=lambda text: print(text, flush=True), trust_code=args.trust_code)
     return 0
 
 
-def evaluate_run(run: str | Path, checkpoint: str = "best", overrides: list[str] | None = None, say=print) -> dict[str, float]:
+def evaluate_run(
+    run: str | Path, checkpoint: str = "best", overrides: list[str] | None = None, say=print, trust_code: bool = False
+) -> dict[str, float]:
     """Evaluates a checkpoint of a run over a whole validation set, and writes the result into the run's folder.
 
     Args:
@@ -40,6 +43,7 @@ def evaluate_run(run: str | Path, checkpoint: str = "best", overrides: list[str]
         checkpoint: "best", "last" or a step.
         overrides: command-line arguments for fields that an evaluation may change: `--data.source FILES` (other files, all of
             them), `--data.*`, `--task.*`, `--parallel.*`, `--training.global-batch-size`.
+        trust_code: run the code that the run brings although that was never run from this account.
 
     Returns:
         The metrics, named val_...
@@ -50,7 +54,7 @@ def evaluate_run(run: str | Path, checkpoint: str = "best", overrides: list[str]
     folder = find_run(run)
     if folder is None:
         raise UserError(f"no run {str(run)!r}: neither a run's folder nor the name of one in {home() / 'runs'}")
-    trained, _ = read_run(folder)
+    trained, _ = read_run(folder, trust_code)
     if trained.data.mixture:  # which takes the place of data.source: told here, it is another source in any case
         trained = replace(trained, data=replace(trained.data, source=""))
     experiment = override(trained, overrides or [], f"ray_jobs.evaluate {run}")

@@ -1,10 +1,11 @@
 """`python -m ray_jobs.predict RUN --input FILES --output FOLDER [--mode MODE]`: a trained model on many inputs, on Ray
 Data.
 
-Modes: classify, fill-mask, embed (mean of the latents), score (loss of each document), generate. Inputs are lines of
-.txt files, objects of .jsonl files, rows of .parquet files, or image files. The output folder gets parquet files with
-exactly one row for each input row, with its id, and errors.jsonl with the rows that could not be computed. A job that
-was stopped continues when it is started again: parts that are written are not computed again.
+Modes: classify, fill-mask, embed (mean of the latents), score (loss of each document), generate, and predict: what a
+task of your own says of rows of arrays. Inputs are lines of .txt files, objects of .jsonl files, rows of .parquet files, or
+image files. The output folder gets parquet files with exactly one row for each input row, with its id, and errors.jsonl
+with the rows that could not be computed. A job that was stopped continues when it is started again: parts that are written
+are not computed again.
 """
 
 from __future__ import annotations
@@ -16,21 +17,23 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from perceiver.config import ParallelConfig, UserError, differences, flatten
+from perceiver.data.rows import ArrayRows
 from perceiver.data.storage import atomic_file, list_folder, open_folder, read_file, write_file
-from perceiver.inference.load import describe
-from perceiver.inference.predict import MODES, PredictOptions, output_schema, predict_rows
-from perceiver.inference.rows import Part, Row, from_plain, list_inputs, plan_parts, read_part, to_plain
+from perceiver.inference.load import Description, describe
+from perceiver.inference.predict import MODES, PredictOptions, predict_rows
+from perceiver.inference.rows import Kind, Part, from_plain, list_inputs, plan_parts, read_part, rows_from_table, rows_to_table, to_plain
 from perceiver.models.configs import PerceiverARConfig
-from perceiver.tasks.image_classification import ImageClassificationConfig
 from ray_jobs.cli import JobFailed, main_entry, program, refuse_empty
 
 PLAN, ERRORS, SUMMARY = "plan.json", "errors.jsonl", "summary.json"
+KINDS: dict[str, Kind] = {"images": "image", "tokens": "text", "documents": "text", "arrays": "arrays"}
+"""What new rows hold of a task, by the kind of prepared rows that it reads."""
 READ_CPUS = 0.5
 """CPUs of a task that reads a part."""
 
@@ -43,12 +46,18 @@ class PredictJob:
     """Run, exported folder or hub name."""
     checkpoint: str
     inputs: tuple[str, ...]
-    kind: Literal["text", "image"]
+    kind: Kind
     column: str
     id_column: str | None
     rows_per_part: int
     precision: str
     options: PredictOptions
+    arrays: dict[str, Any] | None = None
+    """The columns of rows of arrays (`ArrayRows.to_json`)."""
+
+    @property
+    def rows(self) -> ArrayRows | None:
+        return None if self.arrays is None else ArrayRows.from_json(self.arrays)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,15 +70,15 @@ class Placement:
 
 
 def main(argv: list[str]) -> int:
-    job, output, placement = parse(argv)
-    summary = predict(job, output, placement, say=lambda text: print(text, flush=True))
+    job, output, placement, model = parse(argv)
+    summary = predict(job, output, placement, model, say=lambda text: print(text, flush=True))
     if summary["errors"] == summary["rows"]:
         raise JobFailed(f"none of the {summary['rows']:,} rows could be computed; the first: {summary['first_error']}")
     return 0
 
 
-def parse(argv: list[str]) -> tuple[PredictJob, str, Placement]:
-    """A command line as a job.
+def parse(argv: list[str]) -> tuple[PredictJob, str, Placement, Description]:
+    """A command line as a job, its output, where it runs, and its model.
 
     Raises:
         UserError: a value out of range.
@@ -80,8 +89,9 @@ def parse(argv: list[str]) -> tuple[PredictJob, str, Placement]:
     parser.add_argument("run", help="folder or name of a run, an exported folder, or a name on the hub")
     parser.add_argument("--input", nargs="+", required=True, metavar="PATH", help="files or folders")
     parser.add_argument("--output", required=True, metavar="FOLDER", help="a new folder, or that of the same job before")
-    parser.add_argument("--mode", choices=MODES, help="what to compute (default: of the model's task: generate, fill-mask or classify)")
+    parser.add_argument("--mode", choices=MODES, help="what to compute (default: what the model's task is for)")
     parser.add_argument("--checkpoint", default="best", help="best (default), last, or a step")
+    parser.add_argument("--trust-code", action="store_true", help="run code that the run brings and that was never run from this account")
     parser.add_argument("--column", help='column with the text or image (default: "text" or "image")')
     parser.add_argument("--id-column", help="column with the rows' ids (default: file name and row number)")
     parser.add_argument("--batch-size", type=int, default=o["batch_size"], help="rows computed at once (%(default)s)")
@@ -102,7 +112,7 @@ def parse(argv: list[str]) -> tuple[PredictJob, str, Placement]:
     for name in ("batch_size", "rows_per_part", "actors"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)} and must be at least 1")
-    model = describe(args.run, args.checkpoint)
+    model = describe(args.run, args.checkpoint, args.trust_code)
     names = {f.name for f in dataclasses.fields(PredictOptions)} - {"mode", "stop"}
     options = PredictOptions(
         mode=args.mode or _usual_mode(model.abilities, model.name),
@@ -117,26 +127,35 @@ def parse(argv: list[str]) -> tuple[PredictJob, str, Placement]:
     if model.abilities and MODES[options.mode].ability not in model.abilities:
         can = ", ".join(name for name, mode in MODES.items() if mode.ability in model.abilities)
         raise UserError(f"--mode is {options.mode}, but {model.name} can only {can}")
-    image = isinstance(model.task, ImageClassificationConfig) if model.task else args.column == "image"
+    kind = KINDS[model.task.kind] if model.task else "image" if args.column == "image" else "text"
+    arrays = model.rows if kind == "arrays" else None
+    if kind == "arrays":
+        if args.column is not None:
+            raise UserError(f"--column is {args.column}, but {model.name} reads rows of arrays, each column by its name: leave it out")
+        if arrays is None:
+            task = type(model.task).__name__
+            raise UserError(f"{model.name} cannot be used on new rows: its task names no columns ({task}.rows gives none)")
     job = PredictJob(
         source=model.location,
         checkpoint=model.checkpoint,
         inputs=tuple(map(_absolute, args.input)),
-        kind="image" if image else "text",
-        column=args.column or ("image" if image else "text"),
+        kind=kind,
+        column=args.column or ("" if kind == "arrays" else kind),
         id_column=args.id_column,
         rows_per_part=args.rows_per_part,
         precision=args.precision,
         options=options,
+        arrays=None if arrays is None else arrays.to_json(),
     )
-    return job, _absolute(args.output), Placement(actors=args.actors, device=args.device, address=args.address)
+    return job, _absolute(args.output), Placement(actors=args.actors, device=args.device, address=args.address), model
 
 
-def predict(job: PredictJob, output: str, placement: Placement, say: Callable[[str], None] = print) -> dict[str, Any]:
+def predict(job: PredictJob, output: str, placement: Placement, model: Description, say: Callable[[str], None] = print) -> dict[str, Any]:
     """Runs a job to its end, from where an earlier call stopped, and returns its summary.
 
     Args:
         output: local folder or URI.
+        model: the job's, whose code goes to the processes that load it.
 
     Raises:
         UserError: a mistake in the job or its inputs, or another job's output in the folder.
@@ -149,7 +168,7 @@ def predict(job: PredictJob, output: str, placement: Placement, say: Callable[[s
     say(f"{total:,} rows in {len(parts):,} parts" + (f", {len(parts) - len(todo):,} of them done before" if len(todo) < len(parts) else ""))
     started, done, bad = time.monotonic(), 0, 0
     if todo:
-        for result in _compute(job, todo, output, placement):
+        for result in _compute(job, todo, output, placement, model):
             done += result["rows"]
             bad += result["errors"]
             rate = done / (time.monotonic() - started)
@@ -171,6 +190,8 @@ def plan(job: PredictJob, output: str) -> list[Part]:
     """
     files = list_inputs(job.inputs)
     settings = flatten(dataclasses.asdict(job) | {"files": {name: size for _, name, size in files}})
+    if job.arrays is None:
+        del settings["arrays"]
     settings = json.loads(json.dumps(settings))
     _check_apart(job.inputs, output)
     there = list_folder(output)
@@ -181,7 +202,7 @@ def plan(job: PredictJob, output: str) -> list[Part]:
         return parts
     if any(not name.startswith(".") for name in there):  # a first start may have been stopped in the middle of its first file
         raise UserError(f"--output {output} is not empty and holds no earlier output: choose another folder")
-    parts = plan_parts(files, job.rows_per_part, job.column, job.id_column)
+    parts = plan_parts(files, job.rows_per_part, job.column, job.id_column, job.rows)
     if not parts:
         raise UserError("--input has no rows")
     content = json.dumps({"settings": settings, "parts": to_plain(parts)}, indent=1) + "\n"
@@ -240,11 +261,12 @@ def finish(parts: list[Part], output: str) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------------------------ Ray
 
 
-def _compute(job: PredictJob, parts: list[Part], output: str, placement: Placement) -> Iterator[dict[str, int]]:
+def _compute(job: PredictJob, parts: list[Part], output: str, placement: Placement, model: Description) -> Iterator[dict[str, int]]:
     """Computes parts with a pool of actors; yields what each of them was, as it is done."""
     import ray
 
     from ray_jobs.ray_env import connect, use_gpus
+    from ray_jobs.shipping import Shipped
 
     parallel = ParallelConfig(device=placement.device, address=placement.address)
     with connect(parallel):
@@ -269,6 +291,7 @@ def _compute(job: PredictJob, parts: list[Part], output: str, placement: Placeme
                 "output": output,
                 "device": "cuda" if gpu else "cpu",
                 "actors": 0 if gpu else actors,
+                "classes": Shipped((model.task, model.config)),
             },
             batch_size=None,
             batch_format="pyarrow",
@@ -284,24 +307,15 @@ def _read(items: pa.Table, job: PredictJob) -> pa.Table:
     """The rows of one part as a table."""
     (item,) = items.to_pylist()
     (part,) = from_plain([json.loads(item["part"])])
-    rows = read_part(part, job.kind, job.column, job.id_column)
-    # As bytes: a text with a lone surrogate is a bad row, and must arrive as one.
-    values = [v.encode("utf-8", "surrogatepass") if isinstance(v := row.value, str) else v for row in rows]
-    return pa.table(
-        {
-            "number": pa.array([part.number] * len(rows), pa.int64()),
-            "id": pa.array([row.id for row in rows], pa.string()),
-            "value": pa.array(values, pa.large_binary()),
-            "error": pa.array([row.error for row in rows], pa.string()),
-            "place": pa.array([row.place for row in rows], pa.string()),
-        }
-    )
+    rows = read_part(part, job.kind, job.column, job.id_column, job.rows)
+    return rows_to_table(rows, job.rows).append_column("number", pa.array([part.number] * len(rows), pa.int64()))
 
 
 class Predictor:
     """An actor with one model: computes a part and writes its output file, whole or not at all."""
 
-    def __init__(self, job: PredictJob, output: str, device: str, actors: int) -> None:
+    def __init__(self, job: PredictJob, output: str, device: str, actors: int, classes: Any = None) -> None:
+        """Loads the model; `classes` are its own, whose code came along with them (and was checked where the job was started)."""
         import torch
 
         import perceiver
@@ -309,18 +323,14 @@ class Predictor:
         if actors:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // actors))
         self.job, self.output = job, output
-        self.model = perceiver.load(job.source, job.checkpoint, device=device, precision=job.precision)
+        self.model = perceiver.load(job.source, job.checkpoint, device=device, precision=job.precision, trust_code=True)
 
     def __call__(self, table: pa.Table) -> pa.Table:
         number = table["number"][0].as_py()
-        text = self.job.kind == "text"
-        rows = [
-            Row(identity, value.decode("utf-8", "surrogatepass") if text and value is not None else value, error, place)
-            for identity, value, error, place in zip(*(table[c].to_pylist() for c in ("id", "value", "error", "place")), strict=True)
-        ]
+        rows = rows_from_table(table, self.job.kind, self.job.rows)
         result = predict_rows(self.model, rows, self.job.options)
         with atomic_file(self.output, part_name(number)) as file:
-            pq.write_table(result.cast(output_schema(self.job.options.mode)), file)
+            pq.write_table(result, file)
         errors = len(rows) - result["error"].null_count
         return pa.table({"number": [number], "rows": [len(rows)], "errors": [errors]})
 

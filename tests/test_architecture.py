@@ -1,6 +1,7 @@
 """The rooms of the house and who may know whom (docs/architecture.md), held by reading the imports."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -27,8 +28,8 @@ ARROWS = {
     "perceiver.hub": {"perceiver.config", "perceiver.models", "perceiver.presets"},
     "perceiver.pretrained": {"perceiver.config", "perceiver.hub", "perceiver.models"},
     "perceiver.training": {
-        "perceiver.config", "perceiver.costs", "perceiver.data", "perceiver.hub", "perceiver.models", "perceiver.pretrained",
-        "perceiver.runs", "perceiver.tasks",
+        "perceiver.config", "perceiver.costs", "perceiver.data", "perceiver.extensions", "perceiver.hub", "perceiver.models",
+        "perceiver.pretrained", "perceiver.runs", "perceiver.tasks",
     },
     "perceiver.inference": {
         "perceiver.config", "perceiver.models", "perceiver.data", "perceiver.datasets", "perceiver.generation", "perceiver.hub",
@@ -82,6 +83,19 @@ def test_imports_follow_the_arrows(path):
 @pytest.mark.parametrize("path", files("ray_jobs"), ids=lambda p: str(p.relative_to(ROOT)))
 def test_ray_tune_stays_in_its_room(path):
     assert not {m for m in imports(path) if m.startswith(("ray.tune", "tuning"))}
+
+
+def test_a_task_is_known_in_its_own_file_alone():
+    """Presets put experiments together; nobody else treats one task differently from another."""
+    names = {}
+    for path in files("perceiver/tasks"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef) and any(isinstance(base, ast.Name) and base.id == "TaskConfig" for base in node.bases):
+                names[node.name] = path
+    assert len(names) >= 6
+    for path in (p for package in ("perceiver", "ray_jobs", "tuning") for p in files(package) if p != ROOT / "perceiver/presets.py"):
+        words = set(re.findall(r"\w+", path.read_text()))
+        assert not [name for name, own in names.items() if name in words and path != own], path
 
 
 def test_there_is_one_optimizer_step():

@@ -120,7 +120,7 @@ INPUTS = {
 }
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", INPUTS)
 @pytest.mark.parametrize("batch_size", [1, 3, 16])
 def test_a_bad_row_has_an_error_and_the_others_are_as_without_it(runs, mode, batch_size):
     task, good, bad = INPUTS[mode]
@@ -129,7 +129,7 @@ def test_a_bad_row_has_an_error_and_the_others_are_as_without_it(runs, mode, bat
     values = [good[0], bad, *good[1:]]
     rows = [Row(f"r{i}", value) for i, value in enumerate(values)] + [Row("unread", None, "no such row")]
     table = predict_rows(model, rows, options)
-    assert table.cast(output_schema(mode)).schema.equals(output_schema(mode))
+    assert table.schema.equals(output_schema(mode, model))
     assert table["id"].to_pylist() == ["r0", "r1", "r2", "r3", "unread"]
     errors = table["error"].to_pylist()
     assert [error is None for error in errors] == [True, False, True, True, False] and errors[-1] == "no such row"
@@ -200,10 +200,10 @@ def test_a_model_of_another_task_is_refused(runs):
 def test_a_command_line_becomes_a_job_with_its_checkpoint_settled(runs, tmp_path):
     from ray_jobs.predict import parse
 
-    job, output, placement = parse([str(runs["sentiment"]), "--input", "in", "--output", str(tmp_path / "out"), "--actors", "2"])
+    job, output, placement, _ = parse([str(runs["sentiment"]), "--input", "in", "--output", str(tmp_path / "out"), "--actors", "2"])
     assert (job.options.mode, job.column, job.checkpoint, placement.actors) == ("classify", "text", "1", 2)
     assert job.inputs == (os.path.abspath("in"),) and output == str(tmp_path / "out")
-    job, _, _ = parse([str(runs["images"]), "--input", "in", "--output", "out", "--mode", "embed"])
+    job, *_ = parse([str(runs["images"]), "--input", "in", "--output", "out", "--mode", "embed"])
     assert (job.options.mode, job.column, job.kind) == ("embed", "image", "image")
     for task, mode in {"causal": "generate", "masked": "fill-mask", "sentiment": "classify", "images": "classify"}.items():
         for source in (runs[task], perceiver.load(runs[task], device="cpu").export(tmp_path / task)):
@@ -274,7 +274,7 @@ def test_a_job_of_which_no_row_succeeds_fails_and_names_its_mode(runs, tmp_path,
 
     (tmp_path / "in.txt").write_text("".join("x" * (17 if i < bad else 3) + "\n" for i in range(5)))
 
-    def compute(job, parts, output, placement):
+    def compute(job, parts, output, placement, model):
         predictor = predict.Predictor(job, output, "cpu", 0)
         for part in parts:
             table = predict._read(pa.table({"part": [json.dumps(to_plain([part])[0])]}), job)
@@ -323,7 +323,7 @@ def test_parts_go_from_reader_to_actor_to_file_and_every_row_is_there(runs, tmp_
     write_inputs(tmp_path / "in")
     (tmp_path / "in" / "bad.jsonl").write_text('{"text": "\\ud800"}\nno json\n{"text": "good"}\n')
     out = str(tmp_path / "out")
-    job, _, _ = parse(
+    job, *_ = parse(
         [
             str(runs["sentiment"]),
             "--input",

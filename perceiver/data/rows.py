@@ -233,7 +233,7 @@ class ArrayRows(RowKind):
         for name, column in self.columns.items():
             if column.is_number and column.shape:
                 stacked = np.stack(values[name]) if values[name] else np.empty((0, *column.shape), column.dtype)
-                arrays.append(fixed_column(stacked.reshape(len(stacked), -1)))
+                arrays.append(fixed_column(stacked.reshape(len(stacked), column.size)))
             else:
                 arrays.append(pa.array(values[name], _arrow_type(column)))
         return pa.Table.from_arrays(arrays, schema=self.schema)

@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.action is None or args.action == "generate":  # before the weights are read
             Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed).check()
-        model = perceiver.load(args.run, args.checkpoint, device=args.device, precision=args.precision)
+        model = perceiver.load(args.run, args.checkpoint, device=args.device, precision=args.precision, trust_code=args.trust_code)
         action = args.action or next(iter(model.abilities), "")
         if action not in model.abilities or action not in ACTIONS:
             getattr(model, action or "generate")("")
@@ -50,6 +50,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("prompt", nargs="*", help="texts or image files; none: ask for them")
     parser.add_argument("--action", choices=ACTIONS, help="what to do (default: what the model was trained for)")
     parser.add_argument("--checkpoint", default="best", help="best (default), last, or a step")
+    parser.add_argument("--trust-code", action="store_true", help="run code that the run brings and that was never run from this account")
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, ...")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of weights and computation")
     parser.add_argument("--max-new-tokens", type=int, default=200, help="length of continuations in tokens (%(default)s)")

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from perceiver.config import DataConfig, ModelConfig, TaskConfig, UserError, from_dict, home
+from perceiver.config import DataConfig, ModelConfig, TaskConfig, UserError, home, load_tree
 from perceiver.data.rows import ArrayRows
 from perceiver.data.tokenizers import TOKENIZER, Tokenizer, load_tokenizer
 from perceiver.inference.export import CONFIG, WEIGHTS, download, read_config
@@ -178,10 +178,7 @@ def load_export(folder: Path, device: torch.device) -> TrainedModel:
 
 def _task(data: Any, file: Path) -> TaskConfig:
     with in_one_sentence(file):
-        task = from_dict(data, foreign=True)
-    if not isinstance(task, TaskConfig):
-        raise UserError(f"{file} describes no model that can be read: 'task' is {type(task).__name__}")
-    return task
+        return load_tree(data, TaskConfig, f"{file} describes no model that can be read", foreign=True)
 
 
 def _filled(model: Any, weights: dict[str, Tensor], device: torch.device) -> nn.Module:

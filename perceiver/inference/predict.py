@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import pyarrow as pa
@@ -67,8 +69,8 @@ class Mode:
 
     ability: str
     """The method of `TrainedModel`."""
-    columns: tuple[tuple[str, pa.DataType], ...]
-    """What it adds to an output row."""
+    columns: tuple[tuple[str, pa.DataType], ...] | None
+    """What it adds to an output row; None: the task's own predictions tell."""
     run: Callable[[TrainedModel, list[Any], PredictOptions, list[str]], list[tuple]]
     """(model, values, options, places of the rows) -> the columns' values of each row."""
 
@@ -107,7 +109,17 @@ def _generate(model: TrainedModel, values: list[Any], options: PredictOptions, p
     return [(text,) for text in texts]
 
 
+def _predict(model: TrainedModel, values: list[Any], options: PredictOptions, places: list[str]) -> list[tuple]:
+    results, wanted = model.predict(values, batch_size=len(values)), model.predictor.example
+    for name, example in wanted.items():
+        if results[name].shape[1:] != example.shape[1:]:
+            raise UserError(f"{name} has shape {results[name].shape[1:]}, but of other rows it has {example.shape[1:]}")
+    columns = [results[name].reshape(len(values), -1) if results[name].ndim > 1 else results[name].tolist() for name in wanted]
+    return list(zip(*columns, strict=True))
+
+
 MODES: dict[str, Mode] = {
+    "predict": Mode("predict", None, _predict),
     "classify": Mode(
         "classify",
         (
@@ -139,10 +151,7 @@ def predict_rows(model: TrainedModel, rows: Sequence[Row], options: PredictOptio
         getattr(model, mode.ability)("")  # says what it can do instead
     results: list[tuple | None] = [None] * len(rows)
     errors = [row.error for row in rows]
-    # Neighbours of like length need little padding.
-    todo = sorted((i for i, row in enumerate(rows) if row.error is None), key=lambda i: len(rows[i].value or ""))
-    for start in range(0, len(todo), options.batch_size):
-        batch = todo[start : start + options.batch_size]
+    for batch in _batches(rows, options.batch_size):
         for group in (batch, *([i] for i in batch)):
             values, places = [rows[i].value for i in group], [rows[i].place for i in group]
             try:
@@ -155,12 +164,37 @@ def predict_rows(model: TrainedModel, rows: Sequence[Row], options: PredictOptio
                 continue
             if len(group) == len(batch):
                 break
-    columns: dict[str, pa.Array] = {"id": pa.array([row.id for row in rows], pa.string())}
-    for number, (name, kind) in enumerate(mode.columns):
-        columns[name] = pa.array([None if r is None else r[number] for r in results], kind)
-    return pa.table(columns | {"error": pa.array(errors, pa.string())})
+    schema = output_schema(options.mode, model)
+    columns = [pa.array([row.id for row in rows], pa.string())]
+    for number, field in enumerate(list(schema)[1:-1]):
+        columns.append(pa.array([None if r is None else r[number] for r in results], field.type))
+    return pa.table([*columns, pa.array(errors, pa.string())], schema=schema)
 
 
-def output_schema(mode: str) -> pa.Schema:
-    """The columns of `predict_rows`."""
-    return pa.schema([("id", pa.string()), *MODES[mode].columns, ("error", pa.string())])
+def _batches(rows: Sequence[Row], size: int) -> Iterator[list[int]]:
+    """Numbers of the rows that are computed at once: neighbours of like length, which need little padding, or of the same columns."""
+
+    def alike(i: int) -> Any:
+        return sorted(value) if isinstance(value := rows[i].value, dict) else 0
+
+    todo = sorted((i for i, row in enumerate(rows) if row.error is None), key=lambda i: (alike(i), len(rows[i].value or "")))
+    for _, group in groupby(todo, key=alike):
+        found = list(group)
+        yield from (found[first : first + size] for first in range(0, len(found), size))
+
+
+def output_schema(mode: str, model: TrainedModel) -> pa.Schema:
+    """The columns of `predict_rows`. A prediction of several dimensions is a flat list, with its "shape" in the column's metadata."""
+    columns = MODES[mode].columns
+    middle = _prediction_fields(model) if columns is None else [pa.field(name, kind) for name, kind in columns]
+    return pa.schema([pa.field("id", pa.string()), *middle, pa.field("error", pa.string())])
+
+
+def _prediction_fields(model: TrainedModel) -> list[pa.Field]:
+    found = []
+    for name, values in model.predictor.example.items():
+        if name in ("id", "error"):
+            raise UserError(f"the task of {model.name} predicts {name!r}, a name that the output has itself: choose another")
+        kind, shape = pa.from_numpy_dtype(values.dtype), values.shape[1:]
+        found.append(pa.field(name, pa.list_(kind), metadata={"shape": json.dumps(shape)}) if shape else pa.field(name, kind))
+    return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from perceiver.config import UserError
-from perceiver.data.rows import ArrayRows, fixed_array
+from perceiver.data.rows import fixed_array
+from perceiver.inference.rows import given_rows
 from perceiver.tasks.base import Batch, Task, dummy_split
 
 
@@ -33,9 +35,8 @@ class Predictor:
     def __init__(self, model: nn.Module, task: Task[Any, Any], device: torch.device, name: str) -> None:
         found = task.config.rows(task.model_config, task.data)
         if found is None:
-            raise UserError(
-                f"{name} cannot predict: its task {type(task).__name__} reads no rows of arrays ({type(task.config).__name__}.rows gives none)"
-            )
+            config = type(task.config).__name__
+            raise UserError(f"{name} cannot predict: its task {type(task).__name__} reads no rows of arrays ({config}.rows gives none)")
         self.model, self.task, self.device, self.name, self.rows = model, task, device, name, found
 
     def predict(self, rows: Any, batch_size: int) -> dict[str, np.ndarray]:
@@ -44,7 +45,7 @@ class Predictor:
             raise UserError(f"batch_size is {batch_size} and must be at least 1")
         table = self.table(rows)
         if not table.num_rows:
-            return {name: values[:0] for name, values in self.example().items()}
+            return {name: values[:0] for name, values in self.example.items()}
         batches = [self.batch(table.slice(first, batch_size), first) for first in range(0, table.num_rows, batch_size)]
         joined = {}
         for name, first in batches[0].items():
@@ -54,6 +55,7 @@ class Predictor:
             joined[name] = np.concatenate([batch[name] for batch in batches])
         return joined
 
+    @cached_property
     def example(self) -> dict[str, np.ndarray]:
         """What the task says of one row of zeros: it tells the names, types and shapes of all its predictions."""
         return self.batch(self.rows.zeros(1), 0)
@@ -84,7 +86,7 @@ class Predictor:
         names = [name for name in self.rows.columns if all(row.get(name) is not None for row in given)]
         if not names:
             raise UserError(f"{self.name} needs rows with {', '.join(self.rows.columns)}, and there is none that all rows have")
-        return only(self.rows, names).table([{name: shaped(row[name], self.rows, name) for name in names} for row in given], "rows")
+        return given_rows(self.rows, names, given, "rows")
 
     @torch.no_grad()
     def batch(self, table: pa.Table, first: int) -> dict[str, np.ndarray]:
@@ -140,25 +142,9 @@ class Predictor:
             raise UserError(f"the rows have no {missing[0]}, which {type(self.task).__name__} needs to predict") from None
 
 
-def only(rows: ArrayRows, names: Sequence[str]) -> ArrayRows:
-    """Some of the columns of rows, in their order."""
-    return ArrayRows(**{name: (column.shape, column.dtype) for name, column in rows.columns.items() if name in names})
-
-
-def shaped(value: Any, rows: ArrayRows, name: str) -> Any:
-    """A value in its column's shape where it comes as the flat list that prepared data stores."""
-    column = rows.columns[name]
-    if not column.is_number or len(column.shape) < 2:
-        return value
-    try:
-        array = np.asarray(value)
-    except ValueError:
-        return value  # the check of the column says what is wrong
-    return array.reshape(column.shape) if array.shape == (column.size,) else value
-
-
 def _values(column: pa.ChunkedArray) -> Sequence[Any]:
     """The values of a table's column: arrays where they are fixed lists of numbers."""
-    if pa.types.is_fixed_size_list(column.type) and not column.null_count and pa.types.is_primitive(column.type.value_type):
+    whole = pa.types.is_fixed_size_list(column.type) and not any(chunk.null_count or chunk.values.null_count for chunk in column.chunks)
+    if whole and pa.types.is_primitive(column.type.value_type):
         return list(fixed_array(pa.table({"values": column}), "values"))
     return column.to_pylist()

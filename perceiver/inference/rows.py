@@ -1,5 +1,7 @@
 """Input rows of batch inference: files of any size cut into parts, the same parts at every call, each row with an id.
 
+A row is a text, an image, or some of the arrays that a task reads (their targets may be missing).
+
 Rows are the lines of .txt files, the objects of .jsonl (.json, .ndjson), the rows of .parquet, and image files (a file
 a row). A row that cannot be read is a row all the same: it has an error in place of its value.
 """
@@ -7,20 +9,22 @@ a row). A row that cannot be read is a row all the same: it has an error in plac
 from __future__ import annotations
 
 import gzip
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from perceiver.config import UserError
 from perceiver.data.readers import NotJson, parse_json
+from perceiver.data.rows import ArrayRows, Column
 from perceiver.data.storage import open_folder
 
-Kind = Literal["text", "image"]
+Kind = Literal["text", "image", "arrays"]
 _CHUNK = 8 << 20
 _LINES = (".txt", ".jsonl", ".json", ".ndjson")
 _IMAGES = (".png", ".jpg", ".jpeg")
@@ -49,7 +53,7 @@ class Row:
     """An input: its id, and its value or what is wrong with it."""
 
     id: str
-    value: str | bytes | None
+    value: str | bytes | dict[str, Any] | None
     error: str | None = None
     given_place: str | None = None
 
@@ -57,6 +61,21 @@ class Row:
     def place(self) -> str:
         """File and number, also where the id is from a column (where two rows may have the same)."""
         return self.id if self.given_place is None else self.given_place
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is read of a row."""
+
+    kind: Kind
+    column: str
+    id_column: str | None
+    arrays: ArrayRows | None = None
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Names of the columns with its value."""
+        return (self.column,) if self.arrays is None else tuple(self.arrays.columns)
 
 
 def list_inputs(inputs: Sequence[str]) -> list[tuple[str, str, int]]:
@@ -87,8 +106,14 @@ def list_inputs(inputs: Sequence[str]) -> list[tuple[str, str, int]]:
     return readable
 
 
-def plan_parts(files: Sequence[tuple[str, str, int]], rows_per_part: int, column: str, id_column: str | None) -> list[Part]:
+def plan_parts(
+    files: Sequence[tuple[str, str, int]], rows_per_part: int, column: str, id_column: str | None, arrays: ArrayRows | None = None
+) -> list[Part]:
     """Cuts files into parts of at most `rows_per_part` rows. Reads files of lines once, of parquet files the footers.
+
+    Args:
+        column: with the text or image.
+        arrays: what rows of arrays have instead.
 
     Raises:
         UserError: a file that is damaged or lacks the column.
@@ -101,7 +126,7 @@ def plan_parts(files: Sequence[tuple[str, str, int]], rows_per_part: int, column
     for path, name, _ in files:
         file = {"paths": (path,), "names": (name,)}
         if _suffix(path) == ".parquet":
-            rows = _parquet_rows(path, name, column, id_column)
+            rows = _parquet_rows(path, name, (column,) if arrays is None else (), id_column, arrays)
             cuts += [file | {"first": first, "rows": min(rows_per_part, rows - first)} for first in range(0, rows, rows_per_part)]
         elif _suffix(path) in _LINES:
             cuts += [file | cut for cut in _line_cuts(path, name, rows_per_part)]
@@ -118,19 +143,19 @@ def from_plain(data: Sequence[dict[str, Any]]) -> list[Part]:
     return [Part(**{**part, "paths": tuple(part["paths"]), "names": tuple(part["names"])}) for part in data]
 
 
-def read_part(part: Part, kind: Kind, column: str, id_column: str | None) -> list[Row]:
-    """The rows of a part, `part.rows` of them, in order.
+def read_part(part: Part, kind: Kind, column: str, id_column: str | None, arrays: ArrayRows | None = None) -> list[Row]:
+    """The rows of a part, `part.rows` of them, in order; for the arguments see `plan_parts`.
 
     Raises:
         UserError: the file has changed since it was cut.
     """
-    suffix = _suffix(part.paths[0])
+    suffix, wanted = _suffix(part.paths[0]), Wanted(kind, column, id_column, arrays)
     if suffix in _IMAGES:
-        rows = [_image_row(path, name) for path, name in zip(part.paths, part.names, strict=True)]
+        rows = [_image_row(path, name, wanted) for path, name in zip(part.paths, part.names, strict=True)]
     elif suffix == ".parquet":
-        rows = _parquet_part(part, kind, column, id_column)
+        rows = _parquet_part(part, wanted)
     else:
-        rows = _line_part(part, kind, column, id_column, objects=suffix != ".txt")
+        rows = _line_part(part, wanted, objects=suffix != ".txt")
     if len(rows) != part.rows:
         raise UserError(f"{part.names[0]} has changed since this job began: choose another --output")
     return rows
@@ -180,7 +205,7 @@ def _line_cuts(path: str, name: str, rows_per_part: int) -> Iterator[dict[str, i
         yield {"first": first, "rows": rows, "start": start, "stop": position}
 
 
-def _line_part(part: Part, kind: Kind, column: str, id_column: str | None, objects: bool) -> list[Row]:
+def _line_part(part: Part, wanted: Wanted, objects: bool) -> list[Row]:
     data, missing = b"", part.stop - part.start
     for chunk in _chunks(part.paths[0], part.start):
         data += chunk[: missing - len(data)]
@@ -188,22 +213,19 @@ def _line_part(part: Part, kind: Kind, column: str, id_column: str | None, objec
             break
     lines = data.removesuffix(b"\n").split(b"\n")
     read = _object_row if objects else _text_row
-    return [
-        read(line.removesuffix(b"\r"), f"{part.names[0]}:{number}", kind, column, id_column)
-        for number, line in enumerate(lines, part.first)
-    ]
+    return [read(line.removesuffix(b"\r"), f"{part.names[0]}:{number}", wanted) for number, line in enumerate(lines, part.first)]
 
 
-def _text_row(line: bytes, place: str, kind: Kind, column: str, id_column: str | None) -> Row:
-    if kind == "image":
-        return Row(place, None, "a line of text is no image")
+def _text_row(line: bytes, place: str, wanted: Wanted) -> Row:
+    if wanted.kind != "text":
+        return Row(place, None, f"a line of text is no {'image' if wanted.kind == 'image' else 'row of arrays'}")
     try:
         return Row(place, line.decode())
     except UnicodeDecodeError as error:
         return Row(place, None, f"not UTF-8: byte {line[error.start]:#04x}")
 
 
-def _object_row(line: bytes, place: str, kind: Kind, column: str, id_column: str | None) -> Row:
+def _object_row(line: bytes, place: str, wanted: Wanted) -> Row:
     try:
         row = parse_json(line.decode())
     except UnicodeDecodeError as error:
@@ -212,15 +234,20 @@ def _object_row(line: bytes, place: str, kind: Kind, column: str, id_column: str
         return Row(place, None, f"not a JSON object: {error}")
     if not isinstance(row, dict):
         return Row(place, None, "not a JSON object")
-    return _checked_row(row.get(column), row.get(id_column), place, kind, column, id_column)
+    return _checked_row({name: row.get(name) for name in wanted.columns}, row.get(wanted.id_column), place, wanted)
 
 
-def _checked_row(value: Any, given: Any, place: str, kind: Kind, column: str, id_column: str | None) -> Row:
+def _checked_row(values: dict[str, Any], given: Any, place: str, wanted: Wanted) -> Row:
+    """A row of what its columns hold (null: nothing) and the id that it brings."""
+    kind, column, id_column = wanted.kind, wanted.column, wanted.id_column
     if id_column is not None and given is None:
         return Row(place, None, f"no id in {id_column!r}")
     identity = place if id_column is None else str(given)
     if any("\ud800" <= character <= "\udfff" for character in identity):
         return Row(place, None, f"the id in {id_column!r} has a lone surrogate, which no UTF-8 text can hold")
+    if wanted.arrays is not None:
+        return _arrays_row(values, identity, place, wanted.arrays)
+    value = values[column]
     if kind == "image" and isinstance(value, dict):
         value = value.get("bytes")
     if not isinstance(value, str if kind == "text" else bytes):
@@ -229,10 +256,87 @@ def _checked_row(value: Any, given: Any, place: str, kind: Kind, column: str, id
     return Row(identity, value, None, place)
 
 
+# --------------------------------------------------------------------------------------------------------------- arrays
+
+
+def _arrays_row(values: dict[str, Any], identity: str, place: str, arrays: ArrayRows) -> Row:
+    names = [name for name, value in values.items() if value is not None]
+    if not names:
+        return Row(identity, None, f"has none of the columns {', '.join(arrays.columns)}", place)
+    try:
+        table = given_rows(arrays, names, [values], "the row")
+    except UserError as error:
+        return Row(identity, None, str(error).replace("the row, example 0", "the row"), place)
+    numbers = {name: array[0] for name, array in arrays.arrays(table).items()}
+    return Row(identity, {name: numbers[name] if name in numbers else table[name][0].as_py() for name in names}, None, place)
+
+
+def given_rows(arrays: ArrayRows, names: Sequence[str], rows: Sequence[Mapping[str, Any]], where: str) -> pa.Table:
+    """Rows of some of the columns; an array may come as the flat list that prepared data stores.
+
+    Raises:
+        UserError: a value does not fit its column; names it.
+    """
+    some = ArrayRows(**{name: (column.shape, column.dtype) for name, column in arrays.columns.items() if name in names})
+    return some.table([{name: _shaped(row[name], arrays, name) for name in some.columns} for row in rows], where)
+
+
+def _shaped(value: Any, arrays: ArrayRows, name: str) -> Any:
+    column = arrays.columns[name]
+    if not column.is_number:
+        return value
+    try:
+        array = np.asarray(value)
+    except ValueError:
+        return value  # the check of the column says what is wrong
+    if array.dtype == object and any(number is None for number in array.flat):
+        raise UserError(f"{name} has nulls among its numbers: all of them must be there")
+    return array.reshape(column.shape) if array.shape == (column.size,) else value
+
+
+def rows_to_table(rows: Sequence[Row], arrays: ArrayRows | None) -> pa.Table:
+    """Rows as a table that can be sent; see `rows_from_table`."""
+    columns = {name: pa.array([getattr(row, name) for row in rows], pa.string()) for name in ("id", "error", "place")}
+    if arrays is None:
+        # As bytes: a text with a lone surrogate is a bad row, and must arrive as one.
+        values = [v.encode("utf-8", "surrogatepass") if isinstance(v := row.value, str) else v for row in rows]
+        return pa.table(columns | {"value": pa.array(values, pa.large_binary())})
+    for name, column in arrays.columns.items():
+        values = [row.value.get(name) if isinstance(row.value, dict) else None for row in rows]
+        kind = pa.from_numpy_dtype(np.dtype(column.dtype)) if column.is_number else pa.type_for_alias(f"large_{column.dtype}")
+        if column.shape:
+            kind, values = pa.large_list(kind), [None if value is None else value.reshape(-1) for value in values]
+        columns[f"value:{name}"] = pa.array(values, kind)
+    return pa.table(columns)
+
+
+def rows_from_table(table: pa.Table, kind: Kind, arrays: ArrayRows | None) -> list[Row]:
+    """The inverse of `rows_to_table`."""
+    values: list[Any]
+    if arrays is None:
+        values = table["value"].to_pylist()
+        if kind == "text":
+            values = [None if value is None else value.decode("utf-8", "surrogatepass") for value in values]
+    else:
+        found = {name: [_sent(value, column) for value in table[f"value:{name}"]] for name, column in arrays.columns.items()}
+        values = [{name: v[number] for name, v in found.items() if v[number] is not None} or None for number in range(table.num_rows)]
+    ids, errors, places = (table[name].to_pylist() for name in ("id", "error", "place"))
+    return [
+        Row(identity, None if error is not None else value, error, place)
+        for identity, value, error, place in zip(ids, values, errors, places, strict=True)
+    ]
+
+
+def _sent(value: pa.Scalar, column: Column) -> Any:
+    if not value.is_valid or not column.shape:
+        return value.as_py()
+    return value.values.to_numpy().reshape(column.shape)
+
+
 # ------------------------------------------------------------------------------------------------------ parquet, images
 
 
-def _parquet_rows(path: str, name: str, column: str, id_column: str | None) -> int:
+def _parquet_rows(path: str, name: str, columns: Sequence[str], id_column: str | None, arrays: ArrayRows | None) -> int:
     filesystem, inner = open_folder(path)
     try:
         with filesystem.open_input_file(inner) as source, pq.ParquetFile(source) as parquet:
@@ -240,35 +344,53 @@ def _parquet_rows(path: str, name: str, column: str, id_column: str | None) -> i
             rows = parquet.metadata.num_rows
     except (pa.ArrowInvalid, OSError) as error:
         raise UserError(f"{name} is no readable parquet file ({str(error).splitlines()[0]})") from None
-    for wanted in (column, *([id_column] if id_column else [])):
+    for wanted in (*columns, *([id_column] if id_column else [])):
         if wanted not in there:
             raise UserError(f"{name} has no column {wanted!r} (it has: {', '.join(there)}): see --column and --id-column")
+    if arrays is not None and not set(arrays.columns) & set(there):
+        raise UserError(f"{name} has none of the columns {', '.join(arrays.columns)} (it has: {', '.join(there)})")
     return rows
 
 
-def _parquet_part(part: Part, kind: Kind, column: str, id_column: str | None) -> list[Row]:
+def _parquet_part(part: Part, wanted: Wanted) -> list[Row]:
     filesystem, inner = open_folder(part.paths[0])
-    wanted = list(dict.fromkeys([column, *([id_column] if id_column else [])]))
+    id_column = wanted.id_column
     rows: list[Row] = []
     with filesystem.open_input_file(inner) as source, pq.ParquetFile(source) as parquet:
+        columns = [name for name in wanted.columns if name in parquet.schema_arrow.names]
+        needed = list(dict.fromkeys([*columns, *([id_column] if id_column else [])]))
         start = 0
         for group in range(parquet.metadata.num_row_groups):
             stop = start + parquet.metadata.row_group(group).num_rows
             low, high = max(start, part.first), min(stop, part.first + part.rows)
             if low < high:
-                table = parquet.read_row_group(group, columns=wanted, use_threads=False).slice(low - start, high - low)
+                table = parquet.read_row_group(group, columns=needed, use_threads=False).slice(low - start, high - low)
                 ids = table.column(id_column).to_pylist() if id_column else [None] * len(table)
-                for number, value, given in zip(range(low, high), table.column(column), ids, strict=True):
+                for number, given in zip(range(low, high), ids, strict=True):
                     place = f"{part.names[0]}:{number}"
+                    name = columns[0]
                     try:
-                        rows.append(_checked_row(value.as_py(), given, place, kind, column, id_column))
+                        values = {}
+                        for name in columns:
+                            values[name] = _cell(table[name][number - low])
+                        rows.append(_checked_row(values, given, place, wanted))
                     except UnicodeDecodeError:
-                        rows.append(Row(place if given is None else str(given), None, f"{column!r} is not UTF-8"))
+                        rows.append(Row(place if given is None else str(given), None, f"{name!r} is not UTF-8", place))
             start = stop
     return rows
 
 
-def _image_row(path: str, name: str) -> Row:
+def _cell(value: pa.Scalar) -> Any:
+    """A cell of a parquet file as Python has it; a list of numbers without nulls as an array, which is faster."""
+    numbers = value.values if isinstance(value, (pa.ListScalar, pa.LargeListScalar, pa.FixedSizeListScalar)) else None
+    if numbers is not None and pa.types.is_primitive(numbers.type) and not numbers.null_count:
+        return numbers.to_numpy(zero_copy_only=False)
+    return value.as_py()
+
+
+def _image_row(path: str, name: str, wanted: Wanted) -> Row:
+    if wanted.kind != "image":
+        return Row(name, None, "an image file is no row of arrays" if wanted.kind == "arrays" else "an image file is no text")
     filesystem, inner = open_folder(path)
     try:
         with filesystem.open_input_stream(inner, compression=None) as source:

@@ -19,9 +19,10 @@ from torch.distributed.tensor import DTensor
 from perceiver import hub
 from perceiver.config import Experiment, ModelConfig, UserError, differences
 from perceiver.data.tokenizers import TOKENIZER, load_tokenizer
+from perceiver.extensions import Code, check_trust, trust
 from perceiver.models.configs import PerceiverIOConfig
 from perceiver.pretrained import is_hub_name, read_pretrained
-from perceiver.runs import read_run
+from perceiver.runs import CODE, read_run
 from perceiver.training.checkpoint import (
     choose_checkpoint,
     find_run,
@@ -85,11 +86,12 @@ class Start:
         return ", ".join(parts)
 
 
-def find_start(experiment: Experiment, shapes: Shapes) -> Start | None:
+def find_start(experiment: Experiment, shapes: Shapes, trust_code: bool = False) -> Start | None:
     """What a fresh run of the experiment starts from; None: from random weights.
 
     Args:
         shapes: names and (whole) shapes of the experiment's weights.
+        trust_code: whether a run's own code may run has been seen to already (by the driver).
 
     Raises:
         UserError: there are no such weights, or they do not fit; says in what.
@@ -106,7 +108,7 @@ def find_start(experiment: Experiment, shapes: Shapes) -> Start | None:
     encoder_only = training.init_from is None
     if encoder_only and not isinstance(experiment.model, PerceiverIOConfig):
         raise UserError("training.init-encoder-from needs a Perceiver IO model: this one has no encoder of its own")
-    origin, config, found, where = _find(source, experiment)
+    origin, config, found, where = _find(source, experiment, trust_code)
     _check_architecture(origin, config, experiment.model, encoder_only)
     wanted = {name: tuple(shape) for name, shape in shapes.items() if not encoder_only or name.startswith("encoder.")}
     _check_shapes(origin, found, wanted, encoder_only)
@@ -119,12 +121,23 @@ def find_start(experiment: Experiment, shapes: Shapes) -> Start | None:
     )
 
 
-def _find(source: str, experiment: Experiment) -> tuple[str, ModelConfig, Shapes, dict[str, Any]]:
+def trust_start(experiment: Experiment) -> None:
+    """Remembers that the user trusts the code of the run that the experiment starts from, if it does start from one."""
+    source = experiment.training.init_from or experiment.training.init_encoder_from
+    if source and (folder := find_run(source, experiment.run.storage_path)) is not None:
+        trust(Code.load(folder / CODE))
+
+
+def _find(source: str, experiment: Experiment, trust_code: bool) -> tuple[str, ModelConfig, Shapes, dict[str, Any]]:
     """Origin, configuration and shapes of the weights, and where they are (fields of `Start`)."""
     storage = experiment.run.storage_path
     folder = find_run(source, storage)
     if folder is not None:
-        trained, _ = read_run(folder)
+        code = Code.load(folder / CODE)
+        if not trust_code:
+            check_trust(code, f"run {folder.name}", folder / CODE)
+        # Of classes that this process has already, its own version is meant: they may have changed since that run.
+        trained, _ = read_run(folder, trust_code, install_code=not code.is_imported)
         chosen = choose_checkpoint(folder / CHECKPOINTS, experiment.training.init_checkpoint, trained.run.best_metric)
         check_files(chosen.path)
         origin = f"run {folder.name}, step {chosen.step:,}"

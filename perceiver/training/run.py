@@ -98,7 +98,7 @@ class Training:
         resumed = self.checkpointer.resume(self.state)
         if resumed is None and (run_folder / CHECKPOINTS).exists():
             self.state = build_state(experiment, task, world)  # a damaged checkpoint may have been loaded in part
-        if resumed is None and (start := find_start(experiment, {name: p.shape for name, p in self.state.model.named_parameters()})):
+        if resumed is None and (start := find_start(experiment, {name: p.shape for name, p in self.state.model.named_parameters()}, True)):
             start.apply(self.state.model)
             if world.rank == 0:
                 start.save(run_folder)
