@@ -34,7 +34,8 @@ from perceiver.data.chunks import Chunks, chunk_ids, chunk_rows, chunks_of, meas
 from perceiver.data.order import Order, plan
 from perceiver.data.prepare import Job, cut_pieces, make_piece, make_shard, make_split, plan_shards
 from perceiver.data.readers import Columns, read_documents
-from perceiver.data.shards import SPLITS, Split, fixed_array, fixed_column
+from perceiver.data.rows import fixed_array, fixed_column
+from perceiver.data.shards import SPLITS, Split
 from perceiver.data.sources import InputFile, resolve
 from perceiver.data.spans import Problems
 from perceiver.data.stream import read_unit

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from perceiver.inference.generate import Sampling, stream
+from perceiver.generation.generate import Sampling, stream
 from perceiver.models import PerceiverAR, build_model
 from perceiver.models.configs import PerceiverARConfig
 from perceiver.presets import PRESETS

@@ -26,7 +26,7 @@ from perceiver.config import Experiment, from_dict, to_dict
 from perceiver.costs.flops import num_parameters
 from perceiver.costs.memory import step_memory
 from perceiver.data.shards import Manifest
-from perceiver.datasets import load_prepared, with_prepared_tokenizer, with_tokenizer
+from perceiver.datasets import Dataset, with_prepared_tokenizer, with_tokenizer
 from perceiver.tasks import build_task
 from perceiver.training.batches import make_val_feeds, read_here
 from perceiver.training.callbacks import Callback
@@ -125,8 +125,9 @@ def main(argv: list[str]) -> int:
     if hasattr(experiment.task, "sample_tokens"):
         experiment = replace(experiment, task=replace(experiment.task, sample_tokens=0))
     check_experiment(experiment)
-    data, manifest = load_prepared(experiment)
-    experiment = with_prepared_tokenizer(experiment, data, manifest)
+    dataset = Dataset.find(experiment)
+    data = dataset.folder
+    experiment = with_prepared_tokenizer(experiment, data, dataset.manifest)
     print(f"{experiment.preset}: {num_parameters(experiment.model):,} parameters, {experiment.parallel.workers} workers", flush=True)
     planned = step_memory(step_of(experiment), layout_of(experiment, cuda=False)).total
     print(f"  planned: {planned / 2**30:.2f} GiB of tensors for the step of a worker", flush=True)

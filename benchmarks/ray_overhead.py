@@ -20,7 +20,7 @@ import torch
 
 from perceiver.config import Experiment, from_dict, to_dict
 from perceiver.data.shards import Manifest
-from perceiver.datasets import load_prepared
+from perceiver.datasets import Dataset
 from perceiver.presets import PRESETS
 from perceiver.tasks import build_task
 from perceiver.training.batches import read_here
@@ -72,7 +72,7 @@ def main() -> None:
     from ray_jobs.preprocess import prepare
 
     prepare(experiment, lambda text: None)
-    data, _ = load_prepared(experiment)
+    data = Dataset.find(experiment).folder
     seconds: dict[str, list[float]] = {"without Ray": [], "with Ray": []}
     waits: list[float] = []
     with tempfile.TemporaryDirectory() as folder:

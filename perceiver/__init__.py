@@ -16,7 +16,12 @@ __version__: str
 
 
 def load(
-    source: str | Path, checkpoint: str = "best", *, device: str = "auto", precision: Literal["fp32", "bf16"] = "fp32"
+    source: str | Path,
+    checkpoint: str = "best",
+    *,
+    device: str = "auto",
+    precision: Literal["fp32", "bf16"] = "fp32",
+    trust_code: bool = False,
 ) -> TrainedModel:
     """A trained model by a run's folder or name, an exported folder, or a name on the hub; see
     `perceiver.inference.load`.
@@ -27,7 +32,7 @@ def load(
     # Here and not above: to import the package takes no PyTorch.
     from perceiver.inference.load import load as load_model
 
-    return load_model(source, checkpoint, device=device, precision=precision)
+    return load_model(source, checkpoint, device=device, precision=precision, trust_code=trust_code)
 
 
 def __getattr__(name: str) -> Any:

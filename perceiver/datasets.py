@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import re
 import shlex
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow.fs as pafs
 
 from perceiver.config import Experiment, UserError, differences, digest, flatten
+from perceiver.data.components import Component, components
+from perceiver.data.rows import KINDS, ArrayRows
 from perceiver.data.shards import MANIFEST, DamagedData, Manifest, broken_files
-from perceiver.data.sources import mixture_sources, source_label
+from perceiver.data.sources import is_shipped, mixture_sources, source_label
 from perceiver.data.storage import list_folder, open_folder
 from perceiver.data.tokenizers import TOKENIZER, load_tokenizer, tokenizer_is_there
 from perceiver.experiments import command_words
@@ -26,6 +28,61 @@ _READING_ONLY = ("shuffle_window_blocks", "lanes")
 """Fields of the data's configuration that preparation does not depend on."""
 
 
+@dataclass(frozen=True)
+class Dataset:
+    """The prepared data of an experiment."""
+
+    experiment: Experiment
+    """With a tokenizer that is there (`with_tokenizer`)."""
+    folder: str
+    manifest: Manifest
+
+    @classmethod
+    def find(cls, experiment: Experiment) -> Dataset:
+        """The data that was prepared for an experiment.
+
+        Raises:
+            UserError: it is not prepared (then the sentence has the command that does it), was prepared with other
+                settings (and which), or does not fit the model.
+        """
+        experiment = with_tokenizer(experiment)
+        settings = prepare_settings(experiment)
+        folder = _folder(experiment, settings)
+        if MANIFEST not in list_folder(folder):
+            raise UserError(_not_prepared(experiment, settings))
+        try:
+            manifest = Manifest.load(folder)
+        except DamagedData as error:
+            raise UserError(f"{error}: run `{preprocess_command(experiment)}`") from None
+        if broken := broken_files(folder, manifest):
+            raise UserError(f"{folder}/{broken[0]} is missing or damaged: run `{preprocess_command(experiment)}`")
+        check_fits(experiment, manifest)
+        return cls(experiment, folder, manifest)
+
+    @classmethod
+    def find_early(cls, experiment: Experiment) -> Dataset | None:
+        """The same before anything is held; None where the job itself prepares it, at once: shipped data, and text that is streamed.
+
+        Raises:
+            UserError: see `find`.
+        """
+        at_once = is_shipped(experiment.data.source) or experiment.data.prepare == "stream"
+        return None if at_once else cls.find(experiment)
+
+    @property
+    def parts(self) -> list[Component]:
+        """The data sets of a mixture; of other prepared data itself alone."""
+        return components(self.folder, self.manifest)
+
+
+def _not_prepared(experiment: Experiment, settings: dict[str, Any]) -> str:
+    message = f"data of {experiment.preset} is not prepared: run `{preprocess_command(experiment)}`"
+    others = [
+        f"{name} ({'; '.join(differences(flatten(other.settings), flatten(settings)))})" for name, other in _others(experiment, settings)
+    ]
+    return f"{message} (prepared with other settings: {', '.join(others)})" if others else message
+
+
 def task_kind(experiment: Experiment) -> str:
     """Which kind of rows the experiment's task reads.
 
@@ -33,10 +90,25 @@ def task_kind(experiment: Experiment) -> str:
         UserError: data for this task cannot be prepared.
     """
     kind = experiment.task.kind
+    task = type(experiment.task).__name__
     if not kind:
-        task = type(experiment.task).__name__.removesuffix("Config")
-        raise UserError(f"{experiment.preset}: data for {task} cannot be prepared yet")
+        raise UserError(f"{experiment.preset}: data for {task.removesuffix('Config')} cannot be prepared yet")
+    if kind not in KINDS:
+        raise UserError(f"{task}.kind is {kind!r} and must be one of {', '.join(KINDS)}")
     return kind
+
+
+def array_rows(experiment: Experiment) -> ArrayRows:
+    """The columns that a task of arrays reads.
+
+    Raises:
+        UserError: the task names none.
+    """
+    rows = experiment.task.rows(experiment.model, experiment.data)
+    if not isinstance(rows, ArrayRows):
+        method = f"{type(experiment.task).__name__}.rows(model, data)"
+        raise UserError(f"{method} returns {'nothing' if rows is None else f'a {type(rows).__name__}'} and must return ArrayRows(...)")
+    return rows
 
 
 def text_limits(experiment: Experiment) -> tuple[int, int]:
@@ -59,7 +131,7 @@ def prepare_settings(experiment: Experiment) -> dict[str, Any]:
             model.
     """
     settings = _settings(experiment)
-    if settings["kind"] == "images":
+    if not KINDS[settings["kind"]].is_text:
         return settings
     name, (_, vocab_size) = experiment.data.tokenizer, text_limits(experiment)
     tokenizer = load_tokenizer(name)
@@ -89,7 +161,9 @@ def _settings(experiment: Experiment) -> dict[str, Any]:
         settings["mixture"] = {part.name: part.share for part in mixture_sources(data)}
     if data.prepare == "stream" and kind != "tokens":
         raise UserError("data.prepare is stream, which language models alone can read: leave it out")
-    if kind == "images":
+    if kind == ArrayRows.kind:
+        return settings | {"columns": array_rows(experiment).to_json()}
+    if not KINDS[kind].is_text:
         return settings
     max_seq_len, _ = text_limits(experiment)
     least, why = _LEAST_LENGTHS[kind]
@@ -104,6 +178,12 @@ def _settings(experiment: Experiment) -> dict[str, Any]:
     return settings | {"row_length": max_seq_len, "document_marks": experiment.task.document_marks}
 
 
+def needs_tokenizer(experiment: Experiment) -> bool:
+    """Whether the experiment's data is made from text."""
+    kind = KINDS.get(experiment.task.kind)
+    return kind is not None and kind.is_text
+
+
 def with_tokenizer(experiment: Experiment) -> Experiment:
     """The experiment with a tokenizer that is there: its own, else the copy in the one data set prepared for it.
 
@@ -113,7 +193,7 @@ def with_tokenizer(experiment: Experiment) -> Experiment:
         UserError: its own is not there, and several prepared data sets differ in nothing but the tokenizer.
     """
     data = experiment.data
-    if experiment.task.kind in ("", "images") or tokenizer_is_there(data.tokenizer):
+    if not needs_tokenizer(experiment) or tokenizer_is_there(data.tokenizer):
         return experiment
     settings = _settings(experiment)
     found = [
@@ -147,36 +227,9 @@ def _folder(experiment: Experiment, settings: dict[str, Any]) -> str:
 
 
 def _slug(settings: dict[str, Any]) -> str:
-    name = (settings["source"] or settings["val_source"] or "mixture").removeprefix("files:").removeprefix("hub:")
+    name = (settings["source"] or settings["val_source"] or "mixture").removeprefix("files:").removeprefix("hub:").removeprefix("code:")
     name = re.sub(r"\.(gz|txt|raw|tokens|jsonl|json|parquet)\b", "", name)
     return f"{re.sub(r'[^A-Za-z0-9]+', '-', name).strip('-').lower() or 'data'}-{settings['kind']}"
-
-
-def load_prepared(experiment: Experiment) -> tuple[str, Manifest]:
-    """Folder and manifest of the experiment's prepared data.
-
-    Raises:
-        UserError: it is not prepared (then the sentence has the command that does it), was prepared with other
-            settings (and which), or does not fit the model.
-    """
-    settings = prepare_settings(experiment)
-    folder = _folder(experiment, settings)
-    if MANIFEST in list_folder(folder):
-        try:
-            manifest = Manifest.load(folder)
-        except DamagedData as error:
-            raise UserError(f"{error}: run `{preprocess_command(experiment)}`") from None
-        if broken := broken_files(folder, manifest):
-            raise UserError(f"{folder}/{broken[0]} is missing or damaged: run `{preprocess_command(experiment)}`")
-        check_fits(experiment, manifest)
-        return folder, manifest
-    message = f"data of {experiment.preset} is not prepared: run `{preprocess_command(experiment)}`"
-    others = [
-        f"{name} ({'; '.join(differences(flatten(other.settings), flatten(settings)))})" for name, other in _others(experiment, settings)
-    ]
-    if others:
-        message += f" (prepared with other settings: {', '.join(others)})"
-    raise UserError(message)
 
 
 def _others(experiment: Experiment, settings: dict[str, Any]) -> list[tuple[str, Manifest]]:

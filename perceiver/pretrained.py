@@ -29,7 +29,7 @@ from torch import Tensor
 
 from perceiver import hub
 from perceiver.config import ModelConfig, UserError, flatten, from_dict, to_dict
-from perceiver.models import PerceiverAR, PerceiverIO, build_model, check_model
+from perceiver.models import build_model, check_model
 from perceiver.models.configs import PerceiverARConfig
 
 CONFIG = "config.json"
@@ -145,7 +145,7 @@ def read_model(data: Any, file: Path) -> ModelConfig:
         UserError: it is none.
     """
     with in_one_sentence(file):
-        config = from_dict(data)
+        config = from_dict(data, foreign=True)
     if not isinstance(config, ModelConfig):
         raise UserError(f"{file} describes no model that can be read: 'model' is {type(config).__name__}")
     check_config(config, file)
@@ -187,7 +187,7 @@ def _check_types(config: Any, name: str, file: Path) -> None:
             raise UserError(f"{file} describes no model that can be: {place} is {value!r:.60}")
 
 
-def fitting_model(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]], file: Path | str) -> PerceiverIO | PerceiverAR:
+def fitting_model(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]], file: Path | str) -> Any:
     """The model of a configuration, without values, if it has exactly these weights.
 
     Whether it can is seen by numbers first: a configuration from elsewhere may name sizes that no machine can build.

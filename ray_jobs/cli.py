@@ -10,7 +10,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING, TypeVar, get_type_hints
 
 from perceiver.config import Experiment, UserError, flatten, from_dict, nearest, subclasses, to_dict, type_name
 from perceiver.config.core import Config as Node
@@ -136,8 +136,9 @@ def _without_internal_fields() -> ConstructorRegistry:
     def experiment(info: StructTypeInfo) -> StructConstructorSpec | None:
         if info.type is not Experiment:
             return None
+        types = get_type_hints(Experiment)
         fields = (
-            StructFieldSpec(name=field.name, type=cast(type, field.type), default=getattr(info.default, field.name))
+            StructFieldSpec(name=field.name, type=types[field.name], default=getattr(info.default, field.name))
             for field in dataclasses.fields(Experiment)
             if field.name != "preset"
         )

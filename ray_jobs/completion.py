@@ -69,7 +69,7 @@ def words(before: Sequence[str]) -> list[str]:
         return words(before[1:])
     if len(before) == 1:
         return _first(command.takes)
-    return _fields(before[1]) if command.experiment else []
+    return _fields(before[1]) if command.takes == "preset" else []
 
 
 def _first(takes: str) -> list[str]:
@@ -85,5 +85,8 @@ def _first(takes: str) -> list[str]:
 def _fields(preset: str) -> list[str]:
     if preset not in CATALOG:
         return []
-    names = [name for name in flatten(to_dict(CATALOG[preset]())) if name != "preset" and name.rpartition(".")[2] != "type"]
+    # Here and not above: other words take none of the models and tasks.
+    from perceiver.experiments import find_experiment
+
+    names = [name for name in flatten(to_dict(find_experiment(preset))) if name != "preset" and name.rpartition(".")[2] != "type"]
     return [*SHORTCUTS, *(f"--{name.replace('_', '-')}" for name in names), "--help"]

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from perceiver.config import Experiment, UserError, home
-from perceiver.data.components import components
 from perceiver.data.shards import Manifest
 from perceiver.data.storage import copy_file
 from perceiver.data.tokenizers import TOKENIZER
-from perceiver.datasets import load_prepared
+from perceiver.datasets import Dataset
 from perceiver.runs import read_run
 from perceiver.tasks import build_task
 from perceiver.tasks.base import Baseline
@@ -75,12 +74,13 @@ def evaluate_run(run: str | Path, checkpoint: str = "best", overrides: list[str]
         resources = plan_resources(experiment)
         if other:
             prepare(experiment, say)
-        data_folder, manifest = load_prepared(experiment)
+        dataset = Dataset.find(experiment)
+        experiment, data_folder, manifest = dataset.experiment, dataset.folder, dataset.manifest
         origin = str(run) if "://" in str(run) else None
         result = worker.evaluate_checkpoint(experiment, data_folder, folder, resources, chosen.path, origin)
     if not result["metrics"]:
         raise UserError(f"the validation data in {data_folder} has no target, so nothing can be measured on it")
-    task, parts = build_task(experiment), components(data_folder, manifest)
+    task, parts = build_task(experiment), dataset.parts
     baselines = task.baselines(parts, _trained_on(trained) if other else None)
     path = folder / "evaluations" / f"step-{chosen.step:08d}-{manifest.digest}.json"
     path.parent.mkdir(exist_ok=True)
@@ -104,7 +104,7 @@ def _content(experiment: Experiment, chosen: CheckpointInfo, data_folder: str, d
 def _trained_on(trained: Experiment) -> Manifest | None:
     """What a run was trained on, for a baseline on other data; None where it is not here any more."""
     try:
-        return load_prepared(trained)[1]
+        return Dataset.find(trained).manifest
     except UserError:
         return None
 

@@ -14,7 +14,7 @@ from perceiver.config import Experiment, UserError
 from perceiver.costs.devices import DEVICES, GIB, Device
 from perceiver.costs.flops import num_parameters
 from perceiver.costs.memory import Memory, Traffic, most_of_each, step_memory, step_traffic
-from perceiver.datasets import load_prepared, with_tokenizer
+from perceiver.datasets import Dataset, with_tokenizer
 from perceiver.models.configs import PerceiverARConfig
 from perceiver.tasks import build_task
 from perceiver.training.run import total_steps
@@ -100,7 +100,7 @@ def _steps(experiment: Experiment) -> int | None:
     if training.max_epochs is None:
         return training.max_steps
     try:
-        _, manifest = load_prepared(experiment)
+        manifest = Dataset.find(experiment).manifest
     except UserError:  # not prepared: only an upper limit may be known
         return training.max_steps
     return total_steps(experiment, manifest.splits["train"].rows)

@@ -19,6 +19,7 @@ import pyarrow.fs as pafs
 from perceiver.config import Experiment, UserError, digest
 from perceiver.data.chunks import fingerprint as stream_fingerprint
 from perceiver.data.components import Component, mixture_manifest
+from perceiver.data.examples import check_repeatable, is_code
 from perceiver.data.prepare import (
     PIECE_BYTES,
     Job,
@@ -36,6 +37,7 @@ from perceiver.data.prepare import (
     unigram_nats,
 )
 from perceiver.data.readers import Columns, image_shape
+from perceiver.data.rows import KINDS, ArrayRows
 from perceiver.data.shards import MANIFEST, DamagedData, Manifest, broken_files
 from perceiver.data.sources import InputFile, Source, is_path, mixture_sources, resolve, same_file
 from perceiver.data.storage import (
@@ -85,8 +87,8 @@ def prepare(experiment: Experiment, progress: Say = print, piece_bytes: int = PI
         return _prepare_mixture(experiment, progress, piece_bytes)
     settings, folder = prepare_settings(experiment), data_folder(experiment)
     old = _whole_or_removed(folder, progress)
-    own_files = any(is_path(source) for source in (experiment.data.source, experiment.data.val_source) if source)
-    if old is not None and not own_files:  # the name stands for the content: no network is needed
+    own = any(is_path(source) or is_code(source) for source in (experiment.data.source, experiment.data.val_source) if source)
+    if old is not None and not own:  # the name stands for the content: no network is needed
         return _nothing_to_do(experiment, folder, old, progress)
     source = resolve(experiment.data, task_kind(experiment))
     if experiment.data.prepare == "stream":
@@ -101,12 +103,13 @@ def prepare(experiment: Experiment, progress: Say = print, piece_bytes: int = PI
         _refuse_changed_source(experiment, folder, old, fingerprint)
         return _nothing_to_do(experiment, folder, old, progress)
     _refuse_same_files(fingerprint)
+    check_repeatable(source.parts)
     job = make_job(experiment, settings, folder, fingerprint, source)
 
     from ray_jobs.ray_env import connect
 
     with locked(job), connect(experiment.parallel):
-        notes = run_pieces(job, cut_pieces(source.files, piece_bytes), progress, piece_bytes)
+        notes = run_pieces(job, cut_pieces(source.inputs, piece_bytes), progress, piece_bytes)
         shards = run_shards(experiment, job, notes, source, progress)
         manifest = _finish(job, settings, fingerprint, notes, shards)
     _summary(folder, manifest, source, time.monotonic() - started, progress)
@@ -171,7 +174,7 @@ def _nothing_to_do(experiment: Experiment, folder: str, manifest: Manifest, prog
 
 
 def _fingerprint(experiment: Experiment, source: Source, progress: Say) -> dict[str, Any]:
-    """What the source's files are: names, sizes and hashes; for the hub names, sizes and its revision."""
+    """What the source is: of files names, sizes and hashes; of the hub names, sizes and its revision; of code what stands for it."""
     paths = [p for f in source.files for p in (f.path, f.labels_path) if p is not None]
     local = [p for p in paths if "://" not in p]
     hashes = _hashes(local, experiment.data.root_path, progress)
@@ -187,7 +190,11 @@ def _fingerprint(experiment: Experiment, source: Source, progress: Say) -> dict[
             result["labels_sha256"] = hashes.get(file.labels_path)
         return result
 
-    return {**(source.origin or {}), "files": [entry(file) for file in source.files]}
+    result = {**(source.origin or {}), "files": [entry(file) for file in source.files]}
+    if source.parts:
+        firsts = {(part.name, part.split): part for part in source.parts}
+        result["examples"] = [{"name": name, "split": split, "content": part.fingerprint()} for (name, split), part in firsts.items()]
+    return result
 
 
 def _hashes(paths: list[str], root: str, progress: Say) -> dict[str, str]:
@@ -229,15 +236,22 @@ def _refuse_same_files(fingerprint: dict[str, Any]) -> None:
 
 def _refuse_changed_source(experiment: Experiment, folder: str, old: Manifest, fingerprint: dict[str, Any]) -> None:
     """Raises UserError where prepared data was made from other files than the source has now."""
-    before = {file["name"]: file for file in old.source["files"]}
-    now = {file["name"]: file for file in fingerprint["files"]}
-    changed = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+    before, now = _entries(old.source), _entries(fingerprint)
+    changed = sorted({name for name, split in before.keys() | now.keys() if before.get((name, split)) != now.get((name, split))})
     if changed:
         what, more = experiment.data.source or experiment.data.val_source, ", ..." if len(changed) > 5 else ""
+        hint = ""
+        if any(entry["content"].startswith("code:") for entry in now.values() if "content" in entry):
+            hint = " (of code without a method fingerprint() the source file counts, with all that it imports from beside it)"
         raise UserError(
-            f"data.source {what} has changed since {folder} was prepared from it ({', '.join(changed[:5])}{more}): "
+            f"data.source {what} has changed since {folder} was prepared from it ({', '.join(changed[:5])}{more}){hint}: "
             "remove that folder, or prepare into another --data.root"
         )
+
+
+def _entries(fingerprint: dict[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
+    """What a fingerprint says of each file or source, by name and split."""
+    return {(entry["name"], entry["split"]): entry for entry in (*fingerprint["files"], *fingerprint.get("examples", ()))}
 
 
 def make_job(experiment: Experiment, settings: dict[str, Any], folder: str, fingerprint: dict[str, Any], source: Source) -> Job:
@@ -247,19 +261,21 @@ def make_job(experiment: Experiment, settings: dict[str, Any], folder: str, fing
         UserError: images of a shape that the model does not take.
     """
     data, kind, task = experiment.data, settings["kind"], experiment.task
-    shape = None
+    rows, shape = KINDS[kind], None
     if kind == "images":
         shape = _first_image_shape(source, skip=data.on_error == "skip")
         check_image_shape(experiment, shape)
-    classify = kind in ("images", "documents")
     columns = Columns(
         text=data.text_column,
-        label=data.label_column if classify else None,
-        num_classes=experiment.model.output.num_classes if classify else 0,
-        class_names=(task.class_names or ()) if classify else (),
+        label=data.label_column if rows.has_labels else None,
+        num_classes=experiment.model.output.num_classes if rows.has_labels else 0,
+        class_names=(task.class_names or ()) if rows.has_labels else (),
         image_shape=shape,
     )
-    key = digest({"settings": settings, "source": fingerprint, "on_error": data.on_error}, 8)
+    attempt = {"settings": settings, "source": fingerprint, "on_error": data.on_error}
+    if source.parts:
+        attempt["parts"] = [[part.name, part.read, part.part] for part in source.parts]
+    key = digest(attempt, 8)
     return Job(
         kind=kind,
         folder=folder,
@@ -267,11 +283,12 @@ def make_job(experiment: Experiment, settings: dict[str, Any], folder: str, fing
         columns=columns,
         skip=data.on_error == "skip",
         val_fraction=data.val_fraction,
-        row_length=settings["row_length"] if shape is None else shape[0] * shape[1] * shape[2],
+        row_length=settings.get("row_length", 0) if shape is None else shape[0] * shape[1] * shape[2],
         rows_per_block=data.rows_per_block,
         blocks_per_shard=data.blocks_per_shard,
-        tokenizer=None if kind == "images" else load_tokenizer(data.tokenizer),
+        tokenizer=load_tokenizer(data.tokenizer) if rows.is_text else None,
         document_marks=settings.get("document_marks", ""),
+        arrays=ArrayRows.from_json(settings["columns"]) if "columns" in settings else None,
     )
 
 
@@ -324,10 +341,11 @@ def run_pieces(job: Job, pieces: list[Piece], progress: Say, piece_bytes: int) -
         remove_folder(job.staging)  # pieces cut otherwise, or by another version: their numbers mean nothing here
     write_file(job.staging, "layout.json", layout)
     notes = finished_pieces(job, len(pieces))
-    weights = [piece.size for piece in pieces]
     if notes:
         progress(f"continuing: {len(notes)} of {len(pieces)} pieces are there")
-    meter = _Meter(progress, "pieces", len(pieces), sum(weights), len(notes), sum(weights[i] for i in notes))
+    code = not all(isinstance(span.file, InputFile) for piece in pieces for span in piece.spans)  # whose bytes nobody knows
+    weights = [1 if code else piece.size for piece in pieces]
+    meter = _Meter(progress, "parts" if code else "pieces", len(pieces), sum(weights), len(notes), sum(weights[i] for i in notes))
     todo = [i for i in range(len(pieces)) if i not in notes]
     for i, note in in_parallel(lambda i: make_piece(job, i, pieces[i]), todo):
         notes[i] = note
@@ -343,14 +361,14 @@ def run_shards(
     Raises:
         UserError: a split is empty.
     """
-    wanted = ("val",) if all(file.split == "val" for file in source.files) else ("train", "val")
+    wanted = ("val",) if all(file.split == "val" for file in source.inputs) else ("train", "val")
     plans: list[ShardPlan] = []
     for split in wanted:
         found = plan_shards(job, notes, split)
         if not found:
             remove_folder(job.staging)
             raise UserError(_empty_split(experiment, split, source))
-        if job.kind == "documents" and not any(note["splits"][split]["tokens"] for note in notes):
+        if job.rows.is_text and job.rows.has_labels and not any(note["splits"][split]["tokens"] for note in notes):
             remove_folder(job.staging)
             raise UserError(f"{_source_name(experiment)} has no text for the {split} split: all of its documents are empty")
         plans += found
@@ -371,9 +389,9 @@ def _source_name(experiment: Experiment) -> str:
 
 def _empty_split(experiment: Experiment, split: str, source: Source) -> str:
     what = _source_name(experiment)
-    if any(file.split == "hash" for file in source.files):
+    if any(file.split == "hash" for file in source.inputs):
         return (
-            f"{what} has too few documents: none fell into the {split} split (data.val_fraction is "
+            f"{what} has too few {_documents(experiment.task.kind)}: none fell into the {split} split (data.val_fraction is "
             f"{experiment.data.val_fraction}); give validation files as data.val_source, or change data.val_fraction"
         )
     return f"{what} has no rows for the {split} split: everything in it is empty or was skipped"
@@ -389,9 +407,13 @@ def in_parallel(function: Callable[[int], dict[str, Any]], items: list[int]) -> 
         return
     import ray
 
+    from ray_jobs.shipping import Shipped
+
+    shipped = Shipped(function)
+
     def run(row: dict[str, Any]) -> dict[str, Any]:
         try:
-            return {"item": row["item"], "result": json.dumps(function(int(row["item"]))), "error": ""}
+            return {"item": row["item"], "result": json.dumps(shipped.value(int(row["item"]))), "error": ""}
         except UserError as error:
             return {"item": row["item"], "result": "", "error": str(error)}
 
@@ -438,6 +460,7 @@ def _finish(
         source=fingerprint,
         stats=stats,
         image_shape=job.columns.image_shape,
+        columns=None if job.arrays is None else job.arrays.to_json(),
         num_classes=None if job.columns.label is None else max(len(counts) for counts in histograms.values()),
     )
     keep = {shard["file"] for notes in shards.values() for shard in notes}
@@ -467,6 +490,8 @@ def _summary(folder: str, manifest: Manifest, source: Source, seconds: float, pr
         if manifest.kind == "images":
             height, width, channels = manifest.image_shape
             parts.append(f"images of {height} x {width} x {channels}")
+        elif manifest.columns is not None:
+            parts.append(f"{split.bytes:,} bytes")
         else:
             parts += [
                 f"{split.tokens:,} tokens",
@@ -476,7 +501,9 @@ def _summary(folder: str, manifest: Manifest, source: Source, seconds: float, pr
             ]
         parts.append(f"{len(split.shards):,} shard{'s' * (len(split.shards) != 1)}")
         progress(f"  {name + ':':<6} {', '.join(parts)}")
-    what = "images" if manifest.kind == "images" else "documents"
+    if manifest.columns is not None:
+        progress(f"  columns: {', '.join(f'{name} {tuple(shape)} {dtype}' for name, (shape, dtype) in manifest.columns.items())}")
+    what = _documents(manifest.kind)
     if shared := manifest.stats.get("shared_documents"):
         progress(f"  shared: {shared:,} of the {manifest.splits['val'].documents:,} validation {what} occur in training, too")
     if empty := manifest.stats.get("empty_documents"):
@@ -486,6 +513,11 @@ def _summary(folder: str, manifest: Manifest, source: Source, seconds: float, pr
     if source.ignored:
         more = ", ..." if len(source.ignored) > 5 else ""
         progress(f"  not used: {', '.join(source.ignored[:5])}{more}")
+
+
+def _documents(kind: str) -> str:
+    """What a data set of a kind of rows is made from, in the plural."""
+    return {"images": "images", "arrays": "examples"}.get(kind, "documents")
 
 
 def _skipped(manifest: Manifest) -> str:
@@ -512,7 +544,7 @@ class _Meter:
         seconds = max(now - self._started, 1e-9)
         rate = (self._weight_done - self._begin) / seconds
         left = _duration((self._weight - self._weight_done) / max(rate, 1e-9))
-        unit = f"{rate / 1e6:.1f} MB/s" if self._what == "pieces" else f"{rate:,.0f} rows/s"
+        unit = {"pieces": f"{rate / 1e6:.1f} MB/s", "parts": f"{rate:.1f} parts/s"}.get(self._what, f"{rate:,.0f} rows/s")
         tokens = f", {self._tokens / seconds / 1e6:.2f} million tokens/s" if self._tokens else ""
         self._say(f"  {self._what} {self._done:,}/{self._total:,}, {unit}{tokens}, {left} left")
 

@@ -12,10 +12,9 @@ from pathlib import Path
 import torch
 
 from perceiver.config import Experiment, UserError, differences
-from perceiver.data.components import Component, components
+from perceiver.data.components import Component
 from perceiver.data.shards import Manifest
-from perceiver.data.sources import is_shipped
-from perceiver.datasets import load_prepared, with_tokenizer
+from perceiver.datasets import Dataset, with_tokenizer
 from perceiver.extensions import code_of
 from perceiver.runs import EXPERIMENT, check_code, read_run, save_code
 from perceiver.tasks import build_task
@@ -83,10 +82,9 @@ def run(
         logger.info(f"evaluate it: python -m ray_jobs.evaluate {_place(experiment, run_folder)}; another training needs another --run.name")
         return finished
     start = check_start(experiment, _checkpoints(run_folder, mirror))
-    at_once = is_shipped(experiment.data.source) or experiment.data.prepare == "stream"
-    prepared = None if at_once else load_prepared(experiment)
-    if prepared is not None:
-        check_validation(experiment, *prepared)
+    dataset = Dataset.find_early(experiment)
+    if dataset is not None:
+        check_validation(experiment, dataset.folder, dataset.manifest)
 
     from ray_jobs import worker
     from ray_jobs.preprocess import prepare
@@ -97,10 +95,10 @@ def run(
         with connect(experiment.parallel):
             resources = plan_resources(experiment)
             check_memory(experiment, resources.gpu)
-            if prepared is None:
+            if dataset is None:
                 prepare(experiment, logger.info)
-                prepared = load_prepared(experiment)
-            data_folder, manifest = prepared
+                dataset = Dataset.find(experiment)
+            data_folder, manifest = dataset.folder, dataset.manifest
             check_validation(experiment, data_folder, manifest)
             check_data(run_folder, manifest)
             save_code(run_folder, code)
@@ -117,7 +115,7 @@ def run(
             raise Interrupted(f"stopped at step {checkpoints[-1].step:,}, checkpoint saved; the same command continues")
         if result is None:
             return {"step": checkpoints[-1].step, **checkpoints[-1].metrics}
-        report(experiment, run_folder, checkpoints, result, components(data_folder, manifest), time.monotonic() - started)
+        report(experiment, run_folder, checkpoints, result, dataset.parts, time.monotonic() - started)
         return result
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from perceiver import hub
-from perceiver.inference.generate import generate
+from perceiver.generation.generate import generate
 from perceiver.models import PerceiverAR, PerceiverIO, build_model
 from tests import golden_text
 

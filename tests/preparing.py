@@ -14,7 +14,9 @@ import torch
 
 from perceiver import presets
 from perceiver.config import Experiment
-from perceiver.data.shards import Manifest, fixed_array, read_block
+from perceiver.data.rows import fixed_array
+from perceiver.data.shards import Manifest, read_block
+from perceiver.datasets import Dataset
 from perceiver.tasks import build_task
 from perceiver.training.batches import make_val_feeds, read_here
 from perceiver.training.checkpoint import load_model
@@ -58,6 +60,12 @@ def experiment(preset: str, root: Path | str, source: Path | str, length: int = 
     elif hasattr(model.input, "max_seq_len"):
         model = replace(model, input=replace(model.input, max_seq_len=length))
     return replace(base, model=model, data=replace(base.data, **settings))
+
+
+def load_prepared(experiment: Experiment) -> tuple[str, Manifest]:
+    """Folder and manifest of an experiment's prepared data."""
+    found = Dataset.find(experiment)
+    return found.folder, found.manifest
 
 
 def texts(num: int = 40, seed: int = 0) -> list[str]:

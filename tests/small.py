@@ -16,7 +16,8 @@ import pyarrow.parquet as pq
 import torch.distributed as dist
 
 from perceiver.config import Cosine, DataConfig, Experiment, OptimConfig, RunConfig, TrainingConfig
-from perceiver.data.shards import Manifest, Shard, Split, fixed_column, schema, shard_name, stream_rows
+from perceiver.data.rows import fixed_column, rows_of
+from perceiver.data.shards import Manifest, Shard, Split, shard_name, stream_rows
 from perceiver.models.configs import (
     ClassOutput,
     DecoderConfig,
@@ -196,7 +197,7 @@ def write_documents(folder: Path, train: int = 60, val: int = 17, seed: int = 0)
         z = np.full(1, 6 + 122, np.uint16)
         documents = [np.concatenate([d, z]) if label else d for d, label in zip(documents, labels, strict=True)]
         table = pa.table({"tokens": pa.array(documents, pa.list_(pa.uint16())), "label": pa.array(labels)})
-        table = table.cast(schema("documents", 30))
+        table = table.cast(rows_of("documents", 30).schema)
         blocks = [table.slice(i, BLOCK) for i in range(0, count, BLOCK)]
         tokens = sum(map(len, documents))
         splits[name] = _write(folder, name, "documents", blocks, count, 30, 0, tokens=tokens)
@@ -208,9 +209,9 @@ def _write(folder, name, kind, blocks, rows, row_length, lookahead, tokens) -> S
     shards = []
     for first in range(0, len(blocks), SHARD):
         file = shard_name(name, first // SHARD)
-        with pq.ParquetWriter(folder / file, schema(kind, row_length)) as writer:
+        with pq.ParquetWriter(folder / file, rows_of(kind, row_length).schema) as writer:
             for block in blocks[first : first + SHARD]:
-                writer.write_table(block.cast(schema(kind, row_length)), row_group_size=len(block))
+                writer.write_table(block.cast(rows_of(kind, row_length).schema), row_group_size=len(block))
         content = (folder / file).read_bytes()
         logical = sum(len(block) - lookahead for block in blocks[first : first + SHARD])
         shards.append(Shard(file=file, rows=logical, bytes=len(content), sha256=hashlib.sha256(content).hexdigest()))

@@ -15,10 +15,11 @@ ARROWS = {
     "perceiver.extensions": {"perceiver.config"},
     "perceiver.runs": {"perceiver.config", "perceiver.extensions"},
     "perceiver.models": {"perceiver.config"},
-    "perceiver.data": {"perceiver.config"},
+    "perceiver.data": {"perceiver.config", "perceiver.extensions"},
     "perceiver.costs": {"perceiver.config", "perceiver.models"},
+    "perceiver.generation": {"perceiver.config", "perceiver.models", "perceiver.data"},
     "perceiver.tasks": {
-        "perceiver.config", "perceiver.costs", "perceiver.data", "perceiver.extensions", "perceiver.inference", "perceiver.models",
+        "perceiver.config", "perceiver.costs", "perceiver.data", "perceiver.extensions", "perceiver.generation", "perceiver.models",
     },
     "perceiver.presets": {"perceiver.catalog", "perceiver.config", "perceiver.costs", "perceiver.models", "perceiver.tasks"},
     "perceiver.experiments": {"perceiver.config", "perceiver.extensions", "perceiver.presets", "perceiver.runs"},
@@ -30,8 +31,9 @@ ARROWS = {
         "perceiver.runs", "perceiver.tasks",
     },
     "perceiver.inference": {
-        "perceiver.config", "perceiver.models", "perceiver.data", "perceiver.datasets", "perceiver.hub", "perceiver.pretrained",
-        "perceiver.runs", "perceiver.tasks", "perceiver.training",
+        "perceiver.config", "perceiver.models", "perceiver.data", "perceiver.datasets", "perceiver.generation", "perceiver.hub",
+        "perceiver.pretrained",
+        "perceiver.runs", "perceiver.tasks", "perceiver.terminal", "perceiver.training",
     },
 }  # fmt: skip
 

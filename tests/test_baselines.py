@@ -10,7 +10,7 @@ import torch
 
 from perceiver.config import RunConfig, TrainingConfig
 from perceiver.data.components import components
-from perceiver.datasets import data_folder, load_prepared
+from perceiver.datasets import data_folder
 from perceiver.tasks import build_task
 from perceiver.training.batches import read_here
 from perceiver.training.parallel import join_world
@@ -18,7 +18,7 @@ from perceiver.training.run import Training, save_experiment
 from ray_jobs.evaluate import evaluate_run
 from ray_jobs.preprocess import prepare
 from ray_jobs.train import _summary
-from tests.preparing import evaluating_here, experiment, serially, stream_of, texts, write_jsonl
+from tests.preparing import evaluating_here, experiment, load_prepared, serially, stream_of, texts, write_jsonl
 from tests.small import classification_experiment, masked_experiment, text_experiment
 
 

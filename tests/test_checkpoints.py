@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 import perceiver
 from perceiver.config import Experiment, UserError
 from perceiver.data.shards import Manifest
+from perceiver.datasets import Dataset
 from perceiver.inference.load import describe
 from perceiver.runs import read_run
 from perceiver.tasks import build_task
@@ -178,7 +179,7 @@ def test_a_damaged_checkpoint_is_one_sentence_at_every_door(damage, run, images,
     name, spoil, message = DAMAGES[damage]
     spoil(run / "checkpoints" / "step-00000009" / name)
     evaluating_here(monkeypatch)
-    monkeypatch.setattr("ray_jobs.evaluate.load_prepared", lambda experiment: (str(images), Manifest.load(images)))
+    monkeypatch.setattr("ray_jobs.evaluate.Dataset.find", lambda experiment: Dataset(experiment, str(images), Manifest.load(images)))
     for door in (
         lambda: perceiver.load(run, "last"),
         lambda: describe(run, "last"),
@@ -318,7 +319,7 @@ def test_nothing_in_a_foreign_run_is_executed_at_any_door(prepare, old, images, 
     prepare(folder, proof)
     monkeypatch.setenv("PERCEIVER_HOME", str(tmp_path / "home"))
     evaluating_here(monkeypatch)
-    monkeypatch.setattr("ray_jobs.evaluate.load_prepared", lambda experiment: (str(images), Manifest.load(images)))
+    monkeypatch.setattr("ray_jobs.evaluate.Dataset.find", lambda experiment: Dataset(experiment, str(images), Manifest.load(images)))
     experiment = read_run(old)[0]
     shapes = {name: value.shape for name, value in np.load(old / "weights.npz").items()}
 
@@ -465,6 +466,8 @@ def test_evaluating_on_data_without_a_target_is_one_sentence(tmp_path, monkeypat
     write_stream(tmp_path / "data", rng.integers(6, 262, 1000).astype(np.uint16), rng.integers(6, 262, 1).astype(np.uint16))
     train(text_experiment(max_steps=1), tmp_path / "data", tmp_path / "run")
     evaluating_here(monkeypatch)
-    monkeypatch.setattr("ray_jobs.evaluate.load_prepared", lambda experiment: (str(tmp_path / "data"), Manifest.load(tmp_path / "data")))
+    monkeypatch.setattr(
+        "ray_jobs.evaluate.Dataset.find", lambda experiment: Dataset(experiment, str(tmp_path / "data"), Manifest.load(tmp_path / "data"))
+    )
     with pytest.raises(UserError, match="the validation data in .* has no target"):
         evaluate_run(tmp_path / "run", "last")

@@ -10,10 +10,9 @@ import pytest
 from perceiver.config import UserError
 from perceiver.data import shards
 from perceiver.data.shards import MANIFEST, DamagedData, Manifest, describe_shard, read_block
-from perceiver.datasets import load_prepared
 from ray_jobs import preprocess
 from tests import preparing
-from tests.preparing import content, experiment, texts, write_idx, write_jsonl
+from tests.preparing import content, experiment, load_prepared, texts, write_idx, write_jsonl
 from tests.small import write_images, write_stream
 
 FLIPS = 300

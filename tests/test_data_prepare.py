@@ -11,14 +11,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from perceiver.config import UserError
-from perceiver.data.shards import MANIFEST, Manifest, fixed_array, read_block
+from perceiver.data.rows import fixed_array
+from perceiver.data.shards import MANIFEST, Manifest, read_block
 from perceiver.data.tokenizers import CLS, EOS, SEP, TOKENIZER, ByteTokenizer, load_tokenizer
-from perceiver.datasets import data_folder, load_prepared, with_prepared_tokenizer, with_tokenizer
+from perceiver.datasets import data_folder, with_prepared_tokenizer, with_tokenizer
 from perceiver.training.run import save_experiment
 from ray_jobs import preprocess
 from ray_jobs.cli import main_entry
 from tests import preparing
-from tests.preparing import content, experiment, rows_of, stream_of, texts, write_idx, write_jsonl, write_parquet
+from tests.preparing import content, experiment, load_prepared, rows_of, stream_of, texts, write_idx, write_jsonl, write_parquet
 
 BYTES = ByteTokenizer()
 

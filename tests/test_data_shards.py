@@ -9,9 +9,11 @@ import pytest
 
 from perceiver import presets
 from perceiver.config import UserError
-from perceiver.data.shards import Manifest, Shard, Split, fixed_array, fixed_column, read_block, schema, shard_name, stream_rows
+from perceiver.data.rows import fixed_array, fixed_column, rows_of
+from perceiver.data.shards import Manifest, Shard, Split, read_block, shard_name, stream_rows
 from perceiver.data.storage import file_hash, list_folder, write_file
-from perceiver.datasets import data_folder, load_prepared, prepare_settings
+from perceiver.datasets import data_folder, prepare_settings
+from tests.preparing import load_prepared
 
 
 def make_split(folder, rows=23, length=4, rows_per_block=3, blocks_per_shard=2) -> Split:
@@ -23,10 +25,10 @@ def make_split(folder, rows=23, length=4, rows_per_block=3, blocks_per_shard=2) 
     for k in range(-(-rows // per_shard)):
 
         def write(file, k=k):
-            with pq.ParquetWriter(file, schema("tokens", length)) as writer:
+            with pq.ParquetWriter(file, rows_of("tokens", length).schema) as writer:
                 for first in range(k * per_shard, min((k + 1) * per_shard, rows), rows_per_block):
                     block = stream[first : min(first + rows_per_block, rows) + 1]
-                    writer.write_table(pa.table({"tokens": fixed_column(block)}, schema=schema("tokens", length)))
+                    writer.write_table(pa.table({"tokens": fixed_column(block)}, schema=rows_of("tokens", length).schema))
 
         name = shard_name("train", k)
         write_file(folder, name, write)

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from perceiver.datasets import load_prepared
 from perceiver.training.checkpoint import list_checkpoints
 from ray_jobs.cli import parse_experiment
 from tests import test_training
 from tests.jobs import QUICK, WITHOUT_DROPOUT, Job, losses
+from tests.preparing import load_prepared
 
 NODE = {"num_cpus": 2, "object_store_memory": 100_000_000}
 # A worker fills a node but for the half CPU of its data tasks.

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from perceiver.config import UserError
-from perceiver.inference.generate import generate
+from perceiver.generation.generate import generate
 
 
 def golden_cases(shared):

@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 import perceiver
 from perceiver import hub
 from perceiver.config import UserError
-from perceiver.inference.batches import images_of
 from perceiver.inference.export import export, upload
+from perceiver.inference.images import images_of
 from perceiver.inference.trained import TrainedModel
 from perceiver.models import build_model
 from perceiver.models.configs import PerceiverARConfig
@@ -56,7 +56,7 @@ def test_a_sentencepiece_model_travels_with_the_export(shared, tmp_path):
         num_heads=2,
         num_self_attention_layers=1,
     )
-    trained = TrainedModel(model=build_model(config), task=experiment("causal").task, tokenizer=tokenizer)
+    trained = TrainedModel(model=build_model(config), config=config, task=experiment("causal").task, tokenizer=tokenizer)
     again = perceiver.load(trained.export(tmp_path / "out"), device="cpu")
     assert again.tokenizer.fingerprint["sha256"] == tokenizer.fingerprint["sha256"]
     assert again.generate("The meaning", max_new_tokens=5, seed=0) == trained.generate("The meaning", max_new_tokens=5, seed=0)
@@ -132,7 +132,9 @@ def test_a_crash_leaves_the_old_export_or_the_new_one_or_none_that_loads(loaded,
     """At whichever operation on files it comes. Only without an exchange of folders there is a time without a model."""
     from perceiver.inference import export as module
 
-    new = TrainedModel(model=build_model(loaded.config, seed=5), task=loaded.task, tokenizer=loaded.tokenizer, name="new")
+    new = TrainedModel(
+        model=build_model(loaded.config, seed=5), config=loaded.config, task=loaded.task, tokenizer=loaded.tokenizer, name="new"
+    )
     if not exchange:
         monkeypatch.setattr(module, "_exchange", lambda one, other: False)
     names, crashed = ("os.replace", "pathlib.Path.unlink", "os.fsync", "os.chmod", "pathlib.Path.mkdir"), 0
@@ -186,11 +188,13 @@ def test_exported_files_can_be_read_by_whom_the_umask_lets(loaded, tmp_path):
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_weights_that_are_not_finite_are_neither_exported_nor_loaded(loaded, tmp_path, value):
     model = build_model(loaded.config)
-    folder = TrainedModel(model=model, task=loaded.task, tokenizer=loaded.tokenizer).export(tmp_path / "out")
+    folder = TrainedModel(model=model, config=model.config, task=loaded.task, tokenizer=loaded.tokenizer).export(tmp_path / "out")
     with torch.no_grad():
         model.encoder.latents[1, 2] = value
     with pytest.raises(UserError, match="weight encoder.latents of spoiled has values that are not finite"):
-        TrainedModel(model=model, task=loaded.task, tokenizer=loaded.tokenizer, name="spoiled").export(tmp_path / "other")
+        TrainedModel(model=model, config=model.config, task=loaded.task, tokenizer=loaded.tokenizer, name="spoiled").export(
+            tmp_path / "other"
+        )
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     save_file(dict(model.state_dict()), folder / "model.safetensors")
     with pytest.raises(UserError, match="weight encoder.latents of .*model.safetensors has values that are not finite"):
@@ -308,7 +312,7 @@ def test_transformers_computes_the_same_from_an_export(shared, tmp_path):
     from transformers import AutoTokenizer, PerceiverForMaskedLM
 
     model, _, _ = golden.load_model(shared / "golden", "hf_masked_lm")
-    trained = TrainedModel(model=model.eval(), task=experiment("masked").task, tokenizer=loaded_bytes())
+    trained = TrainedModel(model=model.eval(), config=model.config, task=experiment("masked").task, tokenizer=loaded_bytes())
     export(trained, tmp_path / "out", "transformers")
     theirs = PerceiverForMaskedLM.from_pretrained(tmp_path / "out").eval()
     length = model.config.input.max_seq_len
@@ -333,7 +337,7 @@ def test_published_image_models_see_photos_as_transformers_prepares_them(shared,
     model, _, _ = golden.load_model(shared / "golden", "hf_image_fourier")
     names = tuple(f"thing {i}" for i in range(10))
     task = replace(experiment("images").task, class_names=names)
-    export(TrainedModel(model=model.eval(), task=task, photos=True), tmp_path / "out", "transformers")
+    export(TrainedModel(model=model.eval(), config=model.config, task=task, photos=True), tmp_path / "out", "transformers")
     theirs = PerceiverForImageClassificationFourier.from_pretrained(tmp_path / "out").eval()
     assert theirs.config.id2label == dict(enumerate(names))
     ours = perceiver.load(tmp_path / "out", device="cpu")

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 import perceiver
 from perceiver.config import UserError
 from perceiver.data.tokenizers import load_tokenizer
-from perceiver.inference.batches import pad_left
-from perceiver.inference.continuations import Continuation
-from perceiver.inference.generate import Sampling, _draws, beam_search, generate, stream
+from perceiver.generation.continuations import Continuation
+from perceiver.generation.generate import Sampling, _draws, beam_search, generate, stream
+from perceiver.generation.texts import pad_left
 from perceiver.models import build_model
 from perceiver.models.configs import PerceiverARConfig
 from tests.trained import write_run

@@ -16,6 +16,7 @@ import torch.distributed as dist
 import perceiver
 from perceiver.config import Experiment, UserError, from_dict, to_dict
 from perceiver.data.shards import Manifest
+from perceiver.datasets import Dataset
 from perceiver.tasks import build_task
 from perceiver.training.batches import read_here
 from perceiver.training.checkpoint import mirrored
@@ -124,7 +125,7 @@ def test_a_run_of_the_store_is_evaluated_by_its_uri_and_the_result_kept_there(im
     store, _ = moved
     monkeypatch.setenv("PERCEIVER_HOME", str(tmp_path))
     evaluating_here(monkeypatch)
-    monkeypatch.setattr("ray_jobs.evaluate.load_prepared", lambda experiment: (str(images), Manifest.load(images)))
+    monkeypatch.setattr("ray_jobs.evaluate.Dataset.find", lambda experiment: Dataset(experiment, str(images), Manifest.load(images)))
     said: list[str] = []
     metrics = evaluate_run(f"file://{store}/run/", "last", say=said.append)
     assert metrics["val_loss"] == pytest.approx([r["val_loss"] for r in read_metrics(store / "run") if "val_loss" in r][-1])

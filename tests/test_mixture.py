@@ -17,7 +17,7 @@ from perceiver.data.mixture import ROUND, Mixture, mixture_batches, mixture_plan
 from perceiver.data.order import Order
 from perceiver.data.shards import Manifest, Split
 from perceiver.data.sources import mixture_sources
-from perceiver.datasets import data_folder, load_prepared
+from perceiver.datasets import data_folder
 from perceiver.tasks import build_task
 from perceiver.tasks.base import IGNORE_INDEX
 from perceiver.training.batches import make_train_feed, make_val_feeds, read_here
@@ -26,7 +26,7 @@ from perceiver.training.record import read_metrics
 from perceiver.training.run import Training, evaluate, save_experiment
 from ray_jobs.evaluate import evaluate_run
 from ray_jobs.preprocess import prepare
-from tests.preparing import evaluating_here, experiment, serially, texts, write_jsonl
+from tests.preparing import evaluating_here, experiment, load_prepared, serially, texts, write_jsonl
 from tests.small import classification_experiment, feed_of, heard, masked_experiment, text_experiment, write_documents, write_stream
 from tests.test_training import losses, run
 

@@ -121,9 +121,9 @@ def test_models_choose_by_shape_and_precision() -> None:
         (40, torch.float32, True),
         (40, torch.bfloat16, False),
     ):
-        adapted = image_model(num_latents=num_latents).to(dtype).encoder.adapt(images)
+        adapted = image_model(num_latents=num_latents).to(dtype).encoder.adapt(images)[0]
         assert isinstance(adapted, FactoredInput) == factored
-    assert isinstance(image_model(num_latents=1000).encoder.adapt(images), Tensor)
+    assert isinstance(image_model(num_latents=1000).encoder.adapt(images)[0], Tensor)
 
 
 def test_whole_model_is_the_same_either_way() -> None:

@@ -122,7 +122,7 @@ def test_shared_and_separate_weights_run_in_their_order(cross_shared: bool, bloc
     assert (parts.cross_attention_n is None) == cross_shared
     assert (parts.self_attention_n is None) == block_shared
     images = torch.randn(2, 6, 4, 2, dtype=torch.float64)
-    adapted, x = parts.adapt(images), parts.latents[None]
+    (adapted, _), x = parts.adapt(images), parts.latents[None]
     cross = [parts.cross_attention_1, parts.cross_attention_n or parts.cross_attention_1, None]
     second = parts.self_attention_n or parts.self_attention_1
     for cross_layer, block in zip(cross, [parts.self_attention_1, second, second], strict=True):

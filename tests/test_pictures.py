@@ -10,12 +10,11 @@ from PIL import Image
 
 from perceiver.config import UserError
 from perceiver.data.images import BadImage, decode_image
-from perceiver.data.shards import fixed_array
-from perceiver.datasets import load_prepared
-from perceiver.inference.batches import _pixels
+from perceiver.data.rows import fixed_array
+from perceiver.inference.images import _pixels
 from ray_jobs import preprocess
 from tests import preparing
-from tests.preparing import experiment, rows_of, write_parquet
+from tests.preparing import experiment, load_prepared, rows_of, write_parquet
 
 GRADIENT = (np.arange(36 * 28) * 65).astype(np.uint16).reshape(28, 36)
 GREY = (np.arange(30, dtype=np.uint8) * 8).reshape(5, 6)

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from perceiver.data.shards import MANIFEST
-from perceiver.datasets import data_folder, load_prepared
+from perceiver.datasets import data_folder
 from tests.conftest import ROOT
-from tests.preparing import content, experiment, texts, write_jsonl, write_parquet
+from tests.preparing import content, experiment, load_prepared, texts, write_jsonl, write_parquet
 
 pytestmark = pytest.mark.slow
 

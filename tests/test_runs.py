@@ -6,9 +6,9 @@ import shlex
 from dataclasses import replace
 
 import pytest
-from perceiver.run_files import TAIL, last_step
 
 from perceiver.config import UserError, to_dict
+from perceiver.runs import TAIL, last_step
 from ray_jobs import runs
 from ray_jobs.cli import parse_experiment
 from tests.test_tuning import make_run
@@ -40,7 +40,9 @@ def test_the_command_that_continues_a_run_makes_the_same_experiment(folder):
     words = ["clm-wikitext-small", "--model.num-channels", "128", "--optim.optimizer.betas", "0.9", "0.95", "--training.max-epochs", "2",
              "--training.max-steps", "None", "--task.random-shift", "False", "--data.source", "my texts/*.txt"]  # fmt: skip
     experiment = parse_experiment(words, "ray_jobs.train")
-    made = shlex.split(runs.continue_command(json.loads(json.dumps(to_dict(experiment))), folder / "halted"))
+    path = folder / "halted" / "experiment.json"
+    path.write_text(json.dumps({"experiment": to_dict(experiment), "data": "x"}))
+    made = shlex.split(runs.continue_command(folder / "halted"))
     again = parse_experiment(made[3:], "ray_jobs.train")
     assert again == replace(experiment, run=replace(experiment.run, name="halted", storage=str(folder)))
 
@@ -103,7 +105,7 @@ def test_no_runs_and_no_folder_yet_are_no_mistake(tmp_path, monkeypatch, capsys)
 
 def test_the_table_and_json_are_printed_and_a_missing_folder_is_a_sentence(folder, capsys):
     assert runs.main([str(folder)]) == 0
-    assert "continue halted: python -m ray_jobs.train quickstart" in capsys.readouterr().out
+    assert f"continue halted: python -m ray_jobs.train {folder / 'halted'}" in capsys.readouterr().out
     runs.main([str(folder), "--json"])
     assert [json.loads(line)["name"] for line in capsys.readouterr().out.splitlines()] == ["broken", "done", "halted", "held"]
     with pytest.raises(UserError, match="no folder of runs"):

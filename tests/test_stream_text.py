@@ -12,11 +12,11 @@ from perceiver.data.chunks import Size, chunks_of, cut_chunks, measure, open_chu
 from perceiver.data.readers import Columns, read_documents
 from perceiver.data.sources import resolve
 from perceiver.data.spans import Problems, Span
-from perceiver.datasets import data_folder, load_prepared
+from perceiver.datasets import data_folder
 from perceiver.tasks import build_task
 from perceiver.training.batches import make_train_feed, read_here
 from ray_jobs.preprocess import prepare
-from tests.preparing import experiment, serially, texts, write_jsonl, write_parquet
+from tests.preparing import experiment, load_prepared, serially, texts, write_jsonl, write_parquet
 from tests.small import text_experiment
 
 

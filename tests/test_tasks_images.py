@@ -5,7 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pyarrow as pa
 
-from perceiver.data.shards import Manifest, Split, fixed_column
+from perceiver.data.rows import fixed_column
+from perceiver.data.shards import Manifest, Split
 from perceiver.models.configs import ImageInput
 from perceiver.tasks import build_task
 from tests.small import image_experiment

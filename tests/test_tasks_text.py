@@ -14,7 +14,7 @@ from perceiver.data.shards import read_block
 from perceiver.data.text import IGNORE, mask_words
 from perceiver.data.tokenizers import CLS, MASK, SEP, SentencePieceTokenizer, load_tokenizer
 from perceiver.data.train_tokenizer import train_sentencepiece
-from perceiver.inference.masks import encode_masked
+from perceiver.generation.masks import encode_masked
 from perceiver.models import build_model
 from perceiver.tasks import build_task
 from perceiver.tasks.masked_lm import gather_labels, usual_positions, with_masks

@@ -19,8 +19,8 @@ import numpy as np
 from perceiver.config import Experiment, UserError
 from perceiver.costs.flops import num_parameters
 from perceiver.models import check_model
+from perceiver.models.configs import PerceiverARConfig
 from perceiver.tasks import build_task
-from perceiver.tasks.causal_lm import CausalLMConfig
 from perceiver.training.checkpoint import write_json
 from ray_jobs.cli import main_entry, program, refuse_empty
 from tuning.figures import GREY, PALETTE, Panel, save, stack
@@ -66,7 +66,7 @@ def plan(preset: str, overrides: Sequence[str], budgets: Sequence[float], channe
     """
     base = Sweep(preset=preset, overrides=tuple(overrides), points=({},), scheduler="fifo", reports=4, keep=1)
     experiment = base.experiment()
-    if not isinstance(experiment.task, CausalLMConfig):
+    if experiment.task.kind != "tokens" or not isinstance(experiment.model, PerceiverARConfig):
         raise UserError(f"scaling laws need a causal language model, and {preset} is none: clm-wikitext-small, say")
     points, skipped = [], []
     for budget in budgets:

@@ -22,8 +22,7 @@ import ray
 from ray import tune
 
 from perceiver.config import Experiment, UserError, check_folder_name, differences, digest, flatten, home, to_dict
-from perceiver.data.sources import is_shipped
-from perceiver.datasets import load_prepared
+from perceiver.datasets import Dataset, with_tokenizer
 from perceiver.extensions import code_of
 from perceiver.training.checkpoint import write_json
 from perceiver.training.meters import duration
@@ -111,20 +110,20 @@ def run_sweep(sweep: Sweep, folder: Path, concurrent: int | None = None, say=pri
     check_values(sweep)
     if concurrent is not None and concurrent < 1:
         raise UserError(f"--concurrent is {concurrent} and must be at least 1")
-    base = sweep.experiment()
+    base = with_tokenizer(sweep.experiment())
     check_experiment(base)
     check_folder(sweep, folder)
-    prepared = None if is_shipped(base.data.source) else load_prepared(base)
+    dataset = Dataset.find_early(base)
     # Ray Train frees what the workers of a stopped trial held by way of the dashboard's state service.
     with locked(folder), connect(base.parallel, dashboard=True):
-        if prepared is None:
+        if dataset is None:
             from ray_jobs.preprocess import prepare
 
             prepare(base, say)
-            prepared = load_prepared(base)
+            dataset = Dataset.find(base)
         room = plan_room(base, concurrent)
         write_json(folder / SETTINGS, describe(sweep))
-        steps = total_steps(base, prepared[1].splits["train"].rows)
+        steps = total_steps(base, dataset.manifest.splits["train"].rows)
         length = "" if sweep.points else f"; {steps:,} steps in a whole training"
         say(f"sweep of {sweep.size} trials in {folder}: {room.why}{length}")
         started = time.monotonic()

@@ -12,7 +12,7 @@ from typing import Any
 from ray import tune
 
 from perceiver.config import Experiment, UserError, from_dict
-from perceiver.datasets import load_prepared
+from perceiver.datasets import Dataset
 from perceiver.extensions import Code
 from perceiver.runs import EXPERIMENT
 from perceiver.training.checkpoint import write_json
@@ -91,9 +91,9 @@ def run_trial(config: dict[str, Any], settings: dict[str, Any]) -> None:
 
 def _experiment(base: Experiment, values: dict[str, Any], name: str, settings: dict[str, Any]) -> tuple[Experiment, int]:
     """The trial's experiment and its steps. Its reports and checkpoints fall on the same steps: nothing reported is taken again."""
-    experiment = trial_experiment(base, values)
-    _, manifest = load_prepared(experiment)
-    steps = total_steps(experiment, manifest.splits["train"].rows)
+    dataset = Dataset.find(trial_experiment(base, values))
+    experiment = dataset.experiment
+    steps = total_steps(experiment, dataset.manifest.splits["train"].rows)
     every = -(-steps // settings["reports"])  # a report comes when its share of the training is full
     trial = replace(
         experiment,

@@ -45,6 +45,13 @@ class TaskConfig(Config):
     """What prepared rows the task reads: "images", "tokens", "documents" (see perceiver/data/shards.py), or "arrays" (`rows`)."""
     document_marks: ClassVar[str] = "eos"
     """Of a task that reads a stream of text, the ids around each document: "eos" (one after it) or "cls-sep"."""
+    abilities: ClassVar[tuple[str, ...]] = ("predict",)
+    """Methods of `perceiver.inference.trained.TrainedModel` that its models have; a batch of rows is given to the first by default."""
+
+    @classmethod
+    def of_model(cls, model: ModelConfig) -> TaskConfig | None:
+        """The task, where published weights of such a model were trained for it; None: they were not, as far as this task can tell."""
+        return None
 
     def rows(self, model: ModelConfig, data: DataConfig) -> ArrayRows | None:
         """The columns of the rows that the task reads, where it reads arrays (kind "arrays"); else None."""
@@ -269,7 +276,7 @@ class Experiment(Config):
     def identity(self) -> dict[str, Any]:
         """What makes two runs the same run: everything but place, speed and reporting. Flat, by dotted names."""
         tree = to_dict(self)
-        for section in ("parallel", "run", "callbacks"):
+        for section in ("preset", "parallel", "run", "callbacks"):
             del tree[section]
         for name in ("root", "on_error"):
             del tree["data"][name]

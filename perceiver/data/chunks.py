@@ -16,7 +16,8 @@ import pyarrow as pa
 from perceiver.config import DataConfig, UserError
 from perceiver.data.prepare import Job, Piece, document_marks
 from perceiver.data.readers import Columns, parquet_rows, read_documents
-from perceiver.data.shards import Manifest, Split, fixed_column
+from perceiver.data.rows import fixed_column
+from perceiver.data.shards import Manifest, Split
 from perceiver.data.sources import InputFile, Source, resolve
 from perceiver.data.spans import Problems, Span, Unreadable, chunks
 from perceiver.data.text import join_documents

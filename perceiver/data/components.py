@@ -66,6 +66,7 @@ def mixture_manifest(settings: dict[str, Any], parts: list[Component]) -> Manife
         },
         stats=stats,
         image_shape=first.image_shape,
+        columns=first.columns,
         num_classes=max(classes, default=None),
     )
 

@@ -20,17 +20,21 @@ from typing import Any, BinaryIO
 import numpy as np
 import pyarrow as pa
 
-from perceiver.data.readers import Columns, Documents, Images, parquet_rows, read_documents, read_images
-from perceiver.data.shards import SPLITS, Shard, Split, describe_shard, fixed_column, shard_name, stream_rows, write_blocks
+from perceiver.data.examples import ExamplePart
+from perceiver.data.readers import Columns, Documents, Images, parquet_rows, read_arrays, read_documents, read_images
+from perceiver.data.rows import ArrayRows, RowKind, fixed_column, rows_of
+from perceiver.data.shards import SPLITS, Shard, Split, describe_shard, shard_name, stream_rows, write_blocks
 from perceiver.data.sources import InputFile
 from perceiver.data.spans import SECTION, Problems, Span, Unreadable
-from perceiver.data.storage import atomic_file, list_folder, read_file, read_range, write_file
+from perceiver.data.storage import atomic_file, list_folder, open_folder, read_file, read_range, write_file
 from perceiver.data.text import count_words, join_documents, truncate
 from perceiver.data.tokenizers import ByteTokenizer, Tokenizer
 
 PIECE_BYTES = 32 << 20
 """Input bytes of a piece, about: small files are taken together, large plain files and parquet files cut."""
 
+_MOST_ROWS, _BATCH_BYTES = 1024, 8 << 20
+"""Rows of arrays that are gathered before they are written, at most, and their bytes."""
 _COUNTED_AT_ONCE = 1 << 16
 """Values counted by one call: what it makes of them then stays in the cache."""
 _COUNTS = ("rows", "tokens", "bytes", "words", "documents")
@@ -56,10 +60,13 @@ class Job:
     tokenizer: Tokenizer | None = None
     document_marks: str = ""
     """"eos": an end id after each document; "cls-sep": each document between [CLS] and [SEP]."""
+    arrays: ArrayRows | None = None
+    """The columns of rows of arrays."""
 
     @property
-    def lookahead(self) -> int:
-        return int(self.kind == "tokens")
+    def rows(self) -> RowKind:
+        """What the rows are."""
+        return rows_of(self.kind, self.row_length, self.arrays)
 
     @property
     def rows_per_shard(self) -> int:
@@ -78,13 +85,13 @@ class Piece:
     """Input bytes, about."""
 
 
-def cut_pieces(files: tuple[InputFile, ...], piece_bytes: int = PIECE_BYTES) -> list[Piece]:
-    """The input in pieces of about `piece_bytes`, in order."""
+def cut_pieces(inputs: Sequence[InputFile | ExamplePart], piece_bytes: int = PIECE_BYTES) -> list[Piece]:
+    """The input in pieces of about `piece_bytes`, in order. A part of a source that is code is a piece of its own."""
     pieces: list[Piece] = []
     spans: list[Span] = []
     size = 0
-    for file in files:
-        for span, more in _spans(file, piece_bytes):
+    for file in inputs:
+        for span, more in _spans(file, piece_bytes) if isinstance(file, InputFile) else [(Span(file, 0, 0), piece_bytes)]:
             if spans and size + more > piece_bytes:
                 pieces.append(Piece(tuple(spans), size))
                 spans, size = [], 0
@@ -125,6 +132,9 @@ def make_piece(job: Job, index: int, piece: Piece) -> dict[str, Any]:
             if job.kind == "images":
                 for images in read_images(span, job.columns, problems):
                     _add_images(job, span.file, images, writers)
+            elif job.arrays is not None:
+                for example in read_arrays(span, job.arrays, problems):
+                    _add_example(job.arrays, span.file, example, job.val_fraction, writers)
             else:
                 for documents in read_documents(span, job.columns, problems):
                     _add_documents(job, span.file, documents, writers)
@@ -142,6 +152,29 @@ class _PieceWriter:
         self._files: dict[str, BinaryIO] = {}
         self._counts = dict.fromkeys((*_COUNTS, "empty"), 0)
         self._histogram = np.zeros(0, np.int64)
+        self._examples: list[dict[str, Any]] = []
+        self._tables: pa.RecordBatchWriter | None = None
+
+    def add_example(self, example: dict[str, Any], content: bytes, digest: np.ndarray | None) -> None:
+        """A row of arrays."""
+        for name, count in (("rows", 1), ("documents", 1), ("bytes", len(content))):
+            self._counts[name] += count
+        if digest is not None:
+            self._write("hashes", digest)
+        self._examples.append(example)
+        assert self._job.arrays is not None
+        if len(self._examples) == rows_at_once(self._job.arrays):
+            self._flush()
+
+    def _flush(self) -> None:
+        """Writes the rows of arrays that have been gathered."""
+        rows = self._job.arrays
+        if rows is not None and self._examples:
+            if self._tables is None:
+                file = self._stack.enter_context(atomic_file(self._job.staging, f"{self._name}.rows"))
+                self._tables = self._stack.enter_context(pa.ipc.new_file(file, rows.schema))
+            self._tables.write_table(rows.stack(self._examples))
+            self._examples = []
 
     def add(
         self,
@@ -171,7 +204,8 @@ class _PieceWriter:
             self._histogram += np.bincount(part, minlength=len(self._histogram))
 
     def finish(self) -> dict[str, int]:
-        """Writes how often each id (or label) occurs; the counts."""
+        """Writes what is left, and how often each id (or label) occurs; the counts."""
+        self._flush()
         if len(self._histogram):
             self._write("histogram", self._histogram)
         return self._counts
@@ -183,7 +217,7 @@ class _PieceWriter:
         self._files[part].write(np.ascontiguousarray(values).data)
 
 
-def _add_images(job: Job, file: InputFile, images: Images, writers: dict[str, _PieceWriter]) -> None:
+def _add_images(job: Job, file: InputFile | ExamplePart, images: Images, writers: dict[str, _PieceWriter]) -> None:
     pixels = np.ascontiguousarray(images.pixels)
     contents = [image.tobytes() for image in pixels]
     for split, chosen in splits_of(file, contents, job.val_fraction):
@@ -194,7 +228,20 @@ def _add_images(job: Job, file: InputFile, images: Images, writers: dict[str, _P
         writers[split].add(values, counts, images.labels[chosen], None, hashes)
 
 
-def _add_documents(job: Job, file: InputFile, documents: Documents, writers: dict[str, _PieceWriter]) -> None:
+def rows_at_once(rows: ArrayRows) -> int:
+    """Rows of a batch in the files of pieces: all batches but the last have so many."""
+    return max(1, min(_MOST_ROWS, _BATCH_BYTES // rows.bytes_per_row))
+
+
+def _add_example(
+    rows: ArrayRows, file: InputFile | ExamplePart, example: dict[str, Any], val_fraction: float, writers: dict[str, _PieceWriter]
+) -> None:
+    content = rows.contents(example)
+    for split, _ in splits_of(file, [content], val_fraction):
+        writers[split].add_example(example, content, None if file.split == "hash" else content_hashes([content]))
+
+
+def _add_documents(job: Job, file: InputFile | ExamplePart, documents: Documents, writers: dict[str, _PieceWriter]) -> None:
     assert job.tokenizer is not None
     encoded = [text.encode() for text in documents.texts]
     for split, chosen in splits_of(file, encoded, job.val_fraction):
@@ -218,7 +265,7 @@ def _add_documents(job: Job, file: InputFile, documents: Documents, writers: dic
             writers[split].add(ids, counts, documents.labels[chosen], lengths, hashes)
 
 
-def document_marks(job: Job, file: InputFile) -> tuple[int | None, int | None]:
+def document_marks(job: Job, file: InputFile | ExamplePart) -> tuple[int | None, int | None]:
     """Ids before and after each document. WikiText as bytes stays as it is: its articles begin with a title anyway."""
     tokenizer = job.tokenizer
     assert tokenizer is not None
@@ -234,7 +281,7 @@ def content_hashes(contents: Sequence[bytes]) -> np.ndarray:
     return np.frombuffer(data, ">u8").astype(np.uint64)
 
 
-def splits_of(file: InputFile, contents: Any, val_fraction: float) -> Iterator[tuple[str, np.ndarray]]:
+def splits_of(file: InputFile | ExamplePart, contents: Any, val_fraction: float) -> Iterator[tuple[str, np.ndarray]]:
     """The splits that a file's documents go to, with which ones; equal documents go to the same."""
     if file.split != "hash":
         yield file.split, np.ones(len(contents), bool)
@@ -279,7 +326,7 @@ def plan_shards(job: Job, notes: list[dict[str, Any]], split: str) -> list[Shard
     for number, first_row in enumerate(range(0, rows, job.rows_per_shard)):
         num = min(job.rows_per_shard, rows - first_row)
         scale = job.row_length if stream else 1
-        start, stop = first_row * scale, (first_row + num + job.lookahead) * scale
+        start, stop = first_row * scale, (first_row + num + job.rows.lookahead) * scale
         parts = []
         for piece in range(int(np.searchsorted(ends, start, side="right")), len(sizes)):
             begin = int(ends[piece]) - sizes[piece]
@@ -294,7 +341,7 @@ def make_shard(job: Job, plan: ShardPlan) -> dict[str, Any]:
     """Pass 2 for one shard: its file, and the note on it, which is also returned."""
     name = shard_name(plan.split, plan.number)
     with atomic_file(job.folder, name) as file:
-        write_blocks(file, job.kind, job.row_length, _blocks(job, plan))
+        write_blocks(file, job.rows, _blocks(job, plan))
     note = asdict(describe_shard(job.folder, name, plan.rows))
     write_file(job.staging, _shard_note(plan), json.dumps(note).encode())
     return note
@@ -309,6 +356,9 @@ def _blocks(job: Job, plan: ShardPlan) -> Iterator[pa.Table]:
             ids = _read_part(job, plan, "values", np.uint16, start, start + len(block))
             block[: len(ids)] = ids
             yield pa.table({"tokens": fixed_column(block.reshape(num + 1, job.row_length))})
+            continue
+        if job.arrays is not None:
+            yield _read_rows(job, job.arrays, plan, first, first + num)
             continue
         labels = pa.array(_read_part(job, plan, "labels", np.int32, first, first + num))
         if job.kind == "images":
@@ -343,6 +393,19 @@ def _read_documents(job: Job, plan: ShardPlan, start: int, stop: int) -> pa.List
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(ids)), type=item)
 
 
+def _read_rows(job: Job, rows: ArrayRows, plan: ShardPlan, start: int, stop: int) -> pa.Table:
+    """Rows start .. stop - 1 of a shard of arrays."""
+    filesystem, staging = open_folder(job.staging)
+    size, found = rows_at_once(rows), []
+    for piece, low, high in _parts(plan, start, stop):
+        with filesystem.open_input_file(f"{staging}/piece-{piece:06d}-{plan.split}.rows") as source:
+            reader = pa.ipc.open_file(source)
+            first = low // size
+            batches = [reader.get_batch(i) for i in range(first, (high - 1) // size + 1)]
+            found.append(pa.Table.from_batches(batches).slice(low - first * size, high - low))
+    return pa.concat_tables(found).combine_chunks()
+
+
 def _parts(plan: ShardPlan, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
     """What values start .. stop - 1 of a shard are in the pieces: (piece, first, last + 1)."""
     begin = 0
@@ -363,7 +426,7 @@ def make_split(job: Job, notes: list[dict[str, Any]], shards: list[dict[str, Any
         row_length=job.row_length,
         rows_per_block=job.rows_per_block,
         blocks_per_shard=job.blocks_per_shard,
-        lookahead=job.lookahead,
+        lookahead=job.rows.lookahead,
         shards=tuple(Shard(**shard) for shard in shards),
         **counts,
     )

@@ -1,21 +1,26 @@
-"""Reads documents and images with their labels from spans of files. Every fault names the file and the row or byte."""
+"""Reads documents, images with their labels, and arrays from spans of files or from code. Every fault names the file and the row or byte."""
 
 from __future__ import annotations
 
 import json
+import math
 import reprlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from perceiver.config import UserError
+from perceiver.data.examples import ExamplePart
 from perceiver.data.images import BadImage, decode_image, parse_idx
+from perceiver.data.rows import ArrayRows, BadExample
 from perceiver.data.sources import InputFile
 from perceiver.data.spans import (
     SLAB,
@@ -86,6 +91,7 @@ def read_documents(span: Span, columns: Columns, problems: Problems) -> Iterator
         "jsonl": _read_jsonl,
         "parquet": _read_parquet,
         "wikitext-rows": _read_wikitext_rows,
+        "examples": _read_examples,
     }
     try:
         yield from readers[span.file.format](span, columns, problems)
@@ -216,31 +222,72 @@ def _read_jsonl(span: Span, columns: Columns, problems: Problems) -> Iterator[Do
 
 def _parse_line(line: bytes, span: Span, position: int, columns: Columns, problems: Problems) -> tuple[str, int] | None:
     """Text and label of a line, or None where it is faulty and faults are skipped."""
+    fault = _line_fault(span, position, problems)
+    try:
+        row = parse_json(line.decode())
+    except UnicodeDecodeError as error:
+        return fault("not UTF-8", f"is not UTF-8: byte {line[error.start]:#04x} at byte {position + error.start:,} of the file")
+    except NotJson as error:
+        return fault("not JSON", f"is not one JSON object a line ({error})")
+    return _text_of(row, columns, fault) if isinstance(row, dict) else fault("wrong type", "is not one JSON object a line")
+
+
+def _line_fault(span: Span, position: int, problems: Problems) -> Callable[[str, str], None]:
+    """Reports a fault of the line at a byte of a file."""
 
     def fault(reason: str, what: str) -> None:
         place = "" if problems.skip else f"line {line_number(span, position):,}: "
         problems.report(reason, f"{span.file.name} {place}{what}")
 
+    return fault
+
+
+def _text_of(row: Mapping[str, Any], columns: Columns, fault: Callable[[str, str], None]) -> tuple[str, int] | None:
+    """Text and label of a row, or None where it is faulty and faults are skipped."""
     try:
-        row = parse_json(line.decode())
         text = row[columns.text]
         text.encode()
-        label = _label(row[columns.label], columns) if columns.label else 0
-    except UnicodeDecodeError as error:
-        return fault("not UTF-8", f"is not UTF-8: byte {line[error.start]:#04x} at byte {position + error.start:,} of the file")
+        return text, _label(row[columns.label], columns) if columns.label else 0
     except UnicodeEncodeError:
-        return fault("not UTF-8", f"field {columns.text!r} has a lone surrogate, which no UTF-8 text can hold")
-    except NotJson as error:
-        return fault("not JSON", f"is not one JSON object a line ({error})")
+        fault("not UTF-8", f"field {columns.text!r} has a lone surrogate, which no UTF-8 text can hold")
     except KeyError as error:
         more = ", ..." if len(row) > MOST_NAMED else ""
-        return fault("missing field", f"has no field {error.args[0]!r} (it has: {', '.join(list(row)[:MOST_NAMED])}{more})")
+        fault("missing field", f"has no field {error.args[0]!r} (it has: {', '.join(map(str, list(row)[:MOST_NAMED]))}{more})")
     except (TypeError, AttributeError):
-        what = f"field {columns.text!r} is no text" if isinstance(row, dict) else "is not one JSON object a line"
-        return fault("wrong type", what)
+        fault("wrong type", f"field {columns.text!r} is no text")
     except _BadLabel as error:
-        return fault("bad label", str(error))
-    return text, label
+        fault("bad label", str(error))
+    return None
+
+
+def _read_examples(span: Span, columns: Columns, problems: Problems) -> Iterator[Documents]:
+    """What code yields: mappings with a text, and a label where asked for."""
+    part = span.file
+    assert isinstance(part, ExamplePart)
+    rows: list[tuple[str, int]] = []
+    size, any_row = 0, False
+    for number, example in enumerate(part.examples()):
+        any_row = True
+
+        def fault(reason: str, what: str, number: int = number) -> None:
+            problems.report(reason, f"{part.place}, example {number:,}: {what}")
+
+        row = _text_of(example, columns, fault) if isinstance(example, Mapping) else fault("no mapping", "is no mapping")
+        if row is None:
+            continue
+        rows.append(row)
+        size += len(row[0])
+        if size >= SLAB:
+            yield _labelled(rows, columns)
+            rows, size = [], 0
+    if rows:
+        yield _labelled(rows, columns)
+    if not any_row:
+        raise Unreadable("empty part", f"{part.place} yields no example")
+
+
+def _labelled(rows: list[tuple[str, int]], columns: Columns) -> Documents:
+    return _whole([text for text, _ in rows], np.array([label for _, label in rows], np.int64) if columns.label else None)
 
 
 class NotJson(Exception):
@@ -371,6 +418,84 @@ def _parquet_tables(span: Span, wanted: list[str]) -> Iterator[tuple[int, pa.Tab
                         yield low, table.select(wanted)
                     position += batch.num_rows
             first = stop
+
+
+# --------------------------------------------------------------------------------------------------------------- arrays
+
+
+def read_arrays(span: Span, rows: ArrayRows, problems: Problems) -> Iterator[dict[str, Any]]:
+    """The examples of a span, as the rows' columns hold them. Faulty ones and faulty files go to `problems`.
+
+    Raises:
+        UserError: a fault, where faults are not skipped.
+    """
+    readers = {"examples": _code_arrays, "jsonl": _jsonl_arrays, "parquet": _parquet_arrays}
+    try:
+        for where, example in readers[span.file.format](span, rows, problems):
+            try:
+                yield rows.values(example)
+            except BadExample as error:
+                problems.report(error.reason, f"{where()}: {error}")
+    except Unreadable as error:
+        problems.report(*error.args)
+
+
+_Found = Iterator[tuple[Callable[[], str], Any]]
+"""Examples, each after what messages call it."""
+
+
+def _code_arrays(span: Span, rows: ArrayRows, problems: Problems) -> _Found:
+    part = span.file
+    assert isinstance(part, ExamplePart)
+    for number, example in enumerate(part.examples()):
+        yield partial("{}, example {:,}".format, part.place, number), example
+
+
+def _jsonl_arrays(span: Span, rows: ArrayRows, problems: Problems) -> _Found:
+    """A JSON object a line, of (nested) lists."""
+    any_row = False
+    for base, run, _ in byte_runs(span, problems, line_borders(span)):
+        position = base
+        for line in run.split(b"\n"):
+            if line.strip():
+                any_row = True
+                try:
+                    yield partial(_line_place, span, position, problems), parse_json(line.decode())
+                except (UnicodeDecodeError, NotJson) as error:
+                    _line_fault(span, position, problems)("not JSON", f"is not one JSON object a line ({error})")
+            position += len(line) + 1
+    if not any_row and span.start == 0:
+        raise Unreadable("empty file", f"{span.file.name} is empty")
+
+
+def _line_place(span: Span, position: int, problems: Problems) -> str:
+    return span.file.name if problems.skip else f"{span.file.name} line {line_number(span, position):,}"
+
+
+def _parquet_arrays(span: Span, rows: ArrayRows, problems: Problems) -> _Found:
+    """Columns of numbers, or of lists of them: nested as the rows' shapes are, or all numbers of a row in one list."""
+    for first, table in _parquet_tables(span, list(rows.columns)):
+        values = {name: _unpacked(table[name].combine_chunks(), rows.columns[name].shape) for name in rows.columns}
+        for i in range(table.num_rows):
+            example = {name: column[i] for name, column in values.items()}
+            yield partial("{} row {:,}".format, span.file.name, first + i), example
+
+
+def _unpacked(column: pa.Array, shape: tuple[int, ...]) -> Any:
+    """A column's values, row by row."""
+    flat, sizes = column, []
+    while pa.types.is_list(flat.type) or pa.types.is_large_list(flat.type) or pa.types.is_fixed_size_list(flat.type):
+        lengths = pc.list_value_length(flat)
+        if flat.null_count or not len(flat) or pc.min(lengths) != pc.max(lengths):
+            return column.to_pylist()  # one row at least is no array, and is named by whoever looks at them one by one
+        sizes.append(lengths[0].as_py())
+        flat = flat.flatten()
+    numbers = pa.types.is_integer(flat.type) or pa.types.is_floating(flat.type) or pa.types.is_boolean(flat.type)
+    if flat.null_count or not numbers:
+        return column.to_pylist()
+    if sizes == [math.prod(shape)]:
+        sizes = list(shape)
+    return flat.to_numpy(zero_copy_only=False).reshape(len(column), *sizes)
 
 
 # --------------------------------------------------------------------------------------------------------------- images

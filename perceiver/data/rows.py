@@ -1,23 +1,118 @@
-"""What a row of prepared data is, for tasks that read arrays: named columns of fixed shape, in any number.
+"""What a row of prepared data is: the kinds of rows, each with its columns in parquet.
 
-(Rows of images, of a stream of tokens and of documents have formats of their own, see `shards.py`.)
+- "images":    image  fixed_size_list<uint8>[height * width * channels], channels last; label int32
+- "tokens":    tokens fixed_size_list<uint16>[T]: the token stream of all documents, cut end to end; 0 after its end
+- "documents": tokens list<uint16>, at most `row_length` ids; label int32
+- "arrays":    named columns of fixed shapes, in any number, which the task names
 """
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
 
 from perceiver.config import UserError
-from perceiver.data.shards import fixed_array, fixed_column
 
 DTYPES = ("float32", "float16", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "string", "binary")
 """Types of a column's numbers; "string" and "binary" stand alone in a row, with shape ()."""
+
+
+class RowKind(ABC):
+    """What the rows of a data set are."""
+
+    kind: ClassVar[str]
+    """Its name in manifests and settings."""
+    lookahead: ClassVar[int] = 0
+    """Physical rows at the end of a block that belong to the next block."""
+    is_text: ClassVar[bool] = False
+    """Made from text, with a tokenizer."""
+    has_labels: ClassVar[bool] = False
+    """Each row has a class number."""
+    formats: ClassVar[tuple[str, ...]]
+    """Formats of files that it can be made from."""
+    expected: ClassVar[str]
+    """The same for a person."""
+
+    @property
+    @abstractmethod
+    def schema(self) -> pa.Schema:
+        """The columns of a shard. Nothing is ever null."""
+
+    @property
+    def bytes_per_row(self) -> int | None:
+        """Bytes of a row in memory; None: rows differ in it."""
+        return None
+
+    def numbers_in_parquet(self) -> bool | list[str]:
+        """Columns of numbers by their paths in parquet; True: all."""
+        return True
+
+
+class _LongRows(RowKind):
+    """Rows of which one column has a length that the data set tells."""
+
+    def __init__(self, row_length: int) -> None:
+        self.row_length = row_length
+
+
+class ImageRows(_LongRows):
+    """Images of one shape with their labels."""
+
+    kind = "images"
+    has_labels = True
+    formats = ("idx", "parquet")
+    expected = "idx files (train-images-idx3-ubyte and its labels, .gz or not) or .parquet"
+
+    @property
+    def schema(self) -> pa.Schema:
+        image = pa.list_(pa.field("element", pa.uint8(), nullable=False), self.row_length)
+        return pa.schema([pa.field("image", image, nullable=False), _LABEL])
+
+    @property
+    def bytes_per_row(self) -> int:
+        return self.row_length
+
+
+class TokenRows(_LongRows):
+    """A stream of token ids, cut end to end."""
+
+    kind = "tokens"
+    lookahead = 1
+    is_text = True
+    formats = ("text", "wikitext", "jsonl", "parquet", "wikitext-rows")
+    expected = ".txt, .raw, .tokens, .jsonl, .json (.gz or not) or .parquet"
+
+    @property
+    def schema(self) -> pa.Schema:
+        return pa.schema([pa.field("tokens", pa.list_(_TOKEN, self.row_length), nullable=False)])
+
+    @property
+    def bytes_per_row(self) -> int:
+        return 2 * self.row_length
+
+
+class DocumentRows(_LongRows):
+    """Documents of at most so many token ids, with their labels."""
+
+    kind = "documents"
+    is_text = True
+    has_labels = True
+    formats = ("jsonl", "parquet")
+    expected = ".jsonl, .json (.gz or not) or .parquet, with a text and a label column"
+
+    @property
+    def schema(self) -> pa.Schema:
+        return pa.schema([pa.field("tokens", pa.list_(_TOKEN), nullable=False), _LABEL])
+
+
+_TOKEN = pa.field("element", pa.uint16(), nullable=False)
+_LABEL = pa.field("label", pa.int32(), nullable=False)
 
 
 @dataclass(frozen=True)
@@ -36,22 +131,33 @@ class Column:
         return self.dtype not in ("string", "binary")
 
 
-class ArrayRows:
+class BadExample(UserError):
+    """An example that cannot be a row: the reason in two words, and what is said of the example."""
+
+    def __init__(self, reason: str, what: str) -> None:
+        super().__init__(what)
+        self.reason = reason
+
+
+class ArrayRows(RowKind):
     """Rows of named arrays: `ArrayRows(past=((72, 7), "float32"), label=((), "int32"))`.
 
-    A row may lack none of its columns; missing measurements are a mask of their own, say. Rows are stored as fixed-size lists.
+    The order of the columns has no meaning. A row may lack none of them; missing measurements are a mask of their own, say. Rows are
+    stored as fixed-size lists.
 
     Raises:
         UserError: a shape or type that cannot be stored.
     """
 
     kind = "arrays"
+    formats = ("parquet", "jsonl")
+    expected = ".parquet or .jsonl, .json (.gz or not), with the task's columns"
 
     def __init__(self, **columns: tuple[tuple[int, ...], str]) -> None:
         if not columns:
             raise UserError("ArrayRows needs at least one column")
         self.columns: dict[str, Column] = {}
-        for name, (shape, dtype) in columns.items():
+        for name, (shape, dtype) in sorted(columns.items()):
             if dtype not in DTYPES:
                 raise UserError(f"column {name} has type {dtype!r} and must have one of {', '.join(DTYPES)}")
             if any(not isinstance(n, int) or n < 1 for n in shape):
@@ -79,13 +185,18 @@ class ArrayRows:
 
     @property
     def schema(self) -> pa.Schema:
-        """The columns of a shard. Nothing is ever null."""
         return pa.schema([pa.field(name, _arrow_type(column), nullable=False) for name, column in self.columns.items()])
 
     @property
     def bytes_per_row(self) -> int:
         """Bytes of a row's numbers."""
         return max(1, sum(column.size * np.dtype(column.dtype).itemsize for column in self.columns.values() if column.is_number))
+
+    def numbers_in_parquet(self) -> bool | list[str]:
+        numbers = {name: column for name, column in self.columns.items() if column.is_number}
+        if len(numbers) == len(self.columns):
+            return True
+        return [f"{name}.list.element" if column.shape else name for name, column in numbers.items()]
 
     def table(self, examples: Iterable[Mapping[str, Any]], where: str) -> pa.Table:
         """Examples as rows.
@@ -97,10 +208,27 @@ class ArrayRows:
         Raises:
             UserError: an example lacks a column, or has another shape, or numbers that the column's type cannot hold.
         """
-        values: dict[str, list[Any]] = {name: [] for name in self.columns}
+        found = []
         for number, example in enumerate(examples):
-            for name, column in self.columns.items():
-                values[name].append(_value(example, name, column, f"{where}, example {number}"))
+            try:
+                found.append(self.values(example))
+            except BadExample as error:
+                raise UserError(f"{where}, example {number:,}: {error}") from None
+        return self.stack(found)
+
+    def values(self, example: Any) -> dict[str, Any]:
+        """An example's values as their columns hold them.
+
+        Raises:
+            BadExample: see `table`.
+        """
+        if not isinstance(example, Mapping):
+            raise BadExample("no mapping", f"it is a {type(example).__name__} and must be a mapping with {', '.join(self.columns)}")
+        return {name: _value(example, name, column) for name, column in self.columns.items()}
+
+    def stack(self, examples: list[dict[str, Any]]) -> pa.Table:
+        """Rows of what `values` has returned."""
+        values = {name: [example[name] for example in examples] for name in self.columns}
         arrays = []
         for name, column in self.columns.items():
             if column.is_number and column.shape:
@@ -109,6 +237,18 @@ class ArrayRows:
             else:
                 arrays.append(pa.array(values[name], _arrow_type(column)))
         return pa.Table.from_arrays(arrays, schema=self.schema)
+
+    def contents(self, example: Mapping[str, Any]) -> bytes:
+        """The bytes of what `values` has returned: what tells examples apart."""
+        found = []
+        for name, column in self.columns.items():
+            value = example[name]
+            if column.is_number:
+                found.append(np.asarray(value, column.dtype).tobytes())
+            else:  # with its length, so that two texts do not run into each other
+                data = value.encode() if isinstance(value, str) else value
+                found.append(len(data).to_bytes(8, "little") + data)
+        return b"".join(found)
 
     def arrays(self, table: pa.Table) -> dict[str, np.ndarray]:
         """The numbers of rows, (n, *shape) by name; columns that the table lacks and texts are left out."""
@@ -138,24 +278,63 @@ def _arrow_type(column: Column) -> pa.DataType:
     return pa.list_(pa.field("element", item, nullable=False), column.size) if column.shape else item
 
 
-def _value(example: Mapping[str, Any], name: str, column: Column, where: str) -> Any:
-    if not isinstance(example, Mapping):
-        raise UserError(f"{where} is a {type(example).__name__} and must be a mapping with {name} in it")
+def _value(example: Mapping[str, Any], name: str, column: Column) -> Any:
     if name not in example or example[name] is None:
-        raise UserError(f"{where} has no {name}: it has {', '.join(map(str, example)) or 'nothing'}")
+        raise BadExample("missing column", f"it has no {name} (it has: {', '.join(map(str, example)) or 'nothing'})")
     value = example[name]
     if not column.is_number:
-        kinds = (str,) if column.dtype == "string" else (bytes,)
-        if not isinstance(value, kinds):
-            raise UserError(f"{where}: {name} is a {type(value).__name__} and must be {column.dtype}")
+        kind = str if column.dtype == "string" else bytes
+        if not isinstance(value, kind):
+            raise BadExample("wrong type", f"{name} is a {type(value).__name__} and must be {column.dtype}")
         return value
     try:
         array = np.asarray(value)
-        converted = array.astype(column.dtype)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{where}: {name} cannot be read as {column.dtype} ({error})") from None
+        with np.errstate(over="ignore", invalid="ignore"):
+            converted = array.astype(column.dtype)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise BadExample("wrong type", f"{name} cannot be read as {column.dtype} ({error})") from None
     if array.shape != column.shape:
-        raise UserError(f"{where}: {name} has shape {array.shape} and must have {column.shape}")
+        raise BadExample("other shape", f"{name} has shape {array.shape} and must have {column.shape}")
     if np.issubdtype(converted.dtype, np.integer) and not np.array_equal(converted, array):
-        raise UserError(f"{where}: {name} has values that {column.dtype} cannot hold")
+        raise BadExample("wrong value", f"{name} has values that {column.dtype} cannot hold")
     return converted if column.shape else converted.item()
+
+
+KINDS: dict[str, type[RowKind]] = {cls.kind: cls for cls in (ImageRows, TokenRows, DocumentRows, ArrayRows)}
+"""The kinds of rows by name."""
+
+
+def rows_of(kind: str, row_length: int, columns: ArrayRows | None = None) -> RowKind:
+    """The rows of a data set, from what its manifest tells.
+
+    Raises:
+        UserError: arrays without columns.
+    """
+    cls = KINDS[kind]
+    if issubclass(cls, _LongRows):
+        return cls(row_length)
+    if columns is None:
+        raise UserError("the columns of arrays are not told")
+    return columns
+
+
+def fixed_array(table: pa.Table, column: str) -> np.ndarray:
+    """A fixed_size_list column as (rows, length); read-only and without copying where the table is in one piece."""
+    chunks = [_fixed_chunk(chunk) for chunk in table.column(column).chunks]
+    if not chunks:
+        kind = table.schema.field(column).type
+        return np.empty((0, kind.list_size), kind.value_type.to_pandas_dtype())
+    return chunks[0] if len(chunks) == 1 else np.concatenate(chunks)
+
+
+def _fixed_chunk(chunk: pa.FixedSizeListArray) -> np.ndarray:
+    length = chunk.type.list_size
+    values = chunk.values.slice(chunk.offset * length, len(chunk) * length)
+    return values.to_numpy(zero_copy_only=True).reshape(len(chunk), length)
+
+
+def fixed_column(values: np.ndarray) -> pa.FixedSizeListArray:
+    """The inverse of `fixed_array`: (rows, length) as a fixed_size_list column, without copying where contiguous."""
+    values = np.ascontiguousarray(values)
+    item = pa.field("element", pa.from_numpy_dtype(values.dtype), nullable=False)
+    return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), type=pa.list_(item, values.shape[1]))

@@ -3,11 +3,7 @@
     folder/manifest.json             written last: a folder without it holds no data set
     folder/train-00000.parquet ...   and val-00000.parquet ...
 
-There are three kinds of rows:
-
-- "images":    image  fixed_size_list<uint8>[height * width * channels], channels last; label int32
-- "tokens":    tokens fixed_size_list<uint16>[T]: the token stream of all documents, cut end to end; 0 after its end
-- "documents": tokens list<uint16>, at most `row_length` ids; label int32
+The columns of a row are told by its kind, see `rows.py`.
 
 Blocks (row groups) have a constant size, so that finding a row is arithmetic: block b holds the rows from b *
 rows_per_block on and lies in shard b // blocks_per_shard as row group b % blocks_per_shard. Only the last block and
@@ -38,12 +34,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from perceiver.config import UserError, digest
+from perceiver.data.rows import KINDS, ArrayRows, RowKind, rows_of
 from perceiver.data.storage import file_hash, list_folder, open_folder, read_file, write_file
 from perceiver.data.tokenizers import TOKENIZER
 
@@ -84,17 +80,17 @@ class Split:
     name: str
     kind: str
     rows: int
-    """Logical rows: images, windows or documents."""
+    """Logical rows: images, windows, documents or examples."""
     tokens: int
-    """Ids of the stream, or of all documents as stored; 0 for images."""
+    """Ids of the stream, or of all documents as stored; 0 for images and arrays."""
     bytes: int
-    """Bytes of the text as UTF-8 (without ids that mark documents), or of the pixels."""
+    """Bytes of the text as UTF-8 (without ids that mark documents), of the pixels, or of the arrays."""
     words: int
     """Words of the text, separated by ASCII whitespace."""
     documents: int
-    """Documents (or images) that it was made from."""
+    """Documents (or images, or examples) that it was made from."""
     row_length: int
-    """T, or height * width * channels, or the greatest length of a document."""
+    """T, or height * width * channels, or the greatest length of a document; 0 for arrays."""
     rows_per_block: int
     blocks_per_shard: int
     lookahead: int
@@ -102,6 +98,8 @@ class Split:
     shards: tuple[Shard, ...]
     image_shape: tuple[int, int, int] | None = None
     """Height, width, channels, for images: the manifest's, which alone stores it."""
+    columns: ArrayRows | None = None
+    """The columns of arrays: the manifest's, which alone stores them."""
 
     @property
     def num_blocks(self) -> int:
@@ -110,9 +108,12 @@ class Split:
     @property
     def bytes_per_row(self) -> int:
         """Bytes of a row in memory, about."""
-        if self.kind == "documents":
-            return 2 * self.tokens // max(self.rows, 1) + 8
-        return self.row_length * (2 if self.kind == "tokens" else 1)
+        return self.stored.bytes_per_row or 2 * self.tokens // max(self.rows, 1) + 8
+
+    @property
+    def stored(self) -> RowKind:
+        """What its rows are."""
+        return rows_of(self.kind, self.row_length, self.columns)
 
     def block_rows(self, block: int) -> int:
         """Logical rows of a block."""
@@ -143,9 +144,12 @@ class Manifest:
     """Height, width, channels, for images."""
     num_classes: int | None = None
     """Greatest label + 1, where rows have labels."""
+    columns: dict[str, Any] | None = None
+    """Shape and type of each column of arrays, as `ArrayRows.to_json` has them."""
 
     def __post_init__(self) -> None:
-        splits = {name: replace(split, image_shape=self.image_shape) for name, split in self.splits.items()}
+        columns = None if self.columns is None else ArrayRows.from_json(self.columns)
+        splits = {name: replace(split, image_shape=self.image_shape, columns=columns) for name, split in self.splits.items()}
         object.__setattr__(self, "splits", splits)
 
     @property
@@ -155,8 +159,10 @@ class Manifest:
 
     def _stored(self) -> dict[str, Any]:
         data = asdict(self)
+        if self.columns is None:  # as it was written before there were arrays
+            del data["columns"]
         for split in data["splits"].values():
-            del split["image_shape"]
+            del split["image_shape"], split["columns"]
             for shard in split["shards"]:
                 if not shard["footer"]:  # as it was written
                     del shard["footer"]
@@ -215,7 +221,7 @@ class Manifest:
                 **{name: value for name, value in data.items() if name in known},
             )
             wrong = manifest._wrong()
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError, UserError) as error:
             wrong = str(error)
         if wrong:
             raise DamagedData(f"{place} is damaged ({wrong})")
@@ -223,6 +229,8 @@ class Manifest:
 
     def _wrong(self) -> str | None:
         """What cannot be in a manifest as it was written, of what reading relies on."""
+        if self.kind not in KINDS or (self.kind == ArrayRows.kind) != (self.columns is not None):
+            return f"it has rows of kind {self.kind!r}" + ("" if self.columns is None else " with columns")
         for part in self.mixture:
             if "/" in part["folder"] or part["folder"].startswith("."):
                 return f"it names the folder {part['folder']}"
@@ -251,27 +259,16 @@ def shard_name(split: str, shard: int) -> str:
 # -------------------------------------------------------------------------------------------------- reading and writing
 
 
-def schema(kind: str, row_length: int) -> pa.Schema:
-    """The columns of a shard. Nothing is ever null."""
-    if kind == "images":
-        image = pa.list_(pa.field("element", pa.uint8(), nullable=False), row_length)
-        return pa.schema([pa.field("image", image, nullable=False), pa.field("label", pa.int32(), nullable=False)])
-    item = pa.field("element", pa.uint16(), nullable=False)
-    if kind == "tokens":
-        return pa.schema([pa.field("tokens", pa.list_(item, row_length), nullable=False)])
-    return pa.schema([pa.field("tokens", pa.list_(item), nullable=False), pa.field("label", pa.int32(), nullable=False)])
-
-
-def write_blocks(file: BinaryIO, kind: str, row_length: int, blocks: Iterable[pa.Table]) -> None:
+def write_blocks(file: BinaryIO, rows: RowKind, blocks: Iterable[pa.Table]) -> None:
     """Writes a shard: each table is a block. The same tables give the same bytes.
 
-    The encoding (bytes of equal place together, then zstd) was the smallest and the fastest to read of those that
+    The encoding of numbers (bytes of equal place together, then zstd) was the smallest and the fastest to read of those that
     parquet has.
     """
-    columns, sums = schema(kind, row_length), _Sums(file)
+    columns, sums = rows.schema, _Sums(file)
     with pq.ParquetWriter(
-        sums, columns, compression="zstd", use_dictionary=False, use_byte_stream_split=True, write_statistics=False,
-        write_page_checksum=True,
+        sums, columns, compression="zstd", use_dictionary=False, use_byte_stream_split=rows.numbers_in_parquet(),
+        write_statistics=False, write_page_checksum=True,
     ) as writer:  # fmt: skip
         sums.take()
         found = []
@@ -329,7 +326,7 @@ def read_block(folder: str | Path, split: Split, block: int) -> pa.Table:
         table = pq.ParquetFile(_Window(data, start, shard.bytes), metadata=metadata, pre_buffer=False).read_row_group(group)
     except (pa.ArrowException, OSError, ValueError) as error:  # of bytes that are in memory
         raise DamagedData(f"{place} is damaged (row group {group}: {(str(error).splitlines() or [''])[0]})") from None
-    if table.num_rows != split.block_rows(block) + split.lookahead or table.schema != schema(split.kind, split.row_length):
+    if table.num_rows != split.block_rows(block) + split.lookahead or table.schema != split.stored.schema:
         raise DamagedData(f"{place} is damaged (row group {group} has other rows or columns)")
     return table
 
@@ -420,28 +417,6 @@ def describe_shard(folder: str | Path, name: str, rows: int) -> Shard:
     """What the manifest says of a shard that has been written."""
     size, sha256 = file_hash(folder, name)
     return Shard(file=name, rows=rows, bytes=size, sha256=sha256, footer=footer_hash(_footer(folder, name, size)))
-
-
-def fixed_array(table: pa.Table, column: str) -> np.ndarray:
-    """A fixed_size_list column as (rows, length); read-only and without copying where the table is in one piece."""
-    chunks = [_fixed_chunk(chunk) for chunk in table.column(column).chunks]
-    if not chunks:
-        kind = table.schema.field(column).type
-        return np.empty((0, kind.list_size), kind.value_type.to_pandas_dtype())
-    return chunks[0] if len(chunks) == 1 else np.concatenate(chunks)
-
-
-def _fixed_chunk(chunk: pa.FixedSizeListArray) -> np.ndarray:
-    length = chunk.type.list_size
-    values = chunk.values.slice(chunk.offset * length, len(chunk) * length)
-    return values.to_numpy(zero_copy_only=True).reshape(len(chunk), length)
-
-
-def fixed_column(values: np.ndarray) -> pa.FixedSizeListArray:
-    """The inverse of `fixed_array`: (rows, length) as a fixed_size_list column, without copying where contiguous."""
-    values = np.ascontiguousarray(values)
-    item = pa.field("element", pa.from_numpy_dtype(values.dtype), nullable=False)
-    return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), type=pa.list_(item, values.shape[1]))
 
 
 def broken_files(folder: str | Path, manifest: Manifest) -> list[str]:

@@ -1,4 +1,4 @@
-"""Where data comes from: named data sets, names on the hub, a user's own files. Finds files and splits; reads none."""
+"""Where data comes from: named data sets, names on the hub, a user's own files or functions. Finds files and splits; reads none."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from typing import Any, Literal
 import pyarrow.fs as pafs
 
 from perceiver.config import DataConfig, UserError
+from perceiver.data.examples import ExamplePart, find_parts, is_code, name_of
+from perceiver.data.rows import KINDS
 from perceiver.data.storage import open_folder
 
 Format = Literal["text", "wikitext", "jsonl", "parquet", "wikitext-rows", "idx"]
@@ -50,16 +52,6 @@ _FORMATS = {
     ".txt": "text", ".raw": "wikitext", ".tokens": "wikitext", ".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl",
     ".parquet": "parquet",
 }  # fmt: skip
-_READABLE = {
-    "images": ("idx", "parquet"),
-    "tokens": ("text", "wikitext", "jsonl", "parquet", "wikitext-rows"),
-    "documents": ("jsonl", "parquet"),
-}
-_EXPECTED = {
-    "images": "idx files (train-images-idx3-ubyte and its labels, .gz or not) or .parquet",
-    "tokens": ".txt, .raw, .tokens, .jsonl, .json (.gz or not) or .parquet",
-    "documents": ".jsonl, .json (.gz or not) or .parquet, with a text and a label column",
-}
 _SAME = "same file"
 """Mark of a path that leads to a file which another path leads to: for no split."""
 _HIDDEN, _DOTTED = re.compile(r"(^|/)[._]"), re.compile(r"(^|/)[.]")
@@ -92,13 +84,20 @@ class InputFile:
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """All files of a data set."""
+    """All that a data set is made from."""
 
-    files: tuple[InputFile, ...]
+    files: tuple[InputFile, ...] = ()
+    parts: tuple[ExamplePart, ...] = ()
+    """Of sources that are code."""
     ignored: tuple[str, ...] = ()
     """Names of files that lie there and are not used (a test split beside a validation split, say)."""
     origin: dict[str, Any] | None = None
     """Name and revision on the hub."""
+
+    @property
+    def inputs(self) -> tuple[InputFile | ExamplePart, ...]:
+        """Files and parts together."""
+        return (*self.files, *self.parts)
 
 
 @dataclass(frozen=True)
@@ -110,7 +109,7 @@ class _Found:
 
 def is_path(source: str) -> bool:
     """Whether a source means files, and not a named data set or a name on the hub."""
-    return source not in NAMED and not source.startswith("hub:")
+    return source not in NAMED and not source.startswith("hub:") and not is_code(source)
 
 
 def is_shipped(source: str) -> bool:
@@ -119,10 +118,15 @@ def is_shipped(source: str) -> bool:
 
 
 def source_label(source: str) -> str | None:
-    """A source without its place on this machine: named data sets and hub names as they are, else "files:NAME"."""
-    if not source or not is_path(source):
-        return source or None
-    return f"files:{_short(source)}"
+    """A source without its place on this machine: named data sets and hub names as they are, else "files:NAME" or "code:MODULE:NAME"."""
+    if is_code(source):
+        return f"code:{name_of(source)}"
+    return f"files:{_short(source)}" if source and is_path(source) else source or None
+
+
+def source_name(source: str) -> str:
+    """What messages, metrics and folders call a source: of files their last part, of code module and name."""
+    return re.sub("^(files|hub|code):", "", source_label(source) or "")
 
 
 @dataclass(frozen=True)
@@ -131,7 +135,7 @@ class MixtureSource:
 
     source: str
     name: str
-    """What metrics call it: the source's name, of files their last part."""
+    """What metrics call it, see `source_name`."""
     share: float
     """Its share of the rows of a batch."""
 
@@ -154,7 +158,7 @@ def mixture_sources(data: DataConfig) -> list[MixtureSource]:
             value = 0.0
         if not equals or not source or not 0 < value < float("inf"):
             raise UserError(f"data.mixture has {entry!r}, it must be SOURCE=WEIGHT with a weight above 0, such as c4=0.7")
-        found.append((source, (source_label(source) or "").removeprefix("files:").removeprefix("hub:"), value))
+        found.append((source, source_name(source), value))
     names = [name for _, name, _ in found]
     if twice := [name for name in names if names.count(name) > 1]:
         raise UserError(f"data.mixture has two sources called {twice[0]}: give their folders different names")
@@ -176,42 +180,52 @@ def _is_glob(text: str) -> bool:
 
 
 def resolve(data: DataConfig, kind: str) -> Source:
-    """The files of an experiment's data and the split that each belongs to.
+    """The files (or the parts of code) of an experiment's data and the split that each belongs to.
 
     Of a folder or glob, files with "train" in their name (or the names of folders in it) are for training and those
     with "valid", "validation", "val" or "dev" for validation, else those with "test" or "t10k"; without any "train"
     the unmarked ones are for training. Files marked "unsupervised" are what language models train on. Without
-    validation files `val_fraction` of the documents is held out.
+    validation files `val_fraction` of the documents is held out, and so where code yields no example for "val".
 
     Raises:
         UserError: no such data set or files, nothing of a format that `kind` can be made from, nothing to validate on,
             a file that is both for training and for validation.
     """
-    train: list[InputFile] = []
-    val: list[InputFile] = []
+    train: list[InputFile | ExamplePart] = []
+    val: list[InputFile | ExamplePart] = []
     ignored: list[str] = []
     origin = None
     if data.source:
-        found, origin = _find(data.source, kind, "data.source")
-        train, val, ignored = _assign(found, kind)
+        train, val, ignored, origin = _resolved(data.source, kind, "data.source")
         if not train:
-            raise UserError(f"data.source {data.source} has no files to train on, only {', '.join(f.name for f in val)}")
+            what = "examples" if is_code(data.source) else "files"
+            raise UserError(f"data.source {data.source} has no {what} to train on, only {', '.join(f.name for f in val)}")
     if data.val_source:
-        found, _ = _find(data.val_source, kind, "data.val_source")
-        unmarked, marked, more = _assign(found, kind)
+        unmarked, marked, more, _ = _resolved(data.val_source, kind, "data.val_source")
         ignored += [f.name for f in val] + more + ([f.name for f in unmarked] if marked else [])
         val = marked or unmarked
     if not val and data.val_fraction <= 0:
-        raise UserError(
-            f"data.source {data.source} has no validation files: give them as data.val_source, or set data.val_fraction above 0"
-        )
-    by_place = {real_place(f.path): f for f in train}
+        what = "examples for validation" if is_code(data.source) else "validation files"
+        raise UserError(f"data.source {data.source} has no {what}: give them as data.val_source, or set data.val_fraction above 0")
+    by_place = {real_place(f.path): f for f in train if isinstance(f, InputFile)}
     for file in val:
-        if (same := by_place.get(real_place(file.path))) is not None:
+        if isinstance(file, InputFile) and (same := by_place.get(real_place(file.path))) is not None:
             raise UserError(same_file(same.name, file.name))
-    train = [replace(f, split="train" if val else "hash") for f in train]
-    files = [*train, *(replace(f, split="val") for f in val)]
-    return Source(files=tuple(files), ignored=tuple(sorted(ignored)), origin=origin)
+    inputs = [*(replace(f, split="train" if val else "hash") for f in train), *(replace(f, split="val") for f in val)]
+    return Source(
+        files=tuple(f for f in inputs if isinstance(f, InputFile)),
+        parts=tuple(f for f in inputs if isinstance(f, ExamplePart)),
+        ignored=tuple(sorted(ignored)),
+        origin=origin,
+    )
+
+
+def _resolved(source: str, kind: str, field: str) -> tuple[list[Any], list[Any], list[str], dict[str, Any] | None]:
+    """What there is for training, for validation, names of what is for neither, and where on the hub it comes from."""
+    if is_code(source):
+        return *find_parts(source, field), [], None
+    found, origin = _find(source, kind, field)
+    return *_assign(found, kind), origin
 
 
 def same_file(train: str, val: str) -> str:
@@ -258,13 +272,13 @@ def _files(source: str, label: str, kind: str, field: str) -> list[_Found]:
     listed = _list(source, field)
     single = listed[0][1] == "" if len(listed) == 1 else False
     if single and _format(listed[0][0]) is None:
-        raise UserError(f"{field} {source} is of no known format: {kind} are made from {_EXPECTED[kind]}")
+        raise UserError(f"{field} {source} is of no known format: {kind} are made from {KINDS[kind].expected}")
     result = []
     sizes = {path: size for path, _, size in listed}
     again = set() if single else _again(listed)
     for path, inner, size in listed:
         form = _format(path)
-        if form not in _READABLE[kind] or (form == "idx" and not _labels_paths(path)):
+        if form not in KINDS[kind].formats or (form == "idx" and not _labels_paths(path)):
             continue
         labels = _labels_beside(path, None if single else sizes) if form == "idx" else None
         name = f"{label}/{inner}" if inner else label
@@ -273,7 +287,7 @@ def _files(source: str, label: str, kind: str, field: str) -> list[_Found]:
         file = InputFile(path=path, name=name, format=form, size=size, labels_path=labels)
         result.append(_Found(file, _SAME if path in again else None if single else _mark(inner)))
     if not result:
-        raise UserError(f"{field} {source} holds nothing that {kind} are made from: {_EXPECTED[kind]}")
+        raise UserError(f"{field} {source} holds nothing that {kind} are made from: {KINDS[kind].expected}")
     return result
 
 
@@ -434,8 +448,8 @@ def _hub_files(hub: _Hub, source: str, kind: str) -> tuple[list[_Found], dict[st
     for split, paths in listed.items():
         for path in paths:
             form = hub.format or _format(path)
-            if form not in _READABLE[kind]:
-                raise UserError(f"data set {hub.repository} has {path}: {kind} are made from {_EXPECTED[kind]}")
+            if form not in KINDS[kind].formats:
+                raise UserError(f"data set {hub.repository} has {path}: {kind} are made from {KINDS[kind].expected}")
             name = re.sub(r"^hf://datasets/[^@]+@[^/]+/", "", path)
             revisions.update(re.findall(r"^hf://datasets/[^@]+@([^/]+)/", path))
             mark = (hub.marks or {}).get(split, "skip") if hub.marks else _MARKS.get(split.lower(), split)

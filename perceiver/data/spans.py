@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from perceiver.config import UserError
+from perceiver.data.examples import ExamplePart
 from perceiver.data.sources import InputFile
 from perceiver.data.storage import open_folder
 
@@ -30,9 +31,9 @@ _LOOKBACK = 4096
 
 @dataclass(frozen=True)
 class Span:
-    """A part of a file: bytes, or rows of parquet."""
+    """A part of a file: bytes, or rows of parquet; or all of a part of a source that is code."""
 
-    file: InputFile
+    file: InputFile | ExamplePart
     start: int
     stop: int
     unpacked: bool = False

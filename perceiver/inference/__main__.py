@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 
 import perceiver
 from perceiver.config import UserError
-from perceiver.inference.generate import Sampling
+from perceiver.generation.generate import Sampling
 from perceiver.inference.trained import TrainedModel
 from perceiver.terminal import print_anything
 

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from perceiver.config import ModelConfig, TaskConfig, UserError, from_dict, home
+from perceiver.config import DataConfig, ModelConfig, TaskConfig, UserError, from_dict, home
+from perceiver.data.rows import ArrayRows
 from perceiver.data.tokenizers import TOKENIZER, Tokenizer, load_tokenizer
 from perceiver.inference.export import CONFIG, WEIGHTS, download, read_config
-from perceiver.inference.trained import TrainedModel, abilities_of, task_of
-from perceiver.models import PerceiverAR, PerceiverIO, build_model
-from perceiver.models.configs import PerceiverARConfig, TextInput
+from perceiver.inference.trained import TrainedModel, task_of
+from perceiver.models import build_model
 from perceiver.pretrained import (
     fitting_model,
     header_of,
@@ -27,12 +27,12 @@ from perceiver.pretrained import (
     read_tensors,
 )
 from perceiver.runs import read_run
-from perceiver.tasks.image_classification import ImageClassificationConfig
-from perceiver.tasks.symbolic_audio import SymbolicAudioConfig
 from perceiver.training.checkpoint import choose_checkpoint, find_run, load_model
 from perceiver.training.checkpoint_files import check_files
 from perceiver.training.mirror import CHECKPOINTS
 
+TEXT_KINDS = ("tokens", "documents")
+"""Rows that are text, for which a model needs its tokenizer."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -42,6 +42,7 @@ def load(
     *,
     device: str = "auto",
     precision: Literal["fp32", "bf16"] = "fp32",
+    trust_code: bool = False,
 ) -> TrainedModel:
     """A trained model, in this process and on one device.
 
@@ -51,6 +52,8 @@ def load(
         checkpoint: of a run: "best" (by the run's own metric), "last" or a step.
         device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1", ...
         precision: of weights and computation.
+        trust_code: run the code that a run brings although that was never run from this account. (Weights from anywhere else bring
+            none: the modules of their classes must be imported already.)
 
     Raises:
         UserError: there is no such model; says where it was looked for.
@@ -61,7 +64,7 @@ def load(
         raise UserError(f"precision is {precision!r} and must be one of {', '.join(DTYPES)}")
     folder = find_run(source)
     if folder is not None:
-        trained = load_run(folder, checkpoint, target)
+        trained = load_run(folder, checkpoint, target, trust_code)
     else:
         trained = _load_other(source, target)
     trained.model.to(dtype=DTYPES[precision])
@@ -83,15 +86,22 @@ class Description:
     """None: only loading tells (published weights)."""
     config: ModelConfig | None = None
     """None: only loading tells."""
+    data: DataConfig = DataConfig()
+    """What the task knows of the data that it was trained on."""
 
     @property
     def abilities(self) -> tuple[str, ...]:
         """See `TrainedModel.abilities`; empty where only loading tells."""
-        return () if self.task is None else abilities_of(self.task)
+        return () if self.task is None else self.task.abilities
+
+    @property
+    def rows(self) -> ArrayRows | None:
+        """The columns that the task reads, where it reads arrays."""
+        return None if self.task is None or self.config is None else self.task.rows(self.config, self.data)
 
 
-def describe(source: str | Path, checkpoint: str = "best") -> Description:
-    """What `load` would load.
+def describe(source: str | Path, checkpoint: str = "best", trust_code: bool = False) -> Description:
+    """What `load` would load; for its arguments see there.
 
     Raises:
         UserError: a run without such a checkpoint or with a damaged one, or a path or name that cannot be a model.
@@ -99,12 +109,12 @@ def describe(source: str | Path, checkpoint: str = "best") -> Description:
     _check_source(source)
     folder = find_run(source)
     if folder is not None:
-        experiment, _ = read_run(folder)
+        experiment, _ = read_run(folder, trust_code)
         chosen = choose_checkpoint(folder / CHECKPOINTS, str(checkpoint), experiment.run.best_metric)
         check_files(chosen.path)
         # Who loads it may be on another machine: a URI means the same there.
         location = str(source) if "://" in str(source) else str(folder)
-        return Description(folder.name, location, str(chosen.step), experiment.task, experiment.model)
+        return Description(folder.name, location, str(chosen.step), experiment.task, experiment.model, experiment.data)
     path = Path(source).expanduser()
     config = read_config(path)
     if config is not None:
@@ -115,30 +125,33 @@ def describe(source: str | Path, checkpoint: str = "best") -> Description:
     return Description(str(source), str(path.absolute()) if path.exists() else str(source), checkpoint, None)
 
 
-def load_run(folder: Path, checkpoint: str, device: torch.device) -> TrainedModel:
+def load_run(folder: Path, checkpoint: str, device: torch.device, trust_code: bool = False) -> TrainedModel:
     """The model of a run's checkpoint.
 
     Raises:
         UserError: there is no such checkpoint or it is damaged, or the run's tokenizer is missing.
     """
-    experiment, data = read_run(folder)
+    experiment, digest = read_run(folder, trust_code)
     chosen = choose_checkpoint(folder / CHECKPOINTS, str(checkpoint), experiment.run.best_metric)
     model = empty_model(experiment.model, device)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # one process is what is meant
         load_model(chosen.path, model)
-    music = isinstance(experiment.task, SymbolicAudioConfig)
-    copy = folder / TOKENIZER
-    name = str(copy) if copy.is_file() else experiment.data.tokenizer
-    tokenizer = None if music else tokenizer_of(experiment.model, name)
+    copy, data = folder / TOKENIZER, experiment.data
+    if copy.is_file():
+        data = replace(data, tokenizer=str(copy))
+    tokenizer = tokenizer_of(experiment.model, data.tokenizer) if experiment.task.kind in TEXT_KINDS else None
     provenance = {
         "run": folder.name,
         "preset": experiment.preset,
         "step": chosen.step,
         "metrics": chosen.metrics,
-        "data": data,
+        "data": digest,
     }
-    return TrainedModel(model=model, task=experiment.task, tokenizer=tokenizer, name=folder.name, provenance=provenance)
+    return TrainedModel(
+        model=model, config=experiment.model, task=experiment.task, data=data, seed=experiment.training.seed, tokenizer=tokenizer,
+        name=folder.name, provenance=provenance,
+    )  # fmt: skip
 
 
 def load_export(folder: Path, device: torch.device) -> TrainedModel:
@@ -153,24 +166,25 @@ def load_export(folder: Path, device: torch.device) -> TrainedModel:
     model_config, task = read_model(config["model"], folder / CONFIG), _task(config["task"], folder / CONFIG)
     path = folder / WEIGHTS
     model = _filled(fitting_model(model_config, header_of(path), path), read_tensors(path), device)
-    tokenizer = config["tokenizer"]
+    tokenizer, data = config["tokenizer"], DataConfig()
     if tokenizer is not None:
-        tokenizer = tokenizer_of(model_config, str(folder / TOKENIZER) if tokenizer == TOKENIZER else tokenizer)
+        data = replace(data, tokenizer=str(folder / TOKENIZER) if tokenizer == TOKENIZER else tokenizer)
+        tokenizer = tokenizer_of(model_config, data.tokenizer)
     return TrainedModel(
-        model=model, task=task, tokenizer=tokenizer, photos=config["photos"], name=config["name"],
+        model=model, config=model_config, task=task, data=data, tokenizer=tokenizer, photos=config["photos"], name=config["name"],
         provenance=config["provenance"],
     )  # fmt: skip
 
 
 def _task(data: Any, file: Path) -> TaskConfig:
     with in_one_sentence(file):
-        task = from_dict(data)
+        task = from_dict(data, foreign=True)
     if not isinstance(task, TaskConfig):
         raise UserError(f"{file} describes no model that can be read: 'task' is {type(task).__name__}")
     return task
 
 
-def _filled(model: PerceiverIO | PerceiverAR, weights: dict[str, Tensor], device: torch.device) -> PerceiverIO | PerceiverAR:
+def _filled(model: Any, weights: dict[str, Tensor], device: torch.device) -> nn.Module:
     """A model without values on a device with these, which fit it."""
     model.to_empty(device=device)
     model.reset_buffers()
@@ -178,7 +192,7 @@ def _filled(model: PerceiverIO | PerceiverAR, weights: dict[str, Tensor], device
     return model
 
 
-def empty_model(config: ModelConfig, device: torch.device) -> PerceiverIO | PerceiverAR:
+def empty_model(config: ModelConfig, device: torch.device) -> nn.Module:
     """A model on a device whose parameters wait for values; its constants are computed."""
     with torch.device("meta"):
         model = build_model(config)
@@ -193,12 +207,10 @@ def tokenizer_of(config: ModelConfig, name: str) -> Tokenizer | None:
     Raises:
         UserError: it is missing or has more ids than the model.
     """
-    if isinstance(config, PerceiverARConfig):
-        vocab_size = config.vocab_size
-    elif isinstance(config.input, TextInput):
-        vocab_size = config.input.vocab_size
-    else:
+    limits = config.text_limits()
+    if limits is None:
         return None
+    _, vocab_size = limits
     tokenizer = load_tokenizer(name)
     if tokenizer.vocab_size > vocab_size:
         raise UserError(f"tokenizer {name} has {tokenizer.vocab_size} ids, but the model's vocab_size is {vocab_size}")
@@ -221,14 +233,16 @@ def load_published(source: str | Path, folder: Path | None, device: torch.device
     published = read_json(folder / CONFIG) if folder is not None and (folder / CONFIG).is_file() else {}
     task = task_of(pretrained.config)
     photos = published.get("architectures") == ["PerceiverForImageClassificationFourier"]
-    if isinstance(task, ImageClassificationConfig) and (labels := published.get("id2label")):
+    if getattr(task, "class_names", ()) is None and (labels := published.get("id2label")):
         with in_one_sentence((folder or Path()) / CONFIG):
             task = replace(task, class_names=tuple(str(labels[key]) for key in sorted(labels, key=int)))
     shapes = {name: tuple(tensor.shape) for name, tensor in pretrained.weights.items()}
     model = _filled(fitting_model(pretrained.config, shapes, source), pretrained.weights, device)
     tokenizer = tokenizer_of(pretrained.config, "bytes")
     name = Path(pretrained.origin).name
-    return TrainedModel(model=model, task=task, tokenizer=tokenizer, photos=photos, name=name, provenance={"origin": name})
+    return TrainedModel(
+        model=model, config=pretrained.config, task=task, tokenizer=tokenizer, photos=photos, name=name, provenance={"origin": name}
+    )
 
 
 def _load_other(source: str | Path, device: torch.device) -> TrainedModel:

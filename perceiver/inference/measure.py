@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from perceiver.config import UserError
 from perceiver.data.tokenizers import Tokenizer
-from perceiver.inference.batches import check_text, pad_left
-from perceiver.inference.masks import with_marks
+from perceiver.generation.masks import with_marks
+from perceiver.generation.texts import check_text, pad_left
 
 IGNORE_INDEX = -100
 

@@ -9,9 +9,9 @@ from typing import Any
 import pyarrow as pa
 
 from perceiver.config import UserError
-from perceiver.inference.continuations import check_stop
-from perceiver.inference.generate import Sampling
-from perceiver.inference.masks import check_top_k
+from perceiver.generation.continuations import check_stop
+from perceiver.generation.generate import Sampling
+from perceiver.generation.masks import check_top_k
 from perceiver.inference.rows import Row
 from perceiver.inference.trained import TrainedModel
 

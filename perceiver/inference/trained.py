@@ -4,35 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from torch import nn
 
-from perceiver.config import ModelConfig, TaskConfig, UserError
+from perceiver.config import DataConfig, ModelConfig, TaskConfig, UserError, subclasses, type_name
+from perceiver.config.core import import_builtins, is_builtin
 from perceiver.data.tokenizers import Tokenizer
+from perceiver.generation.continuations import generate_text, stream_text
+from perceiver.generation.generate import Sampling, new_seed
+from perceiver.generation.masks import fill_masks
+from perceiver.generation.texts import check_text, pad_right
 from perceiver.inference import measure
-from perceiver.inference.batches import ImageLike, check_text, images_of, pad_right
-from perceiver.inference.continuations import generate_text, stream_text
-from perceiver.inference.generate import Sampling, new_seed
-from perceiver.inference.masks import fill_masks
-from perceiver.models import PerceiverAR, PerceiverIO
-from perceiver.models.configs import ClassOutput, ImageInput, PerceiverARConfig, PerceiverIOConfig, TextInput, TextOutput
-from perceiver.tasks.causal_lm import CausalLMConfig
-from perceiver.tasks.image_classification import ImageClassificationConfig
-from perceiver.tasks.masked_lm import MaskedLMConfig
-from perceiver.tasks.text_classification import TextClassificationConfig
+from perceiver.inference.images import ImageLike, images_of
+from perceiver.inference.predictor import Predictor
+from perceiver.models.configs import ClassOutput, ImageInput, PerceiverARConfig, PerceiverIOConfig, TextInput
 
 Result = TypeVar("Result")
-
-_ABILITIES: dict[type, tuple[str, ...]] = {
-    CausalLMConfig: ("generate", "stream", "score", "embed"),
-    MaskedLMConfig: ("fill_mask", "embed"),
-    TextClassificationConfig: ("classify", "embed"),
-    ImageClassificationConfig: ("classify", "embed"),
-}
-"""What a model of a task can do."""
 
 
 @dataclass(kw_only=True)
@@ -43,20 +35,21 @@ class TrainedModel:
     `batch_size` at once. All methods raise UserError for wrong input, and where the model's task is another one.
     """
 
-    model: PerceiverIO | PerceiverAR
+    model: nn.Module
+    config: ModelConfig
     task: TaskConfig
+    data: DataConfig = DataConfig()
+    """What the task knows of the data that it was trained on."""
+    seed: int = 0
+    """Of the task's random choices."""
     tokenizer: Tokenizer | None = None
     photos: bool = False
     """Images of any size are cut and scaled, as the published ImageNet models want it
-    (`perceiver.inference.batches.photo`)."""
+    (`perceiver.inference.images.photo`)."""
     name: str = "model"
     """What messages call it."""
     provenance: dict[str, Any] = field(default_factory=dict)
     """Where the weights come from: goes into exports."""
-
-    @property
-    def config(self) -> ModelConfig:
-        return self.model.config
 
     @property
     def device(self) -> torch.device:
@@ -65,14 +58,15 @@ class TrainedModel:
     @property
     def abilities(self) -> tuple[str, ...]:
         """Names of the methods that this model's task allows."""
-        return abilities_of(self.task)
+        return self.task.abilities
 
     @property
     def class_names(self) -> tuple[str, ...]:
         """Names of the classes of a classifier; their numbers where they have none."""
+        if names := getattr(self.task, "class_names", None):
+            return names
         assert isinstance(self.config, PerceiverIOConfig) and isinstance(self.config.output, ClassOutput)
-        names = getattr(self.task, "class_names", None)
-        return names or tuple(str(i) for i in range(self.config.output.num_classes))
+        return tuple(str(i) for i in range(self.config.output.num_classes))
 
     def generate(
         self,
@@ -170,6 +164,25 @@ class TrainedModel:
         names = self.class_names
         return _map(lambda batch: measure.classify(self.model, *self._inputs(batch), names), inputs, batch_size)
 
+    def predict(self, rows: Any, *, batch_size: int = 16) -> dict[str, np.ndarray]:
+        """What the task says of rows of arrays (`Task.predict`): an array for each of its names, with as many rows as came in.
+
+        Args:
+            rows: a pyarrow table, a list of mappings, or one mapping of arrays whose first dimension is the rows. Of the columns that
+                the task reads, those are needed that its `predict` uses: targets may be missing.
+        """
+        self._require("predict")
+        return self.predictor.predict(rows, batch_size)
+
+    @cached_property
+    def predictor(self) -> Predictor:
+        """The task at work on new rows.
+
+        Raises:
+            UserError: it reads no arrays.
+        """
+        return Predictor(self.model, self.task.build(self.config, self.data, self.seed), self.device, self.name)
+
     def embed(self, inputs: str | ImageLike | Sequence[str | ImageLike], *, pool: bool = True, batch_size: int = 16) -> Any:
         """Latents of a text or image as a float32 vector (channels,): their mean; with `pool=False` all (latents,
         channels).
@@ -222,28 +235,19 @@ class TrainedModel:
         return self.tokenizer  # type: ignore[return-value]
 
 
-def abilities_of(task: TaskConfig) -> tuple[str, ...]:
-    """Names of the methods of `TrainedModel` that a task allows."""
-    return _ABILITIES.get(type(task), ())
-
-
 def task_of(config: ModelConfig) -> TaskConfig:
-    """The task that a model without one was made for, as its input and output tell.
+    """The task that a model without one was made for, as the tasks themselves say; this package's are asked first.
 
     Raises:
-        UserError: none of those that can be used.
+        UserError: none of those that are known.
     """
-    if isinstance(config, PerceiverARConfig):
-        return CausalLMConfig()
-    match config.input, config.output:
-        case TextInput(), TextOutput():
-            return MaskedLMConfig()
-        case TextInput(), ClassOutput(num_classes=num_classes):
-            names = TextClassificationConfig().class_names
-            return TextClassificationConfig(class_names=names if len(names) == num_classes else tuple(str(i) for i in range(num_classes)))
-        case ImageInput(), ClassOutput():
-            return ImageClassificationConfig()
-    raise UserError(f"a model from {type(config.input).__name__} to {type(config.output).__name__} cannot be used here yet")
+    import_builtins()
+    for task in sorted(subclasses(TaskConfig).values(), key=lambda cls: not is_builtin(type_name(cls))):
+        if (found := task.of_model(config)) is not None:
+            return found
+    ends = [type(end).__name__ for name in ("input", "output") if (end := getattr(config, name, None)) is not None]
+    what = f"from {' to '.join(ends)}" if ends else f"of type {type(config).__name__}"
+    raise UserError(f"a model {what} cannot be used here yet")
 
 
 def _map(function: Callable[[Sequence[Any]], Sequence[Result]], inputs: Any, batch_size: int) -> Any:

@@ -14,9 +14,10 @@ from perceiver.config import DataConfig, ModelConfig, TaskConfig, UserError
 from perceiver.costs.activations import StepSizes
 from perceiver.costs.flops import num_kept, training_flops
 from perceiver.data.order import uniforms
-from perceiver.data.shards import Manifest, Split, fixed_array, fixed_column
+from perceiver.data.rows import fixed_array, fixed_column
+from perceiver.data.shards import Manifest, Split
 from perceiver.data.tokenizers import load_tokenizer
-from perceiver.inference.generate import generate
+from perceiver.generation.generate import generate
 from perceiver.models.configs import PerceiverARConfig
 from perceiver.tasks.base import IGNORE_INDEX, Batch, Guess, Sample, Task, loss_of_sources, padded, unigram_guess
 from perceiver.tasks.chunked_loss import CHUNK_ELEMENTS, chunked_cross_entropy
@@ -31,6 +32,7 @@ class CausalLMConfig(TaskConfig):
     """Next-token prediction on packed windows of text."""
 
     kind: ClassVar[str] = "tokens"
+    abilities: ClassVar[tuple[str, ...]] = ("generate", "stream", "score", "embed")
 
     random_shift: bool = False
     """Shift all window boundaries by a random offset each epoch (training only)."""
@@ -43,6 +45,10 @@ class CausalLMConfig(TaskConfig):
     """Prompt of the sample continuation that validation writes."""
     sample_tokens: int = 128
     """Length of that continuation in tokens; 0: none."""
+
+    @classmethod
+    def of_model(cls, model: ModelConfig) -> TaskConfig | None:
+        return cls() if isinstance(model, PerceiverARConfig) else None
 
     def build(self, model: ModelConfig, data: DataConfig, seed: int) -> Task:
         return CausalLM(self, model, data, seed)

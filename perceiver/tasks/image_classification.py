@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from perceiver.config import DataConfig, ModelConfig, TaskConfig, UserError
 from perceiver.data.images import random_crop
 from perceiver.data.order import uniforms
-from perceiver.data.shards import Split, fixed_array
-from perceiver.models.configs import ImageInput, PerceiverIOConfig
+from perceiver.data.rows import fixed_array
+from perceiver.data.shards import Split
+from perceiver.models.configs import ClassOutput, ImageInput, PerceiverIOConfig
 from perceiver.tasks.base import IGNORE_INDEX, Batch, Task, padded
 from perceiver.tasks.classification import Classification
 
@@ -21,11 +22,19 @@ class ImageClassificationConfig(TaskConfig):
     """A class per image."""
 
     kind: ClassVar[str] = "images"
+    abilities: ClassVar[tuple[str, ...]] = ("classify", "embed")
 
     class_names: tuple[str, ...] | None = None
     """Names of the classes, in the order of their labels; None: their numbers."""
     random_crop: int | None = None
     """Training images are cropped to this side length at a random place; None: not cropped."""
+
+    @classmethod
+    def of_model(cls, model: ModelConfig) -> TaskConfig | None:
+        match model:
+            case PerceiverIOConfig(input=ImageInput(), output=ClassOutput()):
+                return cls()
+        return None
 
     def build(self, model: ModelConfig, data: DataConfig, seed: int) -> Task:
         return ImageClassification(self, model, data, seed)

@@ -16,10 +16,11 @@ from perceiver.config import DataConfig, ModelConfig, TaskConfig, UserError
 from perceiver.costs.activations import StepSizes
 from perceiver.costs.flops import training_flops
 from perceiver.data.order import VALIDATION_SEED
-from perceiver.data.shards import Manifest, Split, fixed_array
+from perceiver.data.rows import fixed_array
+from perceiver.data.shards import Manifest, Split
 from perceiver.data.text import mask_words
 from perceiver.data.tokenizers import Tokenizer, load_tokenizer
-from perceiver.inference.masks import MARKS, encode_masked, fill_masks
+from perceiver.generation.masks import MARKS, encode_masked, fill_masks
 from perceiver.models.configs import PerceiverIOConfig, TextInput, TextOutput
 from perceiver.tasks.base import IGNORE_INDEX, Batch, Guess, Sample, Task, loss_of_sources, padded, unigram_guess
 
@@ -29,6 +30,7 @@ class MaskedLMConfig(TaskConfig):
 
     kind: ClassVar[str] = "tokens"
     document_marks: ClassVar[str] = "cls-sep"
+    abilities: ClassVar[tuple[str, ...]] = ("fill_mask", "embed")
 
     mask_probability: float = 0.15
     """Share of words (or tokens) chosen; of those 80% are masked, 10% replaced at random, 10% kept."""
@@ -43,6 +45,13 @@ class MaskedLMConfig(TaskConfig):
     training; [MASK] is one masked token."""
     sample_predictions: int = 3
     """How many of the best predictions it writes for each."""
+
+    @classmethod
+    def of_model(cls, model: ModelConfig) -> TaskConfig | None:
+        match model:
+            case PerceiverIOConfig(input=TextInput(), output=TextOutput()):
+                return cls()
+        return None
 
     def build(self, model: ModelConfig, data: DataConfig, seed: int) -> Task:
         return MaskedLM(self, model, data, seed)

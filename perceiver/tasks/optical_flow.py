@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from perceiver.config import DataConfig, ModelConfig, TaskConfig, UserError
 from perceiver.tasks.base import Task
 
 
 class OpticalFlowConfig(TaskConfig):
     """A flow vector per pixel of the first of two frames."""
+
+    abilities: ClassVar[tuple[str, ...]] = ()
 
     patch_min_overlap: int = 20
     """Least overlap in pixels of the patches that a large image is cut into."""

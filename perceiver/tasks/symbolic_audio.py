@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from perceiver.config import DataConfig, ModelConfig, TaskConfig, UserError
 from perceiver.tasks.base import Task
 
 
 class SymbolicAudioConfig(TaskConfig):
     """Next-event prediction on windows of MIDI events."""
+
+    abilities: ClassVar[tuple[str, ...]] = ()
 
     min_seq_len: int | None = None
     """Windows are cut to a random length from here to max_seq_len in training; None: all of max_seq_len."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from perceiver.config import DataConfig, ModelConfig, TaskConfig, UserError
 from perceiver.data.shards import Split
 from perceiver.data.tokenizers import load_tokenizer
-from perceiver.models.configs import PerceiverIOConfig, TextInput
+from perceiver.models.configs import ClassOutput, PerceiverIOConfig, TextInput
 from perceiver.tasks.base import IGNORE_INDEX, Batch, Task, padded
 from perceiver.tasks.classification import Classification
 
@@ -22,11 +22,21 @@ class TextClassificationConfig(TaskConfig):
     """A class per document."""
 
     kind: ClassVar[str] = "documents"
+    abilities: ClassVar[tuple[str, ...]] = ("classify", "embed")
 
     class_names: tuple[str, ...] = ("negative", "positive")
     """Names of the classes, in the order of their labels."""
     group_by_length: bool = True
     """Sort a worker's share of a global batch by length before it is cut into micro-batches: less padding, the same batches."""
+
+    @classmethod
+    def of_model(cls, model: ModelConfig) -> TaskConfig | None:
+        match model:
+            case PerceiverIOConfig(input=TextInput(), output=ClassOutput(num_classes=num_classes)):
+                usual = cls()
+                same = len(usual.class_names) == num_classes
+                return usual if same else cls(class_names=tuple(str(number) for number in range(num_classes)))
+        return None
 
     def build(self, model: ModelConfig, data: DataConfig, seed: int) -> Task:
         return TextClassification(self, model, data, seed)

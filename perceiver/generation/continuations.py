@@ -10,8 +10,8 @@ from torch import nn
 
 from perceiver.config import UserError
 from perceiver.data.tokenizers import Tokenizer
-from perceiver.inference.batches import check_text, pad_left
-from perceiver.inference.generate import DEFAULT_SAMPLING, Sampling, beam_search, check_prompt, stream
+from perceiver.generation.generate import DEFAULT_SAMPLING, Sampling, beam_search, check_prompt, stream
+from perceiver.generation.texts import check_text, pad_left
 
 _CONTEXT = 16
 """Ids of the prompt that are decoded with a continuation: white space between pieces depends on the piece before."""
@@ -138,10 +138,10 @@ def generate_text(
         prompts: texts; "" begins a new document, where the tokenizer has an id for that.
         max_new_tokens: a continuation's greatest length in tokens; the end of the document ends it before.
         num_latents: prompt positions that start as latents; None: as many as the model has, as in training.
-        row_ids: see `perceiver.inference.generate.generate`.
+        row_ids: see `perceiver.generation.generate.generate`.
         num_beams: above 1: beam search for the likeliest continuation, without sampling.
         stop: strings that end a continuation and do not belong to it.
-        use_cache, compile: see `perceiver.inference.generate`; beams are not compiled.
+        use_cache, compile: see `perceiver.generation.generate`; beams are not compiled.
 
     Raises:
         UserError: a prompt that is too long or no text, or an argument out of range.

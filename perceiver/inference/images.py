@@ -1,4 +1,4 @@
-"""Inputs of users as batches of a model: texts as ids with padding, images as pixels."""
+"""Images of users as batches of a model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from perceiver.config import UserError
 from perceiver.data.images import BadImage, decode_image, picture_pixels, random_crop, scale
@@ -19,26 +18,6 @@ ImageLike = Any
 or a Pillow image. Several: a list of them, or an array or tensor (images, height, width, channels)."""
 
 _IMAGENET_MEAN, _IMAGENET_DEVIATION = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
-
-
-def pad_left(rows: Sequence[np.ndarray], device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """Rows of ids as (B, N), and where padding is (B, N); None where there is none."""
-    return _pad(rows, device, left=True)
-
-
-def pad_right(rows: Sequence[np.ndarray], device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """Rows of ids as (B, N), and where padding is (B, N); None where there is none."""
-    return _pad(rows, device, left=False)
-
-
-def _pad(rows: Sequence[np.ndarray], device: torch.device, left: bool) -> tuple[Tensor, Tensor | None]:
-    length = max(map(len, rows))
-    ids, padding = np.zeros((len(rows), length), np.int64), np.ones((len(rows), length), bool)
-    for i, row in enumerate(rows):
-        place = slice(length - len(row), None) if left else slice(len(row))
-        ids[i, place], padding[i, place] = row, False
-    mask = torch.from_numpy(padding).to(device) if padding.any() else None
-    return torch.from_numpy(ids).to(device), mask
 
 
 def images_of(values: Sequence[Any], config: ImageInput, crop: int | None = None, photos: bool = False) -> np.ndarray:
@@ -122,14 +101,3 @@ def _pixels(value: Any) -> tuple[np.ndarray, str]:
     except BadImage as error:
         raise UserError(f"{name} is no image that can be read: {error}") from None
     raise UserError(f"an image must be a path, bytes, a uint8 array or tensor, or a Pillow image, not {type(value).__name__}")
-
-
-def check_text(value: Any) -> str:
-    """Raises UserError where a value is no text that can be encoded."""
-    if not isinstance(value, str):
-        raise UserError(f"the input must be text, not {type(value).__name__}")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise UserError("the input has a lone surrogate, which no UTF-8 text can hold") from None
-    return value

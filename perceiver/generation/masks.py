@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from perceiver.config import UserError
 from perceiver.data.tokenizers import Tokenizer
-from perceiver.inference.batches import check_text, pad_right
+from perceiver.generation.texts import check_text, pad_right
 
 MARKS = ("<mask>", "[MASK]")
 """How a masked position is written: one token each, so with a byte tokenizer one byte."""
