@@ -10,10 +10,12 @@ from dataclasses import dataclass
 import ray
 from ray.autoscaler.sdk import request_resources
 
-from perceiver.config import Experiment, ParallelConfig, UserError, check_tree, nearest
+from perceiver.config import Experiment, ParallelConfig, UserError, check_tree, nearest, nodes, type_name
+from perceiver.config.core import is_builtin
 from perceiver.data.sources import mixture_sources
 from perceiver.models import check_model
 from perceiver.tasks import Task, build_task
+from perceiver.tasks.check import check_task
 from ray_jobs.ingest import DATA_CPUS
 from ray_jobs.ray_env import use_gpus
 
@@ -43,6 +45,8 @@ def check_experiment(experiment: Experiment) -> None:
     check_best_metric(experiment, task)
     check_model(experiment.model)
     task.check()
+    if any(not is_builtin(type_name(type(node))) for _, node in nodes(experiment)):
+        check_task(experiment)
 
 
 def check_best_metric(experiment: Experiment, task: Task) -> None:

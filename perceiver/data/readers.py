@@ -1,4 +1,5 @@
-"""Reads documents, images with their labels, and arrays from spans of files or from code. Every fault names the file and the row or byte."""
+"""Reads documents, images with their labels, and arrays from spans of files or from code. Every fault names the file and the row or
+byte."""
 
 from __future__ import annotations
 

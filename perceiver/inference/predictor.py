@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from perceiver.config import UserError
-from perceiver.data.rows import ArrayRows
-from perceiver.data.shards import fixed_array
+from perceiver.data.rows import ArrayRows, fixed_array
 from perceiver.tasks.base import Batch, Task, dummy_split
 
 
