@@ -33,7 +33,7 @@ from ray_jobs.logs import log_file, show_progress
 from ray_jobs.preflight import check_experiment, plan_resources
 from ray_jobs.room import check_memory
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("ray_jobs.train")  # which __name__ is not where it is run as a program
 
 LOG = "log.txt"
 """File of a run with its lines of progress, each with its time."""

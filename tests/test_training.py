@@ -181,13 +181,13 @@ def test_a_loss_that_is_not_finite_stops_the_training_with_a_reason(images, tmp_
 
 def test_a_checkpoint_that_a_callback_asks_for_is_made_between_the_usual_ones(images, tmp_path):
     experiment = image_experiment()
-    callback = Call(after_step=lambda step, result: callback.training.save() if step == 3 else None)
+    callback = Call(after_step=lambda step, result: callback.training.save() if step == 4 else None)
     experiment = replace(experiment, run=replace(experiment.run, keep_checkpoints=20))
     Training(
         experiment, build_task(experiment), str(images), Manifest.load(images), join_world(torch.device("cpu")),
         tmp_path / "run", read_here, [callback],
     ).run()  # fmt: skip
-    assert [c.step for c in list_checkpoints(tmp_path / "run" / "checkpoints")] == [3, 4, 6, 9, 12]
+    assert [c.step for c in list_checkpoints(tmp_path / "run" / "checkpoints")] == [3, 5, 6, 9, 12]
 
 
 @pytest.mark.parametrize("rows, world", [(5, 1), (5, 2), (100, 1), (100, 3)])
