@@ -62,12 +62,15 @@ class Dataset:
 
     @classmethod
     def find_early(cls, experiment: Experiment) -> Dataset | None:
-        """The same before anything is held; None where the job itself prepares it, at once: shipped data, and text that is streamed.
+        """The same before anything is held; None where the job itself prepares it, at once: shipped data, text that is streamed, and
+        what a function of the user's makes, where it is not prepared yet.
 
         Raises:
             UserError: see `find`.
         """
         at_once = is_shipped(experiment.data.source) or experiment.data.prepare == "stream"
+        if not at_once and not experiment.data.mixture and is_code(experiment.data.source):
+            at_once = MANIFEST not in list_folder(data_folder(experiment))
         return None if at_once else cls.find(experiment)
 
     @property
