@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
 
+from perceiver.training.checkpoint_files import read_tensors, reader_of
 from perceiver.training.record import read_metrics
 from tests.conftest import ROOT
 
@@ -25,7 +25,7 @@ WITHOUT_DROPOUT = ["--model.encoder.dropout", "0", "--model.decoder.dropout", "0
 class Job:
     """`python -m MODULE ARGS`, or a script, with its own home; knows its processes by a mark in their environment."""
 
-    def __init__(self, module: str, *args: str, home: Path, **environment: str) -> None:
+    def __init__(self, module: str, *args: str, home: Path, folder: Path = ROOT, **environment: str) -> None:
         self.mark = f"PERCEIVER_TEST_MARK={home}/{time.time_ns()}"
         name, _, value = self.mark.partition("=")
         env = {**os.environ, "PERCEIVER_HOME": str(home), "RAY_worker_niceness": "0", name: value, **environment}
@@ -33,7 +33,7 @@ class Job:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, *([] if module.endswith(".py") else ["-m"]), module, *args]
         with open(self.log, "w") as output:
-            self.process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=output, stderr=subprocess.STDOUT)
+            self.process = subprocess.Popen(command, cwd=folder, env=env, stdout=output, stderr=subprocess.STDOUT)
 
     @property
     def output(self) -> str:
@@ -101,9 +101,9 @@ class Job:
 
 def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     """Model and optimizer in a checkpoint, by name."""
-    metadata = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    metadata = reader_of(checkpoint).read_metadata().state_dict_metadata
     tensors = {k: torch.empty(m.size, dtype=m.properties.dtype) for k, m in metadata.items() if hasattr(m, "size")}
-    dcp.load(tensors, checkpoint_id=checkpoint, no_dist=True)
+    read_tensors(checkpoint, tensors)
     return tensors
 
 

@@ -311,7 +311,7 @@ def read_tensors(path: Path, tensors: dict[str, Any]) -> None:
     Raises:
         DamagedCheckpoint: it holds others, or cannot be read; on all workers alike.
     """
-    _reading(path, lambda: dcp.load(tensors, storage_reader=_reader(path), no_dist=not dist.is_initialized()))
+    _reading(path, lambda: dcp.load(tensors, storage_reader=reader_of(path), no_dist=not dist.is_initialized()))
 
 
 def stored_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
@@ -320,11 +320,11 @@ def stored_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
     Raises:
         DamagedCheckpoint: it cannot be read.
     """
-    entries = _reading(Path(path), lambda: _reader(Path(path)).read_metadata()).state_dict_metadata
+    entries = _reading(Path(path), lambda: reader_of(Path(path)).read_metadata()).state_dict_metadata
     return {name.removeprefix("model."): tuple(e.size) for name, e in entries.items() if name.startswith("model.")}
 
 
-def _reader(path: Path) -> StorageReader:
+def reader_of(path: Path) -> StorageReader:
     if any(path.glob(f"*{SUFFIX}")):
         return HuggingFaceStorageReader(str(path))
     if (path / OLD_METADATA).is_file():
