@@ -82,7 +82,10 @@ def test_it_is_evaluated_applied_to_new_data_exported_and_loaded(home, place, pl
     assert predicted["id"].to_pylist() == ["a", "b", "c", "d", "e"]
     assert {len(np.ravel(row)) for row in predicted["forecast"].to_pylist()} == {24 * 7}
     outside("ray_jobs.export", "plain", "--out", "exported", home=home).finish()
-    script = "import weather, numpy as np, perceiver\nprint(perceiver.load('exported').predict({'past': np.zeros((2, 72, 7), 'float32')})['forecast'].shape)"
+    script = (
+        "import weather, numpy as np, perceiver\n"
+        "print(perceiver.load('exported').predict({'past': np.zeros((2, 72, 7), 'float32')})['forecast'].shape)"
+    )
     done = run_script(script, home, place)
     assert done.stdout.strip() == "(2, 24, 7)", done.stderr
     done = run_script(script.replace("import weather, ", "import "), home, place)
