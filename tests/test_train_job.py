@@ -38,9 +38,11 @@ def test_a_run_that_lost_a_worker_and_was_stopped_and_killed_ends_bitwise_like_a
     # The first 45 steps are there already: the run is back when it has gone beyond them.
     job.wait_for_step(run, 70)
     job.process.send_signal(signal.SIGINT)
-    assert job.wait(60) == 130 and "continues" in job.output
+    assert job.wait(60) == 130
+    step = re.search(r"stopped at step (\d+), checkpoint saved; the same command continues", job.output).group(1)
     job = Job(*command, home=home)
     job.wait_for_step(run, 110)
+    assert f"continuing from step {step}:" in job.output
     job.kill_driver()
     output = Job(*command, home=home).finish()
     assert "continuing from step" in output
