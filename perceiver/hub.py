@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from perceiver.config import ModelConfig, UserError, differences, flatten, to_dict
+from perceiver.config import Config, ModelConfig, UserError, differences, flatten, to_dict
 from perceiver.models import shapes
 from perceiver.models.configs import (
     ClassOutput,
@@ -95,11 +95,11 @@ def config_from_reference(config: dict[str, Any]) -> ModelConfig:
         names = {"vocab_size": "vocab_size", "max_seq_len": "max_seq_len", "num_input_channels": "num_channels"}
         input_config = _build(TextInput, _take(encoder, names))
     elif "num_patch_input_channels" in encoder:
-        names = ("image_shape", "num_patch_input_channels", "num_patch_hidden_channels", "num_frequency_bands")
-        input_config = _build(FlowInput, _take(encoder, dict(zip(names, names, strict=True))))
+        fields = ["image_shape", "num_patch_input_channels", "num_patch_hidden_channels", "num_frequency_bands"]
+        input_config = _build(FlowInput, _take(encoder, dict(zip(fields, fields, strict=True))))
     else:
-        names = ("image_shape", "num_frequency_bands")
-        input_config = _build(ImageInput, _take(encoder, dict(zip(names, names, strict=True))))
+        fields = ["image_shape", "num_frequency_bands"]
+        input_config = _build(ImageInput, _take(encoder, dict(zip(fields, fields, strict=True))))
     query_channels = decoder.pop("num_output_query_channels", None)
     output: TextOutput | ClassOutput | FlowOutput
     if "num_classes" in decoder:
@@ -161,7 +161,7 @@ _TRANSFORMERS_DEFAULTS: dict[str, Any] = {
 """What a config.json leaves out (transformers writes only what differs from these)."""
 
 
-def from_transformers(state_dict: StateDict, config: PerceiverIOConfig) -> StateDict:
+def from_transformers(state_dict: StateDict, config: ModelConfig) -> StateDict:
     """Weights of a transformers Perceiver under our names. For the configuration see `config_from_transformers`.
 
     Raises:
@@ -191,7 +191,7 @@ def config_from_transformers(config: dict[str, Any], architecture: str | None = 
     output: TextOutput | ClassOutput | FlowOutput
     input_config: TextInput | ImageInput | FlowInput
     dropout, d_latents = c["attention_probs_dropout_prob"], c["d_latents"]
-    decoder = {"num_cross_attention_heads": 1}
+    decoder: dict[str, Any] = {"num_cross_attention_heads": 1}
     # These models fix what their configuration does not say: image sizes and bands, the heads and widths of decoders.
     match architecture:
         case "PerceiverForMaskedLM":
@@ -358,7 +358,7 @@ def _rename(state_dict: StateDict, top: Rules, layer: Rules, origin: str) -> Sta
         rest = name[match.end() :]
         if "attention" in match.group() + replacement:
             inner, inner_replacement = _first_match(layer, rest)
-            if inner is None:
+            if inner is None or inner_replacement is None:
                 raise UserError(f"weight {name!r} belongs to no attention layer of {origin} that can be read")
             rest = inner.expand(inner_replacement) + rest[inner.end() :]
         renamed[match.expand(replacement) + rest] = tensor
@@ -377,7 +377,7 @@ def _take(values: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
     return {new: values.pop(old) for old, new in names.items() if old in values}
 
 
-def _build(cls: type, values: dict[str, Any]) -> Any:
+def _build(cls: type[Config], values: dict[str, Any]) -> Any:
     unknown = sorted(set(values) - set(cls.__dataclass_fields__))
     if unknown:
         raise UserError(f"a reference configuration for {cls.__name__} has an unknown field {', '.join(unknown)}")

@@ -18,6 +18,7 @@ from perceiver.models.configs import (
     ImageInput,
     PerceiverARConfig,
     PerceiverIOConfig,
+    TextInput,
 )
 from perceiver.tasks.causal_lm import CausalLMConfig
 from perceiver.tasks.image_classification import ImageClassificationConfig
@@ -114,14 +115,7 @@ def mlm_imdb() -> Experiment:
     return Experiment(
         preset="mlm-imdb",
         task=MaskedLMConfig(),
-        model=_text_model(
-            DecoderConfig(
-                num_cross_attention_qk_channels=256,
-                num_cross_attention_v_channels=768,
-                cross_attention_residual=False,
-                dropout=0.1,
-            ),
-        ),
+        model=_masked_model(),
         data=DataConfig(source="imdb-unsupervised"),
         optim=OptimConfig(lr=1e-5, warmup_steps=1000),
         training=TrainingConfig(global_batch_size=64, max_epochs=12, precision="bf16"),
@@ -160,11 +154,10 @@ def mlm_imdb_small() -> Experiment:
 
     It starts with attention to neighbouring positions (model.init local): from normal random weights it would not learn.
     """
-    base = mlm_imdb()
     return replace(
-        base,
+        mlm_imdb(),
         preset="mlm-imdb-small",
-        model=_small_text_model(base.model),
+        model=_small_text_model(_masked_model()),
         optim=OptimConfig(lr=3e-3, schedule=Cosine(), warmup_steps=100, max_grad_norm=1.0),
         training=TrainingConfig(global_batch_size=16, max_steps=6_000),
         parallel=ParallelConfig(),
@@ -174,11 +167,10 @@ def mlm_imdb_small() -> Experiment:
 
 def txt_clf_imdb_decoder_small() -> Experiment:
     """Sentiment from the first 254 bytes of a review: a new decoder on the frozen encoder of mlm-imdb-small."""
-    base = txt_clf_imdb_decoder()
     return replace(
-        base,
+        txt_clf_imdb_decoder(),
         preset="txt-clf-imdb-decoder-small",
-        model=_small_text_model(base.model),
+        model=_small_text_model(_classifier_model(freeze=True)),
         optim=OptimConfig(lr=3e-3, schedule=Cosine(), warmup_steps=100, max_grad_norm=1.0),
         training=TrainingConfig(global_batch_size=16, max_epochs=2),
         parallel=ParallelConfig(),
@@ -192,7 +184,7 @@ def txt_clf_imdb_all_small() -> Experiment:
     return replace(
         base,
         preset="txt-clf-imdb-all-small",
-        model=_small_text_model(txt_clf_imdb_all().model),
+        model=_small_text_model(_classifier_model(freeze=False)),
         optim=replace(base.optim, lr=1e-3),
         training=replace(base.training, max_epochs=1),
     )
@@ -217,8 +209,7 @@ def clm_wikitext_small() -> Experiment:
     return replace(
         base,
         preset="clm-wikitext-small",
-        model=replace(
-            base.model,
+        model=PerceiverARConfig(
             max_seq_len=1024,
             max_latents=512,
             num_channels=256,
@@ -239,18 +230,7 @@ def clm_c4() -> Experiment:
     return Experiment(
         preset="clm-c4",
         task=CausalLMConfig(min_seq_len=512),
-        model=PerceiverARConfig(
-            vocab_size=32_000,
-            max_seq_len=1024,
-            max_latents=512,
-            num_channels=1280,
-            num_heads=10,
-            num_self_attention_layers=20,
-            cross_attention_dropout=0.0,
-            abs_pos_emb=False,
-            output_norm=True,
-            output_bias=False,
-        ),
+        model=_c4_model(),
         data=DataConfig(source="c4", tokenizer="spiece.model"),
         optim=OptimConfig(lr=3e-4, schedule=Cosine(min_lr_fraction=0.1), warmup_steps=1000, max_grad_norm=1.0),
         training=TrainingConfig(global_batch_size=2048, max_steps=50_000, precision="bf16"),
@@ -265,8 +245,8 @@ def clm_c4_small() -> Experiment:
     return replace(
         base,
         preset="clm-c4-small",
-        task=replace(base.task, min_seq_len=128),
-        model=replace(base.model, max_seq_len=256, max_latents=128, num_channels=128, num_heads=4, num_self_attention_layers=3),
+        task=CausalLMConfig(min_seq_len=128),
+        model=replace(_c4_model(), max_seq_len=256, max_latents=128, num_channels=128, num_heads=4, num_self_attention_layers=3),
         optim=replace(base.optim, lr=2e-3, warmup_steps=50),
         training=TrainingConfig(global_batch_size=16, max_steps=1_000),
         parallel=ParallelConfig(workers=2),
@@ -339,6 +319,17 @@ def _text_model(decoder: DecoderConfig) -> PerceiverIOConfig:
     )
 
 
+def _masked_model() -> PerceiverIOConfig:
+    return _text_model(
+        DecoderConfig(
+            num_cross_attention_qk_channels=256,
+            num_cross_attention_v_channels=768,
+            cross_attention_residual=False,
+            dropout=0.1,
+        ),
+    )
+
+
 def _classifier_model(freeze: bool) -> PerceiverIOConfig:
     model = _text_model(DecoderConfig(num_cross_attention_heads=1, dropout=0.1))
     encoder = replace(model.encoder, freeze=freeze, dropout=0.0 if freeze else 0.1)
@@ -356,7 +347,7 @@ def _small_text_model(model: PerceiverIOConfig) -> PerceiverIOConfig:
     Fewer latents cost less a step and learn less a minute. The decoder adds its queries to its output (as the classifier's
     always does): a position must know which of its latent's bytes it is.
     """
-    narrow = {"num_cross_attention_heads": 8, "num_cross_attention_qk_channels": 64}
+    assert isinstance(model.input, TextInput)
     value_channels = None if model.decoder.num_cross_attention_v_channels is None else 64
     return replace(
         model,
@@ -369,13 +360,36 @@ def _small_text_model(model: PerceiverIOConfig) -> PerceiverIOConfig:
             num_self_attention_qk_channels=64,
             num_self_attention_v_channels=128,
             num_self_attention_layers_per_block=3,
+            num_cross_attention_heads=8,
+            num_cross_attention_qk_channels=64,
             dropout=0.0,
-            **narrow,
         ),
-        decoder=replace(model.decoder, num_cross_attention_v_channels=value_channels, cross_attention_residual=True, dropout=0.0, **narrow),
+        decoder=replace(
+            model.decoder,
+            num_cross_attention_heads=8,
+            num_cross_attention_qk_channels=64,
+            num_cross_attention_v_channels=value_channels,
+            cross_attention_residual=True,
+            dropout=0.0,
+        ),
         output=replace(model.output, num_query_channels=64) if isinstance(model.output, ClassOutput) else model.output,
         init="local",
         init_scale=0.1,
+    )
+
+
+def _c4_model() -> PerceiverARConfig:
+    return PerceiverARConfig(
+        vocab_size=32_000,
+        max_seq_len=1024,
+        max_latents=512,
+        num_channels=1280,
+        num_heads=10,
+        num_self_attention_layers=20,
+        cross_attention_dropout=0.0,
+        abs_pos_emb=False,
+        output_norm=True,
+        output_bias=False,
     )
 
 

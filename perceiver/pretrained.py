@@ -18,7 +18,7 @@ import json
 import math
 import pickle
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
@@ -100,7 +100,7 @@ def _with_config(path: Path, origin: str) -> Pretrained:
     with in_one_sentence(config_path):
         if config.get("format") == "perceiver":
             model = read_model(config.get("model"), config_path)
-            rename = None
+            rename: Callable[[dict[str, Any], ModelConfig], dict[str, Any]] | None = None
         elif "model_config" in config:
             model, rename = hub.config_from_reference(config["model_config"]), hub.from_reference
         else:

@@ -221,7 +221,7 @@ def _section_class(flag: str, name: str, old: Node) -> type[Node]:
     Raises:
         UserError: there is none of that name that could stand there.
     """
-    base = next(cls for cls in reversed(type(old).__mro__) if cls not in (object, Node))
+    base = next(cls for cls in reversed(type(old).__mro__) if issubclass(cls, Node) and cls is not Node)
     known = subclasses(base)
     if name in known:
         return known[name]

@@ -29,7 +29,10 @@ class Network(TorchConfig):
         return _Backend
 
 
-class _Backend(TorchConfig().backend_cls):
+_TorchBackend: Any = TorchConfig().backend_cls
+
+
+class _Backend(_TorchBackend):
     def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
         worker_group.execute(choose_interface)
         super().on_start(worker_group, backend_config)

@@ -173,8 +173,9 @@ def find_device(name: str, memory: float | None, flops: float | None) -> Device:
             f"device {name!r} is not known: use one of {', '.join(DEVICES)}, or give --device-memory GIB and --device-flops TFLOPS"
         )
     known = DEVICES.get(name, Device(name, 0.0, 0.0, 0.0))
-    peak = {} if flops is None else {"bf16": flops * 1e12, "fp32": flops * 1e12}
-    return replace(known, memory=known.memory if memory is None else memory * GIB, **peak)
+    if memory is not None:
+        known = replace(known, memory=memory * GIB)
+    return known if flops is None else replace(known, bf16=flops * 1e12, fp32=flops * 1e12)
 
 
 def main(argv: list[str]) -> int:

@@ -17,7 +17,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -50,7 +50,7 @@ class PredictJob:
     column: str
     id_column: str | None
     rows_per_part: int
-    precision: str
+    precision: Literal["fp32", "bf16"]
     options: PredictOptions
     arrays: dict[str, Any] | None = None
     """The columns of rows of arrays (`ArrayRows.to_json`)."""
@@ -65,7 +65,7 @@ class Placement:
     """Where a job runs. Not part of what it computes."""
 
     actors: int = 1
-    device: str = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     address: str | None = None
 
 

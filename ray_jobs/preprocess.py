@@ -260,7 +260,9 @@ def make_job(experiment: Experiment, settings: dict[str, Any], folder: str, fing
     Raises:
         UserError: images of a shape that the model does not take.
     """
-    data, kind, task = experiment.data, settings["kind"], experiment.task
+    data, kind = experiment.data, settings["kind"]
+    task: Any = experiment.task
+    model: Any = experiment.model  # of tasks with labels both have classes, whatever their types
     rows, shape = KINDS[kind], None
     if kind == "images":
         shape = _first_image_shape(source, skip=data.on_error == "skip")
@@ -268,11 +270,11 @@ def make_job(experiment: Experiment, settings: dict[str, Any], folder: str, fing
     columns = Columns(
         text=data.text_column,
         label=data.label_column if rows.has_labels else None,
-        num_classes=experiment.model.output.num_classes if rows.has_labels else 0,
+        num_classes=model.output.num_classes if rows.has_labels else 0,
         class_names=(task.class_names or ()) if rows.has_labels else (),
         image_shape=shape,
     )
-    attempt = {"settings": settings, "source": fingerprint, "on_error": data.on_error}
+    attempt: dict[str, Any] = {"settings": settings, "source": fingerprint, "on_error": data.on_error}
     if source.parts:
         attempt["parts"] = [[part.name, part.read, part.part] for part in source.parts]
     key = digest(attempt, 8)
@@ -488,6 +490,7 @@ def _summary(folder: str, manifest: Manifest, source: Source, seconds: float, pr
     for name, split in manifest.splits.items():
         parts = [f"{split.rows:,} rows"]
         if manifest.kind == "images":
+            assert manifest.image_shape is not None
             height, width, channels = manifest.image_shape
             parts.append(f"images of {height} x {width} x {channels}")
         elif manifest.columns is not None:
@@ -545,8 +548,8 @@ class _Meter:
         rate = (self._weight_done - self._begin) / seconds
         left = _duration((self._weight - self._weight_done) / max(rate, 1e-9))
         unit = {"pieces": f", {rate / 1e6:.1f} MB/s", "parts": ""}.get(self._what, f", {rate:,.0f} rows/s")
-        tokens = f", {self._tokens / seconds / 1e6:.2f} million tokens/s" if self._tokens else ""
-        self._say(f"  {self._what} {self._done:,}/{self._total:,}{unit}{tokens}, {left} left")
+        speed = f", {self._tokens / seconds / 1e6:.2f} million tokens/s" if self._tokens else ""
+        self._say(f"  {self._what} {self._done:,}/{self._total:,}{unit}{speed}, {left} left")
 
 
 def _duration(seconds: float) -> str:

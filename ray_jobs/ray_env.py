@@ -8,6 +8,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 # Read by Ray when it is imported or its processes start: no second copy of workers' prints, one footer reader instead of 32.
 os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
@@ -41,7 +42,7 @@ def connect(parallel: ParallelConfig, dashboard: bool = False) -> Iterator[None]
         return
     address = parallel.address or os.environ.get("RAY_ADDRESS")
     quiet()
-    settings = {"log_to_driver": False, "logging_level": logging.WARNING, "runtime_env": {"env_vars": _python_path()}}
+    settings: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING, "runtime_env": {"env_vars": _python_path()}}
     if address:
         choose_authentication()
         try:

@@ -35,7 +35,7 @@ def prepare_stream(experiment: Experiment, source: Source, folder: str, progress
         train, val = chunks_of(files, described, job.row_length)
         val = val or cut_pieces(tuple(file for file in source.files if file.split == "val"))
         notes = preprocess.run_pieces(job, val, progress, PIECE_BYTES)
-        val_source = Source(files=tuple(span.file for piece in val for span in piece.spans))
+        val_source = Source(files=tuple(span.input_file for piece in val for span in piece.spans))
         shards = preprocess.run_shards(experiment, job, notes, val_source, progress)
         rows = len(train) * described["rows"]
         split = Split(

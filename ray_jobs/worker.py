@@ -285,7 +285,10 @@ def _evaluate_worker(config: dict[str, Any]) -> None:
     model = build_state(experiment, task, world).model
     checkpoint = Path(config["checkpoint"])
     if config["origin"] is not None:  # this machine may not have it yet
-        checkpoint = fetch_run(config["origin"]) / CHECKPOINTS / checkpoint.name
+        fetched = fetch_run(config["origin"])
+        if fetched is None:
+            raise FileNotFoundError(f"{config['origin']} is a run no longer")
+        checkpoint = fetched / CHECKPOINTS / checkpoint.name
     load_model(checkpoint, model)
     try:
         metrics, sums, _ = evaluate(task, model, feeds, world, read_with_ray)
@@ -433,7 +436,7 @@ class Messages:
     ) -> None:
         # On this node: a machine that is lost shall not take the run's messages along.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        self.actor = _Mailbox.options(scheduling_strategy=here).remote()
+        self.actor = _Mailbox.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]  # what a class decorator makes is not seen
         self.interrupted = False
         """Whether the workers have been asked to save and end."""
         self._alive = False

@@ -60,7 +60,8 @@ class Panel:
         width, height = self.size
         lines = max((name.count("\n") + 1 for name in self.x_names), default=0)
         bottom = max(_BOTTOM, 14 + 17 * lines) + 18 * (-(-len(self.labels) // 4))
-        everything = [p for points, *_ in [*self.lines, *self.points] for p in points]
+        drawn = [points for points, _, _ in self.lines] + [points for points, _ in self.points]
+        everything = [p for points in drawn for p in points]
         everything += [(x, row + d) for row, start, end, _ in self.bars for x, d in ((start, -0.5), (end, 0.5))]
         left = max([_LEFT, *(16 + draw.textlength(name, font=_FONT) for name in self.y_names)])
         x_at = _Axis([p[0] for p in everything], self.log_x, left, width - _RIGHT)
@@ -86,12 +87,14 @@ class Panel:
         draw.text((8, 25), self.y_label, fill=(90, 90, 90), font=_FONT)
         half = draw.textlength(self.x_label, font=_FONT) / 2
         draw.text(((x_at.start + x_at.end) / 2 - half, y_at.start + 24), self.x_label, fill=(90, 90, 90), font=_FONT)
-        for x, text in list(enumerate(self.x_names)) or [(x, number(x)) for x in x_at.ticks()]:
+        columns: list[tuple[float, str]] = list(enumerate(self.x_names))
+        for x, text in columns or [(x, number(x)) for x in x_at.ticks()]:
             draw.line((x_at(x), y_at.start, x_at(x), y_at.end), fill=(232, 232, 232))
             half = max(draw.textlength(line, font=_FONT) for line in text.split("\n")) / 2
             left = max(2, min(x_at(x) - half, self.size[0] - 2 * half - 2))  # nothing is cut off at the edges
             draw.text((left, y_at.start + 6), text, fill="black", align="center", font=_FONT)
-        for y, text in list(enumerate(self.y_names)) or [(y, number(y)) for y in y_at.ticks()]:
+        rows: list[tuple[float, str]] = list(enumerate(self.y_names))
+        for y, text in rows or [(y, number(y)) for y in y_at.ticks()]:
             draw.line((x_at.start, y_at(y), x_at.end, y_at(y)), fill=(232, 232, 232))
             draw.text((x_at.start - 8 - draw.textlength(text, font=_FONT), y_at(y) - 8), text, fill="black", font=_FONT)
         draw.line((x_at.start, y_at.end, x_at.start, y_at.start, x_at.end, y_at.start), fill=GREY)

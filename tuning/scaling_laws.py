@@ -97,13 +97,14 @@ def measurements(base: Experiment, trials: Sequence[dict[str, Any]], budgets: Se
         if trial["status"] != "finished":
             continue
         experiment = trial_experiment(base, trial["values"])
-        steps = experiment.training.max_steps
+        model, steps = experiment.model, experiment.training.max_steps
+        assert isinstance(model, PerceiverARConfig) and steps is not None  # as `plan` made them
         spent = steps * step_flops(experiment)
         found.append(
             Measurement(
                 budget=min(budgets, key=lambda b: abs(np.log(b / spent))),
-                parameters=num_parameters(experiment.model),
-                tokens=steps * experiment.training.global_batch_size * experiment.model.max_latents,
+                parameters=num_parameters(model),
+                tokens=steps * experiment.training.global_batch_size * model.max_latents,
                 loss=trial["last_value"],
             )
         )

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, HyperBandScheduler, PopulationBasedTraining
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, HyperBandScheduler, PopulationBasedTraining, TrialScheduler
 from ray.tune.search import ConcurrencyLimiter
 from ray.tune.search.basic_variant import BasicVariantGenerator
 
@@ -25,7 +25,7 @@ MOST_PAUSING = 30
 """So many trials at once at most where trials are paused: Ray Train takes 0.001 of HEAD for each training."""
 
 
-class ToTheEnd:
+class ToTheEnd(TrialScheduler):
     """A scheduler without a word on last reports."""
 
     def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:

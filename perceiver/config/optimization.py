@@ -142,7 +142,7 @@ class OptimConfig(Config):
         if not isinstance(values.get("optimizer"), str):
             return values
         moved = {"optimizer": ("betas", "eps"), "schedule": ("min_lr_fraction",)}
-        names = {"adamw": AdamW, "adam": Adam, "constant": Constant, "cosine": Cosine}
+        names: dict[str, type[Config]] = {"adamw": AdamW, "adam": Adam, "constant": Constant, "cosine": Cosine}
         result = {name: value for name, value in values.items() if name not in ("betas", "eps", "min_lr_fraction")}
         for section, fields in moved.items():
             node = names.get(values.get(section, "constant"))

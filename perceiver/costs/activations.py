@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from perceiver.config import ModelConfig
 from perceiver.costs.flops import num_kept
 from perceiver.models import shapes
 from perceiver.models.attention import LONG_ENOUGH_TO_SPLIT
@@ -86,9 +85,9 @@ class Loss:
     """Numbers of a gradient of the output matrix that waits for the embedding's (tied)."""
 
 
-def step_calls(config: ModelConfig, layout: Layout, sizes: StepSizes) -> tuple[list[Call], Loss]:
+def step_calls(config: PerceiverARConfig | PerceiverIOConfig, layout: Layout, sizes: StepSizes) -> tuple[list[Call], Loss]:
     """The layers in the order in which a forward pass runs them, and its end."""
-    return (_calls_ar if isinstance(config, PerceiverARConfig) else _calls_io)(config, layout, sizes)
+    return _calls_ar(config, layout, sizes) if isinstance(config, PerceiverARConfig) else _calls_io(config, layout, sizes)
 
 
 # ------------------------------------------------------------------------------------------------------------- one layer
@@ -116,9 +115,9 @@ def _attention(
     batch, (num_queries, num_keys), e = layout.micro_batch_size, lengths, layout.element_size
     mlp, mlp_extra = _mlp(c.q_channels, widening)
     queries, keys, working = batch * num_queries, batch * num_keys, 0.0
-    kept = e * (queries * (c.qk_channels + c.v_channels) + keys * (c.qk_channels + c.v_channels))  # and attention's output
+    kept: float = e * (queries * (c.qk_channels + c.v_channels) + keys * (c.qk_channels + c.v_channels))  # and attention's output
     # Gradients of the layer's output, of attention's output and of queries, keys and values, when the MLP's tensors are gone.
-    extra = e * (queries * (c.q_channels + c.v_channels + c.qk_channels) + keys * (c.qk_channels + c.v_channels))
+    extra: float = e * (queries * (c.q_channels + c.v_channels + c.qk_channels) + keys * (c.qk_channels + c.v_channels))
     if not layout.cuda and (dropout or c.qk_channels != c.v_channels):
         weights = batch * heads * num_queries * num_keys
         # Softmax; with dropout also its decisions (a byte) and what it leaves.
@@ -142,7 +141,7 @@ def _factored(layout: Layout, config: PerceiverIOConfig, num_inputs: int, shared
     c = shapes.encoder_cross_attention(config)
     # Softmax; with dropout its decisions. The weights times the norm's scale are not kept, as pixels need no gradient. Means in
     # input channels twice, and per value channel.
-    kept = weights * (FP32 + (1 if config.encoder.dropout else 0)) + FP32 * latents * (2 * heads * c.kv_channels + c.v_channels)
+    kept: float = weights * (FP32 + (1 if config.encoder.dropout else 0)) + FP32 * latents * (2 * heads * c.kv_channels + c.v_channels)
     kept += FP32 * (1 if shared else latents) * heads * c.kv_channels * 2
     if layout.element_size < FP32:
         kept += FP32 * num_inputs * c.kv_channels  # the table of positions

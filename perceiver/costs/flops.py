@@ -47,7 +47,11 @@ class ForwardFlops:
 
 
 def forward_flops(
-    config: ModelConfig, *, seq_len: int | None = None, prefix_len: int | None = None, num_queries: int | None = None
+    config: PerceiverARConfig | PerceiverIOConfig,
+    *,
+    seq_len: int | None = None,
+    prefix_len: int | None = None,
+    num_queries: int | None = None,
 ) -> ForwardFlops:
     """FLOPs of a forward pass per example.
 
@@ -64,7 +68,7 @@ def forward_flops(
     return _forward_io(config, seq_len, num_queries)
 
 
-def training_flops(config: ModelConfig, *, seq_len: int | None = None, num_queries: int | None = None) -> float:
+def training_flops(config: PerceiverARConfig | PerceiverIOConfig, *, seq_len: int | None = None, num_queries: int | None = None) -> float:
     """FLOPs of a training step per example: forward and backward, with prefix dropout and frozen parts as configured.
 
     Arguments: see `forward_flops`.

@@ -13,11 +13,11 @@ Not counted: what the allocator loses to fragments, the device's context, the co
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
-from typing import Protocol
+from typing import Protocol, TypeGuard
 
 import torch
 from torch import nn
@@ -26,6 +26,7 @@ from perceiver.config import ModelConfig, nodes, type_name
 from perceiver.config.core import is_builtin
 from perceiver.costs.activations import FP32, Call, Layout, Loss, StepSizes, step_calls
 from perceiver.models import build_model
+from perceiver.models.configs import PerceiverARConfig, PerceiverIOConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +79,7 @@ class Step(Protocol):
 class FormulaStep:
     """The step of a built-in model, from its configuration alone."""
 
-    config: ModelConfig
+    config: PerceiverARConfig | PerceiverIOConfig
     sizes: StepSizes = field(default_factory=StepSizes)
 
     def walk(self, layout: Layout) -> tuple[list[Call], Loss]:
@@ -90,7 +91,7 @@ class FormulaStep:
         return _units(self.config, shards)
 
 
-def has_formulas(config: ModelConfig) -> bool:
+def has_formulas(config: ModelConfig) -> TypeGuard[PerceiverARConfig | PerceiverIOConfig]:
     """Whether the closed formulas are those of a model: of this package's, with inputs and outputs of this package."""
     return all(is_builtin(type_name(type(node))) for _, node in nodes(config))
 
@@ -177,14 +178,14 @@ def _moments(step: Step, layout: Layout) -> Iterator[Memory]:
     *layers, root = parts
     owned = 0.0 if layout.cpu_offload else 1.0
     size, trained = sum(unit.size for unit in parts) / shards, sum(unit.trained for unit in parts) / shards
-    base = Counter(parameters=owned * FP32 * size, optimizer=owned * 2 * FP32 * trained, gathered=e * root.size)
+    base = {"parameters": owned * FP32 * size, "optimizer": owned * 2 * FP32 * trained, "gathered": e * root.size}
     calls, loss = step.walk(layout)
     whole = 0.0
     if layout.accumulated > 1:  # gradients stay whole, in fp32, until the step's last micro-batch
         whole = FP32 * sum(unit.trained for unit in parts)
 
     # Forward: activations pile up.
-    live = Counter(base)
+    live = defaultdict(float, base)
     live["reduced"] += whole
     for call in calls:
         arriving = 2 * layers[call.unit].size if shards > 1 else 0
@@ -217,7 +218,7 @@ def _moments(step: Step, layout: Layout) -> Iterator[Memory]:
     yield _memory(live, reduced=e * root.trained)
     live["gathered"] = 0.0
     yield _memory(live, reduced=(e + FP32) * root.trained - e * loss.shared_gradient)
-    yield _memory(Counter(base, gradients=owned * FP32 * trained, gathered=0.0))
+    yield _memory(base, gradients=owned * FP32 * trained)
 
 
 def _keeps(call: Call, layout: Layout) -> bool:
@@ -226,5 +227,5 @@ def _keeps(call: Call, layout: Layout) -> bool:
     return call.trained and not (every and call.unit % every == 0)
 
 
-def _memory(live: Counter, **more: float) -> Memory:
-    return Memory(**{f.name: live[f.name] + more.get(f.name, 0.0) for f in fields(Memory)})
+def _memory(live: Mapping[str, float], **more: float) -> Memory:
+    return Memory(**{f.name: live.get(f.name, 0.0) + more.get(f.name, 0.0) for f in fields(Memory)})

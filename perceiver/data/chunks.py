@@ -177,6 +177,7 @@ def open_chunks(data: DataConfig, source: str, manifest: Manifest) -> Chunks:
         blocks_per_shard=split.blocks_per_shard, tokenizer=load_tokenizer(data.tokenizer),
         document_marks=manifest.settings["document_marks"],
     )  # fmt: skip
+    assert manifest.stream is not None  # it is of a source that is streamed
     train, _ = chunks_of(files, manifest.stream, split.row_length)
     return Chunks(job=job, rows=split.rows_per_block, pieces=tuple(train))
 

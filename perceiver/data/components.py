@@ -44,7 +44,7 @@ def mixture_manifest(settings: dict[str, Any], parts: list[Component]) -> Manife
         settings: of the mixture, as `shards.prepare_settings` has them.
     """
     first = parts[0].manifest
-    nats = [part.manifest.stats.get("unigram_nats_per_token") for part in parts]
+    nats: list[Any] = [part.manifest.stats.get("unigram_nats_per_token") for part in parts]
     stats = {} if None in nats else {"unigram_nats_per_token": sum(n * p.share for n, p in zip(nats, parts, strict=True))}
     classes = [part.manifest.num_classes for part in parts if part.manifest.num_classes is not None]
     return Manifest(

@@ -86,7 +86,7 @@ class BadImage(ValueError):
     """A picture that cannot be read, or not without guessing: the message is the reason."""
 
 
-def decode_image(data: bytes) -> np.ndarray:
+def decode_image(data: Any) -> np.ndarray:
     """An image file as (height, width, channels), 1 channel if grey, else 3; uint8. See `picture_pixels`.
 
     Raises:

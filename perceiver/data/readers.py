@@ -335,7 +335,7 @@ def _read_parquet(span: Span, columns: Columns, problems: Problems) -> Iterator[
         texts = _strings(span, table, first, problems)
         keep = [text is not None for text in texts]
         labels = _labels(span, table, first, keep, columns, problems) if columns.label else None
-        kept = [text for text, k in zip(texts, keep, strict=True) if k]
+        kept = [text for text, k in zip(texts, keep, strict=True) if k and text is not None]
         if kept:
             yield _whole(kept, None if labels is None else labels[np.array(keep)])
 
@@ -398,7 +398,7 @@ def _parquet_tables(span: Span, wanted: list[str]) -> Iterator[tuple[int, pa.Tab
     Raises:
         Unreadable: damaged file, missing column, no rows.
     """
-    with _open_parquet(span.file) as parquet:
+    with _open_parquet(span.input_file) as parquet:
         there = parquet.schema_arrow.names
         if missing := [name for name in wanted if name not in there]:
             raise Unreadable("wrong schema", f"{span.file.name} has no column {missing[0]!r} (it has: {', '.join(there)})")
@@ -503,7 +503,8 @@ def _unpacked(column: pa.Array, shape: tuple[int, ...]) -> Any:
 
 def _read_idx(span: Span, columns: Columns, problems: Problems) -> Iterator[Images]:
     """A pair of idx files: images (n, height, width) and labels (n,)."""
-    file = span.file
+    file = span.input_file
+    assert file.labels_path is not None
     parts = []
     for path, ndim in ((file.path, 3), (file.labels_path, 1)):
         name = file.name if path == file.path else f"{file.name.rpartition('/')[0]}/{path.rpartition('/')[2]}".lstrip("/")
@@ -533,15 +534,16 @@ def _read_parquet_images(span: Span, columns: Columns, problems: Problems) -> It
         pixels: list[np.ndarray | None] = []
         for i, value in enumerate(table.column("image").to_pylist()):
             try:
-                pixels.append(_decoded(value))
+                image = _decoded(value)
             except BadImage as error:
                 problems.report("bad image", f"{span.file.name} row {first + i:,}: no readable image ({error})")
                 pixels.append(None)
                 continue
-            if pixels[i].shape != columns.image_shape:
-                what = f"image of shape {pixels[i].shape}, not {columns.image_shape} as the first one"
+            fits = image.shape == columns.image_shape
+            if not fits:
+                what = f"image of shape {image.shape}, not {columns.image_shape} as the first one"
                 problems.report("bad image", f"{span.file.name} row {first + i:,}: {what}")
-                pixels[i] = None
+            pixels.append(image if fits else None)
         keep = [image is not None for image in pixels]
         labels = _labels(span, table, first, keep, columns, problems)
         if any(keep):
@@ -563,7 +565,8 @@ def image_shape(file: InputFile, skip: bool = False) -> tuple[int, int, int]:
     try:
         if file.format == "idx":
             head = next(chunks(Span(file, 0, 0), 0), b"")
-            return (*parse_idx(head, 3, file.name, head_only=True), 1)
+            height, width = parse_idx(head, 3, file.name, head_only=True)
+            return height, width, 1
         for first, table in _parquet_tables(Span(file, 0, sys.maxsize), ["image"]):
             for i, value in enumerate(table.column("image")):
                 try:

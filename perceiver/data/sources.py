@@ -48,7 +48,7 @@ NAMED: dict[str, _Hub | Path] = {
     "c4": _Hub(repository="allenai/c4", config="en"),
 }
 
-_FORMATS = {
+_FORMATS: dict[str, Format] = {
     ".txt": "text", ".raw": "wikitext", ".tokens": "wikitext", ".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl",
     ".parquet": "parquet",
 }  # fmt: skip
@@ -350,7 +350,8 @@ def _walk(root: str, what: str, hidden: re.Pattern[str] = _HIDDEN) -> Iterator[t
     A real folder is entered once, or once for each split that the names of links to it mark it for: so a link to a folder
     above it does no harm, and what is linked into both splits is found in both.
     """
-    folders, links, entered = [""], [], set()
+    folders, entered = [""], set()
+    links: list[str] = []
     try:
         while folders or links:
             inside = folders.pop() if folders else links.pop(0)

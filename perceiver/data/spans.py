@@ -40,6 +40,12 @@ class Span:
     """Of a compressed file: `start` and `stop` count bytes of its text, which is unpacked from its beginning to get there."""
 
     @property
+    def input_file(self) -> InputFile:
+        """The file, of a span that is no part of code."""
+        assert isinstance(self.file, InputFile)
+        return self.file
+
+    @property
     def whole(self) -> bool:
         """Whether this is all of a compressed file."""
         return self.file.compressed and not self.unpacked
@@ -73,7 +79,7 @@ def chunks(span: Span, start: int) -> Iterator[bytes]:
     Raises:
         Unreadable: the file is missing, truncated or corrupt.
     """
-    file = span.file
+    file = span.input_file
     filesystem, path = open_folder(file.path)
     read = 0
     try:

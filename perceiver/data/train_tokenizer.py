@@ -62,7 +62,8 @@ class Sample:
 
 def choose_pieces(pieces: list[Piece], max_bytes: int, seed: int) -> list[Piece]:
     """Pieces of about `max_bytes` input together (at least one), drawn without replacement."""
-    chosen, size = [], 0
+    chosen: list[Piece] = []
+    size = 0
     for i in np.random.Generator(np.random.Philox(seed & (2**63 - 1))).permutation(len(pieces)):
         if chosen and size + pieces[i].size > max_bytes:
             break

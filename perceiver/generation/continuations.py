@@ -177,8 +177,8 @@ def generate_text(
         use_cache=use_cache,
     )
     continuations = [Continuation(tokenizer, row, stop, tokenizer.eos_id) for row in rows]
-    for continuation, row_ids in zip(continuations, new.tolist(), strict=True):
-        for token in row_ids:
+    for continuation, tokens in zip(continuations, new.tolist(), strict=True):
+        for token in tokens:
             continuation.push(token)
         continuation.close()
     return [continuation.text for continuation in continuations]

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from perceiver import hub
 from perceiver.config import UserError, to_dict
 from perceiver.data.tokenizers import TOKENIZER, ByteTokenizer, SentencePieceTokenizer, Tokenizer
-from perceiver.models.configs import ImageInput
+from perceiver.models.configs import ImageInput, PerceiverIOConfig
 from perceiver.pretrained import check_weights
 
 if TYPE_CHECKING:
@@ -62,6 +62,7 @@ def export(trained: TrainedModel, folder: str | Path, format: str = "perceiver")
     check_weights(weights, trained.name)
     if format == "transformers":
         config = _transformers_config(trained)
+        assert isinstance(trained.config, PerceiverIOConfig)  # or there were no such configuration
         weights = hub.to_transformers(weights, trained.config)
     else:
         config = our_config(trained)
@@ -284,7 +285,7 @@ def _write_tokenizer(tokenizer: Tokenizer | None, folder: Path, format: str, con
 
 def _transformers_config(trained: TrainedModel) -> dict[str, Any]:
     config = hub.config_to_transformers(trained.config)
-    if isinstance(trained.config.input, ImageInput):
+    if isinstance(trained.config, PerceiverIOConfig) and isinstance(trained.config.input, ImageInput):
         config["id2label"] = {str(i): name for i, name in enumerate(trained.class_names)}
         config["label2id"] = {name: i for i, name in enumerate(trained.class_names)}
     config["torch_dtype"] = str(next(trained.model.parameters()).dtype).removeprefix("torch.")

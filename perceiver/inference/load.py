@@ -232,7 +232,8 @@ def load_published(source: str | Path, folder: Path | None, device: torch.device
     photos = published.get("architectures") == ["PerceiverForImageClassificationFourier"]
     if getattr(task, "class_names", ()) is None and (labels := published.get("id2label")):
         with in_one_sentence((folder or Path()) / CONFIG):
-            task = replace(task, class_names=tuple(str(labels[key]) for key in sorted(labels, key=int)))
+            names: dict[str, Any] = {"class_names": tuple(str(labels[key]) for key in sorted(labels, key=int))}
+            task = replace(task, **names)
     shapes = {name: tuple(tensor.shape) for name, tensor in pretrained.weights.items()}
     model = _filled(fitting_model(pretrained.config, shapes, source), pretrained.weights, device)
     tokenizer = tokenizer_of(pretrained.config, "bytes")

@@ -302,11 +302,11 @@ def rows_to_table(rows: Sequence[Row], arrays: ArrayRows | None) -> pa.Table:
         values = [v.encode("utf-8", "surrogatepass") if isinstance(v := row.value, str) else v for row in rows]
         return pa.table(columns | {"value": pa.array(values, pa.large_binary())})
     for name, column in arrays.columns.items():
-        values = [row.value.get(name) if isinstance(row.value, dict) else None for row in rows]
+        cells = [row.value.get(name) if isinstance(row.value, dict) else None for row in rows]
         kind = pa.from_numpy_dtype(np.dtype(column.dtype)) if column.is_number else pa.type_for_alias(f"large_{column.dtype}")
         if column.shape:
-            kind, values = pa.large_list(kind), [None if value is None else value.reshape(-1) for value in values]
-        columns[f"value:{name}"] = pa.array(values, kind)
+            kind, cells = pa.large_list(kind), [None if cell is None else cell.reshape(-1) for cell in cells]
+        columns[f"value:{name}"] = pa.array(cells, kind)
     return pa.table(columns)
 
 

@@ -67,13 +67,14 @@ class KeyValueCache:
 
     def select(self, rows: Tensor) -> None:
         """Keeps the given rows of the batch (R,), in this order, also several times (beams)."""
-        if self.filled:
+        if self._keys is not None and self._values is not None:
             self._keys, self._values = self._keys[rows], self._values[rows]
 
     def _count(self, num: int) -> int | Tensor:
         return num
 
     def _extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        assert self._keys is not None and self._values is not None
         place = self.num_written % self.capacity
         self._keys[:, :, place : place + 1] = keys
         self._values[:, :, place : place + 1] = values
@@ -86,6 +87,8 @@ class StaticKeyValueCache(KeyValueCache):
     """The same with shapes that never change, for compiled models: a later `append` returns the whole ring, of which
     `next_mask` tells what is filled. `num_written` is a tensor (1,) on the device of the keys."""
 
+    num_written: Tensor
+
     def next_mask(self, padding: Tensor | None) -> Tensor:
         """Of the whole ring; see `KeyValueCache.next_mask`."""
         visible = torch.arange(self.capacity, device=self.num_written.device)[None] <= self.num_written
@@ -95,9 +98,11 @@ class StaticKeyValueCache(KeyValueCache):
         return visible[:, None, None]
 
     def _count(self, num: int) -> Tensor:
+        assert self._keys is not None
         return torch.full((1,), num, device=self._keys.device)
 
     def _extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        assert self._keys is not None and self._values is not None
         place = self.num_written % self.capacity
         self._keys.index_copy_(2, place, keys)
         self._values.index_copy_(2, place, values)

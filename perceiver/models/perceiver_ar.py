@@ -48,6 +48,7 @@ class PerceiverARCache:
         for layer in (self.cross_attention, *self.self_attention):
             layer.select(rows)
         if self.num_padding is not None:
+            assert self.padding is not None and self.latent_padding is not None
             self.num_padding = self.num_padding[rows]
             self.padding, self.latent_padding = self.padding[rows], self.latent_padding[rows]
 
@@ -107,7 +108,7 @@ class PerceiverAR(nn.Module):
     def compile_next(self) -> None:
         """Compiles the step of one more token with a static cache, one graph for a batch size (no effect if it is)."""
         if "_hidden_next" not in self.__dict__:
-            self._hidden_next = torch.compile(self._hidden_next, fullgraph=True, dynamic=False)
+            self.__dict__["_hidden_next"] = torch.compile(self._hidden_next, fullgraph=True, dynamic=False)
 
     def make_cache(self, max_tokens: int | None = None, static: bool = False) -> PerceiverARCache:
         """An empty cache for one batch of sequences.
@@ -118,7 +119,7 @@ class PerceiverAR(nn.Module):
         """
         config = self.config
         if static:
-            layers = [StaticKeyValueCache(config.max_latents) for _ in self.self_attention]
+            layers: list[KeyValueCache] = [StaticKeyValueCache(config.max_latents) for _ in self.self_attention]
             return PerceiverARCache(StaticKeyValueCache(config.max_seq_len), layers)
         num_tokens = min(config.max_seq_len, max_tokens or config.max_seq_len)
         num_latents = min(config.max_latents, num_tokens)

@@ -178,7 +178,7 @@ class Task(ABC, Generic[C, M]):
         """
         guesses = [(part, self.guess(part.manifest, trained_on or part.manifest)) for part in parts]
         known = [(part, guess) for part, guess in guesses if guess is not None]
-        found = {}
+        found: dict[str, Baseline] = {}
         for part, guess in known:
             metrics = self.metrics(guess.sums, part.manifest.splits["val"])
             suffix = f"/{part.name}" if part.name else ""

@@ -51,6 +51,8 @@ class CausalLMConfig(TaskConfig):
         return cls() if isinstance(model, PerceiverARConfig) else None
 
     def build(self, model: ModelConfig, data: DataConfig, seed: int) -> Task:
+        if not isinstance(model, PerceiverARConfig):
+            raise UserError("causal language modelling needs a Perceiver AR model")
         return CausalLM(self, model, data, seed)
 
 
@@ -61,8 +63,6 @@ class CausalLM(Task[CausalLMConfig, PerceiverARConfig]):
 
     def check(self) -> None:
         model, stride, shortest = self.model_config, self.config.val_stride, self.config.min_seq_len
-        if not isinstance(model, PerceiverARConfig):
-            raise UserError("causal language modelling needs a Perceiver AR model")
         if stride is not None and (stride < 1 or model.max_seq_len % stride or stride > model.max_seq_len):
             raise UserError(f"task.val-stride is {stride} and must divide model.max-seq-len ({model.max_seq_len})")
         if shortest is not None and not model.max_latents <= shortest <= model.max_seq_len:
@@ -141,7 +141,8 @@ class CausalLM(Task[CausalLMConfig, PerceiverARConfig]):
         prefix_len = batch["ids"].shape[1] - labels.shape[1]
         hidden = model(batch["ids"], prefix_len, batch.get("pad_mask"), batch.get("prefix_keep"), return_hidden=True)
         # The output matrix is the model's own, not a layer's: sharding leaves it whole from forward to backward.
-        loss, each = chunked_cross_entropy(hidden, *model.output_matrix(), labels)
+        weight, bias = model.output_matrix()
+        loss, each = chunked_cross_entropy(hidden, weight, bias, labels)
         return loss, loss_of_sources(each, batch)
 
     def metrics(self, sums: dict[str, np.ndarray], split: Split) -> dict[str, float]:

@@ -73,12 +73,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             scores /= total  # now probabilities, and with the next two lines the gradient of the scores
             scores.scatter_add_(1, target, -torch.ones_like(wanted))
             scores *= valid[:, None]
-            if needs_bias:
+            if grad_bias is not None:
                 grad_bias += scores.sum(dim=0)
             scores = scores.to(hidden.dtype)
-            if needs_hidden:
+            if grad_hidden is not None:
                 torch.mm(scores, weight, out=grad_hidden[start : start + size])
-            if needs_weight:
+            if grad_weight is not None:
                 grad_weight += scores.mT @ part
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         ctx.dtypes = weight.dtype, bias.dtype if bias is not None else None

@@ -22,12 +22,17 @@ class Classification(Task[C, PerceiverIOConfig]):
 
     metric_directions = {"loss": "min", "acc": "max"}
 
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """Names of the classes, where the task's settings have them."""
+        return getattr(self.config, "class_names", None)
+
     @abstractmethod
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
         """The model's logits (B, classes)."""
 
     def check(self) -> None:
-        output, names = getattr(self.model_config, "output", None), self.config.class_names
+        output, names = getattr(self.model_config, "output", None), self.class_names
         if not isinstance(output, ClassOutput):
             raise UserError("classification needs a Perceiver IO model with a ClassOutput")
         if output.num_queries != 1:
@@ -52,7 +57,7 @@ class Classification(Task[C, PerceiverIOConfig]):
 
     def samples(self, model: nn.Module, sums: dict[str, np.ndarray], split: Split) -> list[Sample]:
         confusion = sums["confusion"]
-        names = self.config.class_names or tuple(str(i) for i in range(len(confusion)))
+        names = self.class_names or tuple(str(i) for i in range(len(confusion)))
         return [Sample("confusion", image=confusion_matrix(confusion, names))] if len(names) <= 100 else []
 
     def guess(self, manifest: Manifest, trained_on: Manifest) -> Guess | None:
@@ -60,7 +65,9 @@ class Classification(Task[C, PerceiverIOConfig]):
         train, val = (each.stats.get("labels", {}).get(split, ()) for each, split in ((trained_on, "train"), (manifest, "val")))
         if not sum(train) or not sum(val):
             return None
-        num_classes = self.model_config.output.num_classes
+        output = self.model_config.output
+        assert isinstance(output, ClassOutput)
+        num_classes = output.num_classes
         counts, answers = np.ones(num_classes), np.zeros(num_classes)
         counts[: len(train)] += train
         answers[: len(val)] = val
@@ -68,7 +75,7 @@ class Classification(Task[C, PerceiverIOConfig]):
         confusion = np.zeros((num_classes, num_classes))
         confusion[:, most] = answers
         loss = -(answers * np.log(counts / counts.sum())).sum()
-        names = self.config.class_names
+        names = self.class_names
         means = {
             "loss": "answering with the training labels' frequencies",
             "acc": f"always answering {repr(names[most]) if names else most}",

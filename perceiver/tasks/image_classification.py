@@ -37,17 +37,13 @@ class ImageClassificationConfig(TaskConfig):
         return None
 
     def build(self, model: ModelConfig, data: DataConfig, seed: int) -> Task:
+        if not isinstance(model, PerceiverIOConfig) or not isinstance(model.input, ImageInput):
+            raise UserError("image classification needs a Perceiver IO model with an ImageInput")
         return ImageClassification(self, model, data, seed)
 
 
 class ImageClassification(Classification[ImageClassificationConfig]):
     """Images (height, width, channels), channels last, pixels scaled to [-1, 1]."""
-
-    def check(self) -> None:
-        model = self.model_config
-        if not isinstance(model, PerceiverIOConfig) or not isinstance(model.input, ImageInput):
-            raise UserError("image classification needs a Perceiver IO model with an ImageInput")
-        super().check()
 
     def collate(self, rows: pa.Table, size: int, split: Split, train: bool, step: int) -> Batch:
         """images (size, H, W, C) uint8, labels (size,) int64."""

@@ -54,6 +54,9 @@ class MaskedLMConfig(TaskConfig):
         return None
 
     def build(self, model: ModelConfig, data: DataConfig, seed: int) -> Task:
+        text = isinstance(model, PerceiverIOConfig) and isinstance(model.input, TextInput) and isinstance(model.output, TextOutput)
+        if not isinstance(model, PerceiverIOConfig) or not text:
+            raise UserError("masked language modelling needs a Perceiver IO model with a TextInput and a TextOutput")
         return MaskedLM(self, model, data, seed)
 
 
@@ -63,24 +66,27 @@ class MaskedLM(Task[MaskedLMConfig, PerceiverIOConfig]):
     metric_directions = {"loss": "min", "bits_per_byte": "min", "acc": "max"}
 
     def check(self) -> None:
-        model, settings = self.model_config, self.config
-        text = isinstance(model, PerceiverIOConfig) and isinstance(model.input, TextInput)
-        if not text or not isinstance(model.output, TextOutput):
-            raise UserError("masked language modelling needs a Perceiver IO model with a TextInput and a TextOutput")
+        settings = self.config
         for name in ("mask_probability", "val_mask_probability"):
             if (share := getattr(settings, name)) is not None and not 0 < share < 1:
                 raise UserError(f"task.{name.replace('_', '-')} is {share} and must be between 0 and 1")
-        if not 1 <= settings.sample_predictions <= model.input.vocab_size:
+        if not 1 <= settings.sample_predictions <= self._input.vocab_size:
             raise UserError(f"task.sample-predictions is {settings.sample_predictions} and must be at least 1")
         if self._tokenizer.mask_id is None:
             raise UserError(f"data.tokenizer {self.data.tokenizer} has no mask token ({' or '.join(MARKS)})")
         for text in settings.sample_texts:
-            encode_masked(self._tokenizer, with_masks(text, self._tokenizer), model.input.max_seq_len)
+            encode_masked(self._tokenizer, with_masks(text, self._tokenizer), self._input.max_seq_len)
+
+    @property
+    def _input(self) -> TextInput:
+        text = self.model_config.input
+        assert isinstance(text, TextInput)  # or the task were not built
+        return text
 
     def examples(self, block: pa.Table, split: Split, first_row: int, epoch: int, train: bool) -> pa.Table:
         """Windows "tokens" (T ids), and "length", how many are real."""
         rows = super().examples(block, split, first_row, epoch, train)
-        length = self.model_config.input.max_seq_len
+        length = self._input.max_seq_len
         real = np.clip(split.tokens - (first_row + np.arange(rows.num_rows)) * length, 0, length)
         return rows.append_column("length", pa.array(real))
 
@@ -90,7 +96,8 @@ class MaskedLM(Task[MaskedLMConfig, PerceiverIOConfig]):
         M is the same for nearly all batches (`usual_positions`); one with a row of more labels has the next multiple that
         holds them. A text's last window is filled up on the right and then has a pad_mask (B, T), bool.
         """
-        length, settings = self.model_config.input.max_seq_len, self.config
+        length, settings, mask_id = self._input.max_seq_len, self.config, self._tokenizer.mask_id
+        assert mask_id is not None
         probability = settings.mask_probability if train else settings.val_mask_probability or settings.mask_probability
         tokens, row = fixed_array(rows, "tokens"), rows["row"].to_numpy()
         real = rows["length"].to_numpy()
@@ -98,7 +105,7 @@ class MaskedLM(Task[MaskedLMConfig, PerceiverIOConfig]):
         inputs, labels = mask_words(
             tokens,
             self._tokenizer.words,
-            mask_id=self._tokenizer.mask_id,
+            mask_id=mask_id,
             probability=probability,
             seed=self.seed if train else VALIDATION_SEED,
             epoch=rows["epoch"].to_numpy() if train and not settings.static else 0,
@@ -153,14 +160,14 @@ class MaskedLM(Task[MaskedLMConfig, PerceiverIOConfig]):
         return unigram_guess(manifest, ("loss", "bits_per_byte"), correct=math.nan)
 
     def unit(self) -> tuple[str, int]:
-        return "tokens", self.model_config.input.max_seq_len
+        return "tokens", self._input.max_seq_len
 
     def step_sizes(self) -> StepSizes:
         """The positions that nearly all batches decode."""
-        return StepSizes(num_queries=usual_positions(self.model_config.input.max_seq_len, self.config.mask_probability)[0])
+        return StepSizes(num_queries=usual_positions(self._input.max_seq_len, self.config.mask_probability)[0])
 
     def flops_per_example(self) -> float:
-        decoded, _ = usual_positions(self.model_config.input.max_seq_len, self.config.mask_probability)
+        decoded, _ = usual_positions(self._input.max_seq_len, self.config.mask_probability)
         return training_flops(self.model_config, num_queries=decoded)
 
     @property

@@ -39,6 +39,8 @@ class TextClassificationConfig(TaskConfig):
         return None
 
     def build(self, model: ModelConfig, data: DataConfig, seed: int) -> Task:
+        if not isinstance(model, PerceiverIOConfig) or not isinstance(model.input, TextInput):
+            raise UserError("text classification needs a Perceiver IO model with a TextInput")
         return TextClassification(self, model, data, seed)
 
 
@@ -49,9 +51,6 @@ class TextClassification(Classification[TextClassificationConfig]):
     """
 
     def check(self) -> None:
-        model = self.model_config
-        if not isinstance(model, PerceiverIOConfig) or not isinstance(model.input, TextInput):
-            raise UserError("text classification needs a Perceiver IO model with a TextInput")
         super().check()
         tokenizer = load_tokenizer(self.data.tokenizer)
         if tokenizer.cls_id is None or tokenizer.sep_id is None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import queue
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -30,39 +31,40 @@ Batch = dict[str, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Feed:
-    """One split of a prepared data set, in one order, for one task."""
+class Feed(ABC):
+    """Prepared data in one order, for one task."""
 
     task: Task
     folder: str
     split: Split
-    order: Order
+    order: Order | Mixture
     train: bool
     micro_batch_size: int | None
     """Most examples of a micro-batch."""
 
-    unit_type = Unit
+    unit_type: ClassVar[type[Any]]
+    """The class of the units of its reading plan."""
 
-    def read(self, unit: Unit) -> pa.Table:
+    @abstractmethod
+    def read(self, unit: Any) -> pa.Table:
         """The rows of a unit of the reading plan."""
-        return read_unit(self.folder, self.split, self.order, unit, self.task.examples, self.train)
 
-    def plan(self, rank: int, world: int, start: int, stop: int) -> Iterator[Unit]:
+    @abstractmethod
+    def plan(self, rank: int, world: int, start: int, stop: int) -> Iterator[Any]:
         """What a worker has to read for the steps start .. stop - 1."""
-        return plan(self.order, rank, world, start, stop)
 
+    @abstractmethod
     def batches(self, rank: int, world: int, start: int, stop: int, tables: Iterable[pa.Table]) -> Iterator[pa.Table | None]:
         """A worker's rows of the steps start .. stop - 1, from the rows of its plan; None where a step has no row for it."""
-        return rank_batches(self.order, rank, world, start, stop, tables)
 
+    @abstractmethod
     def empty_rows(self) -> pa.Table:
         """A table without rows, with the columns of `read`."""
-        return empty_rows(self.folder, self.split, self.task.examples)
 
     @property
+    @abstractmethod
     def row_bytes(self) -> int:
-        """Bytes of a row as stored, about."""
-        return max(1, sum(shard.bytes for shard in self.split.shards) // self.split.rows)
+        """Bytes of what a row is made from, about."""
 
     def micro_batches(self, world: int) -> tuple[int, int]:
         """Number of micro-batches in a worker's share of a step, and examples of each."""
@@ -86,7 +88,33 @@ class Feed:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StreamFeed(Feed):
+class SplitFeed(Feed):
+    """One split of a prepared data set."""
+
+    order: Order
+
+    unit_type = Unit
+
+    def read(self, unit: Unit) -> pa.Table:
+        return read_unit(self.folder, self.split, self.order, unit, self.task.examples, self.train)
+
+    def plan(self, rank: int, world: int, start: int, stop: int) -> Iterator[Unit]:
+        return plan(self.order, rank, world, start, stop)
+
+    def batches(self, rank: int, world: int, start: int, stop: int, tables: Iterable[pa.Table]) -> Iterator[pa.Table | None]:
+        return rank_batches(self.order, rank, world, start, stop, tables)
+
+    def empty_rows(self) -> pa.Table:
+        return empty_rows(self.folder, self.split, self.task.examples)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row as stored, about."""
+        return max(1, sum(shard.bytes for shard in self.split.shards) // self.split.rows)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamFeed(SplitFeed):
     """A training split whose rows are made from text when they are read."""
 
     chunks: Chunks
@@ -111,7 +139,7 @@ class MixtureFeed(Feed):
     """
 
     order: Mixture
-    feeds: tuple[Feed, ...]
+    feeds: tuple[SplitFeed, ...]
 
     unit_type = MixtureUnit
 
@@ -150,7 +178,7 @@ def read_here(feed: Feed, units: Iterator[Any]) -> Iterator[pa.Table]:
 
 def make_feed(
     task: Task, folder: str, split: Split, train: bool, *, data: DataConfig, training: TrainingConfig, micro_batch_size: int | None = None
-) -> Feed:
+) -> SplitFeed:
     """The feed of the training or validation split of one prepared data set."""
     return _feed(task, folder, split, train, data, training.seed, training.global_batch_size, data.shuffle_window_blocks, micro_batch_size)
 
@@ -165,7 +193,7 @@ def _feed(
     global_batch_size: int,
     window_blocks: int,
     micro_batch_size: int | None,
-) -> Feed:
+) -> SplitFeed:
     order = Order(
         rows=split.rows,
         rows_per_block=split.rows_per_block,
@@ -174,7 +202,7 @@ def _feed(
         max_lanes=data.lanes,
         seed=seed if train else VALIDATION_SEED,
     )
-    return Feed(task=task, folder=folder, split=split, order=order, train=train, micro_batch_size=micro_batch_size)
+    return SplitFeed(task=task, folder=folder, split=split, order=order, train=train, micro_batch_size=micro_batch_size)
 
 
 def make_train_feed(experiment: Experiment, task: Task, folder: str, manifest: Manifest) -> Feed:
@@ -199,7 +227,9 @@ def make_train_feed(experiment: Experiment, task: Task, folder: str, manifest: M
     )  # fmt: skip
 
 
-def _part_feed(task: Task, part: Component, source: str, data: DataConfig, training: TrainingConfig, micro_batch_size: int | None) -> Feed:
+def _part_feed(
+    task: Task, part: Component, source: str, data: DataConfig, training: TrainingConfig, micro_batch_size: int | None
+) -> SplitFeed:
     """The feed of one data set of training data; of a mixture's in an order that takes a row of each lane in turn."""
     split, stream = part.manifest.splits["train"], part.manifest.stream
     # A chunk is as large as a window of blocks.

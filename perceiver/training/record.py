@@ -8,6 +8,7 @@ import math
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,7 +80,7 @@ class Recorder:
     def samples(self, step: int, samples: list[Sample]) -> None:
         """Texts and pictures: to TensorBoard and to the folder `samples`."""
         for sample in samples:
-            self._record(lambda sample=sample: self._sample(step, sample))
+            self._record(partial(self._sample, step, sample))
 
     def _sample(self, step: int, sample: Sample) -> None:
         target = self.folder / "samples"

@@ -286,7 +286,8 @@ def evaluate(
     Of a mixture, val_NAME/SOURCE is a metric on one source, and val_NAME that on all, each with its share. Data without any
     target has no metrics: a sum over nothing, 0, is no loss.
     """
-    metrics, passes = {}, []
+    metrics: dict[str, float] = {}
+    passes = []
     for part, feed in feeds:
         sums = _pass(task, model, feed, world, read_all, num_batches)
         if not sums.get("targets", 0):
