@@ -436,7 +436,7 @@ class Messages:
     ) -> None:
         # On this node: a machine that is lost shall not take the run's messages along.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        self.actor = _Mailbox.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]  # what a class decorator makes is not seen
+        self.actor = _Mailbox.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]  # from Ray's decorator
         self.interrupted = False
         """Whether the workers have been asked to save and end."""
         self._alive = False
