@@ -305,7 +305,7 @@ def rows_to_table(rows: Sequence[Row], arrays: ArrayRows | None) -> pa.Table:
         values = [row.value.get(name) if isinstance(row.value, dict) else None for row in rows]
         kind = pa.from_numpy_dtype(np.dtype(column.dtype)) if column.is_number else pa.type_for_alias(f"large_{column.dtype}")
         if column.shape:
-            kind, values = pa.large_list(kind), [None if value is None else value.reshape(-1) for value in values]
+            kind, values = pa.large_list(kind), [None if value is None else np.reshape(value, -1) for value in values]
         columns[f"value:{name}"] = pa.array(values, kind)
     return pa.table(columns)
 
