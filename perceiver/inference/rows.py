@@ -305,7 +305,7 @@ def rows_to_table(rows: Sequence[Row], arrays: ArrayRows | None) -> pa.Table:
         cells = [row.value.get(name) if isinstance(row.value, dict) else None for row in rows]
         kind = pa.from_numpy_dtype(np.dtype(column.dtype)) if column.is_number else pa.type_for_alias(f"large_{column.dtype}")
         if column.shape:
-            kind, cells = pa.large_list(kind), [None if cell is None else cell.reshape(-1) for cell in cells]
+            kind, cells = pa.large_list(kind), [None if cell is None else np.reshape(cell, -1) for cell in cells]
         columns[f"value:{name}"] = pa.array(cells, kind)
     return pa.table(columns)
 
