@@ -115,7 +115,7 @@ class Task(ABC, Generic[C, M]):
     def collate(self, rows: pa.Table, size: int, split: Split, train: bool, step: int) -> Batch:
         """Makes a batch of exactly `size` examples, all tensors with first dimension `size`.
 
-        By default, of a task that reads arrays, each of its columns (size, *shape), as far as `rows` has it, and "valid" (size,) bool,
+        By default, of a task that reads arrays, each of its columns, `(size, *shape)`, as far as `rows` has it, and "valid" (size,) bool,
         which examples are no padding.
 
         `rows` has the columns of `examples` and, besides, "row" (int64, its number in the split) and "epoch" (int64).
