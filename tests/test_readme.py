@@ -18,7 +18,7 @@ SHORT = ["--training.max-epochs", "1", "--run.val-batches", "2"]
 # How each command is run here: what is added to make it short or independent of the network; None: where else it is run.
 COMMANDS = {
     "python3 -m venv .venv && .venv/bin/pip install -e . && .venv/bin/python -m ray_jobs.train quickstart": [],
-    "python3 -m venv .venv && .venv/bin/pip install -e '.[test]' && .venv/bin/python -m pytest": None,  # .ci/run
+    "python3 -m venv .venv && .venv/bin/pip install -e '.[test]' && .venv/bin/python -m pytest -n auto": None,  # .ci/run
     "python -m ray_jobs.preprocess img-clf-mnist": ["--data.source", "mnist-mini"],
     "python -m ray_jobs.train img-clf-mnist": ["--data.source", "mnist-mini", "--training.max-steps", "2"],
     "python -m ray_jobs.evaluate img-clf-mnist": [],
