@@ -27,8 +27,7 @@ from typing import Any
 import torch
 
 from perceiver.generation.generate import Sampling, stream
-from perceiver.models import PerceiverAR, build_model
-from perceiver.models.configs import PerceiverARConfig
+from perceiver.models import PerceiverAR, PerceiverARConfig, build_model
 from perceiver.presets import PRESETS
 
 Clock = Callable[[], float]

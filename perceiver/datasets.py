@@ -18,7 +18,7 @@ from perceiver.data.sources import is_shipped, mixture_sources, source_label
 from perceiver.data.storage import list_folder, open_folder
 from perceiver.data.tokenizers import TOKENIZER, load_tokenizer, tokenizer_is_there
 from perceiver.experiments import command_words
-from perceiver.models.configs import ImageInput, PerceiverIOConfig
+from perceiver.models import ImageInput, PerceiverIOConfig
 
 _LEAST_LENGTHS = {
     "tokens": (2, "a token is predicted from another one"),

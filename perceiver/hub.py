@@ -9,8 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from perceiver.config import Config, ModelConfig, UserError, differences, flatten, to_dict
-from perceiver.models import shapes
-from perceiver.models.configs import (
+from perceiver.models import (
     ClassOutput,
     DecoderConfig,
     EncoderConfig,
@@ -275,7 +274,7 @@ def config_to_transformers(config: ModelConfig) -> dict[str, Any]:
     """
     if not isinstance(config, PerceiverIOConfig):
         raise UserError("transformers has no Perceiver AR: only Perceiver IO models can be exported to its format")
-    encoder, within = config.encoder, shapes.encoder_self_attention(config)
+    encoder, within = config.encoder, config.encoder_self_attention()
     common: dict[str, Any] = {
         "model_type": "perceiver",
         "num_latents": config.num_latents,
@@ -331,9 +330,9 @@ def resolved_architecture(config: ModelConfig) -> dict[str, Any]:
     if not isinstance(config, PerceiverIOConfig):
         return flat
     for name, channels in (
-        ("encoder.num_cross_attention", shapes.encoder_cross_attention(config)),
-        ("encoder.num_self_attention", shapes.encoder_self_attention(config)),
-        ("decoder.num_cross_attention", shapes.decoder_cross_attention(config)),
+        ("encoder.num_cross_attention", config.encoder_cross_attention()),
+        ("encoder.num_self_attention", config.encoder_self_attention()),
+        ("decoder.num_cross_attention", config.decoder_cross_attention()),
     ):
         flat |= {f"{name}_qk_channels": channels.qk_channels, f"{name}_v_channels": channels.v_channels}
     if config.encoder.num_cross_attention_layers == 1:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from perceiver.config import Adam, AdamW, Cosine, DataConfig, Experiment, OptimConfig, ParallelConfig, RunConfig, TrainingConfig
-from perceiver.models.configs import (
+from perceiver.models import (
     ClassOutput,
     DecoderConfig,
     EncoderConfig,

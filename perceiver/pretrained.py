@@ -30,8 +30,7 @@ from torch import Tensor
 from perceiver import hub
 from perceiver.config import ModelConfig, UserError, flatten, load_tree, to_dict, type_name
 from perceiver.config.core import is_builtin
-from perceiver.models import build_model, check_model
-from perceiver.models.configs import PerceiverARConfig
+from perceiver.models import PerceiverARConfig, build_model, check_model
 
 CONFIG = "config.json"
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")

@@ -15,7 +15,7 @@ from perceiver.costs.devices import DEVICES, GIB, Device
 from perceiver.costs.flops import num_parameters
 from perceiver.costs.memory import Memory, Traffic, most_of_each, step_memory, step_traffic
 from perceiver.datasets import Dataset, with_tokenizer
-from perceiver.models.configs import PerceiverARConfig
+from perceiver.models import PerceiverARConfig
 from perceiver.tasks import build_task
 from perceiver.training.run import total_steps
 from ray_jobs.cli import main_entry, parse_experiment, program

@@ -28,7 +28,7 @@ from perceiver.data.storage import atomic_file, list_folder, open_folder, read_f
 from perceiver.inference.load import Description, describe
 from perceiver.inference.predict import MODES, PredictOptions, predict_rows
 from perceiver.inference.rows import Kind, Part, from_plain, list_inputs, plan_parts, read_part, rows_from_table, rows_to_table, to_plain
-from perceiver.models.configs import PerceiverARConfig
+from perceiver.models import PerceiverARConfig
 from ray_jobs.cli import JobFailed, main_entry, program, refuse_empty
 
 PLAN, ERRORS, SUMMARY = "plan.json", "errors.jsonl", "summary.json"

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from perceiver.config import Cosine, DataConfig, Experiment, OptimConfig, RunConfig, TrainingConfig
 from perceiver.data.rows import fixed_column, rows_of
 from perceiver.data.shards import Manifest, Shard, Split, shard_name, stream_rows
-from perceiver.models.configs import (
+from perceiver.models import (
     ClassOutput,
     DecoderConfig,
     EncoderConfig,

@@ -12,8 +12,7 @@ from perceiver.costs.activations import Layout, StepSizes
 from perceiver.costs.count import CountedStep, count_step
 from perceiver.costs.flops import num_kept, training_flops
 from perceiver.costs.memory import FormulaStep, most_of_each, step_memory, step_traffic
-from perceiver.models import build_model
-from perceiver.models.configs import ImageInput, PerceiverARConfig, TextInput, TextOutput
+from perceiver.models import ImageInput, PerceiverARConfig, TextInput, TextOutput, build_model
 from perceiver.presets import PRESETS
 from perceiver.tasks import build_task
 

@@ -8,8 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from perceiver.config import ModelConfig
 from perceiver.costs import flops
-from perceiver.models import build_model
-from perceiver.models.configs import ClassOutput
+from perceiver.models import ClassOutput, build_model
 from perceiver.presets import PRESETS
 from tests.test_models_perceiver_ar import CONFIG as AR
 from tests.test_models_perceiver_io import FLOW, IMAGE, TEXT

@@ -22,7 +22,7 @@ from perceiver.costs.activations import Layout, StepSizes, step_calls
 from perceiver.costs.count import CountedStep
 from perceiver.costs.flops import num_kept, num_parameters
 from perceiver.costs.memory import FormulaStep, largest_micro_batch, most_of_each, step_memory, step_traffic
-from perceiver.models.configs import PerceiverARConfig
+from perceiver.models import PerceiverARConfig
 from perceiver.presets import PRESETS
 from perceiver.tasks import Batch, build_task
 from perceiver.training.loop import fit

@@ -48,8 +48,7 @@ def test_greedy_generation_gives_the_golden_ids(shared, mode):
 
 @pytest.fixture(scope="module")
 def model():
-    from perceiver.models import build_model
-    from perceiver.models.configs import PerceiverARConfig
+    from perceiver.models import PerceiverARConfig, build_model
 
     config = PerceiverARConfig(
         vocab_size=20,

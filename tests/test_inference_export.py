@@ -17,8 +17,7 @@ from perceiver.config import UserError
 from perceiver.inference.export import export, upload
 from perceiver.inference.images import images_of
 from perceiver.inference.trained import TrainedModel
-from perceiver.models import build_model
-from perceiver.models.configs import PerceiverARConfig
+from perceiver.models import PerceiverARConfig, build_model
 from perceiver.presets import PRESETS
 from tests import golden
 from tests.trained import experiment, same_weights, write_run

@@ -14,8 +14,7 @@ from perceiver.data.tokenizers import load_tokenizer
 from perceiver.generation.continuations import Continuation
 from perceiver.generation.generate import Sampling, _draws, beam_search, generate, stream
 from perceiver.generation.texts import pad_left
-from perceiver.models import build_model
-from perceiver.models.configs import PerceiverARConfig
+from perceiver.models import PerceiverARConfig, build_model
 from tests.trained import write_run
 
 CONFIG = PerceiverARConfig(

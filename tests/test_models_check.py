@@ -5,8 +5,7 @@ from dataclasses import replace
 import pytest
 
 from perceiver.config import ModelConfig, UserError
-from perceiver.models import build_model, check_model
-from perceiver.models.configs import ClassOutput, FlowOutput, ImageInput, TextOutput
+from perceiver.models import ClassOutput, FlowOutput, ImageInput, TextOutput, build_model, check_model
 from perceiver.presets import PRESETS
 from tests.test_models_perceiver_ar import CONFIG as AR
 from tests.test_models_perceiver_io import ENCODER, FLOW, IMAGE, TEXT

@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from perceiver.models import PerceiverIO, build_model
+from perceiver.models import ClassOutput, EncoderConfig, ImageInput, PerceiverIO, PerceiverIOConfig, build_model
 from perceiver.models.attention import CrossAttentionLayer
-from perceiver.models.configs import ClassOutput, EncoderConfig, ImageInput, PerceiverIOConfig
 from perceiver.models.factored_attention import FactoredInput, factored_attention
 from perceiver.models.position import fourier_features
 from perceiver.models.shapes import AttentionChannels

@@ -9,8 +9,17 @@ from torch import Tensor
 
 from perceiver.config import UserError
 from perceiver.hub import resolved_architecture
-from perceiver.models import PerceiverIO, attention, build_model, check_model
-from perceiver.models.configs import DecoderConfig, EncoderConfig, PerceiverIOConfig, TextInput, TextOutput
+from perceiver.models import (
+    DecoderConfig,
+    EncoderConfig,
+    PerceiverIO,
+    PerceiverIOConfig,
+    TextInput,
+    TextOutput,
+    attention,
+    build_model,
+    check_model,
+)
 from tests.test_models_perceiver_io import IMAGE
 
 LENGTH, LATENTS, HEADS = 64, 32, 4

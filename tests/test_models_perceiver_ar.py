@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from perceiver.models import PerceiverAR, build_model
-from perceiver.models.configs import PerceiverARConfig
+from perceiver.models import PerceiverAR, PerceiverARConfig, build_model
 from perceiver.models.perceiver_ar import causal_padding_mask
 from perceiver.models.position import rotation
 from tests import golden

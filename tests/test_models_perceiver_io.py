@@ -6,17 +6,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from perceiver.models import PerceiverIO, build_model
-from perceiver.models.configs import (
+from perceiver.models import (
     ClassOutput,
     DecoderConfig,
     EncoderConfig,
     FlowInput,
     FlowOutput,
     ImageInput,
+    PerceiverIO,
     PerceiverIOConfig,
     TextInput,
     TextOutput,
+    build_model,
 )
 
 ENCODER = EncoderConfig(

@@ -120,7 +120,7 @@ def test_the_fields_of_ones_own_classes_are_typed_and_have_help(folder, capsys):
 def test_classes_of_this_package_are_found_wherever_they_stood_when_they_were_saved():
     tree = json.loads(json.dumps(to_dict(PRESETS["clm-c4"]())))
     experiment = from_dict(tree)
-    moved = json.dumps(tree).replace("perceiver.tasks.causal_lm:", "perceiver.config:").replace("perceiver.models.configs:", "")
+    moved = json.dumps(tree).replace("perceiver.tasks.causal_lm:", "perceiver.config:").replace("perceiver.models:", "")
     assert from_dict(json.loads(moved)) == experiment
 
 

@@ -7,7 +7,7 @@ import pyarrow as pa
 
 from perceiver.data.rows import fixed_column
 from perceiver.data.shards import Manifest, Split
-from perceiver.models.configs import ImageInput
+from perceiver.models import ImageInput
 from perceiver.tasks import build_task
 from tests.small import image_experiment
 

@@ -9,8 +9,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from perceiver.config import Experiment, to_dict
-from perceiver.models import build_model
-from perceiver.models.configs import ClassOutput, DecoderConfig, EncoderConfig, PerceiverIOConfig, TextInput
+from perceiver.models import ClassOutput, DecoderConfig, EncoderConfig, PerceiverIOConfig, TextInput, build_model
 from perceiver.runs import EXPERIMENT
 from perceiver.tasks.masked_lm import MaskedLMConfig
 from perceiver.tasks.text_classification import TextClassificationConfig

@@ -18,8 +18,7 @@ import numpy as np
 
 from perceiver.config import Experiment, UserError
 from perceiver.costs.flops import num_parameters
-from perceiver.models import check_model
-from perceiver.models.configs import PerceiverARConfig
+from perceiver.models import PerceiverARConfig, check_model
 from perceiver.tasks import build_task
 from perceiver.training.checkpoint import write_json
 from ray_jobs.cli import main_entry, program, refuse_empty

@@ -6,7 +6,7 @@ from torch import nn
 
 from perceiver.config import DataConfig, Experiment, OptimConfig, OptimizerConfig, RunConfig, TaskConfig, TrainingConfig
 from perceiver.data.rows import ArrayRows
-from perceiver.models.configs import EncoderConfig, InputConfig, OutputConfig, OutputQueries, PerceiverIOConfig
+from perceiver.models import EncoderConfig, InputConfig, OutputConfig, OutputQueries, PerceiverIOConfig
 from perceiver.models.position import fourier_features
 from perceiver.tasks.base import Sample, Task
 

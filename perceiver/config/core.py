@@ -214,7 +214,17 @@ def check_tree(config: Config) -> None:
     for where, node in nodes(config):
         for f in dataclasses.fields(node):
             _check_value(spelled(f"{where}{f.name}"), getattr(node, f.name), f.default)
-        node.check(where)
+    check_nodes(config)
+
+
+def check_nodes(config: Config, where: str = "") -> None:
+    """Calls `check` of all nodes, the parts of a node before itself: it may then rely on them.
+
+    Raises:
+        UserError: names the field, its value, and what would be right.
+    """
+    for place, node in reversed(list(nodes(config, where))):
+        node.check(place)
 
 
 def _check_value(name: str, value: Any, default: Any) -> None:
@@ -248,6 +258,23 @@ def check_positive(node: Config, where: str, *names: str) -> None:
         value = getattr(node, name)
         if value is not None and value < 1:
             raise UserError(f"{spelled(where + name)} is {value} and must be at least 1")
+
+
+def check_sizes(node: Config, where: str, except_for: str = "") -> None:
+    """Checks a model's part: counts and sizes are at least 1, dropout is at least 0 and below 1, scales are more than 0.
+
+    Raises:
+        UserError: names the first field that is not.
+    """
+    for name, value in vars(node).items():
+        if name == except_for or value is None or isinstance(value, bool):
+            continue
+        if isinstance(value, int) and value < 1:
+            raise UserError(f"{spelled(where + name)} is {value}, but must be at least 1")
+        if name.endswith("dropout") and not 0 <= value < 1:
+            raise UserError(f"{spelled(where + name)} is {value}, but must be at least 0 and less than 1")
+        if name in ("init_scale", "rescale_factor") and value <= 0:
+            raise UserError(f"{spelled(where + name)} is {value}, but must be more than 0")
 
 
 def spelled(name: str) -> str:

@@ -10,9 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from perceiver.costs.flops import num_kept
-from perceiver.models import shapes
+from perceiver.models import PerceiverARConfig, PerceiverIOConfig, TextOutput
 from perceiver.models.attention import LONG_ENOUGH_TO_SPLIT
-from perceiver.models.configs import PerceiverARConfig, PerceiverIOConfig, TextOutput
 from perceiver.models.factored_attention import is_cheaper
 from perceiver.models.shapes import AttentionChannels
 
@@ -138,7 +137,7 @@ def _factored(layout: Layout, config: PerceiverIOConfig, num_inputs: int, shared
     mlp, mlp_extra = _mlp(channels, config.encoder.cross_attention_widening_factor)
     latents = batch * config.num_latents
     weights = latents * heads * num_inputs
-    c = shapes.encoder_cross_attention(config)
+    c = config.encoder_cross_attention()
     # Softmax; with dropout its decisions. The weights times the norm's scale are not kept, as pixels need no gradient. Means in
     # input channels twice, and per value channel.
     kept: float = weights * (FP32 + (1 if config.encoder.dropout else 0)) + FP32 * latents * (2 * heads * c.kv_channels + c.v_channels)
@@ -182,7 +181,7 @@ def _calls_ar(config: PerceiverARConfig, layout: Layout, sizes: StepSizes) -> tu
 
 
 def _calls_io(config: PerceiverIOConfig, layout: Layout, sizes: StepSizes) -> tuple[list[Call], Loss]:
-    decoder, e, batch, queries = config.decoder, layout.element_size, layout.micro_batch_size, shapes.output_queries(config)
+    decoder, e, batch, queries = config.decoder, layout.element_size, layout.micro_batch_size, config.output_queries()
     num_inputs = _num_inputs(config, sizes)
     num_queries = queries.num_learned or num_inputs
     if isinstance(config.output, TextOutput):
@@ -190,7 +189,7 @@ def _calls_io(config: PerceiverIOConfig, layout: Layout, sizes: StepSizes) -> tu
     # Chosen positions are looked up for each example; all learned queries are the same for the whole batch.
     chosen = isinstance(config.output, TextOutput) and sizes.num_queries is not None
     kept, extra, working = _attention(
-        layout, shapes.decoder_cross_attention(config), decoder.num_cross_attention_heads, (num_queries, config.num_latents),
+        layout, config.decoder_cross_attention(), decoder.num_cross_attention_heads, (num_queries, config.num_latents),
         decoder.dropout, False, decoder.cross_attention_widening_factor,
         query_batch=batch if chosen or not queries.num_learned else 1,
     )  # fmt: skip
@@ -209,12 +208,12 @@ def _calls_io(config: PerceiverIOConfig, layout: Layout, sizes: StepSizes) -> tu
 
 def _calls_encoder(config: PerceiverIOConfig, layout: Layout, num_inputs: int) -> list[Call]:
     encoder, e, batch, trained = config.encoder, layout.element_size, layout.micro_batch_size, not config.encoder.freeze
-    cross, heads = shapes.encoder_cross_attention(config), encoder.num_cross_attention_heads
+    cross, heads = config.encoder_cross_attention(), encoder.num_cross_attention_heads
     depth = encoder.num_self_attention_layers_per_block
     latents, adapted = (e * batch * n for n in (config.num_latents * config.num_latent_channels, num_inputs * cross.kv_channels))
     factored = config.input.factorable and is_cheaper(config.num_latents * heads, cross, e)
     kept, extra, working = _attention(
-        layout, shapes.encoder_self_attention(config), encoder.num_self_attention_heads, (config.num_latents,) * 2,
+        layout, config.encoder_self_attention(), encoder.num_self_attention_heads, (config.num_latents,) * 2,
         encoder.dropout, False, encoder.self_attention_widening_factor,
     )  # fmt: skip
     layer = Call(unit=1, held=latents, saved=kept, extra=extra, working=working, trained=trained)

@@ -15,8 +15,7 @@ from dataclasses import dataclass, fields
 import torch
 
 from perceiver.config import ModelConfig
-from perceiver.models import build_model, shapes
-from perceiver.models.configs import PerceiverARConfig, PerceiverIOConfig, TextOutput
+from perceiver.models import PerceiverARConfig, PerceiverIOConfig, TextOutput, build_model
 from perceiver.models.shapes import AttentionChannels
 
 
@@ -124,13 +123,13 @@ def _forward_io(config: PerceiverIOConfig, seq_len: int | None, num_queries: int
     num_inputs = config.input.num_positions() if seq_len is None else seq_len
     adapting = config.input.adapting_flops(num_inputs)
 
-    cross, within = shapes.encoder_cross_attention(config), shapes.encoder_self_attention(config)
+    cross, within = config.encoder_cross_attention(), config.encoder_self_attention()
     num_cross = encoder.num_cross_attention_layers
     num_layers = encoder.num_self_attention_blocks * encoder.num_self_attention_layers_per_block
     layer = _keys_and_values(num_latents, within)
     layer += _attention(num_latents, num_latents, within, encoder.self_attention_widening_factor)
 
-    output, decoding = shapes.output_queries(config), shapes.decoder_cross_attention(config)
+    output, decoding = config.output_queries(), config.decoder_cross_attention()
     if num_queries is None:
         num_queries = num_inputs if isinstance(config.output, TextOutput) else output.num_learned or num_inputs
     queries = _keys_and_values(num_latents, decoding)

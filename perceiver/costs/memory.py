@@ -25,8 +25,7 @@ from torch import nn
 from perceiver.config import ModelConfig, nodes, type_name
 from perceiver.config.core import is_builtin
 from perceiver.costs.activations import FP32, Call, Layout, Loss, StepSizes, step_calls
-from perceiver.models import build_model
-from perceiver.models.configs import PerceiverARConfig, PerceiverIOConfig
+from perceiver.models import PerceiverARConfig, PerceiverIOConfig, build_model
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from perceiver.config import UserError
 from perceiver.data.order import uniforms
-from perceiver.models.configs import PerceiverARConfig
+from perceiver.models import PerceiverARConfig
 from perceiver.models.initialize import seed_of
 
 _DRAWN_AT_ONCE = 256

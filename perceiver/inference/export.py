@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from perceiver import hub
 from perceiver.config import UserError, to_dict
 from perceiver.data.tokenizers import TOKENIZER, ByteTokenizer, SentencePieceTokenizer, Tokenizer
-from perceiver.models.configs import ImageInput, PerceiverIOConfig
+from perceiver.models import ImageInput, PerceiverIOConfig
 from perceiver.pretrained import check_weights
 
 if TYPE_CHECKING:

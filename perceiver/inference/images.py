@@ -11,7 +11,7 @@ import torch
 
 from perceiver.config import UserError
 from perceiver.data.images import BadImage, decode_image, picture_pixels, random_crop, scale
-from perceiver.models.configs import ImageInput
+from perceiver.models import ImageInput
 
 ImageLike = Any
 """An image: a path, the bytes of a PNG or JPEG file, an array or tensor (height, width[, channels]) of uint8,

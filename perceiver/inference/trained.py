@@ -22,7 +22,7 @@ from perceiver.generation.texts import check_text, pad_right
 from perceiver.inference import measure
 from perceiver.inference.images import ImageLike, images_of
 from perceiver.inference.predictor import Predictor
-from perceiver.models.configs import ClassOutput, ImageInput, PerceiverARConfig, PerceiverIOConfig, TextInput
+from perceiver.models import ClassOutput, ImageInput, PerceiverARConfig, PerceiverIOConfig, TextInput
 
 Result = TypeVar("Result")
 

@@ -5,11 +5,43 @@ from typing import Any
 import torch
 
 from perceiver.config import ModelConfig
-from perceiver.models.check import check_model
-from perceiver.models.perceiver_ar import PerceiverAR, PerceiverARCache
-from perceiver.models.perceiver_io import PerceiverIO
+from perceiver.config.core import check_nodes
+from perceiver.models.encoder_decoder import DecoderConfig, EncoderConfig
+from perceiver.models.inputs import FlowInput, ImageInput, InputConfig, TextInput
+from perceiver.models.outputs import ClassOutput, FlowOutput, ModelSizes, OutputConfig, OutputQueries, TextOutput
+from perceiver.models.perceiver_ar import PerceiverAR, PerceiverARCache, PerceiverARConfig
+from perceiver.models.perceiver_io import PerceiverIO, PerceiverIOConfig
 
-__all__ = ["PerceiverAR", "PerceiverARCache", "PerceiverIO", "build_model", "check_model"]
+__all__ = [
+    "ClassOutput",
+    "DecoderConfig",
+    "EncoderConfig",
+    "FlowInput",
+    "FlowOutput",
+    "ImageInput",
+    "InputConfig",
+    "ModelSizes",
+    "OutputConfig",
+    "OutputQueries",
+    "PerceiverAR",
+    "PerceiverARCache",
+    "PerceiverARConfig",
+    "PerceiverIO",
+    "PerceiverIOConfig",
+    "TextInput",
+    "TextOutput",
+    "build_model",
+    "check_model",
+]
+
+
+def check_model(config: ModelConfig) -> None:
+    """Checks that a model of this configuration can exist; builds nothing.
+
+    Raises:
+        UserError: names the field, its value, and what would be right.
+    """
+    check_nodes(config, "model.")
 
 
 def build_model(config: ModelConfig, seed: int = 0) -> Any:

@@ -18,7 +18,7 @@ Shapes: B batch, L queries, N positions, H heads, P pixel channels, E position c
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +26,19 @@ from torch import Tensor, nn
 from perceiver.models.dropout import drop
 from perceiver.models.shapes import AttentionChannels
 
-if TYPE_CHECKING:
-    from perceiver.models.attention import Attention
+
+class AttentionParts(Protocol):
+    """The parts of `perceiver.models.attention.Attention` that are computed in another order here."""
+
+    num_heads: int
+    dropout: float
+    training: bool
+    q_proj: nn.Linear
+    k_proj: nn.Linear
+    v_proj: nn.Linear
+    o_proj: nn.Linear
+
+    def split_heads(self, x: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -61,7 +72,7 @@ def is_cheaper(num_query_heads: int, channels: AttentionChannels, element_size: 
     return 2 * num_query_heads * max(element_size, 4) < plain * element_size
 
 
-def factored_attention(attention: Attention, norm: nn.LayerNorm, queries: Tensor, x: FactoredInput) -> Tensor:
+def factored_attention(attention: AttentionParts, norm: nn.LayerNorm, queries: Tensor, x: FactoredInput) -> Tensor:
     """`attention(queries, norm([x.pixels, x.table]))`, computed in float32 or better.
 
     Args:

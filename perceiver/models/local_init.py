@@ -11,13 +11,12 @@ Shapes: N positions, L latents, P channels that hold a place at the start (half 
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from perceiver.config import UserError
-from perceiver.models import shapes
-from perceiver.models.configs import PerceiverIOConfig, TextInput, TextOutput
+from perceiver.models.inputs import TextInput
 
 _SHARPNESS = {"encoder": 2.5, "within": 2.0, "decoder": 3.0}
 """How narrowly heads look at the start: the scale of query and key projections of the input, latents and output."""
@@ -25,46 +24,48 @@ _NOISE = 0.3
 """Random part of the latents' own query and key projections, of the usual 1 / sqrt(inputs)."""
 
 
-def check_local_init(config: PerceiverIOConfig) -> None:
-    """Checks that a model can start so.
-
-    Raises:
-        UserError: it reads no text, or has too few channels for places; names the field, its value, and what would be right.
-    """
-    if not isinstance(config.input, TextInput):
-        raise UserError("model.init is local, which needs model.input to be TextInput")
-    channels, needed = config.input.num_channels, config.input.num_channels // 2
-    if channels % 4:
-        raise UserError(f"model.input.num-channels is {channels} and must be a multiple of 4 for model.init local")
-    places = {"model.num-latent-channels": config.num_latent_channels}
-    if isinstance(config.output, TextOutput):
-        places["model.output.num-query-channels"] = shapes.output_queries(config).num_channels
-    for name, number in places.items():
-        if number < needed:
-            raise UserError(f"{name} is {number} and must be at least {needed} for model.init local")
-    for name, layer, heads in (
-        ("encoder.num-cross-attention", shapes.encoder_cross_attention(config), config.encoder.num_cross_attention_heads),
-        ("encoder.num-self-attention", shapes.encoder_self_attention(config), config.encoder.num_self_attention_heads),
-        ("decoder.num-cross-attention", shapes.decoder_cross_attention(config), config.decoder.num_cross_attention_heads),
-    ):
-        if layer.qk_channels < 2 * heads:
-            raise UserError(
-                f"model.{name}-qk-channels is {layer.qk_channels} and must be at least {2 * heads} for model.init local: "
-                f"2 for each of {heads} heads"
-            )
-
-
+@dataclass(frozen=True, kw_only=True)
 class LocalInit:
     """Turns the normal initial weights of a text model into local ones, one parameter at a time (see `initialize`)."""
 
-    def __init__(self, config: PerceiverIOConfig) -> None:
-        assert isinstance(config.input, TextInput)
-        self.config, self.num_positions = config, config.input.max_seq_len
-        self.num_channels = config.input.num_channels // 2
-        self.spacing = self.num_positions / config.num_latents
+    text: TextInput
+    """The model's input."""
+    num_latents: int
+    """Number of latents."""
+    num_latent_channels: int
+    """Channels of the latents."""
+    num_encoder_heads: int
+    """Heads of the encoder's cross-attention."""
+    num_latent_heads: int
+    """Heads of the self-attention of the latents."""
+    num_decoder_heads: int
+    """Heads of the decoder's cross-attention."""
+    num_layers_per_block: int
+    """Self-attention layers of a block."""
+    num_query_channels: int | None
+    """Channels of the output queries where there is one for each position of the text; else None."""
+    init_scale: float
+    """Standard deviation of the embeddings, and of the normal weights that are given."""
+
+    @property
+    def num_positions(self) -> int:
+        return self.text.max_seq_len
+
+    @property
+    def num_channels(self) -> int:
+        """P."""
+        return self.text.num_channels // 2
+
+    @property
+    def spacing(self) -> float:
+        """Positions from one latent to the next."""
+        return self.num_positions / self.num_latents
+
+    @property
+    def frequencies(self) -> Tensor:
+        """(P / 2,): half a turn a position, down to one a text."""
         exponents = torch.arange(self.num_channels // 2) / (self.num_channels // 2)
-        self.frequencies = math.pi * float(self.num_positions) ** -exponents  # half a turn a position, down to one a text
-        self.text_output = isinstance(config.output, TextOutput)
+        return math.pi * float(self.num_positions) ** -exponents
 
     def __call__(self, name: str, normal: Tensor) -> Tensor:
         """The initial value of the parameter `name`; `normal` is drawn from N(0, init_scale^2) and is all that is random."""
@@ -73,18 +74,18 @@ class LocalInit:
             normal[:, :num_channels] = 0.0
             return normal
         if name.endswith("pos_embedding.weight"):
-            return self._places(torch.arange(self.num_positions), normal) * self.config.init_scale
+            return self._places(torch.arange(self.num_positions), normal) * self.init_scale
         if name == "encoder.latents":
-            return self._places((torch.arange(self.config.num_latents) + 0.5) * self.spacing - 0.5, normal)
+            return self._places((torch.arange(self.num_latents) + 0.5) * self.spacing - 0.5, normal)
         if name == "decoder.queries":
-            return self._places(torch.arange(self.num_positions), normal) if self.text_output else normal
-        values = normal / self.config.init_scale * normal.shape[1] ** -0.5
+            return self._places(torch.arange(self.num_positions), normal) if self.num_query_channels is not None else normal
+        values = normal / self.init_scale * normal.shape[1] ** -0.5
         if name.endswith(("q_proj.weight", "k_proj.weight")):
             return self._looking(name, values)
         if name.startswith("encoder.") and name.endswith(("o_proj.weight", "narrow.weight")):
             values[:num_channels] = 0.0  # places stay readable in all layers
             if "self_attention" in name:
-                values *= (2 * self.config.encoder.num_self_attention_layers_per_block) ** -0.5
+                values *= (2 * self.num_layers_per_block) ** -0.5
         return values
 
     def _places(self, places: Tensor, like: Tensor) -> Tensor:
@@ -118,17 +119,19 @@ class LocalInit:
 
     def _heads(self, name: str) -> tuple[int | None, float, float, list[float]]:
         """Of the attention of a projection: heads (None: it has no places), sharpness, noise, distances in positions."""
-        encoder, decoder, spacing = self.config.encoder, self.config.decoder, self.spacing
+        spacing = self.spacing
         if name.startswith("decoder."):
-            heads = decoder.num_cross_attention_heads
-            share = self.num_channels / shapes.output_queries(self.config).num_channels  # of the channels, those not zero
+            if self.num_query_channels is None:
+                return None, 0.0, 0.0, []
+            heads = self.num_decoder_heads
+            share = self.num_channels / self.num_query_channels  # of the channels, those not zero
             distances = [(h - (heads - 1) / 2) * spacing / heads for h in range(heads)]
-            return (heads if self.text_output else None), _SHARPNESS["decoder"] * share**0.25, 0.0, distances
+            return heads, _SHARPNESS["decoder"] * share**0.25, 0.0, distances
         if "self_attention" in name:
-            heads = encoder.num_self_attention_heads
+            heads = self.num_latent_heads
             return heads, _SHARPNESS["within"], _NOISE, [(h - heads // 2) * spacing for h in range(heads)]
-        heads = encoder.num_cross_attention_heads
+        heads = self.num_encoder_heads
         step = max(1.0, 2 * spacing / heads)
-        share = self.num_channels / self.config.num_latent_channels
+        share = self.num_channels / self.num_latent_channels
         distances = [(h - (heads - 1) / 2) * step for h in range(heads)]
         return heads, _SHARPNESS["encoder"] * share**0.25, 0.0, distances

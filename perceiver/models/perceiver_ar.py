@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from perceiver.models.adapters import TextAdapter
+from perceiver.config import ModelConfig, UserError
+from perceiver.config.core import check_sizes
 from perceiver.models.attention import (
     CrossAttentionLayer,
     KeyValueCache,
@@ -19,10 +20,69 @@ from perceiver.models.attention import (
     StaticKeyValueCache,
     causal_mask,
 )
-from perceiver.models.configs import PerceiverARConfig
 from perceiver.models.initialize import initialize, initialized
+from perceiver.models.inputs import TextAdapter
 from perceiver.models.position import rotation, token_positions
-from perceiver.models.shapes import AttentionChannels
+from perceiver.models.shapes import AttentionChannels, check_heads
+
+
+class PerceiverARConfig(ModelConfig):
+    """Perceiver AR (arXiv 2202.07765): causal; the last positions are latents, all before them is prefix."""
+
+    vocab_size: int = 262
+    """Number of token ids."""
+    max_seq_len: int = 4096
+    """Longest input in tokens, prefix and latents together."""
+    max_latents: int = 512
+    """Positions at the end of the input that are latents and predict; the prefix holds at most the rest."""
+    num_channels: int = 512
+    """Channels of all layers."""
+    num_heads: int = 8
+    """Heads of all attention layers."""
+    num_self_attention_layers: int = 8
+    """Causal self-attention layers on the latents."""
+    num_self_attention_rotary_layers: int = 1
+    """Rotary embedding in so many of the first self-attention layers; -1: in all."""
+    self_attention_widening_factor: int = 4
+    """Hidden channels of the self-attention's MLPs as a multiple of num_channels."""
+    cross_attention_widening_factor: int = 4
+    """Hidden channels of the cross-attention's MLP as a multiple of num_channels."""
+    cross_attention_dropout: float = 0.5
+    """Share of prefix positions left out in training (prefix dropout)."""
+    post_attention_dropout: float = 0.0
+    """Dropout on attention weights."""
+    residual_dropout: float = 0.0
+    """Dropout on layer outputs before they are added."""
+    abs_pos_emb: bool = True
+    """Learned position embedding; rotary embedding then covers half of each head's channels, otherwise all."""
+    output_norm: bool = False
+    """LayerNorm before the output matrix."""
+    output_bias: bool = True
+    """Bias per token at the output (the output matrix is the token embedding)."""
+    init_scale: float = 0.02
+    """Standard deviation of initial weights."""
+
+    def build(self) -> nn.Module:
+        return PerceiverAR(self)
+
+    def text_limits(self) -> tuple[int, int]:
+        return self.max_seq_len, self.vocab_size
+
+    def check(self, where: str) -> None:
+        check_sizes(self, where, except_for="num_self_attention_rotary_layers")
+        check_heads(self.num_heads, self.num_channels, "model.num-heads", "model.num-channels")
+        if self.num_channels // self.num_heads < 2:
+            raise UserError(
+                f"model.num-heads is {self.num_heads} for {self.num_channels} channels, but rotary embedding needs "
+                f"heads of at least 2 channels: at most {self.num_channels // 2} heads"
+            )
+        if self.max_latents > self.max_seq_len:
+            raise UserError(f"model.max-latents is {self.max_latents}, but must be at most model.max-seq-len, {self.max_seq_len}")
+        if not -1 <= self.num_self_attention_rotary_layers <= self.num_self_attention_layers:
+            raise UserError(
+                f"model.num-self-attention-rotary-layers is {self.num_self_attention_rotary_layers}, but must be -1 "
+                f"(all) or 0 to model.num-self-attention-layers, {self.num_self_attention_layers}"
+            )
 
 
 @dataclass

@@ -3,19 +3,122 @@
 Shapes: B batch, N input positions, L latents, D latent channels, Q output queries, M queries asked for.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from perceiver.models import factored_attention, shapes
+from perceiver.config import ModelConfig, UserError
+from perceiver.config.core import check_sizes
+from perceiver.models import factored_attention
 from perceiver.models.attention import CrossAttentionLayer, SelfAttentionLayer
-from perceiver.models.configs import PerceiverIOConfig
+from perceiver.models.encoder_decoder import DecoderConfig, EncoderConfig
 from perceiver.models.factored_attention import FactoredInput
 from perceiver.models.initialize import initialize, initialized
+from perceiver.models.inputs import InputConfig, TextInput
 from perceiver.models.local_init import LocalInit
+from perceiver.models.outputs import OutputConfig, OutputQueries, TextOutput
+from perceiver.models.shapes import AttentionChannels, check_heads
+
+
+class PerceiverIOConfig(ModelConfig):
+    """Perceiver and Perceiver IO models."""
+
+    num_latents: int = 256
+    """Number of latents."""
+    num_latent_channels: int = 1280
+    """Channels of the latents."""
+    input: InputConfig = TextInput()
+    """What goes in."""
+    encoder: EncoderConfig = EncoderConfig()
+    """Input to latents."""
+    decoder: DecoderConfig = DecoderConfig()
+    """Latents to output."""
+    output: OutputConfig = TextOutput()
+    """What comes out."""
+    init_scale: float = 0.02
+    """Standard deviation of initial weights."""
+    init: Literal["normal", "local"] = "normal"
+    """normal: all matrices random, as published. local: a text model's attention starts at neighbouring positions, without which
+    a small one does not learn from random weights (docs/text-chain.md); init_scale is then that of the embeddings."""
+
+    def build(self) -> nn.Module:
+        return PerceiverIO(self)
+
+    def text_limits(self) -> tuple[int, int] | None:
+        return self.input.text_limits()
+
+    def encoder_cross_attention(self) -> AttentionChannels:
+        """Channels of the latents' attention to the input."""
+        return self.encoder.cross_attention(self.input, self.num_latent_channels)
+
+    def encoder_self_attention(self) -> AttentionChannels:
+        """Channels of the latents' attention to each other."""
+        return self.encoder.self_attention(self.num_latent_channels)
+
+    def decoder_cross_attention(self) -> AttentionChannels:
+        """Channels of the output queries' attention to the latents."""
+        return self.decoder.cross_attention(self.output_queries().num_channels, self.num_latent_channels)
+
+    def output_queries(self) -> OutputQueries:
+        """Number and channels of the output queries, and channels of the output."""
+        return self.output.queries(self)
+
+    def local_init(self) -> LocalInit:
+        """How `init` local draws weights."""
+        assert isinstance(self.input, TextInput)
+        asks_each_position = isinstance(self.output, TextOutput)
+        return LocalInit(
+            text=self.input,
+            num_latents=self.num_latents,
+            num_latent_channels=self.num_latent_channels,
+            num_encoder_heads=self.encoder.num_cross_attention_heads,
+            num_latent_heads=self.encoder.num_self_attention_heads,
+            num_decoder_heads=self.decoder.num_cross_attention_heads,
+            num_layers_per_block=self.encoder.num_self_attention_layers_per_block,
+            num_query_channels=self.output_queries().num_channels if asks_each_position else None,
+            init_scale=self.init_scale,
+        )
+
+    def check(self, where: str) -> None:
+        check_sizes(self, where)
+        self.output.check_model(self)
+        for field, heads, channels in self._attention_layers():
+            check_heads(heads, channels.qk_channels, f"model.{field}-heads", f"model.{field}-qk-channels")
+            check_heads(heads, channels.v_channels, f"model.{field}-heads", f"model.{field}-v-channels")
+        if self.init == "local":
+            self._check_local_init()
+
+    def _attention_layers(self) -> list[tuple[str, int, AttentionChannels]]:
+        """Fields, heads and channels of the three kinds of layers."""
+        return [
+            ("encoder.num-cross-attention", self.encoder.num_cross_attention_heads, self.encoder_cross_attention()),
+            ("encoder.num-self-attention", self.encoder.num_self_attention_heads, self.encoder_self_attention()),
+            ("decoder.num-cross-attention", self.decoder.num_cross_attention_heads, self.decoder_cross_attention()),
+        ]
+
+    def _check_local_init(self) -> None:
+        if not isinstance(self.input, TextInput):
+            raise UserError("model.init is local, which needs model.input to be TextInput")
+        channels, needed = self.input.num_channels, self.input.num_channels // 2
+        if channels % 4:
+            raise UserError(f"model.input.num-channels is {channels} and must be a multiple of 4 for model.init local")
+        places = {"model.num-latent-channels": self.num_latent_channels}
+        if isinstance(self.output, TextOutput):
+            places["model.output.num-query-channels"] = self.output_queries().num_channels
+        for name, number in places.items():
+            if number < needed:
+                raise UserError(f"{name} is {number} and must be at least {needed} for model.init local")
+        for name, heads, layer in self._attention_layers():
+            if layer.qk_channels < 2 * heads:
+                raise UserError(
+                    f"model.{name}-qk-channels is {layer.qk_channels} and must be at least {2 * heads} for model.init local: "
+                    f"2 for each of {heads} heads"
+                )
 
 
 def reset_parts(module: nn.Module) -> None:
@@ -43,7 +146,7 @@ class PerceiverEncoder(nn.Module):
         self.input_adapter = config.input.build()
         self.latents = nn.Parameter(torch.empty(config.num_latents, config.num_latent_channels))
 
-        cross, within = shapes.encoder_cross_attention(config), shapes.encoder_self_attention(config)
+        cross, within = config.encoder_cross_attention(), config.encoder_self_attention()
 
         def cross_attention_layer() -> CrossAttentionLayer:
             return CrossAttentionLayer(
@@ -141,13 +244,13 @@ class PerceiverDecoder(nn.Module):
     def __init__(self, config: PerceiverIOConfig) -> None:
         super().__init__()
         self.config = config
-        decoder, queries = config.decoder, shapes.output_queries(config)
+        decoder, queries = config.decoder, config.output_queries()
         learned, num_outputs = queries.num_learned, queries.num_outputs
         self.queries = config.output.build_queries(config)
         if learned:
             self.queries = nn.Parameter(torch.empty(learned, queries.num_channels))
         self.cross_attention = CrossAttentionLayer(
-            shapes.decoder_cross_attention(config),
+            config.decoder_cross_attention(),
             num_heads=decoder.num_cross_attention_heads,
             widening_factor=decoder.cross_attention_widening_factor,
             dropout=decoder.dropout,
@@ -233,6 +336,6 @@ class PerceiverIO(nn.Module):
 def _initialize(module: nn.Module, config: PerceiverIOConfig, seed: int, prefix: str = "") -> None:
     """Draws the parameters of a model, or of its part called `prefix`."""
     if config.init == "local":
-        initialize(module, config.init_scale, seed, LocalInit(config), prefix=prefix)
+        initialize(module, config.init_scale, seed, config.local_init(), prefix=prefix)
     else:
         initialize(module, config.init_scale, seed, prefix=prefix)

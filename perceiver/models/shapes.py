@@ -1,8 +1,8 @@
-"""Channels and counts that follow from a Perceiver IO configuration: one place for models, checks, FLOPs and import."""
+"""Channels of attention layers."""
 
 from dataclasses import dataclass
 
-from perceiver.models.configs import OutputQueries, PerceiverIOConfig
+from perceiver.config import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,31 +15,19 @@ class AttentionChannels:
     v_channels: int
 
 
-def encoder_cross_attention(config: PerceiverIOConfig) -> AttentionChannels:
-    encoder, kv = config.encoder, config.input.adapted_channels()
-    default = config.input.qk_channels(config.num_latent_channels)
-    return _channels(
-        config.num_latent_channels, kv, encoder.num_cross_attention_qk_channels or default,
-        encoder.num_cross_attention_v_channels,
-    )  # fmt: skip
+def attention_channels(q_channels: int, kv_channels: int, qk_channels: int, v_channels: int | None) -> AttentionChannels:
+    """Values have as many channels as keys where `v_channels` is None."""
+    return AttentionChannels(q_channels=q_channels, kv_channels=kv_channels, qk_channels=qk_channels, v_channels=v_channels or qk_channels)
 
 
-def encoder_self_attention(config: PerceiverIOConfig) -> AttentionChannels:
-    encoder, channels = config.encoder, config.num_latent_channels
-    return _channels(channels, channels, encoder.num_self_attention_qk_channels or channels, encoder.num_self_attention_v_channels)
+def check_heads(num_heads: int, num_channels: int, heads_field: str, channels_field: str) -> None:
+    """Checks that heads share the channels evenly.
 
-
-def decoder_cross_attention(config: PerceiverIOConfig) -> AttentionChannels:
-    decoder, queries = config.decoder, output_queries(config).num_channels
-    return _channels(
-        queries, config.num_latent_channels, decoder.num_cross_attention_qk_channels or queries,
-        decoder.num_cross_attention_v_channels,
-    )  # fmt: skip
-
-
-def _channels(q: int, kv: int, qk: int, v: int | None) -> AttentionChannels:
-    return AttentionChannels(q_channels=q, kv_channels=kv, qk_channels=qk, v_channels=v or qk)
-
-
-def output_queries(config: PerceiverIOConfig) -> OutputQueries:
-    return config.output.queries(config)
+    Raises:
+        UserError: names both fields and the numbers of heads that would do.
+    """
+    if num_channels % num_heads:
+        possible = [n for n in range(1, min(num_channels, 64) + 1) if num_channels % n == 0]
+        raise UserError(
+            f"{heads_field} is {num_heads}, but must divide {channels_field}, {num_channels}: one of {', '.join(map(str, possible))}"
+        )

@@ -18,7 +18,7 @@ from perceiver.data.rows import fixed_array, fixed_column
 from perceiver.data.shards import Manifest, Split
 from perceiver.data.tokenizers import load_tokenizer
 from perceiver.generation.generate import generate
-from perceiver.models.configs import PerceiverARConfig
+from perceiver.models import PerceiverARConfig
 from perceiver.tasks.base import IGNORE_INDEX, Batch, Guess, Sample, Task, loss_of_sources, padded, unigram_guess
 from perceiver.tasks.chunked_loss import CHUNK_ELEMENTS, chunked_cross_entropy
 

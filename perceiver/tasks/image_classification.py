@@ -13,7 +13,7 @@ from perceiver.data.images import random_crop
 from perceiver.data.order import uniforms
 from perceiver.data.rows import fixed_array
 from perceiver.data.shards import Split
-from perceiver.models.configs import ClassOutput, ImageInput, PerceiverIOConfig
+from perceiver.models import ClassOutput, ImageInput, PerceiverIOConfig
 from perceiver.tasks.base import IGNORE_INDEX, Batch, Task, padded
 from perceiver.tasks.classification import Classification
 

@@ -21,7 +21,7 @@ from perceiver.data.shards import Manifest, Split
 from perceiver.data.text import mask_words
 from perceiver.data.tokenizers import Tokenizer, load_tokenizer
 from perceiver.generation.masks import MARKS, encode_masked, fill_masks
-from perceiver.models.configs import PerceiverIOConfig, TextInput, TextOutput
+from perceiver.models import PerceiverIOConfig, TextInput, TextOutput
 from perceiver.tasks.base import IGNORE_INDEX, Batch, Guess, Sample, Task, loss_of_sources, padded, unigram_guess
 
 

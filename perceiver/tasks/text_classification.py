@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from perceiver.config import DataConfig, ModelConfig, TaskConfig, UserError
 from perceiver.data.shards import Split
 from perceiver.data.tokenizers import load_tokenizer
-from perceiver.models.configs import ClassOutput, PerceiverIOConfig, TextInput
+from perceiver.models import ClassOutput, PerceiverIOConfig, TextInput
 from perceiver.tasks.base import IGNORE_INDEX, Batch, Task, padded
 from perceiver.tasks.classification import Classification
 

@@ -20,7 +20,7 @@ from perceiver import hub
 from perceiver.config import Experiment, ModelConfig, UserError, differences
 from perceiver.data.tokenizers import TOKENIZER, load_tokenizer
 from perceiver.extensions import Code, check_trust, trust
-from perceiver.models.configs import PerceiverIOConfig
+from perceiver.models import PerceiverIOConfig
 from perceiver.pretrained import is_hub_name, read_pretrained
 from perceiver.runs import CODE, read_run
 from perceiver.training.checkpoint import (
