@@ -13,10 +13,10 @@ from perceiver.data.sources import InputFile, Source
 from perceiver.data.storage import write_file
 from perceiver.data.tokenizers import TOKENIZER, SentencePieceTokenizer
 from perceiver.datasets import prepare_settings
-from ray_jobs import preprocess
+from ray_jobs.passes import Say, in_parallel, locked, make_job, remove_staging, run_pieces, run_shards
 
 
-def prepare_stream(experiment: Experiment, source: Source, folder: str, progress: preprocess.Say) -> Manifest:
+def prepare_stream(experiment: Experiment, source: Source, folder: str, progress: Say) -> Manifest:
     """Makes the manifest of a source that is streamed, and shards of its validation data.
 
     Raises:
@@ -28,15 +28,15 @@ def prepare_stream(experiment: Experiment, source: Source, folder: str, progress
     files = [file for file in source.files if file.split != "val"]
     known = fingerprint(source)
     settings = prepare_settings(experiment)
-    job = preprocess.make_job(experiment, settings, folder, known, source)
-    with preprocess.locked(job), connect(experiment.parallel):
+    job = make_job(experiment, settings, folder, known, source)
+    with locked(job), connect(experiment.parallel):
         sizes = _measure(job, files)
         described = _describe(experiment, job, files, sizes)
         train, val = chunks_of(files, described, job.row_length)
         val = val or cut_pieces(tuple(file for file in source.files if file.split == "val"))
-        notes = preprocess.run_pieces(job, val, progress, PIECE_BYTES)
+        notes = run_pieces(job, val, progress, PIECE_BYTES)
         val_source = Source(files=tuple(span.input_file for piece in val for span in piece.spans))
-        shards = preprocess.run_shards(experiment, job, notes, val_source, progress)
+        shards = run_shards(experiment, job, notes, val_source, progress)
         rows = len(train) * described["rows"]
         split = Split(
             name="train", kind="tokens", rows=rows, tokens=rows * job.row_length + 1,
@@ -54,7 +54,7 @@ def prepare_stream(experiment: Experiment, source: Source, folder: str, progress
         if isinstance(job.tokenizer, SentencePieceTokenizer):
             write_file(folder, TOKENIZER, job.tokenizer.model)
         manifest.save(folder)
-        preprocess.remove_staging(folder)
+        remove_staging(folder)
     total = sum(size.bytes for size in sizes)
     progress(f"ready to stream after {time.monotonic() - started:.0f} s: {folder}")
     progress(
@@ -70,14 +70,14 @@ def _measure(job: Job, files: list[InputFile]) -> list[Size]:
         size = measure(files[i])
         return {"units": size.units, "bytes": size.bytes}
 
-    found = dict(preprocess.in_parallel(run, list(range(len(files)))))
+    found = dict(in_parallel(run, list(range(len(files)))))
     return [Size(**found[i]) for i in range(len(files))]
 
 
 def _describe(experiment: Experiment, job: Job, files: list[InputFile], sizes: list[Size]) -> dict[str, Any]:
     """What determines the chunks, beside the files: for the manifest."""
     pieces = sample_pieces(files, sizes)
-    counts = dict(preprocess.in_parallel(lambda i: {"ids": len(chunk_ids(job, pieces[i]))}, list(range(len(pieces)))))
+    counts = dict(in_parallel(lambda i: {"ids": len(chunk_ids(job, pieces[i]))}, list(range(len(pieces)))))
     tokens, total = sum(count["ids"] for count in counts.values()), sum(piece.size for piece in pieces)
     if not tokens:
         raise UserError(f"data.source {experiment.data.source} has no text: everything in it is empty or was skipped")

@@ -22,14 +22,15 @@ from perceiver.training.batches import make_val_feeds, read_here
 from perceiver.training.checkpoint import load_model
 from perceiver.training.parallel import join_world
 from perceiver.training.run import build_state, evaluate
-from ray_jobs import preprocess
+from ray_jobs import passes, streaming
 
 
 def serially(monkeypatch) -> None:
     """Makes `preprocess.prepare` run its jobs one after the other in this process."""
     import ray_jobs.ray_env
 
-    monkeypatch.setattr(preprocess, "in_parallel", lambda function, items: ((i, function(i)) for i in items))
+    for module in (passes, streaming):
+        monkeypatch.setattr(module, "in_parallel", lambda function, items: ((i, function(i)) for i in items))
     monkeypatch.setattr(ray_jobs.ray_env, "connect", lambda parallel: nullcontext())
 
 

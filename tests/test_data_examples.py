@@ -19,7 +19,7 @@ from perceiver.datasets import Dataset
 from perceiver.experiments import find_experiment
 from perceiver.presets import PRESETS
 from perceiver.tasks.base import Task
-from ray_jobs import preprocess
+from ray_jobs import passes, preprocess
 from tests.jobs import Job
 from tests.outside import copy_examples
 from tests.preparing import content, experiment, rows_of, serially, stream_of, write_jsonl, write_parquet
@@ -150,7 +150,7 @@ def test_the_number_of_parts_does_not_change_a_byte_nor_does_preparing_again(fol
 
 def test_a_stopped_preparation_continues_to_the_same_bytes(folder, monkeypatch):
     whole = content(prepared(arrays(folder, "InThree"))[0])
-    real, done = preprocess.make_piece, []
+    real, done = passes.make_piece, []
 
     def stopping(job, index, piece):
         if len(done) == 2:
@@ -158,11 +158,11 @@ def test_a_stopped_preparation_continues_to_the_same_bytes(folder, monkeypatch):
         done.append(index)
         return real(job, index, piece)
 
-    monkeypatch.setattr(preprocess, "make_piece", stopping)
+    monkeypatch.setattr(passes, "make_piece", stopping)
     chosen = arrays(folder, "InThree", "stopped")
     with pytest.raises(KeyboardInterrupt):
         preprocess.prepare(chosen, print)
-    monkeypatch.setattr(preprocess, "make_piece", lambda job, index, piece: done.append(index) or real(job, index, piece))
+    monkeypatch.setattr(passes, "make_piece", lambda job, index, piece: done.append(index) or real(job, index, piece))
     assert content(prepared(chosen)[0]) == whole and sorted(done) == list(range(6))
 
 

@@ -16,7 +16,7 @@ from perceiver.data.shards import MANIFEST, Manifest, read_block
 from perceiver.data.tokenizers import CLS, EOS, SEP, TOKENIZER, ByteTokenizer, load_tokenizer
 from perceiver.datasets import data_folder, with_prepared_tokenizer, with_tokenizer
 from perceiver.training.run import save_experiment
-from ray_jobs import preprocess
+from ray_jobs import passes, preprocess
 from ray_jobs.cli import main_entry
 from tests import preparing
 from tests.preparing import content, experiment, load_prepared, rows_of, stream_of, texts, write_idx, write_jsonl, write_parquet
@@ -236,7 +236,7 @@ def test_stopped_anywhere_and_started_again_gives_the_same_bytes(tmp_path, monke
             ran.append(i)
             yield i, function(i)
 
-    monkeypatch.setattr(preprocess, "in_parallel", stopping)
+    monkeypatch.setattr(passes, "in_parallel", stopping)
     while True:
         try:
             preprocess.prepare(chosen, lambda line: None, 500)
@@ -303,7 +303,7 @@ def test_two_preparations_of_the_same_data_do_not_run_at_once(tmp_path, monkeypa
         raise Stopped
 
     with monkeypatch.context() as patched, pytest.raises(Stopped):
-        patched.setattr(preprocess, "in_parallel", meanwhile)
+        patched.setattr(passes, "in_parallel", meanwhile)
         prepare(chosen)
     assert prepare(chosen)[1].splits["val"].rows
 

@@ -1,26 +1,18 @@
-"""What happens in a sweep, written down as it happens; divergence; what is thrown away."""
+"""What happens in a sweep, written down as it happens; what ends and what is thrown away."""
 
 from __future__ import annotations
 
 import json
-import shutil
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ray.tune import Callback, Stopper
 
-from perceiver.training.checkpoint import best_of, list_checkpoints
-from perceiver.training.mirror import CHECKPOINTS
 from perceiver.training.run import RESULT
 from tuning.sweeps import Sweep
 from tuning.trial import FAILED, VALUES, run_name
-
-EVENTS = "events.jsonl"
-"""In a sweep's folder: a line for every start, report and end of a trial, with its time."""
-DIVERGED = 3.0
-"""A trial whose training loss is so many times that of its first report has diverged."""
+from tuning.trials import EVENTS, diverged, prune, read_trials
 
 
 class StopDiverged(Stopper):
@@ -35,10 +27,6 @@ class StopDiverged(Stopper):
 
     def stop_all(self) -> bool:
         return False
-
-
-def diverged(first: float, loss: float) -> bool:
-    return loss > DIVERGED * first > 0
 
 
 class Record(Callback):
@@ -81,39 +69,9 @@ class Record(Callback):
         elif not (run / RESULT).exists():
             self._say(f"{run.name} was stopped")
         if self._sweep.scheduler != "pbt":
-            from tuning.report import read_trials
-
             prune(self._folder, [t for t in read_trials(self._folder) if t["status"] != "running"], self._sweep.keep)
 
     def _write(self, trial: Any, event: str, **values: Any) -> None:
         line = {"time": time.time(), "trial": run_name(trial.trial_id), "event": event, **values}
         with open(self._folder / EVENTS, "a") as file:
             file.write(json.dumps(line) + "\n")
-
-
-def read_events(folder: Path) -> list[dict[str, Any]]:
-    """The events of a sweep; a last line cut off by a crash is left out."""
-    path = folder / EVENTS
-    events = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            events.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return events
-
-
-def prune(folder: Path, trials: Sequence[dict[str, Any]], keep: int) -> None:
-    """Throws away checkpoints of trials that are over: all of those that are not among the best `keep`, and of the best
-    all but the last and the best one."""
-    for place, trial in enumerate(trials):
-        checkpoints = list_checkpoints(folder / "trials" / trial["trial"] / CHECKPOINTS)
-        wanted = {checkpoints[-1].step} if checkpoints and place < keep else set()
-        if wanted and (best := best_of(checkpoints, trial["metric"])):
-            wanted.add(best.step)
-        if not wanted:  # also what was being written when the trial was stopped
-            shutil.rmtree(folder / "trials" / trial["trial"] / CHECKPOINTS, ignore_errors=True)
-            continue
-        for checkpoint in checkpoints:
-            if checkpoint.step not in wanted:
-                shutil.rmtree(checkpoint.path)

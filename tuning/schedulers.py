@@ -13,9 +13,9 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, HyperBandScheduler
 from ray.tune.search import ConcurrencyLimiter
 from ray.tune.search.basic_variant import BasicVariantGenerator
 
-from tuning.record import read_events
 from tuning.sweeps import Sweep
 from tuning.trial import run_name
+from tuning.trials import read_events
 
 PAUSING = ("hyperband", "pbt")
 """Schedulers that pause trials to let others catch up: all trials have to be known to them from the start."""

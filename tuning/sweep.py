@@ -33,10 +33,11 @@ from ray_jobs.preflight import check_experiment, cluster_cores
 from ray_jobs.ray_env import connect, use_gpus
 from ray_jobs.train import check_free, locked
 from tuning import report
-from tuning.record import Record, StopDiverged, prune
+from tuning.record import Record, StopDiverged
 from tuning.schedulers import scheduler, search, slot
 from tuning.sweeps import SWEEPS, Sweep, check_sweep, find_sweep, trial_experiment
 from tuning.trial import run_trial
+from tuning.trials import prune
 
 SETTINGS = "sweep.json"
 OPTIONS = {
@@ -101,7 +102,7 @@ def sweep_folder(storage: str | None, name: str) -> Path:
 
 
 def run_sweep(sweep: Sweep, folder: Path, concurrent: int | None = None, say=print) -> list[dict[str, Any]]:
-    """Runs a sweep to its end, or continues it, and returns its trials, best first (see `tuning.report.read_trials`).
+    """Runs a sweep to its end, or continues it, and returns its trials, best first (see `tuning.trials.read_trials`).
 
     Raises:
         UserError: a mistake in the sweep, another sweep in the same folder, or trials that the cluster has no room for.

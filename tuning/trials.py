@@ -1,0 +1,119 @@
+"""The trials of a sweep as its folder has them: how far each came, what it reached, which checkpoints are kept."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from perceiver.training.checkpoint import best_of, list_checkpoints
+from perceiver.training.mirror import CHECKPOINTS
+from perceiver.training.record import read_metrics
+from perceiver.training.run import RESULT
+from tuning.population import exchanges
+from tuning.trial import VALUES
+
+Trial = dict[str, Any]
+
+EVENTS = "events.jsonl"
+"""In a sweep's folder: a line for every start, report and end of a trial, with its time."""
+DIVERGED = 3.0
+"""A trial whose training loss is so many times that of its first report has diverged."""
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "sweep.json").read_text())
+
+
+def read_trials(folder: Path) -> list[Trial]:
+    """All trials of a sweep, best first: those with the metric by its best value, then the others.
+
+    Each has trial, status (finished, stopped, diverged, failed, running), reason, metric, value (its best), step and examples
+    reached, loss (the last), seconds (of running), spans (start and end times), values (of the fields that are varied).
+    """
+    settings = read_settings(folder)
+    metric, sign = settings["metric"], -1 if settings["mode"] == "max" else 1
+    events: dict[str, list[dict[str, Any]]] = {}
+    for event in read_events(folder):
+        events.setdefault(event["trial"], []).append(event)
+    trials = []
+    for path in sorted((folder / "trials").glob(f"*/{VALUES}")):
+        run = path.parent
+        own = events.get(run.name, [])
+        metrics = read_metrics(run)
+        values = [(r[metric], r["step"]) for r in metrics if metric in r and np.isfinite(r[metric])]
+        best = min(values, key=lambda v: sign * v[0], default=(None, None))
+        reports = [e for e in own if e["event"] == "report"]
+        status, reason = _status(run, own, reports)
+        spans = _spans(own)
+        trials.append(
+            {
+                "trial": run.name, "status": status, "reason": reason, "metric": metric, "value": best[0], "best_step": best[1],
+                "last_value": values[-1][0] if values else None,
+                "step": reports[-1]["step"] if reports else 0, "examples": reports[-1]["examples"] if reports else 0,
+                "loss": next((r["loss"] for r in reversed(metrics) if "loss" in r), None),
+                "seconds": sum(end - start for start, end in spans),
+                "spans": spans, "values": json.loads(path.read_text()), "run": str(run), "exchanges": exchanges(run),
+            }
+        )  # fmt: skip
+    return sorted(trials, key=lambda t: (t["value"] is None, sign * (t["value"] or 0), t["trial"]))
+
+
+def _status(run: Path, events: Sequence[dict], reports: Sequence[dict]) -> tuple[str, str]:
+    if not events or events[-1]["event"] != "end":
+        return "running", ""
+    if events[-1]["failed"]:
+        return "failed", events[-1]["failed"]
+    if (run / RESULT).exists():
+        return "finished", ""
+    losses = [report["loss"] for report in reports if report["loss"] is not None]
+    if losses and diverged(losses[0], losses[-1]):
+        return "diverged", f"the loss grew from {losses[0]:.4g} to {losses[-1]:.4g}"
+    return "stopped", "by the scheduler"
+
+
+def _spans(events: Sequence[dict]) -> list[tuple[float, float]]:
+    """When a trial ran: from each start to the last event before the next start."""
+    spans: list[tuple[float, float]] = []
+    for event in events:
+        if event["event"] == "start":
+            spans.append((event["time"], event["time"]))
+        elif spans:
+            spans[-1] = (spans[-1][0], event["time"])
+    return spans
+
+
+def diverged(first: float, loss: float) -> bool:
+    return loss > DIVERGED * first > 0
+
+
+def read_events(folder: Path) -> list[dict[str, Any]]:
+    """The events of a sweep; a last line cut off by a crash is left out."""
+    path = folder / EVENTS
+    events = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            events.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return events
+
+
+def prune(folder: Path, trials: Sequence[dict[str, Any]], keep: int) -> None:
+    """Throws away checkpoints of trials that are over: all of those that are not among the best `keep`, and of the best
+    all but the last and the best one."""
+    for place, trial in enumerate(trials):
+        checkpoints = list_checkpoints(folder / "trials" / trial["trial"] / CHECKPOINTS)
+        wanted = {checkpoints[-1].step} if checkpoints and place < keep else set()
+        if wanted and (best := best_of(checkpoints, trial["metric"])):
+            wanted.add(best.step)
+        if not wanted:  # also what was being written when the trial was stopped
+            shutil.rmtree(folder / "trials" / trial["trial"] / CHECKPOINTS, ignore_errors=True)
+            continue
+        for checkpoint in checkpoints:
+            if checkpoint.step not in wanted:
+                shutil.rmtree(checkpoint.path)
