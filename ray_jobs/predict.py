@@ -3,7 +3,7 @@ Data.
 
 Modes: classify, fill-mask, embed (mean of the latents), score (loss of each document), generate, and predict: what a
 task of your own says of rows of arrays. Inputs are lines of .txt files, objects of .jsonl files, rows of .parquet files, or
-image files. The output folder gets parquet files with exactly one row for each input row, with its id, and errors.jsonl
+image files. The output folder gets parquet files with exactly one row for each input row, with its id, and _errors.jsonl
 with the rows that could not be computed. A job that was stopped continues when it is started again: parts that are written
 are not computed again.
 """
@@ -31,7 +31,8 @@ from perceiver.inference.rows import Kind, Part, from_plain, list_inputs, plan_p
 from perceiver.models import PerceiverARConfig
 from ray_jobs.cli import JobFailed, main_entry, program, refuse_empty
 
-PLAN, ERRORS, SUMMARY = "plan.json", "errors.jsonl", "summary.json"
+PLAN, ERRORS, SUMMARY = "_plan.json", "_errors.jsonl", "_summary.json"
+# Readers of parquet folders leave out files whose names begin with "_": the whole output folder is a table.
 KINDS: dict[str, Kind] = {"images": "image", "tokens": "text", "documents": "text", "arrays": "arrays"}
 """What new rows hold of a task, by the kind of prepared rows that it reads."""
 READ_CPUS = 0.5
@@ -221,7 +222,7 @@ def _read_plan(output: str) -> tuple[dict[str, Any], list[Part]]:
     """Settings and parts of the job that an output folder belongs to.
 
     Raises:
-        UserError: its plan.json is damaged or no plan of a job.
+        UserError: its _plan.json is damaged or no plan of a job.
     """
     try:
         content = json.loads(read_file(output, PLAN))
@@ -238,7 +239,7 @@ def part_name(number: int) -> str:
 
 
 def finish(parts: list[Part], output: str) -> dict[str, Any]:
-    """Checks that every row is there, and writes errors.jsonl and summary.json.
+    """Checks that every row is there, and writes _errors.jsonl and _summary.json.
 
     Returns:
         The summary, and the error of the first row that has one ("" if none has).

@@ -261,11 +261,11 @@ def test_a_plan_of_someone_else_is_one_sentence(runs, tmp_path, content):
 
     write_inputs(tmp_path / "in")
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "plan.json").write_text(content)
+    (tmp_path / "out" / "_plan.json").write_text(content)
     job = parse([str(runs["sentiment"]), "--input", str(tmp_path / "in"), "--output", str(tmp_path / "out")])[0]
-    with pytest.raises(UserError, match="plan.json in --output .*/out is damaged"):
+    with pytest.raises(UserError, match="_plan.json in --output .*/out is damaged"):
         plan(job, str(tmp_path / "out"))
-    assert (tmp_path / "out" / "plan.json").read_text() == content
+    assert (tmp_path / "out" / "_plan.json").read_text() == content
 
 
 @pytest.mark.parametrize("bad, status", [(5, 1), (4, 0)])
@@ -344,7 +344,7 @@ def test_parts_go_from_reader_to_actor_to_file_and_every_row_is_there(runs, tmp_
     table = pa.concat_tables([pq.read_table(f"{out}/{part_name(part.number)}") for part in parts])
     names = {"bad.jsonl": 3, "lines.txt": 5, "objects.jsonl": 5, "packed.jsonl.gz": 5, "table.parquet": 5}
     assert table["id"].to_pylist() == [f"{name}:{i}" for name, count in names.items() for i in range(count)]
-    errors = [json.loads(line) for line in (tmp_path / "out" / "errors.jsonl").read_text().splitlines()]
+    errors = [json.loads(line) for line in (tmp_path / "out" / "_errors.jsonl").read_text().splitlines()]
     assert [e["id"] for e in errors] == ["bad.jsonl:0", "bad.jsonl:1"] and "surrogate" in errors[0]["error"]
 
 
@@ -389,7 +389,7 @@ def test_a_killed_job_continues_and_every_row_is_there_once(runs, tmp_path):
     assert table.num_rows == 4000 and set(table["id"].to_pylist()) == expected
     wrong = table.filter(table["error"].is_valid())
     assert wrong["id"].to_pylist() == ["0.jsonl:17", "r1234", "r3999"] and wrong["label"].null_count == 3
-    assert [json.loads(line)["id"] for line in (out / "errors.jsonl").read_text().splitlines()] == wrong["id"].to_pylist()
+    assert [json.loads(line)["id"] for line in (out / "_errors.jsonl").read_text().splitlines()] == wrong["id"].to_pylist()
     assert not [path.name for path in out.iterdir() if path.name.endswith(".tmp")]
     model = perceiver.load(runs["sentiment"], device="cpu")
     rows = [json.loads(line) for line in (tmp_path / "in" / "2.jsonl").read_text().splitlines()]
