@@ -101,3 +101,30 @@ def test_a_task_is_known_in_its_own_file_alone():
 def test_there_is_one_optimizer_step():
     places = [p for package in ("perceiver", "ray_jobs", "tuning") for p in files(package) if "optimizer.step()" in p.read_text()]
     assert [p.relative_to(ROOT).as_posix() for p in places] == ["perceiver/training/loop.py"]
+
+
+def test_no_two_files_need_each_other():
+    """Also not inside functions: whoever reads a file needs only those that it stands on."""
+    paths = {
+        ".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p
+        for package in ("perceiver", "ray_jobs", "tuning")
+        for p in files(package)
+    }
+    graph = {name: {needed for needed in modules(path) if needed in paths and needed != name} for name, path in paths.items()}
+    while leaves := [name for name, needed in graph.items() if not needed & graph.keys()]:
+        for name in leaves:
+            del graph[name]
+    assert not graph, f"these need each other: {sorted(graph)}"
+
+
+def modules(path: Path) -> set[str]:
+    """Modules that a file imports, also as names of their package."""
+    found = set(imports(path))
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            submodules = {name for name in names if (ROOT / f"{name.replace('.', '/')}.py").is_file()}
+            found |= submodules
+            if submodules == names:
+                found.discard(node.module)
+    return found
