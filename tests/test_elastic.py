@@ -25,7 +25,7 @@ EXACT = [*QUICK, *WITHOUT_DROPOUT, "--optim.lr", "0.0002", "--training.max-steps
 QUICKLY = {"RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.5"}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_grows_and_shrinks_with_its_cluster_and_takes_every_step_once(tmp_path, monkeypatch):
     from ray.cluster_utils import Cluster
 

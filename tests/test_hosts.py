@@ -15,7 +15,7 @@ from tests.hosts import Hosts
 from tests.jobs import QUICK, WITHOUT_DROPOUT, losses
 from tests.test_elastic import compare, undisturbed
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 HEAD, CUT, KILLED = 0, 1, 2
 TRAINING = [

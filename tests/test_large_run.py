@@ -17,7 +17,7 @@ SMALL = [
 ]  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_killed_run_on_c4_goes_on_with_another_number_of_workers_as_if_nothing_had_happened(shared, tmp_path):
     data, home = shared / "data", tmp_path / "home"
     model = tmp_path / "spiece.model"

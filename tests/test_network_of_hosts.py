@@ -7,7 +7,7 @@ import pytest
 from tests import hosts as machines
 from tests.hosts import Hosts
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 MEET = """
 import datetime, os, sys

@@ -18,8 +18,6 @@ from tests.jobs import Job, losses, weights
 from tests.outside import copy_examples
 from tests.test_submitted_job import RAY, cluster  # noqa: F401 (a fixture)
 
-pytestmark = pytest.mark.slow
-
 SHORT = ["--training.max-epochs", "None", "--training.max-steps", "60", "--run.checkpoint-every", "10", "--run.log-every", "1",
          "--run.val-every", "30", "--run.val-batches", "4"]  # fmt: skip
 
@@ -46,6 +44,7 @@ def plain(home, place) -> Path:
     return home / "runs" / "plain"
 
 
+@pytest.mark.slow
 def test_it_is_killed_and_continued_bitwise_with_its_code_in_the_run(home, place, plain):
     command = ("ray_jobs.train", "weather.py:tiny", *SHORT, "--workers", "2", "--name", "killed")
     run = home / "runs" / "killed"
@@ -61,6 +60,7 @@ def test_it_is_killed_and_continued_bitwise_with_its_code_in_the_run(home, place
     assert losses(run) == losses(plain)
 
 
+@pytest.mark.slow
 def test_changed_code_does_not_continue_a_run_unasked(home, place, plain):
     text = (place / "weather.py").read_text()
     try:
@@ -71,6 +71,7 @@ def test_changed_code_does_not_continue_a_run_unasked(home, place, plain):
         (place / "weather.py").write_text(text)
 
 
+@pytest.mark.slow
 def test_it_is_evaluated_applied_to_new_data_exported_and_loaded(home, place, plain):
     output = outside("ray_jobs.evaluate", "plain", home=home).finish()
     assert "val_mae" in output and "256 targets" in output
@@ -97,6 +98,7 @@ def run_script(script: str, home: Path, place: Path) -> subprocess.CompletedProc
     return subprocess.run([sys.executable, "-c", script], cwd=place, env=environment, capture_output=True, text=True)
 
 
+@pytest.mark.long
 def test_it_is_planned_and_a_baseline_trains_under_the_same_task(home, place, plain):
     output = outside("ray_jobs.plan", "weather.py:tiny", home=home).finish()
     assert "parameters" in output and "largest micro-batch" in output
@@ -107,6 +109,7 @@ def test_it_is_planned_and_a_baseline_trains_under_the_same_task(home, place, pl
     assert last < 0.7 * first
 
 
+@pytest.mark.long
 def test_two_of_its_own_fields_are_swept_with_asha(home, place, plain):
     outside(
         "tuning.sweep", "weather.py:tiny", "--space", "weather_sweep.py:space", "--trials", "3", "--reports", "3", "--scheduler", "asha",
@@ -118,6 +121,7 @@ def test_two_of_its_own_fields_are_swept_with_asha(home, place, plain):
     assert all((trial / "code" / "weather.py").is_file() for trial in trials)
 
 
+@pytest.mark.slow
 def test_it_is_submitted_to_a_cluster_that_has_none_of_its_files(cluster, home, place):  # noqa: F811
     """The job's folder is uploaded; workers and data tasks run elsewhere, with nothing of it on their import path but what travels."""
     address, environment = cluster[:2]

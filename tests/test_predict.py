@@ -398,7 +398,7 @@ def test_a_killed_job_continues_and_every_row_is_there_once(runs, tmp_path):
     np.testing.assert_allclose([found[i] for i in expected], list(expected.values()), rtol=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_images_are_rows_by_file_name(runs, tmp_path):
     from PIL import Image
 

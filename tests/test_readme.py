@@ -25,8 +25,8 @@ COMMANDS = {
     "python -m ray_jobs.runs": [],
     "python -m ray_jobs.plan clm-c4 --device h200": [],
     "python -m ray_jobs.train quickstart --name wider --model.num-latents 32 --optim.lr 2e-3 --workers 2": SHORT,
-    "python -m ray_jobs.train docs/examples/weather.py:tiny": ["--training.max-steps", "64", "--workers", "1"],
-    "python -m ray_jobs.evaluate tiny": [],
+    "python -m ray_jobs.train docs/examples/weather.py:tiny": None,  # tests/test_outside_ray.py
+    "python -m ray_jobs.evaluate tiny": None,  # tests/test_outside_ray.py
     "python -m tuning.sweep quickstart --trials 8": ["--trials", "2", "--reports", "3", "--training.max-steps", "30"],
     "ray job submit --address http://127.0.0.1:8265 --working-dir . -- python -m ray_jobs.train clm-wikitext --workers 8": None,
 }  # The last one is run by tests/test_submitted_job.py, on a cluster that it starts.
@@ -77,7 +77,7 @@ def test_the_commands_run(tmp_path):
                 assert (tmp_path / path).exists(), path
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_python_runs(tmp_path):
     (code,) = blocks("python")
     script = tmp_path / "readme.py"

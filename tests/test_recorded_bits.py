@@ -33,7 +33,7 @@ def test_a_training_ends_with_the_recorded_weights(name, weights, tmp_path):
     assert record_bits.TRAININGS[name](tmp_path) == weights[name]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", record_bits.SLOW_TRAININGS)
 def test_a_long_training_ends_with_the_recorded_weights(name, weights, tmp_path):
     assert record_bits.SLOW_TRAININGS[name](tmp_path) == weights[name]

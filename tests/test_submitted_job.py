@@ -17,8 +17,6 @@ import pytest
 from perceiver.training.record import read_metrics
 from tests.conftest import ROOT
 
-pytestmark = pytest.mark.slow
-
 RAY = str(Path(sys.executable).with_name("ray"))
 SHORT = [
     "--training.max-epochs", "None", "--training.max-steps", "4", "--run.val-batches", "1", "--name", "submitted",
@@ -93,6 +91,7 @@ def submit(cluster, *job: str, **environment: str) -> subprocess.CompletedProces
     return subprocess.run(command, cwd=ROOT, env={**env, **environment}, capture_output=True, text=True, timeout=400)
 
 
+@pytest.mark.long
 def test_a_submitted_training_joins_the_cluster_and_finishes(cluster):
     result = submit(cluster, "ray_jobs.train", "quickstart", *SHORT, "--workers", "2")
     assert result.returncode == 0, result.stdout + result.stderr
@@ -101,6 +100,7 @@ def test_a_submitted_training_joins_the_cluster_and_finishes(cluster):
     assert (run / "result.json").exists()
 
 
+@pytest.mark.long
 def test_a_submitted_sweep_runs_its_trials_on_the_cluster(cluster):
     result = submit(cluster, "tuning.sweep", "quickstart", *SHORT, "--trials", "2", "--scheduler", "fifo")
     assert result.returncode == 0, result.stdout + result.stderr
@@ -109,6 +109,7 @@ def test_a_submitted_sweep_runs_its_trials_on_the_cluster(cluster):
     assert (sweep / "results.csv").read_text().count("finished") == 2
 
 
+@pytest.mark.long
 def test_prometheus_sees_the_numbers_of_the_metrics_file_while_a_job_runs(cluster):
     address, environment, _ = cluster
     args = ["quickstart", *SHORT, "--name", "metered", "--training.max-steps", "2000", "--run.log-every", "20", "--workers", "1"]
@@ -151,6 +152,7 @@ def ours(cluster, *args: str, **environment: str) -> subprocess.Popen:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_submit_follows_a_job_and_has_its_exit_status(cluster):
     job = ours(cluster, "--id", "good", "train", "quickstart", *SHORT, "--name", "good")
     output = job.communicate(timeout=400)[0]
@@ -167,6 +169,7 @@ def test_submit_follows_a_job_and_has_its_exit_status(cluster):
     assert "error: " in output and "nowhere" in output and "failed: " in output and "succeeded" not in output
 
 
+@pytest.mark.long
 def test_submit_refuses_what_cannot_run_before_it_submits(cluster, tmp_path):
     job = ours(cluster, "train", "quickstart", "--workers", "50")
     output = job.communicate(timeout=100)[0]
@@ -177,6 +180,7 @@ def test_submit_refuses_what_cannot_run_before_it_submits(cluster, tmp_path):
     assert job.returncode == 2 and "refuses the authentication token" in output and "Traceback" not in output
 
 
+@pytest.mark.long
 def test_an_interrupt_detaches_from_a_job_or_stops_it(cluster):
     address, environment, _ = cluster
     long = [*SHORT, "--training.max-steps", "100000", "--run.log-every", "5", "--workers", "1"]
@@ -199,6 +203,7 @@ def read_until(job: subprocess.Popen, text: str) -> None:
     raise AssertionError(f"the job ended without {text!r}")
 
 
+@pytest.mark.long
 def test_without_the_token_nothing_is_accepted(cluster, tmp_path):
     (tmp_path / "token").write_text("wrong" * 8)
     result = submit(cluster, "ray_jobs.train", "quickstart", RAY_AUTH_TOKEN_PATH=str(tmp_path / "token"))
@@ -207,6 +212,7 @@ def test_without_the_token_nothing_is_accepted(cluster, tmp_path):
         urllib.request.urlopen(f"{cluster[0]}/api/jobs/", timeout=10)
 
 
+@pytest.mark.long
 def test_submit_never_says_success_for_a_dead_head(cluster):
     """The last test of this file: it ends the cluster."""
     job = ours(cluster, "--patience", "5", "train", "quickstart", *SHORT, "--training.max-steps", "100000", "--name", "lost")

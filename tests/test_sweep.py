@@ -12,7 +12,7 @@ from perceiver.training.checkpoint import list_checkpoints
 from tests.jobs import Job, losses, weights
 from tuning.population import exchanges
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 MODULE = """
 from ray import tune

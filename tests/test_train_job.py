@@ -14,8 +14,6 @@ import torch
 from perceiver.training.checkpoint import list_checkpoints
 from tests.jobs import QUICK, WITHOUT_DROPOUT, Job, losses, weights
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory) -> Path:
@@ -29,6 +27,7 @@ def plain(home) -> Path:
     return home / "runs" / "plain"
 
 
+@pytest.mark.slow
 def test_a_run_that_lost_a_worker_and_was_stopped_and_killed_ends_bitwise_like_an_undisturbed_one(home, plain):
     command = ("ray_jobs.train", "quickstart", *QUICK, "--name", "disturbed")
     run = home / "runs" / "disturbed"
@@ -53,6 +52,7 @@ def test_a_run_that_lost_a_worker_and_was_stopped_and_killed_ends_bitwise_like_a
     assert [step for step, _ in losses(run)] == list(range(1, 151))
 
 
+@pytest.mark.slow
 def test_a_finished_run_says_so_and_another_experiment_under_its_name_is_refused(home, plain):
     output = Job("ray_jobs.train", "quickstart", *QUICK, "--name", "plain", home=home).finish(60)
     assert "run plain is finished" in output and "ray_jobs.evaluate" in output
@@ -61,12 +61,14 @@ def test_a_finished_run_says_so_and_another_experiment_under_its_name_is_refused
     assert "Traceback" not in job.output
 
 
+@pytest.mark.slow
 def test_more_workers_than_cpus_are_refused(home):
     job = Job("ray_jobs.train", "quickstart", "--name", "many", "--workers", "1000", home=home)
     assert job.wait(120) == 2
     assert re.search(r"parallel.workers is 1000 but .* has \d+ CPUs", job.output) and "Traceback" not in job.output
 
 
+@pytest.mark.long
 def test_one_and_two_workers_agree_and_a_run_continues_on_another_number(home):
     """Without dropout, whose random numbers are a worker's own. Sums round differently: 1e-3 on losses after 150 steps.
 
@@ -85,6 +87,7 @@ def test_one_and_two_workers_agree_and_a_run_continues_on_another_number(home):
     np.testing.assert_allclose(changed, one, rtol=1e-3)
 
 
+@pytest.mark.long
 def test_evaluation_is_exact_whatever_the_number_of_workers(home, plain):
     results = []
     for workers in ("1", "2"):
@@ -100,6 +103,7 @@ def test_evaluation_is_exact_whatever_the_number_of_workers(home, plain):
     assert one["metrics"]["val_loss"] == pytest.approx(two["metrics"]["val_loss"], rel=1e-6)
 
 
+@pytest.mark.long
 def test_two_drivers_cannot_train_one_run(home):
     run = home / "runs" / "held"
     first = Job("ray_jobs.train", "quickstart", *QUICK, "--name", "held", home=home)
@@ -109,6 +113,7 @@ def test_two_drivers_cannot_train_one_run(home):
     first.kill_driver()
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_ends_the_run_with_a_sentence_and_no_restarts(home):
     job = Job("ray_jobs.train", "quickstart", *QUICK, "--name", "hot", "--optim.lr", "1e30", "--optim.warmup-steps", "0", home=home)
     assert job.wait(200) == 2
@@ -117,6 +122,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_a_sentence_and_no_restarts(
     shutil.rmtree(home / "runs" / "hot")
 
 
+@pytest.mark.long
 def test_a_small_data_set_and_a_partial_batch_train(home, tmp_path):
     """Fewer images than one global batch, with two workers."""
     texts = tmp_path / "texts"

@@ -15,7 +15,7 @@ from tests.conftest import ROOT
 from tests.hosts import Host, Hosts
 from tests.test_hosts import install, wait_for
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 RAY = [
     "ray", "start", "--head", "--port=6379", "--dashboard-host=127.0.0.1", "--dashboard-port=8265", "--metrics-export-port=8080",
