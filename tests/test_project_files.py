@@ -36,10 +36,13 @@ def test_hooks_and_workflow_run_what_ci_runs():
     ci = (ROOT / ".ci" / "run").read_text()
     hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
     assert [hook["id"] for hook in hooks] == ["ruff-format", "ruff-check", "mypy"]
-    lint, tests = ci.index("ruff format --check"), ci.index("python -m pytest")
+    lint, tests = ci.index("ruff format --check"), ci.index("python -m pytest -n 2")
     assert lint < ci.index("\nruff check") < ci.index("\nmypy\n") < ci.index("sphinx-build -W") < tests
     workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
     assert workflow["jobs"]["ci"]["steps"][-1] == {"run": ".ci/run"}
+    assert "pytest -m slow" in ci and "pytest -m long" in ci
+    nightly = yaml.safe_load((ROOT / ".github" / "workflows" / "nightly.yml").read_text())
+    assert nightly["jobs"]["long"]["steps"][-1] == {"run": ".ci/run long"}
     for form in (ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"):
         assert {"name", "description", "body"} <= yaml.safe_load(form.read_text()).keys()
 
