@@ -267,7 +267,7 @@ def check_fits(experiment: Experiment, manifest: Manifest) -> None:
 
 
 def check_image_shape(experiment: Experiment, image_shape: tuple[int, int, int]) -> None:
-    """Whether images of this shape (height, width, channels), cropped as told, are what the model takes.
+    """Whether images of this shape (height, width, channels), cropped as the task says, are what the model takes.
 
     Raises:
         UserError: they are not.

@@ -137,7 +137,7 @@ def command_words(
     """
     try:
         base: Experiment | None = find_experiment(experiment.preset)
-    except UserError:  # a file that has gone, say: then all fields are told
+    except UserError:  # a file that has gone, say: then all fields are given
         base = None
     changed = differing(experiment, base)
     return [experiment.preset, *(word for name, value in changed.items() if keep(name) for word in field_words(name, value))]

@@ -46,7 +46,7 @@ def is_reference(name: str) -> bool:
 def load_object(reference: str, what: str) -> Any:
     """The object of a reference path/file.py:name or package.module:name, whose module is imported.
 
-    The folder of a file goes on the import path, so that the file may import its neighbours.
+    The folder of a file is added to the import path, so that the file may import its neighbours.
 
     Args:
         what: how messages call it: "experiment", "search space", ...
@@ -128,7 +128,7 @@ class Code:
     """The source files that an experiment needs besides this package and what is installed."""
 
     files: Mapping[str, str]
-    """Text by path, relative to the folder that goes on the import path."""
+    """Text by path, relative to the folder that is added to the import path."""
 
     def __bool__(self) -> bool:
         return bool(self.files)

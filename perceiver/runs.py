@@ -140,7 +140,7 @@ def check_code(folder: Path, code: Code, allow_changed: bool = False) -> None:
 
     Args:
         code: what the experiment needs now.
-        allow_changed: the user has said that the run shall continue with it.
+        allow_changed: whether the user lets the run continue with it.
 
     Raises:
         UserError: it has changed; names the files.

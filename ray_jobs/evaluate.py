@@ -55,7 +55,7 @@ def evaluate_run(
     if folder is None:
         raise UserError(f"no run {str(run)!r}: neither a run's folder nor the name of one in {home() / 'runs'}")
     trained, _ = read_run(folder, trust_code)
-    if trained.data.mixture:  # which takes the place of data.source: told here, it is another source in any case
+    if trained.data.mixture:  # which takes the place of data.source: given here, it is another source in any case
         trained = replace(trained, data=replace(trained.data, source=""))
     experiment = override(trained, overrides or [], f"ray_jobs.evaluate {run}")
     if experiment.model != trained.model:

@@ -163,7 +163,7 @@ def find_device(name: str, memory: float | None, flops: float | None) -> Device:
     """A known device, with another memory (GiB) or peak (TFLOP/s) where these are given; both make one that is not known.
 
     Raises:
-        UserError: neither known nor told, or told to be nothing.
+        UserError: neither known nor given, or given as nothing.
     """
     for option, value in (("--device-memory", memory), ("--device-flops", flops)):
         if value is not None and not value > 0:

@@ -101,7 +101,7 @@ def parse(argv: list[str]) -> tuple[PredictJob, str, Placement, Description]:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: GPUs where the cluster has them")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of weights and computation")
     parser.add_argument("--address", help="Ray cluster to join (default: that of $RAY_ADDRESS, else a new local one)")
-    parser.add_argument("--top-k", type=int, help="fill-mask: fills a row; generate: draw among so many tokens")
+    parser.add_argument("--top-k", type=int, help="fill-mask: fills a row; generate: number of most likely tokens to draw from")
     parser.add_argument("--top-p", type=float, help="generate: draw among the fewest tokens with this probability together")
     parser.add_argument("--temperature", type=float, default=o["temperature"], help="generate: 0 takes the likeliest (%(default)s)")
     parser.add_argument("--max-new-tokens", type=int, default=o["max_new_tokens"], help="generate: length (%(default)s)")

@@ -77,7 +77,7 @@ def quiet() -> None:
 
 
 def use_gpus(parallel: ParallelConfig) -> bool:
-    """Whether workers get GPUs: as told, or where the cluster has any."""
+    """Whether workers get GPUs: as configured, or where the cluster has any."""
     if parallel.device == "auto":
         return ray.cluster_resources().get("GPU", 0) > 0
     return parallel.device == "cuda"

@@ -106,16 +106,16 @@ def check_memory(experiment: Experiment, gpu: bool) -> None:
     Raises:
         UserError: see `check_fits`.
     """
-    told, least, suffix = experiment.parallel.device_memory_gib, experiment.parallel.min_workers, ""
+    given, least, suffix = experiment.parallel.device_memory_gib, experiment.parallel.min_workers, ""
     if least is not None:
         experiment = replace(experiment, parallel=replace(experiment.parallel, workers=least, min_workers=None))
         suffix = f" (where parallel.min-workers, {least}, are all there are)"
     if gpu:
-        memory = told * GIB if told else _gpu_memory()
+        memory = given * GIB if given else _gpu_memory()
         if memory is not None:
             check_fits(experiment, usable(memory), where=f"a GPU of {_size(memory)}{suffix}")
     else:
-        limit = told * GIB if told else _node_memory(experiment.parallel.workers)
+        limit = given * GIB if given else _node_memory(experiment.parallel.workers)
         check_fits(experiment, limit, cuda=False, where=f"each worker{suffix}")
 
 

@@ -1,7 +1,7 @@
 """`python -m ray_jobs.submit [options] JOB [arguments]`: checks a job, submits it to a Ray cluster, follows it to its end.
 
 JOB is train, preprocess, train_tokenizer, evaluate, predict, export (of `ray_jobs`), sweep or scaling_laws (of `tuning`). The exit
-status is that of the job. Ctrl-C leaves the job running (or stops it, with `--on-interrupt stop`); `--follow ID` goes on watching.
+status is that of the job. Ctrl-C leaves the job running (or stops it, with `--on-interrupt stop`); `--follow ID` watches it again.
 """
 
 from __future__ import annotations

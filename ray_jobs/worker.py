@@ -139,7 +139,7 @@ def _fit(
 ) -> bool:
     """Runs a function on workers; whether it was interrupted. `run` calls the given function, which waits for their end."""
     if resources.min_workers:
-        # After the loss of a node Ray first counts on what it had: it shall not wait a minute for that.
+        # After the loss of a node Ray first counts on what it had: it must not wait a minute for that.
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "20")
     # What Ray keeps of a run is rebuilt by every start: our own checkpoints say where to continue.
     ray_folder = run_folder / "ray"
@@ -353,7 +353,7 @@ class Interruption(Callback):
             if ray.get(self._answer):
                 self.training.pause()
         except ray.exceptions.RayError:
-            pass  # the driver is not there to be interrupted, or its mailbox is lost: training goes on
+            pass  # the driver is not there to be interrupted, or its mailbox is lost: training continues
         self._answer, self._next = None, time.monotonic() + self.EVERY
 
 
@@ -434,7 +434,7 @@ class Messages:
         on_report: Callable[[dict[str, float]], None] | None = None,
         every: float = 0.5,
     ) -> None:
-        # On this node: a machine that is lost shall not take the run's messages along.
+        # On this node: losing another machine must not lose the run's messages.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self.actor = _Mailbox.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]  # from Ray's decorator
         self.interrupted = False

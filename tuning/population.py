@@ -1,4 +1,4 @@
-"""Population-based training (arXiv 1711.09846): a losing trial goes on from a winner's checkpoint with changed values.
+"""Population-based training (arXiv 1711.09846): a losing trial continues from a winner's checkpoint with changed values.
 
 Ray Tune decides who takes over from whom (its scheduler needs a Tune checkpoint of each trial: a file that names the run and
 the step). The weights are our own sharded checkpoints, model and optimizer. Trials of such a sweep keep all checkpoints until
@@ -38,7 +38,7 @@ def take_over(donor: Path, step: int, run: Path, experiment: Experiment, values:
     Args:
         donor, run: run folders.
         step: of the donor's checkpoint.
-        experiment: what the run goes on with; `values` of it are recorded.
+        experiment: what the run continues with; `values` of it are recorded.
 
     Raises:
         DonorLost: the donor's checkpoint did not become complete within PATIENCE.

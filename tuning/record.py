@@ -54,9 +54,9 @@ class Record(Callback):
 
     def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         # A trial that is stopped may write down a failure too: that of its workers, which are taken from it.
-        told = self._folder / "trials" / run_name(trial.trial_id) / FAILED
+        reason = self._folder / "trials" / run_name(trial.trial_id) / FAILED
         lines = (trial.get_error() or "it died without a word").strip().splitlines()
-        self._end(trial, told.read_text() if told.exists() else lines[-1])
+        self._end(trial, reason.read_text() if reason.exists() else lines[-1])
 
     def _end(self, trial: Any, failed: str) -> None:
         run = self._folder / "trials" / run_name(trial.trial_id)

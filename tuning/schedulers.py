@@ -22,7 +22,7 @@ PAUSING = ("hyperband", "pbt")
 HEAD = "node:__internal_head__"
 """A resource of which every Ray cluster has 1."""
 MOST_PAUSING = 30
-"""So many trials at once at most where trials are paused: Ray Train takes 0.001 of HEAD for each training."""
+"""Largest number of trials at once where trials are paused: Ray Train takes 0.001 of HEAD for each training."""
 
 
 class ToTheEnd(TrialScheduler):
@@ -33,7 +33,7 @@ class ToTheEnd(TrialScheduler):
 
 
 class Asha(ToTheEnd, ASHAScheduler):
-    """Asynchronous successive halving (arXiv 1810.05934). In a sweep that goes on it is told again what trials have reported."""
+    """Asynchronous successive halving (arXiv 1810.05934). In a sweep that continues it receives again what trials have reported."""
 
     def __init__(self, folder: Path, **settings: Any) -> None:
         super().__init__(**settings)
@@ -45,8 +45,8 @@ class Asha(ToTheEnd, ASHAScheduler):
             return
         for event in read_events(self._folder):
             if event["event"] == "report" and event["trial"] == run_name(trial.trial_id):
-                told = {"examples": event["examples"], self._metric: event["value"]}
-                ASHAScheduler.on_trial_result(self, controller, trial, told)
+                reported = {"examples": event["examples"], self._metric: event["value"]}
+                ASHAScheduler.on_trial_result(self, controller, trial, reported)
 
 
 class Population(ToTheEnd, PopulationBasedTraining):
@@ -58,7 +58,7 @@ class Population(ToTheEnd, PopulationBasedTraining):
 
 
 class HyperBand(ToTheEnd, HyperBandScheduler):
-    """HyperBand (arXiv 1603.06560). In a sweep that goes on it makes its brackets anew of the trials that are left."""
+    """HyperBand (arXiv 1603.06560). In a sweep that continues it makes its brackets anew of the trials that are left."""
 
     def on_trial_add(self, controller: Any, trial: Any) -> None:
         if not trial.is_finished():  # its bracket would wait for it
@@ -71,7 +71,7 @@ class HyperBand(ToTheEnd, HyperBandScheduler):
 
 
 def scheduler(sweep: Sweep, examples: int, folder: Path) -> Any:
-    """The scheduler of a sweep in a folder, whose whole trainings take so many examples."""
+    """The scheduler of a sweep in a folder, whose whole trainings take the given number of examples."""
     match sweep.scheduler:
         case "asha":
             return Asha(

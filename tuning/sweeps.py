@@ -50,7 +50,7 @@ class Sweep:
     reports: int = 9
     """Validations (and checkpoints) of a whole training: the moments at which a scheduler can act."""
     reduction: int = 3
-    """asha, hyperband: one of so many trials goes on at each rung."""
+    """asha, hyperband: one of this number of trials continues at each rung."""
     grace: float = 1 / 9
     """asha: share of a whole training that every trial gets."""
     perturb: float = 1 / 3

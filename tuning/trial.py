@@ -83,8 +83,8 @@ def run_trial(config: dict[str, Any], settings: dict[str, Any]) -> None:
         finally:
             over.set()
     except Exception as error:
-        told = isinstance(error, (UserError, JobFailed, DonorLost))
-        (run / FAILED).write_text(str(error) if told else f"{type(error).__name__}: {error}")
+        is_sentence = isinstance(error, (UserError, JobFailed, DonorLost))
+        (run / FAILED).write_text(str(error) if is_sentence else f"{type(error).__name__}: {error}")
         raise
     report(metrics)  # a run that was finished already has reported nothing by itself
 

@@ -22,7 +22,7 @@ Trial = dict[str, Any]
 EVENTS = "events.jsonl"
 """In a sweep's folder: a line for every start, report and end of a trial, with its time."""
 DIVERGED = 3.0
-"""A trial whose training loss is so many times that of its first report has diverged."""
+"""A trial whose training loss is this multiple of that of its first report has diverged."""
 
 
 def read_settings(folder: Path) -> dict[str, Any]:

@@ -105,9 +105,9 @@ class DataConfig(Config):
     blocks_per_shard: int = 64
     """Row groups of one shard file."""
     shuffle_window_blocks: int = 16
-    """Blocks are permuted over the whole epoch, rows inside windows of so many permuted blocks."""
+    """Number of blocks whose rows are shuffled together; blocks themselves are permuted over the whole epoch."""
     lanes: int = 8
-    """A global batch takes its rows from so many places of the epoch's order at once (at most; see docs/data.md)."""
+    """Largest number of positions in the epoch's order that a global batch takes its rows from (see docs/data.md)."""
     root: str = ""
     """Folder that prepared data sets are written to and found in; "": $PERCEIVER_HOME/data."""
 
@@ -155,10 +155,10 @@ class ParallelConfig(Config):
     workers: int = 1
     """Workers, one a GPU (or one a process on CPUs); `--workers N` for short."""
     min_workers: int | None = None
-    """Elastic: start with as many workers as there is room for, from so many up to `workers`, and grow and shrink with the
+    """Elastic: start with as many workers as there is room for, from this number up to `workers`, and grow and shrink with the
     cluster; `--workers 2..8` for short. None: always exactly `workers`."""
     resize_seconds: float = 60.0
-    """Elastic: seconds between looks for room for more workers. A larger number of workers goes on from the last checkpoint."""
+    """Elastic: seconds between looks for room for more workers. A larger number of workers continues from the last checkpoint."""
     replicas: int = 1
     """Copies of the model: each is sharded over workers / replicas neighbours (HSDP: one a node, say); 1: over all workers."""
     micro_batch_size: int | None = None
@@ -174,7 +174,7 @@ class ParallelConfig(Config):
     device_memory_gib: float | None = None
     """GiB of memory of a worker's device, for the check whether a step fits; None: as found."""
     cpus_per_worker: float | None = None
-    """CPUs reserved in Ray for a worker; None: what leaves room for the data tasks."""
+    """CPUs reserved in Ray for a worker; None: chosen so that data tasks still fit."""
     threads_per_worker: int | None = None
     """Compute threads of a CPU worker; None: the machine's cores divided by its workers."""
     wait_minutes: float = 0.0
@@ -210,13 +210,13 @@ class RunConfig(Config):
     """Name of the run; "": the preset's name."""
     storage: str = ""
     """Folder of all runs, on a file system that all nodes share (or there is one node); or s3://, gs://, ...: checkpoints and
-    records are copied there from local folders, and a run goes on from there on any machine. "": $PERCEIVER_HOME/runs."""
+    records are copied there from local folders, and a run continues from there on any machine. "": $PERCEIVER_HOME/runs."""
     log_every: int = 10
     """Steps between lines of progress and metrics."""
     val_every: int = 500
     """Steps between validations (there is always one at the end)."""
     val_batches: int | None = None
-    """Validate on the first so many global batches of the fixed validation order; None: on all."""
+    """Number of global batches to validate on, from the start of the fixed validation order; None: all."""
     checkpoint_every: int = 500
     """Steps between checkpoints (there is always one at the end)."""
     keep_checkpoints: int = 2

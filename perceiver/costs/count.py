@@ -299,7 +299,7 @@ class _Kernels(TorchFunctionMode):
             return self._attention(*args, **kwargs)
         if func is F.dropout and self._cuda:
             return _dropout(*args, **kwargs)
-        if func is F.multi_head_attention_forward:  # calls inside of it are not told to this mode
+        if func is F.multi_head_attention_forward:  # this mode does not see the calls inside of it
             with mock.patch.object(F, "scaled_dot_product_attention", self._attention):
                 return func(*args, **kwargs)
         return func(*args, **kwargs)

@@ -26,7 +26,7 @@ from perceiver.data.tokenizers import load_tokenizer
 MARGIN = 0.02
 """A chunk is larger by this share than a chunk of the sample's ids per byte would have to be, so that few fall short."""
 FEWEST_CHUNKS = 64
-"""Small sources have smaller chunks, so that there are about so many."""
+"""Small sources have smaller chunks, so that there are about this number of them."""
 MOST_VAL_CHUNKS = 16
 """Chunks held out for validation, at most, where a source has no validation files."""
 SAMPLES, SAMPLE_BYTES = 32, 1 << 17

@@ -25,7 +25,7 @@ from perceiver.data.order import Order, Unit, plan, worker_slots
 from perceiver.data.stream import Rows
 
 ROUND = 10_000
-"""Rows after which the order of sources repeats; shares are kept exactly to one in so many."""
+"""Rows after which the order of sources repeats; shares are exact to one part in this number."""
 
 
 @lru_cache(maxsize=16)

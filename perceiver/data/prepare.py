@@ -229,7 +229,7 @@ def _add_images(job: Job, file: InputFile | ExamplePart, images: Images, writers
 
 
 def rows_at_once(rows: ArrayRows) -> int:
-    """Rows of a batch in the files of pieces: all batches but the last have so many."""
+    """Rows of a batch in the files of pieces: all batches but the last have this number."""
     return max(1, min(_MOST_ROWS, _BATCH_BYTES // rows.bytes_per_row))
 
 

@@ -98,7 +98,7 @@ class TokenRows(_LongRows):
 
 
 class DocumentRows(_LongRows):
-    """Documents of at most so many token ids, with their labels."""
+    """Documents of at most the given number of token ids, with their labels."""
 
     kind = "documents"
     is_text = True

@@ -3,7 +3,7 @@
     folder/manifest.json             written last: a folder without it holds no data set
     folder/train-00000.parquet ...   and val-00000.parquet ...
 
-The columns of a row are told by its kind, see `rows.py`.
+The columns of a row depend on its kind, see `rows.py`.
 
 Blocks (row groups) have a constant size, so that finding a row is arithmetic: block b holds the rows from b *
 rows_per_block on and lies in shard b // blocks_per_shard as row group b % blocks_per_shard. Only the last block and
@@ -49,7 +49,7 @@ MANIFEST = "manifest.json"
 BLOCK_CHECKS = b"block_crc32"
 """Key of a shard's footer: crc32 of the bytes of each block, 8 hexadecimal digits each."""
 CHECKED_BYTES = 512 << 20
-"""Shards on this machine that have at most so many bytes together are compared with their hashes when a job begins (1 to 2 s)."""
+"""Shards on this machine that have at most this number of bytes together are compared with their hashes when a job begins (1 to 2 s)."""
 SPLITS = ("train", "val")
 
 

@@ -20,7 +20,7 @@ from perceiver.data.sources import InputFile
 from perceiver.data.storage import open_folder
 
 SECTION = 1 << 16
-"""Plain text files are cut at line ends into sections of about so many bytes, the units of holding out validation."""
+"""Plain text files are cut at line ends into sections of about this size in bytes, the units of holding out validation."""
 SLAB = 8 << 20
 """Bytes read at once: what bounds a task's memory, whatever the size of a file."""
 _ARTICLE = re.compile(rb"\n ?\n(?= = (?!=)[^\n]*(?<!=) = \n)")

@@ -72,7 +72,7 @@ class Tokenizer(ABC):
         return np.concatenate([[self.cls_id], ids, [self.sep_id]]).astype(np.uint16) if special else ids
 
     def encode_rest(self, text: str) -> np.ndarray:
-        """Ids of a text that goes on from another, uint16."""
+        """Ids of a text that continues another, uint16."""
         return self.encode(text)
 
     def decode_batch(self, ids: np.ndarray, lengths: np.ndarray, skip_special: bool = True) -> list[str]:

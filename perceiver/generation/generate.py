@@ -216,7 +216,7 @@ def beam_search(
     for number in range(max_new_tokens):
         steps = window.logits().log_softmax(-1).view(num_prompts, num_beams, -1)
         if eos_id is not None:
-            # A finished beam goes on in one way only, at no cost.
+            # A finished beam continues in one way only, at no cost.
             steps = steps.masked_fill(finished[..., None], -torch.inf)
             steps[..., eos_id] = steps[..., eos_id].masked_fill(finished, 0.0)
         totals = scores[..., None] + steps
@@ -289,7 +289,7 @@ class Window:
         self._logits = None
 
     def select(self, rows: Tensor) -> None:
-        """Goes on with the given rows (any number of them, (R,))."""
+        """Continues with the given rows (any number of them, (R,))."""
         self._logits = self.logits()[rows]
         self.ids = self.ids[rows]
         if self.pad_mask is not None:

@@ -40,7 +40,7 @@ def fill_masks(model: nn.Module, tokenizer: Tokenizer, texts: Sequence[str], top
     Args:
         model: a `PerceiverIO` with text output.
         texts: with masks written as in `MARKS`.
-        top_k: fills a text (fewer where there are not so many).
+        top_k: fills a text (fewer where fewer exist).
 
     Raises:
         UserError: a text without a mask or too long, a tokenizer without a mask id, top_k below 1.
@@ -65,7 +65,7 @@ def fill_masks(model: nn.Module, tokenizer: Tokenizer, texts: Sequence[str], top
 
 
 def check_top_k(top_k: int) -> None:
-    """Raises UserError where a text cannot have so many fills."""
+    """Raises UserError where a text cannot have that number of fills."""
     if not 1 <= top_k <= MAX_FILLS:
         raise UserError(f"top_k is {top_k} and must be at least 1 and at most {MAX_FILLS:,}")
 

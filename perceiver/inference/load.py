@@ -218,7 +218,7 @@ def load_published(source: str | Path, folder: Path | None, device: torch.device
     """A model of transformers or krasserm/perceiver-io, from a folder, a file, or the hub by name; see
     `perceiver.pretrained`.
 
-    Its task is told by its input and output, its tokenizer is that of UTF-8 bytes.
+    Its task follows from its input and output, its tokenizer is that of UTF-8 bytes.
 
     Args:
         folder: where its config.json lies, if it has one.

@@ -185,7 +185,7 @@ def _chunks(path: str, start: int) -> Iterator[bytes]:
 
 
 def _line_cuts(path: str, name: str, rows_per_part: int) -> Iterator[dict[str, int]]:
-    """Where every so many lines begin; a last line without line feed counts, an empty rest does not."""
+    """Where every n-th line begins; a last line without line feed counts, an empty rest does not."""
     first, start, rows, position, last = 0, 0, 0, 0, b"\n"
     try:
         for chunk in _chunks(path, 0):

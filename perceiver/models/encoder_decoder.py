@@ -16,7 +16,7 @@ class EncoderConfig(Config):
     num_cross_attention_v_channels: int | None = None
     """Value channels; None: as query and key."""
     num_cross_attention_layers: int = 1
-    """The first so many blocks are each preceded by a cross-attention (more than 1: the first Perceiver)."""
+    """Number of blocks, from the first, that start with a cross-attention (more than 1: the first Perceiver)."""
     first_cross_attention_layer_shared: bool = False
     """Whether later cross-attention layers use the first one's weights (otherwise layers 2, 3, ... share a second set)."""
     cross_attention_widening_factor: int = 1

@@ -46,7 +46,7 @@ class InputConfig(Config):
         return None
 
     def adapting_flops(self, num_positions: int) -> float:
-        """FLOPs of the adapter's own products for one example of so many positions."""
+        """FLOPs of the adapter's own products for one example of `num_positions` positions."""
         return 0.0
 
     @property

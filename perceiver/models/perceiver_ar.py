@@ -42,7 +42,7 @@ class PerceiverARConfig(ModelConfig):
     num_self_attention_layers: int = 8
     """Causal self-attention layers on the latents."""
     num_self_attention_rotary_layers: int = 1
-    """Rotary embedding in so many of the first self-attention layers; -1: in all."""
+    """Number of self-attention layers, from the first, with rotary embedding; -1: all."""
     self_attention_widening_factor: int = 4
     """Hidden channels of the self-attention's MLPs as a multiple of num_channels."""
     cross_attention_widening_factor: int = 4
@@ -199,7 +199,7 @@ class PerceiverAR(nn.Module):
 
         Args:
             x: token ids (B, N); with a filled cache the one next token (B, 1).
-            prefix_len: P, the first so many positions are prefix, the others latents.
+            prefix_len: P, number of positions, from the first, that are prefix; the others are latents.
             pad_mask: (B, N), True = padding (on the left); with a filled cache None. Pass None where nothing is padded:
                 it saves the masks.
             prefix_keep: (B, K) positions of the prefix that are kept, others are left out (prefix dropout); None: all.
@@ -288,7 +288,7 @@ class PerceiverAR(nn.Module):
         assert x.shape[1] == 1
         # The cross-attention's ring has been given all tokens so far.
         num_tokens = cache.cross_attention.num_written
-        # A copy: the count goes on before the position has been used.
+        # A copy: the count is raised before the position has been used.
         position = num_tokens.clone() if isinstance(num_tokens, Tensor) else torch.full((1,), num_tokens, device=x.device)
         position = position[None]
         if cache.num_padding is not None:

@@ -66,7 +66,7 @@ class Rotation:
         return torch.cat([rotated, rest], dim=-1) if rest.shape[-1] else rotated
 
     def last(self, num_positions: int) -> "Rotation":
-        """The rotation of the last so many positions."""
+        """The rotation of the last positions, of the given number."""
         return Rotation(self.sin[:, :, -num_positions:], self.cos[:, :, -num_positions:])
 
 

@@ -121,7 +121,7 @@ class Task(ABC, Generic[C, M]):
         `rows` has the columns of `examples` and, besides, "row" (int64, its number in the split) and "epoch" (int64).
         It holds between 0 and `size` rows; the examples missing at its end are padding that carries no target: their
         "labels" are IGNORE_INDEX. (So shapes are the same for all batches, and a last, partial batch counts right.)
-        In a mixture the rows come from several data sets: what depends on one's size is told by `examples`, not by `split`.
+        In a mixture the rows come from several data sets: what depends on the size of one comes from `examples`, not from `split`.
 
         `step` counts optimizer steps over all epochs: what all examples of a step share, on all workers, may depend on
         (seed, step).

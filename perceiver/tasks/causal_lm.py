@@ -39,7 +39,7 @@ class CausalLMConfig(TaskConfig):
     min_seq_len: int | None = None
     """Windows are cut to a random length from here to max_seq_len in training, all of a step to the same; None: not cut."""
     val_stride: int | None = None
-    """Validation scores the last max_latents targets of windows that start so many tokens apart; None: max_seq_len (windows
+    """Validation scores the last max_latents targets of windows that start this number of tokens apart; None: max_seq_len (windows
     do not overlap); max_latents: every target of the text is scored once, those of its beginning with the text there is before them."""
     sample_prompt: str = "The "
     """Prompt of the sample continuation that validation writes."""

@@ -124,7 +124,7 @@ def choose_checkpoint(folder: str | Path, which: str, metric: str) -> Checkpoint
     """The checkpoint named "last", "best" (the last, where none has the metric) or by its step.
 
     Raises:
-        UserError: there is none, or none of that step, or it cannot be told because a marker is damaged; names the ones there are.
+        UserError: there is none, or none of that step, or a damaged marker hides it; names the ones there are.
     """
     checkpoints, damaged = [], {}
     for path in sorted(Path(folder).glob(f"step-*/{MARKER}")):

@@ -1,4 +1,4 @@
-"""Copies of a run in an object store (`run.storage s3://bucket/runs`), from which it goes on on any machine.
+"""Copies of a run in an object store (`run.storage s3://bucket/runs`), from which it continues on any machine.
 
 Workers train in a local folder, which need not be shared: each copies its own shards of a checkpoint when they are written, and
 one the run's records. What counts is the store: a checkpoint without its marker there does not exist, and a worker that starts
@@ -112,11 +112,11 @@ class Mirror:
         return {folder: read_file(f"{self.uri}/{CHECKPOINTS}/{folder}", MARKER) for folder in folders}
 
     def fetch(self, checkpoints: int | None = 1) -> None:
-        """Brings the local folder to what the store has: all records, and the newest so many checkpoints (None: all).
+        """Brings the local folder to what the store has: all records, and the given number of newest checkpoints (None: all).
 
         Checkpoints and progress that the store has not are removed: they were not complete, or are of a run that was removed
         there, whose name may by now be another's. Files that differ from their hash are fetched again; what is damaged in the
-        store is told by loading it. Several processes of a machine may call this at once.
+        store shows when it is loaded. Several processes of a machine may call this at once.
         """
         with self._alone():
             markers = self.markers()  # first: then all their files are listed

@@ -34,7 +34,7 @@ class Recorder:
     """Writes a run's records; on all workers but the first it writes nothing.
 
     A run that continues from step n drops the records of later steps first: they are of steps that will be taken again. While it
-    trains, a record that cannot be written (the disk is full, say) is a warning, given once, and no error: training goes on, and
+    trains, a record that cannot be written (the disk is full, say) is a warning, given once, and no error: training continues, and
     the next record is tried again.
     """
 
