@@ -254,11 +254,19 @@ def _collect(root: Path, file: Path, files: dict[str, str]) -> None:
 
 
 def _imports(text: str, name: str) -> Iterator[str]:
-    """Full names of the modules that a source file may import."""
+    """Full names of the modules that a source file may import.
+
+    Raises:
+        UserError: it is no Python.
+    """
     package = name.removesuffix(".py").removesuffix("/__init__").split("/")
     if not name.endswith("__init__.py"):
         package = package[:-1]
-    for node in ast.walk(ast.parse(text)):
+    try:
+        tree = ast.parse(text)
+    except SyntaxError as error:
+        raise UserError(f"{name}, line {error.lineno}: SyntaxError: {error.msg}; it is imported by the experiment's file") from None
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):

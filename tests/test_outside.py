@@ -120,8 +120,8 @@ def test_the_fields_of_ones_own_classes_are_typed_and_have_help(folder, capsys):
 def test_classes_of_this_package_are_found_wherever_they_stood_when_they_were_saved():
     tree = json.loads(json.dumps(to_dict(PRESETS["clm-c4"]())))
     experiment = from_dict(tree)
-    moved = json.dumps(tree).replace("perceiver.tasks.causal_lm:", "perceiver.config:").replace("perceiver.models:", "")
-    assert from_dict(json.loads(moved)) == experiment
+    moved = json.dumps(tree).replace("perceiver.tasks.causal_lm:", "perceiver.config:").replace("perceiver.models.perceiver_ar:", "")
+    assert moved != json.dumps(tree) and from_dict(json.loads(moved)) == experiment
 
 
 def test_experiments_of_version_0_1_are_read():
@@ -155,6 +155,15 @@ def test_code_is_the_file_and_what_it_imports_from_beside_it(folder):
     assert not code_of(PRESETS["quickstart"]())
     code = code_of(find_experiment("weather.py:tiny"))
     assert code.digest != Code({**code.files, "weather.py": code.files["weather.py"] + "\n"}).digest
+
+
+def test_a_broken_file_beside_an_experiment_is_named_with_its_line(folder):
+    (folder / "late.py").write_text(
+        "def never_called():\n    import beside\n\n\ndef tiny():\n    import weather\n\n    return weather.tiny()\n"
+    )
+    (folder / "beside.py").write_text("x = 1\ny = = 2\n")
+    with pytest.raises(UserError, match=r"beside.py, line 2: SyntaxError: invalid syntax"):
+        code_of(find_experiment("late.py:tiny"), ["late.py:tiny"])
 
 
 def test_a_shipped_object_brings_its_code_to_a_process_without_it(folder, tmp_path):
