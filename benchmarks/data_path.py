@@ -31,14 +31,17 @@ from perceiver.config import DataConfig, ParallelConfig
 from perceiver.costs.devices import DEVICES
 from perceiver.costs.flops import training_flops
 from perceiver.data.chunks import Chunks, chunk_ids, chunk_rows, chunks_of, measure
+from perceiver.data.files import InputFile
+from perceiver.data.manifest import SPLITS, Split
 from perceiver.data.order import Order, plan
-from perceiver.data.prepare import Job, cut_pieces, make_piece, make_shard, make_split, plan_shards
-from perceiver.data.readers import Columns, read_documents
+from perceiver.data.pieces import Job, cut_pieces, make_piece
+from perceiver.data.prepare import make_shard, make_split, plan_shards
+from perceiver.data.read_documents import read_documents
 from perceiver.data.rows import fixed_array, fixed_column
-from perceiver.data.shards import SPLITS, Split
-from perceiver.data.sources import InputFile, resolve
+from perceiver.data.sources import resolve
 from perceiver.data.spans import Problems
 from perceiver.data.stream import read_unit
+from perceiver.data.tables import Columns
 from perceiver.data.text import mask_words, windows, word_ids
 from perceiver.data.tokenizers import MASK, ByteTokenizer, Tokenizer, load_tokenizer
 from perceiver.presets import PRESETS

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from perceiver.config import Experiment, from_dict, to_dict
 from perceiver.costs.flops import num_parameters
 from perceiver.costs.memory import step_memory
-from perceiver.data.shards import Manifest
+from perceiver.data.manifest import Manifest
 from perceiver.datasets import Dataset, with_prepared_tokenizer, with_tokenizer
 from perceiver.tasks import build_task
 from perceiver.training.batches import make_val_feeds, read_here

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from perceiver.config import Experiment, from_dict, to_dict
-from perceiver.data.shards import Manifest
+from perceiver.data.manifest import Manifest
 from perceiver.datasets import Dataset
 from perceiver.presets import PRESETS
 from perceiver.tasks import build_task

@@ -12,8 +12,9 @@ import pyarrow.fs as pafs
 from perceiver.config import Experiment, UserError, differences, digest, flatten
 from perceiver.data.components import Component, components
 from perceiver.data.examples import is_code
+from perceiver.data.manifest import MANIFEST, DamagedData, Manifest
 from perceiver.data.rows import KINDS, ArrayRows
-from perceiver.data.shards import MANIFEST, DamagedData, Manifest, broken_files
+from perceiver.data.shards import broken_files
 from perceiver.data.sources import is_shipped, mixture_sources, source_label
 from perceiver.data.storage import list_folder, open_folder
 from perceiver.data.tokenizers import TOKENIZER, load_tokenizer, tokenizer_is_there

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from perceiver.config import Experiment, UserError, home
-from perceiver.data.shards import Manifest
+from perceiver.data.manifest import Manifest
 from perceiver.data.storage import copy_file
 from perceiver.data.tokenizers import TOKENIZER
 from perceiver.datasets import Dataset

@@ -13,19 +13,12 @@ from typing import Any
 import pyarrow.fs as pafs
 
 from perceiver.config import Experiment, UserError, digest
-from perceiver.data.prepare import (
-    Job,
-    Piece,
-    ShardPlan,
-    finished_pieces,
-    finished_shards,
-    make_piece,
-    make_shard,
-    plan_shards,
-)
-from perceiver.data.readers import Columns, image_shape
+from perceiver.data.files import InputFile
+from perceiver.data.pieces import Job, Piece, finished_pieces, make_piece
+from perceiver.data.prepare import ShardPlan, finished_shards, make_shard, plan_shards
+from perceiver.data.read_images import image_shape
 from perceiver.data.rows import KINDS, ArrayRows
-from perceiver.data.sources import InputFile, Source
+from perceiver.data.sources import Source
 from perceiver.data.storage import (
     list_folder,
     open_folder,
@@ -33,6 +26,7 @@ from perceiver.data.storage import (
     remove_folder,
     write_file,
 )
+from perceiver.data.tables import Columns
 from perceiver.data.tokenizers import load_tokenizer
 from perceiver.datasets import check_image_shape
 

@@ -15,17 +15,12 @@ from perceiver.config import Experiment, UserError, digest
 from perceiver.data.chunks import fingerprint as stream_fingerprint
 from perceiver.data.components import Component, mixture_manifest
 from perceiver.data.examples import check_repeatable, is_code
-from perceiver.data.prepare import (
-    PIECE_BYTES,
-    Job,
-    cut_pieces,
-    histogram,
-    make_split,
-    shared_documents,
-    unigram_nats,
-)
-from perceiver.data.shards import MANIFEST, DamagedData, Manifest, broken_files
-from perceiver.data.sources import InputFile, Source, is_path, mixture_sources, resolve, same_file
+from perceiver.data.files import InputFile
+from perceiver.data.manifest import MANIFEST, DamagedData, Manifest
+from perceiver.data.pieces import PIECE_BYTES, Job, cut_pieces
+from perceiver.data.prepare import histogram, make_split, shared_documents, unigram_nats
+from perceiver.data.shards import broken_files
+from perceiver.data.sources import Source, is_path, mixture_sources, resolve, same_file
 from perceiver.data.storage import (
     file_hash,
     list_folder,

@@ -7,9 +7,11 @@ from typing import Any
 
 from perceiver.config import Experiment, UserError, digest
 from perceiver.data.chunks import Size, chunk_ids, chunk_rows, chunks_of, fingerprint, measure, sample_pieces
-from perceiver.data.prepare import PIECE_BYTES, Job, cut_pieces, make_split
-from perceiver.data.shards import Manifest, Split
-from perceiver.data.sources import InputFile, Source
+from perceiver.data.files import InputFile
+from perceiver.data.manifest import Manifest, Split
+from perceiver.data.pieces import PIECE_BYTES, Job, cut_pieces
+from perceiver.data.prepare import make_split
+from perceiver.data.sources import Source
 from perceiver.data.storage import write_file
 from perceiver.data.tokenizers import TOKENIZER, SentencePieceTokenizer
 from perceiver.datasets import prepare_settings

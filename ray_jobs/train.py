@@ -13,7 +13,7 @@ import torch
 
 from perceiver.config import Experiment, UserError, differences
 from perceiver.data.components import Component
-from perceiver.data.shards import Manifest
+from perceiver.data.manifest import Manifest
 from perceiver.datasets import Dataset, with_tokenizer
 from perceiver.extensions import code_of
 from perceiver.runs import EXPERIMENT, check_code, read_run, save_code

@@ -14,10 +14,10 @@ import pyarrow as pa
 from pyarrow.fs import FileType
 
 from perceiver.config import DataConfig, ParallelConfig, TokenizerTraining, UserError, flatten, to_dict
-from perceiver.data.prepare import Piece, cut_pieces
-from perceiver.data.readers import Columns
+from perceiver.data.pieces import Piece, cut_pieces
 from perceiver.data.sources import resolve
 from perceiver.data.storage import open_folder, write_file
+from perceiver.data.tables import Columns
 from perceiver.data.tokenizers import SentencePieceTokenizer
 from perceiver.data.train_tokenizer import Sample, check_training, choose_pieces, sample_piece, train_sentencepiece
 from ray_jobs.cli import main_entry, override

@@ -22,7 +22,7 @@ from ray.train.torch import TorchTrainer, get_device
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from perceiver.config import Experiment, UserError, from_dict, to_dict
-from perceiver.data.shards import Manifest
+from perceiver.data.manifest import Manifest
 from perceiver.datasets import preprocess_command, with_prepared_tokenizer
 from perceiver.extensions import Code, code_of
 from perceiver.tasks import build_task

@@ -14,8 +14,9 @@ import torch
 
 from perceiver import presets
 from perceiver.config import Experiment
+from perceiver.data.manifest import Manifest
 from perceiver.data.rows import fixed_array
-from perceiver.data.shards import Manifest, read_block
+from perceiver.data.shards import read_block
 from perceiver.datasets import Dataset
 from perceiver.tasks import build_task
 from perceiver.training.batches import make_val_feeds, read_here

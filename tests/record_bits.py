@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from perceiver.config import Cosine, Experiment, RunConfig, TrainingConfig
-from perceiver.data.shards import Manifest
+from perceiver.data.manifest import Manifest
 from perceiver.datasets import data_folder
 from perceiver.models import build_model
 from perceiver.presets import PRESETS

@@ -16,8 +16,8 @@ import pyarrow.parquet as pq
 import torch.distributed as dist
 
 from perceiver.config import Cosine, DataConfig, Experiment, OptimConfig, RunConfig, TrainingConfig
+from perceiver.data.manifest import Manifest, Shard, Split, shard_name, stream_rows
 from perceiver.data.rows import fixed_column, rows_of
-from perceiver.data.shards import Manifest, Shard, Split, shard_name, stream_rows
 from perceiver.models import (
     ClassOutput,
     DecoderConfig,

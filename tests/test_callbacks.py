@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from perceiver.config import CallbackConfig, Experiment, UserError, from_dict, to_dict
-from perceiver.data.shards import Manifest
+from perceiver.data.manifest import Manifest
 from perceiver.tasks import build_task
 from perceiver.training import hooks, record
 from perceiver.training.batches import read_here

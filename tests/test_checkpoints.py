@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 import perceiver
 from perceiver.config import Experiment, UserError
-from perceiver.data.shards import Manifest
+from perceiver.data.manifest import Manifest
 from perceiver.datasets import Dataset
 from perceiver.inference.load import describe
 from perceiver.runs import read_run

@@ -75,7 +75,7 @@ def test_submitted_working_directory_is_small_and_complete(tmp_path):
     package = tmp_path / "package.zip"
     create_package(str(ROOT), package, include_gitignore=True, excludes=get_runtime_env_default_excludes())
     names = zipfile.ZipFile(package).namelist()
-    for wanted in ("perceiver/presets.py", "ray_jobs/train.py", "cluster/node/requirements.txt"):
+    for wanted in ("perceiver/presets/images.py", "ray_jobs/train.py", "cluster/node/requirements.txt"):
         assert wanted in names
     assert not [name for name in names if name.startswith(("tests/", "docs/", ".git/", "cluster/kuberay/"))]
     assert package.stat().st_size < 3 << 20

@@ -9,7 +9,8 @@ import pytest
 
 from perceiver.config import UserError
 from perceiver.data import shards
-from perceiver.data.shards import MANIFEST, DamagedData, Manifest, describe_shard, read_block
+from perceiver.data.manifest import MANIFEST, DamagedData, Manifest
+from perceiver.data.shards import describe_shard, read_block
 from ray_jobs import preprocess
 from tests import preparing
 from tests.preparing import content, experiment, load_prepared, texts, write_idx, write_jsonl

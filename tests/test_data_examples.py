@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from perceiver.config import DataConfig, TaskConfig, UserError, to_dict
+from perceiver.data.manifest import Manifest
 from perceiver.data.rows import ArrayRows
-from perceiver.data.shards import Manifest
 from perceiver.data.sources import mixture_sources, resolve, source_label
 from perceiver.data.tokenizers import ByteTokenizer
 from perceiver.datasets import Dataset

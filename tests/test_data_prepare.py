@@ -11,8 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from perceiver.config import UserError
+from perceiver.data.manifest import MANIFEST, Manifest
 from perceiver.data.rows import fixed_array
-from perceiver.data.shards import MANIFEST, Manifest, read_block
+from perceiver.data.shards import read_block
 from perceiver.data.tokenizers import CLS, EOS, SEP, TOKENIZER, ByteTokenizer, load_tokenizer
 from perceiver.datasets import data_folder, with_prepared_tokenizer, with_tokenizer
 from perceiver.training.run import save_experiment

@@ -14,9 +14,10 @@ import pytest
 from perceiver.config import DataConfig, UserError
 from perceiver.data import spans
 from perceiver.data.images import parse_idx
-from perceiver.data.readers import Columns, read_documents
+from perceiver.data.read_documents import read_documents
 from perceiver.data.sources import SHIPPED, resolve, source_label
 from perceiver.data.spans import Problems, Span
+from perceiver.data.tables import Columns
 
 COLUMNS = Columns(text="text", label=None)
 

@@ -4,7 +4,7 @@ import pyarrow as pa
 import pytest
 
 from perceiver.config import ParallelConfig
-from perceiver.data.shards import DamagedData
+from perceiver.data.manifest import DamagedData
 from perceiver.datasets import data_folder
 from perceiver.tasks import build_task
 from perceiver.training.batches import make_train_feed, read_here

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 import perceiver
 from perceiver.config import Experiment, UserError, from_dict, to_dict
-from perceiver.data.shards import Manifest
+from perceiver.data.manifest import Manifest
 from perceiver.datasets import Dataset
 from perceiver.tasks import build_task
 from perceiver.training.batches import read_here

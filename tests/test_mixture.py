@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from perceiver.config import DataConfig, Experiment, OptimConfig, ParallelConfig, RunConfig, TrainingConfig, UserError
 from perceiver.data.components import Component, components, weighted
+from perceiver.data.manifest import Manifest, Split
 from perceiver.data.mixture import ROUND, Mixture, mixture_batches, mixture_plan, round_of
 from perceiver.data.order import Order
-from perceiver.data.shards import Manifest, Split
 from perceiver.data.sources import mixture_sources
 from perceiver.datasets import data_folder
 from perceiver.tasks import build_task

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from perceiver.config import Cosine, Experiment, ParallelConfig, UserError, from_dict, to_dict
-from perceiver.data.shards import Manifest
+from perceiver.data.manifest import Manifest
 from perceiver.tasks import build_task
 from perceiver.training.batches import read_here
 from perceiver.training.checkpoint import list_checkpoints

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from perceiver.data.shards import MANIFEST
+from perceiver.data.manifest import MANIFEST
 from perceiver.datasets import data_folder
 from tests.conftest import ROOT
 from tests.preparing import content, experiment, load_prepared, texts, write_jsonl, write_parquet

@@ -9,9 +9,10 @@ import torch
 
 from perceiver.config import DataConfig, UserError
 from perceiver.data.chunks import Size, chunks_of, cut_chunks, measure, open_chunks
-from perceiver.data.readers import Columns, read_documents
+from perceiver.data.read_documents import read_documents
 from perceiver.data.sources import resolve
 from perceiver.data.spans import Problems, Span
+from perceiver.data.tables import Columns
 from perceiver.datasets import data_folder
 from perceiver.tasks import build_task
 from perceiver.training.batches import make_train_feed, read_here

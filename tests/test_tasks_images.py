@@ -5,8 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pyarrow as pa
 
+from perceiver.data.manifest import Manifest, Split
 from perceiver.data.rows import fixed_column
-from perceiver.data.shards import Manifest, Split
 from perceiver.models import ImageInput
 from perceiver.tasks import build_task
 from tests.small import image_experiment

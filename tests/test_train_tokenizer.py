@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from perceiver.config import DataConfig, TokenizerTraining, UserError
-from perceiver.data.prepare import cut_pieces
-from perceiver.data.readers import Columns
+from perceiver.data.pieces import cut_pieces
 from perceiver.data.sources import resolve
+from perceiver.data.tables import Columns
 from perceiver.data.text import word_ids
 from perceiver.data.tokenizers import SentencePieceTokenizer
 from perceiver.data.train_tokenizer import Sample, choose_pieces, lines, sample_piece, train_sentencepiece

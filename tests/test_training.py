@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 
 from perceiver.config import Experiment, ParallelConfig, from_dict, to_dict
-from perceiver.data.shards import Manifest, read_block
+from perceiver.data.manifest import Manifest
+from perceiver.data.shards import read_block
 from perceiver.tasks import build_task
 from perceiver.training.batches import read_here
 from perceiver.training.checkpoint import choose_checkpoint, list_checkpoints

@@ -1,6 +1,6 @@
 """The experiment and its sections. Every default of the project stands beside its field, once.
 
-Presets (`perceiver/presets.py`) are functions that return an `Experiment` and show only what differs. What belongs to a run's identity
+Presets (`perceiver/presets/`) are functions that return an `Experiment` and show only what differs. What belongs to a run's identity
 (`Experiment.identity`): task, model, data, optim, training. What only says where and how fast it runs, and who watches it (`parallel`,
 `run`, `callbacks`), does not, so that a run can be continued on other machines.
 """
@@ -42,7 +42,7 @@ class TaskConfig(Config):
     """What is learned: base class of all tasks' settings."""
 
     kind: ClassVar[str] = "arrays"
-    """What prepared rows the task reads: "images", "tokens", "documents" (see perceiver/data/shards.py), or "arrays" (`rows`)."""
+    """What prepared rows the task reads: "images", "tokens", "documents" (see perceiver/data/rows.py), or "arrays" (`rows`)."""
     document_marks: ClassVar[str] = "eos"
     """Of a task that reads a stream of text, the ids around each document: "eos" (one after it) or "cls-sep"."""
     abilities: ClassVar[tuple[str, ...]] = ("predict",)

@@ -14,12 +14,14 @@ import numpy as np
 import pyarrow as pa
 
 from perceiver.config import DataConfig, UserError
-from perceiver.data.prepare import Job, Piece, document_marks
-from perceiver.data.readers import Columns, parquet_rows, read_documents
+from perceiver.data.files import InputFile
+from perceiver.data.manifest import Manifest, Split
+from perceiver.data.pieces import Job, Piece, document_marks
+from perceiver.data.read_documents import read_documents
 from perceiver.data.rows import fixed_column
-from perceiver.data.shards import Manifest, Split
-from perceiver.data.sources import InputFile, Source, resolve
+from perceiver.data.sources import Source, resolve
 from perceiver.data.spans import Problems, Span, Unreadable, chunks
+from perceiver.data.tables import Columns, parquet_rows
 from perceiver.data.text import join_documents
 from perceiver.data.tokenizers import load_tokenizer
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from perceiver.config import digest
-from perceiver.data.shards import SPLITS, Manifest, Split
+from perceiver.data.manifest import SPLITS, Manifest, Split
 
 COUNTED = ("rows", "tokens", "bytes", "words", "documents")
 

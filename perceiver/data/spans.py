@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from perceiver.config import UserError
 from perceiver.data.examples import ExamplePart
-from perceiver.data.sources import InputFile
+from perceiver.data.files import InputFile
 from perceiver.data.storage import open_folder
 
 SECTION = 1 << 16

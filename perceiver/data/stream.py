@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterable, Iterator
 import numpy as np
 import pyarrow as pa
 
+from perceiver.data.manifest import Split
 from perceiver.data.order import Order, Unit, plan, rank_rows
-from perceiver.data.shards import Split, read_block
+from perceiver.data.shards import read_block
 
 Examples = Callable[[pa.Table, Split, int, int, bool], pa.Table]
 """A task's `examples`: (block, split, first row, epoch, train) -> one example a row."""

@@ -15,9 +15,10 @@ import numpy as np
 import sentencepiece
 
 from perceiver.config import TokenizerTraining, UserError
-from perceiver.data.prepare import Piece, splits_of
-from perceiver.data.readers import Columns, read_documents
+from perceiver.data.pieces import Piece, splits_of
+from perceiver.data.read_documents import read_documents
 from perceiver.data.spans import Problems
+from perceiver.data.tables import Columns
 
 LONGEST = 1000
 """Characters of a line that the trainer is given at once (it leaves out what is longer than 4,192 bytes)."""

@@ -20,9 +20,9 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from perceiver.config import UserError
-from perceiver.data.readers import NotJson, parse_json
 from perceiver.data.rows import ArrayRows, Column
 from perceiver.data.storage import open_folder
+from perceiver.data.tables import NotJson, parse_json
 
 Kind = Literal["text", "image", "arrays"]
 _CHUNK = 8 << 20

@@ -21,8 +21,8 @@ from perceiver.costs.activations import StepSizes
 from perceiver.costs.count import CountedStep
 from perceiver.costs.memory import FormulaStep, Step, has_formulas
 from perceiver.data.components import Component, weighted
+from perceiver.data.manifest import Manifest, Split
 from perceiver.data.rows import ArrayRows
-from perceiver.data.shards import Manifest, Split
 from perceiver.models import build_model
 
 Batch = dict[str, Tensor]

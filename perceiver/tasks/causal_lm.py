@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from perceiver.config import DataConfig, ModelConfig, TaskConfig, UserError
 from perceiver.costs.activations import StepSizes
 from perceiver.costs.flops import num_kept, training_flops
+from perceiver.data.manifest import Manifest, Split
 from perceiver.data.order import uniforms
 from perceiver.data.rows import fixed_array, fixed_column
-from perceiver.data.shards import Manifest, Split
 from perceiver.data.tokenizers import load_tokenizer
 from perceiver.generation.generate import generate
 from perceiver.models import PerceiverARConfig

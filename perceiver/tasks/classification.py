@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from perceiver.config import UserError
 from perceiver.costs.flops import training_flops
-from perceiver.data.shards import Manifest, Split
+from perceiver.data.manifest import Manifest, Split
 from perceiver.models import ClassOutput, PerceiverIOConfig
 from perceiver.tasks.base import IGNORE_INDEX, Batch, C, Guess, Sample, Task, loss_of_sources
 from perceiver.tasks.pictures import confusion_matrix

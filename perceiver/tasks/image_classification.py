@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from perceiver.config import DataConfig, ModelConfig, TaskConfig, UserError
 from perceiver.data.images import random_crop
+from perceiver.data.manifest import Split
 from perceiver.data.order import uniforms
 from perceiver.data.rows import fixed_array
-from perceiver.data.shards import Split
 from perceiver.models import ClassOutput, ImageInput, PerceiverIOConfig
 from perceiver.tasks.base import IGNORE_INDEX, Batch, Task, padded
 from perceiver.tasks.classification import Classification

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from perceiver.config import DataConfig, ModelConfig, TaskConfig, UserError
-from perceiver.data.shards import Split
+from perceiver.data.manifest import Split
 from perceiver.data.tokenizers import load_tokenizer
 from perceiver.models import ClassOutput, PerceiverIOConfig, TextInput
 from perceiver.tasks.base import IGNORE_INDEX, Batch, Task, padded

@@ -18,9 +18,9 @@ from torch import Tensor
 from perceiver.config import DataConfig, Experiment, TrainingConfig
 from perceiver.data.chunks import Chunks, no_tokens, open_chunks
 from perceiver.data.components import Component, components
+from perceiver.data.manifest import Manifest, Split
 from perceiver.data.mixture import Mixture, MixtureUnit, mixture_batches, mixture_plan
 from perceiver.data.order import VALIDATION_SEED, Order, Unit, plan, worker_slots
-from perceiver.data.shards import Manifest, Split
 from perceiver.data.sources import mixture_sources
 from perceiver.data.stream import empty_rows, rank_batches, read_unit
 

@@ -17,7 +17,7 @@ import perceiver
 from perceiver.config import Experiment, to_dict
 from perceiver.costs.devices import peak_flops
 from perceiver.data.components import Component, weighted
-from perceiver.data.shards import Manifest, Split
+from perceiver.data.manifest import Manifest, Split
 from perceiver.data.storage import read_file, write_file
 from perceiver.data.tokenizers import TOKENIZER
 from perceiver.runs import EXPERIMENT

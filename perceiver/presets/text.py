@@ -1,11 +1,5 @@
-"""Named experiments: each a function that returns an `Experiment` and shows only what differs from the defaults.
+"""Experiments on text."""
 
-`perceiver presets` prints their table. Architectures and recipes are those of the published examples of
-krasserm/perceiver-io and of the Perceiver papers (arXiv 2103.03206, 2107.14795, 2202.07765).
-"""
-
-import sys
-from collections.abc import Callable
 from dataclasses import replace
 
 from perceiver.config import Adam, AdamW, Cosine, DataConfig, Experiment, OptimConfig, ParallelConfig, RunConfig, TrainingConfig
@@ -13,101 +7,13 @@ from perceiver.models import (
     ClassOutput,
     DecoderConfig,
     EncoderConfig,
-    FlowInput,
-    FlowOutput,
-    ImageInput,
     PerceiverARConfig,
     PerceiverIOConfig,
     TextInput,
 )
 from perceiver.tasks.causal_lm import CausalLMConfig
-from perceiver.tasks.image_classification import ImageClassificationConfig
 from perceiver.tasks.masked_lm import MaskedLMConfig
-from perceiver.tasks.optical_flow import OpticalFlowConfig
-from perceiver.tasks.symbolic_audio import SymbolicAudioConfig
 from perceiver.tasks.text_classification import TextClassificationConfig
-
-# --------------------------------------------------------------------------------------------------------------- images
-
-
-def quickstart() -> Experiment:
-    """A small Perceiver on 4,000 MNIST digits that come with the package; two workers on a laptop's CPU."""
-    return Experiment(
-        preset="quickstart",
-        task=ImageClassificationConfig(),
-        model=replace(
-            _mnist_model(),
-            num_latents=16,
-            num_latent_channels=64,
-            encoder=replace(_mnist_model().encoder, num_self_attention_heads=4, num_self_attention_layers_per_block=1),
-            output=ClassOutput(num_query_channels=64),
-        ),
-        data=DataConfig(source="mnist-mini"),
-        optim=OptimConfig(lr=3e-3, schedule=Cosine(), warmup_steps=50),
-        training=TrainingConfig(global_batch_size=32, max_epochs=6),
-        parallel=ParallelConfig(workers=2),
-        run=RunConfig(log_every=50, val_every=250, checkpoint_every=250),
-    )
-
-
-def img_clf_mnist() -> Experiment:
-    """MNIST classifier: every pixel attended, Fourier positions, two cross-attention layers."""
-    return Experiment(
-        preset="img-clf-mnist",
-        task=ImageClassificationConfig(),
-        model=_mnist_model(),
-        data=DataConfig(source="mnist"),
-        optim=OptimConfig(lr=1e-3, warmup_steps=500),
-        training=TrainingConfig(global_batch_size=256, max_epochs=30),
-        run=RunConfig(val_every=235, checkpoint_every=235),
-    )
-
-
-def img_clf_imagenet() -> Experiment:
-    """ImageNet classifier with 2D Fourier features (Perceiver IO paper, Section 4.4; vision-perceiver-fourier)."""
-    return Experiment(
-        preset="img-clf-imagenet",
-        task=ImageClassificationConfig(),
-        model=PerceiverIOConfig(
-            num_latents=512,
-            num_latent_channels=1024,
-            input=ImageInput(image_shape=(224, 224, 3), num_frequency_bands=64),
-            encoder=EncoderConfig(
-                num_cross_attention_heads=1,
-                num_self_attention_layers_per_block=6,
-                num_self_attention_blocks=8,
-            ),
-            decoder=DecoderConfig(num_cross_attention_heads=1),
-            output=ClassOutput(num_classes=1000, num_query_channels=1024),
-        ),
-        data=DataConfig(source="imagenet"),
-        training=TrainingConfig(global_batch_size=1024, max_epochs=110, precision="bf16"),
-    )
-
-
-def optical_flow() -> Experiment:
-    """Optical flow on pairs of frames (Perceiver IO paper, Section 4.2; optical-flow-perceiver)."""
-    return Experiment(
-        preset="optical-flow",
-        task=OpticalFlowConfig(),
-        model=PerceiverIOConfig(
-            num_latents=2048,
-            num_latent_channels=512,
-            input=FlowInput(),
-            encoder=EncoderConfig(num_cross_attention_heads=1, num_self_attention_heads=16, num_self_attention_layers_per_block=24),
-            decoder=DecoderConfig(
-                num_cross_attention_heads=1,
-                num_cross_attention_qk_channels=512,
-                num_cross_attention_v_channels=512,
-                cross_attention_residual=False,
-            ),
-            output=FlowOutput(),
-        ),
-        data=DataConfig(source="flow"),
-    )
-
-
-# ----------------------------------------------------------------------------------------------------------------- text
 
 
 def mlm_imdb() -> Experiment:
@@ -254,57 +160,6 @@ def clm_c4_small() -> Experiment:
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------- music
-
-
-def sam_maestro() -> Experiment:
-    """Perceiver AR on piano performances (MAESTRO v3)."""
-    return Experiment(
-        preset="sam-maestro",
-        task=SymbolicAudioConfig(),
-        model=_music_model(max_seq_len=2048, max_latents=1024, num_channels=512, num_self_attention_layers=8),
-        data=DataConfig(source="maestro"),
-        optim=_music_optim(),
-        training=TrainingConfig(global_batch_size=192, max_steps=20_000),
-        parallel=ParallelConfig(workers=2, micro_batch_size=48),
-    )
-
-
-def sam_giantmidi() -> Experiment:
-    """Perceiver AR on transcribed piano recordings (GiantMIDI-Piano)."""
-    return Experiment(
-        preset="sam-giantmidi",
-        task=SymbolicAudioConfig(min_seq_len=2048),
-        model=_music_model(max_seq_len=6144, max_latents=2048, num_channels=768, num_self_attention_layers=18),
-        data=DataConfig(source="giantmidi"),
-        optim=_music_optim(),
-        training=TrainingConfig(global_batch_size=32, max_steps=20_000),
-        parallel=ParallelConfig(workers=2, micro_batch_size=8),
-    )
-
-
-# --------------------------------------------------------------------------------------------------------- shared parts
-
-
-def _mnist_model() -> PerceiverIOConfig:
-    return PerceiverIOConfig(
-        num_latents=32,
-        num_latent_channels=128,
-        input=ImageInput(),
-        encoder=EncoderConfig(
-            num_cross_attention_heads=1,
-            num_cross_attention_layers=2,
-            num_self_attention_layers_per_block=3,
-            num_self_attention_blocks=3,
-            first_self_attention_block_shared=False,
-            dropout=0.1,
-        ),
-        decoder=DecoderConfig(num_cross_attention_heads=1, dropout=0.1),
-        output=ClassOutput(),
-        init_scale=0.1,
-    )
-
-
 def _text_model(decoder: DecoderConfig) -> PerceiverIOConfig:
     return PerceiverIOConfig(
         encoder=EncoderConfig(
@@ -391,49 +246,3 @@ def _c4_model() -> PerceiverARConfig:
         output_norm=True,
         output_bias=False,
     )
-
-
-def _music_model(**sizes: int) -> PerceiverARConfig:
-    return PerceiverARConfig(
-        vocab_size=389,
-        abs_pos_emb=False,
-        output_norm=True,
-        output_bias=False,
-        cross_attention_dropout=0.1,
-        post_attention_dropout=0.1,
-        residual_dropout=0.1,
-        **sizes,
-    )
-
-
-def _music_optim() -> OptimConfig:
-    return OptimConfig(lr=2e-4, schedule=Cosine(), warmup_steps=200, max_grad_norm=0.5)
-
-
-PRESETS: dict[str, Callable[[], Experiment]] = {
-    function.__name__.replace("_", "-"): function
-    for function in (
-        quickstart,
-        img_clf_mnist,
-        clm_wikitext,
-        clm_wikitext_small,
-        mlm_imdb,
-        mlm_imdb_small,
-        txt_clf_imdb_decoder,
-        txt_clf_imdb_decoder_small,
-        txt_clf_imdb_all,
-        txt_clf_imdb_all_small,
-        clm_c4,
-        clm_c4_small,
-        sam_maestro,
-        sam_giantmidi,
-        img_clf_imagenet,
-        optical_flow,
-    )
-}
-
-
-if __name__ == "__main__":
-    from perceiver.catalog import main
-
-    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,152 @@
+"""What readers of JSON lines and parquet files share: columns, labels, rows of parquet, faults of lines."""
+
+from __future__ import annotations
+
+import json
+import reprlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from perceiver.data.files import InputFile
+from perceiver.data.spans import (
+    SLAB,
+    Problems,
+    Span,
+    Unreadable,
+    line_number,
+)
+from perceiver.data.storage import open_folder
+
+MAX_ROWS = 4096
+"""Rows of parquet taken at once, at most; fewer where they are large."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Columns:
+    """Which columns to read and what they may hold."""
+
+    text: str
+    label: str | None
+    """None: labels are not needed."""
+    num_classes: int = 0
+    class_names: tuple[str, ...] = ()
+    image_shape: tuple[int, int, int] | None = None
+
+
+def parquet_rows(file: InputFile) -> tuple[int, int]:
+    """Rows of a parquet file, and their bytes unpacked.
+
+    Raises:
+        Unreadable: it is damaged, or no parquet file.
+    """
+    with open_parquet(file) as parquet:
+        metadata = parquet.metadata
+        size = sum(metadata.row_group(g).total_byte_size for g in range(metadata.num_row_groups))
+        return metadata.num_rows, size
+
+
+def line_fault(span: Span, position: int, problems: Problems) -> Callable[[str, str], None]:
+    """Reports a fault of the line at a byte of a file."""
+
+    def fault(reason: str, what: str) -> None:
+        place = "" if problems.skip else f"line {line_number(span, position):,}: "
+        problems.report(reason, f"{span.file.name} {place}{what}")
+
+    return fault
+
+
+class NotJson(Exception):
+    """Text that is not JSON, or JSON that Python does not read: the message is the reason."""
+
+
+def parse_json(text: str) -> Any:
+    """The value of a text of JSON.
+
+    Raises:
+        NotJson: it is none, is nested too deep, or has a number of thousands of digits.
+    """
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise NotJson(f"{error.msg} at column {error.colno}") from None
+    except RecursionError:
+        raise NotJson("it is nested too deep") from None
+    except ValueError:
+        raise NotJson("it has a number of too many digits") from None
+
+
+class BadLabel(Exception):
+    pass
+
+
+def label_of(value: Any, columns: Columns) -> int:
+    """A label as a class number: a number, or the name of a class.
+
+    Raises:
+        BadLabel: neither.
+    """
+    if isinstance(value, str) and value in columns.class_names:
+        return columns.class_names.index(value)
+    whole = isinstance(value, (int, np.integer)) or (isinstance(value, float) and value.is_integer())
+    if whole and 0 <= value < columns.num_classes:
+        return int(value)
+    names = f" or {', '.join(columns.class_names)}" if columns.class_names else ""
+    raise BadLabel(f"label {reprlib.repr(value)} must be 0 .. {columns.num_classes - 1}{names}")
+
+
+def labels_of(span: Span, table: pa.Table, first: int, keep: list[bool], columns: Columns, problems: Problems) -> np.ndarray:
+    """The label column as class numbers; rows with a faulty label are taken out of `keep`."""
+    result = np.zeros(table.num_rows, np.int64)
+    for i, value in enumerate(table.column(columns.label).to_pylist()):
+        if keep[i]:
+            try:
+                result[i] = label_of(value, columns)
+            except BadLabel as error:
+                problems.report("bad label", f"{span.file.name} row {first + i:,}: {error}")
+                keep[i] = False
+    return result
+
+
+@contextmanager
+def open_parquet(file: InputFile) -> Iterator[pq.ParquetFile]:
+    filesystem, path = open_folder(file.path)
+    try:
+        with filesystem.open_input_file(path) as source, pq.ParquetFile(source) as parquet:
+            yield parquet
+    except (pa.ArrowInvalid, OSError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise Unreadable("corrupt file", f"{file.name} is no readable parquet file ({reason})") from None
+
+
+def parquet_tables(span: Span, wanted: list[str]) -> Iterator[tuple[int, pa.Table]]:
+    """The rows of a span, some at once, with the number of the first.
+
+    Raises:
+        Unreadable: damaged file, missing column, no rows.
+    """
+    with open_parquet(span.input_file) as parquet:
+        there = parquet.schema_arrow.names
+        if missing := [name for name in wanted if name not in there]:
+            raise Unreadable("wrong schema", f"{span.file.name} has no column {missing[0]!r} (it has: {', '.join(there)})")
+        if parquet.metadata.num_rows == 0:
+            raise Unreadable("empty file", f"{span.file.name} has no rows")
+        first = 0
+        for group in range(parquet.metadata.num_row_groups):
+            stop = first + parquet.metadata.row_group(group).num_rows
+            if first < span.stop and stop > span.start:
+                position = first
+                size = parquet.metadata.row_group(group).total_byte_size // max(stop - first, 1)
+                rows = min(max(SLAB // max(size, 1), 1), MAX_ROWS)
+                for batch in parquet.iter_batches(rows, row_groups=[group], columns=wanted, use_threads=False):
+                    low, high = max(position, span.start), min(position + batch.num_rows, span.stop)
+                    if low < high:
+                        table = pa.Table.from_batches([batch.slice(low - position, high - low)])
+                        yield low, table.select(wanted)
+                    position += batch.num_rows
+            first = stop

@@ -1,0 +1,45 @@
+"""Named experiments: each a function that returns an `Experiment` and shows only what differs from the defaults.
+
+`perceiver presets` prints their table. Architectures and recipes are those of the published examples of
+krasserm/perceiver-io and of the Perceiver papers (arXiv 2103.03206, 2107.14795, 2202.07765).
+"""
+
+from collections.abc import Callable
+
+from perceiver.config import Experiment
+from perceiver.presets.images import img_clf_imagenet, img_clf_mnist, optical_flow, quickstart
+from perceiver.presets.music import sam_giantmidi, sam_maestro
+from perceiver.presets.text import (
+    clm_c4,
+    clm_c4_small,
+    clm_wikitext,
+    clm_wikitext_small,
+    mlm_imdb,
+    mlm_imdb_small,
+    txt_clf_imdb_all,
+    txt_clf_imdb_all_small,
+    txt_clf_imdb_decoder,
+    txt_clf_imdb_decoder_small,
+)
+
+PRESETS: dict[str, Callable[[], Experiment]] = {
+    function.__name__.replace("_", "-"): function
+    for function in (
+        quickstart,
+        img_clf_mnist,
+        clm_wikitext,
+        clm_wikitext_small,
+        mlm_imdb,
+        mlm_imdb_small,
+        txt_clf_imdb_decoder,
+        txt_clf_imdb_decoder_small,
+        txt_clf_imdb_all,
+        txt_clf_imdb_all_small,
+        clm_c4,
+        clm_c4_small,
+        sam_maestro,
+        sam_giantmidi,
+        img_clf_imagenet,
+        optical_flow,
+    )
+}

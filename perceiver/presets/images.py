@@ -1,0 +1,112 @@
+"""Experiments on images and frames."""
+
+from dataclasses import replace
+
+from perceiver.config import Cosine, DataConfig, Experiment, OptimConfig, ParallelConfig, RunConfig, TrainingConfig
+from perceiver.models import (
+    ClassOutput,
+    DecoderConfig,
+    EncoderConfig,
+    FlowInput,
+    FlowOutput,
+    ImageInput,
+    PerceiverIOConfig,
+)
+from perceiver.tasks.image_classification import ImageClassificationConfig
+from perceiver.tasks.optical_flow import OpticalFlowConfig
+
+
+def quickstart() -> Experiment:
+    """A small Perceiver on 4,000 MNIST digits that come with the package; two workers on a laptop's CPU."""
+    return Experiment(
+        preset="quickstart",
+        task=ImageClassificationConfig(),
+        model=replace(
+            _mnist_model(),
+            num_latents=16,
+            num_latent_channels=64,
+            encoder=replace(_mnist_model().encoder, num_self_attention_heads=4, num_self_attention_layers_per_block=1),
+            output=ClassOutput(num_query_channels=64),
+        ),
+        data=DataConfig(source="mnist-mini"),
+        optim=OptimConfig(lr=3e-3, schedule=Cosine(), warmup_steps=50),
+        training=TrainingConfig(global_batch_size=32, max_epochs=6),
+        parallel=ParallelConfig(workers=2),
+        run=RunConfig(log_every=50, val_every=250, checkpoint_every=250),
+    )
+
+
+def img_clf_mnist() -> Experiment:
+    """MNIST classifier: every pixel attended, Fourier positions, two cross-attention layers."""
+    return Experiment(
+        preset="img-clf-mnist",
+        task=ImageClassificationConfig(),
+        model=_mnist_model(),
+        data=DataConfig(source="mnist"),
+        optim=OptimConfig(lr=1e-3, warmup_steps=500),
+        training=TrainingConfig(global_batch_size=256, max_epochs=30),
+        run=RunConfig(val_every=235, checkpoint_every=235),
+    )
+
+
+def img_clf_imagenet() -> Experiment:
+    """ImageNet classifier with 2D Fourier features (Perceiver IO paper, Section 4.4; vision-perceiver-fourier)."""
+    return Experiment(
+        preset="img-clf-imagenet",
+        task=ImageClassificationConfig(),
+        model=PerceiverIOConfig(
+            num_latents=512,
+            num_latent_channels=1024,
+            input=ImageInput(image_shape=(224, 224, 3), num_frequency_bands=64),
+            encoder=EncoderConfig(
+                num_cross_attention_heads=1,
+                num_self_attention_layers_per_block=6,
+                num_self_attention_blocks=8,
+            ),
+            decoder=DecoderConfig(num_cross_attention_heads=1),
+            output=ClassOutput(num_classes=1000, num_query_channels=1024),
+        ),
+        data=DataConfig(source="imagenet"),
+        training=TrainingConfig(global_batch_size=1024, max_epochs=110, precision="bf16"),
+    )
+
+
+def optical_flow() -> Experiment:
+    """Optical flow on pairs of frames (Perceiver IO paper, Section 4.2; optical-flow-perceiver)."""
+    return Experiment(
+        preset="optical-flow",
+        task=OpticalFlowConfig(),
+        model=PerceiverIOConfig(
+            num_latents=2048,
+            num_latent_channels=512,
+            input=FlowInput(),
+            encoder=EncoderConfig(num_cross_attention_heads=1, num_self_attention_heads=16, num_self_attention_layers_per_block=24),
+            decoder=DecoderConfig(
+                num_cross_attention_heads=1,
+                num_cross_attention_qk_channels=512,
+                num_cross_attention_v_channels=512,
+                cross_attention_residual=False,
+            ),
+            output=FlowOutput(),
+        ),
+        data=DataConfig(source="flow"),
+    )
+
+
+def _mnist_model() -> PerceiverIOConfig:
+    return PerceiverIOConfig(
+        num_latents=32,
+        num_latent_channels=128,
+        input=ImageInput(),
+        encoder=EncoderConfig(
+            num_cross_attention_heads=1,
+            num_cross_attention_layers=2,
+            num_self_attention_layers_per_block=3,
+            num_self_attention_blocks=3,
+            first_self_attention_block_shared=False,
+            dropout=0.1,
+        ),
+        decoder=DecoderConfig(num_cross_attention_heads=1, dropout=0.1),
+        output=ClassOutput(),
+        init_scale=0.1,
+    )
