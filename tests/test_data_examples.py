@@ -338,7 +338,7 @@ def test_files_of_other_formats_are_refused(folder):
 # ----------------------------------------------------------------------------------------------------------------- with Ray
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_example_prepares_its_own_series_on_ray_workers_that_cannot_import_its_file(tmp_path):
     mine = copy_examples(tmp_path / "mine")
     said = Job("ray_jobs.preprocess", f"{mine}/weather.py:tiny", home=tmp_path / "home").finish()

@@ -361,7 +361,7 @@ assert task.scale == 3.0 and task.rows(None, None).columns["x"].shape == (2, 3) 
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_job_on_ray_predicts_with_an_outside_task(tmp_path, module):
     run = write_run(tmp_path / "run", module)
     write_files(tmp_path / "in")

@@ -152,7 +152,7 @@ def ours(cluster, *args: str, **environment: str) -> subprocess.Popen:
     )  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_submit_follows_a_job_and_has_its_exit_status(cluster):
     job = ours(cluster, "--id", "good", "train", "quickstart", *SHORT, "--name", "good")
     output = job.communicate(timeout=400)[0]
