@@ -2,7 +2,7 @@
 
     python -m benchmarks.sentiment_baseline FOLDER [--words 30000] [--cut 254 [--tokenizer MODEL]]
 
-FOLDER holds IMDb's train.parquet and test.parquet (columns text, label). With --cut, reviews are cut to so many bytes, or pieces
+FOLDER holds IMDb's train.parquet and test.parquet (columns text, label). With --cut N, reviews are cut to N bytes, or pieces
 of a SentencePiece model, as a model sees them that reads no more. A tenth of the training reviews chooses the weight decay; the
 test reviews are used once. Takes a minute on one core.
 """
@@ -70,7 +70,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--words", type=int, default=30_000, help="the most frequent words of the training reviews")
-    parser.add_argument("--cut", type=int, help="reviews are cut to so many tokens")
+    parser.add_argument("--cut", type=int, help="number of tokens that reviews are cut to")
     parser.add_argument("--tokenizer", default="bytes", help="bytes, or the path of a SentencePiece model")
     args = parser.parse_args()
     documents, labels = read(args.folder / "train.parquet", args.cut, args.tokenizer)

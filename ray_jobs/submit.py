@@ -69,7 +69,7 @@ def main(argv: list[str]) -> int:
         return follow(client, name, args.patience)
     except KeyboardInterrupt:
         if args.on_interrupt == "detach":
-            print(f"\nthe job goes on; follow it: {follow_command}\nstop it: ray job stop {address}{name}", file=sys.stderr)
+            print(f"\nthe job continues; follow it: {follow_command}\nstop it: ray job stop {address}{name}", file=sys.stderr)
             return STOPPED
         print("\nstopping the job", file=sys.stderr)
         client.stop_job(name)

@@ -145,7 +145,7 @@ class Hosts:
         return done.stdout + done.stderr
 
     def start(self, *command: str, log: Path) -> subprocess.Popen:
-        """A command of the client's that goes on running."""
+        """A command of the client's that keeps running."""
         output = open(log, "w")
         return subprocess.Popen(
             self.client.inside(*command), env=self.environment, stdout=output, stderr=subprocess.STDOUT,

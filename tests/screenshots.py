@@ -30,7 +30,7 @@ SCRAPES = 8
 
 
 class Browser:
-    """Chromium on a host, told what to do over a pipe (its DevTools protocol)."""
+    """Chromium on a host, driven over a pipe (its DevTools protocol)."""
 
     def __init__(self, host: Host, environment: dict[str, str], log: Path) -> None:
         command = [

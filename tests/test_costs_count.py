@@ -202,7 +202,7 @@ def test_costs_of_every_preset_agree_with_its_formulas(name):
 
     The formulas leave out that learned queries and latents are projected once for the whole batch, and that the gradient of an
     input that is not learned (frames of optical flow) is not computed. Factored attention to images computes less than the plain
-    one, which FLOPs are told of: it is switched off for them. Of activations the formulas leave out statistics of norms,
+    one, whose FLOPs are reported: it is switched off for them. Of activations the formulas leave out statistics of norms,
     tables of rotation, masks, and the few numbers per pixel that factored attention makes, which only small images show.
     """
     config = PRESETS[name]().model

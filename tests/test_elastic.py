@@ -70,7 +70,7 @@ def compare(run: Path, plain: Path) -> None:
 
 
 def wait_for_workers(job: Job, workers: int, timeout: float = 180) -> int:
-    """Until the job goes on with so many workers; the step it does it from."""
+    """Waits until the job continues with a number of workers; the step it continues from."""
     end = time.monotonic() + timeout
     while time.monotonic() < end:
         if found := re.search(rf"continuing from step (\d+).* on {workers} workers?", job.output):

@@ -128,7 +128,7 @@ def last_step(run: Path) -> int:
 
 
 def went_on(hosts: Hosts, workers: int) -> int:
-    """Waits until the job goes on with so many workers; the step it does it from."""
+    """Waits until the job continues with a number of workers; the step it continues from."""
     pattern = re.compile(rf"continuing from step (\d+).* on {workers} workers?")
     wait_for(lambda: pattern.search(driver_log(hosts)), f"{workers} workers", 400, hosts)
     return int(pattern.search(driver_log(hosts))[1])

@@ -287,8 +287,8 @@ def test_the_losses_of_the_sources_by_their_targets_are_the_training_loss(prepar
         for micro_batches in feed.steps(read_here, 0, 1, first, record["step"]):
             for batch in micro_batches:
                 targets += ((batch["labels"] != IGNORE_INDEX).sum(1) @ batch["sources"].long()).numpy()
-        told = np.array([record["loss/web.jsonl"], record["loss/books.jsonl"]])
-        assert told @ targets / targets.sum() == pytest.approx(record["loss"], rel=1e-6) and told[0] != told[1]
+        reported = np.array([record["loss/web.jsonl"], record["loss/books.jsonl"]])
+        assert reported @ targets / targets.sum() == pytest.approx(record["loss"], rel=1e-6) and reported[0] != reported[1]
         first = record["step"]
     last = records[-1]
     shown = f"loss {last['loss']:.4f} (web.jsonl {last['loss/web.jsonl']:.4f}, books.jsonl {last['loss/books.jsonl']:.4f})"

@@ -71,13 +71,13 @@ def test_rays_command_takes_what_the_script_says():
 def test_a_training_hears_of_each_machine_once(monkeypatch):
     from ray_jobs.worker import Notice
 
-    told = [None, ["a"], ["a"], ["a", "b"], None]
-    infos = iter([nodes and SimpleNamespace(preempted_node_ids=nodes) for nodes in told])
+    infos_given = [None, ["a"], ["a"], ["a", "b"], None]
+    infos = iter([nodes and SimpleNamespace(preempted_node_ids=nodes) for nodes in infos_given])
     monkeypatch.setattr("ray.train.get_preemption_info", lambda: next(infos))
     notice, saved = Notice(), []
     notice.training = SimpleNamespace(save=lambda: saved.append(step), world=SimpleNamespace(rank=0))
     with heard() as lines:
-        for step in range(len(told)):
+        for step in range(len(infos_given)):
             notice.on_meeting(step)
     assert saved == [1, 3] and len(lines) == 2
 

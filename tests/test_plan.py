@@ -103,11 +103,11 @@ def test_a_training_that_cannot_fit_is_refused_with_the_least_change_that_would(
 
 
 def test_the_memory_of_a_device_may_be_told():
-    told = c4(activation_checkpointing=0, device_memory_gib=16.0)
+    limited = c4(activation_checkpointing=0, device_memory_gib=16.0)
     with pytest.raises(UserError, match=r"a GPU of 16.0 GiB has 13.7 GiB for it: --parallel.micro-batch-size \d+ fits"):
-        check_memory(told, gpu=True)
+        check_memory(limited, gpu=True)
     with pytest.raises(UserError, match="each worker has 16.0 GiB for it"):
-        check_memory(told, gpu=False)
+        check_memory(limited, gpu=False)
     check_memory(c4(device_memory_gib=80.0), gpu=True)
     assert usable(80 * GIB) < 80 * GIB
 

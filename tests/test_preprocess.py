@@ -40,7 +40,7 @@ def notes(root: Path, kind: str) -> int:
 
 
 def kill_after(process: subprocess.Popen, root: Path, kind: str, num: int) -> None:
-    """Kills a preparation (and with it its Ray) as soon as so many of its jobs are finished."""
+    """Kills a preparation (and with it its Ray) as soon as a number of its jobs are finished."""
     while notes(root, kind) < num:
         assert process.poll() is None, "it ended before it could be killed"
         time.sleep(0.01)

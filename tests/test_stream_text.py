@@ -134,9 +134,9 @@ def test_every_chunk_gives_its_rows_from_its_own_text(prepared, source):
         assert block.equals(chunks.read(folder, split, number)) and block.num_rows == chunks.rows + 1
         ids = np.array(block["tokens"].to_pylist()).reshape(-1)
         text = "\x02".join(text for span in piece.spans for text in documents(span)) + "\x02"
-        told = np.frombuffer(text.encode(), np.uint8).astype(int)
-        told = np.where(told == 2, 2, told + 6)
-        assert np.array_equal(ids, np.resize(told, len(ids))), "end to end, with the id of a document's end"
+        expected = np.frombuffer(text.encode(), np.uint8).astype(int)
+        expected = np.where(expected == 2, 2, expected + 6)
+        assert np.array_equal(ids, np.resize(expected, len(ids))), "end to end, with the id of a document's end"
     total = sum(len(text.encode()) + 1 for text in texts(600))
     held_out = manifest.splits["val"].tokens
     assert held_out > 0 and 0.75 * total < split.tokens + held_out < 1.05 * total

@@ -48,9 +48,9 @@ def test_a_submission_is_named_after_job_and_preset():
     ],
 )
 def test_the_dashboard_is_told_name_experiment_and_version(job, arguments, name, experiment):
-    told = describe(job, arguments, "abc")
+    description = describe(job, arguments, "abc")
     expected = {"job_name": name, "job": job, "experiment": experiment, "git": "abc", "arguments": " ".join(arguments)}
-    assert told == expected
+    assert description == expected
 
 
 def test_a_training_is_checked_and_other_jobs_go_through():

@@ -188,7 +188,7 @@ def test_an_interrupt_detaches_from_a_job_or_stops_it(cluster):
     read_until(job, "step ")
     job.send_signal(signal.SIGINT)
     output = job.communicate(timeout=60)[0]
-    assert job.returncode == 130 and "the job goes on" in output
+    assert job.returncode == 130 and "the job continues" in output
     job = ours(cluster, "--on-interrupt", "stop", "--follow", "long")
     read_until(job, "step ")
     job.send_signal(signal.SIGINT)

@@ -1,4 +1,4 @@
-"""Training of SentencePiece models: the sample, what the models can do, and what a user gets told."""
+"""Training of SentencePiece models: the sample, what the models can do, and the messages to a user."""
 
 import random
 from dataclasses import replace

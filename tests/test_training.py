@@ -51,7 +51,7 @@ def _die(training: Training) -> None:
 def run(
     experiment: Experiment, data: Path, folder: Path, world: int = 1, stop_at: int | None = None, timeout: float = 240
 ) -> dict[str, np.ndarray]:
-    """Trains with `world` processes; weights by name, or nothing if they were told to die."""
+    """Trains with `world` processes; weights by name, or nothing if they had to die."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

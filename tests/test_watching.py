@@ -112,9 +112,9 @@ def test_prometheus_has_the_numbers_of_the_metrics_file_and_an_answer_to_every_q
     assert get(hosts, runs)["data"] == ["watched"]
 
     (job,) = get(hosts, f"{DASHBOARD}/api/jobs/")
-    told = job["metadata"]
+    metadata = job["metadata"]
     assert (job["submission_id"], job["status"]) == ("watched", "RUNNING")
-    assert (told["job_name"], told["experiment"]) == ("watched", "quickstart") and told["git"]
+    assert (metadata["job_name"], metadata["experiment"]) == ("watched", "quickstart") and metadata["git"]
 
 
 def agree(hosts: Hosts, run: Path) -> None:

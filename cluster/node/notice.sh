@@ -4,7 +4,7 @@
 set -euo pipefail
 
 case $1 in
-aws) # told two minutes before; until then there is no such page
+aws) # notice comes two minutes before; until then there is no such page
     url=${NOTICE_URL:-http://169.254.169.254}/latest seconds=110
     noticed() {
         local token
@@ -12,7 +12,7 @@ aws) # told two minutes before; until then there is no such page
             curl -sf -H "X-aws-ec2-metadata-token: $token" "$url/meta-data/spot/instance-action" > /dev/null
     }
     ;;
-gcp) # told half a minute before
+gcp) # notice comes half a minute before
     url=${NOTICE_URL:-http://metadata.google.internal}/computeMetadata/v1/instance/preempted seconds=25
     noticed() { [ "$(curl -sf -H "Metadata-Flavor: Google" "$url")" = TRUE ]; }
     ;;

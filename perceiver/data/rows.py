@@ -55,7 +55,7 @@ class RowKind(ABC):
 
 
 class _LongRows(RowKind):
-    """Rows of which one column has a length that the data set tells."""
+    """Rows of which one column has a length that the data set sets."""
 
     def __init__(self, row_length: int) -> None:
         self.row_length = row_length
@@ -305,7 +305,7 @@ KINDS: dict[str, type[RowKind]] = {cls.kind: cls for cls in (ImageRows, TokenRow
 
 
 def rows_of(kind: str, row_length: int, columns: ArrayRows | None = None) -> RowKind:
-    """The rows of a data set, from what its manifest tells.
+    """The rows of a data set, from what its manifest says.
 
     Raises:
         UserError: arrays without columns.
@@ -314,7 +314,7 @@ def rows_of(kind: str, row_length: int, columns: ArrayRows | None = None) -> Row
     if issubclass(cls, _LongRows):
         return cls(row_length)
     if columns is None:
-        raise UserError("the columns of arrays are not told")
+        raise UserError("the columns of arrays are missing")
     return columns
 
 

@@ -102,7 +102,7 @@ def list_inputs(inputs: Sequence[str]) -> list[tuple[str, str, int]]:
     if not readable:
         raise UserError(f"--input has no file that can be read: {', '.join((*_LINES, '.parquet', *_IMAGES))}")
     if len({name for _, name, _ in readable}) < len(readable):
-        raise UserError("--input has two files of the same name: rows could not be told apart by their ids")
+        raise UserError("--input has two files of the same name: rows of both would have the same ids")
     return readable
 
 

@@ -113,7 +113,7 @@ class Recorder:
             write()
         except Exception as error:  # whatever a record meets, it is no reason to stop a step
             if not self._warned:
-                logger.warning("records of this run are incomplete, training goes on: %s: %s", type(error).__name__, error)
+                logger.warning("records of this run are incomplete, training continues: %s: %s", type(error).__name__, error)
             self._warned = True
 
 
