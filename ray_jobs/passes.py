@@ -172,7 +172,7 @@ def _empty_split(experiment: Experiment, split: str, source: Source) -> str:
     what = _source_name(experiment)
     if any(file.split == "hash" for file in source.inputs):
         return (
-            f"{what} has too few {documents(experiment.task.kind)}: none fell into the {split} split (data.val_fraction is "
+            f"{what} has too few {KINDS[experiment.task.kind].made_from}: none fell into the {split} split (data.val_fraction is "
             f"{experiment.data.val_fraction}); give validation files as data.val_source, or change data.val_fraction"
         )
     return f"{what} has no rows for the {split} split: everything in it is empty or was skipped"
@@ -212,11 +212,6 @@ def remove_staging(folder: str) -> None:
     for info in filesystem.get_file_info(pafs.FileSelector(root)):
         if info.base_name.startswith(prefix):
             filesystem.delete_dir(info.path)
-
-
-def documents(kind: str) -> str:
-    """What a data set of a kind of rows is made from, in the plural."""
-    return {"images": "images", "arrays": "examples"}.get(kind, "documents")
 
 
 class Meter:

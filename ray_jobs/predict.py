@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from perceiver.config import ParallelConfig, UserError, differences, flatten
-from perceiver.data.rows import ArrayRows
+from perceiver.data.rows import KINDS, ArrayRows
 from perceiver.data.storage import atomic_file, list_folder, open_folder, read_file, write_file
 from perceiver.inference.load import Description, describe
 from perceiver.inference.predict import MODES, PredictOptions, predict_rows
@@ -33,8 +33,6 @@ from ray_jobs.cli import JobFailed, main_entry, program, refuse_empty
 
 PLAN, ERRORS, SUMMARY = "_plan.json", "_errors.jsonl", "_summary.json"
 # Readers of parquet folders leave out files whose names begin with "_": the whole output folder is a table.
-KINDS: dict[str, Kind] = {"images": "image", "tokens": "text", "documents": "text", "arrays": "arrays"}
-"""What new rows hold of a task, by the kind of prepared rows that it reads."""
 READ_CPUS = 0.5
 """CPUs of a task that reads a part."""
 
@@ -128,7 +126,7 @@ def parse(argv: list[str]) -> tuple[PredictJob, str, Placement, Description]:
     if model.abilities and MODES[options.mode].ability not in model.abilities:
         can = ", ".join(name for name, mode in MODES.items() if mode.ability in model.abilities)
         raise UserError(f"--mode is {options.mode}, but {model.name} can only {can}")
-    kind = KINDS[model.task.kind] if model.task else "image" if args.column == "image" else "text"
+    kind = KINDS[model.task.kind].new_rows if model.task else "image" if args.column == "image" else "text"
     arrays = model.rows if kind == "arrays" else None
     if kind == "arrays":
         if args.column is not None:

@@ -19,6 +19,7 @@ from perceiver.data.files import InputFile
 from perceiver.data.manifest import MANIFEST, DamagedData, Manifest
 from perceiver.data.pieces import PIECE_BYTES, Job, cut_pieces
 from perceiver.data.prepare import histogram, make_split, shared_documents, unigram_nats
+from perceiver.data.rows import KINDS
 from perceiver.data.shards import broken_files
 from perceiver.data.sources import Source, is_path, mixture_sources, resolve, same_file
 from perceiver.data.storage import (
@@ -31,7 +32,7 @@ from perceiver.data.storage import (
 from perceiver.data.tokenizers import TOKENIZER, SentencePieceTokenizer, load_tokenizer
 from perceiver.datasets import check_fits, data_folder, prepare_settings, task_kind, with_tokenizer
 from ray_jobs.cli import main_entry, parse_experiment
-from ray_jobs.passes import Say, documents, duration, locked, make_job, remove_staging, run_pieces, run_shards
+from ray_jobs.passes import Say, duration, locked, make_job, remove_staging, run_pieces, run_shards
 
 HASHES = ".source-hashes.json"
 """File in data.root that keeps the hashes of source files by path, size and time, so that they are not read again."""
@@ -302,7 +303,7 @@ def _summary(folder: str, manifest: Manifest, source: Source, seconds: float, pr
         progress(f"  {name + ':':<6} {', '.join(parts)}")
     if manifest.columns is not None:
         progress(f"  columns: {', '.join(f'{name} {tuple(shape)} {dtype}' for name, (shape, dtype) in manifest.columns.items())}")
-    what = documents(manifest.kind)
+    what = KINDS[manifest.kind].made_from
     if shared := manifest.stats.get("shared_documents"):
         progress(f"  shared: {shared:,} of the {manifest.splits['val'].documents:,} validation {what} occur in training, too")
     if empty := manifest.stats.get("empty_documents"):

@@ -260,23 +260,6 @@ def check_positive(node: Config, where: str, *names: str) -> None:
             raise UserError(f"{spelled(where + name)} is {value} and must be at least 1")
 
 
-def check_sizes(node: Config, where: str, except_for: str = "") -> None:
-    """Checks a model's part: counts and sizes are at least 1, dropout is at least 0 and below 1, scales are more than 0.
-
-    Raises:
-        UserError: names the first field that is not.
-    """
-    for name, value in vars(node).items():
-        if name == except_for or value is None or isinstance(value, bool):
-            continue
-        if isinstance(value, int) and value < 1:
-            raise UserError(f"{spelled(where + name)} is {value}, but must be at least 1")
-        if name.endswith("dropout") and not 0 <= value < 1:
-            raise UserError(f"{spelled(where + name)} is {value}, but must be at least 0 and less than 1")
-        if name in ("init_scale", "rescale_factor") and value <= 0:
-            raise UserError(f"{spelled(where + name)} is {value}, but must be more than 0")
-
-
 def spelled(name: str) -> str:
     """A dotted field name as the user types it after `--`."""
     return name.replace("_", "-")

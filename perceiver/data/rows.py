@@ -12,7 +12,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -38,6 +38,10 @@ class RowKind(ABC):
     """Formats of files that it can be made from."""
     expected: ClassVar[str]
     """The same for a person."""
+    made_from: ClassVar[str] = "documents"
+    """What its rows are made from, in the plural."""
+    new_rows: ClassVar[Literal["text", "image", "arrays"]] = "text"
+    """What a row of new input holds, where a trained model is applied."""
 
     @property
     @abstractmethod
@@ -66,6 +70,8 @@ class ImageRows(_LongRows):
 
     kind = "images"
     has_labels = True
+    made_from = "images"
+    new_rows = "image"
     formats = ("idx", "parquet")
     expected = "idx files (train-images-idx3-ubyte and its labels, .gz or not) or .parquet"
 
@@ -150,6 +156,8 @@ class ArrayRows(RowKind):
     """
 
     kind = "arrays"
+    made_from = "examples"
+    new_rows = "arrays"
     formats = ("parquet", "jsonl")
     expected = ".parquet or .jsonl, .json (.gz or not), with the task's columns"
 

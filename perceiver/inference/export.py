@@ -220,13 +220,13 @@ def read_config(folder: Path) -> dict[str, Any] | None:
         raise UserError(f"{folder} has format version {config.get('format_version')}, this version reads {FORMAT_VERSION}")
     for name, kind in (("model", dict), ("task", dict), ("photos", bool), ("name", str), ("provenance", dict)):
         if not isinstance(config.get(name), kind):
-            raise UserError(f"{folder / CONFIG} is damaged: {name!r} must be {_KINDS[kind]}, not {_shown(config.get(name))}")
+            raise UserError(f"{folder / CONFIG} is damaged: {name!r} must be {_JSON_TYPES[kind]}, not {_shown(config.get(name))}")
     if config.get("tokenizer") not in (None, "bytes", TOKENIZER):
         raise UserError(f"{folder / CONFIG} is damaged: 'tokenizer' must be null, bytes or {TOKENIZER}, not {_shown(config['tokenizer'])}")
     return config
 
 
-_KINDS = {dict: "an object", bool: "true or false", str: "text"}
+_JSON_TYPES = {dict: "an object", bool: "true or false", str: "text"}
 
 
 def _shown(value: Any) -> str:

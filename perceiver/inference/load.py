@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from perceiver.config import DataConfig, ModelConfig, TaskConfig, UserError, home, load_tree
-from perceiver.data.rows import ArrayRows
+from perceiver.data.rows import KINDS, ArrayRows
 from perceiver.data.tokenizers import TOKENIZER, Tokenizer, load_tokenizer
 from perceiver.inference.export import CONFIG, WEIGHTS, download, read_config
 from perceiver.inference.trained import TrainedModel, task_of
@@ -31,8 +31,6 @@ from perceiver.training.checkpoint import choose_checkpoint, find_run, load_mode
 from perceiver.training.checkpoint_files import check_files
 from perceiver.training.mirror import CHECKPOINTS
 
-TEXT_KINDS = ("tokens", "documents")
-"""Rows that are text, for which a model needs its tokenizer."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -140,7 +138,7 @@ def load_run(folder: Path, checkpoint: str, device: torch.device, trust_code: bo
     copy, data = folder / TOKENIZER, experiment.data
     if copy.is_file():
         data = replace(data, tokenizer=str(copy))
-    tokenizer = tokenizer_of(experiment.model, data.tokenizer) if experiment.task.kind in TEXT_KINDS else None
+    tokenizer = tokenizer_of(experiment.model, data.tokenizer) if KINDS[experiment.task.kind].is_text else None
     provenance = {
         "run": folder.name,
         "preset": experiment.preset,

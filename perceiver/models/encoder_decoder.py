@@ -1,7 +1,7 @@
 """Configurations of a Perceiver IO's encoder and decoder, and the channels of their attention layers."""
 
-from perceiver.config import Config, UserError
-from perceiver.config.core import check_sizes
+from perceiver.config import Config, UserError, spelled
+from perceiver.models.checks import check_sizes
 from perceiver.models.inputs import InputConfig
 from perceiver.models.shapes import AttentionChannels, attention_channels
 
@@ -54,9 +54,8 @@ class EncoderConfig(Config):
         check_sizes(self, where)
         if self.num_cross_attention_layers > self.num_self_attention_blocks:
             raise UserError(
-                f"model.encoder.num-cross-attention-layers is {self.num_cross_attention_layers}, but each precedes a "
-                "self-attention block: at most model.encoder.num-self-attention-blocks, "
-                f"{self.num_self_attention_blocks}"
+                f"{spelled(where)}num-cross-attention-layers is {self.num_cross_attention_layers}, but each precedes a "
+                f"self-attention block: at most {spelled(where)}num-self-attention-blocks, {self.num_self_attention_blocks}"
             )
 
 

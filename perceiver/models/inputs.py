@@ -12,7 +12,8 @@ from abc import abstractmethod
 import torch
 from torch import Tensor, nn
 
-from perceiver.config.core import Config, UserError, check_sizes, spelled
+from perceiver.config.core import Config, UserError, spelled
+from perceiver.models.checks import check_sizes
 from perceiver.models.position import fourier_features
 
 

@@ -13,7 +13,8 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from perceiver.config.core import Config, UserError, check_sizes
+from perceiver.config.core import Config, UserError
+from perceiver.models.checks import check_sizes
 from perceiver.models.inputs import FlowInput, InputConfig, TextInput
 
 

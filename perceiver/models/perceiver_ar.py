@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from perceiver.config import ModelConfig, UserError
-from perceiver.config.core import check_sizes
 from perceiver.models.attention import (
     CrossAttentionLayer,
     KeyValueCache,
@@ -20,10 +19,11 @@ from perceiver.models.attention import (
     StaticKeyValueCache,
     causal_mask,
 )
+from perceiver.models.checks import check_heads, check_sizes
 from perceiver.models.initialize import initialize, initialized
 from perceiver.models.inputs import TextAdapter
 from perceiver.models.position import rotation, token_positions
-from perceiver.models.shapes import AttentionChannels, check_heads
+from perceiver.models.shapes import AttentionChannels
 
 
 class PerceiverARConfig(ModelConfig):

@@ -13,16 +13,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from perceiver.config import ModelConfig, UserError
-from perceiver.config.core import check_sizes
 from perceiver.models import factored_attention
 from perceiver.models.attention import CrossAttentionLayer, SelfAttentionLayer
+from perceiver.models.checks import check_heads, check_sizes
 from perceiver.models.encoder_decoder import DecoderConfig, EncoderConfig
 from perceiver.models.factored_attention import FactoredInput
 from perceiver.models.initialize import initialize, initialized
 from perceiver.models.inputs import InputConfig, TextInput
 from perceiver.models.local_init import LocalInit
 from perceiver.models.outputs import OutputConfig, OutputQueries, TextOutput
-from perceiver.models.shapes import AttentionChannels, check_heads
+from perceiver.models.shapes import AttentionChannels
 
 
 class PerceiverIOConfig(ModelConfig):

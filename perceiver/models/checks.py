@@ -1,0 +1,34 @@
+"""Checks that configurations of models share. Nothing is built for them."""
+
+from perceiver.config import Config, UserError
+from perceiver.config.core import spelled
+
+
+def check_sizes(node: Config, where: str, except_for: str = "") -> None:
+    """Checks a model's part: counts and sizes are at least 1, dropout is at least 0 and below 1, scales are more than 0.
+
+    Raises:
+        UserError: names the first field that is not.
+    """
+    for name, value in vars(node).items():
+        if name == except_for or value is None or isinstance(value, bool):
+            continue
+        if isinstance(value, int) and value < 1:
+            raise UserError(f"{spelled(where + name)} is {value}, but must be at least 1")
+        if name.endswith("dropout") and not 0 <= value < 1:
+            raise UserError(f"{spelled(where + name)} is {value}, but must be at least 0 and less than 1")
+        if name in ("init_scale", "rescale_factor") and value <= 0:
+            raise UserError(f"{spelled(where + name)} is {value}, but must be more than 0")
+
+
+def check_heads(num_heads: int, num_channels: int, heads_field: str, channels_field: str) -> None:
+    """Checks that heads share the channels evenly.
+
+    Raises:
+        UserError: names both fields and the numbers of heads that would do.
+    """
+    if num_channels % num_heads:
+        possible = [n for n in range(1, min(num_channels, 64) + 1) if num_channels % n == 0]
+        raise UserError(
+            f"{heads_field} is {num_heads}, but must divide {channels_field}, {num_channels}: one of {', '.join(map(str, possible))}"
+        )
