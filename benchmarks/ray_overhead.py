@@ -40,12 +40,12 @@ def without_ray(config: dict, data: str, run: str, threads: int) -> None:
 
 
 def with_ray(experiment: Experiment, data: str, run: Path) -> None:
-    from ray_jobs import worker
+    from ray_jobs import driver
     from ray_jobs.preflight import plan_resources
     from ray_jobs.ray_env import connect
 
     with connect(experiment.parallel):
-        worker.train(experiment, data, run, plan_resources(experiment))
+        driver.train(experiment, data, run, plan_resources(experiment))
 
 
 def steady(run: Path) -> list[dict]:

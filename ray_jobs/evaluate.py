@@ -70,7 +70,7 @@ def evaluate_run(
     chosen = choose_checkpoint(folder / CHECKPOINTS, checkpoint, trained.run.best_metric)
     check_files(chosen.path)
 
-    from ray_jobs import worker
+    from ray_jobs import driver
     from ray_jobs.preprocess import prepare
     from ray_jobs.ray_env import connect
 
@@ -81,7 +81,7 @@ def evaluate_run(
         dataset = Dataset.find(experiment)
         experiment, data_folder, manifest = dataset.experiment, dataset.folder, dataset.manifest
         origin = str(run) if "://" in str(run) else None
-        result = worker.evaluate_checkpoint(experiment, data_folder, folder, resources, chosen.path, origin)
+        result = driver.evaluate_checkpoint(experiment, data_folder, folder, resources, chosen.path, origin)
     if not result["metrics"]:
         raise UserError(f"the validation data in {data_folder} has no target, so nothing can be measured on it")
     task, parts = build_task(experiment), dataset.parts

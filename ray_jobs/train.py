@@ -86,7 +86,7 @@ def run(
     if dataset is not None:
         check_validation(experiment, dataset.folder, dataset.manifest)
 
-    from ray_jobs import worker
+    from ray_jobs import driver
     from ray_jobs.preprocess import prepare
     from ray_jobs.ray_env import connect
 
@@ -108,7 +108,7 @@ def run(
             logger.info(f"run {experiment.run_name} in {run_folder}" + (f", kept in {mirror.uri}" if mirror is not None else ""))
             if start is not None:
                 logger.info(f"{start} (names in {run_folder / START})")
-            interrupted = worker.train(experiment, data_folder, run_folder, resources, on_report, stop_at)
+            interrupted = driver.train(experiment, data_folder, run_folder, resources, on_report, stop_at)
         checkpoints = _checkpoints(run_folder, mirror)
         result = read_result(run_folder)
         if result is None and interrupted:

@@ -38,7 +38,7 @@ def serially(monkeypatch) -> None:
 def evaluating_here(monkeypatch) -> None:
     """Makes `evaluate.evaluate_run` do its workers' part in this process."""
     serially(monkeypatch)
-    monkeypatch.setattr("ray_jobs.worker.evaluate_checkpoint", _evaluate_here)
+    monkeypatch.setattr("ray_jobs.driver.evaluate_checkpoint", _evaluate_here)
     monkeypatch.setattr("ray_jobs.evaluate.plan_resources", lambda experiment: None)
 
 

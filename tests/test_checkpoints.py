@@ -25,8 +25,9 @@ from perceiver.runs import read_run
 from perceiver.tasks import build_task
 from perceiver.training.batches import make_val_feeds, read_here
 from perceiver.training.checkpoint import best_of, list_checkpoints, load_model
-from perceiver.training.checkpoint_files import OldReader, stored_shapes
+from perceiver.training.checkpoint_files import stored_shapes
 from perceiver.training.init_from import find_start
+from perceiver.training.old_checkpoints import OldReader
 from perceiver.training.parallel import join_world
 from perceiver.training.record import read_metrics
 from perceiver.training.run import Training, evaluate, read_result, save_experiment

@@ -39,7 +39,6 @@ from perceiver.runs import EXPERIMENT
 from perceiver.training.checkpoint_files import (
     MARKER,
     CheckpointInfo,
-    DamagedCheckpoint,
     ShardWriter,
     cause,
     check_files,
@@ -49,10 +48,11 @@ from perceiver.training.checkpoint_files import (
     parse_marker,
     read_marker,
     read_tensors,
-    write_safetensors,
 )
+from perceiver.training.damage import DamagedCheckpoint
 from perceiver.training.hooks import STATES, pack
 from perceiver.training.mirror import Mirror, fetch_run
+from perceiver.training.safetensors_file import write_safetensors
 
 logger = logging.getLogger(__name__)
 

@@ -7,22 +7,18 @@ which is read with an allow-list of classes.
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
 import math
 import os
-import pickle
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import filesystem, metadata
+from torch.distributed.checkpoint import metadata
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
@@ -31,20 +27,16 @@ from torch.futures import Future as TorchFuture
 
 from perceiver.config import UserError
 from perceiver.data.storage import file_hash, sync_folder
+from perceiver.training.damage import DamagedCheckpoint, plain_name
+from perceiver.training.old_checkpoints import OLD_METADATA, OldReader
+from perceiver.training.safetensors_file import write_safetensors
 
 MARKER = "checkpoint.json"
 """Written into a checkpoint's folder when all else is there."""
 SUFFIX = ".safetensors"
-OLD_METADATA = ".metadata"
-"""DCP's own pickled index, of checkpoints written before safetensors."""
-
 Result = TypeVar("Result")
 Files = dict[str, tuple[int, str]]
 """Size and sha256 of files, by name."""
-
-
-class DamagedCheckpoint(UserError):
-    """A file of a checkpoint is missing, cut, changed, or not what a checkpoint holds."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +88,7 @@ def parse_marker(path: Path, content: bytes) -> CheckpointInfo:
             step,
             {name: math.nan if value is None else float(value) for name, value in metrics.items()},
             frozenset(higher),
-            None if files is None else {_plain(name): (int(f["bytes"]), str(f["sha256"])) for name, f in files.items()},
+            None if files is None else {plain_name(name): (int(f["bytes"]), str(f["sha256"])) for name, f in files.items()},
         )
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         reason = f" ({error})" if type(error) is ValueError else ""
@@ -209,102 +201,6 @@ class ShardWriter(StorageWriter):
         return True
 
 
-_DTYPES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
-
-
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor], extra: Mapping[str, str]) -> tuple[int, str]:
-    """Writes tensors into a safetensors file, one at a time, and has the system put it on disk; its size and sha256."""
-    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # so that all are aligned
-    header: dict[str, Any] = {"__metadata__": dict(extra)}
-    position = 0
-    for name in names:
-        tensor = tensors[name]
-        end = position + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [position, end]}
-        position = end
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    digest = hashlib.sha256()
-    with open(path, "wb") as file:
-
-        def write(data: Any) -> None:
-            digest.update(data)
-            file.write(data)
-
-        write(len(text).to_bytes(8, "little"))
-        write(text)
-        for name in names:
-            write(tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-        file.flush()
-        os.fsync(file.fileno())
-    return 8 + len(text) + position, digest.hexdigest()
-
-
-class OldReader(dcp.FileSystemReader):
-    """Reads checkpoints of before safetensors: tensors alone, and their index with an allow-list of classes.
-
-    What is no tensor there is pickled, too, and DCP would unpickle it: such entries are left out of the index.
-    """
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> metadata.Metadata:
-        path = Path(self.path) / OLD_METADATA
-        found = _Unpickler(path).load()
-        try:
-            entries, places = found.state_dict_metadata, found.storage_data
-            tensors = {name: entry for name, entry in entries.items() if type(entry) is metadata.TensorStorageMetadata}
-            for place in places.values():
-                _plain(place.relative_path)
-        except (AttributeError, TypeError, ValueError) as error:
-            raise DamagedCheckpoint(f"{path} is damaged: it is no index of a checkpoint") from error
-        return replace(found, state_dict_metadata=tensors, storage_meta=metadata.StorageMeta(load_id=self.load_id))
-
-
-class _Unpickler(pickle.Unpickler):
-    """Of DCP's index: its dataclasses, and what torch and pathlib put into them."""
-
-    ALLOWED: Mapping[tuple[str, str], Callable[..., Any]] = {
-        **{
-            (metadata.__name__, name): getattr(metadata, name)
-            for name in (
-                "Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata",
-                "TensorProperties", "_MEM_FORMAT_ENCODING",
-            )
-        },
-        (filesystem.__name__, "_StorageInfo"): filesystem._StorageInfo,
-        ("torch", "Size"): torch.Size,
-        ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
-        ("pathlib", "PosixPath"): PurePosixPath,
-        ("pathlib._local", "PosixPath"): PurePosixPath,
-        **{("torch", str(dtype).removeprefix("torch.")): dtype for dtype in _DTYPES},  # type: ignore[dict-item]
-    }  # fmt: skip
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        super().__init__(io.BytesIO(path.read_bytes()))
-
-    def load(self) -> metadata.Metadata:
-        try:
-            found = super().load()
-        except UserError:
-            raise
-        except Exception as error:  # damaged pickles raise whatever they like
-            raise DamagedCheckpoint(f"{self._path} is damaged: it is no index of a checkpoint") from error
-        if type(found) is not metadata.Metadata:
-            raise DamagedCheckpoint(f"{self._path} is damaged: it is no index of a checkpoint")
-        return found
-
-    def find_class(self, module: str, name: str) -> Any:
-        try:
-            return self.ALLOWED[module, name]
-        except KeyError:
-            raise DamagedCheckpoint(
-                f"{self._path} asks for {module}.{name}, which no checkpoint holds: it was not written by a training, and is not loaded"
-            ) from None
-
-
 def read_tensors(path: Path, tensors: dict[str, Any]) -> None:
     """Reads a checkpoint into a nested dict of tensors, plain or sharded over the workers, which it must hold all.
 
@@ -365,10 +261,3 @@ def finite(content: Any) -> Any:
     if isinstance(content, Iterable) and not isinstance(content, str):
         return [finite(value) for value in content]
     return content
-
-
-def _plain(name: str) -> str:
-    """A name of a file in the checkpoint's own folder."""
-    if not isinstance(name, str) or not name or name != Path(name).name:
-        raise ValueError(f"it names the file {name!r}")
-    return name

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from perceiver.config import CallbackConfig, UserError, type_name
 from perceiver.training.callbacks import Callback, TrainingView
-from perceiver.training.checkpoint_files import DamagedCheckpoint
+from perceiver.training.damage import DamagedCheckpoint
 
 logger = logging.getLogger(__name__)
 

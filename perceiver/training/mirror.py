@@ -27,7 +27,8 @@ from perceiver.data.storage import (
     write_file,
 )
 from perceiver.data.tokenizers import TOKENIZER
-from perceiver.training.checkpoint_files import MARKER, DamagedCheckpoint, parse_marker
+from perceiver.training.checkpoint_files import MARKER, parse_marker
+from perceiver.training.damage import DamagedCheckpoint
 
 CHECKPOINTS = "checkpoints"
 """Folder of a run's checkpoints."""

@@ -1,0 +1,196 @@
+"""The TorchTrainer that runs workers: the one trainable, for jobs and for Ray Tune."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+
+from perceiver.config import Experiment, UserError, to_dict
+from perceiver.data.manifest import Manifest
+from perceiver.datasets import with_prepared_tokenizer
+from perceiver.extensions import code_of
+from perceiver.training.mirror import Mirror
+from ray_jobs.cli import JobFailed
+from ray_jobs.messages import Messages
+from ray_jobs.network import Network
+from ray_jobs.preflight import Resources
+from ray_jobs.worker import FAILURE, evaluate_worker, train_worker
+
+
+class TrainingFailed(JobFailed):
+    """A training that ended without a result: workers died more often than allowed."""
+
+
+def train(
+    experiment: Experiment,
+    data_folder: str,
+    run_folder: Path,
+    resources: Resources,
+    on_report: Callable[[dict[str, float]], None] | None = None,
+    stop_at: int | None = None,
+) -> bool:
+    """Trains an experiment on Ray Train workers until it is finished, or to step `stop_at`.
+
+    `on_report` is called in this process, in a thread, with the metrics of each validation.
+    Workers that die are replaced, and training continues from the last checkpoint, `run.max_failures` times.
+    At a first SIGINT or SIGTERM the workers save a checkpoint and end; a second one ends them at once.
+
+    Returns:
+        Whether it was interrupted so.
+
+    Raises:
+        UserError: the training cannot succeed (the loss is not a number).
+        TrainingFailed: workers failed too often.
+        KeyboardInterrupt: it was ended at once.
+    """
+    mirror = Mirror.of(experiment.run, run_folder)
+    (run_folder / FAILURE).unlink(missing_ok=True)
+    if mirror is not None:
+        mirror.forget_failure()
+    failed, interrupted = None, False
+    try:
+        interrupted = _fit(
+            train_worker, experiment, data_folder, run_folder, resources, {"stop_at": stop_at}, on_report, run_until_interrupted
+        )
+    except TrainingFailed as error:
+        failed = error
+    if mirror is not None:
+        mirror.fetch(0)
+    if (run_folder / FAILURE).exists():
+        failure = json.loads((run_folder / FAILURE).read_text())
+        raise (UserError if failure["users"] else TrainingFailed)(failure["reason"]) from failed
+    if failed is not None:
+        raise failed
+    return interrupted
+
+
+def evaluate_checkpoint(
+    experiment: Experiment,
+    data_folder: str,
+    run_folder: Path,
+    resources: Resources,
+    checkpoint: Path,
+    origin: str | None = None,
+) -> dict[str, Any]:
+    """Evaluates a checkpoint on the validation split of prepared data: its metrics, and the sums that they are made from.
+
+    `origin`: URI of the run in an object store, from which workers on other machines get the checkpoint.
+    """
+    results: list[dict[str, Any]] = []
+    settings = {"checkpoint": str(checkpoint), "origin": origin}
+    try:
+        _fit(evaluate_worker, experiment, data_folder, run_folder, resources, settings, results.append)
+    except TrainingFailed:
+        if faults := [result["fault"] for result in results if "fault" in result]:
+            raise UserError(faults[0]) from None
+        raise
+    return results[-1]
+
+
+def _fit(
+    function: Callable[[dict[str, Any]], None],
+    experiment: Experiment,
+    data_folder: str,
+    run_folder: Path,
+    resources: Resources,
+    settings: dict[str, Any],
+    on_report: Callable[[dict[str, float]], None] | None = None,
+    run: Callable[[Callable[[], Any], Messages], None] = lambda fit, messages: fit(),
+) -> bool:
+    """Runs a function on workers; whether it was interrupted. `run` calls the given function, which waits for their end."""
+    if resources.min_workers:
+        # After the loss of a node Ray first counts on what it had: it must not wait a minute for that.
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "20")
+    # What Ray keeps of a run is rebuilt by every start: our own checkpoints say where to continue.
+    ray_folder = run_folder / "ray"
+    experiment = with_prepared_tokenizer(experiment, data_folder, Manifest.load(data_folder))
+    shutil.rmtree(ray_folder, ignore_errors=True)
+    with Messages(lambda: _why_no_workers(resources), on_report) as messages:
+        trainer = TorchTrainer(
+            function,
+            train_loop_config={
+                "experiment": to_dict(experiment),
+                "code": dict(code_of(experiment).files),
+                "data_folder": data_folder,
+                "run_folder": str(run_folder),
+                "threads": resources.threads_per_worker,
+                "messages": messages.actor,
+                **settings,
+            },
+            scaling_config=ScalingConfig(
+                num_workers=(resources.min_workers, resources.workers) if resources.min_workers else resources.workers,
+                elastic_resize_monitor_interval_s=experiment.parallel.resize_seconds,
+                use_gpu=resources.gpu,
+                resources_per_worker={"CPU": resources.cpus_per_worker, **({"GPU": 1} if resources.gpu else {})},
+            ),
+            torch_config=Network(backend="cpu:gloo,cuda:nccl" if resources.gpu else "gloo"),
+            run_config=RunConfig(
+                name=run_folder.name,  # Ray's own metrics and logs are tagged with it
+                storage_path=str(ray_folder),
+                failure_config=FailureConfig(max_failures=experiment.run.max_failures),
+            ),
+        )
+        try:
+            run(trainer.fit, messages)
+        except SystemExit:
+            # Ray Train's own handler of Ctrl-C ends its workers and then the process.
+            raise KeyboardInterrupt from None
+        except ray.train.TrainingFailedError as error:
+            raise TrainingFailed(_describe(error)) from error
+    return messages.interrupted
+
+
+def run_until_interrupted(fit: Callable[[], Any], messages: Messages) -> None:
+    """Waits for a training; at a first SIGINT or SIGTERM its workers are asked to save and end, at a second it is left as it is.
+
+    In the main thread Ray Train would answer a Ctrl-C itself, and end the workers at once; in another one signals are not ours.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        fit()
+        return
+    errors: list[BaseException] = []
+
+    def fit_here() -> None:
+        try:
+            fit()
+        except BaseException as error:  # raised again by whoever waits
+            errors.append(error)
+
+    numbers = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, messages.interrupt) for number in numbers}
+    thread = threading.Thread(target=fit_here, name="training", daemon=True)
+    try:
+        thread.start()
+        while thread.is_alive():
+            thread.join(0.5)  # with a limit, so that signals are heard
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+    if errors:
+        raise errors[0]
+
+
+def _why_no_workers(resources: Resources) -> str:
+    free = ray.available_resources()
+    wanted = f"{resources.cpus_per_worker:g} CPUs" + (" and a GPU" if resources.gpu else "")
+    return (
+        f"still waiting for {resources.min_workers or resources.workers} workers with {wanted} each; free in the cluster: "
+        f"{free.get('CPU', 0.0):g} CPUs, {free.get('GPU', 0.0):g} GPUs (`ray status` tells who holds the others)"
+    )
+
+
+def _describe(error: Exception) -> str:
+    """The workers' own errors, the first line of each."""
+    failures = getattr(error, "worker_failures", {}) or {}
+    lines = {str(f).strip().splitlines()[-1] if str(f).strip() else repr(f) for f in failures.values()}
+    return "; ".join(sorted(lines)) or str(error)
