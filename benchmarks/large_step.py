@@ -30,7 +30,8 @@ from perceiver.datasets import Dataset, with_prepared_tokenizer, with_tokenizer
 from perceiver.tasks import build_task
 from perceiver.training.batches import make_val_feeds, read_here
 from perceiver.training.callbacks import Callback
-from perceiver.training.checkpoint import list_checkpoints, load_state
+from perceiver.training.checkpoint import load_state
+from perceiver.training.checkpoint_choice import list_checkpoints
 from perceiver.training.parallel import World, join_world
 from perceiver.training.record import read_metrics
 from perceiver.training.run import Training, build_state, evaluate

@@ -15,7 +15,8 @@ from perceiver.datasets import Dataset
 from perceiver.runs import read_run
 from perceiver.tasks import build_task
 from perceiver.tasks.base import Baseline
-from perceiver.training.checkpoint import choose_checkpoint, find_run, write_json
+from perceiver.training.checkpoint import write_json
+from perceiver.training.checkpoint_choice import choose_checkpoint, find_run
 from perceiver.training.checkpoint_files import CheckpointInfo, check_files
 from perceiver.training.mirror import CHECKPOINTS
 from ray_jobs.cli import main_entry, override, program, refuse_empty

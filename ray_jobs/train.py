@@ -21,7 +21,7 @@ from perceiver.tasks import build_task
 from perceiver.tasks.base import Baseline
 from perceiver.tasks.pictures import curves
 from perceiver.training.batches import make_val_feeds
-from perceiver.training.checkpoint import best_of, list_checkpoints, mirrored
+from perceiver.training.checkpoint_choice import best_of, list_checkpoints, mirrored
 from perceiver.training.checkpoint_files import CheckpointInfo
 from perceiver.training.init_from import START, Start, find_start
 from perceiver.training.meters import duration

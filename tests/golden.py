@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
-from perceiver import hub
 from perceiver.generation.generate import generate
+from perceiver.interop import reference, transformers
 from perceiver.models import PerceiverAR, PerceiverIO, build_model
 from tests import golden_text
 
@@ -62,11 +62,11 @@ def load_model(folder: Path, name: str) -> tuple[Model, dict[str, Any], dict[str
     tensors = load_file(folder / f"{name}.safetensors")
     weights = {key.removeprefix("weights."): t for key, t in tensors.items() if key.startswith("weights.")}
     if case["reference"].startswith("transformers"):
-        config = hub.config_from_transformers({"attention_probs_dropout_prob": 0.0} | case["config"], case["model"])
-        weights = hub.from_transformers(weights, config)
+        config = transformers.config_from_transformers({"attention_probs_dropout_prob": 0.0} | case["config"], case["model"])
+        weights = transformers.from_transformers(weights, config)
     else:
-        config = hub.config_from_reference(case["config"])
-        weights = hub.from_reference(weights, config)
+        config = reference.config_from_reference(case["config"])
+        weights = reference.from_reference(weights, config)
     model = build_model(config)
     model.load_state_dict(weights)
     return model, case, tensors
@@ -161,7 +161,7 @@ def run_training(model: Model, case: dict[str, Any], step: dict[str, Any], tenso
 
 
 def rename(reference_name: str, model: Model) -> str:
-    (name,) = hub.from_reference({reference_name: torch.empty(0)}, model.config)
+    (name,) = reference.from_reference({reference_name: torch.empty(0)}, model.config)
     return name
 
 

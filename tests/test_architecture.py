@@ -25,15 +25,14 @@ ARROWS = {
     "perceiver.presets": {"perceiver.catalog", "perceiver.config", "perceiver.costs", "perceiver.models", "perceiver.tasks"},
     "perceiver.experiments": {"perceiver.config", "perceiver.extensions", "perceiver.presets", "perceiver.runs"},
     "perceiver.datasets": {"perceiver.config", "perceiver.data", "perceiver.experiments", "perceiver.models"},
-    "perceiver.hub": {"perceiver.config", "perceiver.models", "perceiver.presets"},
-    "perceiver.pretrained": {"perceiver.config", "perceiver.hub", "perceiver.models"},
+    "perceiver.interop": {"perceiver.config", "perceiver.models"},
     "perceiver.training": {
-        "perceiver.config", "perceiver.costs", "perceiver.data", "perceiver.extensions", "perceiver.hub", "perceiver.models",
-        "perceiver.pretrained", "perceiver.runs", "perceiver.tasks",
+        "perceiver.config", "perceiver.costs", "perceiver.data", "perceiver.extensions", "perceiver.models",
+        "perceiver.interop", "perceiver.runs", "perceiver.tasks",
     },
     "perceiver.inference": {
-        "perceiver.config", "perceiver.models", "perceiver.data", "perceiver.datasets", "perceiver.generation", "perceiver.hub",
-        "perceiver.pretrained",
+        "perceiver.config", "perceiver.models", "perceiver.data", "perceiver.datasets", "perceiver.generation",
+        "perceiver.interop",
         "perceiver.runs", "perceiver.tasks", "perceiver.terminal", "perceiver.training",
     },
 }  # fmt: skip

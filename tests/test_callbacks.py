@@ -15,7 +15,7 @@ from perceiver.tasks import build_task
 from perceiver.training import hooks, record
 from perceiver.training.batches import read_here
 from perceiver.training.callbacks import Callback, EarlyStop
-from perceiver.training.checkpoint import list_checkpoints
+from perceiver.training.checkpoint_choice import list_checkpoints
 from perceiver.training.hooks import STATES, CallbackError
 from perceiver.training.parallel import join_world
 from perceiver.training.record import read_metrics

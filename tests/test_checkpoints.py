@@ -24,7 +24,8 @@ from perceiver.inference.load import describe
 from perceiver.runs import read_run
 from perceiver.tasks import build_task
 from perceiver.training.batches import make_val_feeds, read_here
-from perceiver.training.checkpoint import best_of, list_checkpoints, load_model
+from perceiver.training.checkpoint import load_model
+from perceiver.training.checkpoint_choice import best_of, list_checkpoints
 from perceiver.training.checkpoint_files import stored_shapes
 from perceiver.training.init_from import find_start
 from perceiver.training.old_checkpoints import OldReader

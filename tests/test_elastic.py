@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from perceiver.training.checkpoint import list_checkpoints
+from perceiver.training.checkpoint_choice import list_checkpoints
 from ray_jobs.cli import parse_experiment
 from tests import test_training
 from tests.jobs import QUICK, WITHOUT_DROPOUT, Job, losses

@@ -12,7 +12,7 @@ from perceiver.generation.generate import generate
 def golden_cases(shared):
     from safetensors.torch import load_file
 
-    from perceiver.hub import config_from_reference, from_reference
+    from perceiver.interop.reference import config_from_reference, from_reference
     from perceiver.models import build_model
 
     data = json.loads((shared / "golden" / "generation.json").read_text())

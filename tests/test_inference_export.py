@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import save_file
 
 import perceiver
-from perceiver import hub
 from perceiver.config import UserError
 from perceiver.inference.export import export, upload
 from perceiver.inference.images import images_of
 from perceiver.inference.trained import TrainedModel
+from perceiver.interop import transformers
 from perceiver.models import PerceiverARConfig, build_model
 from perceiver.presets import PRESETS
 from tests import golden
@@ -285,24 +285,24 @@ def test_a_damaged_export_is_one_sentence(tmp_path):
 @pytest.mark.parametrize("preset", ["mlm-imdb", "img-clf-imagenet", "optical-flow"])
 def test_the_official_architectures_can_be_written_as_transformers_has_them(preset):
     config = PRESETS[preset]().model
-    written = hub.config_to_transformers(config)
+    written = transformers.config_to_transformers(config)
     with torch.device("meta"):
         ours = build_model(config).state_dict()
         theirs = hub_class(written["architectures"][0])(hub_config(written)).state_dict()
-    assert {n: t.shape for n, t in hub.to_transformers(ours, config).items()} == {n: t.shape for n, t in theirs.items()}
+    assert {n: t.shape for n, t in transformers.to_transformers(ours, config).items()} == {n: t.shape for n, t in theirs.items()}
 
 
 @pytest.mark.parametrize("preset", ["img-clf-mnist", "txt-clf-imdb-all", "clm-wikitext"])
 def test_what_transformers_has_not_is_refused(preset):
     with pytest.raises(UserError, match="transformers"):
-        hub.config_to_transformers(PRESETS[preset]().model)
+        transformers.config_to_transformers(PRESETS[preset]().model)
 
 
 @pytest.mark.parametrize("name", HUB_MODELS)
 def test_official_names_there_and_back_are_the_same(shared, name):
     model, case, tensors = golden.load_model(shared / "golden", name)
     official = {key.removeprefix("weights."): t for key, t in tensors.items() if key.startswith("weights.")}
-    back = hub.to_transformers(model.state_dict(), model.config)
+    back = transformers.to_transformers(model.state_dict(), model.config)
     assert back.keys() == official.keys()
     assert all(torch.equal(back[key], official[key]) for key in official)
 

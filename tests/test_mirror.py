@@ -19,7 +19,7 @@ from perceiver.data.manifest import Manifest
 from perceiver.datasets import Dataset
 from perceiver.tasks import build_task
 from perceiver.training.batches import read_here
-from perceiver.training.checkpoint import mirrored
+from perceiver.training.checkpoint_choice import mirrored
 from perceiver.training.mirror import Mirror, fetch_run
 from perceiver.training.parallel import join_world
 from perceiver.training.record import read_metrics

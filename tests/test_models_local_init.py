@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from perceiver.config import UserError
-from perceiver.hub import resolved_architecture
+from perceiver.interop.comparison import resolved_architecture
 from perceiver.models import (
     DecoderConfig,
     EncoderConfig,

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from perceiver.training.checkpoint import list_checkpoints
+from perceiver.training.checkpoint_choice import list_checkpoints
 from tests.conftest import ROOT
 from tests.jobs import Job, losses, weights
 from tests.outside import copy_examples

@@ -19,7 +19,7 @@ from perceiver.config import Cosine, Experiment, ParallelConfig, UserError, from
 from perceiver.data.manifest import Manifest
 from perceiver.tasks import build_task
 from perceiver.training.batches import read_here
-from perceiver.training.checkpoint import list_checkpoints
+from perceiver.training.checkpoint_choice import list_checkpoints
 from perceiver.training.parallel import join_world
 from perceiver.training.record import read_metrics
 from perceiver.training.run import Training

@@ -15,15 +15,16 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 
-from perceiver import pretrained
 from perceiver.config import ParallelConfig, UserError, to_dict
 from perceiver.costs.flops import training_flops
 from perceiver.data.train_tokenizer import train_sentencepiece
-from perceiver.hub import resolved_architecture
+from perceiver.interop import pretrained
+from perceiver.interop.comparison import resolved_architecture
+from perceiver.interop.pretrained import read_lightning, read_pretrained
 from perceiver.models import build_model
 from perceiver.presets import PRESETS
-from perceiver.pretrained import read_lightning, read_pretrained
-from perceiver.training.checkpoint import choose_checkpoint, load_model
+from perceiver.training.checkpoint import load_model
+from perceiver.training.checkpoint_choice import choose_checkpoint
 from perceiver.training.init_from import find_start
 from perceiver.training.optim import build_optimizer
 from tests.small import classification_experiment, masked_experiment, write_documents, write_stream
@@ -167,7 +168,7 @@ OFFICIAL = {
 def test_presets_are_the_official_models(name):
     """Sizes of the published models (their config.json): weights of the hub fit the presets."""
     preset, config = OFFICIAL[name]
-    ours, theirs = PRESETS[preset]().model, pretrained.hub.config_from_transformers(config)
+    ours, theirs = PRESETS[preset]().model, pretrained.transformers.config_from_transformers(config)
     assert resolved_architecture(ours) == resolved_architecture(theirs)
 
 

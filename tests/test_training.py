@@ -17,7 +17,7 @@ from perceiver.data.manifest import Manifest
 from perceiver.data.shards import read_block
 from perceiver.tasks import build_task
 from perceiver.training.batches import read_here
-from perceiver.training.checkpoint import choose_checkpoint, list_checkpoints
+from perceiver.training.checkpoint_choice import choose_checkpoint, list_checkpoints
 from perceiver.training.parallel import join_world
 from perceiver.training.record import read_metrics
 from perceiver.training.run import NotFinite, Training

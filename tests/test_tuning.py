@@ -16,7 +16,8 @@ from ray.tune.schedulers.pbt import _PBTTrialState
 from perceiver.config import UserError, to_dict
 from perceiver.datasets import Dataset
 from perceiver.presets import PRESETS
-from perceiver.training.checkpoint import list_checkpoints, write_json
+from perceiver.training.checkpoint import write_json
+from perceiver.training.checkpoint_choice import list_checkpoints
 from ray_jobs import preprocess
 from ray_jobs.cli import parse_experiment
 from tests.preparing import serially, write_jsonl

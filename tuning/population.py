@@ -17,7 +17,8 @@ from typing import Any
 
 from perceiver.config import Experiment, to_dict
 from perceiver.runs import EXPERIMENT
-from perceiver.training.checkpoint import list_checkpoints, write_json
+from perceiver.training.checkpoint import write_json
+from perceiver.training.checkpoint_choice import list_checkpoints
 from perceiver.training.mirror import CHECKPOINTS, MARKER
 
 EXCHANGES = "exchanges.jsonl"

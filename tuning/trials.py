@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from perceiver.training.checkpoint import best_of, list_checkpoints
+from perceiver.training.checkpoint_choice import best_of, list_checkpoints
 from perceiver.training.mirror import CHECKPOINTS
 from perceiver.training.record import read_metrics
 from perceiver.training.run import RESULT

@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from perceiver import hub
 from perceiver.config import UserError, to_dict
 from perceiver.data.tokenizers import TOKENIZER, ByteTokenizer, SentencePieceTokenizer, Tokenizer
+from perceiver.interop import transformers
+from perceiver.interop.pretrained import check_weights
 from perceiver.models import ImageInput, PerceiverIOConfig
-from perceiver.pretrained import check_weights
 
 if TYPE_CHECKING:
     from perceiver.inference.trained import TrainedModel
@@ -63,7 +63,7 @@ def export(trained: TrainedModel, folder: str | Path, format: str = "perceiver")
     if format == "transformers":
         config = _transformers_config(trained)
         assert isinstance(trained.config, PerceiverIOConfig)  # or there were no such configuration
-        weights = hub.to_transformers(weights, trained.config)
+        weights = transformers.to_transformers(weights, trained.config)
     else:
         config = our_config(trained)
     staged = target.with_name(f".export.{uuid.uuid4().hex[:8]}.tmp")
@@ -284,7 +284,7 @@ def _write_tokenizer(tokenizer: Tokenizer | None, folder: Path, format: str, con
 
 
 def _transformers_config(trained: TrainedModel) -> dict[str, Any]:
-    config = hub.config_to_transformers(trained.config)
+    config = transformers.config_to_transformers(trained.config)
     if isinstance(trained.config, PerceiverIOConfig) and isinstance(trained.config.input, ImageInput):
         config["id2label"] = {str(i): name for i, name in enumerate(trained.class_names)}
         config["label2id"] = {name: i for i, name in enumerate(trained.class_names)}

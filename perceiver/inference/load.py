@@ -15,8 +15,7 @@ from perceiver.data.rows import KINDS, ArrayRows
 from perceiver.data.tokenizers import TOKENIZER, Tokenizer, load_tokenizer
 from perceiver.inference.export import CONFIG, WEIGHTS, download, read_config
 from perceiver.inference.trained import TrainedModel, task_of
-from perceiver.models import build_model
-from perceiver.pretrained import (
+from perceiver.interop.pretrained import (
     fitting_model,
     header_of,
     in_one_sentence,
@@ -26,8 +25,10 @@ from perceiver.pretrained import (
     read_pretrained,
     read_tensors,
 )
+from perceiver.models import build_model
 from perceiver.runs import read_run
-from perceiver.training.checkpoint import choose_checkpoint, find_run, load_model
+from perceiver.training.checkpoint import load_model
+from perceiver.training.checkpoint_choice import choose_checkpoint, find_run
 from perceiver.training.checkpoint_files import check_files
 from perceiver.training.mirror import CHECKPOINTS
 
@@ -214,7 +215,7 @@ def tokenizer_of(config: ModelConfig, name: str) -> Tokenizer | None:
 
 def load_published(source: str | Path, folder: Path | None, device: torch.device) -> TrainedModel:
     """A model of transformers or krasserm/perceiver-io, from a folder, a file, or the hub by name; see
-    `perceiver.pretrained`.
+    `perceiver.interop.pretrained`.
 
     Its task follows from its input and output, its tokenizer is that of UTF-8 bytes.
 

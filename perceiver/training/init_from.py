@@ -16,19 +16,15 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.tensor import DTensor
 
-from perceiver import hub
 from perceiver.config import Experiment, ModelConfig, UserError, differences
 from perceiver.data.tokenizers import TOKENIZER, load_tokenizer
 from perceiver.extensions import Code, check_trust, trust
+from perceiver.interop import comparison
+from perceiver.interop.pretrained import is_hub_name, read_pretrained
 from perceiver.models import PerceiverIOConfig
-from perceiver.pretrained import is_hub_name, read_pretrained
 from perceiver.runs import CODE, read_run
-from perceiver.training.checkpoint import (
-    choose_checkpoint,
-    find_run,
-    load_weights,
-    write_json,
-)
+from perceiver.training.checkpoint import load_weights, write_json
+from perceiver.training.checkpoint_choice import choose_checkpoint, find_run
 from perceiver.training.checkpoint_files import check_files, stored_shapes
 from perceiver.training.mirror import CHECKPOINTS
 
@@ -162,7 +158,7 @@ def _check_tokenizer(origin: str, folder: Path, trained: Experiment, experiment:
 
 
 def _check_architecture(origin: str, there: ModelConfig, here: ModelConfig, encoder_only: bool) -> None:
-    old, new = hub.resolved_architecture(there), hub.resolved_architecture(here)
+    old, new = comparison.resolved_architecture(there), comparison.resolved_architecture(here)
     changes = differences(_of_encoder(old), _of_encoder(new)) if encoder_only else differences(old, new)
     if not changes:
         return

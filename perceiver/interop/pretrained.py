@@ -9,7 +9,8 @@ What is read:
 - hub models of krasserm/perceiver-io: the same files, the configuration under "model_config";
 - Lightning checkpoints of krasserm/perceiver-io: one .ckpt file, the configuration in its hyperparameters.
 
-Neither transformers nor Lightning is needed. Names and configurations are converted by `perceiver.hub`.
+Neither transformers nor Lightning is needed. Names and configurations are converted by `perceiver.interop.reference` and
+`perceiver.interop.transformers`.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from perceiver import hub
 from perceiver.config import ModelConfig, UserError, flatten, load_tree, to_dict, type_name
 from perceiver.config.core import is_builtin
+from perceiver.interop import reference, transformers
 from perceiver.models import PerceiverARConfig, build_model, check_model
 
 CONFIG = "config.json"
@@ -101,9 +102,9 @@ def _with_config(path: Path, origin: str) -> Pretrained:
             model = read_model(config.get("model"), config_path)
             rename: Callable[[dict[str, Any], ModelConfig], dict[str, Any]] | None = None
         elif "model_config" in config:
-            model, rename = hub.config_from_reference(config["model_config"]), hub.from_reference
+            model, rename = reference.config_from_reference(config["model_config"]), reference.from_reference
         else:
-            model, rename = hub.config_from_transformers(config), hub.from_transformers
+            model, rename = transformers.config_from_transformers(config), transformers.from_transformers
         check_config(model, config_path)
     weights = read_tensors(path)
     return Pretrained(origin, model, weights if rename is None else rename(weights, model))
@@ -342,9 +343,9 @@ def read_lightning(path: Path) -> Pretrained:
     weights = _by_name(content["state_dict"], path)
     check_weights(weights, path)
     with in_one_sentence(path):
-        config = hub.config_from_reference(_model_fields(_plain(content["hyper_parameters"]), path))
+        config = reference.config_from_reference(_model_fields(_plain(content["hyper_parameters"]), path))
         check_config(config, path)
-    return Pretrained(str(path), config, hub.from_reference(weights, config))
+    return Pretrained(str(path), config, reference.from_reference(weights, config))
 
 
 def _plain(value: Any) -> Any:

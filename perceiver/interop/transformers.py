@@ -1,14 +1,11 @@
-"""Weights of other projects as ours: configurations and state dicts of krasserm/perceiver-io and of transformers.
-
-All functions are pure: dicts in, configurations and dicts out.
-"""
+"""Configurations and state dicts of transformers' Perceivers as ours, and ours as theirs. All functions are pure."""
 
 import re
 from typing import Any
 
-from torch import Tensor
-
-from perceiver.config import Config, ModelConfig, UserError, differences, flatten, to_dict
+from perceiver.config import ModelConfig, UserError, differences
+from perceiver.interop.comparison import resolved_architecture
+from perceiver.interop.names import Rules, StateDict, rename
 from perceiver.models import (
     ClassOutput,
     DecoderConfig,
@@ -16,114 +13,10 @@ from perceiver.models import (
     FlowInput,
     FlowOutput,
     ImageInput,
-    PerceiverARConfig,
     PerceiverIOConfig,
     TextInput,
     TextOutput,
 )
-
-StateDict = dict[str, Tensor]
-Rules = tuple[tuple[str, str | None], ...]
-"""Pairs (pattern of a name's beginning, replacement): the first that fits is applied; None drops the entry."""
-
-# ------------------------------------------------------------------------------------------ krasserm/perceiver-io 0.11
-
-_REFERENCE_LAYER: Rules = (
-    (r"0\.(?:module\.)?(q_norm|kv_norm|norm|attention)\.", r"\1."),
-    (r"1\.(?:module\.)?0\.", "mlp.norm."),
-    (r"1\.(?:module\.)?1\.", "mlp.widen."),
-    (r"1\.(?:module\.)?3\.", "mlp.narrow."),
-)
-
-_REFERENCE_IO: Rules = (
-    (r"0\.input_adapter\.position_encoding\.position_encoding$", None),  # a constant
-    (r"0\.latent_provider\._query$", "encoder.latents"),
-    (r"0\.input_adapter\.", "encoder.input_adapter."),
-    (r"0\.cross_attn_(1|n)\.", r"encoder.cross_attention_\1."),
-    (r"0\.self_attn_(1|n)\.(\d+)\.", r"encoder.self_attention_\1.\2."),
-    (r"1\.output_query_provider\._query$", "decoder.queries"),
-    (r"1\.cross_attn\.", "decoder.cross_attention."),
-    (r"1\.output_adapter\.linear\.", "decoder.output."),
-    (r"1\.output_adapter\.bias$", "decoder.output_bias"),
-)
-
-_REFERENCE_AR: Rules = (
-    (r"input_adapter\.frq_pos_encoding\.inv_freq$", None),  # a constant
-    (r"input_adapter\.", "input_adapter."),
-    (r"cross_attention\.", "cross_attention."),
-    (r"self_attention\.(\d+)\.", r"self_attention.\1."),
-    (r"out_norm\.", "output_norm."),
-    (r"output_adapter\.bias$", "output_bias"),
-)
-
-_NO_MODEL_FIELDS = {"activation_checkpointing", "activation_offloading", "max_heads_parallel", "params"}
-"""Fields of the reference's configurations that do not change what a model computes."""
-
-
-def from_reference(state_dict: StateDict, config: ModelConfig) -> StateDict:
-    """Weights of krasserm/perceiver-io under our names.
-
-    Args:
-        state_dict: names as of a `PerceiverIO` or `PerceiverAR` there, also with a Lightning module's prefix "model." or a
-            hub model's "backend_model.".
-        config: the model's configuration, see `config_from_reference`.
-
-    Raises:
-        UserError: a name that such a model does not have.
-    """
-    for prefix in ("model.", "backend_model."):
-        if all(name.startswith(prefix) for name in state_dict):
-            state_dict = {name.removeprefix(prefix): tensor for name, tensor in state_dict.items()}
-    top = _REFERENCE_AR if isinstance(config, PerceiverARConfig) else _REFERENCE_IO
-    return _rename(state_dict, top, _REFERENCE_LAYER, "krasserm/perceiver-io")
-
-
-def config_from_reference(config: dict[str, Any]) -> ModelConfig:
-    """The model configuration of krasserm/perceiver-io ("model_config" of its hub models) as ours.
-
-    Raises:
-        UserError: a field that its models do not have.
-    """
-    config = {name: value for name, value in config.items() if name not in _NO_MODEL_FIELDS}
-    if "max_latents" in config:
-        return _build(PerceiverARConfig, config)
-    encoder = {name: value for name, value in config.pop("encoder").items() if name not in _NO_MODEL_FIELDS}
-    decoder = dict(config.pop("decoder"))
-    input_config: TextInput | ImageInput | FlowInput
-    if "vocab_size" in encoder:
-        names = {"vocab_size": "vocab_size", "max_seq_len": "max_seq_len", "num_input_channels": "num_channels"}
-        input_config = _build(TextInput, _take(encoder, names))
-    elif "num_patch_input_channels" in encoder:
-        fields = ["image_shape", "num_patch_input_channels", "num_patch_hidden_channels", "num_frequency_bands"]
-        input_config = _build(FlowInput, _take(encoder, dict(zip(fields, fields, strict=True))))
-    else:
-        fields = ["image_shape", "num_frequency_bands"]
-        input_config = _build(ImageInput, _take(encoder, dict(zip(fields, fields, strict=True))))
-    query_channels = decoder.pop("num_output_query_channels", None)
-    output: TextOutput | ClassOutput | FlowOutput
-    if "num_classes" in decoder:
-        names = {"num_classes": "num_classes", "num_output_queries": "num_queries"}
-        output = _build(ClassOutput, _take(decoder, names) | {"num_query_channels": query_channels})
-    elif "rescale_factor" in decoder:
-        output = FlowOutput(rescale_factor=decoder.pop("rescale_factor"))
-        decoder.pop("image_shape", None)  # the encoder's
-    else:
-        output = TextOutput(num_query_channels=query_channels)
-        _take(decoder, {"vocab_size": "", "max_seq_len": ""})  # the encoder's
-    scale = {"init_scale": encoder.pop("init_scale")} if "init_scale" in encoder else {}
-    decoder = {name: value for name, value in decoder.items() if name not in ("init_scale", "freeze")}
-    return PerceiverIOConfig(
-        num_latents=config["num_latents"],
-        num_latent_channels=config["num_latent_channels"],
-        input=input_config,
-        encoder=_build(EncoderConfig, encoder),
-        decoder=_build(DecoderConfig, decoder),
-        output=output,
-        **scale,
-    )
-
-
-# --------------------------------------------------------------------------------------------------------- transformers
 
 _TRANSFORMERS_LAYER: Rules = (
     (r"attention\.self\.layernorm1\.", "q_norm."),
@@ -136,7 +29,6 @@ _TRANSFORMERS_LAYER: Rules = (
     (r"mlp\.dense1\.", "mlp.widen."),
     (r"mlp\.dense2\.", "mlp.narrow."),
 )
-
 _TRANSFORMERS: Rules = (
     (r"perceiver\.embeddings\.latents$", "encoder.latents"),
     (r"perceiver\.input_preprocessor\.embeddings\.", "encoder.input_adapter.txt_embedding."),
@@ -149,7 +41,6 @@ _TRANSFORMERS: Rules = (
     (r"perceiver\.decoder\.(?:decoder\.)?final_layer\.", "decoder.output."),
     (r"embedding_decoder\.bias$", "decoder.output_bias"),
 )
-
 _TRANSFORMERS_DEFAULTS: dict[str, Any] = {
     "num_latents": 256, "d_latents": 1280, "d_model": 768, "num_blocks": 1, "num_self_attends_per_block": 26,
     "num_self_attention_heads": 8, "num_cross_attention_heads": 8, "qk_channels": None, "v_channels": None,
@@ -166,7 +57,7 @@ def from_transformers(state_dict: StateDict, config: ModelConfig) -> StateDict:
     Raises:
         UserError: a name that such a model does not have.
     """
-    renamed = _rename(state_dict, _TRANSFORMERS, _TRANSFORMERS_LAYER, "transformers")
+    renamed = rename(state_dict, _TRANSFORMERS, _TRANSFORMERS_LAYER, "transformers")
     is_self_attention = re.compile(r"(encoder\.self_attention_1\.\d+\.)q_norm\.")
     return {is_self_attention.sub(r"\1norm.", name): tensor for name, tensor in renamed.items()}
 
@@ -263,7 +154,7 @@ def to_transformers(state_dict: StateDict, config: PerceiverIOConfig) -> StateDi
         (r"decoder\.output\.", f"{decoder}final_layer."),
         (r"decoder\.output_bias$", "embedding_decoder.bias"),
     )
-    return _rename(state_dict, rules, _TO_TRANSFORMERS_LAYER, "this project")
+    return rename(state_dict, rules, _TO_TRANSFORMERS_LAYER, "this project")
 
 
 def config_to_transformers(config: ModelConfig) -> dict[str, Any]:
@@ -315,69 +206,3 @@ def config_to_transformers(config: ModelConfig) -> dict[str, Any]:
             if not changes:
                 return candidate
     raise UserError(f"{architecture} of transformers cannot be this model ({'; '.join(changes)})")
-
-
-# ------------------------------------------------------------------------------------------------------------ comparison
-
-
-def resolved_architecture(config: ModelConfig) -> dict[str, Any]:
-    """What of a configuration decides which function its weights are; flat. Two models with the same are interchangeable.
-
-    All channels are numbers; dropout, initial weights and what is frozen are left out, and sharing where there is no second.
-    """
-    irrelevant = ("dropout", "init_scale", "init", "freeze")
-    flat = {name: value for name, value in flatten(to_dict(config)).items() if not name.endswith(irrelevant)}
-    if not isinstance(config, PerceiverIOConfig):
-        return flat
-    for name, channels in (
-        ("encoder.num_cross_attention", config.encoder_cross_attention()),
-        ("encoder.num_self_attention", config.encoder_self_attention()),
-        ("decoder.num_cross_attention", config.decoder_cross_attention()),
-    ):
-        flat |= {f"{name}_qk_channels": channels.qk_channels, f"{name}_v_channels": channels.v_channels}
-    if config.encoder.num_cross_attention_layers == 1:
-        del flat["encoder.first_cross_attention_layer_shared"]
-    if config.encoder.num_self_attention_blocks == 1:
-        del flat["encoder.first_self_attention_block_shared"]
-    return flat
-
-
-# -------------------------------------------------------------------------------------------------------------- helpers
-
-
-def _rename(state_dict: StateDict, top: Rules, layer: Rules, origin: str) -> StateDict:
-    """Renames the beginning of each name by `top`, and what is left of an attention layer's name by `layer`."""
-    renamed: StateDict = {}
-    for name, tensor in state_dict.items():
-        match, replacement = _first_match(top, name)
-        if match is None:
-            raise UserError(f"weight {name!r} belongs to no Perceiver of {origin} that can be read")
-        if replacement is None:
-            continue
-        rest = name[match.end() :]
-        if "attention" in match.group() + replacement:
-            inner, inner_replacement = _first_match(layer, rest)
-            if inner is None or inner_replacement is None:
-                raise UserError(f"weight {name!r} belongs to no attention layer of {origin} that can be read")
-            rest = inner.expand(inner_replacement) + rest[inner.end() :]
-        renamed[match.expand(replacement) + rest] = tensor
-    return renamed
-
-
-def _first_match(rules: Rules, name: str) -> tuple[re.Match[str] | None, str | None]:
-    for pattern, replacement in rules:
-        if match := re.match(pattern, name):
-            return match, replacement
-    return None, None
-
-
-def _take(values: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
-    """Moves the named values out of a dict, under new names; what is not there is left to its default."""
-    return {new: values.pop(old) for old, new in names.items() if old in values}
-
-
-def _build(cls: type[Config], values: dict[str, Any]) -> Any:
-    unknown = sorted(set(values) - set(cls.__dataclass_fields__))
-    if unknown:
-        raise UserError(f"a reference configuration for {cls.__name__} has an unknown field {', '.join(unknown)}")
-    return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})

@@ -1,0 +1,1 @@
+"""Formats of other projects: their names and configurations as ours, and their files."""
