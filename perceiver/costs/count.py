@@ -2,7 +2,7 @@
 
 A model needs no formula of its own for this: what `flops.py` and `activations.py` work out of a configuration is seen here as the step
 runs, whatever it computes. FLOPs are counted in the same way (matrix products; what a backward pass computes anew is not counted),
-and memory as runs of layers that `memory.py` walks through. tests/test_costs_count.py holds both against the formulas.
+and memory as runs of layers that `memory.py` walks through. tests/costs/test_count.py holds both against the formulas.
 
 On GPUs attention and dropout run as one kernel each. Meta tensors would be given the plain computation, which keeps the weights of
 attention; such calls are replaced by ones that keep what the kernels keep.

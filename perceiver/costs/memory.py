@@ -1,7 +1,7 @@
 """Memory of a training step on one device: arithmetic on what its layers hold, no tensor is made.
 
 The step is walked through as it runs (forward layer by layer, loss, backward, optimizer), and what is in memory is added up at
-every moment by kind; the moment with the most is the answer. tests/test_costs_memory.py compares it with the allocator's own count.
+every moment by kind; the moment with the most is the answer. tests/costs/test_memory.py compares it with the allocator's own count.
 
 Activations are those of `activations.py` or, counted, of `count.py`. Of FSDP2 (`perceiver/training/parallel.py`): a shard of
 parameters, gradients and two moments in fp32; the whole parameters of the layer at work in the type of computation, the next layer's as

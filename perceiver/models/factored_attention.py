@@ -10,7 +10,7 @@ can be moved from the inputs to the (few) queries and (few) weighted means:
 and, since LayerNorm is linear but for its two statistics, norm(x_n) = g * r_n (x_n - m_n 1) + b splits into a product
 with the position table (one matrix product for the whole batch; a single one where the batch shares its queries, as in
 the first cross-attention to learned latents) and rank-one terms of p_n and m_n. It is exact: see
-tests/test_models_factored_attention.py.
+tests/models/test_factored_attention.py.
 
 Shapes: B batch, L queries, N positions, H heads, P pixel channels, E position channels, C = P + E.
 """

@@ -1,0 +1,132 @@
+"""The rooms of the house and who may know whom (docs/architecture.md), held by reading the imports."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+# What a room may import of the project, besides itself.
+ARROWS = {
+    "perceiver.config": set(),
+    "perceiver.catalog": set(),
+    "perceiver.terminal": set(),
+    "perceiver.extensions": {"perceiver.config"},
+    "perceiver.runs": {"perceiver.config", "perceiver.extensions"},
+    "perceiver.models": {"perceiver.config"},
+    "perceiver.data": {"perceiver.config", "perceiver.extensions"},
+    "perceiver.costs": {"perceiver.config", "perceiver.models"},
+    "perceiver.generation": {"perceiver.config", "perceiver.models", "perceiver.data"},
+    "perceiver.tasks": {
+        "perceiver.config", "perceiver.costs", "perceiver.data", "perceiver.extensions", "perceiver.generation", "perceiver.models",
+    },
+    "perceiver.presets": {"perceiver.catalog", "perceiver.config", "perceiver.costs", "perceiver.models", "perceiver.tasks"},
+    "perceiver.experiments": {"perceiver.config", "perceiver.extensions", "perceiver.presets", "perceiver.runs"},
+    "perceiver.datasets": {"perceiver.config", "perceiver.data", "perceiver.experiments", "perceiver.models"},
+    "perceiver.interop": {"perceiver.config", "perceiver.models"},
+    "perceiver.training": {
+        "perceiver.config", "perceiver.costs", "perceiver.data", "perceiver.extensions", "perceiver.models",
+        "perceiver.interop", "perceiver.runs", "perceiver.tasks",
+    },
+    "perceiver.inference": {
+        "perceiver.config", "perceiver.models", "perceiver.data", "perceiver.datasets", "perceiver.generation",
+        "perceiver.interop",
+        "perceiver.runs", "perceiver.tasks", "perceiver.terminal", "perceiver.training",
+    },
+}  # fmt: skip
+
+
+def room(module: str) -> str:
+    return ".".join(module.split(".")[:2]) if module.startswith("perceiver.") else module.split(".")[0]
+
+
+def imports(path: Path) -> set[str]:
+    """Modules that a file imports at run time (imports for type checkers alone are left out)."""
+    found = set()
+
+    def visit(node: ast.AST) -> None:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.If) and isinstance(child.test, ast.Name) and child.test.id == "TYPE_CHECKING":
+                continue
+            if isinstance(child, ast.Import):
+                found.update(alias.name for alias in child.names)
+            elif isinstance(child, ast.ImportFrom) and child.module:
+                found.add(child.module)
+            visit(child)
+
+    visit(ast.parse(path.read_text()))
+    return found
+
+
+def files(package: str) -> list[Path]:
+    return sorted((ROOT / package).rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", files("perceiver"), ids=lambda p: str(p.relative_to(ROOT)))
+def test_the_library_knows_neither_ray_nor_the_jobs(path):
+    assert not {m.split(".")[0] for m in imports(path)} & {"ray", "ray_jobs", "tuning", "transformers", "lightning"}
+
+
+@pytest.mark.parametrize("path", files("perceiver"), ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_follow_the_arrows(path):
+    here = room(".".join(path.relative_to(ROOT).with_suffix("").parts))
+    allowed = ARROWS.get(here)
+    if allowed is None:
+        pytest.skip("the package's own entrance")
+    used = {room(m) for m in imports(path) if m.startswith("perceiver.")} - {here}
+    assert used <= allowed
+
+
+@pytest.mark.parametrize("path", files("ray_jobs"), ids=lambda p: str(p.relative_to(ROOT)))
+def test_ray_tune_stays_in_its_room(path):
+    assert not {m for m in imports(path) if m.startswith(("ray.tune", "tuning"))}
+
+
+def test_a_task_is_known_in_its_own_file_alone():
+    """Presets put experiments together; nobody else treats one task differently from another."""
+    names = {}
+    for path in files("perceiver/tasks"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef) and any(isinstance(base, ast.Name) and base.id == "TaskConfig" for base in node.bases):
+                names[node.name] = path
+    assert len(names) >= 6
+    for path in (p for package in ("perceiver", "ray_jobs", "tuning") for p in files(package) if p.parent != ROOT / "perceiver/presets"):
+        words = set(re.findall(r"\w+", path.read_text()))
+        assert not [name for name, own in names.items() if name in words and path != own], path
+
+
+def test_there_is_one_optimizer_step():
+    places = [p for package in ("perceiver", "ray_jobs", "tuning") for p in files(package) if "optimizer.step()" in p.read_text()]
+    assert [p.relative_to(ROOT).as_posix() for p in places] == ["perceiver/training/loop.py"]
+
+
+def test_no_two_files_need_each_other():
+    """Also not inside functions: whoever reads a file needs only those that it stands on."""
+    paths = {
+        ".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p
+        for package in ("perceiver", "ray_jobs", "tuning")
+        for p in files(package)
+    }
+    graph = {name: {needed for needed in modules(path) if needed in paths and needed != name} for name, path in paths.items()}
+    while leaves := [name for name, needed in graph.items() if not needed & graph.keys()]:
+        for name in leaves:
+            del graph[name]
+    while roots := graph.keys() - {needed for name in graph for needed in graph[name]}:  # they only stand on such files
+        for name in roots:
+            del graph[name]
+    assert not graph, f"these need each other: {sorted(graph)}"
+
+
+def modules(path: Path) -> set[str]:
+    """Modules that a file imports, also as names of their package."""
+    found = set(imports(path))
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            submodules = {name for name in names if (ROOT / f"{name.replace('.', '/')}.py").is_file()}
+            found |= submodules
+            if submodules == names:
+                found.discard(node.module)
+    return found

@@ -1,0 +1,149 @@
+"""Mistakes on the command line: one sentence, exit status 2, before Ray starts."""
+
+import importlib
+import os
+import subprocess
+import sys
+
+import pytest
+
+from perceiver.config import UserError
+from ray_jobs.cli import main_entry, parse_experiment
+from ray_jobs.preflight import check_experiment
+from tests.conftest import ROOT
+from tests.support.trained import write_run
+
+
+def fails_with(capsys, *argv: str) -> str:
+    """Runs the train job's checks; the one line of error that it ends with."""
+
+    def main(args: list[str]) -> None:
+        check_experiment(parse_experiment(args, "ray_jobs.train"))
+
+    with pytest.raises(SystemExit) as stop:
+        main_entry(main, list(argv))
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    return error
+
+
+MISTAKES = {
+    "unknown preset": (["img-clf-mnits"], "did you mean img-clf-mnist?"),
+    "unknown field": (["quickstart", "--model.num-latnets", "3"], "did you mean --model.num-latents?"),
+    "field of another section": (["quickstart", "--lr", "3"], "did you mean --optim.lr?"),
+    "value of the wrong type": (["quickstart", "--training.max-epochs", "many"], "--training.max-epochs"),
+    "unknown choice": (["quickstart", "--optim.schedule", "cosin"], "did you mean cosine?"),
+    "heads do not divide channels": (["clm-wikitext", "--model.num-heads", "7"], "num-heads"),
+    "latents above sequence": (["clm-wikitext", "--model.max-latents", "5000"], "max-latents"),
+    "no length": (["quickstart", "--training.max-epochs", "None"], "set one of them"),
+    "batch of zero": (["quickstart", "--training.global-batch-size", "0"], "at least 1"),
+    "learning rate": (["quickstart", "--optim.lr", "-1"], "optim.lr"),
+    "run name with a folder": (["quickstart", "--name", "a/b"], "run.name"),
+    "run name that leads out": (["quickstart", "--name", ".."], "--run.name is '..' and must be a plain folder name"),
+    "run name that Ray cannot have": (["quickstart", "--name", "ü"], "--run.name is 'ü'"),
+    "run name of 300 letters": (["quickstart", "--name", "x" * 300], "--run.name is"),
+    "nothing to start from": (["quickstart", "--init-from", ""], "--training.init-from is empty"),
+    "no encoder to start from": (["txt-clf-imdb-all", "--init-encoder-from", " "], "--training.init-encoder-from is empty"),
+    "no validation source": (["quickstart", "--data.val-source", ""], "--data.val-source is empty"),
+    "no address": (["quickstart", "--parallel.address", ""], "--parallel.address is empty"),
+    "stride that does not divide": (["clm-wikitext", "--task.val-stride", "1000"], "task.val-stride"),
+    "elastic with its ends exchanged": (["quickstart", "--workers", "8..2"], "parallel.min-workers is 8 and must be at most"),
+    "elastic with replicas": (["quickstart", "--workers", "2..8", "--parallel.replicas", "2"], "has no replicas"),
+    "model of another task": (["quickstart", "--task.class-names", "a", "b"], "class-names"),
+}
+
+
+@pytest.mark.parametrize("argv, part", MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_is_one_sentence_that_names_what_would_be_right(capsys, argv, part):
+    assert part in fails_with(capsys, *argv)
+
+
+def test_overrides_are_typed_and_nested():
+    experiment = parse_experiment(
+        ["img-clf-mnist", "--model.encoder.dropout=0.3", "--optim.lr", "2e-4", "--workers", "2", "--data.val_fraction", "0.5"], "x"
+    )
+    assert experiment.model.encoder.dropout == 0.3 and experiment.optim.lr == 2e-4
+    assert experiment.parallel.workers == 2 and experiment.data.val_fraction == 0.5
+
+
+@pytest.mark.parametrize("argv", [["--workers", "2..8"], ["--workers=2..8"], ["--parallel.workers=8", "--parallel.min-workers=2"]])
+def test_a_range_of_workers_is_an_elastic_run_of_the_same_identity(argv):
+    experiment = parse_experiment(["quickstart", *argv, "--optim.lr=1e-3"], "x")
+    assert (experiment.parallel.min_workers, experiment.parallel.workers, experiment.optim.lr) == (2, 8, 1e-3)
+    assert experiment.identity == parse_experiment(["quickstart", "--optim.lr=1e-3"], "x").identity
+
+
+@pytest.mark.parametrize("job", ["train", "preprocess"])
+def test_the_jobs_themselves_exit_with_2_and_no_trace(job, tmp_path):
+    result = subprocess.run(
+        [sys.executable, "-m", f"ray_jobs.{job}", "img-clf-mnist", "--data.source", str(tmp_path / "nowhere")],
+        cwd=ROOT, capture_output=True, text=True, timeout=120, env={"PATH": "", "PERCEIVER_HOME": str(tmp_path)},
+    )  # fmt: skip
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.count("\n") == 1 and result.stderr.startswith("error: ") and "nowhere" in result.stderr
+
+
+def test_unprepared_data_is_an_error_with_the_command_that_prepares_it(tmp_path):
+    result = subprocess.run(
+        [sys.executable, "-m", "ray_jobs.train", "clm-wikitext-small", "--data.source", str(ROOT / "docs")],
+        cwd=ROOT, capture_output=True, text=True, timeout=120, env={"PATH": "", "PERCEIVER_HOME": str(tmp_path)},
+    )  # fmt: skip
+    assert result.returncode == 2
+    assert "python -m ray_jobs.preprocess clm-wikitext-small --data.source" in result.stderr
+
+
+def test_evaluating_what_is_not_a_run_says_so(tmp_path):
+    result = subprocess.run(
+        [sys.executable, "-m", "ray_jobs.evaluate", "no-such-run"],
+        cwd=ROOT, capture_output=True, text=True, timeout=120, env={"PATH": "", "PERCEIVER_HOME": str(tmp_path)},
+    )  # fmt: skip
+    assert result.returncode == 2 and result.stderr.count("\n") == 1 and "no-such-run" in result.stderr
+
+
+EMPTY = {
+    "evaluate": (["", "--checkpoint", "last"], "RUN is empty"),
+    "evaluate with an empty checkpoint": (["run", "--checkpoint", ""], "--checkpoint is empty"),
+    "export": (["", "--out", "x"], "RUN is empty"),
+    "export with an empty folder": (["run", "--out", ""], "--out is empty"),
+    "export with an empty upload": (["run", "--out", "x", "--upload", ""], "--upload is empty"),
+    "runs": ([""], "FOLDER is empty"),
+}
+
+
+@pytest.mark.parametrize("job", EMPTY)
+def test_an_empty_argument_is_not_taken_as_not_given(job, tmp_path, monkeypatch, capsys):
+    """Nor an empty path as the current folder."""
+    monkeypatch.chdir(tmp_path)
+    arguments, message = EMPTY[job]
+    with pytest.raises(SystemExit) as stop:
+        main_entry(importlib.import_module(f"ray_jobs.{job.split()[0]}").main, arguments)
+    assert stop.value.code == 2 and message in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_a_run_does_not_write_over_files_of_someone_else(tmp_path):
+    from ray_jobs.train import check_run
+
+    experiment = parse_experiment(["quickstart"], "x")
+    (tmp_path / "values.json").write_text("{}")
+    assert check_run(experiment, tmp_path) is None and check_run(experiment, tmp_path / "new") is None
+    (tmp_path / "metrics.jsonl").write_text("mine")
+    with pytest.raises(UserError, match="holds other files .metrics.jsonl.: choose another --run.name"):
+        check_run(experiment, tmp_path)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_an_umlaut_is_printed_on_any_terminal(tmp_path, encoding):
+    write_run(tmp_path / "läufe" / "größe", "causal")
+    write_run(tmp_path / "läufe" / "masked", "masked")
+    environment = os.environ | {"PYTHONIOENCODING": encoding, "LANG": "C", "CUDA_VISIBLE_DEVICES": ""}
+    for command in (
+        ["ray_jobs.runs", str(tmp_path / "läufe")],
+        ["perceiver.inference", str(tmp_path / "läufe" / "größe"), "Ü", "--max-new-tokens", "3"],
+        ["perceiver.inference", str(tmp_path / "läufe" / "masked")],
+    ):
+        run = subprocess.run(
+            [sys.executable, "-m", *command], cwd=ROOT, env=environment, capture_output=True, input="ü <mask>\n\n".encode(), timeout=120
+        )
+        assert run.returncode == 0 and b"Traceback" not in run.stderr, run.stderr
+        assert run.stdout.strip()

@@ -1,0 +1,158 @@
+"""The command `perceiver`: what it offers, what it loads, what it completes."""
+
+import ast
+import importlib.util
+import shutil
+import subprocess
+import sys
+import tomllib
+
+import pytest
+
+from ray_jobs import completion
+from ray_jobs.cli import main_entry
+from ray_jobs.main import COMMANDS, main
+from tests.conftest import ROOT
+from tests.tuning.test_tuning import make_run
+
+HEAVY = {"torch", "ray", "tyro", "pyarrow", "numpy", "datasets", "tensorboardX", "sentencepiece"}
+
+
+def loaded(code: str, **environment: str) -> set[str]:
+    """Which heavy modules a program has loaded when it ends."""
+    program = f"import sys\n{code}\nprint(*sorted({HEAVY!r} & sys.modules.keys()), file=sys.stderr)"
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True, env=environment or None)
+    return set(result.stderr.split())
+
+
+def test_the_help_lists_every_command_under_what_one_wants_to_do_with_three_examples(capsys):
+    assert main([]) == 0
+    alone = capsys.readouterr().out
+    assert main(["--help"]) == 0
+    assert capsys.readouterr().out == alone
+    for name, command in COMMANDS.items():
+        assert f"  {name} " in alone and f"\n{command.group}:\n" in alone
+    assert alone.count("\n  perceiver ") == 3
+    assert len(alone.splitlines()) < 45 and max(map(len, alone.splitlines())) <= 100
+
+
+def test_the_command_is_installed():
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    assert scripts == {"perceiver": "ray_jobs.main:entry"}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_each_command_is_the_main_of_a_module_that_there_is(name):
+    spec = importlib.util.find_spec(COMMANDS[name].module)
+    functions = {node.name for node in ast.parse(open(spec.origin).read()).body if isinstance(node, ast.FunctionDef)}
+    assert "main" in functions
+
+
+@pytest.mark.parametrize("wrong, right", [("trian", "train"), ("fillmask", "fill-mask"), ("scaling_laws", "scaling-laws"), ("run", "runs")])
+def test_an_unknown_command_is_a_sentence_with_the_nearest_name(capsys, wrong, right):
+    with pytest.raises(SystemExit) as stop:
+        main_entry(main, [wrong])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert f"did you mean {right}?" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import perceiver",
+        "import perceiver.config, perceiver.catalog, perceiver.runs",
+        "from ray_jobs.main import main; main(['--help'])",
+        "from ray_jobs.main import main; main(['--version'])",
+        "from ray_jobs.main import main; main(['presets'])",
+        "from ray_jobs.main import main; main(['completion', '--words', 'train'])",
+    ],
+)
+def test_nothing_heavy_is_loaded_before_it_is_needed(code):
+    assert loaded(code) == set()
+
+
+def test_the_list_of_runs_loads_nothing_heavy(tmp_path):
+    make_run(tmp_path / "runs" / "mine", [10], [0.5])
+    code = "from ray_jobs.main import main; main(['runs'])"
+    assert loaded(code, PERCEIVER_HOME=str(tmp_path)) == set()
+
+
+def test_the_help_of_a_preset_shows_its_fields_and_none_that_are_internal(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "quickstart", "--help"])
+    shown = capsys.readouterr().out
+    assert stop.value.code == 0
+    assert "--optim.lr FLOAT" in shown and "Peak learning rate" in shown
+    assert "--preset" not in shown
+
+
+def test_the_version_is_that_of_the_package_and_shown(capsys):
+    import perceiver
+
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"perceiver {perceiver.__version__}\n"
+    assert perceiver.__version__[0].isdigit()
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        perceiver.nothing  # noqa: B018
+
+
+def test_the_usage_names_the_command_that_was_typed(tmp_path):
+    script = tmp_path / "perceiver"
+    script.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom ray_jobs.main import entry\nentry()\n")
+    for words, usage in {
+        ("train",): "usage: perceiver train EXPERIMENT",
+        ("runs", "--help"): "usage: perceiver runs [-h]",
+        ("preprocess", "quickstart", "--help"): "usage: perceiver preprocess quickstart [-h]",
+    }.items():
+        shown = subprocess.run([sys.executable, str(script), *words], capture_output=True, text=True, check=True).stdout
+        assert shown.startswith(usage)
+    shown = subprocess.run([sys.executable, "-m", "ray_jobs.runs", "--help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert shown.startswith("usage: python -m ray_jobs.runs [-h]")
+
+
+def test_completion_knows_commands_presets_fields_and_runs(tmp_path, monkeypatch):
+    monkeypatch.setenv("PERCEIVER_HOME", str(tmp_path))
+    make_run(tmp_path / "runs" / "mine", [10])
+    assert completion.words([]) == list(COMMANDS)
+    assert "clm-wikitext" in completion.words(["train"]) == completion.words(["submit", "train"])
+    assert {"--optim.lr", "--workers"} <= set(completion.words(["train", "quickstart"]))
+    assert "--preset" not in completion.words(["train", "quickstart"])
+    assert "--model.max-latents" not in completion.words(["train", "quickstart", "--optim.lr"])
+    assert completion.words(["evaluate"]) == ["mine"]
+    assert completion.words(["submit"])[:2] == ["preprocess", "tokenizer"] and "plan" not in completion.words(["submit"])
+    assert completion.words(["completion"]) == ["bash", "zsh", "fish"]
+    assert completion.words(["unknown", "x"]) == completion.words(["train", "unknown"]) == []
+
+
+@pytest.mark.parametrize(
+    "typed, found", [("perceiver tra", ["train"]), ("perceiver train clm-c", ["clm-c4", "clm-c4-small"]), ("perceiver export ", ["mine"])]
+)
+def test_bash_completes_what_is_typed(tmp_path, typed, found):
+    make_run(tmp_path / "runs" / "mine", [10])
+    command = tmp_path / "perceiver"
+    command.write_text(f'#!/bin/sh\nPYTHONPATH="{ROOT}" exec "{sys.executable}" -m ray_jobs.main "$@"\n')
+    command.chmod(0o755)
+    words = typed.split(" ")
+    script = f"""{completion.SCRIPTS["bash"]}
+COMP_WORDS=({" ".join(f'"{word}"' for word in words)})
+COMP_CWORD={len(words) - 1}
+_perceiver
+printf '%s\\n' "${{COMPREPLY[@]}}" """
+    result = subprocess.run(
+        ["bash", "-c", script],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"PATH": f"{tmp_path}:/usr/bin:/bin", "PERCEIVER_HOME": str(tmp_path)},
+    )
+    assert result.stdout.split() == found
+
+
+@pytest.mark.parametrize("shell", completion.SCRIPTS)
+def test_the_completion_script_is_one_that_its_shell_reads(shell, capsys):
+    program = shutil.which(shell)
+    if program is None:
+        pytest.skip(f"{shell} is not installed")
+    assert main(["completion", shell]) == 0
+    subprocess.run([program, "-n"], input=capsys.readouterr().out, text=True, check=True)

@@ -1,0 +1,112 @@
+"""The list of runs."""
+
+import fcntl
+import json
+import shlex
+from dataclasses import replace
+
+import pytest
+
+from perceiver.config import UserError, to_dict
+from perceiver.runs import TAIL, last_step
+from ray_jobs import runs
+from ray_jobs.cli import parse_experiment
+from tests.tuning.test_tuning import make_run
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name in ("done", "held", "broken", "halted"):
+        make_run(tmp_path / name, [10, 20], [0.5, 0.4])
+    (tmp_path / "done" / "result.json").write_text("{}")
+    (tmp_path / "broken" / "failure.json").write_text("{}")
+    (tmp_path / "no-run").mkdir()
+    return tmp_path
+
+
+def test_runs_are_listed_with_their_state_and_how_far_they_are(folder):
+    with open(folder / "held" / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        found = {run["name"]: run for run in runs.list_runs(folder)}
+    assert {name: run["status"] for name, run in found.items()} == {
+        "done": "finished", "held": "running", "broken": "failed", "halted": "stopped",
+    }  # fmt: skip
+    halted = found["halted"]
+    assert (halted["step"], halted["checkpoint"], halted["best"]) == (20, 20, "val_loss 0.0500")
+    assert found["done"]["continue"] is None and found["halted"]["continue"]
+
+
+def test_the_command_that_continues_a_run_makes_the_same_experiment(folder):
+    words = ["clm-wikitext-small", "--model.num-channels", "128", "--optim.optimizer.betas", "0.9", "0.95", "--training.max-epochs", "2",
+             "--training.max-steps", "None", "--task.random-shift", "False", "--data.source", "my texts/*.txt"]  # fmt: skip
+    experiment = parse_experiment(words, "ray_jobs.train")
+    path = folder / "halted" / "experiment.json"
+    path.write_text(json.dumps({"experiment": to_dict(experiment), "data": "x"}))
+    made = shlex.split(runs.continue_command(folder / "halted"))
+    again = parse_experiment(made[3:], "ray_jobs.train")
+    assert again == replace(experiment, run=replace(experiment.run, name="halted", storage=str(folder)))
+
+
+def test_a_run_that_says_how_long_it_is_shows_it_and_one_of_an_older_version_does_not(folder):
+    path = folder / "halted" / "experiment.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"steps": 750, "version": "0.2.0"}))
+    found = {run["name"]: run["of"] for run in runs.list_runs(folder)}
+    assert (found["halted"], found["done"]) == (750, None)
+
+
+DAMAGES = {
+    "empty file": ("experiment.json", b""),
+    "cut file": ("experiment.json", b'{"experiment": {"task"'),
+    "list": ("experiment.json", b"[]"),
+    "null": ("experiment.json", b"null"),
+    "no sections": ("experiment.json", b'{"experiment": {"preset": "quickstart"}}'),
+    "nested deep": ("experiment.json", b"[" * 100_000),
+    "not UTF-8": ("experiment.json", b"\xff\xfe\x00"),
+    "cut checkpoint": ("checkpoints/step-00000020/checkpoint.json", b'{"step": 2'),
+    "checkpoint that is a list": ("checkpoints/step-00000020/checkpoint.json", b"[1]"),
+    "metric that is text": ("checkpoints/step-00000020/checkpoint.json", b'{"step": 20, "metrics": {"val_loss": "low"}}'),
+    "metrics that are no records": ("metrics.jsonl", b'5\n{"step": "x"}\n\xff\n'),
+}
+
+
+@pytest.mark.parametrize(("file", "content"), DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_run_costs_its_own_line_alone(folder, capsys, file, content):
+    (folder / "halted" / file).write_bytes(content)
+    assert runs.main([str(folder)]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [words[0] for words in lines[1:5]] == ["broken", "done", "halted", "held"]
+    assert "quickstart" in lines[1] and "quickstart" in lines[4]
+    if file == "experiment.json":
+        assert lines[3][1] == "damaged" and any(words[:2] == ["damaged", "halted:"] for words in lines)
+
+
+def test_a_damaged_last_line_of_metrics_costs_itself_alone(folder):
+    path = folder / "halted" / "metrics.jsonl"
+    path.write_text('{"step": 10, "loss": 1}\n{"step": 11, "lo\n{"step": 12, "loss": 1}\n{"step": 13, "lo')
+    assert last_step(folder / "halted") == 12
+
+
+def test_the_last_step_of_a_long_run_is_found_from_the_end(folder):
+    path = folder / "halted" / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"step": step, "loss": 1.0}) + "\n" for step in range(10_000)) + '{"step": 10')
+    assert path.stat().st_size > 3 * TAIL
+    assert last_step(folder / "halted") == 9999
+
+
+def test_no_runs_and_no_folder_yet_are_no_mistake(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PERCEIVER_HOME", str(tmp_path / "none"))
+    assert runs.main([]) == 0
+    assert capsys.readouterr().out == f"there are no runs in {tmp_path / 'none' / 'runs'}\n"
+    assert runs.main([str(tmp_path)]) == 0
+    assert "there are no runs" in capsys.readouterr().out
+    assert runs.main(["--json"]) == 0
+    assert capsys.readouterr().out == ""
+
+
+def test_the_table_and_json_are_printed_and_a_missing_folder_is_a_sentence(folder, capsys):
+    assert runs.main([str(folder)]) == 0
+    assert f"continue halted: python -m ray_jobs.train {folder / 'halted'}" in capsys.readouterr().out
+    runs.main([str(folder), "--json"])
+    assert [json.loads(line)["name"] for line in capsys.readouterr().out.splitlines()] == ["broken", "done", "halted", "held"]
+    with pytest.raises(UserError, match="no folder of runs"):
+        runs.main([str(folder / "none")])
