@@ -28,6 +28,8 @@ GROUP = "perceiver.experiments"
 """Entry points of this group are experiments that installed packages bring."""
 OWN = ("perceiver", "ray_jobs", "tuning")
 """Packages of this project, which every process has."""
+INSTALLED = frozenset(("site-packages", "dist-packages"))
+"""Names of folders in which packages are installed."""
 TRUSTED = "trusted-code.json"
 """File in $PERCEIVER_HOME with the digests of code that its user has run by naming it."""
 
@@ -289,7 +291,12 @@ def is_outside(module: ModuleType) -> bool:
 
 
 def _is_library(file: Path) -> bool:
-    """Whether a file belongs to Python, to an installed package or to this project."""
+    """Whether a file belongs to Python, to an installed package or to this project.
+
+    Packages of the user's or of the system's Python, which an environment may look into, are known by the name of their folder.
+    """
+    if INSTALLED.intersection(file.resolve().parts):
+        return True
     paths = sysconfig.get_paths()
     own = Path(__file__).resolve().parent
     folders = [Path(paths[name]).resolve() for name in ("stdlib", "platstdlib", "purelib", "platlib")] + [own.parent / name for name in OWN]

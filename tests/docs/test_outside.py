@@ -1,5 +1,6 @@
 """Experiments that live outside the package: how they are found, what they bring, and what is said of their mistakes."""
 
+import importlib
 import json
 import sys
 import types
@@ -11,7 +12,7 @@ from torch import nn
 
 from perceiver.config import Experiment, ScheduleConfig, UserError, flatten, from_dict, to_dict
 from perceiver.experiments import command_words, find_experiment
-from perceiver.extensions import Code, check_trust, code_of, trust
+from perceiver.extensions import Code, check_trust, code_of, code_of_modules, trust
 from perceiver.presets import PRESETS
 from perceiver.runs import check_code, read_run, save_code
 from perceiver.tasks.check import check_task
@@ -87,6 +88,24 @@ def test_a_name_that_leads_nowhere_is_one_sentence(folder, name, message):
     with pytest.raises(UserError) as error:
         find_experiment(name)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("place", ["site-packages", "lib/python3/dist-packages"])
+def test_what_is_installed_outside_of_the_environment_is_not_the_users_code(tmp_path, monkeypatch, place):
+    """An environment may look into the system's packages, or the user's: their files are not sent along, nor kept with a run."""
+    installed = tmp_path / place
+    installed.mkdir(parents=True)
+    (installed / "borrowed_package.py").write_text("VALUE = 1\n")
+    (tmp_path / "borrowing.py").write_text("import borrowed_package\nimport borrowed_neighbour\n")
+    (tmp_path / "borrowed_neighbour.py").write_text("")
+    monkeypatch.syspath_prepend(installed)
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.import_module("borrowing")
+    try:
+        assert set(code_of_modules(["borrowing"]).files) == {"borrowing.py", "borrowed_neighbour.py"}
+    finally:
+        for name in ("borrowing", "borrowed_package", "borrowed_neighbour"):
+            sys.modules.pop(name, None)
 
 
 def test_any_section_can_be_given_another_class_by_name(folder):
