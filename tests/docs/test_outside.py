@@ -102,7 +102,7 @@ def test_what_is_installed_outside_of_the_environment_is_not_the_users_code(tmp_
     monkeypatch.syspath_prepend(tmp_path)
     importlib.import_module("borrowing")
     try:
-        assert set(code_of_modules(["borrowing"]).files) == {"borrowing.py", "borrowed_neighbour.py"}
+        assert set(code_of_modules(["borrowing", "borrowed_package"]).files) == {"borrowing.py", "borrowed_neighbour.py"}
     finally:
         for name in ("borrowing", "borrowed_package", "borrowed_neighbour"):
             sys.modules.pop(name, None)
