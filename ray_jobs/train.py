@@ -14,12 +14,13 @@ import torch
 from perceiver.config import Experiment, UserError, differences
 from perceiver.data.components import Component
 from perceiver.data.manifest import Manifest
+from perceiver.data.storage import write_file
 from perceiver.datasets import Dataset, with_tokenizer
 from perceiver.extensions import code_of
+from perceiver.plots import png, training_curves
 from perceiver.runs import EXPERIMENT, check_code, read_run, save_code
 from perceiver.tasks import build_task
 from perceiver.tasks.base import Baseline
-from perceiver.tasks.pictures import curves
 from perceiver.training.batches import make_val_feeds
 from perceiver.training.checkpoint_choice import best_of, list_checkpoints, mirrored
 from perceiver.training.checkpoint_files import CheckpointInfo
@@ -227,18 +228,16 @@ def report(
     seconds: float,
 ) -> None:
     """Says what came out and where it is, and draws the loss curve."""
-    from PIL import Image
-
-    records = read_metrics(run_folder)
-    series = {name: [(r["step"], r[name]) for r in records if name in r] for name in ("loss", "val_loss")}
-    Image.fromarray(curves(series, f"{experiment.run_name}: loss over steps")).save(run_folder / "curve.png")
-    best = best_of(checkpoints, experiment.run.best_metric) or checkpoints[-1]
+    metric = experiment.run.best_metric
+    best = best_of(checkpoints, metric)
+    picture = training_curves(read_metrics(run_folder), experiment.run_name, metric, None if best is None else best.step)
+    write_file(run_folder, "curve.png", png(picture))
     baselines = build_task(experiment).baselines(parts)
     logger.info(f"finished after {duration(seconds)}: {_summary(result, baselines)}")
     if (reason := read_stopped(run_folder)) is not None:
         logger.info(f"  ended early:  {reason}")
     logger.info(f"  run folder:   {run_folder}")
-    logger.info(f"  checkpoints:  last step {checkpoints[-1].step}, best step {best.step} by {experiment.run.best_metric}")
+    logger.info(f"  checkpoints:  last step {checkpoints[-1].step}, best step {(best or checkpoints[-1]).step} by {metric}")
     logger.info(f"  TensorBoard:  tensorboard --logdir {run_folder / 'tensorboard'}")
     pictures = ", ".join(str(p) for p in [run_folder / "curve.png", *sorted((run_folder / "samples").glob("*.png"))[-1:]])
     logger.info(f"  pictures:     {pictures}")

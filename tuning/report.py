@@ -5,25 +5,28 @@ from __future__ import annotations
 import argparse
 import base64
 import html
-import io
-import os
+import math
 import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
-from PIL import Image
 
 from perceiver.config import UserError, home
+from perceiver.data.storage import write_file
+from perceiver.plots import GREY, NUM_COLORS, color, far_apart, frame, log_scale, new_figure, plain, png, step_axis
 from perceiver.training.record import read_metrics
 from ray_jobs.cli import main_entry, program
-from tuning.figures import GREY, PALETTE, Panel, save, stack
 from tuning.sweeps import arguments
 from tuning.trials import Trial, read_settings, read_trials
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 def main(argv: list[str]) -> int:
@@ -112,29 +115,43 @@ def write(folder: Path) -> list[Trial]:
         for trial in trials
     ]
     results = pa.table({name: _column([row[name] for row in rows]) for name in rows[0]})
-    _whole(folder / "results.parquet", lambda path: pq.write_table(results, path))
-    _whole(folder / "results.csv", lambda path: pa.csv.write_csv(results, path))
-    picture = stack([panel.draw() for panel in (learning_curves(trials), parallel(trials, settings), schedule(trials))])
-    save(picture, folder / "report.png")
-    _whole(folder / "report.html", lambda path: path.write_text(_page(folder, trials, settings, picture)))
+    picture = png(draw(trials, settings))
+    write_file(folder, "results.parquet", lambda file: pq.write_table(results, file))
+    write_file(folder, "results.csv", lambda file: pa.csv.write_csv(results, file))
+    write_file(folder, "report.png", picture)
+    write_file(folder, "report.html", _page(folder, trials, settings, picture).encode())
     return trials
 
 
-def learning_curves(trials: Sequence[Trial]) -> Panel:
-    panel = Panel(f"{trials[0]['metric']} over steps", "step", trials[0]["metric"], size=(960, 440))
-    for place, trial in reversed(list(enumerate(trials))):
-        colour = _colour(place)
-        panel.line(_curve(trial).items(), colour, 3 if place == 0 else 2)
-        panel.dots(list(_curve(trial).items())[-1:], colour)
-    for place, trial in enumerate(trials[: len(PALETTE)]):
-        value = "" if trial["value"] is None else f"{trial['value']:.4f}  "
-        panel.label(f"{trial['trial']}  {value}{trial['status']}", _colour(place))
-    if len(trials) > len(PALETTE):
-        panel.label(f"{len(trials) - len(PALETTE)} others", GREY)
-    return panel
+def draw(trials: Sequence[Trial], settings: dict[str, Any]) -> Figure:
+    """The sweep's picture: learning curves, values and times of its trials, each trial in one colour."""
+    heights = (500, 420, 110 + 24 * max(4, len(trials)))
+    figure = new_figure(960, sum(heights))
+    curves, values, times = figure.subplots(3, 1, height_ratios=heights)
+    learning_curves(curves, trials)
+    parallel(values, trials, settings)
+    schedule(times, trials)
+    return figure
 
 
-def parallel(trials: Sequence[Trial], settings: dict[str, Any]) -> Panel:
+def learning_curves(axes: Axes, trials: Sequence[Trial]) -> None:
+    """The metric over steps, a line per trial."""
+    metric = trials[0]["metric"]
+    for place, trial in enumerate(trials):
+        curve = {step: value for step, value in _curve(trial).items() if math.isfinite(value)}
+        value = "" if trial["value"] is None else f"{trial['value']:.4f}, "
+        label = f"{trial['trial']}: {value}{trial['status']}" if place < NUM_COLORS else None
+        axes.plot(list(curve), list(curve.values()), label=label, markevery=[-1] if curve else None, **_line(place))
+    if len(trials) > NUM_COLORS:
+        axes.plot([], [], color=GREY, label=f"{len(trials) - NUM_COLORS} others")
+    frame(axes, f"{metric} over steps", y=metric)
+    step_axis(axes)
+    if far_apart([value for trial in trials for value in _curve(trial).values()]):
+        log_scale(axes, "y")
+    axes.legend(loc="upper left", bbox_to_anchor=(-0.02, -0.16), ncols=3, fontsize="small", frameon=False)
+
+
+def parallel(axes: Axes, trials: Sequence[Trial], settings: dict[str, Any]) -> None:
     """Parallel coordinates: a line per trial over the fields that are varied, each from its least to its largest value."""
     fields = sorted({field for trial in trials for field in trial["values"]})
     correlations = importance(trials)
@@ -145,28 +162,27 @@ def parallel(trials: Sequence[Trial], settings: dict[str, Any]) -> Panel:
         rank = f"{correlations[field]:+.2f}" if field in correlations else ""
         names.append(f"{section}.\n{name}\n{_range([t['values'].get(field) for t in trials])}\n{rank}")
     names.append(f"\n{settings['metric']}\n{_range(values)}\n")
-    title = f"values of the trials: least and largest, rank correlation with {settings['metric']}"
-    panel = Panel(title, size=(960, 410), x_names=names, y_names=["least", "largest"])
     scales = {field: _scale([t["values"].get(field) for t in trials]) for field in fields}
-    scales["="] = _scale(values)
-    for place, trial in reversed(list(enumerate(trials))):
-        points = [(i, scales[field](trial["values"].get(field))) for i, field in enumerate(fields)]
+    to_height = _scale(values)
+    for place, trial in enumerate(trials):
+        heights = [scales[field](trial["values"].get(field)) for field in fields]
         if trial["value"] is not None:
-            points.append((len(fields), scales["="](trial["value"])))
-        panel.line(points, _colour(place), 3 if place == 0 else 1)
-        panel.dots(points, _colour(place))
-    return panel
+            heights.append(to_height(trial["value"]))
+        axes.plot(range(len(heights)), heights, **_line(place))
+    frame(axes, f"values of the trials: least and largest, rank correlation with {settings['metric']}")
+    axes.set_xticks(range(len(names)), map(plain, names), fontsize="small")
+    axes.set_yticks((0, 1), ("least", "largest"))
 
 
-def schedule(trials: Sequence[Trial]) -> Panel:
+def schedule(axes: Axes, trials: Sequence[Trial]) -> None:
     """When each trial ran; the first one that started is on top."""
     start = min((s for t in trials for s, _ in t["spans"]), default=0.0)
     rows = sorted(range(len(trials)), key=lambda i: (min(trials[i]["spans"], default=(start, start)), trials[i]["trial"]), reverse=True)
-    panel = Panel("trials over time", "seconds", size=(960, 100 + 24 * max(4, len(trials))), y_names=[trials[i]["trial"] for i in rows])
     for row, place in enumerate(rows):
-        for begin, end in trials[place]["spans"]:
-            panel.bar(row, begin - start, end - start, _colour(place))
-    return panel
+        spans = [(begin - start, end - begin) for begin, end in trials[place]["spans"]]
+        axes.broken_barh(spans, (row - 0.35, 0.7), facecolors=color(place))
+    frame(axes, "trials over time", "seconds since the first trial started")
+    axes.set_yticks(range(len(rows)), [trials[i]["trial"] for i in rows])
 
 
 def importance(trials: Sequence[Trial]) -> dict[str, float]:
@@ -220,17 +236,16 @@ def _curve(trial: Trial) -> dict[int, float]:
     return {r["step"]: r[trial["metric"]] for r in read_metrics(Path(trial["run"])) if trial["metric"] in r}
 
 
-def _colour(place: int) -> tuple[int, int, int]:
-    return PALETTE[place] if place < len(PALETTE) else GREY
+def _line(place: int) -> dict[str, Any]:
+    """How the line of a trial looks; better ones lie on top."""
+    return {"color": color(place), "linewidth": 2.5 if place == 0 else 1.2, "marker": "o", "markersize": 4.5, "zorder": 3 - 1e-3 * place}
 
 
 def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _page(folder: Path, trials: Sequence[Trial], settings: dict[str, Any], picture: Image.Image) -> str:
-    data = io.BytesIO()
-    picture.save(data, format="PNG")
+def _page(folder: Path, trials: Sequence[Trial], settings: dict[str, Any], picture: bytes) -> str:
     text = html.escape("\n".join(table(trials, settings)))
     changes = [f"{t['trial']}: at step {e['step']:,} from {e['from']}, then {e['values']}" for t in trials for e in t["exchanges"]]
     exchanged = f"<h2>Exchanges</h2><pre>{html.escape(chr(10).join(changes))}</pre>" if changes else ""
@@ -241,15 +256,8 @@ def _page(folder: Path, trials: Sequence[Trial], settings: dict[str, Any], pictu
         "<style>body{font-family:sans-serif;max-width:1000px;margin:2em auto}pre{overflow-x:auto}</style>"
         f"<h1>{html.escape(folder.name)}</h1><p>{html.escape(settings['preset'])}, {settings['scheduler']}, "
         f"{len(trials)} trials</p><pre>{text}</pre>{failures}{exchanged}"
-        f'<img alt="curves, values, schedule" src="data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}">\n'
+        f'<img alt="curves, values, schedule" src="data:image/png;base64,{base64.b64encode(picture).decode()}">\n'
     )
-
-
-def _whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Writes a file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    write(temporary)
-    os.replace(temporary, path)
 
 
 if __name__ == "__main__":

@@ -12,20 +12,24 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from perceiver.config import Experiment, UserError
 from perceiver.costs.flops import num_parameters
+from perceiver.data.storage import write_file
 from perceiver.models import PerceiverARConfig, check_model
+from perceiver.plots import GREY, color, frame, log_scale, new_figure, png
 from perceiver.tasks import build_task
 from perceiver.training.checkpoint import write_json
 from ray_jobs.cli import main_entry, program, refuse_empty
-from tuning.figures import GREY, PALETTE, Panel, save, stack
 from tuning.power_law import Measurement, Study, fit_study
 from tuning.sweep import run_sweep, sweep_folder
 from tuning.sweeps import Sweep, trial_experiment
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 LEAST_STEPS = 30
 """A training of fewer steps says nothing about its size."""
@@ -139,21 +143,34 @@ def write(folder: Path, study: Study) -> None:
     for law in ("parameters", "tokens"):
         del plain[law]["samples"]
     write_json(folder / "scaling.json", plain)
-    losses = Panel("validation loss over parameters, by budget", "parameters", "loss", log_x=True, size=(760, 420))
+    write_file(folder, "scaling.png", png(draw(study)))
+
+
+def draw(study: Study) -> Figure:
+    """Losses over sizes with each budget's parabola, and the best sizes over budgets with the power law and its interval."""
+    figure = new_figure(760, 780)
+    losses, best = figure.subplots(2, 1)
     for number, parabola in enumerate(study.parabolas):
-        colour = PALETTE[number % len(PALETTE)]
         own = sorted((m.parameters, m.loss) for m in study.measurements if m.budget == parabola.budget)
-        losses.dots(own, colour)
         x = np.linspace(np.log10(own[0][0]), np.log10(own[-1][0]), 60)
-        losses.line(zip(10**x, np.polyval(parabola.coefficients, x), strict=True), colour)
-        losses.label(f"{parabola.budget:.3g}", colour)
-    best = Panel("best parameters over FLOPs", "FLOPs", "parameters", log_x=True, log_y=True, size=(760, 360))
+        losses.plot(*zip(*own, strict=True), "o", color=color(number))
+        losses.plot(10**x, np.polyval(parabola.coefficients, x), color=color(number), label=f"{parabola.budget:.3g} FLOPs")
+        if parabola.inside:
+            losses.plot(parabola.parameters, parabola.loss, "*", color=color(number), markersize=12)
+    log_scale(losses, "x")
+    frame(losses, "validation loss over size, by budget (stars: minima)", "parameters (log scale)", "validation loss")
+    losses.legend(fontsize="small", frameon=False)
+    law = study.parameters
     budgets = [p.budget for p in study.parabolas]
-    best.dots([(p.budget, p.parameters) for p in study.parabolas], PALETTE[0])
     grid = np.geomspace(min(budgets) / 2, max(budgets) * 4, 40)
-    for part, colour in ((0, PALETTE[0]), (1, GREY), (2, GREY)):
-        best.line([(b, study.parameters.predict(b)[part]) for b in grid], colour)
-    save(stack([losses.draw(), best.draw()]), folder / "scaling.png")
+    middle, low, high = np.array([law.predict(budget) for budget in grid]).T
+    best.plot(grid, middle, color=color(0), label=f"{law.factor:.3g} x FLOPs^{law.exponent:.3f}")
+    best.fill_between(grid, low, high, color=GREY, alpha=0.3, linewidth=0, label=f"{law.level:.0%} interval")
+    best.plot(budgets, [p.parameters for p in study.parabolas], "o", color=color(0), label="minima of the budgets")
+    log_scale(best, "x", "y")
+    frame(best, "best size over training budget", "training FLOPs (log scale)", "parameters (log scale)")
+    best.legend(fontsize="small", frameon=False)
+    return figure
 
 
 def _numbers(name: str, text: str, least: int) -> list[float]:

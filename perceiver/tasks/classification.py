@@ -13,8 +13,8 @@ from perceiver.config import UserError
 from perceiver.costs.flops import training_flops
 from perceiver.data.manifest import Manifest, Split
 from perceiver.models import ClassOutput, PerceiverIOConfig
+from perceiver.plots import confusion_matrix, pixels
 from perceiver.tasks.base import IGNORE_INDEX, Batch, C, Guess, Sample, Task, loss_of_sources
-from perceiver.tasks.pictures import confusion_matrix
 
 
 class Classification(Task[C, PerceiverIOConfig]):
@@ -58,7 +58,7 @@ class Classification(Task[C, PerceiverIOConfig]):
     def samples(self, model: nn.Module, sums: dict[str, np.ndarray], split: Split) -> list[Sample]:
         confusion = sums["confusion"]
         names = self.class_names or tuple(str(i) for i in range(len(confusion)))
-        return [Sample("confusion", image=confusion_matrix(confusion, names))] if len(names) <= 100 else []
+        return [Sample("confusion", image=pixels(confusion_matrix(confusion, names)))] if len(names) <= 100 else []
 
     def guess(self, manifest: Manifest, trained_on: Manifest) -> Guess | None:
         """Answering each example with the frequencies of the training labels (plus one each), so always with the same class."""

@@ -13,6 +13,7 @@ ARROWS = {
     "perceiver.config": set(),
     "perceiver.catalog": set(),
     "perceiver.terminal": set(),
+    "perceiver.plots": set(),
     "perceiver.extensions": {"perceiver.config"},
     "perceiver.runs": {"perceiver.config", "perceiver.extensions"},
     "perceiver.models": {"perceiver.config"},
@@ -21,6 +22,7 @@ ARROWS = {
     "perceiver.generation": {"perceiver.config", "perceiver.models", "perceiver.data"},
     "perceiver.tasks": {
         "perceiver.config", "perceiver.costs", "perceiver.data", "perceiver.extensions", "perceiver.generation", "perceiver.models",
+        "perceiver.plots",
     },
     "perceiver.presets": {"perceiver.catalog", "perceiver.config", "perceiver.costs", "perceiver.models", "perceiver.tasks"},
     "perceiver.experiments": {"perceiver.config", "perceiver.extensions", "perceiver.presets", "perceiver.runs"},

@@ -23,7 +23,6 @@ from ray_jobs.cli import parse_experiment
 from tests.data.test_prepare import tiny_sentencepiece_model
 from tests.support.preparing import serially, write_jsonl
 from tuning import population, report, sweep
-from tuning.figures import _Axis
 from tuning.record import prune
 from tuning.scaling_laws import plan, step_flops
 from tuning.schedulers import scheduler, slot
@@ -301,17 +300,19 @@ def test_the_result_files_have_one_type_for_each_field_whatever_was_varied(folde
     assert report.importance(report.read_trials(folder)).keys() == {"optim.lr"}  # of what is no number in all trials there is no rank
 
 
-@pytest.mark.parametrize(
-    "values, log, expected",
-    [
-        ([0.97, 2.18], False, [1, 1.5, 2]),
-        ([12, 400], False, [0, 100, 200, 300, 400]),
-        ([3e4, 2e6], True, [5e4, 1e5, 2e5, 5e5, 1e6, 2e6]),
-        ([1, 1e8], True, [1, 10, 100, 1e3, 1e4, 1e5, 1e6, 1e7, 1e8]),
-    ],
-)
-def test_axes_have_round_numbers(values, log, expected):
-    assert _Axis(values, log, 0, 100).ticks() == pytest.approx(expected)
+def test_the_picture_of_a_sweep_has_a_line_for_each_trial_its_values_and_when_it_ran(folder):
+    trials = report.read_trials(folder)
+    curves, values, times = report.draw(trials, report.read_settings(folder)).axes
+    assert (curves.get_xlabel(), curves.get_ylabel()) == ("optimizer step", "val_loss")
+    assert curves.lines[0].get_xydata().tolist() == [[10, 2.0], [20, 1.5], [30, 1.0]]
+    assert [text.get_text() for text in curves.get_legend().get_texts()] == [
+        "trial-0: 1.0000, finished", "trial-1: 1.9000, stopped", "trial-2: 2.2000, diverged", "trial-3: failed",
+    ]  # fmt: skip
+    assert [label.get_text().split("\n")[:3] for label in values.get_xticklabels()] == [
+        ["optim.", "lr", "0 to 0.3"], ["", "val_loss", "1 to 2.2"],
+    ]  # fmt: skip
+    assert [label.get_text() for label in times.get_yticklabels()] == ["trial-3", "trial-2", "trial-1", "trial-0"]
+    assert times.get_xlabel() == "seconds since the first trial started"
 
 
 def test_the_winners_command_is_a_valid_one_and_as_long_as_the_preset_says():
