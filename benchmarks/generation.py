@@ -26,7 +26,8 @@ from typing import Any
 
 import torch
 
-from perceiver.generation.generate import Sampling, stream
+from perceiver.generation.generate import stream
+from perceiver.generation.options import Sampling
 from perceiver.models import PerceiverAR, PerceiverARConfig, build_model
 from perceiver.presets import PRESETS
 

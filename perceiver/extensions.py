@@ -11,7 +11,6 @@ import hashlib
 import importlib
 import importlib.metadata
 import json
-import os
 import sys
 import sysconfig
 import tempfile
@@ -23,6 +22,7 @@ from types import ModuleType
 from typing import Any
 
 from perceiver.config import Config, UserError, home, nearest, nodes, type_name
+from perceiver.disk import whole_file
 
 GROUP = "perceiver.experiments"
 """Entry points of this group are experiments that installed packages bring."""
@@ -316,9 +316,8 @@ def trust(code: Code) -> None:
     if code and code.digest not in known:
         path = home() / TRUSTED
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(sorted({*known, code.digest}), indent=1) + "\n")
-        os.replace(temporary, path)
+        with whole_file(path) as file:
+            file.write((json.dumps(sorted({*known, code.digest}), indent=1) + "\n").encode())
 
 
 def check_trust(code: Code, what: str, folder: Path, trusted: bool = False) -> None:

@@ -5,19 +5,22 @@ A run is (storage, name): the folder of a training with its resolved configurati
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import os
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from perceiver.config import Experiment, UserError, load_tree
+from perceiver.disk import is_locked, locked
 from perceiver.extensions import Code, check_trust
 
 EXPERIMENT = "experiment.json"
 """File that makes a folder a run: its resolved configuration, the hash of its data, its length, the version that started it."""
+LOCK = ".lock"
+"""File of a run that the driver of its training holds."""
 TAIL = 2**16
 """Bytes at the end of the metrics in which the last record is looked for."""
 CODE = "code"
@@ -90,16 +93,18 @@ def status(folder: Path) -> str:
     return "failed" if (folder / "failure.json").exists() else "stopped"
 
 
+def held(folder: Path) -> AbstractContextManager[None]:
+    """Holds a run, or a sweep, for this process: two drivers of one would write over each other.
+
+    Raises:
+        UserError: another process trains it.
+    """
+    return locked(folder / LOCK, f"{folder} is being trained by another process: wait for it or stop it")
+
+
 def is_held(folder: Path) -> bool:
     """Whether a driver holds the run's lock (as far as this machine can tell)."""
-    try:
-        with open(folder / ".lock") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            return False
-    except FileNotFoundError:
-        return False
-    except OSError:
-        return True
+    return is_locked(folder / LOCK)
 
 
 def _json(content: bytes) -> dict[str, Any] | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -29,6 +28,7 @@ from perceiver.data.storage import (
 from perceiver.data.tables import Columns
 from perceiver.data.tokenizers import load_tokenizer
 from perceiver.datasets import check_image_shape
+from perceiver.disk import locked
 
 Say = Callable[[str], Any]
 
@@ -77,7 +77,7 @@ def make_job(experiment: Experiment, settings: dict[str, Any], folder: str, fing
 
 
 @contextmanager
-def locked(job: Job) -> Iterator[None]:
+def held(job: Job) -> Iterator[None]:
     """Holds a local data set for this process: two preparations would remove each other's files.
 
     Raises:
@@ -87,12 +87,7 @@ def locked(job: Job) -> Iterator[None]:
         yield
         return
     path = Path(f"{job.folder}.lock").expanduser()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"{job.folder} is being prepared by another process: wait for it or stop it") from None
+    with locked(path, f"{job.folder} is being prepared by another process: wait for it or stop it"):
         try:
             yield
         finally:

@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 from perceiver.config import ParallelConfig, UserError, differences, flatten
 from perceiver.data.rows import KINDS, ArrayRows
 from perceiver.data.storage import atomic_file, list_folder, open_folder, read_file, write_file
+from perceiver.generation.options import add_generation_options, given_generation_options
 from perceiver.inference.load import Description, describe
 from perceiver.inference.predict import MODES, PredictOptions, predict_rows
 from perceiver.inference.rows import Kind, Part, from_plain, list_inputs, plan_parts, read_part, rows_from_table, rows_to_table, to_plain
@@ -83,7 +84,6 @@ def parse(argv: list[str]) -> tuple[PredictJob, str, Placement, Description]:
         UserError: a value out of range.
         SystemExit: an unknown argument, or `--help`.
     """
-    o = {f.name: f.default for f in dataclasses.fields(PredictOptions)}
     parser = argparse.ArgumentParser(prog=program("ray_jobs.predict"), description=(__doc__ or "").partition("\n\n")[2])
     parser.add_argument("run", help="folder or name of a run, an exported folder, or a name on the hub")
     parser.add_argument("--input", nargs="+", required=True, metavar="PATH", help="files or folders")
@@ -93,31 +93,22 @@ def parse(argv: list[str]) -> tuple[PredictJob, str, Placement, Description]:
     parser.add_argument("--trust-code", action="store_true", help="run code that the run brings and that was never run from this account")
     parser.add_argument("--column", help='column with the text or image (default: "text" or "image")')
     parser.add_argument("--id-column", help="column with the rows' ids (default: file name and row number)")
-    parser.add_argument("--batch-size", type=int, default=o["batch_size"], help="rows computed at once (%(default)s)")
+    parser.add_argument("--batch-size", type=int, default=PredictOptions.batch_size, help="rows computed at once (%(default)s)")
     parser.add_argument("--rows-per-part", type=int, default=1000, help="rows of an output file (%(default)s)")
     parser.add_argument("--actors", type=int, default=1, help="models side by side, each on a GPU, or on a share of the CPUs (1)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: GPUs where the cluster has them")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of weights and computation")
     parser.add_argument("--address", help="Ray cluster to join (default: that of $RAY_ADDRESS, else a new local one)")
-    parser.add_argument("--top-k", type=int, help="fill-mask: fills a row; generate: number of most likely tokens to draw from")
-    parser.add_argument("--top-p", type=float, help="generate: draw among the fewest tokens with this probability together")
-    parser.add_argument("--temperature", type=float, default=o["temperature"], help="generate: 0 takes the likeliest (%(default)s)")
-    parser.add_argument("--max-new-tokens", type=int, default=o["max_new_tokens"], help="generate: length (%(default)s)")
-    parser.add_argument("--num-latents", type=int, help="generate: prompt tokens that start as latents (default: all that can)")
-    parser.add_argument("--stop", nargs="+", default=(), metavar="TEXT", help="generate: strings that end a continuation")
-    parser.add_argument("--seed", type=int, default=o["seed"], help="generate: of the drawing (%(default)s)")
+    defaults = PredictOptions(mode="generate")
+    add_generation_options(parser, defaults, "fill-mask: fills a row; generate: number of most likely tokens to draw from")
     args = parser.parse_args(argv)
     refuse_empty(args, ("run",))
     for name in ("batch_size", "rows_per_part", "actors"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)} and must be at least 1")
     model = describe(args.run, args.checkpoint, args.trust_code)
-    names = {f.name for f in dataclasses.fields(PredictOptions)} - {"mode", "stop"}
-    options = PredictOptions(
-        mode=args.mode or _usual_mode(model.abilities, model.name),
-        stop=tuple(args.stop),
-        **{n: getattr(args, n) for n in names},
-    )
+    mode = args.mode or _usual_mode(model.abilities, model.name)
+    options = PredictOptions(mode=mode, batch_size=args.batch_size, **given_generation_options(args))
     with _named_as_typed():
         options.check()
         if options.mode == "generate" and isinstance(model.config, PerceiverARConfig):

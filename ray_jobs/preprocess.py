@@ -32,7 +32,7 @@ from perceiver.data.storage import (
 from perceiver.data.tokenizers import TOKENIZER, SentencePieceTokenizer, load_tokenizer
 from perceiver.datasets import check_fits, data_folder, prepare_settings, task_kind, with_tokenizer
 from ray_jobs.cli import main_entry, parse_experiment
-from ray_jobs.passes import Say, duration, locked, make_job, remove_staging, run_pieces, run_shards
+from ray_jobs.passes import Say, duration, held, make_job, remove_staging, run_pieces, run_shards
 
 HASHES = ".source-hashes.json"
 """File in data.root that keeps the hashes of source files by path, size and time, so that they are not read again."""
@@ -83,7 +83,7 @@ def prepare(experiment: Experiment, progress: Say = print, piece_bytes: int = PI
 
     from ray_jobs.ray_env import connect
 
-    with locked(job), connect(experiment.parallel):
+    with held(job), connect(experiment.parallel):
         notes = run_pieces(job, cut_pieces(source.inputs, piece_bytes), progress, piece_bytes)
         shards = run_shards(experiment, job, notes, source, progress)
         manifest = _finish(job, settings, fingerprint, notes, shards)

@@ -15,7 +15,7 @@ from perceiver.data.sources import Source
 from perceiver.data.storage import write_file
 from perceiver.data.tokenizers import TOKENIZER, SentencePieceTokenizer
 from perceiver.datasets import prepare_settings
-from ray_jobs.passes import Say, in_parallel, locked, make_job, remove_staging, run_pieces, run_shards
+from ray_jobs.passes import Say, held, in_parallel, make_job, remove_staging, run_pieces, run_shards
 
 
 def prepare_stream(experiment: Experiment, source: Source, folder: str, progress: Say) -> Manifest:
@@ -31,7 +31,7 @@ def prepare_stream(experiment: Experiment, source: Source, folder: str, progress
     known = fingerprint(source)
     settings = prepare_settings(experiment)
     job = make_job(experiment, settings, folder, known, source)
-    with locked(job), connect(experiment.parallel):
+    with held(job), connect(experiment.parallel):
         sizes = _measure(job, files)
         described = _describe(experiment, job, files, sizes)
         train, val = chunks_of(files, described, job.row_length)

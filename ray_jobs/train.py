@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import time
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import torch
@@ -18,7 +16,7 @@ from perceiver.data.storage import write_file
 from perceiver.datasets import Dataset, with_tokenizer
 from perceiver.extensions import code_of
 from perceiver.plots import png, training_curves
-from perceiver.runs import EXPERIMENT, check_code, read_run, save_code
+from perceiver.runs import EXPERIMENT, check_code, held, read_run, save_code
 from perceiver.tasks import build_task
 from perceiver.tasks.base import Baseline
 from perceiver.training.batches import make_val_feeds
@@ -92,7 +90,7 @@ def run(
     from ray_jobs.ray_env import connect
 
     started = time.monotonic()
-    with locked(run_folder), log_file(run_folder / LOG):
+    with held(run_folder), log_file(run_folder / LOG):
         with connect(experiment.parallel):
             resources = plan_resources(experiment)
             check_memory(experiment, resources.gpu)
@@ -201,22 +199,6 @@ def check_data(run_folder: Path, manifest: Manifest) -> None:
     """
     if (run_folder / EXPERIMENT).exists() and read_run(run_folder, install_code=False)[1] != manifest.digest:
         raise UserError(f"the prepared data has changed since {run_folder} began: choose another --run.name")
-
-
-@contextmanager
-def locked(run_folder: Path) -> Iterator[None]:
-    """Holds the run for this process: two drivers of one run would write over each other.
-
-    Raises:
-        UserError: another process trains it.
-    """
-    run_folder.mkdir(parents=True, exist_ok=True)
-    with open(run_folder / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(f"{run_folder} is being trained by another process: wait for it or stop it") from error
-        yield
 
 
 def report(

@@ -24,6 +24,7 @@ from ray import tune
 from perceiver.config import Experiment, UserError, check_folder_name, differences, digest, flatten, home, to_dict
 from perceiver.datasets import Dataset, with_tokenizer
 from perceiver.extensions import code_of
+from perceiver.runs import held
 from perceiver.training.checkpoint import write_json
 from perceiver.training.meters import duration
 from perceiver.training.run import total_steps
@@ -31,7 +32,7 @@ from ray_jobs.cli import main_entry, program, refuse_empty
 from ray_jobs.ingest import DATA_CPUS
 from ray_jobs.preflight import check_experiment, cluster_cores
 from ray_jobs.ray_env import connect, use_gpus
-from ray_jobs.train import check_free, locked
+from ray_jobs.train import check_free
 from tuning import report
 from tuning.record import Record, StopDiverged
 from tuning.schedulers import scheduler, search, slot
@@ -116,7 +117,7 @@ def run_sweep(sweep: Sweep, folder: Path, concurrent: int | None = None, say=pri
     check_folder(sweep, folder)
     dataset = Dataset.find_early(base)
     # Ray Train frees what the workers of a stopped trial held by way of the dashboard's state service.
-    with locked(folder), connect(base.parallel, dashboard=True):
+    with held(folder), connect(base.parallel, dashboard=True):
         if dataset is None:
             from ray_jobs.preprocess import prepare
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 from collections.abc import Callable, Iterator
@@ -13,6 +12,8 @@ from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.fs as pafs
+
+from perceiver.disk import whole_file
 
 
 @lru_cache(maxsize=64)
@@ -35,7 +36,7 @@ def open_folder(folder: str | Path) -> tuple[pafs.FileSystem, str]:
 def atomic_file(folder: str | Path, name: str) -> Iterator[BinaryIO]:
     """A file of a folder to write to, which appears whole or, where the body raises, not at all.
 
-    Locally it has a temporary name until the end; an object store does so by itself.
+    Local ones by `whole_file`; an object store does so by itself.
     """
     filesystem, path = open_folder(folder)
     filesystem.create_dir(path, recursive=True)
@@ -47,28 +48,8 @@ def atomic_file(folder: str | Path, name: str) -> Iterator[BinaryIO]:
             filesystem.delete_file(f"{path}/{name}")  # closing the stream made an object of what there was
             raise
         return
-    temporary = f"{path}/.{name}.{os.getpid()}.tmp"
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, f"{path}/{name}")
-        sync_folder(path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
-
-
-def sync_folder(path: str | Path) -> None:
-    """Puts the names in a local folder on disk: a file's content alone would not survive a power cut under its name."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # file systems that cannot do so
-            raise
-    finally:
-        os.close(descriptor)
+    with whole_file(Path(path) / name) as file:
+        yield file
 
 
 def write_file(folder: str | Path, name: str, content: bytes | Callable[[BinaryIO], Any]) -> None:

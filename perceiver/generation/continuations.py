@@ -10,7 +10,8 @@ from torch import nn
 
 from perceiver.config import UserError
 from perceiver.data.tokenizers import Tokenizer
-from perceiver.generation.generate import DEFAULT_SAMPLING, Sampling, beam_search, check_prompt, stream
+from perceiver.generation.generate import beam_search, check_prompt, stream
+from perceiver.generation.options import DEFAULT_SAMPLING, Sampling, check_stop
 from perceiver.generation.texts import check_text, pad_left
 
 _CONTEXT = 16
@@ -209,9 +210,3 @@ def _check_latents(model: nn.Module, rows: list[np.ndarray], num_latents: int | 
     if num_latents is not None:
         for row in rows:
             check_prompt(model.config, torch.from_numpy(row)[None], 0, num_latents)
-
-
-def check_stop(stop: Sequence[str]) -> None:
-    """Raises UserError where strings that are to end a continuation are none."""
-    if isinstance(stop, str) or not all(isinstance(s, str) and s for s in stop):
-        raise UserError("stop must be a list of strings that are not empty")

@@ -11,9 +11,7 @@ Shapes: B rows (prompts, or prompts times beams), N prompt positions, T new toke
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -21,48 +19,12 @@ from torch import Tensor, nn
 
 from perceiver.config import UserError
 from perceiver.data.order import uniforms
+from perceiver.generation.options import DEFAULT_SAMPLING, Sampling, is_whole
 from perceiver.models import PerceiverARConfig
 from perceiver.models.initialize import seed_of
 
 _DRAWN_AT_ONCE = 256
 """Steps whose uniform numbers are made together."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How the next token is chosen."""
-
-    temperature: float = 1.0
-    """0 takes the likeliest token; otherwise logits are divided by it and a token is drawn."""
-    top_k: int | None = None
-    """Draw only among the k likeliest tokens."""
-    top_p: float | None = None
-    """Draw only among the fewest tokens that have this probability together (arXiv 1904.09751)."""
-    seed: int | None = None
-    """Of the drawing; None: drawn by torch's own generator."""
-
-    def check(self) -> None:
-        """Raises UserError where a value is out of range."""
-        if not _is_number(self.temperature) or not 0 <= self.temperature < math.inf:
-            raise UserError(f"temperature is {self.temperature!r} and must be 0 (greedy) or a finite number above it")
-        if self.top_k is not None and (not _is_whole(self.top_k) or self.top_k < 1):
-            raise UserError(f"top_k is {self.top_k!r} and must be a whole number, at least 1")
-        if self.top_p is not None and (not _is_number(self.top_p) or not 0 < self.top_p <= 1):
-            raise UserError(f"top_p is {self.top_p!r} and must be above 0 and at most 1")
-        if self.seed is not None and (not _is_whole(self.seed) or not 0 <= self.seed < 2**63):
-            raise UserError(f"seed is {self.seed!r} and must be a whole number from 0 to 2**63 - 1")
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> bool:
-    return _is_whole(value) or isinstance(value, (float, np.floating))
-
-
-DEFAULT_SAMPLING = Sampling()
-"""Draws from the model's own distribution."""
 
 
 def generate(
@@ -72,10 +34,7 @@ def generate(
     max_new_tokens: int,
     num_latents: int = 1,
     pad_mask: Tensor | None = None,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seed: int | None = None,
+    sampling: Sampling = DEFAULT_SAMPLING,
     row_ids: Sequence[int | str] | None = None,
     eos_id: int | None = None,
     use_cache: bool = True,
@@ -89,7 +48,7 @@ def generate(
         max_new_tokens: tokens to add.
         num_latents: prompt positions that start as latents: 1 .. max_latents.
         pad_mask: (B, N), True = padding, on the left.
-        temperature, top_k, top_p, seed: see `Sampling`.
+        sampling: how the next token is chosen.
         row_ids: what is drawn for a row depends on the seed, its id here and the step, not on the other rows. None: the
             rows' numbers, 0 .. B - 1.
         eos_id: a row that has it is finished and filled up with it; None: no row ends before the others.
@@ -103,7 +62,6 @@ def generate(
     Raises:
         UserError: a prompt that is empty or too long, or an argument out of range.
     """
-    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     tokens = stream(
         model, prompt, max_new_tokens=max_new_tokens, num_latents=num_latents, pad_mask=pad_mask, sampling=sampling,
         row_ids=row_ids, use_cache=use_cache, compile=compile,
@@ -342,5 +300,5 @@ def check_prompt(config: PerceiverARConfig, prompt: Tensor, max_new_tokens: int,
     low, high = max(1, length - max_prefix), min(config.max_latents, length)
     if not low <= num_latents <= high:
         raise UserError(f"num_latents is {num_latents} and must be {low} to {high} for a prompt of {length} tokens")
-    if not _is_whole(max_new_tokens) or max_new_tokens < 0:
+    if not is_whole(max_new_tokens) or max_new_tokens < 0:
         raise UserError(f"max_new_tokens is {max_new_tokens!r} and must be a whole number and must not be negative")

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 
 import perceiver
 from perceiver.config import UserError
-from perceiver.generation.generate import Sampling
+from perceiver.generation.options import GenerationOptions, add_generation_options, given_generation_options
 from perceiver.inference.trained import TrainedModel
 from perceiver.terminal import print_anything
 
@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     try:
         if args.action is None or args.action == "generate":  # before the weights are read
-            Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed).check()
+            GenerationOptions(**given_generation_options(args)).check()
         model = perceiver.load(args.run, args.checkpoint, device=args.device, precision=args.precision, trust_code=args.trust_code)
         action = args.action or next(iter(model.abilities), "")
         if action not in model.abilities or action not in ACTIONS:
@@ -53,13 +53,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--trust-code", action="store_true", help="run code that the run brings and that was never run from this account")
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, ...")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of weights and computation")
-    parser.add_argument("--max-new-tokens", type=int, default=200, help="length of continuations in tokens (%(default)s)")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (%(default)s)")
-    parser.add_argument("--top-k", type=int, help="draw only among the k likeliest tokens; number of fills (5) or classes (3)")
-    parser.add_argument("--top-p", type=float, help="draw only among the fewest tokens with this probability together")
-    parser.add_argument("--num-latents", type=int, help="prompt tokens that start as latents (default: all that can)")
-    parser.add_argument("--seed", type=int, help="of the drawing (default: another one each time)")
-    parser.add_argument("--stop", nargs="+", default=(), metavar="TEXT", help="strings that end a continuation")
+    top_k = "draw only among the k likeliest tokens; number of fills (5) or classes (3)"
+    add_generation_options(parser, GenerationOptions(temperature=0.8), top_k)
     return parser.parse_args(argv)
 
 
@@ -77,10 +72,7 @@ def ask(hint: str) -> Iterator[str]:
 
 
 def _generate(model: TrainedModel, prompt: str, args: argparse.Namespace, number: int) -> None:
-    pieces = model.stream(
-        prompt, max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
-        num_latents=args.num_latents, seed=args.seed, row_id=number, stop=args.stop,
-    )  # fmt: skip
+    pieces = model.stream(prompt, row_id=number, **given_generation_options(args))
     print(prompt, end="", flush=True)
     for piece in pieces:
         print(piece, end="", flush=True)

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 
 from perceiver.config import UserError, to_dict
 from perceiver.data.tokenizers import TOKENIZER, ByteTokenizer, SentencePieceTokenizer, Tokenizer
+from perceiver.disk import to_disk
 from perceiver.interop import transformers
 from perceiver.interop.pretrained import check_weights
 from perceiver.models import ImageInput, PerceiverIOConfig
@@ -78,7 +79,7 @@ def export(trained: TrainedModel, folder: str | Path, format: str = "perceiver")
         _write_tokenizer(trained.tokenizer, staged, format, config)
         _write_listing(staged)
         for path in staged.iterdir():
-            _to_disk(path)
+            to_disk(path)
         _put_in_place(staged, target)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder} cannot be written ({_reason(error)})") from error
@@ -152,10 +153,10 @@ def _put_in_place(staged: Path, target: Path) -> None:
         for path in sorted(staged.iterdir(), key=lambda path: (path.name == CONFIG) - (path.name == LISTING)):
             copy = target / f".{path.name}.tmp"
             shutil.copy2(path, copy)
-            _to_disk(copy)
+            to_disk(copy)
             os.replace(copy, target / path.name)
     for folder in (target, target.parent):
-        _to_disk(folder)
+        to_disk(folder)
 
 
 def _exchange(one: Path, other: Path) -> bool:
@@ -179,14 +180,6 @@ def _remove_own(folder: Path) -> None:
             path.unlink()
     if not any(folder.iterdir()):
         folder.rmdir()
-
-
-def _to_disk(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def our_config(trained: TrainedModel) -> dict[str, Any]:

@@ -4,42 +4,29 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import groupby
 from typing import Any
 
 import pyarrow as pa
 
 from perceiver.config import UserError
-from perceiver.generation.continuations import check_stop
-from perceiver.generation.generate import Sampling
 from perceiver.generation.masks import check_top_k
+from perceiver.generation.options import GenerationOptions
 from perceiver.inference.rows import Row
 from perceiver.inference.trained import TrainedModel
 
 
 @dataclass(frozen=True, kw_only=True)
-class PredictOptions:
-    """What is computed of each row, and how."""
+class PredictOptions(GenerationOptions):
+    """What is computed of each row, and how. For fill-mask `top_k` is the number of fills a row (None: 1)."""
 
     mode: str
     """One of `MODES`."""
     batch_size: int = 16
     """Rows computed at once."""
-    top_k: int | None = None
-    """fill-mask: fills a row (None: 1); generate: draw among the k likeliest tokens."""
-    top_p: float | None = None
-    """generate: draw among the fewest tokens with this probability together."""
-    temperature: float = 1.0
-    """generate: 0 takes the likeliest token."""
-    max_new_tokens: int = 200
-    """generate: length of continuations."""
-    num_latents: int | None = None
-    """generate: prompt tokens that start as latents; None: as many as there are."""
-    stop: tuple[str, ...] = ()
-    """generate: strings that end a continuation."""
-    seed: int = 0
-    """generate: of the drawing."""
+    seed: int | None = 0
+    """Of the drawing."""
 
     def check(self) -> None:
         """Checks what the mode uses; needs no model.
@@ -55,12 +42,11 @@ class PredictOptions:
             check_top_k(self.top_k)
         if self.mode != "generate":
             return
-        Sampling(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, seed=self.seed).check()
+        super().check()
         if self.max_new_tokens < 1:
             raise UserError(f"max_new_tokens is {self.max_new_tokens} and must be at least 1")
         if self.num_latents is not None and self.num_latents < 1:
             raise UserError(f"num_latents is {self.num_latents} and must be at least 1")
-        check_stop(self.stop)
 
 
 @dataclass(frozen=True)
@@ -96,15 +82,9 @@ def _score(model: TrainedModel, values: list[Any], options: PredictOptions, plac
 def _generate(model: TrainedModel, values: list[Any], options: PredictOptions, places: list[str]) -> list[tuple]:
     texts = model.generate(
         values,
-        max_new_tokens=options.max_new_tokens,
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        num_latents=options.num_latents,
-        stop=options.stop,
-        seed=options.seed,
         row_ids=places,
         batch_size=len(values),
+        **{field.name: getattr(options, field.name) for field in fields(GenerationOptions)},
     )
     return [(text,) for text in texts]
 

@@ -16,8 +16,9 @@ from perceiver.config import DataConfig, ModelConfig, TaskConfig, UserError, sub
 from perceiver.config.core import import_builtins, is_builtin
 from perceiver.data.tokenizers import Tokenizer
 from perceiver.generation.continuations import generate_text, stream_text
-from perceiver.generation.generate import Sampling, new_seed
+from perceiver.generation.generate import new_seed
 from perceiver.generation.masks import fill_masks
+from perceiver.generation.options import GenerationOptions, Sampling
 from perceiver.generation.texts import check_text, pad_right
 from perceiver.inference import measure
 from perceiver.inference.images import ImageLike, images_of
@@ -127,26 +128,27 @@ class TrainedModel:
         self,
         prompt: str,
         *,
-        max_new_tokens: int = 200,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        num_latents: int | None = None,
-        seed: int | None = None,
         row_id: int | str = 0,
-        stop: Sequence[str] = (),
+        **options: Any,
     ) -> Iterator[str]:
-        """Like `generate` for one prompt (of this id), but gives the text piece by piece as it comes."""
+        """Like `generate` for one prompt (of this id), but gives the text piece by piece as it comes.
+
+        Args:
+            prompt: the text to continue.
+            row_id: what is drawn depends on the seed and this id alone.
+            options: fields of `GenerationOptions`: max_new_tokens, temperature, top_k, top_p, num_latents, seed, stop.
+        """
+        how = GenerationOptions(**options)
         tokenizer = self._require("stream")
         pieces = stream_text(
             self.model,
             tokenizer,
             [prompt],
-            max_new_tokens=max_new_tokens,
-            num_latents=num_latents,
-            stop=stop,
+            max_new_tokens=how.max_new_tokens,
+            num_latents=how.num_latents,
+            stop=how.stop,
             row_ids=[row_id],
-            sampling=Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed),
+            sampling=how.sampling,
         )
         return (piece for (piece,) in pieces if piece)
 

@@ -18,6 +18,7 @@ from perceiver.data.order import uniforms
 from perceiver.data.rows import fixed_array, fixed_column
 from perceiver.data.tokenizers import load_tokenizer
 from perceiver.generation.generate import generate
+from perceiver.generation.options import Sampling
 from perceiver.models import PerceiverARConfig
 from perceiver.tasks.base import IGNORE_INDEX, Batch, Guess, Sample, Task, loss_of_sources, padded, unigram_guess
 from perceiver.tasks.chunked_loss import CHUNK_ELEMENTS, chunked_cross_entropy
@@ -165,7 +166,11 @@ class CausalLM(Task[CausalLMConfig, PerceiverARConfig]):
         # One latent to begin with, or as many as the prompt is longer than the prefix can be.
         num_latents = max(1, prompt.shape[1] - (self.model_config.max_seq_len - self.model_config.max_latents))
         ids = generate(
-            model, prompt.to(device), max_new_tokens=settings.sample_tokens, num_latents=num_latents, temperature=0.8, top_k=40, seed=0
+            model,
+            prompt.to(device),
+            max_new_tokens=settings.sample_tokens,
+            num_latents=num_latents,
+            sampling=Sampling(temperature=0.8, top_k=40, seed=0),
         )
         return [Sample("continuation", text=tokenizer.decode(ids[0].cpu().numpy()))]
 

@@ -33,7 +33,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
-from perceiver.data.storage import sync_folder, write_file
+from perceiver.data.storage import write_file
+from perceiver.disk import to_disk
 from perceiver.training.checkpoint_choice import best_of, is_better, list_checkpoints, mirrored
 from perceiver.training.checkpoint_files import (
     MARKER,
@@ -181,7 +182,7 @@ class Checkpointer:
             raise cause(error) from None
         if more is not None and self.rank == 0:
             writer.files[STATES] = write_safetensors(checkpoint.path / STATES, *pack(more))
-            sync_folder(checkpoint.path)
+            to_disk(checkpoint.path)
         parts: list[Any] = [None] * dist.get_world_size(self._group)
         dist.all_gather_object(parts, writer.files, self._group)
         checkpoint = replace(checkpoint, files={name: part[name] for part in parts for name in sorted(part)})

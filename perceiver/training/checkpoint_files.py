@@ -26,7 +26,8 @@ from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, W
 from torch.futures import Future as TorchFuture
 
 from perceiver.config import UserError
-from perceiver.data.storage import file_hash, sync_folder
+from perceiver.data.storage import file_hash
+from perceiver.disk import to_disk
 from perceiver.training.damage import DamagedCheckpoint, plain_name
 from perceiver.training.old_checkpoints import OLD_METADATA, OldReader
 from perceiver.training.safetensors_file import write_safetensors
@@ -189,12 +190,12 @@ class ShardWriter(StorageWriter):
         if tensors:
             extra = {"DCP_SHARDING_INFO": json.dumps(offsets), "DCP_VERSION": "1.0", "format": "pt"}
             self.files[self._name] = write_safetensors(self.path / self._name, tensors, extra)
-            sync_folder(self.path)
+            to_disk(self.path)
         written.set_result([WriteResult(index=item.index, size_in_bytes=0, storage_data=None) for item in plan.items])
         return written
 
     def finish(self, metadata: metadata.Metadata, results: list[list[WriteResult]]) -> None:
-        sync_folder(self.path.parent)
+        to_disk(self.path.parent)
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike) -> bool:

@@ -7,11 +7,9 @@ gets the newest one's files, whoever wrote them.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 
 from perceiver.config import RunConfig, UserError, home
@@ -27,6 +25,7 @@ from perceiver.data.storage import (
     write_file,
 )
 from perceiver.data.tokenizers import TOKENIZER
+from perceiver.disk import locked
 from perceiver.training.checkpoint_files import MARKER, parse_marker
 from perceiver.training.damage import DamagedCheckpoint
 
@@ -119,7 +118,7 @@ class Mirror:
         there, whose name may by now be another's. Files that differ from their hash are fetched again; what is damaged in the
         store shows when it is loaded. Several processes of a machine may call this at once.
         """
-        with self._alone():
+        with locked(self.folder / ".fetch.lock"):
             markers = self.markers()  # first: then all their files are listed
             there = list_tree(self.uri)
             for name in there:
@@ -159,13 +158,6 @@ class Mirror:
     def _get(self, name: str) -> None:
         path = self.folder / name
         copy_file(f"{self.uri}/{name}".rpartition("/")[0], path.name, path.parent)
-
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with open(self.folder / ".fetch.lock", "w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield
 
 
 def fetch_run(uri: str) -> Path | None:

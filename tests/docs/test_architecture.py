@@ -14,10 +14,11 @@ ARROWS = {
     "perceiver.catalog": set(),
     "perceiver.terminal": set(),
     "perceiver.plots": set(),
-    "perceiver.extensions": {"perceiver.config"},
-    "perceiver.runs": {"perceiver.config", "perceiver.extensions"},
+    "perceiver.disk": {"perceiver.config"},
+    "perceiver.extensions": {"perceiver.config", "perceiver.disk"},
+    "perceiver.runs": {"perceiver.config", "perceiver.disk", "perceiver.extensions"},
     "perceiver.models": {"perceiver.config"},
-    "perceiver.data": {"perceiver.config", "perceiver.extensions"},
+    "perceiver.data": {"perceiver.config", "perceiver.disk", "perceiver.extensions"},
     "perceiver.costs": {"perceiver.config", "perceiver.models"},
     "perceiver.generation": {"perceiver.config", "perceiver.models", "perceiver.data"},
     "perceiver.tasks": {
@@ -29,11 +30,11 @@ ARROWS = {
     "perceiver.datasets": {"perceiver.config", "perceiver.data", "perceiver.experiments", "perceiver.models"},
     "perceiver.interop": {"perceiver.config", "perceiver.models"},
     "perceiver.training": {
-        "perceiver.config", "perceiver.costs", "perceiver.data", "perceiver.extensions", "perceiver.models",
+        "perceiver.config", "perceiver.costs", "perceiver.data", "perceiver.disk", "perceiver.extensions", "perceiver.models",
         "perceiver.interop", "perceiver.runs", "perceiver.tasks",
     },
     "perceiver.inference": {
-        "perceiver.config", "perceiver.models", "perceiver.data", "perceiver.datasets", "perceiver.generation",
+        "perceiver.config", "perceiver.models", "perceiver.data", "perceiver.datasets", "perceiver.disk", "perceiver.generation",
         "perceiver.interop",
         "perceiver.runs", "perceiver.tasks", "perceiver.terminal", "perceiver.training",
     },

@@ -12,7 +12,8 @@ import perceiver
 from perceiver.config import UserError
 from perceiver.data.tokenizers import load_tokenizer
 from perceiver.generation.continuations import Continuation
-from perceiver.generation.generate import Sampling, _draws, beam_search, generate, stream
+from perceiver.generation.generate import _draws, beam_search, generate, stream
+from perceiver.generation.options import Sampling
 from perceiver.generation.texts import pad_left
 from perceiver.models import PerceiverARConfig, build_model
 from tests.support.trained import write_run
@@ -68,7 +69,7 @@ def test_a_cache_of_static_shapes_gives_what_a_growing_one_gives(variant, length
 def test_one_graph_serves_all_steps_of_a_compiled_generation(monkeypatch):
     model = build_model(CONFIG, seed=2).double().eval()
     ids, pad_mask = pad_left(prompts([9, 12], 0), torch.device("cpu"))
-    options = {"max_new_tokens": 40, "num_latents": 3, "pad_mask": pad_mask, "temperature": 0}
+    options = {"max_new_tokens": 40, "num_latents": 3, "pad_mask": pad_mask, "sampling": Sampling(temperature=0)}
     plain = generate(model, ids, **options)
     graphs = []
     whole = torch.compile
@@ -100,8 +101,8 @@ def test_cached_equals_uncached_until_the_latents_are_full(variant, lengths, sha
             max_new_tokens=steps,
             num_latents=num_latents,
             pad_mask=pad_mask,
-            temperature=0,
             use_cache=c,
+            sampling=Sampling(temperature=0),
         )
         for c in (True, False)
     )
@@ -115,7 +116,7 @@ def test_a_row_of_a_batch_is_what_it_is_alone(variant, lengths, share, use_cache
     rows = prompts(lengths, seed)
     ids, pad_mask = pad_left(rows, torch.device("cpu"))
     num_latents = fitting(max(lengths), share)
-    options = {"max_new_tokens": 30, "temperature": 0, "use_cache": use_cache}
+    options = {"max_new_tokens": 30, "sampling": Sampling(temperature=0), "use_cache": use_cache}
     batch = generate(MODELS[variant], ids, num_latents=num_latents, pad_mask=pad_mask, **options)
     for row, expected in zip(rows, batch.tolist(), strict=True):
         alone = generate(MODELS[variant], torch.tensor(row)[None], num_latents=min(num_latents, len(row)), **options)
@@ -134,10 +135,7 @@ def test_latents_and_window_never_grow_beyond_the_model(variant, lengths, share,
             num_latents=fitting(max(lengths), share),
             pad_mask=pad_mask,
             use_cache=use_cache,
-            seed=seed,
-            temperature=1.5,
-            top_k=10,
-            top_p=0.9,
+            sampling=Sampling(seed=seed, temperature=1.5, top_k=10, top_p=0.9),
         )
         assert new.shape == (len(lengths), 50) and bool(((new >= 0) & (new < 30)).all())
 
@@ -145,7 +143,7 @@ def test_latents_and_window_never_grow_beyond_the_model(variant, lengths, share,
 def test_a_stream_is_the_whole_in_pieces():
     model, ids = MODELS["rotary only"], torch.tensor([[1, 2, 3], [4, 5, 6]])
     options = {"max_new_tokens": 12, "num_latents": 2}
-    whole = generate(model, ids, temperature=0.8, seed=5, **options)
+    whole = generate(model, ids, **options, sampling=Sampling(temperature=0.8, seed=5))
     assert torch.equal(torch.cat(list(stream(model, ids, sampling=Sampling(temperature=0.8, seed=5), **options)), 1), whole)
 
 
@@ -158,7 +156,7 @@ def test_what_is_drawn_for_a_row_depends_on_the_seed_and_its_id_alone(variant, l
     num_latents = fitting(max(lengths), share)
     steps = CONFIG.max_latents - num_latents + 1
     names = [f"file:{i}" for i in range(len(rows))]
-    options = {"max_new_tokens": steps, "temperature": temperature, "top_p": 0.95, "seed": seed}
+    options = {"max_new_tokens": steps, "sampling": Sampling(temperature=temperature, top_p=0.95, seed=seed)}
     batch = generate(MODELS[variant], ids, num_latents=num_latents, pad_mask=pad_mask, row_ids=names, **options).tolist()
     for row, name, expected in zip(rows, names, batch, strict=True):
         for use_cache in (True, False):
@@ -179,7 +177,7 @@ def test_tokens_are_drawn_with_the_probabilities_of_the_model(narrow):
         least = ordered[int((ordered.cumsum(-1) < 0.7).sum())]
         expected = expected.where(expected >= least, 0.0)
     expected = expected / expected.sum()
-    new = generate(model, prompt.expand(count, -1), max_new_tokens=1, num_latents=3, seed=11, **narrow)
+    new = generate(model, prompt.expand(count, -1), max_new_tokens=1, num_latents=3, sampling=Sampling(seed=11, **narrow))
     found = torch.bincount(new[:, 0], minlength=30) / count
     assert bool((found[expected == 0] == 0).all()) and int((expected > 0).sum()) > 1
     assert bool(((found - expected).abs() <= 5 * (expected * (1 - expected) / count).sqrt()).all())
@@ -196,12 +194,12 @@ def test_steps_of_a_row_are_drawn_independently():
 
 def test_the_smallest_temperature_is_greedy_and_no_top_k_is_too_large():
     model, ids = MODELS["rotary only"], torch.tensor([[1, 2, 3], [4, 5, 6]])
-    greedy = generate(model, ids, max_new_tokens=8, temperature=0)
+    greedy = generate(model, ids, max_new_tokens=8, sampling=Sampling(temperature=0))
     for temperature in (1e-300, 5e-324, 1e-30):
-        assert torch.equal(generate(model, ids, max_new_tokens=8, temperature=temperature, seed=1), greedy)
-    whole = generate(model, ids, max_new_tokens=8, seed=2**63 - 1)
-    assert torch.equal(generate(model, ids, max_new_tokens=8, seed=2**63 - 1, top_k=10**6), whole)
-    assert bool((generate(model, ids, max_new_tokens=8, temperature=1e300, seed=1) < 30).all())
+        assert torch.equal(generate(model, ids, max_new_tokens=8, sampling=Sampling(temperature=temperature, seed=1)), greedy)
+    whole = generate(model, ids, max_new_tokens=8, sampling=Sampling(seed=2**63 - 1))
+    assert torch.equal(generate(model, ids, max_new_tokens=8, sampling=Sampling(seed=2**63 - 1, top_k=10**6)), whole)
+    assert bool((generate(model, ids, max_new_tokens=8, sampling=Sampling(temperature=1e300, seed=1)) < 30).all())
 
 
 def test_generation_leaves_the_model_as_it_was():
@@ -217,13 +215,13 @@ def test_generation_leaves_the_model_as_it_was():
 
 def test_a_row_that_ends_is_filled_up_and_does_not_change_the_others():
     model, ids = MODELS["learned and rotary"], torch.tensor([[1, 2, 3], [4, 5, 6], [9, 9, 9]])
-    free = generate(model, ids, max_new_tokens=15, temperature=0)
+    free = generate(model, ids, max_new_tokens=15, sampling=Sampling(temperature=0))
     eos = int(free[0, 3])
-    ended = generate(model, ids, max_new_tokens=15, temperature=0, eos_id=eos)
+    ended = generate(model, ids, max_new_tokens=15, eos_id=eos, sampling=Sampling(temperature=0))
     for row, before in zip(ended.tolist(), free.tolist(), strict=True):
         end = before.index(eos) + 1 if eos in before else len(before)
         assert row == (before[:end] + [eos] * (15 - end))[: len(row)]
-    single = generate(model, ids[:1], max_new_tokens=15, temperature=0, eos_id=eos)
+    single = generate(model, ids[:1], max_new_tokens=15, eos_id=eos, sampling=Sampling(temperature=0))
     assert single[0].tolist() == free[0, : free[0].tolist().index(eos) + 1].tolist()
 
 
@@ -246,7 +244,7 @@ def test_one_beam_is_greedy_and_more_beams_are_no_worse(variant, use_cache):
     model = MODELS[variant]
     ids, pad_mask = pad_left(prompts([3, 6, 6], 1), torch.device("cpu"))
     options = {"max_new_tokens": 10, "num_latents": 3, "pad_mask": pad_mask, "use_cache": use_cache}
-    greedy = generate(model, ids, temperature=0, **options)
+    greedy = generate(model, ids, **options, sampling=Sampling(temperature=0))
     one, score = beam_search(model, ids, num_beams=1, **options)
     assert torch.equal(one, greedy)
     _, better = beam_search(model, ids, num_beams=6, **options)
@@ -277,7 +275,7 @@ def test_beams_of_a_batch_are_those_of_each_prompt_alone():
 def test_a_long_finished_beam_costs_nothing_more():
     """The score of a continuation that ended is that of its tokens up to the end."""
     model, prompt = MODELS["rotary only"], torch.tensor([[1, 2, 3]])
-    eos = int(generate(model, prompt, max_new_tokens=3, temperature=0)[0, 1])
+    eos = int(generate(model, prompt, max_new_tokens=3, sampling=Sampling(temperature=0))[0, 1])
     ids, score = beam_search(model, prompt, max_new_tokens=5, num_beams=3, num_latents=1, eos_id=eos)
     new = ids[0].tolist()
     new = new[: new.index(eos) + 1] if eos in new else new

@@ -7,6 +7,7 @@ import torch
 
 from perceiver.config import UserError
 from perceiver.generation.generate import generate
+from perceiver.generation.options import Sampling
 
 
 def golden_cases(shared):
@@ -39,8 +40,7 @@ def test_greedy_generation_gives_the_golden_ids(shared, mode):
         pad_mask = torch.tensor(case["pad_mask"], dtype=torch.bool)
         ids = generate(
             model, torch.tensor(case["prompt"]), max_new_tokens=new_tokens, num_latents=case["num_latents"],
-            pad_mask=pad_mask if pad_mask.any() else None, temperature=0, use_cache=mode == "cached",
-        )  # fmt: skip
+            pad_mask=pad_mask if pad_mask.any() else None, use_cache=mode == "cached", sampling=Sampling(temperature=0))  # fmt: skip
         assert ids.tolist() == case["expected_new_ids"][mode], (case["weights"], case["label"])
         count += 1
     assert count >= 10
@@ -73,12 +73,12 @@ def test_what_does_not_fit_is_refused_with_the_valid_range(model, length, latent
 
 def test_sampling_with_one_candidate_is_greedy(model):
     prompt = torch.tensor([[1, 2, 3], [4, 5, 6]])
-    greedy = generate(model, prompt, max_new_tokens=8, temperature=0)
-    assert torch.equal(generate(model, prompt, max_new_tokens=8, top_k=1), greedy)
-    assert torch.equal(generate(model, prompt, max_new_tokens=8, top_p=1e-6), greedy)
+    greedy = generate(model, prompt, max_new_tokens=8, sampling=Sampling(temperature=0))
+    assert torch.equal(generate(model, prompt, max_new_tokens=8, sampling=Sampling(top_k=1)), greedy)
+    assert torch.equal(generate(model, prompt, max_new_tokens=8, sampling=Sampling(top_p=1e-6)), greedy)
 
 
 def test_the_seed_decides_the_sample(model):
     prompt = torch.tensor([[1, 2, 3]])
-    first, again, other = (generate(model, prompt, max_new_tokens=20, temperature=2.0, seed=s) for s in (1, 1, 2))
+    first, again, other = (generate(model, prompt, max_new_tokens=20, sampling=Sampling(temperature=2.0, seed=s)) for s in (1, 1, 2))
     assert torch.equal(first, again) and not torch.equal(first, other)

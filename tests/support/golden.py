@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from perceiver.generation.generate import generate
+from perceiver.generation.options import Sampling
 from perceiver.interop import reference, transformers
 from perceiver.models import PerceiverAR, PerceiverIO, build_model
 from tests.support import golden_text
@@ -182,8 +183,8 @@ def check_generation(folder: Path) -> list[str]:
                 max_new_tokens=vectors["new_tokens"],
                 num_latents=case["num_latents"],
                 pad_mask=pad_mask if pad_mask.any() else None,
-                temperature=0,
                 use_cache=use_cache,
+                sampling=Sampling(temperature=0),
             )
             if new.tolist() != case["expected_new_ids"][mode]:
                 wrong.append(f"{case['weights']}, {case['label']}, {mode}")

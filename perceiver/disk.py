@@ -1,0 +1,74 @@
+"""Local files: written whole, put on disk, locked. Needs nothing but Python."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from perceiver.config import UserError
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write to, which appears whole under its name or, where the body raises, not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        to_disk(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def to_disk(path: str | Path) -> None:
+    """Puts a file's content, or the names in a folder, on disk: content alone would not survive a power cut under its name."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # file systems that cannot do so
+            raise
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def locked(path: Path, refused: str | None = None) -> Iterator[None]:
+    """Holds a lock file for this process; its folder is made where it is missing.
+
+    Args:
+        path: of the lock file.
+        refused: the error where another process holds it; None: wait for that process.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if refused is None else fcntl.LOCK_NB))
+        except OSError as error:
+            if refused is None:
+                raise
+            raise UserError(refused) from error
+        yield
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a process holds a lock file (as far as this machine can tell)."""
+    try:
+        with open(path) as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return False
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
