@@ -116,8 +116,12 @@ DATA_SETS: dict[str, Callable[[Path], tuple[Experiment, str, Manifest]]] = {
 
 
 def order_of(name: str, folder: Path, world: int = 1) -> dict[str, Any]:
-    """Digests of the first epochs of a data set: which row is in which slot of which global batch, and the batches themselves."""
-    chosen, data, manifest = DATA_SETS[name](folder)
+    """Digests of the first epochs of a data set: see `batches_of`."""
+    return batches_of(*DATA_SETS[name](folder), world)
+
+
+def batches_of(chosen: Experiment, data: str, manifest: Manifest, world: int = 1) -> dict[str, Any]:
+    """Digests of the first epochs: which row is in which slot of which global batch, and the batches themselves."""
     feed = make_train_feed(chosen, build_task(chosen), data, manifest)
     steps = EPOCHS * feed.order.steps_per_epoch
     order, content = hashlib.sha256(), hashlib.sha256()
