@@ -7,11 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from perceiver.catalog import CATALOG
 from perceiver.config import Config, Experiment, UserError, flatten, load_tree, nearest, spelled, to_dict
 from perceiver.config.core import is_builtin
 from perceiver.extensions import call, check_trust, code_of, code_of_file, installed_experiments, is_reference, load_object, trust
-from perceiver.presets import PRESETS
 from perceiver.runs import EXPERIMENT, read_json, read_run
+
+FILES = (".json", ".yaml", ".yml")
+"""Kinds of files that experiments are saved in."""
 
 
 def find_experiment(name: str, trust_code: bool = False) -> Experiment:
@@ -27,7 +30,11 @@ def find_experiment(name: str, trust_code: bool = False) -> Experiment:
     Raises:
         UserError: there is none of that name; names the nearest.
     """
-    if name in PRESETS:
+    check_name(name)
+    if name in CATALOG:
+        # Here and not above: they are made of all models and tasks.
+        from perceiver.presets import PRESETS
+
         return PRESETS[name]()
     installed = installed_experiments()
     if name in installed:
@@ -41,11 +48,21 @@ def find_experiment(name: str, trust_code: bool = False) -> Experiment:
         experiment, _ = read_run(path, trust_code)
         _check_sources(experiment, path, trust_code)
         return replace(experiment, run=replace(experiment.run, name=path.absolute().name, storage=_storage(experiment, path)))
-    if path.suffix in (".json", ".yaml", ".yml"):
-        return _read_file(path)
+    return _read_file(path)
+
+
+def check_name(name: str) -> None:
+    """Refuses what can be no experiment's name, before anything heavy is loaded.
+
+    Raises:
+        UserError: names the nearest.
+    """
+    path, installed = Path(name).expanduser(), installed_experiments()
+    if name in CATALOG or name in installed or is_reference(name) or (path / EXPERIMENT).is_file() or path.suffix in FILES:
+        return
     if path.suffix == ".py":
         raise UserError(f"experiment {name!r}: name a function of that file that returns an Experiment: {name}:FUNCTION")
-    known = [*PRESETS, *installed]
+    known = [*CATALOG, *installed]
     raise UserError(
         f"experiment {name!r} does not exist{nearest(name, known)}; presets are {', '.join(known)}; yours can be FILE.py:FUNCTION, "
         "MODULE:FUNCTION, a run's folder, a .json or a .yaml file"

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 
+from perceiver.catalog import CATALOG
 from perceiver.config import UserError, nearest
 from ray_jobs.cli import main_entry
 
@@ -84,6 +85,15 @@ def main(argv: Sequence[str]) -> int:
     if name not in COMMANDS:
         raise UserError(f"command {name!r} does not exist{nearest(name, COMMANDS)}; perceiver --help lists the commands")
     command = COMMANDS[name]
+    if command.takes == "preset" and arguments and not arguments[0].startswith("-"):
+        # Here and not above: the overview needs neither. The job itself would load all models before it saw a mistake.
+        from perceiver.experiments import check_name
+        from ray_jobs.help import show_help
+
+        check_name(arguments[0])
+        if arguments[0] in CATALOG and arguments[1:] == ["--help"]:
+            show_help(name, arguments[0], lambda: import_module(command.module).main(arguments))
+            return 0
     return import_module(command.module).main([*command.arguments, *arguments]) or 0
 
 

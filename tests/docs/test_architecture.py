@@ -26,7 +26,7 @@ ARROWS = {
         "perceiver.plots",
     },
     "perceiver.presets": {"perceiver.catalog", "perceiver.config", "perceiver.costs", "perceiver.models", "perceiver.tasks"},
-    "perceiver.experiments": {"perceiver.config", "perceiver.extensions", "perceiver.presets", "perceiver.runs"},
+    "perceiver.experiments": {"perceiver.catalog", "perceiver.config", "perceiver.extensions", "perceiver.presets", "perceiver.runs"},
     "perceiver.datasets": {"perceiver.config", "perceiver.data", "perceiver.experiments", "perceiver.models"},
     "perceiver.interop": {"perceiver.config", "perceiver.models"},
     "perceiver.training": {

@@ -11,6 +11,7 @@ import pytest
 
 from ray_jobs import completion
 from ray_jobs.cli import main_entry
+from ray_jobs.help import show_help
 from ray_jobs.main import COMMANDS, main
 from tests.conftest import ROOT
 from tests.tuning.test_tuning import make_run
@@ -78,13 +79,58 @@ def test_the_list_of_runs_loads_nothing_heavy(tmp_path):
     assert loaded(code, PERCEIVER_HOME=str(tmp_path)) == set()
 
 
-def test_the_help_of_a_preset_shows_its_fields_and_none_that_are_internal(capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(["train", "quickstart", "--help"])
+def test_the_help_of_a_preset_shows_its_fields_and_none_that_are_internal(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("PERCEIVER_HOME", str(tmp_path))
+    assert main(["train", "quickstart", "--help"]) == 0
     shown = capsys.readouterr().out
-    assert stop.value.code == 0
     assert "--optim.lr FLOAT" in shown and "Peak learning rate" in shown
     assert "--preset" not in shown
+
+
+def test_the_help_of_a_preset_is_made_once_and_again_when_anything_it_depends_on_has_changed(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("PERCEIVER_HOME", str(tmp_path))
+    made = []
+
+    def make():
+        made.append(len(made))
+        print(f"help number {len(made)}, é")
+        raise SystemExit(0)
+
+    def shown(preset="quickstart"):
+        show_help("train", preset, make)
+        return capsys.readouterr().out
+
+    assert shown() == shown() == "help number 1, é\n"
+    assert shown("clm-c4") == "help number 2, é\n" and shown() == "help number 1, é\n"
+    monkeypatch.setenv("COLUMNS", "55")
+    assert shown() == "help number 3, é\n"
+    sources = tmp_path / "sources"
+    (sources / "perceiver").mkdir(parents=True)
+    monkeypatch.setattr("ray_jobs.help.ROOT", sources)
+    assert shown() == "help number 4, é\n"
+    (sources / "perceiver" / "new.py").write_text("a = 1\n")
+    assert shown() == shown() == "help number 5, é\n"
+    assert len(list((tmp_path / "cache" / "help").iterdir())) == 2  # one for each command and preset
+
+
+def test_help_that_failed_is_not_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("PERCEIVER_HOME", str(tmp_path))
+
+    def fail():
+        raise SystemExit(2)
+
+    with pytest.raises(SystemExit):
+        show_help("train", "quickstart", fail)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_help_that_is_kept_and_names_with_a_mistake_load_nothing_heavy(tmp_path):
+    program = "from ray_jobs.main import main; main(['train', 'quickstart', '--help'])"
+    assert "torch" in loaded(program, PERCEIVER_HOME=str(tmp_path))
+    assert loaded(program, PERCEIVER_HOME=str(tmp_path)) == set()
+    for command in ("train", "preprocess", "plan"):
+        wrong = f"from ray_jobs.main import main\ntry: main([{command!r}, 'quickstrat'])\nexcept Exception: pass\nelse: raise SystemExit(1)"
+        assert loaded(wrong) == set()
 
 
 def test_the_version_is_that_of_the_package_and_shown(capsys):
