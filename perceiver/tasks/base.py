@@ -214,7 +214,7 @@ class Task(ABC, Generic[C, M]):
             return CountedStep(self.build_model(), self.loss, {name: t.to("meta") for name, t in self.dummy_batch(2).items()})
 
     def dummy_batch(self, size: int) -> Batch:
-        """A batch of rows of zeros, to count with."""
+        """A training batch of examples of the greatest size, to count with: values are not looked at. By default rows of zeros."""
         rows = self.rows.zeros(size)
         numbers = pa.array(np.arange(size))
         rows = rows.append_column("row", numbers).append_column("epoch", pa.array(np.zeros(size, np.int64)))

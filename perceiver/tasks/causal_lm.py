@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from perceiver.config import DataConfig, ModelConfig, TaskConfig, UserError
 from perceiver.costs.activations import StepSizes
 from perceiver.costs.flops import num_kept, training_flops
+from perceiver.costs.memory import has_formulas
 from perceiver.data.manifest import Manifest, Split
 from perceiver.data.order import uniforms
 from perceiver.data.rows import fixed_array, fixed_column
@@ -137,6 +138,13 @@ class CausalLM(Task[CausalLMConfig, PerceiverARConfig]):
         position = np.arange(length + 1) - (length + 1 - shown)
         return tokens[np.maximum(position, 0)], position > (ends - latents)[:, None], position[:, :-1] < 0
 
+    def dummy_batch(self, size: int) -> Batch:
+        model = self.model_config
+        widths, prefix = {"ids": model.max_seq_len, "labels": model.max_latents}, model.max_seq_len - model.max_latents
+        if (keep := num_kept(prefix, model.cross_attention_dropout)) < prefix:
+            widths["prefix_keep"] = keep
+        return {name: torch.zeros(size, width, dtype=torch.int64) for name, width in widths.items()}
+
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         labels = batch["labels"]
         prefix_len = batch["ids"].shape[1] - labels.shape[1]
@@ -185,6 +193,9 @@ class CausalLM(Task[CausalLMConfig, PerceiverARConfig]):
         return StepSizes(chunk_elements=CHUNK_ELEMENTS)
 
     def flops_per_example(self) -> float:
+        """Of windows of the mean length; of a model without formulas, of the longest."""
+        if not has_formulas(self.model_config):
+            return super().flops_per_example()
         return training_flops(self.model_config, seq_len=self._mean_length)
 
     @property

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from perceiver.config import UserError
 from perceiver.costs.flops import training_flops
+from perceiver.costs.memory import has_formulas
 from perceiver.data.manifest import Manifest, Split
 from perceiver.models import ClassOutput, PerceiverIOConfig
 from perceiver.plots import confusion_matrix, pixels
@@ -83,5 +84,7 @@ class Classification(Task[C, PerceiverIOConfig]):
         return Guess({"loss": loss, "targets": answers.sum(), "confusion": confusion}, means)
 
     def flops_per_example(self) -> float:
-        """Counted at the model's greatest input length."""
+        """At the model's greatest input length."""
+        if not has_formulas(self.model_config):
+            return super().flops_per_example()
         return training_flops(self.model_config)

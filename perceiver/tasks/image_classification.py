@@ -6,6 +6,7 @@ from typing import ClassVar
 
 import numpy as np
 import pyarrow as pa
+import torch
 from torch import Tensor, nn
 
 from perceiver.config import DataConfig, ModelConfig, TaskConfig, UserError
@@ -56,6 +57,11 @@ class ImageClassification(Classification[ImageClassificationConfig]):
             images = random_crop(images, crop, places if train else np.full_like(places, 0.5))
         labels = rows["label"].to_numpy().astype(np.int64)
         return {"images": padded(images, size), "labels": padded(labels, size, IGNORE_INDEX)}
+
+    def dummy_batch(self, size: int) -> Batch:
+        image = self.model_config.input
+        assert isinstance(image, ImageInput)  # or the task were not built
+        return {"images": torch.zeros(size, *image.image_shape, dtype=torch.uint8), "labels": torch.zeros(size, dtype=torch.int64)}
 
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
         return model(batch["images"].float() / 127.5 - 1)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from perceiver.config import DataConfig, ModelConfig, TaskConfig, UserError
 from perceiver.costs.activations import StepSizes
 from perceiver.costs.flops import training_flops
+from perceiver.costs.memory import has_formulas
 from perceiver.data.manifest import Manifest, Split
 from perceiver.data.order import VALIDATION_SEED
 from perceiver.data.rows import fixed_array
@@ -123,6 +124,11 @@ class MaskedLM(Task[MaskedLMConfig, PerceiverIOConfig]):
             batch["pad_mask"] = padded(~valid, size)
         return batch
 
+    def dummy_batch(self, size: int) -> Batch:
+        decoded, _ = usual_positions(self._input.max_seq_len, self.config.mask_probability)
+        widths = {"ids": self._input.max_seq_len, "positions": decoded, "labels": decoded}
+        return {name: torch.zeros(size, width, dtype=torch.int64) for name, width in widths.items()}
+
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         labels = batch["labels"]
         logits = model(batch["ids"], batch.get("pad_mask"), batch["positions"])
@@ -167,6 +173,8 @@ class MaskedLM(Task[MaskedLMConfig, PerceiverIOConfig]):
         return StepSizes(num_queries=usual_positions(self._input.max_seq_len, self.config.mask_probability)[0])
 
     def flops_per_example(self) -> float:
+        if not has_formulas(self.model_config):
+            return super().flops_per_example()
         decoded, _ = usual_positions(self._input.max_seq_len, self.config.mask_probability)
         return training_flops(self.model_config, num_queries=decoded)
 

@@ -81,6 +81,13 @@ class TextClassification(Classification[TextClassificationConfig]):
             batch["pad_mask"] = torch.from_numpy(pad_mask)
         return batch
 
+    def dummy_batch(self, size: int) -> Batch:
+        text = self.model_config.input
+        assert isinstance(text, TextInput)  # or the task were not built
+        shape = (size, text.max_seq_len)
+        batch = {"ids": torch.zeros(shape, dtype=torch.int64), "labels": torch.zeros(size, dtype=torch.int64)}
+        return {**batch, "pad_mask": torch.zeros(shape, dtype=torch.bool)}
+
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
         return model(batch["ids"], batch.get("pad_mask"))
 
