@@ -21,6 +21,7 @@ from typing import Any
 import ray
 from ray import tune
 
+import perceiver
 from perceiver.config import Experiment, UserError, check_folder_name, differences, digest, flatten, home, to_dict
 from perceiver.datasets import Dataset, with_tokenizer
 from perceiver.extensions import code_of
@@ -41,6 +42,8 @@ from tuning.trial import run_trial
 from tuning.trials import prune
 
 SETTINGS = "sweep.json"
+FIRST_VERSION = "0.1.0"
+"""Of this package: its sweeps do not say which version began them."""
 OPTIONS = {
     "trials": (int, "samples of the space, each with every combination of its grids"),
     "search": (str, "how samples are drawn: random, or optuna (an extra package)"),
@@ -124,7 +127,7 @@ def run_sweep(sweep: Sweep, folder: Path, concurrent: int | None = None, say=pri
             prepare(base, say)
             dataset = Dataset.find(base)
         room = plan_room(base, concurrent)
-        write_json(folder / SETTINGS, describe(sweep))
+        write_json(folder / SETTINGS, {**describe(sweep), "version": perceiver.__version__})
         steps = total_steps(base, dataset.manifest.splits["train"].rows)
         length = "" if sweep.points else f"; {steps:,} steps in a whole training"
         say(f"sweep of {sweep.size} trials in {folder}: {room.why}{length}")
@@ -160,7 +163,7 @@ def check_values(sweep: Sweep) -> None:
 
 
 def check_folder(sweep: Sweep, folder: Path) -> None:
-    """Refuses another sweep in the same folder.
+    """Refuses another sweep in the same folder, and one whose experiment another version of this package took for another one.
 
     Raises:
         UserError: names the differences.
@@ -169,7 +172,14 @@ def check_folder(sweep: Sweep, folder: Path) -> None:
     if not path.exists():
         check_free(folder, SETTINGS, "--name")
     else:
-        changes = differences(flatten(json.loads(path.read_text())), flatten(json.loads(json.dumps(describe(sweep)))))
+        there, wanted = json.loads(path.read_text()), json.loads(json.dumps(describe(sweep)))
+        version = there.pop("version", FIRST_VERSION)
+        if version != perceiver.__version__ and there | {"experiment": None} == wanted | {"experiment": None} and there != wanted:
+            raise UserError(
+                f"{folder} holds a sweep that version {version} began, and in version {perceiver.__version__} its trials would be of "
+                "another experiment: choose another --name, or continue it with the version that began it"
+            )
+        changes = differences(flatten(there), flatten(wanted))
         if changes:
             raise UserError(f"{folder} holds another sweep ({'; '.join(changes)}): choose another --name, or the same settings")
 

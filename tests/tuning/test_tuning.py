@@ -20,6 +20,7 @@ from perceiver.training.checkpoint import write_json
 from perceiver.training.checkpoint_choice import list_checkpoints
 from ray_jobs import preprocess
 from ray_jobs.cli import parse_experiment
+from tests.conftest import ROOT
 from tests.data.test_prepare import tiny_sentencepiece_model
 from tests.support.preparing import serially, write_jsonl
 from tuning import population, report, sweep
@@ -196,6 +197,19 @@ def test_a_sweep_does_not_write_into_a_folder_of_someone_else(tmp_path):
     (tmp_path / "report.html").unlink()
     (tmp_path / ".lock").touch()  # of a start that was refused
     sweep.check_folder(GOOD, tmp_path)
+
+
+def test_a_sweep_that_another_version_began_is_refused_in_a_sentence_that_says_so(tmp_path, capsys):
+    """One of version 0.1.0: its settings are all the same, and its experiment was described otherwise."""
+    old = json.loads((ROOT / "tests/support/files/sweep-0.1.0.json").read_text())
+    write_json(tmp_path / "old" / "sweep.json", old)
+    with pytest.raises(UserError, match="holds a sweep that version 0.1.0 began, and in version .* choose another --name"):
+        sweep.run_sweep(find_sweep("quickstart"), tmp_path / "old")
+    write_json(tmp_path / "old" / "sweep.json", {**old, "trials": 99})
+    with pytest.raises(UserError, match="holds another sweep .*trials"):
+        sweep.check_folder(find_sweep("quickstart"), tmp_path / "old")
+    write_json(tmp_path / "old" / "sweep.json", {**sweep.describe(find_sweep("quickstart")), "version": "0.1.9"})
+    sweep.check_folder(find_sweep("quickstart"), tmp_path / "old")
 
 
 def test_trials_that_do_not_fit_are_refused_with_the_sum(monkeypatch):
