@@ -1,5 +1,6 @@
 """Perceiver, Perceiver IO and Perceiver AR in PyTorch: models, tasks, data, training, inference. Knows nothing of
-Ray."""
+Ray.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +38,8 @@ def load(
 
 def __getattr__(name: str) -> Any:
     """What the package offers and loads when it is first asked for: importing the package takes neither PyTorch nor the metadata
-    of installed packages."""
+    of installed packages.
+    """
     if name == "__version__":
         from importlib.metadata import PackageNotFoundError, version
 

@@ -18,7 +18,9 @@ FILES = (".json", ".yaml", ".yml")
 
 
 def find_experiment(name: str, trust_code: bool = False) -> Experiment:
-    """The experiment of a name, tried in this order:
+    """The experiment of a name.
+
+    Tried in this order:
 
     - a preset, or a name under which an installed package registers a function (entry points "perceiver.experiments"),
     - package.module:function or path/file.py:function, which returns an `Experiment` (or is one),

@@ -1,5 +1,6 @@
 """Where lines of progress go: the terminal, a run's log file, and from workers to the driver. All of them are logged by the modules
-that have something to say (`logging.getLogger(__name__)`)."""
+that have something to say (`logging.getLogger(__name__)`).
+"""
 
 from __future__ import annotations
 

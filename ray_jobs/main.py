@@ -1,5 +1,6 @@
 """`perceiver COMMAND [arguments]`: one command for all jobs. Each command is the main function of a module, which is loaded when the
-command is given and not before."""
+command is given and not before.
+"""
 
 from __future__ import annotations
 

@@ -105,7 +105,8 @@ def _node_cpus() -> list[float]:
 def _share_of_a_node() -> float:
     """CPUs for each worker of an elastic run, at most one, such that workers that fill the nodes leave room for a data task: Ray
     starts as many as fit, and workers without data would wait for ever. On every node, if that can be, as nodes go; else on
-    the smallest ones."""
+    the smallest ones.
+    """
     sizes = sorted({cpus for cpus in _node_cpus() if cpus})
     # Ray counts in ten-thousandths.
     shares = [math.floor((cpus - DATA_CPUS) / n * 1e4) / 1e4 for cpus in sizes for n in range(1, 2 * int(cpus))]

@@ -151,7 +151,8 @@ class Reports(Callback):
 
 class Interruption(Callback):
     """Pauses the training when the driver is interrupted. The answer to one question is not waited for, but looked for after later
-    steps."""
+    steps.
+    """
 
     EVERY = 1.0
     """Seconds from an answer to the next question."""
@@ -180,7 +181,8 @@ class Interruption(Callback):
 
 class Notice(Callback):
     """Asks for a checkpoint when a machine of this run is about to be taken away (a spot machine's notice, or anything else that
-    drains a node of Ray): once for every machine. Ray answers when all workers ask."""
+    drains a node of Ray): once for every machine. Ray answers when all workers ask.
+    """
 
     EVERY = 5.0
     """Seconds between two questions."""

@@ -187,7 +187,8 @@ def schedule(axes: Axes, trials: Sequence[Trial]) -> None:
 
 def importance(trials: Sequence[Trial]) -> dict[str, float]:
     """Spearman's rank correlation with the metric of each field whose values are numbers, over trials that have the metric; 0 where
-    undefined."""
+    undefined.
+    """
     done = [t for t in trials if t["value"] is not None]
     ranks = _ranks([t["value"] for t in done])
     found = {}

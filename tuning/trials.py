@@ -105,7 +105,8 @@ def read_events(folder: Path) -> list[dict[str, Any]]:
 
 def prune(folder: Path, trials: Sequence[dict[str, Any]], keep: int) -> None:
     """Throws away checkpoints of trials that are over: all of those that are not among the best `keep`, and of the best
-    all but the last and the best one."""
+    all but the last and the best one.
+    """
     for place, trial in enumerate(trials):
         checkpoints = list_checkpoints(folder / "trials" / trial["trial"] / CHECKPOINTS)
         wanted = {checkpoints[-1].step} if checkpoints and place < keep else set()

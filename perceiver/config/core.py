@@ -294,7 +294,7 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 
 def nearest(name: str, names: Iterable[str], prefix: str = "") -> str:
-    """ ", did you mean ...?" for a name that is not among `names`; a dotted name may be near in its last part alone."""
+    """The words ", did you mean ...?" for a name that is not among `names`; a dotted name may be near in its last part alone."""
     known = list(names)
     found = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     if not found:

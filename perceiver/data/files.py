@@ -55,6 +55,8 @@ class InputFile:
 
 @dataclass(frozen=True)
 class Found:
+    """A file of a source, and what its name says of it."""
+
     file: InputFile
     mark: str | None
     """Split that the file's name tells: train, val, test, unsupervised, or None."""
@@ -172,6 +174,7 @@ def _walk(root: str, what: str, hidden: re.Pattern[str] = _HIDDEN) -> Iterator[t
 
 
 def is_glob(text: str) -> bool:
+    """Whether a text is a pattern of paths."""
     return any(c in text for c in "*?[")
 
 
@@ -188,6 +191,7 @@ def split_glob(source: str) -> tuple[Path, str]:
 
 
 def format_of(path: str) -> Format | None:
+    """The format that a file's name says; None for one that is not read."""
     name = path.rpartition("/")[2].lower()
     bare = name.removesuffix(".gz")
     if re.search(r"idx[13]-ubyte$|\.idx[13]?$|^(train|t10k)-(images|labels)", bare):

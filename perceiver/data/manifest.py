@@ -234,4 +234,5 @@ def stream_rows(num_tokens: int, length: int) -> int:
 
 
 def shard_name(split: str, shard: int) -> str:
+    """The file of a shard."""
     return f"{split}-{shard:05d}.parquet"

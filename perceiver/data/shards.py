@@ -183,6 +183,7 @@ _TAIL = 64 << 10
 
 
 def footer_hash(footer: bytes) -> str:
+    """The hash of a shard's footer, as the manifest records it."""
     return hashlib.sha256(footer).hexdigest()[:16]
 
 

@@ -162,6 +162,7 @@ def section_borders(buffer: bytes, base: int) -> list[int]:
 
 
 def article_borders(buffer: bytes, base: int) -> list[int]:
+    """Where articles begin in a buffer."""
     return [match.end() for match in _ARTICLE.finditer(buffer)]
 
 

@@ -121,5 +121,6 @@ def remove_folder(folder: str | Path) -> None:
 
 
 def remove_file(folder: str | Path, name: str) -> None:
+    """Removes a file of a folder."""
     filesystem, path = open_folder(folder)
     filesystem.delete_file(f"{path}/{name}")

@@ -82,7 +82,7 @@ def parse_json(text: str) -> Any:
 
 
 class BadLabel(Exception):
-    pass
+    """A value that is no label."""
 
 
 def label_of(value: Any, columns: Columns) -> int:
@@ -115,6 +115,7 @@ def labels_of(span: Span, table: pa.Table, first: int, keep: list[bool], columns
 
 @contextmanager
 def open_parquet(file: InputFile) -> Iterator[pq.ParquetFile]:
+    """A Parquet file to read; one that is damaged is `Unreadable`."""
     filesystem, path = open_folder(file.path)
     try:
         with filesystem.open_input_file(path) as source, pq.ParquetFile(source) as parquet:

@@ -91,7 +91,8 @@ def stream(
     compile: bool = False,
 ) -> Iterator[Tensor]:
     """Like `generate`, but gives each column of new ids (B, 1) as soon as it is there. Arguments are checked at
-    once."""
+    once.
+    """
     check_prompt(model.config, prompt, max_new_tokens, num_latents)
     sampling.check()
     ids = range(len(prompt)) if row_ids is None else row_ids
@@ -200,7 +201,8 @@ def beam_search(
 
 class Window:
     """What generation has seen so far, and the logits of what comes next: with a cache, or computed anew from the
-    ids."""
+    ids.
+    """
 
     def __init__(self, model: nn.Module, ids: Tensor, pad_mask: Tensor | None, prefix_len: int, cache) -> None:
         self.model, self.ids, self.pad_mask, self.prefix_len, self.cache = model, ids, pad_mask, prefix_len, cache

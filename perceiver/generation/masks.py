@@ -100,7 +100,8 @@ def with_marks(tokenizer: Tokenizer, ids: np.ndarray) -> np.ndarray:
 
 def _best(log_probs: Tensor, top_k: int) -> list[tuple[float, list[int]]]:
     """The top_k best choices of one token a position, of independent log-probabilities (M, V): exact, position by
-    position."""
+    position.
+    """
     scores, chosen = np.zeros(1), np.zeros((1, 0), np.int64)
     best = log_probs.double().topk(min(top_k, log_probs.shape[-1]))
     for tokens, values in zip(best.indices.numpy(), best.values.numpy(), strict=True):

@@ -89,6 +89,7 @@ def given_generation_options(args: Namespace) -> dict[str, Any]:
 
 
 def is_whole(value: object) -> bool:
+    """Whether a value is a whole number (True and False are none)."""
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 

@@ -19,7 +19,8 @@ from perceiver.terminal import print_anything
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; a user's mistake is one line and exit status 2 (in a dialogue: one line, and the next
-    question)."""
+    question).
+    """
     print_anything()
     args = parse(argv)
     try:
@@ -45,6 +46,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The arguments of the command line."""
     parser = argparse.ArgumentParser(prog="python -m perceiver.inference", description=(__doc__ or "").partition(": ")[2])
     parser.add_argument("run", help="folder or name of a run, an exported folder, published weights, or a name on the hub")
     parser.add_argument("prompt", nargs="*", help="texts or image files; none: ask for them")

@@ -44,6 +44,7 @@ def take(values: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
 
 
 def build(cls: type[Config], values: dict[str, Any]) -> Any:
+    """A configuration of ours from the values of a reference's, whose lists are tuples here."""
     unknown = sorted(set(values) - set(cls.__dataclass_fields__))
     if unknown:
         raise UserError(f"a reference configuration for {cls.__name__} has an unknown field {', '.join(unknown)}")

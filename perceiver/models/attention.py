@@ -85,7 +85,8 @@ class KeyValueCache:
 
 class StaticKeyValueCache(KeyValueCache):
     """The same with shapes that never change, for compiled models: a later `append` returns the whole ring, of which
-    `next_mask` tells what is filled. `num_written` is a tensor (1,) on the device of the keys."""
+    `next_mask` tells what is filled. `num_written` is a tensor (1,) on the device of the keys.
+    """
 
     num_written: Tensor
 
@@ -156,7 +157,8 @@ def causal_mask(num_queries: int, num_keys: int, device: torch.device) -> Tensor
 
 def _attend_plainly(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
     """What PyTorch does on CPUs where it has no fused kernel, but with a cheaper dropout, and with a softmax that need
-    not look for queries without any key: no mask here has them."""
+    not look for queries without any key: no mask here has them.
+    """
     scores = (q * q.shape[-1] ** -0.5) @ k.mT
     if mask is not None:
         scores = scores.masked_fill_(~mask, -torch.inf)

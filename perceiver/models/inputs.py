@@ -53,7 +53,8 @@ class InputConfig(Config):
     @property
     def factorable(self) -> bool:
         """Whether positions are few channels over a fixed grid, so that attention to them may be factored (exactly, and cheaper): the
-        adapter then has `points(x)`, (B, N, few channels), and `position_encoding`, (N, C less those)."""
+        adapter then has `points(x)`, (B, N, few channels), and `position_encoding`, (N, C less those).
+        """
         return False
 
 

@@ -55,7 +55,8 @@ class OutputConfig(Config):
 
     def build_queries(self, model: ModelSizes) -> nn.Module | None:
         """A module that makes queries of the batch: takes what the model's input takes and the adapted input (B, N, C), returns
-        (B, M, Q). None: `ask` does without."""
+        (B, M, Q). None: `ask` does without.
+        """
         return None
 
     def build_head(self, model: ModelSizes) -> nn.Module | None:

@@ -138,7 +138,8 @@ class Callback:
 
     def on_end(self, step: int, metrics: dict[str, float], error: BaseException | None) -> None:
         """At the end, with the last validation's metrics: of the training, of this start if it is paused, or with the error that ends it.
-        Not when the process is killed."""
+        Not when the process is killed.
+        """
 
     def state_dict(self) -> dict[str, Any]:
         """The callback's own state, saved with every checkpoint: dicts, lists, numbers, strings and tensors.

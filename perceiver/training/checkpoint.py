@@ -305,7 +305,8 @@ def load_model(path: str | Path, model: nn.Module) -> None:
 
 def load_weights(path: str | Path, model: nn.Module, names: Collection[str]) -> None:
     """Loads some of the model's weights from a checkpoint whose files have been checked, and leaves the others as they are;
-    otherwise as `load_model`."""
+    otherwise as `load_model`.
+    """
     weights = {name: value for name, value in get_model_state_dict(model).items() if name in names}
     read_tensors(Path(path), {"model": weights})
     set_model_state_dict(model, weights, options=StateDictOptions(strict=False))

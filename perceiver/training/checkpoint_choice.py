@@ -22,7 +22,8 @@ logger = logging.getLogger(__name__)
 
 def find_run(source: str | Path, storage: str | Path | None = None) -> Path | None:
     """The folder of a run that is given by its path, its URI in an object store (then fetched), or its name among those of
-    `storage` or $PERCEIVER_HOME; else None."""
+    `storage` or $PERCEIVER_HOME; else None.
+    """
     if not str(source).strip():
         raise UserError("the name of the run is empty: give its folder, its URI or its name")
     if "://" in str(source):
@@ -46,7 +47,8 @@ def list_checkpoints(folder: str | Path) -> list[CheckpointInfo]:
 
 def mirrored(mirror: Mirror) -> list[CheckpointInfo]:
     """The complete checkpoints of a run's mirror, oldest first, without those whose marker is damaged; their paths are names
-    alone."""
+    alone.
+    """
     found = []
     for name, marker in mirror.markers().items():
         try:
@@ -71,6 +73,7 @@ def best_of(checkpoints: list[CheckpointInfo], metric: str) -> CheckpointInfo | 
 
 
 def is_better(value: float, than: float, higher: bool) -> bool:
+    """Whether a metric's value is better than another; equal ones and NaN are not."""
     return value > than if higher else value < than
 
 

@@ -222,6 +222,7 @@ def stored_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
 
 
 def reader_of(path: Path) -> StorageReader:
+    """What reads a checkpoint: in safetensors files, or in the format of 0.1.0."""
     if any(path.glob(f"*{SUFFIX}")):
         return HuggingFaceStorageReader(str(path))
     if (path / OLD_METADATA).is_file():

@@ -23,5 +23,6 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Sets the learning rate of all groups of parameters."""
     for group in optimizer.param_groups:
         group["lr"] = lr

@@ -335,7 +335,8 @@ def _read_result(folder: Path) -> dict[str, Any] | None:
 
 def save_experiment(folder: Path, experiment: Experiment, manifest: Manifest, data_folder: str) -> None:
     """Writes what a run is: its resolved configuration, the data it is trained on and its length on it, the version of this package,
-    a copy of the data's tokenizer."""
+    a copy of the data's tokenizer.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     if (manifest.tokenizer or {}).get("sha256") is not None:
         write_file(folder, TOKENIZER, read_file(data_folder, TOKENIZER))
