@@ -21,6 +21,7 @@ CATALOG: dict[str, tuple[str, str, int]] = {
     "clm-c4-small": ("CausalLM", "c4", 4_885_120),
     "sam-maestro": ("SymbolicAudio", "maestro", 28_531_712),
     "sam-giantmidi": ("SymbolicAudio", "giantmidi", 134_840_832),
+    "sam-small": ("SymbolicAudio", "maestro", 1_036_032),
     "img-clf-imagenet": ("ImageClassification", "imagenet", 48_440_627),
     "optical-flow": ("OpticalFlow", "flow", 41_057_134),
 }

@@ -23,6 +23,7 @@ from perceiver.models import ImageInput, PerceiverIOConfig
 
 _LEAST_LENGTHS = {
     "tokens": (2, "a token is predicted from another one"),
+    "events": (2, "an event is predicted from another one"),
     "documents": (3, "a document stands between [CLS] and [SEP]"),
 }
 """Shortest input of a model of text, and what it must hold."""
@@ -170,13 +171,17 @@ def _settings(experiment: Experiment) -> dict[str, Any]:
         raise UserError("data.prepare is stream, which reads files alone: leave it out for a data.source that is code")
     if kind == ArrayRows.kind:
         return settings | {"columns": array_rows(experiment).to_json()}
-    if not KINDS[kind].is_text:
+    if not KINDS[kind].is_text and not KINDS[kind].is_stream:
         return settings
-    max_seq_len, _ = text_limits(experiment)
+    max_seq_len, vocab_size = text_limits(experiment)
+    if (needed := KINDS[kind].num_ids) is not None and vocab_size <= needed:
+        raise UserError(f"model.vocab-size is {vocab_size} and must be at least {needed + 1}: {needed} {kind} and one id for padding")
     least, why = _LEAST_LENGTHS[kind]
     if max_seq_len < least:
         section = "model.input" if hasattr(experiment.model, "input") else "model"
         raise UserError(f"{section}.max-seq-len is {max_seq_len} and must be at least {least}: {why}")
+    if not KINDS[kind].is_text:
+        return settings | {"row_length": max_seq_len}
     settings |= {"text_column": data.text_column}
     if kind == "documents":
         return settings | {"label_column": data.label_column, "row_length": max_seq_len - 2}

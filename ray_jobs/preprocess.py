@@ -256,8 +256,8 @@ def _finish(
         stats["empty_documents"] = empty
     if job.columns.label is not None:
         stats["labels"] = {name: counts.tolist() for name, counts in histograms.items()}
-    elif "train" in histograms and job.tokenizer is not None:
-        nats = unigram_nats(histograms["train"], histograms["val"], job.tokenizer.vocab_size)
+    elif "train" in histograms and (num_ids := job.rows.num_ids if job.tokenizer is None else job.tokenizer.vocab_size):
+        nats = unigram_nats(histograms["train"][:num_ids], histograms["val"][:num_ids], num_ids)
         stats["unigram_nats_per_token"] = round(nats, 6)
     manifest = Manifest(
         kind=job.kind,

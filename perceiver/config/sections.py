@@ -47,6 +47,8 @@ class TaskConfig(Config):
     """Of a task that reads a stream of text, the ids around each document: "eos" (one after it) or "cls-sep"."""
     abilities: ClassVar[tuple[str, ...]] = ("predict",)
     """Methods of `perceiver.inference.trained.TrainedModel` that its models have; a batch of rows is given to the first by default."""
+    takes_any: ClassVar[bool] = False
+    """Whether `of_model` takes every model of a class: such a task is asked after those that take some."""
 
     @classmethod
     def of_model(cls, model: ModelConfig) -> TaskConfig | None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import difflib
 import fnmatch
 import glob
+import io
 import os
 import re
 from collections.abc import Collection, Iterator
@@ -18,10 +20,10 @@ from perceiver.config import UserError
 from perceiver.data.rows import KINDS
 from perceiver.data.storage import open_folder
 
-Format = Literal["text", "wikitext", "jsonl", "parquet", "wikitext-rows", "idx"]
+Format = Literal["text", "wikitext", "jsonl", "parquet", "wikitext-rows", "idx", "midi"]
 FORMATS: dict[str, Format] = {
     ".txt": "text", ".raw": "wikitext", ".tokens": "wikitext", ".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl",
-    ".parquet": "parquet",
+    ".parquet": "parquet", ".mid": "midi", ".midi": "midi",
 }  # fmt: skip
 SAME = "same file"
 """Mark of a path that leads to a file which another path leads to: for no split."""
@@ -75,6 +77,7 @@ def files_of(source: str, label: str, kind: str, field: str, names: Collection[s
         raise UserError(f"{field} {source} is of no known format: {kind} are made from {KINDS[kind].expected}")
     result = []
     sizes = {path: size for path, _, size in listed}
+    marks = _splits_in_table(listed) if kind == "events" and not single else {}
     again = set() if single else _again(listed)
     for path, inner, size in listed:
         form = format_of(path)
@@ -85,10 +88,27 @@ def files_of(source: str, label: str, kind: str, field: str, names: Collection[s
         if any("\ud800" <= character <= "\udfff" for character in name):
             raise UserError(f"{field} {source} has a file whose name is not UTF-8, {name!r}: rename it")
         file = InputFile(path=path, name=name, format=form, size=size, labels_path=labels)
-        result.append(Found(file, SAME if path in again else None if single else mark_of(inner)))
+        result.append(Found(file, SAME if path in again else None if single else marks.get(inner, mark_of(inner))))
     if not result:
         raise UserError(f"{field} {source} holds nothing that {kind} are made from: {KINDS[kind].expected}")
     return result
+
+
+def _splits_in_table(listed: list[tuple[str, str, int]]) -> dict[str, str | None]:
+    """What a table beside the files says of their splits, as MAESTRO has one: a .csv with the columns split and midi_filename (or
+    file_name, or file)."""
+    found: dict[str, str | None] = {}
+    for path, inner, _ in listed:
+        if "/" in inner or not inner.lower().endswith(".csv"):
+            continue
+        filesystem, place = open_folder(path)
+        with filesystem.open_input_stream(place) as source:
+            rows = list(csv.DictReader(io.StringIO(source.read().decode("utf-8-sig", "replace"), newline="")))
+        for row in rows:
+            name = row.get("midi_filename") or row.get("file_name") or row.get("file")
+            if name and row.get("split"):
+                found[name] = MARKS.get(row["split"].strip().lower())
+    return found
 
 
 def _again(listed: list[tuple[str, str, int]]) -> set[str]:
@@ -197,7 +217,7 @@ def format_of(path: str) -> Format | None:
     if re.search(r"idx[13]-ubyte$|\.idx[13]?$|^(train|t10k)-(images|labels)", bare):
         return "idx"
     form = FORMATS.get(Path(bare).suffix)
-    return None if form == "parquet" and bare != name else form
+    return None if form in ("parquet", "midi") and bare != name else form
 
 
 def _labels_paths(path: str) -> list[str]:

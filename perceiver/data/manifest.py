@@ -63,13 +63,13 @@ class Split:
     rows: int
     """Logical rows: images, windows, documents or examples."""
     tokens: int
-    """Ids of the stream, or of all documents as stored; 0 for images and arrays."""
+    """Ids of the stream (with those that fill up a performance's rows), or of all documents as stored; 0 for images and arrays."""
     bytes: int
-    """Bytes of the text as UTF-8 (without ids that mark documents), of the pixels, or of the arrays."""
+    """Bytes of the text as UTF-8 (without ids that mark documents), of the pixels, of the events, or of the arrays."""
     words: int
-    """Words of the text, separated by ASCII whitespace."""
+    """Words of the text, separated by ASCII whitespace; notes of performances."""
     documents: int
-    """Documents (or images, or examples) that it was made from."""
+    """Documents (or images, performances, examples) that it was made from."""
     row_length: int
     """T, or height * width * channels, or the greatest length of a document; 0 for arrays."""
     rows_per_block: int

@@ -18,10 +18,12 @@ import pyarrow as pa
 from perceiver.data.examples import ExamplePart
 from perceiver.data.files import InputFile
 from perceiver.data.manifest import SPLITS
+from perceiver.data.midi import NOTE_OFF
 from perceiver.data.read_arrays import read_arrays
 from perceiver.data.read_documents import Documents, read_documents
 from perceiver.data.read_images import Images, read_images
-from perceiver.data.rows import ArrayRows, RowKind, rows_of
+from perceiver.data.read_midi import read_performance
+from perceiver.data.rows import ArrayRows, EventRows, RowKind, rows_of
 from perceiver.data.spans import SECTION, Problems, Span, Unreadable
 from perceiver.data.storage import atomic_file, list_folder, read_file, write_file
 from perceiver.data.tables import Columns, parquet_rows
@@ -105,7 +107,7 @@ def _spans(file: InputFile, piece_bytes: int) -> Iterator[tuple[Span, int]]:
         for first in range(0, max(rows, 1), step):
             stop = min(first + step, rows)
             yield Span(file, first, stop), size * (stop - first) // max(rows, 1)
-    elif file.format == "idx" or file.compressed:
+    elif file.format in ("idx", "midi") or file.compressed:
         yield Span(file, 0, file.size), file.size
     else:
         step = -(-piece_bytes // SECTION) * SECTION
@@ -126,6 +128,9 @@ def make_piece(job: Job, index: int, piece: Piece) -> dict[str, Any]:
             if job.kind == "images":
                 for images in read_images(span, job.columns, problems):
                     _add_images(job, span.file, images, writers)
+            elif job.kind == EventRows.kind:
+                for events in read_performance(span, problems):
+                    _add_performance(job, span.file, events, writers)
             elif job.arrays is not None:
                 for example in read_arrays(span, job.arrays, problems):
                     _add_example(job.arrays, span.file, example, job.val_fraction, writers)
@@ -233,6 +238,16 @@ def _add_example(
     content = rows.contents(example)
     for split, _ in splits_of(file, [content], val_fraction):
         writers[split].add_example(example, content, None if file.split == "hash" else content_hashes([content]))
+
+
+def _add_performance(job: Job, file: InputFile | ExamplePart, events: np.ndarray, writers: dict[str, _PieceWriter]) -> None:
+    content = events.tobytes()
+    size = -(-(len(events) + 1) // job.row_length) * job.row_length
+    ids = np.full(size, job.rows.fill_id, np.uint16)
+    ids[1 : len(events) + 1] = events
+    for split, _ in splits_of(file, [content], job.val_fraction):
+        counts = {"tokens": size, "bytes": len(content), "words": int(np.count_nonzero(events < NOTE_OFF)), "documents": 1}
+        writers[split].add(ids, counts, None, None, None if file.split == "hash" else content_hashes([content]))
 
 
 def _add_documents(job: Job, file: InputFile | ExamplePart, documents: Documents, writers: dict[str, _PieceWriter]) -> None:

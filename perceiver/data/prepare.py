@@ -40,7 +40,7 @@ class ShardPlan:
 def split_rows(job: Job, notes: list[dict[str, Any]], split: str) -> int:
     """Logical rows of a split, from the notes on all pieces."""
     counts = [note["splits"][split] for note in notes]
-    if job.kind == "tokens":
+    if job.rows.is_stream:
         tokens = sum(count["tokens"] for count in counts)
         return stream_rows(tokens, job.row_length) if tokens else 0
     return sum(count["rows"] for count in counts)
@@ -48,7 +48,7 @@ def split_rows(job: Job, notes: list[dict[str, Any]], split: str) -> int:
 
 def plan_shards(job: Job, notes: list[dict[str, Any]], split: str) -> list[ShardPlan]:
     """The shards of a split."""
-    stream = job.kind == "tokens"
+    stream = job.rows.is_stream
     sizes = [note["splits"][split]["tokens" if stream else "rows"] for note in notes]
     ends = np.cumsum(sizes)
     rows = split_rows(job, notes, split)
@@ -80,12 +80,12 @@ def make_shard(job: Job, plan: ShardPlan) -> dict[str, Any]:
 def _blocks(job: Job, plan: ShardPlan) -> Iterator[pa.Table]:
     for first in range(0, plan.rows, job.rows_per_block):
         num = min(job.rows_per_block, plan.rows - first)
-        if job.kind == "tokens":
-            block = np.zeros((num + 1) * job.row_length, np.uint16)
+        if job.rows.is_stream:
+            block = np.full((num + job.rows.lookahead) * job.row_length, job.rows.fill_id, np.uint16)
             start = first * job.row_length
             ids = _read_part(job, plan, "values", np.uint16, start, start + len(block))
             block[: len(ids)] = ids
-            yield pa.table({"tokens": fixed_column(block.reshape(num + 1, job.row_length))})
+            yield pa.table({"tokens": fixed_column(block.reshape(-1, job.row_length))})
             continue
         if job.arrays is not None:
             yield _read_rows(job, job.arrays, plan, first, first + num)

@@ -2,6 +2,7 @@
 
 - "images":    image  fixed_size_list<uint8>[height * width * channels], channels last; label int32
 - "tokens":    tokens fixed_size_list<uint16>[T]: the token stream of all documents, cut end to end; 0 after its end
+- "events":    tokens fixed_size_list<uint16>[T]: the events of performances, each filled up to whole rows (see `midi.py`)
 - "documents": tokens list<uint16>, at most `row_length` ids; label int32
 - "arrays":    named columns of fixed shapes, in any number, which the task names
 """
@@ -18,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 
 from perceiver.config import UserError
+from perceiver.data.midi import PAD
 
 DTYPES = ("float32", "float16", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "string", "binary")
 """Types of a column's numbers; "string" and "binary" stand alone in a row, with shape ()."""
@@ -30,6 +32,12 @@ class RowKind(ABC):
     """Its name in manifests and settings."""
     lookahead: ClassVar[int] = 0
     """Physical rows at the end of a block that belong to the next block."""
+    is_stream: ClassVar[bool] = False
+    """Rows are cut from one stream of ids, whatever pieces of the input these come from."""
+    fill_id: ClassVar[int] = 0
+    """Id after the end of a stream."""
+    num_ids: ClassVar[int | None] = None
+    """Ids that its documents can hold, from 0; None: a tokenizer says it, or there are none."""
     is_text: ClassVar[bool] = False
     """Made from text, with a tokenizer."""
     has_labels: ClassVar[bool] = False
@@ -85,14 +93,11 @@ class ImageRows(_LongRows):
         return self.row_length
 
 
-class TokenRows(_LongRows):
-    """A stream of token ids, cut end to end."""
+class _StreamRows(_LongRows):
+    """A stream of ids, cut into rows of equal length."""
 
-    kind = "tokens"
     lookahead = 1
-    is_text = True
-    formats = ("text", "wikitext", "jsonl", "parquet", "wikitext-rows")
-    expected = ".txt, .raw, .tokens, .jsonl, .json (.gz or not) or .parquet"
+    is_stream = True
 
     @property
     def schema(self) -> pa.Schema:
@@ -101,6 +106,25 @@ class TokenRows(_LongRows):
     @property
     def bytes_per_row(self) -> int:
         return 2 * self.row_length
+
+
+class TokenRows(_StreamRows):
+    """A stream of token ids, cut end to end."""
+
+    kind = "tokens"
+    is_text = True
+    formats = ("text", "wikitext", "jsonl", "parquet", "wikitext-rows")
+    expected = ".txt, .raw, .tokens, .jsonl, .json (.gz or not) or .parquet"
+
+
+class EventRows(_StreamRows):
+    """Events of performances: each begins a row with a fill id, and its last row is filled up with such."""
+
+    kind = "events"
+    fill_id = num_ids = PAD
+    made_from = "performances"
+    formats = ("midi",)
+    expected = ".mid or .midi files"
 
 
 class DocumentRows(_LongRows):
@@ -308,7 +332,7 @@ def _value(example: Mapping[str, Any], name: str, column: Column) -> Any:
     return converted if column.shape else converted.item()
 
 
-KINDS: dict[str, type[RowKind]] = {cls.kind: cls for cls in (ImageRows, TokenRows, DocumentRows, ArrayRows)}
+KINDS: dict[str, type[RowKind]] = {cls.kind: cls for cls in (ImageRows, TokenRows, EventRows, DocumentRows, ArrayRows)}
 """The kinds of rows by name."""
 
 

@@ -14,9 +14,10 @@ from torch import nn
 
 from perceiver.config import DataConfig, ModelConfig, TaskConfig, UserError, subclasses, type_name
 from perceiver.config.core import import_builtins, is_builtin
+from perceiver.data.midi import FROM_NOTHING, midi_file
 from perceiver.data.tokenizers import Tokenizer
 from perceiver.generation.continuations import generate_text, stream_text
-from perceiver.generation.generate import new_seed
+from perceiver.generation.generate import generate, new_seed
 from perceiver.generation.masks import fill_masks
 from perceiver.generation.options import GenerationOptions, Sampling
 from perceiver.generation.texts import check_text, pad_right
@@ -152,6 +153,39 @@ class TrainedModel:
         )
         return (piece for (piece,) in pieces if piece)
 
+    def play(
+        self,
+        prompt: str | Path | np.ndarray | None = None,
+        *,
+        max_new_tokens: int = 1024,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+    ) -> np.ndarray:
+        """Continues a performance; returns all its events, the prompt's first: uint16 (n,), for `perceiver.data.midi.write_midi`.
+
+        Args:
+            prompt: a MIDI file, or events; None: begin from nothing. Of a long one the last max_seq_len events are used.
+            max_new_tokens: events to add.
+            temperature: 0 takes the likeliest event; otherwise logits are divided by it and an event is drawn.
+            top_k: draw only among the k likeliest events.
+            top_p: draw only among the fewest events that have this probability together.
+            seed: of the drawing; None: another one at each call.
+
+        Raises:
+            UserError: the model's task is another one, the prompt is no MIDI file with notes, or an argument is out of range.
+        """
+        self._require("play")
+        config = self.config
+        assert isinstance(config, PerceiverARConfig)
+        events = FROM_NOTHING if prompt is None else prompt if isinstance(prompt, np.ndarray) else midi_file(prompt, "the prompt")
+        used = torch.from_numpy(events[-config.max_seq_len :].astype(np.int64))[None].to(self.device)
+        sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=new_seed() if seed is None else seed)
+        num_latents = min(config.max_latents, used.shape[1])
+        new = generate(self.model, used, max_new_tokens=max_new_tokens, num_latents=num_latents, sampling=sampling)
+        return np.concatenate([events, new[0].cpu().numpy().astype(np.uint16)])
+
     def fill_mask(self, text: str | Sequence[str], *, top_k: int = 1, batch_size: int = 8) -> Any:
         """The top_k likeliest ways to fill the masks of a text, best first: lists of `Fill`.
 
@@ -244,7 +278,7 @@ def task_of(config: ModelConfig) -> TaskConfig:
         UserError: none of those that are known.
     """
     import_builtins()
-    for task in sorted(subclasses(TaskConfig).values(), key=lambda cls: not is_builtin(type_name(cls))):
+    for task in sorted(subclasses(TaskConfig).values(), key=lambda cls: (not is_builtin(type_name(cls)), cls.takes_any)):
         if (found := task.of_model(config)) is not None:
             return found
     ends = [type(end).__name__ for name in ("input", "output") if (end := getattr(config, name, None)) is not None]

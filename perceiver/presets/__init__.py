@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from perceiver.config import Experiment
 from perceiver.presets.images import img_clf_imagenet, img_clf_mnist, optical_flow, quickstart
-from perceiver.presets.music import sam_giantmidi, sam_maestro
+from perceiver.presets.music import sam_giantmidi, sam_maestro, sam_small
 from perceiver.presets.text import (
     clm_c4,
     clm_c4_small,
@@ -39,6 +39,7 @@ PRESETS: dict[str, Callable[[], Experiment]] = {
         clm_c4_small,
         sam_maestro,
         sam_giantmidi,
+        sam_small,
         img_clf_imagenet,
         optical_flow,
     )

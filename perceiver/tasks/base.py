@@ -35,11 +35,15 @@ IGNORE_INDEX = -100
 
 @dataclass(frozen=True)
 class Sample:
-    """Something validation shows to a person, at the end of a pass: a text, or a picture (height, width, 3; uint8)."""
+    """Something validation shows to a person, at the end of a pass: a text, a picture (height, width, 3; uint8), or a file."""
 
     name: str
     text: str | None = None
     image: np.ndarray | None = None
+    file: bytes | None = None
+    """Content of a file of another kind, such as .mid."""
+    suffix: str = ""
+    """End of that file's name."""
 
 
 @dataclass(frozen=True)

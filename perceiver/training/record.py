@@ -78,7 +78,7 @@ class Recorder:
         self.say("  ".join(parts))
 
     def samples(self, step: int, samples: list[Sample]) -> None:
-        """Texts and pictures: to TensorBoard and to the folder `samples`."""
+        """Texts and pictures, to TensorBoard and to the folder `samples`; other files to the folder alone."""
         for sample in samples:
             self._record(partial(self._sample, step, sample))
 
@@ -93,6 +93,8 @@ class Recorder:
 
             Image.fromarray(sample.image).save(target / f"{sample.name}-{step:08d}.png")
             self._board.add(step, [image(sample.name, sample.image, dataformats="HWC")])
+        if sample.file is not None:
+            (target / f"{sample.name}-{step:08d}{sample.suffix}").write_bytes(sample.file)
 
     def close(self) -> None:
         self._record(lambda: self._board.close())
