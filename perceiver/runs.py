@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from perceiver.config import Experiment, UserError, load_tree
+from perceiver.config import Experiment, UserError, home, load_tree
 from perceiver.disk import is_locked, locked
 from perceiver.extensions import Code, check_trust
 
@@ -21,6 +21,8 @@ EXPERIMENT = "experiment.json"
 """File that makes a folder a run: its resolved configuration, the hash of its data, its length, the version that started it."""
 LOCK = ".lock"
 """File of a run that the driver of its training holds."""
+METRICS = "metrics.jsonl"
+"""Records of a run, one JSON object a line."""
 TAIL = 2**16
 """Bytes at the end of the metrics in which the last record is looked for."""
 CODE = "code"
@@ -59,29 +61,58 @@ def read_markers(folder: Path) -> list[dict[str, Any]]:
     return sorted(found, key=lambda marker: marker["step"])
 
 
-def best_value(markers: Iterable[dict[str, Any]], metric: str) -> float | None:
-    """The best value of a metric among checkpoints; None where none has a finite one.
+def higher_is_better(markers: Iterable[dict[str, Any]], metric: str) -> bool:
+    """Whether more of a metric is better, by the newest marker that has the metric.
 
-    A marker says of which metrics more is better; those of version 0.1.0 do not, and then it is so for accuracies alone.
+    Those of version 0.1.0 do not say, and then it is so for accuracies alone.
     """
-    values, higher = [], False
-    for marker in markers:
-        value = marker["metrics"].get(metric)
-        if isinstance(value, (int, float)) and math.isfinite(value):
-            values.append(value)
-            higher = metric in marker.get("higher_is_better", [name for name in marker["metrics"] if name.partition("/")[0] == "val_acc"])
-    return (max if higher else min)(values) if values else None
+    accuracy = metric.partition("/")[0] == "val_acc"
+    said = [metric in m["higher_is_better"] if "higher_is_better" in m else accuracy for m in markers if metric in m["metrics"]]
+    return said[-1] if said else accuracy
+
+
+def best_value(markers: Iterable[dict[str, Any]], metric: str) -> float | None:
+    """The best value of a metric among checkpoints; None where none has a finite one."""
+    markers = list(markers)
+    values = [value for m in markers if isinstance(value := m["metrics"].get(metric), (int, float)) and math.isfinite(value)]
+    return (max if higher_is_better(markers, metric) else min)(values) if values else None
+
+
+def local_run(source: str | Path, storage: str | Path | None = None) -> Path | None:
+    """The folder on this machine of a run that is given by its path or its name among those of `storage` or $PERCEIVER_HOME."""
+    if not str(source).strip():
+        raise UserError("the name of the run is empty: give its folder, its URI or its name")
+    candidates = [Path(source).expanduser()]
+    if not Path(source).is_absolute():
+        candidates += [Path(folder).expanduser() / source for folder in (storage, home() / "runs") if folder]
+    return next((folder.absolute() for folder in candidates if (folder / EXPERIMENT).is_file()), None)
 
 
 def last_step(folder: Path) -> int:
     """The step of a run's last record, found from the end of the file; 0 without any."""
     try:
-        with open(folder / "metrics.jsonl", "rb") as file:
+        with open(folder / METRICS, "rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL))
             lines = file.read().splitlines()
     except FileNotFoundError:
         return 0
     return next((record["step"] for line in reversed(lines) if (record := _json(line)) is not None), 0)
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The records of a run so far. Lines that are no records are left out: the last one may have been cut off by a crash."""
+    path = folder / METRICS
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text(errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+            if type(record["step"]) is int:
+                records.append({name: math.nan if value is None else value for name, value in record.items()})
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            continue
+    return records
 
 
 def status(folder: Path) -> str:

@@ -8,12 +8,14 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from perceiver.config import UserError, home
+from perceiver.config import UserError, flatten, home, nearest
 from perceiver.runs import EXPERIMENT, DamagedRun, best_value, last_step, read_markers, read_saved, status
 from ray_jobs.cli import main_entry, program, refuse_empty
+from ray_jobs.where import Condition
 
 COLUMNS = ("name", "preset", "task", "status", "step", "of", "best", "checkpoint", "MiB")
 
@@ -22,23 +24,32 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog=program("ray_jobs.runs"), description=(__doc__ or "").partition(": ")[2])
     parser.add_argument("folder", nargs="?", help="folder of runs; default: $PERCEIVER_HOME/runs")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    parser.add_argument("--where", metavar="CONDITION", help='only runs that meet it: "optim.lr>1e-3 and val_acc>0.9"')
+    parser.add_argument("--sort", metavar="NAME", help="by a column, field or metric, lowest first")
+    parser.add_argument("--reverse", action="store_true", help="with --sort, highest first")
+    parser.add_argument("--columns", metavar="NAME,NAME", help=f"columns, fields and metrics to show; default: {','.join(COLUMNS)}")
     args = parser.parse_args(argv)
-    refuse_empty(args, ("folder",))
+    refuse_empty(args, ("folder", "where", "sort", "columns"))
+    condition = Condition(args.where) if args.where else None
+    columns = tuple(name.strip() for name in args.columns.split(",")) if args.columns else COLUMNS
     folder = Path(args.folder).expanduser() if args.folder else home() / "runs"
     if args.folder and not folder.is_dir():
         raise UserError(f"there is no folder of runs {folder}")
     runs = list_runs(folder)
+    asked = {"--where": condition.names if condition else (), "--sort": [args.sort] if args.sort else (), "--columns": columns}
+    _check_names(runs, asked)
+    if condition:
+        runs = [run for run in runs if condition.matches(values(run))]
+    if args.sort:
+        runs = _sorted(runs, args.sort, args.reverse)
     if args.json:
         for run in runs:
             print(json.dumps(run))
         return 0
     if not runs:
-        print(f"there are no runs in {folder}")
+        print(f"there are no runs in {folder}" + (f" with {args.where}" if args.where else ""))
         return 0
-    rows = [COLUMNS, *(tuple(_cell(run[column]) for column in COLUMNS) for run in runs)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print_table([columns, *(tuple(_cell(values(run).get(column)) for column in columns) for run in runs)])
     for run in runs:
         if run["reason"]:
             print(f"damaged {run['name']}: {run['reason']}")
@@ -51,8 +62,9 @@ def list_runs(folder: str | Path) -> list[dict[str, Any]]:
     """The runs in a folder, by name.
 
     Each has name, preset, task, status (running, finished, failed, stopped, damaged), step (of the last record), of (steps in all,
-    None where the run does not say), best (metric and value), checkpoint (last step), MiB, continue (command), and reason (what is
-    wrong with its files). A damaged run costs its own line alone.
+    None where the run does not say), best (metric and value), checkpoint (last step), MiB, continue (command), reason (what is
+    wrong with its files), fields (its configuration, with dotted names) and metrics (the best value of each among its
+    checkpoints). A damaged run costs its own line alone.
     """
     return [describe(path.parent) for path in sorted(Path(folder).glob(f"*/{EXPERIMENT}"))]
 
@@ -60,12 +72,14 @@ def list_runs(folder: str | Path) -> list[dict[str, Any]]:
 def describe(run: Path) -> dict[str, Any]:
     """One run; see `list_runs`."""
     row: dict[str, Any] = dict.fromkeys((*COLUMNS, "continue", "reason")) | {"name": run.name, "MiB": _mebibytes(run)}
+    row |= {"fields": {}, "metrics": {}}
     try:
         content = read_saved(run)
         experiment = content["experiment"]
         metric = experiment["run"].get("best_metric", "val_loss")
         markers, state = read_markers(run), status(run)
         best = best_value(markers, metric)
+        names = dict.fromkeys(name for marker in markers for name in marker["metrics"])
         return row | {
             "preset": experiment.get("preset"),
             "task": str(experiment["task"].get("type", "")).rpartition(":")[2].removesuffix("Config"),
@@ -74,12 +88,46 @@ def describe(run: Path) -> dict[str, Any]:
             "of": content.get("steps") or (None if experiment["training"].get("max_epochs") else experiment["training"].get("max_steps")),
             "best": f"{metric} {best:.4f}" if best is not None else None,
             "checkpoint": markers[-1]["step"] if markers else None,
+            "fields": flatten(experiment),
+            "metrics": {name: value for name in names if (value := best_value(markers, name)) is not None},
             "continue": None if state in ("running", "finished") else continue_command(run),
         }
     except DamagedRun as error:
         return row | {"status": "damaged", "reason": str(error)}
     except Exception as error:  # whatever else stands in files that anybody may have written
         return row | {"status": "damaged", "reason": f"its files are not those of a run ({type(error).__name__}: {error})"}
+
+
+def values(run: dict[str, Any]) -> dict[str, Any]:
+    """All that a run of `list_runs` can be sorted and chosen by: fields, metrics and columns."""
+    return {**run["fields"], **run["metrics"], **{name: run[name] for name in COLUMNS}}
+
+
+def print_table(rows: Sequence[Sequence[str]]) -> None:
+    """Rows of cells, the first one the header, in columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _check_names(runs: list[dict[str, Any]], asked: Mapping[str, Iterable[str]]) -> None:
+    """Refuses a name that no run knows."""
+    known = {name for run in runs for name in values(run)}
+    for option, names in asked.items():
+        for name in names:
+            if known and name not in known:
+                raise UserError(f"{option} {name}: no run has a column, field or metric of this name{nearest(name, known)}")
+
+
+def _sorted(runs: list[dict[str, Any]], name: str, reverse: bool) -> list[dict[str, Any]]:
+    """Runs by a value: numbers before texts, runs without a value at the end."""
+    having = [run for run in runs if values(run).get(name) is not None]
+
+    def key(run: dict[str, Any]) -> tuple[bool, Any]:
+        value = values(run)[name]
+        return (False, value) if isinstance(value, (int, float)) else (True, str(value))
+
+    return sorted(having, key=key, reverse=reverse) + [run for run in runs if values(run).get(name) is None]
 
 
 def continue_command(run: Path) -> str:
@@ -92,7 +140,9 @@ def _mebibytes(run: Path) -> float:
 
 
 def _cell(value: Any) -> str:
-    return "" if value is None else f"{value:,}" if isinstance(value, (int, float)) else str(value)
+    if isinstance(value, float):
+        return f"{value:,.6g}"
+    return "" if value is None else f"{value:,}" if type(value) is int else str(value)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from perceiver.config import UserError, home
 from perceiver.data.storage import write_file
 from perceiver.plots import GREY, NUM_COLORS, color, far_apart, frame, log_scale, new_figure, plain, png, step_axis
-from perceiver.training.record import read_metrics
+from perceiver.runs import read_metrics
 from ray_jobs.cli import main_entry, program
 from tuning.sweeps import arguments
 from tuning.trials import Trial, read_settings, read_trials

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from perceiver.runs import read_metrics
 from perceiver.training.checkpoint_choice import best_of, list_checkpoints
 from perceiver.training.mirror import CHECKPOINTS
-from perceiver.training.record import read_metrics
 from perceiver.training.run import RESULT
 from tuning.population import exchanges
 from tuning.trial import VALUES

@@ -6,8 +6,8 @@ import logging
 import math
 from pathlib import Path
 
-from perceiver.config import UserError, home
-from perceiver.runs import EXPERIMENT
+from perceiver.config import UserError
+from perceiver.runs import local_run
 from perceiver.training.checkpoint_files import (
     MARKER,
     CheckpointInfo,
@@ -24,14 +24,7 @@ def find_run(source: str | Path, storage: str | Path | None = None) -> Path | No
     """The folder of a run that is given by its path, its URI in an object store (then fetched), or its name among those of
     `storage` or $PERCEIVER_HOME; else None.
     """
-    if not str(source).strip():
-        raise UserError("the name of the run is empty: give its folder, its URI or its name")
-    if "://" in str(source):
-        return fetch_run(str(source))
-    candidates = [Path(source).expanduser()]
-    if not Path(source).is_absolute():
-        candidates += [Path(folder).expanduser() / source for folder in (storage, home() / "runs") if folder]
-    return next((folder.absolute() for folder in candidates if (folder / EXPERIMENT).is_file()), None)
+    return fetch_run(str(source)) if "://" in str(source) else local_run(source, storage)
 
 
 def list_checkpoints(folder: str | Path) -> list[CheckpointInfo]:

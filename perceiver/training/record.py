@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import time
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import image, scalar, text
 
 from perceiver.data.storage import write_file
+from perceiver.runs import METRICS, read_metrics
 from perceiver.training.checkpoint_files import finite
 from perceiver.training.meters import duration
 
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from perceiver.tasks.base import Sample
 
 logger = logging.getLogger(__name__)
-
-METRICS = "metrics.jsonl"
 
 
 class Recorder:
@@ -165,22 +163,6 @@ class Board:
             self._file.write_event(Event(step=self._first_step, file_version="brain.Event:2"))
             self._file.write_event(Event(step=self._first_step, session_log=SessionLog(status=SessionLog.START)))
             self._first_step = None
-
-
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The records of a run so far. Lines that are no records are left out: the last one may have been cut off by a crash."""
-    path = folder / METRICS
-    if not path.exists():
-        return []
-    records = []
-    for line in path.read_text(errors="replace").splitlines():
-        try:
-            record = json.loads(line)
-            if type(record["step"]) is int:
-                records.append({name: math.nan if value is None else value for name, value in record.items()})
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            continue
-    return records
 
 
 def _line(record: dict[str, Any]) -> str:

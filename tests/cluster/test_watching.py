@@ -8,7 +8,7 @@ from urllib.parse import urlencode
 
 import pytest
 
-from perceiver.training.record import read_metrics
+from perceiver.runs import read_metrics
 from ray_jobs.gauges import GAUGES
 from tests.cluster.test_hosts import install, wait_for
 from tests.conftest import ROOT

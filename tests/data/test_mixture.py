@@ -18,11 +18,11 @@ from perceiver.data.mixture import ROUND, Mixture, mixture_batches, mixture_plan
 from perceiver.data.order import Order
 from perceiver.data.sources import mixture_sources
 from perceiver.datasets import data_folder
+from perceiver.runs import read_metrics
 from perceiver.tasks import build_task
 from perceiver.tasks.base import IGNORE_INDEX
 from perceiver.training.batches import make_train_feed, make_val_feeds, read_here
 from perceiver.training.parallel import World, join_world
-from perceiver.training.record import read_metrics
 from perceiver.training.run import Training, evaluate, save_experiment
 from ray_jobs.evaluate import evaluate_run
 from ray_jobs.preprocess import prepare

@@ -110,3 +110,64 @@ def test_the_table_and_json_are_printed_and_a_missing_folder_is_a_sentence(folde
     assert [json.loads(line)["name"] for line in capsys.readouterr().out.splitlines()] == ["broken", "done", "halted", "held"]
     with pytest.raises(UserError, match="no folder of runs"):
         runs.main([str(folder / "none")])
+
+
+def change(run, lr, **metrics):
+    """Changes a run's learning rate and the metrics of its checkpoints."""
+    content = json.loads((run / "experiment.json").read_text())
+    content["experiment"]["optim"]["lr"] = lr
+    (run / "experiment.json").write_text(json.dumps(content))
+    for path in run.glob("checkpoints/*/checkpoint.json"):
+        marker = json.loads(path.read_text())
+        path.write_text(json.dumps(marker | {"metrics": metrics}))
+
+
+@pytest.fixture
+def tried(folder):
+    for name, lr, metric in [("done", 1e-2, 0.95), ("held", 1e-3, 0.97), ("broken", 1e-1, 0.5)]:
+        change(folder / name, lr, val_acc=metric)
+    change(folder / "halted", 1e-4)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("where", "names"),
+    [
+        ("optim.lr>1e-3 and val_acc>0.9", ["done"]),
+        ("optim.lr > 1e-3 or val_acc > 0.9", ["broken", "done", "held"]),
+        ("1e-3 < optim.lr <= 1e-2", ["done"]),
+        ("status == 'failed'", ["broken"]),
+        ("name in ('held', 'halted')", ["halted", "held"]),
+        ("not (name in ['held', 'halted'])", ["broken", "done"]),
+        ("val_acc != 0.5", ["done", "held"]),
+        ("name < 3", []),
+    ],
+)
+def test_runs_are_chosen_by_fields_metrics_and_columns(tried, capsys, where, names):
+    assert runs.main([str(tried), "--json", "--where", where]) == 0
+    found = [json.loads(line)["name"] for line in capsys.readouterr().out.splitlines()]
+    assert found == names
+
+
+@pytest.mark.parametrize(
+    "where", ["__import__('os').system('true')", "optim.lr", "lr >", "a.b().c > 1", "optim.weight-decay > 0", "[x for x in y] == 1", "("]
+)
+def test_what_is_no_condition_is_refused_and_never_executed(tried, where):
+    with pytest.raises(UserError, match="cannot be read: compare fields"):
+        runs.main([str(tried), "--where", where])
+
+
+def test_runs_are_sorted_those_without_a_value_last_and_columns_are_of_choice(tried, capsys):
+    runs.main([str(tried), "--sort", "val_acc", "--reverse", "--columns", "name,val_acc,optim.lr"])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines[0] == ["name", "val_acc", "optim.lr"]
+    assert [words[0] for words in lines[1:5]] == ["held", "done", "broken", "halted"]
+    assert lines[1][1:] == ["0.97", "0.001"]
+    runs.main([str(tried), "--sort", "val_acc", "--columns", "name"])
+    assert capsys.readouterr().out.split()[1:5] == ["broken", "done", "held", "halted"]
+
+
+@pytest.mark.parametrize("option, value", [("--where", "optim.lrr > 1"), ("--sort", "optim.lrr"), ("--columns", "name,optim.lrr")])
+def test_a_name_that_no_run_has_is_a_sentence_with_the_nearest(tried, option, value):
+    with pytest.raises(UserError, match=f"{option} optim.lrr: no run has .* did you mean optim.lr?"):
+        runs.main([str(tried), option, value])

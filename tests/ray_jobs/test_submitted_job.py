@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from perceiver.training.record import read_metrics
+from perceiver.runs import read_metrics
 from tests.conftest import ROOT
 
 RAY = str(Path(sys.executable).with_name("ray"))

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
+from perceiver.runs import read_metrics
 from perceiver.training.checkpoint_files import read_tensors, reader_of
-from perceiver.training.record import read_metrics
 from tests.conftest import ROOT
 
 QUICK = [

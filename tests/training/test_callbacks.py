@@ -11,6 +11,7 @@ import torch
 
 from perceiver.config import CallbackConfig, Experiment, UserError, from_dict, to_dict
 from perceiver.data.manifest import Manifest
+from perceiver.runs import read_metrics
 from perceiver.tasks import build_task
 from perceiver.training import hooks, record
 from perceiver.training.batches import read_here
@@ -18,7 +19,6 @@ from perceiver.training.callbacks import Callback, EarlyStop
 from perceiver.training.checkpoint_choice import list_checkpoints
 from perceiver.training.hooks import STATES, CallbackError
 from perceiver.training.parallel import join_world
-from perceiver.training.record import read_metrics
 from perceiver.training.run import Training, read_result, read_stopped
 from tests.support.small import Call, heard, image_experiment, write_images
 from tests.training.test_training import run

@@ -21,7 +21,7 @@ from perceiver.config import Experiment, UserError
 from perceiver.data.manifest import Manifest
 from perceiver.datasets import Dataset
 from perceiver.inference.load import describe
-from perceiver.runs import read_run
+from perceiver.runs import read_metrics, read_run
 from perceiver.tasks import build_task
 from perceiver.training.batches import make_val_feeds, read_here
 from perceiver.training.checkpoint import load_model
@@ -30,7 +30,6 @@ from perceiver.training.checkpoint_files import stored_shapes
 from perceiver.training.init_from import find_start
 from perceiver.training.old_checkpoints import OldReader
 from perceiver.training.parallel import join_world
-from perceiver.training.record import read_metrics
 from perceiver.training.run import Training, evaluate, read_result, save_experiment
 from ray_jobs import export, runs
 from ray_jobs.evaluate import evaluate_run

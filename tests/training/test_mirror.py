@@ -17,12 +17,12 @@ import perceiver
 from perceiver.config import Experiment, UserError, from_dict, to_dict
 from perceiver.data.manifest import Manifest
 from perceiver.datasets import Dataset
+from perceiver.runs import read_metrics
 from perceiver.tasks import build_task
 from perceiver.training.batches import read_here
 from perceiver.training.checkpoint_choice import mirrored
 from perceiver.training.mirror import Mirror, fetch_run
 from perceiver.training.parallel import join_world
-from perceiver.training.record import read_metrics
 from perceiver.training.run import Training, save_experiment
 from ray_jobs.evaluate import evaluate_run
 from tests.support.preparing import evaluating_here

@@ -17,11 +17,11 @@ import torch.distributed as dist
 
 from perceiver.config import Cosine, Experiment, ParallelConfig, UserError, from_dict, to_dict
 from perceiver.data.manifest import Manifest
+from perceiver.runs import read_metrics
 from perceiver.tasks import build_task
 from perceiver.training.batches import read_here
 from perceiver.training.checkpoint_choice import list_checkpoints
 from perceiver.training.parallel import join_world
-from perceiver.training.record import read_metrics
 from perceiver.training.run import Training
 from ray_jobs.preflight import check_experiment
 from tests.support.small import leave, text_experiment, write_stream

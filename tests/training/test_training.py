@@ -15,11 +15,11 @@ import torch.distributed as dist
 from perceiver.config import Experiment, ParallelConfig, from_dict, to_dict
 from perceiver.data.manifest import Manifest
 from perceiver.data.shards import read_block
+from perceiver.runs import read_metrics
 from perceiver.tasks import build_task
 from perceiver.training.batches import read_here
 from perceiver.training.checkpoint_choice import choose_checkpoint, list_checkpoints
 from perceiver.training.parallel import join_world
-from perceiver.training.record import read_metrics
 from perceiver.training.run import NotFinite, Training
 from tests.support.small import Call, feed_of, image_experiment, leave, text_experiment, write_images, write_stream
 
