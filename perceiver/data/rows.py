@@ -91,8 +91,8 @@ class TokenRows(_LongRows):
     kind = "tokens"
     lookahead = 1
     is_text = True
-    formats = ("text", "wikitext", "jsonl", "parquet", "wikitext-rows")
-    expected = ".txt, .raw, .tokens, .jsonl, .json (.gz or not) or .parquet"
+    formats = ("text", "wikitext", "jsonl", "csv", "arrow", "parquet", "wikitext-rows")
+    expected = ".txt, .raw, .tokens, .jsonl, .json, .csv, .tsv (also .gz, .bz2, .zst), .arrow or .parquet"
 
     @property
     def schema(self) -> pa.Schema:
@@ -109,8 +109,8 @@ class DocumentRows(_LongRows):
     kind = "documents"
     is_text = True
     has_labels = True
-    formats = ("jsonl", "parquet")
-    expected = ".jsonl, .json (.gz or not) or .parquet, with a text and a label column"
+    formats = ("jsonl", "csv", "arrow", "parquet")
+    expected = ".jsonl, .json, .csv, .tsv (also .gz, .bz2, .zst), .arrow or .parquet, with a text and a label column"
 
     @property
     def schema(self) -> pa.Schema:
