@@ -121,8 +121,12 @@ class DataConfig(Config):
         check_positive(self, where, "rows_per_block", "blocks_per_shard", "shuffle_window_blocks", "lanes")
         if not 0 <= self.val_fraction < 1:
             raise UserError(f"{where}val-fraction is {self.val_fraction} and must be at least 0 and below 1")
+        self.check_encoding(where)
+
+    def check_encoding(self, where: str = "data.") -> None:
+        """Raises UserError where the encoding is none of text."""
         try:
-            b"".decode(self.encoding)
+            "a".encode(self.encoding)
         except LookupError:
             raise UserError(
                 f"--{where}encoding is {self.encoding!r}, which Python does not know: utf-8, utf-16, latin-1 and cp1252 are common"

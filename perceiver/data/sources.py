@@ -141,6 +141,7 @@ def resolve(data: DataConfig, kind: str) -> Source:
         UserError: no such data set or files, nothing of a format that `kind` can be made from, nothing to validate on,
             a file that is both for training and for validation.
     """
+    data.check_encoding()
     train: list[InputFile | ExamplePart] = []
     val: list[InputFile | ExamplePart] = []
     ignored: list[str] = []

@@ -179,3 +179,10 @@ def test_a_byte_order_mark_is_no_text(tmp_path):
         preprocess.prepare(chosen, lambda line: None)
         found.append({name: data for name, data in content(load_prepared(chosen)[0]).items() if name != MANIFEST})
     assert found[0] == found[1] and found[0]
+
+
+def test_an_encoding_that_does_not_exist_is_refused_before_anything_is_read(tmp_path):
+    write(tmp_path, "a.csv")
+    for name in ("nonsense", "base64"):
+        with pytest.raises(UserError, match=f"--data.encoding is '{name}', which Python does not know"):
+            prepared(tmp_path, tmp_path / "a.csv", encoding=name)
