@@ -183,6 +183,8 @@ def _settings(experiment: Experiment) -> dict[str, Any]:
     if not KINDS[kind].is_text:
         return settings | {"row_length": max_seq_len}
     settings |= {"text_column": data.text_column}
+    if data.encoding.lower() not in ("utf-8", "utf8"):
+        settings |= {"encoding": data.encoding}
     if kind == "documents":
         return settings | {"label_column": data.label_column, "row_length": max_seq_len - 2}
     if data.prepare == "stream":
@@ -240,7 +242,7 @@ def _folder(experiment: Experiment, settings: dict[str, Any]) -> str:
 
 def _slug(settings: dict[str, Any]) -> str:
     name = (settings["source"] or settings["val_source"] or "mixture").removeprefix("files:").removeprefix("hub:").removeprefix("code:")
-    name = re.sub(r"\.(gz|txt|raw|tokens|jsonl|json|parquet)\b", "", name)
+    name = re.sub(r"\.(gz|bz2|zst|txt|raw|tokens|jsonl|json|csv|tsv|arrow|parquet)\b", "", name)
     return f"{re.sub(r'[^A-Za-z0-9]+', '-', name).strip('-').lower() or 'data'}-{settings['kind']}"
 
 

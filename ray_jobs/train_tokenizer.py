@@ -24,7 +24,7 @@ from ray_jobs.cli import main_entry, override
 
 Say = Callable[[str], Any]
 
-USED = ("source", "val_source", "val_fraction", "text_column", "on_error")
+USED = ("source", "val_source", "val_fraction", "text_column", "encoding", "on_error")
 """Fields of the data's configuration that a tokenizer is made from."""
 ROWS_SENT = 1024
 """Documents that a task sends at once."""

@@ -92,9 +92,11 @@ class DataConfig(Config):
     val_fraction: float = 0.05
     """Share of documents (or images) held out for validation where a source has no validation split."""
     text_column: str = "text"
-    """Column of .jsonl and .parquet files that holds the text."""
+    """Column of tables (.jsonl, .json, .csv, .tsv, .arrow, .parquet) that holds the text."""
     label_column: str = "label"
     """Column that holds the label, for classification."""
+    encoding: str = "utf-8"
+    """Encoding of text files, .csv and .jsonl: utf-8, utf-16, latin-1, or another that Python knows."""
     tokenizer: str = "bytes"
     """"bytes" (UTF-8, 262 ids), or the path of a SentencePiece model."""
     prepare: Literal["shards", "stream"] = "shards"
@@ -121,6 +123,16 @@ class DataConfig(Config):
         check_positive(self, where, "rows_per_block", "blocks_per_shard", "shuffle_window_blocks", "lanes")
         if not 0 <= self.val_fraction < 1:
             raise UserError(f"{where}val-fraction is {self.val_fraction} and must be at least 0 and below 1")
+        self.check_encoding(where)
+
+    def check_encoding(self, where: str = "data.") -> None:
+        """Raises UserError where the encoding is none of text."""
+        try:
+            "a".encode(self.encoding)
+        except LookupError:
+            raise UserError(
+                f"--{where}encoding is {self.encoding!r}, which Python does not know: utf-8, utf-16, latin-1 and cp1252 are common"
+            ) from None
 
 
 class TrainingConfig(Config):

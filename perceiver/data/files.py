@@ -20,11 +20,18 @@ from perceiver.config import UserError
 from perceiver.data.rows import KINDS
 from perceiver.data.storage import open_folder
 
-Format = Literal["text", "wikitext", "jsonl", "parquet", "wikitext-rows", "idx", "midi"]
+Format = Literal["text", "wikitext", "jsonl", "csv", "arrow", "parquet", "wikitext-rows", "idx", "midi"]
 FORMATS: dict[str, Format] = {
     ".txt": "text", ".raw": "wikitext", ".tokens": "wikitext", ".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl",
-    ".parquet": "parquet", ".mid": "midi", ".midi": "midi",
+    ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".arrow": "arrow", ".feather": "arrow",
+    ".mid": "midi", ".midi": "midi",
 }  # fmt: skip
+PACKINGS = (".gz", ".bz2", ".zst")
+"""Endings of packed files."""
+UNCUT: tuple[Format, ...] = ("csv", "arrow")
+"""Formats of files that are read from their beginning, by one task each."""
+_OF_SAVED = re.compile(r"(^|/)((dataset_info|state|dataset_dict)\.json|cache-[^/]*\.arrow)$")
+"""Files that `datasets.save_to_disk` and the cache of `datasets` write beside the rows."""
 SAME = "same file"
 """Mark of a path that leads to a file which another path leads to: for no split."""
 _HIDDEN, _DOTTED = re.compile(r"(^|/)[._]"), re.compile(r"(^|/)[.]")
@@ -49,10 +56,18 @@ class InputFile:
     """"train", "val", or "hash": each document goes where its hash says."""
     labels_path: str | None = None
     """The labels that belong to an idx file of images."""
+    encoding: str = "utf-8"
+    """Of text; other than UTF-8 it is converted while it is read."""
+
+    @property
+    def packing(self) -> str:
+        """ ".gz", ".bz2", ".zst", or "" for a plain file."""
+        return next((ending for ending in PACKINGS if self.path.lower().endswith(ending)), "")
 
     @property
     def compressed(self) -> bool:
-        return self.path.lower().endswith(".gz")
+        """Whether its bytes are not those of its text, so that it is read from its beginning."""
+        return bool(self.packing) or self.encoding != "utf-8"
 
 
 @dataclass(frozen=True)
@@ -79,8 +94,11 @@ def files_of(source: str, label: str, kind: str, field: str, names: Collection[s
     sizes = {path: size for path, _, size in listed}
     marks = _splits_in_table(listed) if kind == "events" and not single else {}
     again = set() if single else _again(listed)
+    saved = any(re.search(r"(^|/)state\.json$", inner) for _, inner, _ in listed)
     for path, inner, size in listed:
         form = format_of(path)
+        if saved and _OF_SAVED.search(inner):
+            continue
         if form not in KINDS[kind].formats or (form == "idx" and not _labels_paths(path)):
             continue
         labels = _labels_beside(path, None if single else sizes) if form == "idx" else None
@@ -213,11 +231,13 @@ def split_glob(source: str) -> tuple[Path, str]:
 def format_of(path: str) -> Format | None:
     """The format that a file's name says; None for one that is not read."""
     name = path.rpartition("/")[2].lower()
-    bare = name.removesuffix(".gz")
+    bare = name
+    for ending in PACKINGS:
+        bare = bare.removesuffix(ending)
     if re.search(r"idx[13]-ubyte$|\.idx[13]?$|^(train|t10k)-(images|labels)", bare):
         return "idx"
     form = FORMATS.get(Path(bare).suffix)
-    return None if form in ("parquet", "midi") and bare != name else form
+    return None if form in ("parquet", "arrow", "midi") and bare != name else form
 
 
 def _labels_paths(path: str) -> list[str]:

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from perceiver.data.examples import ExamplePart
-from perceiver.data.files import InputFile
+from perceiver.data.files import UNCUT, InputFile
 from perceiver.data.manifest import SPLITS
 from perceiver.data.midi import NOTE_OFF
 from perceiver.data.read_arrays import read_arrays
@@ -107,7 +107,7 @@ def _spans(file: InputFile, piece_bytes: int) -> Iterator[tuple[Span, int]]:
         for first in range(0, max(rows, 1), step):
             stop = min(first + step, rows)
             yield Span(file, first, stop), size * (stop - first) // max(rows, 1)
-    elif file.format in ("idx", "midi") or file.compressed:
+    elif file.format in ("idx", "midi") or file.format in UNCUT or file.compressed:
         yield Span(file, 0, file.size), file.size
     else:
         step = -(-piece_bytes // SECTION) * SECTION

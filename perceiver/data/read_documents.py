@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -11,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from perceiver.data.examples import ExamplePart
+from perceiver.data.read_tables import array_rows, column_tables, csv_rows, is_json_array
 from perceiver.data.spans import (
     SLAB,
     Problems,
@@ -61,7 +63,9 @@ def read_documents(span: Span, columns: Columns, problems: Problems) -> Iterator
         "text": _read_text,
         "wikitext": _read_text,
         "jsonl": _read_jsonl,
-        "parquet": _read_parquet,
+        "csv": _read_csv,
+        "arrow": _read_columns,
+        "parquet": _read_columns,
         "wikitext-rows": _read_wikitext_rows,
         "examples": _read_examples,
     }
@@ -82,7 +86,7 @@ def _read_text(span: Span, columns: Columns, problems: Problems) -> Iterator[Doc
     for start, run, last in byte_runs(span, problems, article_borders if articles else section_borders):
         any_text = True
         try:
-            texts.append(run.decode())
+            texts.append((run.removeprefix(codecs.BOM_UTF8) if start == 0 else run).decode())
             begins.append(articles or start == 0)
             complete.append(articles or last)
         except UnicodeDecodeError as error:
@@ -144,7 +148,11 @@ def _whole(texts: list[str], labels: np.ndarray | None = None) -> Documents:
 
 
 def _read_jsonl(span: Span, columns: Columns, problems: Problems) -> Iterator[Documents]:
-    """A JSON object a line."""
+    """A JSON object a line, or one array of objects."""
+    if is_json_array(span.input_file):
+        if span.start == 0:
+            yield from _read_json_array(span, columns, problems)
+        return
     any_row = False
     for base, run, _ in byte_runs(span, problems, line_borders(span)):
         texts, labels = [], []
@@ -152,7 +160,8 @@ def _read_jsonl(span: Span, columns: Columns, problems: Problems) -> Iterator[Do
         for line in run.split(b"\n"):
             if line.strip():
                 any_row = True
-                row = _parse_line(line, span, position, columns, problems)
+                bare = line.removeprefix(codecs.BOM_UTF8) if position == 0 else line
+                row = _parse_line(bare, span, position, columns, problems)
                 if row is not None:
                     texts.append(row[0])
                     labels.append(row[1])
@@ -161,6 +170,40 @@ def _read_jsonl(span: Span, columns: Columns, problems: Problems) -> Iterator[Do
             yield _whole(texts, np.array(labels, np.int64) if columns.label else None)
     if not any_row and span.start == 0:
         raise Unreadable("empty file", f"{span.file.name} is empty")
+
+
+def _read_json_array(span: Span, columns: Columns, problems: Problems) -> Iterator[Documents]:
+    """A JSON file of one array. Faults name the element, from 0 on."""
+    yield from _rows_with_places(((f"element {number:,}", row) for number, row in array_rows(span, problems)), span, columns, problems)
+
+
+def _read_csv(span: Span, columns: Columns, problems: Problems) -> Iterator[Documents]:
+    """A .csv or .tsv file. Faults name the line."""
+    wanted = [columns.text, *([columns.label] if columns.label else [])]
+    yield from _rows_with_places(((f"line {line:,}", row) for line, row in csv_rows(span, wanted, problems)), span, columns, problems)
+
+
+def _rows_with_places(rows: Iterator[tuple[str, Any]], span: Span, columns: Columns, problems: Problems) -> Iterator[Documents]:
+    found: list[tuple[str, int]] = []
+    size = 0
+    for place, row in rows:
+
+        def fault(reason: str, what: str, place: str = place) -> None:
+            problems.report(reason, f"{span.file.name} {place}: {what}")
+
+        if not isinstance(row, Mapping):
+            fault("wrong type", "is no JSON object")
+            continue
+        made = _text_of(row, columns, fault)
+        if made is None:
+            continue
+        found.append(made)
+        size += len(made[0])
+        if size >= SLAB:
+            yield _labelled(found, columns)
+            found, size = [], 0
+    if found:
+        yield _labelled(found, columns)
 
 
 def _parse_line(line: bytes, span: Span, position: int, columns: Columns, problems: Problems) -> tuple[str, int] | None:
@@ -181,8 +224,12 @@ def _text_of(row: Mapping[str, Any], columns: Columns, fault: Callable[[str, str
         text = row[columns.text]
         text.encode()
         return text, label_of(row[columns.label], columns) if columns.label else 0
-    except UnicodeEncodeError:
-        fault("not UTF-8", f"field {columns.text!r} has a lone surrogate, which no UTF-8 text can hold")
+    except UnicodeEncodeError as error:
+        code = ord(error.object[error.start])
+        if 0xDC80 <= code <= 0xDCFF:  # a byte that could not be read
+            fault("not UTF-8", f"field {columns.text!r} is not UTF-8: byte {code - 0xDC00:#04x} (--data.encoding latin-1, say)")
+        else:
+            fault("not UTF-8", f"field {columns.text!r} has a lone surrogate, which no UTF-8 text can hold")
     except KeyError as error:
         more = ", ..." if len(row) > MOST_NAMED else ""
         fault("missing field", f"has no field {error.args[0]!r} (it has: {', '.join(map(str, list(row)[:MOST_NAMED]))}{more})")
@@ -223,9 +270,10 @@ def _labelled(rows: list[tuple[str, int]], columns: Columns) -> Documents:
     return _whole([text for text, _ in rows], np.array([label for _, label in rows], np.int64) if columns.label else None)
 
 
-def _read_parquet(span: Span, columns: Columns, problems: Problems) -> Iterator[Documents]:
+def _read_columns(span: Span, columns: Columns, problems: Problems) -> Iterator[Documents]:
+    """Rows of Parquet and Arrow files."""
     wanted = [columns.text, *([columns.label] if columns.label else [])]
-    for first, table in parquet_tables(span, wanted):
+    for first, table in column_tables(span, wanted):
         texts = _strings(span, table, first, problems)
         keep = [text is not None for text in texts]
         labels = labels_of(span, table, first, keep, columns, problems) if columns.label else None

@@ -113,8 +113,8 @@ class TokenRows(_StreamRows):
 
     kind = "tokens"
     is_text = True
-    formats = ("text", "wikitext", "jsonl", "parquet", "wikitext-rows")
-    expected = ".txt, .raw, .tokens, .jsonl, .json (.gz or not) or .parquet"
+    formats = ("text", "wikitext", "jsonl", "csv", "arrow", "parquet", "wikitext-rows")
+    expected = ".txt, .raw, .tokens, .jsonl, .json, .csv, .tsv (also .gz, .bz2, .zst), .arrow or .parquet"
 
 
 class EventRows(_StreamRows):
@@ -133,8 +133,8 @@ class DocumentRows(_LongRows):
     kind = "documents"
     is_text = True
     has_labels = True
-    formats = ("jsonl", "parquet")
-    expected = ".jsonl, .json (.gz or not) or .parquet, with a text and a label column"
+    formats = ("jsonl", "csv", "arrow", "parquet")
+    expected = ".jsonl, .json, .csv, .tsv (also .gz, .bz2, .zst), .arrow or .parquet, with a text and a label column"
 
     @property
     def schema(self) -> pa.Schema:

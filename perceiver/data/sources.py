@@ -9,10 +9,12 @@ from typing import Any
 
 from perceiver.config import DataConfig, UserError
 from perceiver.data.examples import ExamplePart, find_parts, is_code, name_of
-from perceiver.data.files import MARKS, Format, Found, InputFile, files_of, format_of, is_glob, real_place, split_glob
+from perceiver.data.files import MARKS, UNCUT, Format, Found, InputFile, files_of, format_of, is_glob, real_place, split_glob
+from perceiver.data.read_tables import is_json_array
 from perceiver.data.rows import KINDS, ImageRows
 from perceiver.data.storage import open_folder
 
+_UTF_8 = ("utf-8", "utf8")
 SMALLEST_SHARE = 1e-3
 """Of a source in a mixture."""
 SHIPPED = Path(__file__).parent / "quickstart"
@@ -139,6 +141,7 @@ def resolve(data: DataConfig, kind: str) -> Source:
         UserError: no such data set or files, nothing of a format that `kind` can be made from, nothing to validate on,
             a file that is both for training and for validation.
     """
+    data.check_encoding()
     train: list[InputFile | ExamplePart] = []
     val: list[InputFile | ExamplePart] = []
     ignored: list[str] = []
@@ -160,12 +163,30 @@ def resolve(data: DataConfig, kind: str) -> Source:
         if isinstance(file, InputFile) and (same := by_place.get(real_place(file.path))) is not None:
             raise UserError(same_file(same.name, file.name))
     inputs = [*(replace(f, split="train" if val else "hash") for f in train), *(replace(f, split="val") for f in val)]
+    if kind != ImageRows.kind:
+        inputs = [_encoded(f, data) for f in inputs]
     return Source(
         files=tuple(f for f in inputs if isinstance(f, InputFile)),
         parts=tuple(f for f in inputs if isinstance(f, ExamplePart)),
         ignored=tuple(sorted(ignored)),
         origin=origin,
     )
+
+
+def _encoded(file: InputFile | ExamplePart, data: DataConfig) -> InputFile | ExamplePart:
+    """A file with its encoding.
+
+    Raises:
+        UserError: the text is to be streamed, and the file has none whose middle can be found.
+    """
+    if isinstance(file, ExamplePart):
+        return file
+    if data.prepare == "stream" and (file.format in UNCUT or is_json_array(file)):
+        raise UserError(f"--data.prepare is stream, and {file.name} can only be read from its beginning: leave it out")
+    if data.prepare == "stream" and data.encoding.lower() not in _UTF_8:
+        raise UserError(f"--data.prepare is stream, which reads UTF-8 alone, and --data.encoding is {data.encoding}: leave one of them out")
+    text = file.format in ("text", "wikitext", "jsonl", "csv")
+    return replace(file, encoding=data.encoding) if text and data.encoding.lower() not in _UTF_8 else file
 
 
 def _resolved(source: str, kind: str, field: str) -> tuple[list[Any], list[Any], list[str], dict[str, Any] | None]:

@@ -7,12 +7,16 @@ same documents.
 
 from __future__ import annotations
 
+import bz2
+import codecs
 import gzip
 import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from perceiver.config import UserError
 from perceiver.data.examples import ExamplePart
@@ -86,20 +90,63 @@ def chunks(span: Span, start: int) -> Iterator[bytes]:
         if not file.compressed:
             with filesystem.open_input_file(path) as source:
                 while chunk := source.read_at(SLAB, start):
+                    _refuse_utf_16(file, chunk, start)
                     yield chunk
                     start += len(chunk)
             return
-        with filesystem.open_input_stream(path, compression=None) as source, gzip.GzipFile(fileobj=source) as unpacked:
-            read = unpacked.seek(start) if span.unpacked else 0
-            while chunk := unpacked.read(SLAB):
-                yield chunk
-                read += len(chunk)
+        skip = start if span.unpacked else 0
+        for chunk in _text_chunks(file, filesystem, path):
+            _refuse_utf_16(file, chunk, read)
+            read += len(chunk)
+            if skip < read:
+                yield chunk[max(0, skip - (read - len(chunk))) :]
     except EOFError:
-        raise Unreadable("truncated file", f"{file.name} is truncated: its gzip data ends after byte {read:,}") from None
+        kind = {".gz": "gzip", ".bz2": "bzip2"}[file.packing]
+        raise Unreadable("truncated file", f"{file.name} is truncated: its {kind} data ends after byte {read:,}") from None
+    except UnicodeDecodeError as error:
+        what = f"byte {error.object[error.start]:#04x} after byte {read:,} of its text ({error.reason})"
+        raise Unreadable("other encoding", f"{file.name} is not {file.encoding} (--data.encoding): {what}") from None
     except (gzip.BadGzipFile, zlib.error) as error:
         raise Unreadable("corrupt file", f"{file.name} is corrupt after byte {read:,} of its text ({error})") from None
     except OSError as error:
+        if file.packing in (".bz2", ".zst"):
+            raise Unreadable("corrupt file", f"{file.name} is corrupt after byte {read:,} of its text ({error})") from None
         raise Unreadable("unreadable file", f"{file.name} cannot be read ({error})") from None
+
+
+def _text_chunks(file: InputFile, filesystem: Any, path: str) -> Iterator[bytes]:
+    """The text of a file that is packed or not UTF-8, as UTF-8."""
+    with _unpacked(file, filesystem, path) as source:
+        if file.encoding == "utf-8":
+            while chunk := source.read(SLAB):
+                yield chunk
+            return
+        decoder = codecs.getincrementaldecoder(file.encoding)()
+        while chunk := source.read(SLAB):
+            if text := decoder.decode(chunk):
+                yield text.encode()
+        if text := decoder.decode(b"", final=True):
+            yield text.encode()
+
+
+@contextmanager
+def _unpacked(file: InputFile, filesystem: Any, path: str) -> Iterator[Any]:
+    packed = filesystem.open_input_stream(path, compression="zstd" if file.packing == ".zst" else None)
+    with packed as source:
+        if file.packing == ".gz":
+            with gzip.GzipFile(fileobj=source) as unpacked:
+                yield unpacked
+        elif file.packing == ".bz2":
+            with bz2.BZ2File(source) as unpacked:
+                yield unpacked
+        else:
+            yield source
+
+
+def _refuse_utf_16(file: InputFile, chunk: bytes, start: int) -> None:
+    """Raises Unreadable where text begins with the byte order mark of UTF-16."""
+    if start == 0 and file.format != "idx" and chunk[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        raise Unreadable("other encoding", f"{file.name} is UTF-16 (it begins with its byte order mark): give --data.encoding utf-16")
 
 
 def _checked_chunks(span: Span, problems: Problems) -> Iterator[bytes]:

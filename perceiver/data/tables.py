@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import reprlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -86,18 +87,33 @@ class BadLabel(Exception):
 
 
 def label_of(value: Any, columns: Columns) -> int:
-    """A label as a class number: a number, or the name of a class.
+    """A label as a class number: a number, also as text ("1", as .csv files have it), a truth value, or the name of a class.
 
     Raises:
         BadLabel: neither.
     """
     if isinstance(value, str) and value in columns.class_names:
         return columns.class_names.index(value)
+    if isinstance(value, (list, dict, np.ndarray)):
+        raise BadLabel(f"label {reprlib.repr(value)} is a {type(value).__name__}, and each row has one class")
+    if isinstance(value, str):
+        value = _number_or_text(value)
+    if isinstance(value, float) and math.isfinite(value) and not value.is_integer():
+        raise BadLabel(f"label {value!r} is no class: classes are whole numbers or names; real numbers are for a regression")
     whole = isinstance(value, (int, np.integer)) or (isinstance(value, float) and value.is_integer())
     if whole and 0 <= value < columns.num_classes:
         return int(value)
     names = f" or {', '.join(columns.class_names)}" if columns.class_names else ""
     raise BadLabel(f"label {reprlib.repr(value)} must be 0 .. {columns.num_classes - 1}{names}")
+
+
+def _number_or_text(text: str) -> float | str:
+    """The number that a text is; other texts as they are."""
+    try:
+        number = float(text)
+    except ValueError:
+        return text
+    return number if math.isfinite(number) and "_" not in text else text
 
 
 def labels_of(span: Span, table: pa.Table, first: int, keep: list[bool], columns: Columns, problems: Problems) -> np.ndarray:
