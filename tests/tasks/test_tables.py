@@ -135,16 +135,17 @@ def test_every_loss_keeps_the_contract_of_tasks(file: Path, table: dict[str, lis
     assert from_dict(to_dict(experiment)) == experiment
 
 
-@pytest.mark.parametrize(("targets", "loss"), LOSSES)
+@pytest.mark.parametrize(("targets", "loss"), [(targets.removesuffix(",next"), loss) for targets, loss in LOSSES])
 def test_every_loss_is_learned_below_guessing(file: Path, table: dict[str, list], targets: str, loss: str) -> None:
-    experiment = measured(parsed(file, "--model.input.columns", "a,past", "--task.targets", targets, "--task.loss", loss), table)
+    experiment = measured(parsed(file, "--model.input.columns", "a", "--task.targets", targets, "--task.loss", loss), table)
     task, batch = batch_of(experiment, table)
     model = build_model(experiment.model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     for _ in range(60):
         optimizer.zero_grad()
         value = task.loss(model, batch)[0] / task.num_targets(batch)
         value.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), experiment.optim.max_grad_norm)
         optimizer.step()
     with torch.no_grad():
         total, sums = task.loss(model, batch)
