@@ -24,6 +24,7 @@ CATALOG: dict[str, tuple[str, str, int]] = {
     "sam-small": ("SymbolicAudio", "maestro", 1_036_032),
     "img-clf-imagenet": ("ImageClassification", "imagenet", 48_440_627),
     "optical-flow": ("OpticalFlow", "flow", 41_057_134),
+    "tables": ("Tables", "", 102_922),
 }
 """Task, source of the data, and number of the model's parameters, by the preset's name."""
 

@@ -14,7 +14,7 @@ from perceiver.data.components import Component, components
 from perceiver.data.examples import is_code
 from perceiver.data.manifest import MANIFEST, DamagedData, Manifest
 from perceiver.data.rows import KINDS, ArrayRows
-from perceiver.data.shards import broken_files
+from perceiver.data.shards import broken_files, read_block
 from perceiver.data.sources import is_shipped, mixture_sources, source_label
 from perceiver.data.storage import list_folder, open_folder
 from perceiver.data.tokenizers import TOKENIZER, load_tokenizer, tokenizer_is_there
@@ -71,7 +71,8 @@ class Dataset:
             UserError: see `find`.
         """
         at_once = is_shipped(experiment.data.source) or experiment.data.prepare == "stream"
-        if not at_once and not experiment.data.mixture and is_code(experiment.data.source):
+        readable = is_code(experiment.data.source) or experiment.task.kind == ArrayRows.kind
+        if not at_once and not experiment.data.mixture and readable:
             at_once = MANIFEST not in list_folder(data_folder(experiment))
         return None if at_once else cls.find(experiment)
 
@@ -79,6 +80,19 @@ class Dataset:
     def parts(self) -> list[Component]:
         """The data sets of a mixture; of other prepared data itself alone."""
         return components(self.folder, self.manifest)
+
+    def measured(self) -> Experiment:
+        """The experiment with what its task measures of the training split.
+
+        Raises:
+            DamagedData: a shard is missing, or not as it was written.
+        """
+        experiment = self.experiment
+        if not experiment.task.measured:
+            return experiment
+        splits = [(part.folder, part.manifest.splits["train"]) for part in self.parts]
+        blocks = (read_block(folder, split, block) for folder, split in splits for block in range(split.num_blocks))
+        return replace(experiment, task=experiment.task.measure(experiment.model, blocks))
 
 
 def _not_prepared(experiment: Experiment, settings: dict[str, Any]) -> str:

@@ -71,7 +71,7 @@ def parse_experiment(argv: Sequence[str], prog: str) -> Experiment:
         from perceiver.training.init_from import trust_start
 
         trust_start(experiment)
-    return experiment
+    return experiment.task.completed(experiment)
 
 
 def override(config: Config, args: Sequence[str], prog: str) -> Config:

@@ -97,7 +97,7 @@ def run(
             if dataset is None:
                 prepare(experiment, logger.info)
                 dataset = Dataset.find(experiment)
-            data_folder, manifest = dataset.folder, dataset.manifest
+            experiment, data_folder, manifest = dataset.measured(), dataset.folder, dataset.manifest
             check_validation(experiment, data_folder, manifest)
             check_data(run_folder, manifest)
             save_code(run_folder, code)

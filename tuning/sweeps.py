@@ -80,7 +80,8 @@ class Sweep:
         Raises:
             UserError: an unknown preset or field.
         """
-        return override(find_experiment(self.preset), self.overrides, f"tuning.sweep {self.preset}")
+        experiment = override(find_experiment(self.preset), self.overrides, f"tuning.sweep {self.preset}")
+        return experiment.task.completed(experiment)
 
     def default(self) -> dict[str, Any]:
         """The preset's own values of the fields that are varied."""

@@ -8,12 +8,14 @@ Presets (`perceiver/presets/`) are functions that return an `Experiment` and sho
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from perceiver.config.core import Config, UserError, check_folder_name, check_positive, flatten, home, is_builtin, spelled, to_dict
 from perceiver.config.optimization import OptimConfig
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from torch import nn
 
     from perceiver.data.rows import ArrayRows
@@ -50,6 +52,9 @@ class TaskConfig(Config):
     takes_any: ClassVar[bool] = False
     """Whether `of_model` takes every model of a class: such a task is asked after those that take some."""
 
+    measured: ClassVar[tuple[str, ...]] = ()
+    """Fields that `measure` fills in. They follow from the data, so they are no part of a run's identity."""
+
     @classmethod
     def of_model(cls, model: ModelConfig) -> TaskConfig | None:
         """The task, where published weights of such a model were trained for it; None: they were not, as far as this task can tell."""
@@ -58,6 +63,18 @@ class TaskConfig(Config):
     def rows(self, model: ModelConfig, data: DataConfig) -> ArrayRows | None:
         """The columns of the rows that the task reads, where it reads arrays (kind "arrays"); else None."""
         return None
+
+    def completed(self, experiment: Experiment) -> Experiment:
+        """The experiment with what its command line left open and the schema of its data tells: sizes, names of classes.
+
+        Raises:
+            UserError: the data has not what the experiment names.
+        """
+        return experiment
+
+    def measure(self, model: ModelConfig, blocks: Iterator[pa.Table]) -> TaskConfig:
+        """The settings with their `measured` fields filled in from all rows of the training split."""
+        return self
 
     @abstractmethod
     def build(self, model: ModelConfig, data: DataConfig, seed: int) -> Task[Any, Any]:
@@ -295,6 +312,8 @@ class Experiment(Config):
             del tree[section]
         for name in ("root", "on_error"):
             del tree["data"][name]
+        for name in self.task.measured:
+            del tree["task"][name]
         if self.data.tokenizer != "bytes":  # where its file lies is nobody's identity; the data's hash has its content
             tree["data"]["tokenizer"] = "sentencepiece"
         # A class of this package is itself wherever it stands.

@@ -8,9 +8,10 @@ from perceiver.config import ModelConfig
 from perceiver.config.core import check_nodes
 from perceiver.models.encoder_decoder import DecoderConfig, EncoderConfig
 from perceiver.models.inputs import FlowInput, ImageInput, InputConfig, TextInput
-from perceiver.models.outputs import ClassOutput, FlowOutput, ModelSizes, OutputConfig, OutputQueries, TextOutput
+from perceiver.models.outputs import ClassOutput, FlowOutput, ModelSizes, OutputConfig, OutputQueries, TextOutput, ValueOutput
 from perceiver.models.perceiver_ar import PerceiverAR, PerceiverARCache, PerceiverARConfig
 from perceiver.models.perceiver_io import PerceiverIO, PerceiverIOConfig
+from perceiver.models.table_input import TableInput
 
 __all__ = [
     "ClassOutput",
@@ -28,8 +29,10 @@ __all__ = [
     "PerceiverARConfig",
     "PerceiverIO",
     "PerceiverIOConfig",
+    "TableInput",
     "TextInput",
     "TextOutput",
+    "ValueOutput",
     "build_model",
     "check_model",
 ]

@@ -136,6 +136,25 @@ class ClassOutput(OutputConfig):
         check_sizes(self, where)
 
 
+class ValueOutput(OutputConfig):
+    """A learned query with a linear head to numbers: predicted values, or a logit for each of several labels."""
+
+    num_values: int = 1
+    """Numbers that come out."""
+    num_query_channels: int = 128
+    """Channels of the output query."""
+
+    def queries(self, model: ModelSizes) -> OutputQueries:
+        return OutputQueries(num_learned=1, num_channels=self.num_query_channels, num_outputs=self.num_values)
+
+    def answer(self, decoded: Tensor, model: ModelSizes) -> Tensor:
+        """(B, values)."""
+        return decoded.squeeze(1).clone()  # a copy, not a view, as of ClassOutput
+
+    def check(self, where: str) -> None:
+        check_sizes(self, where)
+
+
 class FlowOutput(OutputConfig):
     """The adapted input itself as queries; two flow channels per pixel."""
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from perceiver.config import Experiment
 from perceiver.presets.images import img_clf_imagenet, img_clf_mnist, optical_flow, quickstart
 from perceiver.presets.music import sam_giantmidi, sam_maestro, sam_small
+from perceiver.presets.tables import tables
 from perceiver.presets.text import (
     clm_c4,
     clm_c4_small,
@@ -42,5 +43,6 @@ PRESETS: dict[str, Callable[[], Experiment]] = {
         sam_small,
         img_clf_imagenet,
         optical_flow,
+        tables,
     )
 }

@@ -132,20 +132,25 @@ def _check_batches(task: Task[Any, Any], rows: pa.Table) -> Batch:
     batch = _batch(task, rows, 3)
     for name, tensor in batch.items():
         again = _batch(task, rows, 3)[name]
-        if not torch.equal(tensor, again):
+        if not _same(tensor, again):
             raise UserError(
                 f"{_name(task)}.collate gave another {name!r} for the same rows: random choices must be functions of "
                 "(self.seed, epoch, row), see perceiver.data.order.uniforms"
             )
     swapped = _batch(task, rows.take([1, 0]), 2)
     for name, tensor in swapped.items():
-        if tensor.shape[1:] == batch[name].shape[1:] and not torch.equal(tensor[[1, 0]], batch[name][:2]):
+        if tensor.shape[1:] == batch[name].shape[1:] and not _same(tensor[[1, 0]], batch[name][:2]):
             raise UserError(f"{_name(task)}.collate makes {name!r} of a row depend on the other rows of its batch")
     padded, whole = _targets(task, batch), _targets(task, _batch(task, rows, 2))
     if padded != whole:
         rule = f'its "labels" must be {IGNORE_INDEX}' if "labels" in batch else 'num_targets must leave it out (see "valid")'
         raise UserError(f"{_name(task)} counts {padded - whole} targets in an example of padding, which must have none: {rule}")
     return batch
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors have the same values; NaN, which may stand for a missing one, is the same as NaN."""
+    return one.shape == other.shape and torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
 
 
 def _batch(task: Task[Any, Any], rows: pa.Table, size: int) -> Batch:

@@ -1,0 +1,129 @@
+"""What the columns of a table hold, looked up in its files before they are prepared."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.json
+
+from perceiver.config import DataConfig, UserError, nearest
+from perceiver.data.files import InputFile
+from perceiver.data.rows import ArrayRows
+from perceiver.data.sources import resolve
+from perceiver.data.spans import Unreadable
+from perceiver.data.storage import open_folder
+from perceiver.data.tables import open_parquet
+
+
+class TableSchema:
+    """The columns of a source's files of tables, by their first row.
+
+    Args:
+        data: its source and validation source.
+
+    Raises:
+        UserError: there are no files of tables, or the first cannot be read or has no row.
+    """
+
+    def __init__(self, data: DataConfig) -> None:
+        self.files = resolve(data, ArrayRows.kind).files
+        if not self.files:
+            raise UserError(
+                f"data.source {data.source} is code: name files of tables ({ArrayRows.expected}), whose columns can be looked up"
+            )
+        self.name = self.files[0].name
+        first = next((table for table in _tables(self.files[0], None, 1) if table.num_rows), None)
+        if first is None:
+            raise UserError(f"{self.name} has no rows")
+        self.types = {field.name: _bare(field.type) for field in first.schema}
+        self._first: dict[str, Any] = first.slice(0, 1).to_pylist()[0]
+
+    def check(self, column: str, field: str) -> None:
+        """Raises UserError where there is no such column; names those that there are."""
+        if column not in self.types:
+            near = nearest(column, self.types)
+            raise UserError(f"{field} names {column!r}, which {self.name} does not have{near} (it has: {', '.join(self.types)})")
+
+    def is_text(self, column: str) -> bool:
+        return pa.types.is_string(self.types[column]) or pa.types.is_large_string(self.types[column])
+
+    def is_whole(self, column: str) -> bool:
+        """Whether a row has one whole number, or true and false."""
+        return pa.types.is_integer(self.types[column]) or pa.types.is_boolean(self.types[column])
+
+    def is_numeric(self, column: str) -> bool:
+        """Whether a row has numbers: one, or a list of them of any depth."""
+        kind = self.types[column]
+        while pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+            kind = kind.value_type
+        return pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
+
+    def shape(self, column: str, field: str) -> tuple[int, ...]:
+        """The shape of a column's numbers in the first row.
+
+        Raises:
+            UserError: there is no such column, or it has no numbers, or not as many in each of a row's lists.
+        """
+        self.check(column, field)
+        if not self.is_numeric(column):
+            raise UserError(
+                f"{field} names {column!r}, which holds {self.types[column]} in {self.name} and must hold numbers or lists of them"
+            )
+        value = self._first[column]
+        try:
+            shape = np.shape(value)
+        except ValueError:
+            shape = (0,)
+        if value is None or 0 in shape:
+            raise UserError(f"{field} names {column!r}, which is no array in row 0 of {self.name}: all rows need lists of the same lengths")
+        return shape
+
+    def distinct(self, column: str) -> list[Any]:
+        """All values of a column over all files, sorted; nulls left out.
+
+        Raises:
+            UserError: a file lacks the column or cannot be read.
+        """
+        found: set[Any] = set()
+        for file in self.files:
+            for table in _tables(file, [column], 1 << 16):
+                found.update(pc.unique(table[column]).drop_null().to_pylist())
+        return sorted(found)
+
+
+def _bare(kind: pa.DataType) -> pa.DataType:
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
+
+
+def _tables(file: InputFile, columns: list[str] | None, rows: int) -> Iterator[pa.Table]:
+    """Some rows at once of a file's columns (None: of all).
+
+    Raises:
+        UserError: it cannot be read, or lacks a column.
+    """
+    try:
+        if file.format == "parquet":
+            with open_parquet(file) as parquet:
+                names = parquet.schema_arrow.names
+                _check_columns(file, columns, names)
+                for batch in parquet.iter_batches(rows, columns=columns):
+                    yield pa.Table.from_batches([batch])
+            return
+        filesystem, path = open_folder(file.path)
+        with filesystem.open_input_stream(path, compression="gzip" if file.compressed else None) as stream:
+            table = pyarrow.json.read_json(stream)
+    except Unreadable as error:
+        raise UserError(str(error.args[-1])) from None
+    except (pa.ArrowInvalid, OSError) as error:
+        raise UserError(f"{file.name} cannot be read as a table ({str(error).splitlines()[0].rstrip('.')})") from None
+    _check_columns(file, columns, table.column_names)
+    yield table if columns is None else table.select(columns)
+
+
+def _check_columns(file: InputFile, columns: list[str] | None, there: list[str]) -> None:
+    if missing := [name for name in columns or () if name not in there]:
+        raise UserError(f"{file.name} has no column {missing[0]!r} (it has: {', '.join(there)})")
