@@ -61,7 +61,7 @@ class InputFile:
 
     @property
     def packing(self) -> str:
-        """ ".gz", ".bz2", ".zst", or "" for a plain file."""
+        """How the file is packed: ".gz", ".bz2" or ".zst"; "" for a plain one."""
         return next((ending for ending in PACKINGS if self.path.lower().endswith(ending)), "")
 
     @property
@@ -114,7 +114,8 @@ def files_of(source: str, label: str, kind: str, field: str, names: Collection[s
 
 def _splits_in_table(listed: list[tuple[str, str, int]]) -> dict[str, str | None]:
     """What a table beside the files says of their splits, as MAESTRO has one: a .csv with the columns split and midi_filename (or
-    file_name, or file)."""
+    file_name, or file).
+    """
     found: dict[str, str | None] = {}
     for path, inner, _ in listed:
         if "/" in inner or not inner.lower().endswith(".csv"):

@@ -122,7 +122,8 @@ def encode(notes: Sequence[Note], pedals: Sequence[Pedal] = ()) -> np.ndarray:
 
 def decode(ids: Iterable[int]) -> list[Note]:
     """The notes of events, by their start. Anything can be decoded: a note that is never let go ends with the last event, one that
-    is struck again while it sounds ends there, and a note off without its note says nothing."""
+    is struck again while it sounds ends there, and a note off without its note says nothing.
+    """
     notes: list[Note] = []
     sounding: dict[int, tuple[int, int]] = {}
     now, velocity = 0, DEFAULT_VELOCITY

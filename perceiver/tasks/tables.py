@@ -381,7 +381,7 @@ class TableRegression(_TableTask):
 
 
 def _targets(config: TablesConfig, stored: ArrayRows, rows: pa.Table, size: int) -> Batch:
-    """ "targets" (size, numbers), NaN where there is none; nothing where the rows lack a column of them."""
+    """The "targets" (size, numbers), NaN where there is none; nothing where the rows lack a column of them."""
     if any(name not in rows.column_names for name in config.targets):
         return {}
     return {"targets": padded(flat(stored.arrays(rows), config.targets, rows.num_rows), size, math.nan)}
