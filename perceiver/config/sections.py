@@ -226,9 +226,14 @@ class RunConfig(Config):
     """Metric that names the best checkpoint: a validation metric of the task (val_loss, val_acc, ...)."""
     max_failures: int = 3
     """How often a run restarts by itself from its last checkpoint when a worker dies; -1: without limit."""
+    stall_minutes: float = 30.0
+    """Minutes without any progress of a worker (one line of code, one step) after which it is ended and the run restarts from its last
+    checkpoint. A worker whose process does not answer at all is ended after one minute."""
 
     def check(self, where: str) -> None:
         check_positive(self, where, "log_every", "val_every", "val_batches", "checkpoint_every", "keep_checkpoints")
+        if not self.stall_minutes > 0:
+            raise UserError(f"{spelled(where)}stall-minutes is {self.stall_minutes} and must be more than 0")
         if self.max_failures < -1:
             raise UserError(f"{where}max-failures is {self.max_failures} and must be at least -1 (without limit)")
 
