@@ -25,8 +25,9 @@ from perceiver.training.checkpoint import load_model, write_json
 from perceiver.training.hooks import CallbackError
 from perceiver.training.loop import StepResult
 from perceiver.training.mirror import CHECKPOINTS, Mirror, fetch_run
+from perceiver.training.not_finite import NotFinite
 from perceiver.training.parallel import World, join_world
-from perceiver.training.run import NotFinite, Training, build_state, evaluate
+from perceiver.training.run import Training, build_state, evaluate
 from ray_jobs.gauges import Gauges
 from ray_jobs.ingest import DATA_CPUS, DataFault, read_with_ray
 from ray_jobs.logs import send_progress
