@@ -5,6 +5,7 @@ It starts runs of its own in a temporary folder and ends processes of those alon
 
 import argparse
 import json
+import signal
 import statistics
 import sys
 import tempfile
@@ -28,9 +29,13 @@ def main() -> int:
     if args.table:
         print(table([Outcome(**entry) for path in args.table for entry in json.loads(path.read_text())]))
         return 0
-    with tempfile.TemporaryDirectory(prefix="faults-") as temporary:
-        outcomes = disturb(args.home or Path(temporary), args.minutes, args.seed, args.only)
-    args.out.write_text(json.dumps([asdict(outcome) for outcome in outcomes], indent=1))
+    outcomes: list[Outcome] = []
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # its runs end with it
+    try:
+        with tempfile.TemporaryDirectory(prefix="faults-") as temporary:
+            disturb(args.home or Path(temporary), args.minutes, args.seed, args.only, outcomes)
+    finally:
+        args.out.write_text(json.dumps([asdict(outcome) for outcome in outcomes], indent=1))
     print(table(outcomes))
     return 1 if any(outcome.wrong for outcome in outcomes) else 0
 

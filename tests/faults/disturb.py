@@ -158,13 +158,12 @@ def undisturbed(home: Path) -> Path:
     return home / "runs" / "undisturbed"
 
 
-def disturb(home: Path, minutes: float, seed: int, only: list[str]) -> list[Outcome]:
-    """Outcomes of faults in a random order, as many as there is time for."""
+def disturb(home: Path, minutes: float, seed: int, only: list[str], outcomes: list[Outcome]) -> None:
+    """Adds the outcomes of faults in a random order, as many as there is time for."""
     rng, end = random.Random(seed), time.monotonic() + 60 * minutes
     plain = home / "runs" / "undisturbed"
     if not (plain / "result.json").exists():
         plain = undisturbed(home)
-    outcomes: list[Outcome] = []
     number = 0
     while time.monotonic() < end:
         faults = [fault for fault in FAULTS if not only or fault.name in only]
@@ -173,11 +172,12 @@ def disturb(home: Path, minutes: float, seed: int, only: list[str]) -> list[Outc
         while waiting and time.monotonic() < end:
             number += 1
             run = Disturbed(home, f"seed-{seed}-{number}", plain)
-            run.go(waiting, rng, end)
-            outcomes += run.outcomes
+            try:
+                run.go(waiting, rng, end)
+            finally:
+                outcomes += run.outcomes
             for outcome in run.outcomes:
                 print(line(outcome), flush=True)
-    return outcomes
 
 
 def line(outcome: Outcome) -> str:
