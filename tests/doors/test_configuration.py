@@ -8,6 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from perceiver.config import Experiment, UserError, flatten, from_dict, to_dict
+from perceiver.config.core import load_tree
 from perceiver.presets import PRESETS
 from perceiver.tasks import build_task
 from ray_jobs.cli import parse_experiment
@@ -17,9 +18,12 @@ NAMES = ["quickstart", "txt-clf-imdb-all", "clm-wikitext-small"]
 TREES = {name: to_dict(PRESETS[name]()) for name in NAMES}
 FIELDS = {name: sorted(flatten(tree)) for name, tree in TREES.items()}
 VALUES = st.sampled_from(
-    [None, True, False, -1, 0, 1, 2, 3, 7, 2**31, 2**40, 2**64, 10**400, -0.5, 0.5, 1e300, float("nan"), float("inf"), "", " ", "a",
-     "x" * 300, "ü", "a/b", "..", "\0", "3", "nan", "perceiver.models:TextInput", "os:system", [], [1, 2], ["a"], [[]], {}, {"type": "x"}, {"a": 1}]
-)  # fmt: skip
+    [
+        *(None, True, False, -1, 0, 1, 2, 3, 7, 2**31, 2**40, 2**64, 10**400, -0.5, 0.5, 1e300, float("nan"), float("inf")),
+        *("", " ", "a", "x" * 300, "ü", "a/b", "..", "\0", "3", "nan", "perceiver.models:TextInput", "os:system"),
+        *([], [1, 2], ["a"], [[]], {}, {"type": "x"}, {"a": 1}),
+    ]
+)
 FEW = settings(max_examples=25, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
 
 
@@ -76,13 +80,13 @@ def test_a_changed_configuration_is_refused_in_one_sentence_or_usable(data):
 @given(VALUES)
 def test_what_is_no_tree_at_all_is_refused(value):
     try:
-        from_dict(value)
+        load_tree(value, Experiment, "a file")
     except UserError:
         return
     raise AssertionError(f"{value!r} is no experiment")
 
 
-@FEW
+@settings(FEW, max_examples=12)
 @given(st.data())
 def test_a_command_line_is_refused_in_one_sentence_or_usable(data):
     name = data.draw(st.sampled_from(NAMES))
