@@ -123,7 +123,7 @@ def from_dict(data: Any, *, foreign: bool = False) -> Any:
 
 
 @cache
-def _hints(cls: type) -> dict[str, Any]:
+def _hints(cls: Any) -> dict[str, Any]:
     """The types of a class's fields; none where they name what cannot be found."""
     try:
         return get_type_hints(cls)
