@@ -110,7 +110,7 @@ def from_dict(data: Any, *, foreign: bool = False) -> Any:
             raise UserError(f"{cls.__name__} has no field {', '.join(map(str, unknown))}{nearest(str(unknown[0]), known)} in this version")
         made = {name: from_dict(value, foreign=foreign) for name, value in values.items()}
         for name, value in made.items():
-            hint = _hints(cls).get(name, Any)
+            hint = _hints(cls).get(name, Any)  # type: ignore[arg-type]  # a class is hashable, whatever its instances are
             if not _fits(value, hint):
                 raise UserError(f"{cls.__name__}.{name} is {_short(value)} and must be {getattr(hint, '__name__', None) or hint}")
         try:
