@@ -53,6 +53,7 @@ class Disturbed:
 
     def go(self, faults: deque[Fault], rng: random.Random, end: float) -> None:
         """Trains to the end, with one fault after the other as long as there are steps and time; then looks whether all is well."""
+        wrong = ["the harness ended before the run could be compared"]
         try:
             job = self._start()
             self._reach(job, rng.randint(20, 60))
@@ -65,9 +66,9 @@ class Disturbed:
         except AssertionError as error:
             wrong = [str(error).strip().splitlines()[0]]
         finally:
+            for outcome in self.outcomes:
+                outcome.wrong += wrong
             self._clean()
-        for outcome in self.outcomes:
-            outcome.wrong += wrong
 
     def _start(self) -> Job:
         self.jobs.append(Job("ray_jobs.train", *COMMAND, "--name", self.name, home=self.home))
