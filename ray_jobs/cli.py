@@ -6,9 +6,11 @@ import argparse
 import contextlib
 import dataclasses
 import io
+import os
 import re
+import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, get_type_hints
 
@@ -92,7 +94,7 @@ def override(config: Config, args: Sequence[str], prog: str) -> Config:
 
     output = io.StringIO()
     try:
-        with contextlib.redirect_stderr(output), _without_internal_fields():
+        with contextlib.redirect_stderr(output), _without_internal_fields(), _wide_enough():
             made = tyro.cli(
                 tyro.conf.AvoidSubcommands[tyro.conf.FlagConversionOff[type(config)]],
                 default=config,
@@ -123,7 +125,9 @@ def main_entry(main: Callable[[list[str]], int | None], argv: list[str] | None =
     """
     print_anything()
     try:
-        status = main(sys.argv[1:] if argv is None else argv)
+        words = sys.argv[1:] if argv is None else argv
+        _check_text(words)
+        status = main(words)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         status = 2
@@ -134,6 +138,32 @@ def main_entry(main: Callable[[list[str]], int | None], argv: list[str] | None =
         print(str(error) or "\nstopped; the same command continues", file=sys.stderr)
         status = 130
     sys.exit(status or 0)
+
+
+def _check_text(words: Sequence[str]) -> None:
+    """Refuses arguments that are no text: files of such names cannot be named in tables, manifests and messages.
+
+    Raises:
+        UserError: names the argument, as far as it can be shown.
+    """
+    for word in words:
+        if any("\ud800" <= letter <= "\udfff" for letter in word):
+            shown = word.encode(errors="surrogateescape").decode(errors="backslashreplace")
+            raise UserError(f"{shown} is not UTF-8: rename the file")
+
+
+@contextlib.contextmanager
+def _wide_enough() -> Iterator[None]:
+    """Columns to lay out help in, also on a terminal of fewer: tyro's layout does not end in a width of 1."""
+    before = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = str(max(40, shutil.get_terminal_size().columns))
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["COLUMNS"]
+        else:
+            os.environ["COLUMNS"] = before
 
 
 def _without_internal_fields() -> ConstructorRegistry:

@@ -31,6 +31,10 @@ class TrainingFailed(JobFailed):
     """A training that ended without a result: workers died more often than allowed."""
 
 
+class ClusterLost(TrainingFailed):
+    """The cluster that it ran on is gone."""
+
+
 def train(
     experiment: Experiment,
     data_folder: str,
@@ -115,7 +119,8 @@ def _fit(
     ray_folder = run_folder / "ray"
     experiment = with_prepared_tokenizer(experiment, data_folder, Manifest.load(data_folder))
     shutil.rmtree(ray_folder, ignore_errors=True)
-    with Messages(lambda: _why_no_workers(resources), on_report) as messages:
+    stall = 60 * experiment.run.stall_minutes
+    with Messages(lambda: _why_no_workers(resources), on_report, stall=stall) as messages:
         trainer = TorchTrainer(
             function,
             train_loop_config={
@@ -142,11 +147,15 @@ def _fit(
         )
         try:
             run(trainer.fit, messages)
+        except ClusterLost:
+            raise
         except SystemExit:
             # Ray Train's own handler of Ctrl-C ends its workers and then the process.
             raise KeyboardInterrupt from None
         except ray.train.TrainingFailedError as error:
             raise TrainingFailed(_describe(error)) from error
+        except ray.exceptions.RayError as error:
+            raise TrainingFailed(_describe_controller(error)) from error
     return messages.interrupted
 
 
@@ -173,6 +182,8 @@ def run_until_interrupted(fit: Callable[[], Any], messages: Messages) -> None:
         thread.start()
         while thread.is_alive():
             thread.join(0.5)  # with a limit, so that signals are heard
+            if messages.lost is not None:
+                raise ClusterLost(f"{messages.lost}; the same command continues from the last checkpoint")
     finally:
         for number, handler in before.items():
             signal.signal(number, handler or signal.SIG_DFL)
@@ -187,6 +198,16 @@ def _why_no_workers(resources: Resources) -> str:
         f"still waiting for {resources.min_workers or resources.workers} workers with {wanted} each; free in the cluster: "
         f"{free.get('CPU', 0.0):g} CPUs, {free.get('GPU', 0.0):g} GPUs (`ray status` tells who holds the others)"
     )
+
+
+def _describe_controller(error: ray.exceptions.RayError) -> str:
+    """Ray Train's controller is an actor; where it is lost, nobody replaces workers any more."""
+    if isinstance(error, ray.exceptions.RayActorError):
+        return (
+            "Ray Train's controller, a process that starts and replaces workers, ended; the same command continues from the last checkpoint"
+        )
+    first = str(error).strip().partition("\n")[0] or type(error).__name__
+    return f"Ray failed ({first}); the same command continues from the last checkpoint"
 
 
 def _describe(error: Exception) -> str:

@@ -11,13 +11,18 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from ray_jobs.ray_env import lost_processes
+from ray_jobs.watch import Beat, Watch, end_process
+
 logger = logging.getLogger(__name__)
-Item = str | tuple[int, str] | dict[str, Any]
-"""What workers send to the driver: a sign of life, a line with its level, or metrics."""
+Item = str | tuple[int, str] | dict[str, Any] | Beat
+"""What workers send to the driver: a sign of life, a line with its level, metrics, or a report of what they do."""
 SIGN_OF_LIFE = ""
 """What a worker says when it begins: nobody waits for it any more."""
 START_PATIENCE = 60.0
 """Seconds without a sign of the workers after which the driver says what they may be waiting for."""
+LOST_PATIENCE = 60.0
+"""Seconds without an answer of Ray after which the cluster is lost."""
 
 
 @ray.remote(num_cpus=0)
@@ -48,12 +53,17 @@ class Messages:
         why_silent: Callable[[], str],
         on_report: Callable[[dict[str, float]], None] | None = None,
         every: float = 0.5,
+        stall: float = 1800.0,
     ) -> None:
-        # On this node: losing another machine must not lose the run's messages.
+        # On this node: losing another machine must not lose the run's messages. Its process may be lost and is then replaced.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        self.actor = _Mailbox.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]  # from Ray's decorator
+        self.actor = _Mailbox.options(scheduling_strategy=here, max_restarts=-1).remote()  # type: ignore[attr-defined]
         self.interrupted = False
         """Whether the workers have been asked to save and end."""
+        self.lost: str | None = None
+        """Why nothing more can be heard of the workers: what they run on is gone."""
+        self._watch = Watch(stall)
+        self._ending: list[tuple[ray.ObjectRef, str]] = []
         self._alive = False
         self._why_silent = why_silent
         self._on_report = on_report
@@ -68,7 +78,8 @@ class Messages:
     def __exit__(self, *error: object) -> None:
         self._ended.set()
         self._thread.join(timeout=60)
-        ray.kill(self.actor)
+        if self.lost is None:
+            ray.kill(self.actor)
 
     def interrupt(self, number: int, frame: object) -> None:
         """Handles a signal: a first one asks the workers, where there are any; else, and a second one, ends all at once."""
@@ -79,20 +90,70 @@ class Messages:
 
     def _pump(self) -> None:
         silent_since, passed_on = time.monotonic(), False
-        while True:
+        while self.lost is None:
             ended = self._ended.is_set()
-            for item in ray.get(self.actor.take.remote()):
-                self._alive = True
-                if isinstance(item, tuple):
-                    logger.log(*item)
-                elif item != SIGN_OF_LIFE and self._on_report is not None:
-                    self._on_report(item)
+            items, kept = self._take()
+            for item in items:
+                self._pass(item)
             if ended:
                 return
-            if self.interrupted and not passed_on:
+            if self.interrupted and not (passed_on and kept):
                 self.actor.interrupt.remote()
                 passed_on = True
             if not self._alive and time.monotonic() - silent_since > START_PATIENCE:
                 logger.warning("%s", self._why_silent())
                 silent_since = time.monotonic()
+            self._end_overdue()
             self._ended.wait(self._every)
+
+    def _take(self) -> tuple[list[Item], bool]:
+        """What has come, and whether the actor still knows what it was told: it is replaced where its process is lost."""
+        start, answer = time.monotonic(), None
+        kept = True
+        while True:
+            if gone := lost_processes():
+                self.lost = f"the {gone} on this machine ended, and with it Ray's local cluster"
+                return [], False
+            try:
+                answer = answer or self.actor.take.remote()
+                return ray.get(answer, timeout=1.0), kept
+            except ray.exceptions.GetTimeoutError:
+                pass
+            except ray.exceptions.RayError as error:
+                if kept:
+                    logger.warning("the process that collects the workers' lines was lost and is replaced: some lines may be missing")
+                    logger.debug("%s", error)
+                answer, kept = None, False
+                time.sleep(0.2)
+            waited = time.monotonic() - start
+            if waited > LOST_PATIENCE:
+                self.lost = f"Ray has not answered for {waited:.0f} s"
+                return [], False
+            self._watch.pause(1.0)
+
+    def _pass(self, item: Item) -> None:
+        self._alive = True
+        if isinstance(item, Beat):
+            self._watch.hear(item)
+        elif isinstance(item, tuple):
+            logger.log(*item)
+        elif item != SIGN_OF_LIFE and self._on_report is not None:
+            self._on_report(item)  # type: ignore[arg-type]  # metrics: all that is left
+
+    def _end_overdue(self) -> None:
+        """Ends a worker that stands, which Ray then replaces; what was ended is said."""
+        if found := self._watch.overdue():
+            beat, why = found
+            there = NodeAffinitySchedulingStrategy(beat.node, soft=False)
+            ended = ray.remote(num_cpus=0, max_retries=0)(end_process).options(scheduling_strategy=there).remote(beat.pid)
+            self._ending.append((ended, f"worker {beat.rank} (process {beat.pid} on {beat.host}) {why}"))
+        for entry in list(self._ending):
+            ended, text = entry
+            if not ray.wait([ended], timeout=0)[0]:
+                continue
+            self._ending.remove(entry)
+            try:
+                if ray.get(ended):
+                    logger.warning("%s: it is ended, and the run restarts from its last checkpoint", text)
+            except ray.exceptions.RayError:
+                pass  # its node is gone: Ray replaces the worker by itself

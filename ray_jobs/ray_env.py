@@ -21,6 +21,8 @@ from perceiver.config import ParallelConfig, UserError  # noqa: E402
 
 PORT = "RAY_GCS_SERVER_PORT"
 """Read by Ray where it starts a cluster: the port of the cluster's address."""
+ADDRESS_PATIENCE = 5.0
+"""Seconds in which the address of a cluster must take a connection."""
 PACKAGES = Path(__file__).resolve().parent.parent
 """The folder that `perceiver` and `ray_jobs` are imported from."""
 
@@ -44,6 +46,7 @@ def connect(parallel: ParallelConfig, dashboard: bool = False) -> Iterator[None]
     quiet()
     settings: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING, "runtime_env": {"env_vars": _python_path()}}
     if address:
+        check_address(address)
         choose_authentication()
         try:
             ray.init(address=address, **settings)
@@ -64,7 +67,41 @@ def connect(parallel: ParallelConfig, dashboard: bool = False) -> Iterator[None]
     try:
         yield
     finally:
-        ray.shutdown()
+        _leave()
+
+
+def _leave() -> None:
+    """Leaves the cluster; a local one ends. Where its own processes are lost, its others are not asked but ended."""
+    if lost_processes():
+        node = ray._private.worker._global_node
+        node.kill_all_processes(check_alive=False, allow_graceful=False)
+    ray.shutdown()
+
+
+def lost_processes() -> str | None:
+    """Which of the processes that this process's local cluster rests on has ended; None where all run, or the cluster is another's."""
+    node = ray._private.worker._global_node
+    if node is None or not node.head:
+        return None
+    dead = {kind for kind, _ in node.dead_processes()}
+    return next((kind for kind in ("raylet", "gcs_server") if kind in dead), None)
+
+
+def check_address(address: str) -> None:
+    """Looks whether anything listens at HOST:PORT: Ray itself would try for minutes.
+
+    Raises:
+        UserError: nothing does.
+    """
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if not host or not port.isdecimal():
+        return  # "auto", or what only Ray knows to read
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=ADDRESS_PATIENCE).close()
+    except (OSError, OverflowError) as error:
+        raise UserError(
+            f"no Ray cluster answers at {address!r} (--parallel.address or $RAY_ADDRESS): {error}; is it running, and the address right?"
+        ) from None
 
 
 def quiet() -> None:

@@ -26,10 +26,10 @@ from perceiver.training.init_from import START, Start, find_start
 from perceiver.training.meters import duration
 from perceiver.training.mirror import CHECKPOINTS, RECORD_FOLDERS, RECORDS, Mirror
 from perceiver.training.record import read_metrics
-from perceiver.training.run import read_result, read_stopped, save_experiment
+from perceiver.training.run import read_result, read_stopped, save_experiment, total_steps
 from ray_jobs.cli import Interrupted, main_entry, parse_experiment
 from ray_jobs.logs import log_file, show_progress
-from ray_jobs.preflight import check_experiment, plan_resources
+from ray_jobs.preflight import check_experiment, local_folder, plan_resources
 from ray_jobs.room import check_memory
 
 logger = logging.getLogger("ray_jobs.train")  # which __name__ is not where it is run as a program
@@ -68,7 +68,7 @@ def run(
     """
     experiment = with_tokenizer(experiment)
     check_experiment(experiment)
-    run_folder = Path(experiment.run.storage_path).expanduser().absolute() / experiment.run_name
+    run_folder = local_folder("run.storage", experiment.run.storage_path) / experiment.run_name
     mirror = Mirror.of(experiment.run, run_folder)
     if mirror is not None:
         mirror.check()
@@ -100,6 +100,7 @@ def run(
             experiment, data_folder, manifest = dataset.measured(), dataset.folder, dataset.manifest
             check_validation(experiment, data_folder, manifest)
             check_data(run_folder, manifest)
+            warn_of_warmup(experiment, manifest)
             save_code(run_folder, code)
             save_experiment(run_folder, experiment, manifest, data_folder)
             if mirror is not None:
@@ -199,6 +200,13 @@ def check_data(run_folder: Path, manifest: Manifest) -> None:
     """
     if (run_folder / EXPERIMENT).exists() and read_run(run_folder, install_code=False)[1] != manifest.digest:
         raise UserError(f"the prepared data has changed since {run_folder} began: choose another --run.name")
+
+
+def warn_of_warmup(experiment: Experiment, manifest: Manifest) -> None:
+    """Says so where a run ends before its learning rate has risen to what is given."""
+    steps, warmup = total_steps(experiment, manifest.splits["train"].rows), experiment.optim.warmup_steps
+    if warmup >= steps:
+        logger.warning(f"optim.warmup-steps is {warmup:,}, but the run has {steps:,} steps: the learning rate never reaches optim.lr")
 
 
 def report(

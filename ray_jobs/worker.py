@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 import traceback
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,14 @@ from perceiver.training.checkpoint import load_model, write_json
 from perceiver.training.hooks import CallbackError
 from perceiver.training.loop import StepResult
 from perceiver.training.mirror import CHECKPOINTS, Mirror, fetch_run
+from perceiver.training.not_finite import NotFinite
 from perceiver.training.parallel import World, join_world
-from perceiver.training.run import NotFinite, Training, build_state, evaluate
+from perceiver.training.run import Training, build_state, evaluate
 from ray_jobs.gauges import Gauges
 from ray_jobs.ingest import DATA_CPUS, DataFault, read_with_ray
 from ray_jobs.logs import send_progress
 from ray_jobs.messages import SIGN_OF_LIFE
+from ray_jobs.watch import Steps, reporting
 
 logger = logging.getLogger(__name__)
 FAILURE = "failure.json"
@@ -49,6 +52,12 @@ def train_worker(config: dict[str, Any]) -> None:
     if (run_folder / FAILURE).exists():
         return
     experiment, world = _enter(config)
+    steps = Steps()
+    with _reporting(config, world, steps):
+        _train(config, experiment, world, steps, run_folder, mirror)
+
+
+def _train(config: dict[str, Any], experiment: Experiment, world: World, steps: Steps, run_folder: Path, mirror: Mirror | None) -> None:
     data_folder, mailbox = config["data_folder"], config["messages"]
     try:
         training = Training(
@@ -59,7 +68,7 @@ def train_worker(config: dict[str, Any]) -> None:
             world,
             run_folder,
             read_with_ray,
-            [Reports(mailbox), Gauges(run_folder.name), DataPatience(), Notice(), Interruption(mailbox)],
+            [Reports(mailbox), Gauges(run_folder.name), DataPatience(), Notice(), Interruption(mailbox), steps],
             config["stop_at"],
         )
         training.run()
@@ -100,6 +109,11 @@ def _note_failure(run_folder: Path, mirror: Mirror | None, users: bool, reason: 
 def evaluate_worker(config: dict[str, Any]) -> None:
     Code(config["code"]).install()
     experiment, world = _enter(config)
+    with _reporting(config, world, Steps()):
+        _evaluate(config, experiment, world)
+
+
+def _evaluate(config: dict[str, Any], experiment: Experiment, world: World) -> None:
     task = build_task(experiment)
     manifest = Manifest.load(config["data_folder"])
     feeds = make_val_feeds(experiment, task, config["data_folder"], manifest)
@@ -130,6 +144,12 @@ def _enter(config: dict[str, Any]) -> tuple[Experiment, World]:
     send_progress(lambda line: actor.put.remote(line))
     experiment = from_dict(config["experiment"])
     return experiment, join_world(device, experiment.parallel.replicas)
+
+
+def _reporting(config: dict[str, Any], world: World, steps: Steps) -> AbstractContextManager[None]:
+    """Lets the driver know what this worker does, until it has done it."""
+    put, node = config["messages"].put, ray.get_runtime_context().get_node_id()
+    return reporting(lambda beat: put.remote(beat), world.rank, node, ray.util.get_node_ip_address(), steps)
 
 
 class Reports(Callback):

@@ -165,6 +165,9 @@ class TrainingConfig(Config):
     """Seed of initial weights, order, masks, shifts and dropout."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16: parameters are cast to bfloat16 for forward and backward, reductions and updates stay fp32."""
+    skip_not_finite: int = 0
+    """Number of steps with a loss or gradient that is NaN or infinite that may be skipped before the run ends; 0: the first ends it.
+    Any other number costs a wait for the device at every step."""
     init_from: str | None = None
     """Start from the whole model of a run (its folder or name) or of other weights (a folder, a file, a name on the hub)."""
     init_encoder_from: str | None = None
@@ -176,6 +179,8 @@ class TrainingConfig(Config):
         check_positive(self, where, "global_batch_size", "max_steps", "max_epochs")
         if self.max_steps is None and self.max_epochs is None:
             raise UserError(f"{where}max-steps and {where}max-epochs are both None: set one of them")
+        if self.skip_not_finite < 0:
+            raise UserError(f"{spelled(where)}skip-not-finite is {self.skip_not_finite} and must not be negative")
         if self.seed < 0:
             raise UserError(f"{where}seed is {self.seed} and must not be negative")
 
@@ -257,9 +262,14 @@ class RunConfig(Config):
     """Metric that names the best checkpoint: a validation metric of the task (val_loss, val_acc, ...)."""
     max_failures: int = 3
     """How often a run restarts by itself from its last checkpoint when a worker dies; -1: without limit."""
+    stall_minutes: float = 30.0
+    """Minutes without any progress of a worker (one line of code, one step) after which it is ended and the run restarts from its last
+    checkpoint. A worker whose process does not answer at all is ended after one minute."""
 
     def check(self, where: str) -> None:
         check_positive(self, where, "log_every", "val_every", "val_batches", "checkpoint_every", "keep_checkpoints")
+        if not self.stall_minutes > 0:
+            raise UserError(f"{spelled(where)}stall-minutes is {self.stall_minutes} and must be more than 0")
         if self.max_failures < -1:
             raise UserError(f"{where}max-failures is {self.max_failures} and must be at least -1 (without limit)")
 

@@ -154,7 +154,10 @@ def _list(source: str, field: str, names: Collection[str]) -> list[tuple[str, st
         return [(str(Path(p).absolute()), Path(p).relative_to(root).as_posix(), Path(p).stat().st_size) for p in paths]
     filesystem, path = open_folder(source)
     prefix = source.partition("://")[0] + "://" if "://" in source else ""
-    info = filesystem.get_file_info(path)
+    try:
+        info = filesystem.get_file_info(path)
+    except OSError as error:
+        raise UserError(f"{field} {source} cannot be read: {str(error).strip().splitlines()[0]}") from None
     if info.type == pafs.FileType.NotFound:
         near = difflib.get_close_matches(source, names, n=1)
         hint = f", did you mean {near[0]}?" if near else ""

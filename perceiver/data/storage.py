@@ -15,6 +15,9 @@ import pyarrow.fs as pafs
 
 from perceiver.disk import whole_file
 
+RETRY_SECONDS = 30
+"""How long an object store is asked again that does not answer."""
+
 
 @lru_cache(maxsize=64)
 def open_folder(folder: str | Path) -> tuple[pafs.FileSystem, str]:
@@ -22,6 +25,9 @@ def open_folder(folder: str | Path) -> tuple[pafs.FileSystem, str]:
     text = str(folder)
     if "://" not in text:
         return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(text))
+    if text.startswith(("gs://", "gcs://")) and "retry_limit_seconds" not in text:
+        # By itself it tries for 15 minutes, in which no Ctrl-C is heard.
+        text += ("&" if "?" in text else "?") + f"retry_limit_seconds={RETRY_SECONDS}"
     try:
         filesystem, path = pafs.FileSystem.from_uri(text)
     except pa.ArrowInvalid:

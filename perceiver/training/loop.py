@@ -36,6 +36,8 @@ class StepResult:
     lr: float
     requests: frozenset[str] = frozenset()
     """What callbacks on any worker have asked for, as all workers know at this step."""
+    skipped: bool = False
+    """Whether loss or gradient were not finite on any worker, and nothing was updated."""
 
 
 def fit(
@@ -48,6 +50,7 @@ def fit(
     total_steps: int,
     after_step: Callable[[StepResult], bool | None],
     requests: Callable[[], Collection[str]] = lambda: (),
+    skip: bool = False,
 ) -> None:
     """Trains: one optimizer step per item of `batches`, which is the step's list of micro-batches.
 
@@ -58,6 +61,7 @@ def fit(
         after_step: called after every step; True ends the training. The same on all workers.
         requests: called before every step on each worker, whose requests travel with the number of targets: to agree takes no
             communication of its own.
+        skip: leave model and optimizer as they are where loss or gradient are not finite; all workers then wait for each step's end.
     """
     parameters = [p for p in state.model.parameters() if p.requires_grad]
     max_norm = optim.max_grad_norm or float("inf")
@@ -78,11 +82,19 @@ def fit(
             loss_sum += part.detach()
             add_to(sums, parts)
         grad_norm = nn.utils.clip_grad_norm_(parameters, max_norm)
-        state.optimizer.step()
+        skipped = skip and not _all_finite(loss_sum, grad_norm, world)
+        if not skipped:
+            state.optimizer.step()
         state.optimizer.zero_grad()
         state.step += 1
-        if after_step(StepResult(loss_sum, targets, sums, grad_norm, lr, agreed.requests())):
+        if after_step(StepResult(loss_sum, targets, sums, grad_norm, lr, agreed.requests(), skipped)):
             return
+
+
+def _all_finite(loss: Tensor, norm: Tensor, world: World) -> bool:
+    """Whether a step's loss is finite on all workers, and the norm of its gradient, which they share."""
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    return not world.all_sum((~(loss.isfinite() & norm.isfinite())).to(torch.int64)).item()
 
 
 def agree(world: World, requests: Collection[str]) -> frozenset[str]:

@@ -29,6 +29,7 @@ from perceiver.training.init_from import find_start
 from perceiver.training.loop import StepResult, add_to, agree, fit, validate
 from perceiver.training.meters import Meter
 from perceiver.training.mirror import CHECKPOINTS, Mirror
+from perceiver.training.not_finite import Finiteness
 from perceiver.training.optim import build_optimizer
 from perceiver.training.parallel import World, build_sharded
 from perceiver.training.record import Recorder
@@ -38,10 +39,6 @@ if TYPE_CHECKING:
 
 RESULT = "result.json"
 Result = TypeVar("Result")
-
-
-class NotFinite(Exception):
-    """The loss is NaN or infinite: no restart would help."""
 
 
 def total_steps(experiment: Experiment, rows: int) -> int:
@@ -108,6 +105,8 @@ class Training:
         self.callbacks.load_states(saved.get("callbacks", ()))
         self.stopped: str | None = saved.get("stopped")
         """Why a callback has ended the training before its last step."""
+        limit, order = experiment.training.skip_not_finite, self.train_feed.order
+        self.finiteness = Finiteness(run_folder, order, world, limit, saved.get("skipped", []))
         self.stop_step = self.state.step if self.stopped else min(self.total_steps, stop_at or self.total_steps)
         unit, per_example = task.unit()
         self.recorder = Recorder(run_folder, self.state.step, self.total_steps, unit, world.rank == 0)
@@ -173,7 +172,7 @@ class Training:
         try:
             fit(
                 experiment.optim, experiment.training.seed, self.task, self.state, batches, self.world, self.total_steps,
-                self._after_step, self.view.take_requests,
+                self._after_step, self.view.take_requests, experiment.training.skip_not_finite > 0,
             )  # fmt: skip
         finally:
             batches.close()
@@ -181,7 +180,11 @@ class Training:
     def _after_step(self, result: StepResult) -> bool:
         """Whether the training ends here."""
         step, run = self.state.step, self.experiment.run
-        add_to(self._sums, {"loss": result.loss_sum, "targets": result.targets.double() / self.world.size, **result.sums})
+        self.finiteness.add(step, result)
+        if result.skipped:
+            self.recorder.say(f"step {step:,} is skipped: its loss or gradient was not finite")
+        else:
+            add_to(self._sums, {"loss": result.loss_sum, "targets": result.targets.double() / self.world.size, **result.sums})
         requests = result.requests
         self.callbacks.call("after_step", step, result)
         if MEET in requests:
@@ -189,7 +192,7 @@ class Training:
         last = step == self.stop_step or STOP in requests
         checkpoint = last or step % run.checkpoint_every == 0 or not requests.isdisjoint((PAUSE, SAVE))
         validation = last or step % run.val_every == 0
-        if checkpoint or validation or step % run.log_every == 0:
+        if (checkpoint or validation or step % run.log_every == 0) and self._sums and not result.skipped:
             self._log(result)
         measured: dict[str, float] = {}  # metrics go with the weights that they were measured on, and no others
         if validation:
@@ -205,24 +208,22 @@ class Training:
             self.stopped = self.world.first(self.view.reason)
             self.recorder.say(f"ended at step {step:,}: {self.stopped}")
         if checkpoint:
+            self.finiteness.check_weights(step, self.state.model)
             self._apart(lambda: self.checkpointer.save(self.state, measured, self._more()))
         self.checkpointer.poll()
         return not requests.isdisjoint((STOP, PAUSE))
 
     def _more(self) -> dict[str, Any] | None:
         """What a checkpoint holds besides model and optimizer: why the training ended early, the states of callbacks."""
-        states = self.callbacks.states()
-        return {"stopped": self.stopped, "callbacks": states} if states or self.stopped else None
+        states, skipped = self.callbacks.states(), self.finiteness.skipped
+        content = {"stopped": self.stopped, "callbacks": states, **({"skipped": skipped} if skipped else {})}
+        return content if states or self.stopped or skipped else None
 
     def _log(self, result: StepResult) -> None:
         norm = result.grad_norm
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         metrics = {**self._losses(), "lr": result.lr, "grad_norm": norm.item()}
-        if not math.isfinite(metrics["loss"]):
-            raise NotFinite(
-                f"the loss became {metrics['loss']} at or shortly before step {self.state.step}; "
-                "a lower optim.lr, a longer optim.warmup-steps or optim.max-grad-norm usually help"
-            )
+        self.finiteness.check(self.state.step, metrics["loss"], metrics["grad_norm"])
         metrics |= self.meter.report(self.state.step)
         metrics["checkpoint_seconds"] = self.checkpointer.blocked_seconds
         self.recorder.metrics(self.state.step, metrics)

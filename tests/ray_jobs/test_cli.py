@@ -50,6 +50,13 @@ MISTAKES = {
     "stride that does not divide": (["clm-wikitext", "--task.val-stride", "1000"], "task.val-stride"),
     "elastic with its ends exchanged": (["quickstart", "--workers", "8..2"], "parallel.min-workers is 8 and must be at most"),
     "elastic with replicas": (["quickstart", "--workers", "2..8", "--parallel.replicas", "2"], "has no replicas"),
+    "layers that nobody could build": (
+        ["quickstart", "--model.encoder.num-self-attention-layers-per-block", "1000000000000"],
+        "num-self-attention-layers-per-block is 1000000000000, but must be at most 1000",
+    ),
+    "channels that no memory holds": (["quickstart", "--model.num-latent-channels", str(2**40)], "must be at most 1048576"),
+    "no time to stand": (["quickstart", "--run.stall-minutes", "0"], "run.stall-minutes is 0.0 and must be more than 0"),
+    "not UTF-8": (["quickstart", "--data.source", "\udcff.jsonl"], "\\xff.jsonl is not UTF-8"),
     "model of another task": (["quickstart", "--task.class-names", "a", "b"], "class-names"),
 }
 
@@ -57,6 +64,13 @@ MISTAKES = {
 @pytest.mark.parametrize("argv, part", MISTAKES.values(), ids=MISTAKES)
 def test_a_mistake_is_one_sentence_that_names_what_would_be_right(capsys, argv, part):
     assert part in fails_with(capsys, *argv)
+
+
+def test_help_is_shown_on_a_terminal_of_any_width(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "1")
+    with pytest.raises(SystemExit) as stop:
+        parse_experiment(["quickstart", "--help"], "ray_jobs.train")
+    assert stop.value.code == 0 and "--optim.lr" in capsys.readouterr().out and os.environ["COLUMNS"] == "1"
 
 
 def test_overrides_are_typed_and_nested():

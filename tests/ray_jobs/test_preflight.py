@@ -4,7 +4,7 @@ import pytest
 
 from perceiver.config import UserError
 from ray_jobs.cli import parse_experiment
-from ray_jobs.preflight import plan_resources
+from ray_jobs.preflight import local_folder, plan_resources
 
 
 def cluster(monkeypatch, *cpus: float, gpus: float = 0) -> None:
@@ -54,3 +54,24 @@ def test_gpu_workers_are_counted_by_gpus(monkeypatch):
     assert plan("--workers", "1..8").gpu and plan("--workers", "1..8").cpus_per_worker == 1.0
     with pytest.raises(UserError, match="parallel.min-workers is 3 but the cluster has 2 GPUs"):
         plan("--workers", "3..8")
+
+
+@pytest.mark.parametrize(
+    "path, reason",
+    [
+        ("{file}/runs", "is a file"),
+        ("/proc/runs", "/proc cannot be written to"),
+        ("~nosuchuser/runs", "cannot be a folder"),
+        ("{folder}/" + "x" * 300, "cannot be a folder: File name too long"),
+        ("{folder}/a\0b", "cannot be a folder"),
+    ],
+)
+def test_a_folder_that_cannot_be_is_refused_with_what_is_in_the_way(path, reason, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=reason) as error:
+        local_folder("run.storage", path.format(file=tmp_path / "file", folder=tmp_path))
+    assert str(error.value).startswith("--run.storage is ")
+
+
+def test_to_look_at_a_folder_makes_nothing(tmp_path):
+    assert local_folder("run.storage", str(tmp_path / "a" / "b")) == tmp_path / "a" / "b" and not list(tmp_path.iterdir())

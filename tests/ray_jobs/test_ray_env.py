@@ -1,13 +1,14 @@
 """Joining and starting Ray."""
 
+import socket
 import subprocess
 import sys
 
 import pytest
 import ray
 
-from perceiver.config import ParallelConfig
-from ray_jobs.ray_env import connect
+from perceiver.config import ParallelConfig, UserError
+from ray_jobs.ray_env import check_address, connect
 
 OTHER = "import ray, sys; ray.init(address='local', num_cpus=1, include_dashboard=False); print('up', flush=True); sys.stdin.read()"
 
@@ -27,3 +28,16 @@ def test_processes_of_a_local_cluster_ask_their_own_state_service_though_another
         with connect(ParallelConfig(), dashboard=True):
             assert ray.get(seen_nodes.remote()) == [ray.get_runtime_context().get_node_id()]
         other.stdin.close()
+
+
+def test_an_address_where_nothing_listens_is_refused_at_once_and_one_that_listens_is_not():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+        with pytest.raises(UserError, match=rf"no Ray cluster answers at '{address}' .--parallel.address or"):
+            check_address(address)
+        with pytest.raises(UserError, match="no Ray cluster answers"):
+            check_address(f"ray://{address}")
+        free.listen()
+        check_address(address)
+    check_address("auto")

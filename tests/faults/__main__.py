@@ -1,0 +1,64 @@
+"""`python -m tests.faults --minutes 10 --seed 0`: disturbs real runs on this machine and shows what came of it.
+
+It starts runs of its own in a temporary folder and ends processes of those alone.
+"""
+
+import argparse
+import json
+import signal
+import statistics
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+
+import tests.conftest  # noqa: F401  # settings of Ray, before it is imported
+from tests.faults.causes import FAULTS
+from tests.faults.disturb import Outcome, disturb
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
+    parser.add_argument("--minutes", type=float, default=10, help="no further fault is caused after this time")
+    parser.add_argument("--seed", type=int, default=0, help="of the order of faults and the steps they are caused at")
+    parser.add_argument("--only", nargs="*", default=[], choices=[fault.name for fault in FAULTS], help="these faults alone")
+    parser.add_argument("--home", type=Path, help="where the runs are; default: a temporary folder, removed in the end")
+    parser.add_argument("--out", type=Path, default=Path("faults.json"), help="the outcomes, as JSON")
+    parser.add_argument("--table", type=Path, nargs="+", help="cause nothing, show the table of outcomes of before")
+    args = parser.parse_args()
+    if args.table:
+        print(table([Outcome(**entry) for path in args.table for entry in json.loads(path.read_text())]))
+        return 0
+    outcomes: list[Outcome] = []
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # its runs end with it
+    try:
+        with tempfile.TemporaryDirectory(prefix="faults-") as temporary:
+            disturb(args.home or Path(temporary), args.minutes, args.seed, args.only, outcomes)
+    finally:
+        args.out.write_text(json.dumps([asdict(outcome) for outcome in outcomes], indent=1))
+    print(table(outcomes))
+    return 1 if any(outcome.wrong for outcome in outcomes) else 0
+
+
+def table(outcomes: list[Outcome]) -> str:
+    """Outcomes by fault, in Markdown."""
+    lines = [
+        "| fault | how | times | survived | seconds to train again: median, max | steps redone: median, max |",
+        "|---|---|---|---|---|---|",
+    ]
+    names = {fault.name: fault.how for fault in FAULTS}
+    for name, how in names.items():
+        ours = [outcome for outcome in outcomes if outcome.fault == name]
+        if not ours:
+            continue
+        well = [outcome for outcome in ours if not outcome.wrong and outcome.seconds is not None]
+        seconds, redone = [o.seconds for o in well], [o.redone for o in well]
+        took = f"{statistics.median(seconds):.0f}, {max(seconds):.0f}" if well else "-"
+        again = f"{statistics.median(redone):.0f}, {max(redone)}" if well else "-"
+        lines.append(f"| {name} | {how} | {len(ours)} | {len(well)} | {took} | {again} |")
+    well = sum(not outcome.wrong for outcome in outcomes)
+    return "\n".join([*lines, f"| all | | {len(outcomes)} | {well} | | |"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

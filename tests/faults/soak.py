@@ -1,0 +1,129 @@
+"""`python -m tests.faults.soak --minutes 30`: a long training, whose processes must not grow.
+
+Memory, open files and threads of every process of the run are looked at every few seconds; the slope over the second half of the time,
+when all that is made once is made, must be about nothing.
+"""
+
+import argparse
+import json
+import signal
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+import tests.conftest  # noqa: F401  # settings of Ray, before it is imported
+from tests.support.jobs import Job
+
+COMMAND = [
+    "quickstart", "--training.max-epochs", "None", "--training.max-steps", "1000000", "--training.global-batch-size", "32",
+    "--workers", "2", "--run.checkpoint-every", "50", "--run.val-every", "100", "--run.val-batches", "4", "--name", "soak",
+]  # fmt: skip
+EVERY = 5.0
+"""Seconds between two looks."""
+GROWTH = {"memory": 0.10, "files": 0.05, "threads": 0.05}
+"""How much a process may grow over the second half, as a part of what it has."""
+QUANTITIES = tuple(GROWTH)
+
+
+@dataclass(frozen=True)
+class Look:
+    seconds: float
+    memory: float
+    """MiB that are resident."""
+    files: float
+    threads: float
+
+
+def look(pid: int, seconds: float) -> Look | None:
+    """What a process holds; None: it has ended."""
+    folder = Path("/proc") / str(pid)
+    try:
+        status = dict(line.split(":", 1) for line in (folder / "status").read_text().splitlines() if ":" in line)
+        return Look(seconds, int(status["VmRSS"].split()[0]) / 1024, len(list((folder / "fd").iterdir())), int(status["Threads"]))
+    except (OSError, KeyError):
+        return None
+
+
+def soak(minutes: float, home: Path) -> dict[str, list[Look]]:
+    """Trains for so long; what each process held, by its name and id. The training is then interrupted, as by Ctrl-C."""
+    job = Job("ray_jobs.train", *COMMAND, home=home)
+    looks: dict[str, list[Look]] = defaultdict(list)
+    names: dict[int, str] = {}
+    start = time.monotonic()
+    try:
+        while time.monotonic() - start < 60 * minutes:
+            assert job.process.poll() is None, job.output
+            for pid in job.pids(""):
+                seen = look(pid, time.monotonic() - start)
+                if seen is not None:
+                    looks[names.setdefault(pid, _name(pid))].append(seen)
+            time.sleep(EVERY)
+    finally:
+        job.process.send_signal(signal.SIGINT)
+        status = job.wait(240)
+    assert status == 130, job.output
+    return looks
+
+
+def _name(pid: int) -> str:
+    try:
+        words = (Path("/proc") / str(pid) / "cmdline").read_text().split("\0")
+    except OSError:
+        words = ["ended"]
+    return f"{words[0] if words[0].startswith('ray::') else Path(words[0]).name} {pid}"
+
+
+def growth(looks: list[Look], quantity: str) -> float:
+    """Growth over the second half by the line through it, as a part of the mean."""
+    half = looks[len(looks) // 2 :]
+    seconds, values = np.array([entry.seconds for entry in half]), np.array([getattr(entry, quantity) for entry in half])
+    slope = np.polyfit(seconds, values, 1)[0]
+    return float(slope * (seconds[-1] - seconds[0]) / max(values.mean(), 1))
+
+
+def growing(looks: dict[str, list[Look]], minutes: float) -> list[str]:
+    """Processes that were there all the time and grew, each in a sentence."""
+    found = []
+    for name, seen in looks.items():
+        if len(seen) < 10 or seen[-1].seconds - seen[0].seconds < 0.7 * 60 * minutes:
+            continue
+        for quantity, limit in GROWTH.items():
+            if (rate := growth(seen, quantity)) > limit:
+                found.append(f"{name}: {quantity} grew by {rate:.0%} in the second half, to {getattr(seen[-1], quantity):.0f}")
+    return found
+
+
+def plot(looks: dict[str, list[Look]], path: Path) -> None:
+    figure = Figure(figsize=(9, 9), layout="constrained")
+    for axes, quantity in zip(figure.subplots(len(QUANTITIES), sharex=True), QUANTITIES, strict=True):
+        for name, seen in sorted(looks.items()):
+            if len(seen) >= 10:
+                axes.plot([entry.seconds / 60 for entry in seen], [getattr(entry, quantity) for entry in seen], label=name)
+        axes.set_ylabel({"memory": "memory (MiB)", "files": "open files"}.get(quantity, quantity))
+    axes.set_xlabel("minutes")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize=6)
+    figure.savefig(path)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.faults.soak", description=__doc__)
+    parser.add_argument("--minutes", type=float, default=30)
+    parser.add_argument("--out", type=Path, default=Path("soak"), help="path of the plot (.png) and the numbers (.json), without suffix")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="soak-") as home:
+        looks = soak(args.minutes, Path(home))
+    plot(looks, args.out.with_suffix(".png"))
+    args.out.with_suffix(".json").write_text(json.dumps({name: [vars(entry) for entry in seen] for name, seen in looks.items()}))
+    found = growing(looks, args.minutes)
+    print("\n".join(found) or f"{len(looks)} processes, none of which grew")
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
