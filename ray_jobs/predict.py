@@ -334,6 +334,8 @@ def _usual_mode(abilities: tuple[str, ...], name: str) -> str:
     """The mode of what a model was trained for: a task's first ability."""
     modes = {mode.ability: name for name, mode in MODES.items()}
     usual = next((modes[ability] for ability in abilities if ability in modes), None)
+    if usual is None and abilities:
+        raise UserError(f"{name} can only {', '.join(abilities)}, which is no mode of predict: run `perceiver {abilities[0]} {name}`")
     if usual is None:
         raise UserError(f"--mode is needed for {name}: one of {', '.join(MODES)}")
     return usual

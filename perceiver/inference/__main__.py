@@ -28,7 +28,9 @@ def main(argv: list[str] | None = None) -> int:
             GenerationOptions(**given_generation_options(args)).check()
         model = perceiver.load(args.run, args.checkpoint, device=args.device, precision=args.precision, trust_code=args.trust_code)
         action = args.action or next(iter(model.abilities), "")
-        if action not in model.abilities or action not in ACTIONS:
+        if action in model.abilities and action not in ACTIONS:
+            raise UserError(f"{model.name} takes no prompt here: run `perceiver {action} {args.run}`")
+        if action not in model.abilities:
             getattr(model, action or "generate")("")
         print(f"{model.name}: {action}, on {model.device}", file=sys.stderr)
         for number, prompt in enumerate(args.prompt):

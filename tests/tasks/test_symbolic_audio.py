@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from perceiver.config import Experiment, OptimConfig, TrainingConfig, UserError
 from perceiver.data.midi import PAD, TIME_SHIFT, VELOCITY, Note, NotMidi, Pedal, decode, encode, read_midi, sustained, write_midi
 from perceiver.data.shards import read_block
+from perceiver.inference.__main__ import main as inference
 from perceiver.inference.play import main as play
 from perceiver.inference.trained import TrainedModel
 from perceiver.models import PerceiverARConfig, build_model
@@ -214,6 +215,8 @@ def test_a_model_plays_on_from_a_file_the_same_for_the_same_seed(tmp_path, piece
     trained.export(tmp_path / "exported")
     assert play([str(tmp_path / "exported"), str(prompt), "--out", str(tmp_path / "on.mid"), "--events", "20", "--seed", "1"]) == 0
     assert read_midi((tmp_path / "on.mid").read_bytes())[:50].tolist() == read_midi(write_midi(events))[:50].tolist()
+    assert inference([str(tmp_path / "exported")]) == 2
+    assert f"run `perceiver play {tmp_path}/exported`" in capsys.readouterr().err
     for words, message in (
         (["--out", "x.txt"], "--out x.txt must end in .mid"),
         (["nowhere.mid", "--out", str(tmp_path / "x.mid")], "the prompt nowhere.mid cannot be read"),
