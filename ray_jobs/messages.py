@@ -107,7 +107,7 @@ class Messages:
             self._ended.wait(self._every)
 
     def _take(self) -> tuple[list[Item], bool]:
-        """What has come, and whether the actor still knows what it was told: it is replaced where its process is lost."""
+        """What has come, and whether the actor still knows what was sent to it: it is replaced where its process is lost."""
         start, answer = time.monotonic(), None
         kept = True
         while True:
