@@ -71,7 +71,7 @@ def main() -> None:
     )
     from ray_jobs.preprocess import prepare
 
-    prepare(experiment, lambda text: None)
+    prepare(experiment)
     data = Dataset.find(experiment).folder
     seconds: dict[str, list[float]] = {"without Ray": [], "with Ray": []}
     waits: list[float] = []

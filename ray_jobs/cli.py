@@ -120,8 +120,8 @@ def program(module: str) -> str:
 def main_entry(main: Callable[[list[str]], int | None], argv: list[str] | None = None) -> None:
     """Runs a job's main and ends the process.
 
-    A user's mistake is printed as one line, exit status 2; a job that failed with its reason, exit status 1; an interruption
-    has exit status 130.
+    A user's mistake is printed as one line, exit status 2; a
+    job that failed with its reason, exit status 1; an interruption has exit status 130.
     """
     print_anything()
     try:

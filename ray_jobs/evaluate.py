@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -20,22 +21,26 @@ from perceiver.training.checkpoint_choice import choose_checkpoint, find_run
 from perceiver.training.checkpoint_files import CheckpointInfo, check_files
 from perceiver.training.mirror import CHECKPOINTS
 from ray_jobs.cli import main_entry, override, program, refuse_empty
+from ray_jobs.logs import show_progress
 from ray_jobs.preflight import check_experiment, plan_resources
+
+logger = logging.getLogger("ray_jobs.evaluate")  # which __name__ is not where it is run as a program
 
 
 def main(argv: list[str]) -> int:
+    argv = show_progress(argv)
     parser = argparse.ArgumentParser(prog=program("ray_jobs.evaluate"), description=__doc__)
     parser.add_argument("run", help="folder or URI of a run, or its name among the runs of $PERCEIVER_HOME")
     parser.add_argument("--checkpoint", default="best", help="best (default), last, or a step")
     parser.add_argument("--trust-code", action="store_true", help="run code that the run brings and that was never run from this account")
     args, overrides = parser.parse_known_args(argv)
     refuse_empty(args, ("run",))
-    evaluate_run(args.run, args.checkpoint, overrides, say=lambda text: print(text, flush=True), trust_code=args.trust_code)
+    evaluate_run(args.run, args.checkpoint, overrides, trust_code=args.trust_code)
     return 0
 
 
 def evaluate_run(
-    run: str | Path, checkpoint: str = "best", overrides: list[str] | None = None, say=print, trust_code: bool = False
+    run: str | Path, checkpoint: str = "best", overrides: list[str] | None = None, trust_code: bool = False
 ) -> dict[str, float]:
     """Evaluates a checkpoint of a run over a whole validation set, and writes the result into the run's folder.
 
@@ -78,7 +83,7 @@ def evaluate_run(
     with connect(experiment.parallel):
         resources = plan_resources(experiment)
         if other:
-            prepare(experiment, say)
+            prepare(experiment)
         dataset = Dataset.find(experiment)
         experiment, data_folder, manifest = dataset.experiment, dataset.folder, dataset.manifest
         origin = str(run) if "://" in str(run) else None
@@ -97,7 +102,7 @@ def evaluate_run(
         there = f"{origin.rstrip('/')}/{path.parent.name}"
         copy_file(path.parent, path.name, there)
         where = f"{there}/{path.name}"
-    _print_table(folder, chosen, content, baselines, where, say)
+    _print_table(folder, chosen, content, baselines, where)
     return result["metrics"]
 
 
@@ -114,14 +119,14 @@ def _trained_on(trained: Experiment) -> Manifest | None:
         return None
 
 
-def _print_table(folder: Path, chosen: CheckpointInfo, content: dict[str, Any], baselines: dict[str, Baseline], where: str, say) -> None:
+def _print_table(folder: Path, chosen: CheckpointInfo, content: dict[str, Any], baselines: dict[str, Baseline], where: str) -> None:
     targets = int(content["sums"]["targets"])
-    say(f"{folder.name}, step {chosen.step:,}, on {content['data']['source']}: {targets:,} targets")
+    logger.info(f"{folder.name}, step {chosen.step:,}, on {content['data']['source']}: {targets:,} targets")
     width = max(22, 2 + max(map(len, content["metrics"])))  # names of a mixture's sources may be long
     for name, value in content["metrics"].items():
         beside = f"  ({baselines[name]})" if name in baselines else ""
-        say(f"  {name:<{width}}{value:>12.4f}{beside}")
-    say(f"  written to {where}")
+        logger.info(f"  {name:<{width}}{value:>12.4f}{beside}")
+    logger.info(f"  written to {where}")
 
 
 if __name__ == "__main__":

@@ -106,7 +106,16 @@ def overview() -> str:
     for group in dict.fromkeys(command.group for command in COMMANDS.values()):
         lines += ["", f"{group}:"]
         lines += [f"  {name:{width}}  {command.summary}" for name, command in COMMANDS.items() if command.group == group]
-    return "\n".join([*lines, "", EXAMPLES, "", "help on a command: perceiver COMMAND --help; version: perceiver --version"])
+    return "\n".join(
+        [
+            *lines,
+            "",
+            EXAMPLES,
+            "",
+            "help on a command: perceiver COMMAND --help; version: perceiver --version",
+            "more or less of a command's progress: --verbose, --quiet",
+        ]
+    )
 
 
 def entry() -> None:

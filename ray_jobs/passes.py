@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,7 +31,7 @@ from perceiver.data.tokenizers import load_tokenizer
 from perceiver.datasets import check_image_shape
 from perceiver.disk import locked
 
-Say = Callable[[str], Any]
+logger = logging.getLogger(__name__)
 
 PIECE_FORMAT = 2
 """Of what pass 1 leaves for pass 2: who changes it raises it, so that a preparation stopped before begins again."""
@@ -110,7 +111,7 @@ def _staging_prefix(folder: str) -> str:
     return f"{root}/.staging-{name}-"
 
 
-def run_pieces(job: Job, pieces: list[Piece], progress: Say, piece_bytes: int) -> list[dict[str, Any]]:
+def run_pieces(job: Job, pieces: list[Piece], piece_bytes: int) -> list[dict[str, Any]]:
     """Pass 1: the notes on all pieces."""
     layout = json.dumps({"piece_bytes": piece_bytes, "pieces": len(pieces), "format": PIECE_FORMAT}).encode()
     if "layout.json" in list_folder(job.staging) and read_file(job.staging, "layout.json") != layout:
@@ -118,10 +119,10 @@ def run_pieces(job: Job, pieces: list[Piece], progress: Say, piece_bytes: int) -
     write_file(job.staging, "layout.json", layout)
     notes = finished_pieces(job, len(pieces))
     if notes:
-        progress(f"continuing: {len(notes)} of {len(pieces)} pieces are there")
+        logger.info(f"continuing: {len(notes)} of {len(pieces)} pieces are there")
     code = not all(isinstance(span.file, InputFile) for piece in pieces for span in piece.spans)  # whose bytes nobody knows
     weights = [1 if code else piece.size for piece in pieces]
-    meter = Meter(progress, "parts" if code else "pieces", len(pieces), sum(weights), len(notes), sum(weights[i] for i in notes))
+    meter = Meter("parts" if code else "pieces", len(pieces), sum(weights), len(notes), sum(weights[i] for i in notes))
     todo = [i for i in range(len(pieces)) if i not in notes]
     for i, note in in_parallel(lambda i: make_piece(job, i, pieces[i]), todo):
         notes[i] = note
@@ -129,9 +130,7 @@ def run_pieces(job: Job, pieces: list[Piece], progress: Say, piece_bytes: int) -
     return [notes[i] for i in range(len(pieces))]
 
 
-def run_shards(
-    experiment: Experiment, job: Job, notes: list[dict[str, Any]], source: Source, progress: Say
-) -> dict[str, list[dict[str, Any]]]:
+def run_shards(experiment: Experiment, job: Job, notes: list[dict[str, Any]], source: Source) -> dict[str, list[dict[str, Any]]]:
     """Pass 2: the notes on all shards, by split.
 
     Raises:
@@ -151,7 +150,7 @@ def run_shards(
     done = finished_shards(job, plans)
     todo = [i for i in range(len(plans)) if i not in done]
     rows = [plan.rows for plan in plans]
-    meter = Meter(progress, "shards", len(plans), sum(rows), len(done), sum(rows[i] for i in done))
+    meter = Meter("shards", len(plans), sum(rows), len(done), sum(rows[i] for i in done))
     for i, note in in_parallel(lambda i: make_shard(job, plans[i]), todo):
         done[i] = note
         meter.add(rows[i])
@@ -212,8 +211,8 @@ def remove_staging(folder: str) -> None:
 class Meter:
     """Says how far a pass is, at most once a second and at its end."""
 
-    def __init__(self, progress: Say, what: str, total: int, weight: int, done: int, weight_done: int) -> None:
-        self._say, self._what, self._total, self._weight = progress, what, total, weight
+    def __init__(self, what: str, total: int, weight: int, done: int, weight_done: int) -> None:
+        self._what, self._total, self._weight = what, total, weight
         self._done, self._weight_done, self._begin = done, weight_done, weight_done
         self._started = self._said = time.monotonic()
         self._tokens = 0
@@ -231,7 +230,7 @@ class Meter:
         left = duration((self._weight - self._weight_done) / max(rate, 1e-9))
         unit = {"pieces": f", {rate / 1e6:.1f} MB/s", "parts": ""}.get(self._what, f", {rate:,.0f} rows/s")
         speed = f", {self._tokens / seconds / 1e6:.2f} million tokens/s" if self._tokens else ""
-        self._say(f"  {self._what} {self._done:,}/{self._total:,}{unit}{speed}, {left} left")
+        logger.info(f"  {self._what} {self._done:,}/{self._total:,}{unit}{speed}, {left} left")
 
 
 def duration(seconds: float) -> str:

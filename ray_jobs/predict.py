@@ -13,9 +13,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -31,6 +32,9 @@ from perceiver.inference.predict import MODES, PredictOptions, predict_rows
 from perceiver.inference.rows import Kind, Part, from_plain, list_inputs, plan_parts, read_part, rows_from_table, rows_to_table, to_plain
 from perceiver.models import PerceiverARConfig
 from ray_jobs.cli import JobFailed, main_entry, program, refuse_empty
+from ray_jobs.logs import show_progress
+
+logger = logging.getLogger("ray_jobs.predict")  # which __name__ is not where it is run as a program
 
 PLAN, ERRORS, SUMMARY = "_plan.json", "_errors.jsonl", "_summary.json"
 # Readers of parquet folders leave out files whose names begin with "_": the whole output folder is a table.
@@ -70,8 +74,9 @@ class Placement:
 
 
 def main(argv: list[str]) -> int:
+    argv = show_progress(argv)
     job, output, placement, model = parse(argv)
-    summary = predict(job, output, placement, model, say=lambda text: print(text, flush=True))
+    summary = predict(job, output, placement, model)
     if summary["errors"] == summary["rows"]:
         raise JobFailed(f"none of the {summary['rows']:,} rows could be computed; the first: {summary['first_error']}")
     return 0
@@ -140,7 +145,7 @@ def parse(argv: list[str]) -> tuple[PredictJob, str, Placement, Description]:
     return job, _absolute(args.output), Placement(actors=args.actors, device=args.device, address=args.address), model
 
 
-def predict(job: PredictJob, output: str, placement: Placement, model: Description, say: Callable[[str], None] = print) -> dict[str, Any]:
+def predict(job: PredictJob, output: str, placement: Placement, model: Description) -> dict[str, Any]:
     """Runs a job to its end, from where an earlier call stopped, and returns its summary.
 
     Args:
@@ -150,12 +155,14 @@ def predict(job: PredictJob, output: str, placement: Placement, model: Descripti
     Raises:
         UserError: a mistake in the job or its inputs, or another job's output in the folder.
     """
-    say(f"mode {job.options.mode} of {job.source}, checkpoint {job.checkpoint}")
+    logger.info(f"mode {job.options.mode} of {job.source}, checkpoint {job.checkpoint}")
     parts = plan(job, output)
     there = list_folder(output)
     todo = [part for part in parts if part_name(part.number) not in there]
     total = sum(part.rows for part in parts)
-    say(f"{total:,} rows in {len(parts):,} parts" + (f", {len(parts) - len(todo):,} of them done before" if len(todo) < len(parts) else ""))
+    logger.info(
+        f"{total:,} rows in {len(parts):,} parts" + (f", {len(parts) - len(todo):,} of them done before" if len(todo) < len(parts) else "")
+    )
     started, done, bad = time.monotonic(), 0, 0
     if todo:
         for result in _compute(job, todo, output, placement, model):
@@ -163,10 +170,10 @@ def predict(job: PredictJob, output: str, placement: Placement, model: Descripti
             bad += result["errors"]
             rate = done / (time.monotonic() - started)
             left = sum(part.rows for part in todo) - done
-            say(f"{total - left:,} of {total:,} rows, {rate:,.1f} rows/s" + (f", {bad:,} with errors" if bad else ""))
+            logger.info(f"{total - left:,} of {total:,} rows, {rate:,.1f} rows/s" + (f", {bad:,} with errors" if bad else ""))
     seconds = time.monotonic() - started
     summary = finish(parts, output)
-    say(
+    logger.info(
         f"finished: {summary['rows']:,} rows in {output}, {summary['errors']:,} with errors" + (f" ({ERRORS})" if summary["errors"] else "")
     )
     return summary | {"rows_now": done, "seconds_now": seconds}

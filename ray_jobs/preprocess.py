@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
 from collections import Counter
@@ -32,25 +33,28 @@ from perceiver.data.storage import (
 from perceiver.data.tokenizers import TOKENIZER, SentencePieceTokenizer, load_tokenizer
 from perceiver.datasets import check_fits, data_folder, prepare_settings, task_kind, with_tokenizer
 from ray_jobs.cli import main_entry, parse_experiment
-from ray_jobs.passes import Say, duration, held, make_job, remove_staging, run_pieces, run_shards
+from ray_jobs.logs import show_progress
+from ray_jobs.passes import duration, held, make_job, remove_staging, run_pieces, run_shards
+
+logger = logging.getLogger("ray_jobs.preprocess")  # which __name__ is not where it is run as a program
 
 HASHES = ".source-hashes.json"
 """File in data.root that keeps the hashes of source files by path, size and time, so that they are not read again."""
 
 
 def main(argv: list[str]) -> int:
+    argv = show_progress(argv)
     experiment = parse_experiment(argv, "ray_jobs.preprocess")
-    prepare(experiment, lambda text: print(text, flush=True))
+    prepare(experiment)
     return 0
 
 
-def prepare(experiment: Experiment, progress: Say = print, piece_bytes: int = PIECE_BYTES) -> Manifest:
+def prepare(experiment: Experiment, piece_bytes: int = PIECE_BYTES) -> Manifest:
     """Prepares an experiment's data, or continues a stopped preparation, or finds that there is nothing to do.
 
     Joins the Ray cluster of this process, else runs a local one for the time being.
 
     Args:
-        progress: takes lines of progress.
         piece_bytes: input bytes of a task. The result does not depend on it.
 
     Raises:
@@ -59,24 +63,24 @@ def prepare(experiment: Experiment, progress: Say = print, piece_bytes: int = PI
     started = time.monotonic()
     experiment = with_tokenizer(experiment)
     if experiment.data.mixture:
-        return _prepare_mixture(experiment, progress, piece_bytes)
+        return _prepare_mixture(experiment, piece_bytes)
     settings, folder = prepare_settings(experiment), data_folder(experiment)
-    old = _whole_or_removed(folder, progress)
+    old = _whole_or_removed(folder)
     own = any(is_path(source) or is_code(source) for source in (experiment.data.source, experiment.data.val_source) if source)
     if old is not None and not own:  # the name stands for the content: no network is needed
-        return _nothing_to_do(experiment, folder, old, progress)
+        return _nothing_to_do(experiment, folder, old)
     source = resolve(experiment.data, task_kind(experiment))
     if experiment.data.prepare == "stream":
         from ray_jobs.streaming import prepare_stream
 
         if old is None:
-            return prepare_stream(experiment, source, folder, progress)
+            return prepare_stream(experiment, source, folder)
         _refuse_changed_source(experiment, folder, old, stream_fingerprint(source))
-        return _nothing_to_do(experiment, folder, old, progress)
-    fingerprint = _fingerprint(experiment, source, progress)
+        return _nothing_to_do(experiment, folder, old)
+    fingerprint = _fingerprint(experiment, source)
     if old is not None:
         _refuse_changed_source(experiment, folder, old, fingerprint)
-        return _nothing_to_do(experiment, folder, old, progress)
+        return _nothing_to_do(experiment, folder, old)
     _refuse_same_files(fingerprint)
     check_repeatable(source.parts)
     job = make_job(experiment, settings, folder, fingerprint, source)
@@ -84,14 +88,14 @@ def prepare(experiment: Experiment, progress: Say = print, piece_bytes: int = PI
     from ray_jobs.ray_env import connect
 
     with held(job), connect(experiment.parallel):
-        notes = run_pieces(job, cut_pieces(source.inputs, piece_bytes), progress, piece_bytes)
-        shards = run_shards(experiment, job, notes, source, progress)
+        notes = run_pieces(job, cut_pieces(source.inputs, piece_bytes), piece_bytes)
+        shards = run_shards(experiment, job, notes, source)
         manifest = _finish(job, settings, fingerprint, notes, shards)
-    _summary(folder, manifest, source, time.monotonic() - started, progress)
+    _summary(folder, manifest, source, time.monotonic() - started)
     return manifest
 
 
-def _prepare_mixture(experiment: Experiment, progress: Say, piece_bytes: int) -> Manifest:
+def _prepare_mixture(experiment: Experiment, piece_bytes: int) -> Manifest:
     """Prepares each source as the data set that it is by itself, and writes the manifest that says how they are mixed."""
     from ray_jobs.ray_env import connect
 
@@ -106,18 +110,18 @@ def _prepare_mixture(experiment: Experiment, progress: Say, piece_bytes: int) ->
     parts = []
     with connect(experiment.parallel) if missing else nullcontext():  # one cluster for all of them
         for part, alone in found:
-            manifest = prepare(alone, progress, piece_bytes)
+            manifest = prepare(alone, piece_bytes)
             parts.append(Component(part.name, part.share, data_folder(alone), manifest))
     manifest = mixture_manifest(settings, parts)
-    if _whole_or_removed(folder, progress) != manifest:
+    if _whole_or_removed(folder) != manifest:
         if isinstance(tokenizer := load_tokenizer(experiment.data.tokenizer), SentencePieceTokenizer):
             write_file(folder, TOKENIZER, tokenizer.model)
         manifest.save(folder)
-    progress(f"mixture of {' and '.join(f'{part.share:.1%} {part.name}' for part in parts)}: {folder}")
+    logger.info(f"mixture of {' and '.join(f'{part.share:.1%} {part.name}' for part in parts)}: {folder}")
     return manifest
 
 
-def _whole_or_removed(folder: str, progress: Say) -> Manifest | None:
+def _whole_or_removed(folder: str) -> Manifest | None:
     """The manifest of data that is prepared and whole; of damaged data it is removed, so that it is prepared again.
 
     Raises:
@@ -133,26 +137,26 @@ def _whole_or_removed(folder: str, progress: Say) -> Manifest | None:
         fault = str(error)
     if fault is None:
         return manifest
-    progress(f"{fault}: preparing again")
+    logger.info(f"{fault}: preparing again")
     remove_file(folder, MANIFEST)
     return None
 
 
-def _nothing_to_do(experiment: Experiment, folder: str, manifest: Manifest, progress: Say) -> Manifest:
+def _nothing_to_do(experiment: Experiment, folder: str, manifest: Manifest) -> Manifest:
     check_fits(experiment, manifest)
     skipped = f" ({_skipped(manifest)})" if manifest.stats.get("skipped") else ""
-    progress(f"data of {experiment.preset} is prepared{skipped}, nothing to do: {folder}")
+    logger.info(f"data of {experiment.preset} is prepared{skipped}, nothing to do: {folder}")
     return manifest
 
 
 # ----------------------------------------------------------------------------------------------------------- the source
 
 
-def _fingerprint(experiment: Experiment, source: Source, progress: Say) -> dict[str, Any]:
+def _fingerprint(experiment: Experiment, source: Source) -> dict[str, Any]:
     """What the source is: of files names, sizes and hashes; of the hub names, sizes and its revision; of code what stands for it."""
     paths = [p for f in source.files for p in (f.path, f.labels_path) if p is not None]
     local = [p for p in paths if "://" not in p]
-    hashes = _hashes(local, experiment.data.root_path, progress)
+    hashes = _hashes(local, experiment.data.root_path)
 
     def entry(file: InputFile) -> dict[str, Any]:
         result: dict[str, Any] = {
@@ -172,7 +176,7 @@ def _fingerprint(experiment: Experiment, source: Source, progress: Say) -> dict[
     return result
 
 
-def _hashes(paths: list[str], root: str, progress: Say) -> dict[str, str]:
+def _hashes(paths: list[str], root: str) -> dict[str, str]:
     """sha256 of local files, remembered by path, size and time of change.
 
     Raises:
@@ -184,7 +188,7 @@ def _hashes(paths: list[str], root: str, progress: Say) -> dict[str, str]:
         new = [path for path in states if known.get(path, [None])[:2] != states[path]]
         total = sum(states[path][0] for path in new)
         if total > 1 << 30:
-            progress(f"reading {len(new):,} source files once for their hashes ({total / 1e9:.1f} GB)")
+            logger.info(f"reading {len(new):,} source files once for their hashes ({total / 1e9:.1f} GB)")
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             for path, (_, sha256) in zip(new, pool.map(_hash, new), strict=True):
                 known[path] = [*states[path], sha256]
@@ -282,8 +286,8 @@ def _finish(
     return manifest
 
 
-def _summary(folder: str, manifest: Manifest, source: Source, seconds: float, progress: Say) -> None:
-    progress(f"prepared in {duration(seconds)}: {folder}")
+def _summary(folder: str, manifest: Manifest, source: Source, seconds: float) -> None:
+    logger.info(f"prepared in {duration(seconds)}: {folder}")
     for name, split in manifest.splits.items():
         parts = [f"{split.rows:,} rows"]
         if manifest.kind == "images":
@@ -300,19 +304,19 @@ def _summary(folder: str, manifest: Manifest, source: Source, seconds: float, pr
                 f"{split.documents:,} documents",
             ]
         parts.append(f"{len(split.shards):,} shard{'s' * (len(split.shards) != 1)}")
-        progress(f"  {name + ':':<6} {', '.join(parts)}")
+        logger.info(f"  {name + ':':<6} {', '.join(parts)}")
     if manifest.columns is not None:
-        progress(f"  columns: {', '.join(f'{name} {tuple(shape)} {dtype}' for name, (shape, dtype) in manifest.columns.items())}")
+        logger.info(f"  columns: {', '.join(f'{name} {tuple(shape)} {dtype}' for name, (shape, dtype) in manifest.columns.items())}")
     what = KINDS[manifest.kind].made_from
     if shared := manifest.stats.get("shared_documents"):
-        progress(f"  shared: {shared:,} of the {manifest.splits['val'].documents:,} validation {what} occur in training, too")
+        logger.info(f"  shared: {shared:,} of the {manifest.splits['val'].documents:,} validation {what} occur in training, too")
     if empty := manifest.stats.get("empty_documents"):
-        progress(f"  empty: {' and '.join(f'{count:,} {name}' for name, count in empty.items() if count)} documents have no text")
+        logger.info(f"  empty: {' and '.join(f'{count:,} {name}' for name, count in empty.items() if count)} documents have no text")
     if manifest.stats.get("skipped"):
-        progress(f"  {_skipped(manifest)}")
+        logger.info(f"  {_skipped(manifest)}")
     if source.ignored:
         more = ", ..." if len(source.ignored) > 5 else ""
-        progress(f"  not used: {', '.join(source.ignored[:5])}{more}")
+        logger.info(f"  not used: {', '.join(source.ignored[:5])}{more}")
 
 
 def _skipped(manifest: Manifest) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from typing import Any
 
@@ -15,10 +16,12 @@ from perceiver.data.sources import Source
 from perceiver.data.storage import write_file
 from perceiver.data.tokenizers import TOKENIZER, SentencePieceTokenizer
 from perceiver.datasets import prepare_settings
-from ray_jobs.passes import Say, held, in_parallel, make_job, remove_staging, run_pieces, run_shards
+from ray_jobs.passes import held, in_parallel, make_job, remove_staging, run_pieces, run_shards
+
+logger = logging.getLogger(__name__)
 
 
-def prepare_stream(experiment: Experiment, source: Source, folder: str, progress: Say) -> Manifest:
+def prepare_stream(experiment: Experiment, source: Source, folder: str) -> Manifest:
     """Makes the manifest of a source that is streamed, and shards of its validation data.
 
     Raises:
@@ -36,9 +39,9 @@ def prepare_stream(experiment: Experiment, source: Source, folder: str, progress
         described = _describe(experiment, job, files, sizes)
         train, val = chunks_of(files, described, job.row_length)
         val = val or cut_pieces(tuple(file for file in source.files if file.split == "val"))
-        notes = run_pieces(job, val, progress, PIECE_BYTES)
+        notes = run_pieces(job, val, PIECE_BYTES)
         val_source = Source(files=tuple(span.input_file for piece in val for span in piece.spans))
-        shards = run_shards(experiment, job, notes, val_source, progress)
+        shards = run_shards(experiment, job, notes, val_source)
         rows = len(train) * described["rows"]
         split = Split(
             name="train", kind="tokens", rows=rows, tokens=rows * job.row_length + 1,
@@ -58,12 +61,12 @@ def prepare_stream(experiment: Experiment, source: Source, folder: str, progress
         manifest.save(folder)
         remove_staging(folder)
     total = sum(size.bytes for size in sizes)
-    progress(f"ready to stream after {time.monotonic() - started:.0f} s: {folder}")
-    progress(
+    logger.info(f"ready to stream after {time.monotonic() - started:.0f} s: {folder}")
+    logger.info(
         f"  train: {len(train):,} chunks of {described['rows']:,} rows, {split.tokens:,} of about "
         f"{round(total * described['ids_per_byte']):,} tokens (the others are left over at the chunks' ends or held out)"
     )
-    progress(f"  val:   {manifest.splits['val'].rows:,} rows, {manifest.splits['val'].tokens:,} tokens")
+    logger.info(f"  val:   {manifest.splits['val'].rows:,} rows, {manifest.splits['val'].tokens:,} tokens")
     return manifest
 
 

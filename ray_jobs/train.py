@@ -95,7 +95,7 @@ def run(
             resources = plan_resources(experiment)
             check_memory(experiment, resources.gpu)
             if dataset is None:
-                prepare(experiment, logger.info)
+                prepare(experiment)
                 dataset = Dataset.find(experiment)
             experiment, data_folder, manifest = dataset.measured(), dataset.folder, dataset.manifest
             check_validation(experiment, data_folder, manifest)

@@ -6,9 +6,9 @@ Learned from a sample of the documents of anything that `ray_jobs.preprocess` ca
 from __future__ import annotations
 
 import hashlib
+import logging
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import pyarrow as pa
 from pyarrow.fs import FileType
@@ -21,8 +21,9 @@ from perceiver.data.tables import Columns
 from perceiver.data.tokenizers import SentencePieceTokenizer
 from perceiver.data.train_tokenizer import Sample, check_training, choose_pieces, sample_piece, train_sentencepiece
 from ray_jobs.cli import main_entry, override
+from ray_jobs.logs import show_progress
 
-Say = Callable[[str], Any]
+logger = logging.getLogger("ray_jobs.train_tokenizer")  # which __name__ is not where it is run as a program
 
 USED = ("source", "val_source", "val_fraction", "text_column", "encoding", "on_error")
 """Fields of the data's configuration that a tokenizer is made from."""
@@ -31,17 +32,18 @@ ROWS_SENT = 1024
 
 
 def main(argv: list[str]) -> int:
+    argv = show_progress(argv)
     default = TokenizerTraining(data=DataConfig())
     prog = "ray_jobs.train_tokenizer OUT"
     if not argv or argv[0] in ("-h", "--help"):
         override(default, ["--help"], prog)
     if argv[0].startswith("-"):
         raise UserError(f"the first argument is {argv[0]}, it must be the file to write")
-    train(argv[0], override(default, argv[1:], prog), lambda text: print(text, flush=True))
+    train(argv[0], override(default, argv[1:], prog))
     return 0
 
 
-def train(out: str, config: TokenizerTraining, progress: Say = print) -> None:
+def train(out: str, config: TokenizerTraining) -> None:
     """Trains a tokenizer and writes it to `out`, a local path or a URI. The same input and configuration give the same bytes.
 
     Raises:
@@ -62,11 +64,11 @@ def train(out: str, config: TokenizerTraining, progress: Say = print) -> None:
                 sample.add(key, text)
             done += ends
             if ends:
-                progress(f"  pieces {done:,}/{len(chosen):,} (of {len(pieces):,}), sample {sample.size / 1e6:.1f} MB")
+                logger.info(f"  pieces {done:,}/{len(chosen):,} (of {len(pieces):,}), sample {sample.size / 1e6:.1f} MB")
     texts = [text for _, text in sample.items()]
     if not texts:
         raise UserError(f"data.source {config.data.source} has no text to train on: everything in it is empty or was skipped")
-    progress(f"learning {config.vocab_size:,} pieces from {len(texts):,} documents, {sample.size / 1e6:.1f} MB (one thread)")
+    logger.info(f"learning {config.vocab_size:,} pieces from {len(texts):,} documents, {sample.size / 1e6:.1f} MB (one thread)")
     model = train_sentencepiece(texts, config)
     folder, name = place(out)
     write_file(folder, name, model)
@@ -74,8 +76,8 @@ def train(out: str, config: TokenizerTraining, progress: Say = print) -> None:
     ids = sum(len(tokenizer.encode(text)) for text in texts[:100])
     size = sum(len(text.encode()) for text in texts[:100])
     sha256 = hashlib.sha256(model).hexdigest()
-    progress(f"wrote {out} after {time.monotonic() - started:.0f} s: sha256 {sha256[:12]}, {size / ids:.2f} bytes an id")
-    progress(f"use it: --data.tokenizer {out} (and a model whose vocab-size is {config.vocab_size:,} or more)")
+    logger.info(f"wrote {out} after {time.monotonic() - started:.0f} s: sha256 {sha256[:12]}, {size / ids:.2f} bytes an id")
+    logger.info(f"use it: --data.tokenizer {out} (and a model whose vocab-size is {config.vocab_size:,} or more)")
 
 
 def check(out: str, config: TokenizerTraining) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from perceiver.training.run import RESULT
 from tuning.sweeps import Sweep
 from tuning.trial import FAILED, VALUES, run_name
 from tuning.trials import EVENTS, diverged, prune, read_trials
+
+logger = logging.getLogger(__name__)
 
 
 class StopDiverged(Stopper):
@@ -30,10 +33,10 @@ class StopDiverged(Stopper):
 
 
 class Record(Callback):
-    """Writes `events.jsonl`, says lines of progress, and throws checkpoints of losing trials away as trials end."""
+    """Writes `events.jsonl`, logs lines of progress, and throws checkpoints of losing trials away as trials end."""
 
-    def __init__(self, folder: Path, sweep: Sweep, steps: int, say) -> None:
-        self._folder, self._sweep, self._steps, self._say = folder, sweep, steps, say
+    def __init__(self, folder: Path, sweep: Sweep, steps: int) -> None:
+        self._folder, self._sweep, self._steps = folder, sweep, steps
 
     def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         self._write(trial, "start")
@@ -47,7 +50,7 @@ class Record(Callback):
             return
         self._write(trial, "report", step=result["step"], examples=result["examples"], loss=result.get("loss"), value=result[metric])
         over = f"{sum(t.is_finished() for t in trials)} of {self._sweep.size} trials over"
-        self._say(f"{run_name(trial.trial_id)}: step {result['step']:,}  {metric} {result[metric]:.4f}  ({over})")
+        logger.info(f"{run_name(trial.trial_id)}: step {result['step']:,}  {metric} {result[metric]:.4f}  ({over})")
 
     def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         self._end(trial, "")
@@ -65,9 +68,9 @@ class Record(Callback):
             (run / VALUES).write_text(json.dumps(trial.config["values"]))
         self._write(trial, "end", failed=failed)
         if failed:
-            self._say(f"{run.name} failed: {failed}")
+            logger.info(f"{run.name} failed: {failed}")
         elif not (run / RESULT).exists():
-            self._say(f"{run.name} was stopped")
+            logger.info(f"{run.name} was stopped")
         if self._sweep.scheduler != "pbt":
             prune(self._folder, [t for t in read_trials(self._folder) if t["status"] != "running"], self._sweep.keep)
 

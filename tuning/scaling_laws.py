@@ -24,6 +24,7 @@ from perceiver.plots import GREY, color, frame, log_scale, new_figure, png
 from perceiver.tasks import build_task
 from perceiver.training.checkpoint import write_json
 from ray_jobs.cli import main_entry, program, refuse_empty
+from ray_jobs.logs import show_progress
 from tuning.power_law import Measurement, Study, fit_study
 from tuning.sweep import run_sweep, sweep_folder
 from tuning.sweeps import Sweep, trial_experiment
@@ -36,6 +37,7 @@ LEAST_STEPS = 30
 
 
 def main(argv: list[str]) -> int:
+    argv = show_progress(argv)
     parser = argparse.ArgumentParser(prog=program("tuning.scaling_laws"), description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("preset", help="of a causal language model")
@@ -52,7 +54,7 @@ def main(argv: list[str]) -> int:
     for line in skipped:
         print(line)
     folder = sweep_folder(args.storage, args.name or f"{args.preset}-scaling")
-    trials = run_sweep(sweep, folder, args.concurrent, say=lambda text: print(text, flush=True))
+    trials = run_sweep(sweep, folder, args.concurrent)
     study = fit_study(measurements(sweep.experiment(), trials, budgets))
     write(folder, study)
     for line in describe(study, args.predict):

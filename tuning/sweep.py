@@ -31,6 +31,7 @@ from perceiver.training.meters import duration
 from perceiver.training.run import total_steps
 from ray_jobs.cli import main_entry, program, refuse_empty
 from ray_jobs.ingest import DATA_CPUS
+from ray_jobs.logs import show_progress
 from ray_jobs.preflight import check_experiment, cluster_cores
 from ray_jobs.ray_env import connect, use_gpus
 from ray_jobs.train import check_free
@@ -40,6 +41,8 @@ from tuning.schedulers import scheduler, search, slot
 from tuning.sweeps import SWEEPS, Sweep, check_sweep, find_sweep, trial_experiment
 from tuning.trial import run_trial
 from tuning.trials import prune
+
+logger = logging.getLogger("tuning.sweep")  # which __name__ is not where it is run as a program
 
 SETTINGS = "sweep.json"
 FIRST_VERSION = "0.1.0"
@@ -70,6 +73,7 @@ class Room:
 
 
 def main(argv: list[str]) -> int:
+    argv = show_progress(argv)
     parser = argparse.ArgumentParser(prog=program("tuning.sweep"), description=__doc__, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=f"sweeps: {', '.join(SWEEPS)}, or file.py:function",
@@ -89,7 +93,7 @@ def main(argv: list[str]) -> int:
     given = {option: getattr(args, option) for option in OPTIONS if getattr(args, option) is not None}
     sweep = replace(sweep, **given, overrides=(*sweep.overrides, *overrides))
     name = args.name or args.sweep.rpartition(":")[2].replace("_", "-")
-    run_sweep(sweep, sweep_folder(args.storage, name), args.concurrent, say=lambda text: print(text, flush=True))
+    run_sweep(sweep, sweep_folder(args.storage, name), args.concurrent)
     return 0
 
 
@@ -105,7 +109,7 @@ def sweep_folder(storage: str | None, name: str) -> Path:
     return ((Path(storage).expanduser() if storage else home() / "sweeps") / name).absolute()
 
 
-def run_sweep(sweep: Sweep, folder: Path, concurrent: int | None = None, say=print) -> list[dict[str, Any]]:
+def run_sweep(sweep: Sweep, folder: Path, concurrent: int | None = None) -> list[dict[str, Any]]:
     """Runs a sweep to its end, or continues it, and returns its trials, best first (see `tuning.trials.read_trials`).
 
     Raises:
@@ -124,22 +128,22 @@ def run_sweep(sweep: Sweep, folder: Path, concurrent: int | None = None, say=pri
         if dataset is None:
             from ray_jobs.preprocess import prepare
 
-            prepare(base, say)
+            prepare(base)
             dataset = Dataset.find(base)
         room = plan_room(base, concurrent)
         write_json(folder / SETTINGS, {**describe(sweep), "version": perceiver.__version__})
         steps = total_steps(base, dataset.manifest.splits["train"].rows)
         length = "" if sweep.points else f"; {steps:,} steps in a whole training"
-        say(f"sweep of {sweep.size} trials in {folder}: {room.why}{length}")
+        logger.info(f"sweep of {sweep.size} trials in {folder}: {room.why}{length}")
         started = time.monotonic()
-        fit(sweep, folder, base, room, steps, say)
+        fit(sweep, folder, base, room, steps)
         trials = report.write(folder)
         if sum(trial["status"] != "running" for trial in trials) < sweep.size:
             raise KeyboardInterrupt  # Ray Tune has taken the signal, saved its state, and returned
         prune(folder, trials, sweep.keep)
-    say(f"finished after {duration(time.monotonic() - started)}")
+    logger.info(f"finished after {duration(time.monotonic() - started)}")
     for line in report.table(trials, describe(sweep)):
-        say(line)
+        logger.info(line)
     return trials
 
 
@@ -222,7 +226,7 @@ def plan_room(experiment: Experiment, concurrent: int | None) -> Room:
     return Room(count, share, threads, f"{count} at once ({sum_of})")
 
 
-def fit(sweep: Sweep, folder: Path, base: Experiment, room: Room, steps: int, say) -> None:
+def fit(sweep: Sweep, folder: Path, base: Experiment, room: Room, steps: int) -> None:
     """Runs the trials with Ray Tune, or those that are not over yet."""
     examples = steps * base.training.global_batch_size
     parallel = replace(base.parallel, cpus_per_worker=room.cpus_per_worker, threads_per_worker=room.threads_per_worker)
@@ -246,7 +250,7 @@ def fit(sweep: Sweep, folder: Path, base: Experiment, room: Room, steps: int, sa
     random.seed(sweep.seed)  # Ray's population-based training draws from here
     state = folder / "tune"
     if tune.Tuner.can_restore(str(state)):
-        say("continuing the sweep")
+        logger.info("continuing the sweep")
         tuner = tune.Tuner.restore(str(state), trainable=trainable, param_space=param_space(sweep), resume_unfinished=True)
     else:
         tuner = tune.Tuner(
@@ -261,7 +265,7 @@ def fit(sweep: Sweep, folder: Path, base: Experiment, room: Room, steps: int, sa
                 max_concurrent_trials=None,
             ),
             run_config=tune.RunConfig(
-                name=state.name, storage_path=str(folder), callbacks=[Record(folder, sweep, steps, say)], verbose=0, stop=StopDiverged(),
+                name=state.name, storage_path=str(folder), callbacks=[Record(folder, sweep, steps)], verbose=0, stop=StopDiverged(),
                 failure_config=tune.FailureConfig(max_failures=0),
             ),
         )  # fmt: skip

@@ -13,6 +13,7 @@ from perceiver.data.manifest import MANIFEST, DamagedData, Manifest
 from perceiver.data.shards import describe_shard, read_block
 from ray_jobs import preprocess
 from tests.support import preparing
+from tests.support.logged import logged
 from tests.support.preparing import content, experiment, load_prepared, texts, write_idx, write_jsonl
 from tests.support.small import write_images, write_stream
 
@@ -37,7 +38,7 @@ def prepared(tmp_path: Path, kind: str):
         write_jsonl(tmp_path / "in" / "test.jsonl", rows[:20])
         preset = "clm-wikitext" if kind == "tokens" else "txt-clf-imdb-all"
         chosen = experiment(preset, tmp_path / "out", tmp_path / "in", length=20)
-    preprocess.prepare(chosen, lambda line: None)
+    preprocess.prepare(chosen)
     return chosen, *load_prepared(chosen)
 
 
@@ -78,7 +79,7 @@ def test_damage_is_found_when_a_job_begins_and_is_repaired_by_preparing_again(tm
     shard.write_bytes(damaged)
     with pytest.raises(UserError, match=r"val-00000.parquet is missing or damaged: run `python -m ray_jobs.preprocess"):
         load_prepared(chosen)
-    preprocess.prepare(chosen, lambda line: None)
+    preprocess.prepare(chosen)
     assert content(folder) == expected
 
 
@@ -142,8 +143,8 @@ def test_a_damaged_manifest_stops_training_with_the_command_that_repairs_it(tmp_
     path.write_text(MANIFESTS[name](path.read_text()))
     with pytest.raises(UserError, match=rf"{MANIFEST} is damaged.*: run `python -m ray_jobs.preprocess clm-wikitext"):
         load_prepared(chosen)
-    lines = []
-    preprocess.prepare(chosen, lines.append)
+    with logged() as lines:
+        preprocess.prepare(chosen)
     assert "preparing again" in lines[0] and content(folder) == expected
 
 

@@ -21,6 +21,7 @@ from perceiver.presets import PRESETS
 from perceiver.tasks.base import Task
 from ray_jobs import passes, preprocess
 from tests.support.jobs import Job
+from tests.support.logged import logged
 from tests.support.outside import copy_examples
 from tests.support.preparing import content, experiment, rows_of, serially, stream_of, write_jsonl, write_parquet
 
@@ -116,7 +117,7 @@ def arrays(folder: Path, source: str, root: str = "out", **data):
 
 
 def prepared(chosen) -> tuple[str, Manifest]:
-    preprocess.prepare(chosen, lambda text: None)
+    preprocess.prepare(chosen)
     found = Dataset.find(chosen)
     return found.folder, found.manifest
 
@@ -161,7 +162,7 @@ def test_a_stopped_preparation_continues_to_the_same_bytes(folder, monkeypatch):
     monkeypatch.setattr(passes, "make_piece", stopping)
     chosen = arrays(folder, "InThree", "stopped")
     with pytest.raises(KeyboardInterrupt):
-        preprocess.prepare(chosen, print)
+        preprocess.prepare(chosen)
     monkeypatch.setattr(passes, "make_piece", lambda job, index, piece: done.append(index) or real(job, index, piece))
     assert content(prepared(chosen)[0]) == whole and sorted(done) == list(range(6))
 
@@ -175,7 +176,7 @@ def test_without_a_validation_split_examples_are_held_out_by_their_content(folde
     if source == "nothing_to_validate":
         assert rows_of(again, other, "val")["name"].to_pylist() == val
     with pytest.raises(UserError, match="has no examples for validation: give them as data.val_source"):
-        preprocess.prepare(arrays(folder, source, val_fraction=0.0), print)
+        preprocess.prepare(arrays(folder, source, val_fraction=0.0))
 
 
 def test_another_source_can_be_for_validation(folder):
@@ -201,7 +202,7 @@ def test_another_source_can_be_for_validation(folder):
 )
 def test_a_mistake_in_a_source_is_one_sentence_with_its_place(folder, source, message):
     with pytest.raises(UserError, match=message):
-        preprocess.prepare(arrays(folder, source), print)
+        preprocess.prepare(arrays(folder, source))
     assert not list((folder / "out").glob("*/manifest.json"))
 
 
@@ -217,13 +218,13 @@ def test_a_source_that_has_changed_is_not_taken_for_the_prepared_one(folder):
     (folder / "own_series.py").write_text(SOURCE + "\nMORE = 1\n")
     sys.modules.pop("own_series")
     with pytest.raises(UserError, match=r"has changed since .* \(own_series:plain\) \(of code without a method fingerprint\(\)"):
-        preprocess.prepare(chosen, print)
+        preprocess.prepare(chosen)
     named = arrays(folder, "Series", "named")
     prepared(named)
     (folder / "own_series.py").write_text(SOURCE)
     sys.modules.pop("own_series")
-    said: list[str] = []
-    preprocess.prepare(named, said.append)
+    with logged() as said:
+        preprocess.prepare(named)
     assert "nothing to do" in said[-1]  # its fingerprint() is the same
 
 
@@ -252,9 +253,9 @@ def test_sources_are_mixed(folder):
     chosen = arrays(folder, "Series", mixture=mixture)
     chosen = replace(chosen, data=replace(chosen.data, source=""))
     with pytest.raises(UserError, match="past has shape"):
-        preprocess.prepare(chosen, print)
+        preprocess.prepare(chosen)
     chosen = replace(chosen, data=replace(chosen.data, on_error="skip"))
-    preprocess.prepare(chosen, print)
+    preprocess.prepare(chosen)
     assert [(part.name, part.manifest.splits["train"].rows) for part in Dataset.find(chosen).parts] == [
         ("own_series:Series", 100), ("own_series:faulty", 16),
     ]  # fmt: skip
@@ -272,9 +273,9 @@ def test_text_may_come_from_code_too(folder):
 def test_what_reads_files_alone_refuses_code(folder):
     source = f"{folder}/own_series.py:texts"
     with pytest.raises(UserError, match="texts is code, but images are made from idx files"):
-        preprocess.prepare(experiment("quickstart", folder / "out", source), print)
+        preprocess.prepare(experiment("quickstart", folder / "out", source))
     with pytest.raises(UserError, match="data.prepare is stream, which reads files alone"):
-        preprocess.prepare(experiment("clm-c4", folder / "out", source, tokenizer="bytes", prepare="stream"), print)
+        preprocess.prepare(experiment("clm-c4", folder / "out", source, tokenizer="bytes", prepare="stream"))
 
 
 # ------------------------------------------------------------------------------------------------------------------- files
@@ -323,7 +324,7 @@ def test_a_bad_row_of_a_file_is_named(folder, form, bad, message):
     (write_jsonl if form == "jsonl" else write_parquet)(folder / "in" / f"train.{form}", rows)
     chosen = arrays(folder, str(folder / "in"), val_fraction=0.4)
     with pytest.raises(UserError, match=message):
-        preprocess.prepare(chosen, print)
+        preprocess.prepare(chosen)
     chosen = replace(chosen, data=replace(chosen.data, on_error="skip"))
     _, manifest = prepared(chosen)
     assert sum(split.rows for split in manifest.splits.values()) == 5 and sum(manifest.stats["skipped"].values()) == 1

@@ -26,6 +26,7 @@ from perceiver.training.parallel import World, join_world
 from perceiver.training.run import Training, evaluate, save_experiment
 from ray_jobs.evaluate import evaluate_run
 from ray_jobs.preprocess import prepare
+from tests.support.logged import logged
 from tests.support.preparing import evaluating_here, experiment, load_prepared, serially, texts, write_jsonl
 from tests.support.small import classification_experiment, feed_of, heard, masked_experiment, text_experiment, write_documents, write_stream
 from tests.training.test_training import losses, run
@@ -154,8 +155,8 @@ def prepared(tmp_path, monkeypatch):
     chosen = experiment("clm-wikitext", tmp_path / "data", "", mixture=sources, val_fraction=0.2)
     small = text_experiment(global_batch_size=8)
     chosen = replace(chosen, model=small.model, task=small.task, training=small.training, parallel=small.parallel)
-    said = []
-    manifest = prepare(chosen, said.append)
+    with logged() as said:
+        manifest = prepare(chosen)
     return chosen, data_folder(chosen), manifest, said
 
 
@@ -167,8 +168,9 @@ def test_a_mixture_is_prepared_once_and_its_sources_are_data_sets_of_their_own(p
     alone = experiment("clm-wikitext", tmp_path / "data", tmp_path / "books.jsonl", val_fraction=0.2)
     assert load_prepared(alone)[0] == parts[1].folder
     assert manifest.splits["train"].rows == sum(part.manifest.splits["train"].rows for part in parts)
-    again = []
-    assert prepare(chosen, again.append) == manifest and sum("nothing to do" in line for line in again) == 2
+    with logged() as again:
+        assert prepare(chosen) == manifest
+    assert sum("nothing to do" in line for line in again) == 2
     other = replace(chosen, data=replace(chosen.data, mixture=tuple(s.replace("=3", "=2") for s in chosen.data.mixture)))
     with pytest.raises(UserError, match=r"mixture\.web\.jsonl: 0\.75 -> 0\.666667"):
         load_prepared(other)
@@ -179,7 +181,7 @@ def test_a_mistake_in_the_last_source_is_found_before_the_first_is_prepared(prep
     mixture = (f"{tmp_path / 'web.jsonl'}=1", f"{tmp_path / 'nothing.jsonl'}=1")
     other = replace(chosen, data=replace(chosen.data, mixture=mixture, root=str(tmp_path / "other")))
     with pytest.raises(UserError, match="nothing.jsonl does not exist"):
-        prepare(other, lambda text: None)
+        prepare(other)
     assert not (tmp_path / "other").exists()
 
 
@@ -314,13 +316,13 @@ def test_a_run_on_a_mixture_is_evaluated_by_source(prepared, tmp_path, monkeypat
     world = join_world(torch.device("cpu"))
     result = Training(chosen, build_task(chosen), folder, manifest, world, run_folder, read_here).run()
     evaluating_here(monkeypatch)
-    said = []
-    metrics = evaluate_run(run_folder, "last", say=said.append)
+    with logged() as said:
+        metrics = evaluate_run(run_folder, "last")
     assert metrics == pytest.approx({name: value for name, value in result.items() if name != "step"})
     table = dict(line.split()[:2] for line in said[1:-1])
     assert table == {name: f"{value:.4f}" for name, value in metrics.items()}
     assert json.loads(next((run_folder / "evaluations").glob("*.json")).read_text())["metrics"] == metrics
-    other = evaluate_run(run_folder, "last", ["--data.source", str(tmp_path / "books.jsonl")], say=said.append)
+    other = evaluate_run(run_folder, "last", ["--data.source", str(tmp_path / "books.jsonl")])
     assert {name.count("/") for name in other} == {0} and other["val_loss"] != metrics["val_loss/books.jsonl"], "all of the file"
 
 
@@ -332,8 +334,8 @@ def test_the_source_that_a_mixture_took_the_place_of_may_be_evaluated(prepared, 
     world = join_world(torch.device("cpu"))
     Training(chosen, build_task(chosen), folder, manifest, world, run_folder, read_here, stop_at=3).run()
     evaluating_here(monkeypatch)
-    said = []
-    assert "val_loss/books.jsonl" not in evaluate_run(run_folder, "last", ["--data.source", books], say=said.append)
+    with logged() as said:
+        assert "val_loss/books.jsonl" not in evaluate_run(run_folder, "last", ["--data.source", books])
     assert any(f"on {books}: " in line for line in said)
 
 

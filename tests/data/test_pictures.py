@@ -145,9 +145,9 @@ def test_bad_pictures_cost_their_rows_alone_and_are_named(tmp_path, monkeypatch)
     write_parquet(tmp_path / "train.parquet", rows)
     write_parquet(tmp_path / "test.parquet", rows[-2:])
     chosen = experiment("img-clf-mnist", tmp_path / "out", f"{tmp_path}/*.parquet", on_error="skip")
-    preprocess.prepare(chosen, lambda line: None)
+    preprocess.prepare(chosen)
     folder, manifest = load_prepared(chosen)
     assert fixed_array(rows_of(folder, manifest, "train"), "image")[:, 0].tolist() == list(range(6))
     assert manifest.stats["skipped"] == {"bad image": len(bad)}
     with pytest.raises(UserError, match=r"train.parquet row 0: no readable image \(its pixels"):
-        preprocess.prepare(experiment("img-clf-mnist", tmp_path / "other", f"{tmp_path}/*.parquet"), lambda line: None)
+        preprocess.prepare(experiment("img-clf-mnist", tmp_path / "other", f"{tmp_path}/*.parquet"))

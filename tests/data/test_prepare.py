@@ -20,6 +20,7 @@ from perceiver.training.run import save_experiment
 from ray_jobs import passes, preprocess
 from ray_jobs.cli import main_entry
 from tests.support import preparing
+from tests.support.logged import logged
 from tests.support.preparing import content, experiment, load_prepared, rows_of, stream_of, texts, write_idx, write_jsonl, write_parquet
 
 BYTES = ByteTokenizer()
@@ -31,7 +32,7 @@ def without_ray(monkeypatch):
 
 
 def prepare(chosen, piece_bytes=1 << 20) -> tuple[str, Manifest]:
-    preprocess.prepare(chosen, lambda line: None, piece_bytes)
+    preprocess.prepare(chosen, piece_bytes)
     return load_prepared(chosen)
 
 
@@ -240,7 +241,7 @@ def test_stopped_anywhere_and_started_again_gives_the_same_bytes(tmp_path, monke
     monkeypatch.setattr(passes, "in_parallel", stopping)
     while True:
         try:
-            preprocess.prepare(chosen, lambda line: None, 500)
+            preprocess.prepare(chosen, 500)
             break
         except Stopped:
             runs += 1
@@ -256,10 +257,10 @@ def test_stopped_anywhere_and_started_again_gives_the_same_bytes(tmp_path, monke
 def test_a_second_preparation_has_nothing_to_do(tmp_path):
     source = mixed_input(tmp_path / "in")
     chosen = experiment("clm-wikitext", tmp_path / "out", source, val_fraction=0.2)
-    first = preprocess.prepare(chosen, lambda line: None)
+    first = preprocess.prepare(chosen)
     before = content(data_folder(chosen))
-    lines = []
-    assert preprocess.prepare(chosen, lines.append) == first
+    with logged() as lines:
+        assert preprocess.prepare(chosen) == first
     assert len(lines) == 1 and "nothing to do" in lines[0] and content(data_folder(chosen)) == before
 
 
@@ -300,7 +301,7 @@ def test_two_preparations_of_the_same_data_do_not_run_at_once(tmp_path, monkeypa
 
     def meanwhile(function, items):
         with pytest.raises(UserError, match="is being prepared by another process"):
-            preprocess.prepare(chosen, lambda line: None)
+            preprocess.prepare(chosen)
         raise Stopped
 
     with monkeypatch.context() as patched, pytest.raises(Stopped):
@@ -421,21 +422,21 @@ def test_documents_that_are_in_both_splits_are_counted(tmp_path):
     write_jsonl(tmp_path / "valid.jsonl", [{"text": body, "label": 1} for body in ["", *bodies[10:13], bodies[10], "a new one"]])
     for preset, piece in (("clm-wikitext", 1 << 20), ("clm-wikitext", 50), ("txt-clf-imdb-all", 50)):
         chosen = experiment(preset, tmp_path / f"{preset}{piece}", f"{tmp_path}/*.jsonl")
-        lines = []
-        manifest = preprocess.prepare(chosen, lines.append, piece)
+        with logged() as lines:
+            manifest = preprocess.prepare(chosen, piece)
         assert manifest.stats["shared_documents"] == 4
         assert "  shared: 4 of the 6 validation documents occur in training, too" in lines
         assert manifest.stats["empty_documents"] == {"train": 1, "val": 1}
         assert "  empty: 1 train and 1 val documents have no text" in lines
-    held_out = preprocess.prepare(experiment("clm-wikitext", tmp_path / "o", tmp_path / "train.jsonl", val_fraction=0.3), print)
+    held_out = preprocess.prepare(experiment("clm-wikitext", tmp_path / "o", tmp_path / "train.jsonl", val_fraction=0.3))
     assert "shared_documents" not in held_out.stats  # equal ones are on the same side
 
 
 def test_images_that_are_in_both_splits_are_counted(tmp_path):
     write_idx(tmp_path / "in", "train", 9)
     write_idx(tmp_path / "in", "t10k", 4)  # the first ones of the same random numbers
-    lines = []
-    manifest = preprocess.prepare(experiment("img-clf-mnist", tmp_path / "out", tmp_path / "in"), lines.append)
+    with logged() as lines:
+        manifest = preprocess.prepare(experiment("img-clf-mnist", tmp_path / "out", tmp_path / "in"))
     assert manifest.stats["shared_documents"] == 4
     assert "  shared: 4 of the 4 validation images occur in training, too" in lines
 

@@ -17,6 +17,7 @@ from perceiver.datasets import data_folder
 from perceiver.tasks import build_task
 from perceiver.training.batches import make_train_feed, read_here
 from ray_jobs.preprocess import prepare
+from tests.support.logged import logged
 from tests.support.preparing import experiment, load_prepared, serially, texts, write_jsonl, write_parquet
 from tests.support.small import text_experiment
 
@@ -45,9 +46,9 @@ def source(tmp_path):
 @pytest.fixture
 def prepared(source, tmp_path, monkeypatch):
     serially(monkeypatch)
-    said = []
     chosen = streamed(tmp_path / "data", source)
-    manifest = prepare(chosen, said.append)
+    with logged() as said:
+        manifest = prepare(chosen)
     return chosen, data_folder(chosen), manifest, said
 
 
@@ -147,7 +148,7 @@ def test_a_document_longer_than_a_chunk_is_no_fault(tmp_path, monkeypatch):
     serially(monkeypatch)
     write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in (*texts(100), "x" * 3000, *texts(100, seed=1))])
     chosen = streamed(tmp_path / "data", tmp_path / "a.jsonl")
-    manifest = prepare(chosen, lambda text: None)
+    manifest = prepare(chosen)
     chunks = open_chunks(chosen.data, chosen.data.source, manifest)
     empty = [i for i, piece in enumerate(chunks.pieces) if not documents(piece.spans[0])]
     split = manifest.splits["train"]
@@ -182,7 +183,7 @@ def test_a_mixture_may_be_streamed(source, tmp_path, monkeypatch):
     write_jsonl(tmp_path / "more.jsonl", [{"text": text.upper()} for text in texts(200, seed=3)])
     mixture = (f"{source}=1", f"{tmp_path / 'more.jsonl'}=1")
     chosen = streamed(tmp_path / "data", "", mixture=mixture)
-    manifest = prepare(chosen, lambda text: None)
+    manifest = prepare(chosen)
     feed = feed_of((chosen, data_folder(chosen), manifest, None))
     whole = [batch["ids"] for (batch,) in feed.steps(read_here, 0, 1, 0, 12)]
     halves = [feed.steps(read_here, rank, 2, 5, 12) for rank in range(2)]
@@ -192,20 +193,20 @@ def test_a_mixture_may_be_streamed(source, tmp_path, monkeypatch):
 
 def test_files_that_have_changed_are_refused(prepared, source):
     chosen, folder, manifest, _ = prepared
-    again = []
-    assert prepare(chosen, again.append) == manifest and "nothing to do" in again[0]
+    with logged() as again:
+        assert prepare(chosen) == manifest and "nothing to do" in again[0]
     write_jsonl(source / "b.jsonl", [{"text": "other"}])
     with pytest.raises(UserError, match="has other files now"):
         open_chunks(chosen.data, str(source), manifest)
     with pytest.raises(UserError, match="has changed since"):
-        prepare(chosen, again.append)
+        prepare(chosen)
 
 
 def test_validation_files_are_prepared_whole(tmp_path, monkeypatch):
     serially(monkeypatch)
     write_jsonl(tmp_path / "train.jsonl", [{"text": text} for text in texts(300)])
     write_jsonl(tmp_path / "val.jsonl", [{"text": text} for text in texts(30, seed=1)])
-    manifest = prepare(streamed(tmp_path / "data", tmp_path), lambda text: None)
+    manifest = prepare(streamed(tmp_path / "data", tmp_path))
     assert manifest.splits["val"].documents == 30
     assert manifest.splits["val"].tokens == sum(len(text.encode()) + 1 for text in texts(30, seed=1))
 
@@ -214,6 +215,6 @@ def test_what_cannot_be_streamed_is_named(tmp_path, monkeypatch):
     serially(monkeypatch)
     write_jsonl(tmp_path / "train.jsonl", [{"text": "few", "label": 0}])
     with pytest.raises(UserError, match="too little text to be streamed"):
-        prepare(streamed(tmp_path / "data", tmp_path), lambda text: None)
+        prepare(streamed(tmp_path / "data", tmp_path))
     with pytest.raises(UserError, match="language models alone"):
-        prepare(experiment("txt-clf-imdb-all", tmp_path / "data", tmp_path, prepare="stream"), lambda text: None)
+        prepare(experiment("txt-clf-imdb-all", tmp_path / "data", tmp_path, prepare="stream"))

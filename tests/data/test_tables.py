@@ -65,7 +65,7 @@ def write(folder, name, rows=ROWS) -> None:
 
 def prepared(tmp_path, source, **data):
     chosen = experiment("txt-clf-imdb-all", tmp_path / "out", source, 200, **({"val_fraction": 0.3} | data))
-    preprocess.prepare(chosen, lambda line: None)
+    preprocess.prepare(chosen)
     folder, manifest = load_prepared(chosen)
     return [(row["tokens"], row["label"]) for split in manifest.splits for row in rows_of(folder, manifest, split).to_pylist()]
 
@@ -101,7 +101,7 @@ def test_folders_of_save_to_disk_are_read_with_their_splits(tmp_path):
     parts = {"train": datasets.Dataset.from_list(ROWS), "test": datasets.Dataset.from_list(ROWS[:3])}
     datasets.DatasetDict(parts).save_to_disk(str(tmp_path / "saved"))
     chosen = experiment("txt-clf-imdb-all", tmp_path / "out", tmp_path / "saved")
-    manifest = preprocess.prepare(chosen, lambda line: None)
+    manifest = preprocess.prepare(chosen)
     assert {name: split.rows for name, split in manifest.splits.items()} == {"train": 30, "val": 3}
 
 
@@ -165,7 +165,7 @@ def test_tables_that_cannot_be_cut_are_not_streamed(tmp_path):
     for name in ("a.csv", "a.array.json"):
         write(tmp_path, name)
         with pytest.raises(UserError, match="can only be read from its beginning"):
-            preprocess.prepare(experiment("clm-wikitext", tmp_path / "out", tmp_path / name, prepare="stream"), lambda line: None)
+            preprocess.prepare(experiment("clm-wikitext", tmp_path / "out", tmp_path / name, prepare="stream"))
 
 
 def test_a_byte_order_mark_is_no_text(tmp_path):
@@ -176,7 +176,7 @@ def test_a_byte_order_mark_is_no_text(tmp_path):
     found = []
     for place in ("a/*.txt", "*.txt"):
         chosen = experiment("clm-wikitext", tmp_path / f"out{len(found)}", f"{tmp_path}/{place}")
-        preprocess.prepare(chosen, lambda line: None)
+        preprocess.prepare(chosen)
         found.append({name: data for name, data in content(load_prepared(chosen)[0]).items() if name != MANIFEST})
     assert found[0] == found[1] and found[0]
 

@@ -70,7 +70,7 @@ def prepare(source: Path, out: Path, kind: str) -> None:
     """Prepares data and reads it again, or raises UserError."""
     preset = "img-clf-mnist" if kind in ("idx", "pictures") else "txt-clf-imdb-all"
     chosen = experiment(preset, out, source, length=20)
-    preprocess.prepare(chosen, lambda line: None)
+    preprocess.prepare(chosen)
     load_prepared(chosen)
 
 

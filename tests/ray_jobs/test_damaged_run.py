@@ -28,7 +28,7 @@ def test_a_damaged_shard_ends_a_run_with_its_name_and_the_command_that_prepares_
     preparing.serially(monkeypatch)
     chosen = presets.quickstart()
     chosen = replace(chosen, data=replace(chosen.data, root=str(tmp_path / "data")))
-    preprocess.prepare(chosen, lambda line: None)
+    preprocess.prepare(chosen)
     shard = Path(data_folder(chosen)) / "train-00000.parquet"
     whole = shard.read_bytes()
     shard.write_bytes(whole[:1000] + bytes([whole[1000] ^ 1]) + whole[1001:])

@@ -40,7 +40,7 @@ def test_mixtures_and_streams_come_through_ray_data_as_they_are_read_here(tmp_pa
     with connect(ParallelConfig()):
         for name, data in kinds.items():
             chosen = streamed(tmp_path / "data", **{"source": "", **data})
-            manifest = prepare(chosen, print)
+            manifest = prepare(chosen)
             feed = make_train_feed(chosen, build_task(chosen), data_folder(chosen), manifest)
             for rank in range(2):
                 here, there = (list(feed.steps(read, rank, 2, 3, 20)) for read in (read_here, read_with_ray))

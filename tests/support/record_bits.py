@@ -74,7 +74,7 @@ def quickstart(folder: Path) -> tuple[Experiment, str, Manifest]:
 def _prepared(chosen: Experiment) -> tuple[Experiment, str, Manifest]:
     with pytest.MonkeyPatch.context() as patch:
         serially(patch)
-        manifest = prepare(chosen, lambda text: None)
+        manifest = prepare(chosen)
     return chosen, data_folder(chosen), manifest
 
 

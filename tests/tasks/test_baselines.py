@@ -18,6 +18,7 @@ from perceiver.training.run import Training, save_experiment
 from ray_jobs.evaluate import evaluate_run
 from ray_jobs.preprocess import prepare
 from ray_jobs.train import _summary
+from tests.support.logged import logged
 from tests.support.preparing import evaluating_here, experiment, load_prepared, serially, stream_of, texts, write_jsonl
 from tests.support.small import classification_experiment, masked_experiment, text_experiment
 
@@ -41,7 +42,7 @@ def lopsided(tmp_path, monkeypatch):
     write_reviews(tmp_path / "in" / "train.jsonl", [1, 1, 1, 0] * 10)
     write_reviews(tmp_path / "in" / "test.jsonl", [0, 0, 1] * 6, seed=1)
     chosen = classifier(tmp_path / "data", tmp_path / "in")
-    return chosen, prepare(chosen, lambda text: None)
+    return chosen, prepare(chosen)
 
 
 def test_a_classifiers_baseline_answers_the_most_frequent_class_of_the_training_split(lopsided):
@@ -62,7 +63,7 @@ def test_a_texts_baseline_guesses_by_the_frequencies_of_its_training_tokens(kind
     chosen = experiment({"causal": "clm-wikitext", "masked": "mlm-imdb"}[kind], tmp_path / "data", tmp_path / "a.jsonl", val_fraction=0.2)
     small = {"causal": text_experiment, "masked": masked_experiment}[kind]()
     chosen = replace(chosen, model=small.model, task=small.task)
-    manifest = prepare(chosen, lambda text: None)
+    manifest = prepare(chosen)
     folder = data_folder(chosen)
     found = build_task(chosen).baselines(components(folder, manifest))
     train, val = (np.bincount(stream_of(folder, manifest, split), minlength=262) for split in ("train", "val"))
@@ -79,7 +80,7 @@ def test_a_mixture_has_a_baseline_for_each_source_and_for_all_by_their_shares(tm
         write_reviews(tmp_path / f"{name}.jsonl", labels, seed=len(name))
     sources = (f"{tmp_path / 'good.jsonl'}=3", f"{tmp_path / 'bad.jsonl'}=1")
     chosen = classifier(tmp_path / "data", "", mixture=sources, val_fraction=0.3)
-    manifest = prepare(chosen, lambda text: None)
+    manifest = prepare(chosen)
     found = build_task(chosen).baselines(components(data_folder(chosen), manifest))
     good, bad = found["val_acc/good.jsonl"], found["val_acc/bad.jsonl"]
     assert good.means == "always answering 'positive'" and bad.means == "always answering 'negative'"
@@ -97,11 +98,12 @@ def test_an_evaluation_prints_and_stores_baselines_and_counts_the_training_label
     world = join_world(torch.device("cpu"))
     Training(chosen, build_task(chosen), folder, manifest, world, run_folder, read_here).run()
     evaluating_here(monkeypatch)
-    said = []
-    evaluate_run(run_folder, "last", say=said.append)
+    with logged() as said:
+        evaluate_run(run_folder, "last")
     assert any(line.split()[0] == "val_acc" and line.endswith("(always answering 'positive': 0.3333)") for line in said)
     stored = json.loads(next((run_folder / "evaluations").glob("*.json")).read_text())
     assert stored["baselines"]["val_acc"] == {"means": "always answering 'positive'", "value": pytest.approx(1 / 3)}
     write_reviews(tmp_path / "other.jsonl", [0] * 9 + [1], seed=2)
-    evaluate_run(run_folder, "last", ["--data.source", str(tmp_path / "other.jsonl")], say=said.append)
-    assert [line.rpartition("(")[2] for line in said if line.split()[0] == "val_acc"][1] == "always answering 'positive': 0.1)"
+    with logged() as said:
+        evaluate_run(run_folder, "last", ["--data.source", str(tmp_path / "other.jsonl")])
+    assert [line.rpartition("(")[2] for line in said if line.split()[0] == "val_acc"][0] == "always answering 'positive': 0.1)"

@@ -25,6 +25,7 @@ from perceiver.training.mirror import Mirror, fetch_run
 from perceiver.training.parallel import join_world
 from perceiver.training.run import Training, save_experiment
 from ray_jobs.evaluate import evaluate_run
+from tests.support.logged import logged
 from tests.support.preparing import evaluating_here
 from tests.support.small import Call, image_experiment, leave, write_images
 
@@ -126,8 +127,8 @@ def test_a_run_of_the_store_is_evaluated_by_its_uri_and_the_result_kept_there(im
     monkeypatch.setenv("PERCEIVER_HOME", str(tmp_path))
     evaluating_here(monkeypatch)
     monkeypatch.setattr("ray_jobs.evaluate.Dataset.find", lambda experiment: Dataset(experiment, str(images), Manifest.load(images)))
-    said: list[str] = []
-    metrics = evaluate_run(f"file://{store}/run/", "last", say=said.append)
+    with logged() as said:
+        metrics = evaluate_run(f"file://{store}/run/", "last")
     assert metrics["val_loss"] == pytest.approx([r["val_loss"] for r in read_metrics(store / "run") if "val_loss" in r][-1])
     (kept,) = (store / "run" / "evaluations").iterdir()
     assert json.loads(kept.read_text())["metrics"] == metrics and said[-1] == f"  written to file://{kept}"

@@ -77,10 +77,10 @@ def swept(monkeypatch, tmp_path, *words: str):
     found = []
     monkeypatch.setattr(sweep, "connect", lambda parallel, dashboard: nullcontext())
     monkeypatch.setattr(sweep, "plan_room", lambda base, concurrent: sweep.Room(1, 1.0, 1, "room for one"))
-    monkeypatch.setattr(sweep, "fit", lambda _, folder, base, room, steps, say: found.extend((base, steps)))
+    monkeypatch.setattr(sweep, "fit", lambda _, folder, base, room, steps: found.extend((base, steps)))
     monkeypatch.setattr(report, "write", lambda folder: [])
     with pytest.raises(KeyboardInterrupt):  # no trial was run
-        sweep.run_sweep(replace(GOOD, preset="clm-c4-small", overrides=words), tmp_path / "sweep", say=lambda text: None)
+        sweep.run_sweep(replace(GOOD, preset="clm-c4-small", overrides=words), tmp_path / "sweep")
     return found
 
 
@@ -92,7 +92,7 @@ def test_a_sweep_finds_a_tokenizer_in_its_prepared_data_as_a_training_does(monke
     model.write_bytes(tiny_sentencepiece_model())
     words = ["--data.source", str(tmp_path / "a.jsonl"), "--data.val-source", str(tmp_path / "b.jsonl"), "--data.root", str(tmp_path),
              "--data.tokenizer", str(model)]  # fmt: skip
-    preprocess.prepare(parse_experiment(["clm-c4-small", *words], "ray_jobs.preprocess"), lambda text: None)
+    preprocess.prepare(parse_experiment(["clm-c4-small", *words], "ray_jobs.preprocess"))
     model.unlink()
 
     base, steps = swept(monkeypatch, tmp_path, *words)
