@@ -1,6 +1,6 @@
 """What a task is: one file that says how rows become batches, what the model computes from them, and what is measured.
 
-To add a task is to add a file with a subclass of `Task`, its configuration dataclass in `perceiver/config.py`, and a preset.
+To add a task is to add a file with a `TaskConfig` and its `Task`, here or outside of the package (docs/extending.md).
 """
 
 from __future__ import annotations
