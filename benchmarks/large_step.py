@@ -22,18 +22,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from perceiver.checkpoints import list_checkpoints
 from perceiver.config import Experiment, from_dict, to_dict
 from perceiver.costs.flops import num_parameters
 from perceiver.costs.memory import step_memory
 from perceiver.data.manifest import Manifest
 from perceiver.datasets import Dataset, with_prepared_tokenizer, with_tokenizer
+from perceiver.runs import Run
 from perceiver.tasks import build_task
 from perceiver.training.batches import make_val_feeds, read_here
 from perceiver.training.callbacks import Callback
 from perceiver.training.checkpoint import load_state
-from perceiver.training.checkpoint_choice import list_checkpoints
 from perceiver.training.parallel import World, join_world
-from perceiver.training.record import read_metrics
 from perceiver.training.run import Training, build_state, evaluate
 from ray_jobs.cli import main_entry, parse_experiment
 from ray_jobs.preflight import check_experiment
@@ -134,7 +134,7 @@ def main(argv: list[str]) -> int:
     print(f"  planned: {planned / 2**30:.2f} GiB of tensors for the step of a worker", flush=True)
     with tempfile.TemporaryDirectory(dir=experiment.run.storage or None) as folder:
         saved = run(train_worker, experiment, data, Path(folder))
-        step = next(record for record in read_metrics(Path(folder)) if "loss" in record)
+        step = next(record for record in Run(Path(folder)).metrics() if "loss" in record)
         print(f"  step 1: loss {step['loss']:.4f}, {step['step_seconds']:.1f} s; validation loss {saved:.6f}", flush=True)
         files = [path for path in Path(folder, "checkpoints").rglob("*") if path.is_file()]
         print(f"  checkpoint: {sum(path.stat().st_size for path in files) / 2**30:.2f} GiB in {len(files)} files", flush=True)

@@ -22,10 +22,10 @@ from perceiver.config import Experiment, from_dict, to_dict
 from perceiver.data.manifest import Manifest
 from perceiver.datasets import Dataset
 from perceiver.presets import PRESETS
+from perceiver.runs import Run
 from perceiver.tasks import build_task
 from perceiver.training.batches import read_here
 from perceiver.training.parallel import join_world
-from perceiver.training.record import read_metrics
 from perceiver.training.run import Training
 
 EVERY = 20
@@ -45,12 +45,12 @@ def with_ray(experiment: Experiment, data: str, run: Path) -> None:
     from ray_jobs.ray_env import connect
 
     with connect(experiment.parallel):
-        driver.train(experiment, data, run, plan_resources(experiment))
+        driver.train(experiment, data, Run(run), plan_resources(experiment))
 
 
 def steady(run: Path) -> list[dict]:
     """The measurements of a run after its first ones."""
-    return [record for record in read_metrics(run) if "step_seconds" in record][2:]
+    return [record for record in Run(run).metrics() if "step_seconds" in record][2:]
 
 
 def main() -> None:

@@ -1,14 +1,16 @@
-"""Local files: written whole, put on disk, locked. Needs nothing but Python."""
+"""Local files: written whole, put on disk, locked; JSON. Needs nothing but Python."""
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import json
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from perceiver.config import UserError
 
@@ -72,3 +74,46 @@ def is_locked(path: Path) -> bool:
         return False
     except OSError:
         return True
+
+
+# -------------------------------------------------------------------------------------------------------------------- JSON
+
+
+def json_bytes(content: Any) -> bytes:
+    """JSON for people and programs; what is no finite number becomes null, which all programs can read."""
+    return (json.dumps(finite(content), indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
+
+
+def finite(content: Any) -> Any:
+    """Plain data with None in place of NaN and infinities."""
+    if isinstance(content, float):
+        return content if math.isfinite(content) else None
+    if isinstance(content, Mapping):
+        return {key: finite(value) for key, value in content.items()}
+    if isinstance(content, Iterable) and not isinstance(content, str):
+        return [finite(value) for value in content]
+    return content
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes a file whole or not at all, in a folder that is made where it is missing; see `json_bytes`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as file:
+        file.write(json_bytes(content))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        UserError: there is no such file, or it holds anything else.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({error})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is damaged (it holds no JSON object)")
+    return content

@@ -10,8 +10,9 @@ from typing import Any
 from perceiver.catalog import CATALOG
 from perceiver.config import Config, Experiment, UserError, flatten, load_tree, nearest, spelled, to_dict
 from perceiver.config.core import is_builtin
+from perceiver.disk import read_json
 from perceiver.extensions import call, check_trust, code_of, code_of_file, installed_experiments, is_reference, load_object, trust
-from perceiver.runs import EXPERIMENT, read_json, read_run
+from perceiver.runs import Run
 
 FILES = (".json", ".yaml", ".yml")
 """Kinds of files that experiments are saved in."""
@@ -46,8 +47,9 @@ def find_experiment(name: str, trust_code: bool = False) -> Experiment:
         trust(code_of(experiment))
         return experiment
     path = Path(name).expanduser()
-    if (path / EXPERIMENT).is_file():
-        experiment, _ = read_run(path, trust_code)
+    run = Run(path)
+    if run.exists:
+        experiment, _ = run.load(trust_code)
         _check_sources(experiment, path, trust_code)
         return replace(experiment, run=replace(experiment.run, name=path.absolute().name, storage=_storage(experiment, path)))
     return _read_file(path)
@@ -60,7 +62,7 @@ def check_name(name: str) -> None:
         UserError: names the nearest.
     """
     path, installed = Path(name).expanduser(), installed_experiments()
-    if name in CATALOG or name in installed or is_reference(name) or (path / EXPERIMENT).is_file() or path.suffix in FILES:
+    if name in CATALOG or name in installed or is_reference(name) or Run(path).exists or path.suffix in FILES:
         return
     if path.suffix == ".py":
         raise UserError(f"experiment {name!r}: name a function of that file that returns an Experiment: {name}:FUNCTION")

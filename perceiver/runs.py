@@ -1,6 +1,6 @@
-"""A run's folder: what it holds, and how it is read.
+"""A run: the folder of a training, what lies in it, and how that is read. Needs no PyTorch.
 
-A run is (storage, name): the folder of a training with its resolved configuration, checkpoints and records.
+No other module spells the names of these files.
 """
 
 from __future__ import annotations
@@ -8,120 +8,319 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from perceiver.config import Experiment, UserError, home, load_tree
-from perceiver.disk import is_locked, locked
+from perceiver.checkpoints import CheckpointInfo, checkpoint_name, choose_checkpoint, list_checkpoints
+from perceiver.config import Experiment, UserError, home, load_tree, to_dict
+from perceiver.disk import is_locked, locked, read_json, write_json
 from perceiver.extensions import Code, check_trust
 
 EXPERIMENT = "experiment.json"
 """File that makes a folder a run: its resolved configuration, the hash of its data, its length, the version that started it."""
-LOCK = ".lock"
-"""File of a run that the driver of its training holds."""
+START = "start.json"
+"""What its weights started from, where that was another run or published weights."""
 METRICS = "metrics.jsonl"
-"""Records of a run, one JSON object a line."""
+"""Records, one JSON object a line."""
+RESULT = "result.json"
+"""The last metrics of a run that is finished."""
+FAILURE = "failure.json"
+"""Why its last start failed for good; workers that are started again find it and end at once."""
+CHECKPOINTS = "checkpoints"
+"""Folder of the checkpoints."""
+CODE = "code"
+"""Folder with a copy of the source files of the user's that it needs."""
+TENSORBOARD = "tensorboard"
+SAMPLES = "samples"
+"""Folder of what the task makes at validations: texts, pictures, other files."""
+CURVE = "curve.png"
+"""Picture of the training's curves."""
+RECORDS = (EXPERIMENT, START, METRICS, RESULT, FAILURE)
+PROGRESS = (METRICS, RESULT)
+"""The records that say how far a run is."""
+RECORD_FOLDERS = (TENSORBOARD, SAMPLES)
 TAIL = 2**16
 """Bytes at the end of the metrics in which the last record is looked for."""
-CODE = "code"
-"""Folder of a run with a copy of the source files of the user's that it needs."""
+_LOCK = ".lock"
 
 
 class DamagedRun(UserError):
     """A run's folder whose files do not say what they must."""
 
 
-def read_saved(folder: Path) -> dict[str, Any]:
-    """The content of a run's `experiment.json`, checked to be an object that holds the sections of an experiment.
+@dataclass(frozen=True)
+class Run:
+    """A run, by its folder (which need not exist yet)."""
 
-    Raises:
-        DamagedRun: it cannot be read, or is something else.
-    """
-    try:
-        content = json.loads((folder / EXPERIMENT).read_bytes())
-    except OSError as error:
-        raise DamagedRun(f"{EXPERIMENT} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise DamagedRun(f"{EXPERIMENT} is not JSON: {error}") from error
-    experiment = content.get("experiment") if isinstance(content, dict) else None
-    if not isinstance(experiment, dict) or not all(isinstance(experiment.get(name), dict) for name in ("task", "training", "run")):
-        raise DamagedRun(f"{EXPERIMENT} holds no experiment")
-    return content
+    folder: Path
 
+    @classmethod
+    def find(cls, source: str | Path, storage: str | Path | None = None) -> Run | None:
+        """The run on this machine that is given by its path or its name among those of `storage` or $PERCEIVER_HOME; None: there
+        is none.
 
-def read_markers(folder: Path) -> list[dict[str, Any]]:
-    """What the markers of a run's complete checkpoints say, by step; damaged ones are left out."""
-    found = []
-    for path in folder.glob("checkpoints/step-*/checkpoint.json"):
-        marker = _json(path.read_bytes())
-        if marker is not None and isinstance(marker.get("metrics"), dict):
-            found.append(marker)
-    return sorted(found, key=lambda marker: marker["step"])
+        Raises:
+            UserError: the name is empty.
+        """
+        if not str(source).strip():
+            raise UserError("the name of the run is empty: give its folder, its URI or its name")
+        candidates = [Path(source).expanduser()]
+        if not Path(source).is_absolute():
+            candidates += [Path(folder).expanduser() / source for folder in (storage, home() / "runs") if folder]
+        return next((cls(folder.absolute()) for folder in candidates if cls(folder).exists), None)
 
+    @classmethod
+    def open(cls, source: str | Path, storage: str | Path | None = None) -> Run:
+        """As `find`.
 
-def higher_is_better(markers: Iterable[dict[str, Any]], metric: str) -> bool:
-    """Whether more of a metric is better, by the newest marker that has the metric.
+        Raises:
+            UserError: there is none.
+        """
+        run = cls.find(source, storage)
+        if run is None:
+            raise cls.missing(source, storage)
+        return run
 
-    Those of version 0.1.0 do not say, and then it is so for accuracies alone.
-    """
-    accuracy = metric.partition("/")[0] == "val_acc"
-    said = [metric in m["higher_is_better"] if "higher_is_better" in m else accuracy for m in markers if metric in m["metrics"]]
-    return said[-1] if said else accuracy
+    @staticmethod
+    def missing(source: str | Path, storage: str | Path | None = None) -> UserError:
+        """The error of a run that was not found."""
+        return UserError(f"no run {str(source)!r}: neither a run's folder nor the name of one in {storage or home() / 'runs'}")
 
+    @property
+    def name(self) -> str:
+        return self.folder.name
 
-def best_value(markers: Iterable[dict[str, Any]], metric: str) -> float | None:
-    """The best value of a metric among checkpoints; None where none has a finite one."""
-    markers = list(markers)
-    values = [value for m in markers if isinstance(value := m["metrics"].get(metric), (int, float)) and math.isfinite(value)]
-    return (max if higher_is_better(markers, metric) else min)(values) if values else None
+    @property
+    def exists(self) -> bool:
+        """Whether a training was started here."""
+        return (self.folder / EXPERIMENT).is_file()
 
+    # ------------------------------------------------------------------------------------------------------------- paths
 
-def local_run(source: str | Path, storage: str | Path | None = None) -> Path | None:
-    """The folder on this machine of a run that is given by its path or its name among those of `storage` or $PERCEIVER_HOME."""
-    if not str(source).strip():
-        raise UserError("the name of the run is empty: give its folder, its URI or its name")
-    candidates = [Path(source).expanduser()]
-    if not Path(source).is_absolute():
-        candidates += [Path(folder).expanduser() / source for folder in (storage, home() / "runs") if folder]
-    return next((folder.absolute() for folder in candidates if (folder / EXPERIMENT).is_file()), None)
+    @property
+    def checkpoints_folder(self) -> Path:
+        return self.folder / CHECKPOINTS
 
+    @property
+    def code_folder(self) -> Path:
+        return self.folder / CODE
 
-def last_step(folder: Path) -> int:
-    """The step of a run's last record, found from the end of the file; 0 without any."""
-    try:
-        with open(folder / METRICS, "rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL))
-            lines = file.read().splitlines()
-    except FileNotFoundError:
-        return 0
-    return next((record["step"] for line in reversed(lines) if (record := _json(line)) is not None), 0)
+    @property
+    def start_file(self) -> Path:
+        return self.folder / START
 
+    @property
+    def log_file(self) -> Path:
+        """Its lines of progress, each with its time."""
+        return self.folder / "log.txt"
 
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The records of a run so far. Lines that are no records are left out: the last one may have been cut off by a crash."""
-    path = folder / METRICS
-    if not path.exists():
-        return []
-    records = []
-    for line in path.read_text(errors="replace").splitlines():
+    @property
+    def not_finite_file(self) -> Path:
+        """Steps whose loss or gradient was not finite, each with its rows."""
+        return self.folder / "not-finite.json"
+
+    @property
+    def tokenizer_file(self) -> Path:
+        """Copy of the SentencePiece model of its data, if that has one."""
+        # Here and not above: the list of runs takes neither NumPy nor Arrow.
+        from perceiver.data.tokenizers import TOKENIZER
+
+        return self.folder / TOKENIZER
+
+    @property
+    def curve_file(self) -> Path:
+        return self.folder / CURVE
+
+    @property
+    def tensorboard_folder(self) -> Path:
+        return self.folder / TENSORBOARD
+
+    @property
+    def samples_folder(self) -> Path:
+        return self.folder / SAMPLES
+
+    @property
+    def ray_folder(self) -> Path:
+        """What Ray Train keeps of it, which every start makes anew."""
+        return self.folder / "ray"
+
+    def evaluation_file(self, step: int, digest: str) -> Path:
+        """Metrics of a checkpoint on a data set."""
+        return self.folder / "evaluations" / f"{checkpoint_name(step)}-{digest}.json"
+
+    # -------------------------------------------------------------------------------------------------------- experiment
+
+    def saved(self) -> dict[str, Any]:
+        """The content of its `experiment.json`, checked to be an object that holds the sections of an experiment. No class of the
+        experiment is needed for that.
+
+        Raises:
+            DamagedRun: it cannot be read, or is something else.
+        """
         try:
-            record = json.loads(line)
-            if type(record["step"]) is int:
-                records.append({name: math.nan if value is None else value for name, value in record.items()})
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            continue
-    return records
+            content = json.loads((self.folder / EXPERIMENT).read_bytes())
+        except OSError as error:
+            raise DamagedRun(f"{EXPERIMENT} cannot be read: {error.strerror}") from error
+        except (ValueError, RecursionError) as error:
+            raise DamagedRun(f"{EXPERIMENT} is not JSON: {error}") from error
+        experiment = content.get("experiment") if isinstance(content, dict) else None
+        if not isinstance(experiment, dict) or not all(isinstance(experiment.get(name), dict) for name in ("task", "training", "run")):
+            raise DamagedRun(f"{EXPERIMENT} holds no experiment")
+        return content
+
+    def load(self, trust_code: bool = False, install_code: bool = True) -> tuple[Experiment, str]:
+        """Its experiment and the digest of its data. The code that it brings is importable afterwards.
+
+        Args:
+            trust_code: run the code that it brings although that was never run from this account.
+            install_code: False where this process has its own version of that code.
+
+        Raises:
+            UserError: a damaged file; code that may not be run, or is imported already in another version.
+        """
+        path = self.folder / EXPERIMENT
+        content = read_json(path)
+        if install_code:
+            code = self.code()
+            self.check_trust(code, trust_code)
+            code.install()
+        what = f"{path} is damaged: it does not describe a run"
+        if not isinstance(digest := content.get("data"), str):
+            raise UserError(f"{what} (no digest of its data)")
+        return load_tree(content.get("experiment"), Experiment, what), digest
+
+    def save(self, content: Mapping[str, Any]) -> None:
+        """Writes its `experiment.json`."""
+        write_json(self.folder / EXPERIMENT, content)
+
+    def change_experiment(self, experiment: Experiment) -> None:
+        """Makes it a run of another experiment on the same data."""
+        self.save({**self.saved(), "experiment": to_dict(experiment)})
+
+    # -------------------------------------------------------------------------------------------------------------- code
+
+    def code(self) -> Code:
+        """The source files of the user's that it brings."""
+        return Code.load(self.code_folder)
+
+    def check_trust(self, code: Code, trusted: bool = False) -> None:
+        """Refuses code of the run that was never run from this account.
+
+        Raises:
+            UserError: it was not, and is not trusted.
+        """
+        check_trust(code, f"run {self.name}", self.code_folder, trusted)
+
+    def check_code(self, code: Code, allow_changed: bool = False) -> None:
+        """Refuses to continue the run with other code than it began with.
+
+        Args:
+            code: what the experiment needs now.
+            allow_changed: whether the user lets the run continue with it.
+
+        Raises:
+            UserError: it has changed; names the files.
+        """
+        changed = self.code().differences(code) if self.exists else []
+        if changed and not allow_changed:
+            raise UserError(
+                f"{', '.join(changed)} changed since run {self.name} began (its copy is in {self.code_folder}): give "
+                "--allow-changed-code to continue with the new one, or another --run.name to start anew"
+            )
+
+    def save_code(self, code: Code) -> None:
+        """Puts the source files that it needs into its folder. Where they differ from those there, these are kept beside them."""
+        old, folder = self.code(), self.code_folder
+        if old and old.digest != code.digest:
+            os.replace(folder, _free(folder.with_name(f"{CODE}-before")))
+        code.save(folder)
+
+    # ------------------------------------------------------------------------------------------------ how far it is, lock
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Its records so far. Lines that are no records are left out: the last one may have been cut off by a crash."""
+        try:
+            lines = (self.folder / METRICS).read_text(errors="replace").splitlines()
+        except FileNotFoundError:
+            return []
+        found = map(_record, lines)
+        return [{name: math.nan if value is None else value for name, value in record.items()} for record in found if record is not None]
+
+    def last_step(self) -> int:
+        """The step of its last record, found from the end of the file; 0 without any."""
+        try:
+            with open(self.folder / METRICS, "rb") as file:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL))
+                lines = file.read().splitlines()
+        except FileNotFoundError:
+            return 0
+        return next((record["step"] for line in reversed(lines) if (record := _record(line)) is not None), 0)
+
+    def checkpoints(self) -> list[CheckpointInfo]:
+        """Its complete checkpoints, oldest first, without those whose marker is damaged."""
+        return list_checkpoints(self.checkpoints_folder)
+
+    def checkpoint(self, which: str, metric: str) -> CheckpointInfo:
+        """The checkpoint named "last", "best" (by the metric; the last, where none has it) or by its step.
+
+        Raises:
+            UserError: there is none, or none of that step, or a damaged marker hides it; names the ones there are.
+        """
+        return choose_checkpoint(self.checkpoints_folder, which, metric)
+
+    def result(self) -> dict[str, float] | None:
+        """Its last metrics where it is finished; None: it is not (or the file is damaged, and continuing writes it again)."""
+        content = self._result()
+        if content is None:
+            return None
+        return {name: math.nan if value is None else value for name, value in content.items() if name != "stopped"}
+
+    def stopped(self) -> str | None:
+        """Why it ended before its last step; None: it did not."""
+        return (self._result() or {}).get("stopped")
+
+    def save_result(self, metrics: Mapping[str, float], stopped: str | None) -> None:
+        """Marks it as finished."""
+        write_json(self.folder / RESULT, {**metrics, **({} if stopped is None else {"stopped": stopped})})
+
+    def failure(self) -> dict[str, Any] | None:
+        """Why its last start failed: "reason", and "users", whether that is a mistake of the user's. None: it did not."""
+        path = self.folder / FAILURE
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def save_failure(self, users: bool, reason: str) -> None:
+        """Notes why this start failed for good."""
+        write_json(self.folder / FAILURE, {"users": users, "reason": reason})
+
+    def forget_failure(self) -> None:
+        (self.folder / FAILURE).unlink(missing_ok=True)
+
+    def status(self) -> str:
+        """Whether it is finished, running, failed or stopped."""
+        if (self.folder / RESULT).exists():
+            return "finished"
+        if is_locked(self.folder / _LOCK):  # as far as this machine can tell
+            return "running"
+        return "failed" if (self.folder / FAILURE).exists() else "stopped"
+
+    def held(self) -> AbstractContextManager[None]:
+        """See the function `held`."""
+        return held(self.folder)
+
+    def _result(self) -> dict[str, Any] | None:
+        try:
+            content = json.loads((self.folder / RESULT).read_bytes())
+        except (FileNotFoundError, ValueError, RecursionError):
+            return None
+        return content if isinstance(content, dict) else None
 
 
-def status(folder: Path) -> str:
-    """Whether a run is finished, running, failed or stopped."""
-    if (folder / "result.json").exists():
-        return "finished"
-    if is_held(folder):
-        return "running"
-    return "failed" if (folder / "failure.json").exists() else "stopped"
+def runs(storage: str | Path) -> list[Run]:
+    """The runs in a folder, by name."""
+    return [Run(path.parent) for path in sorted(Path(storage).glob(f"*/{EXPERIMENT}"))]
 
 
 def held(folder: Path) -> AbstractContextManager[None]:
@@ -130,71 +329,16 @@ def held(folder: Path) -> AbstractContextManager[None]:
     Raises:
         UserError: another process trains it.
     """
-    return locked(folder / LOCK, f"{folder} is being trained by another process: wait for it or stop it")
+    return locked(folder / _LOCK, f"{folder} is being trained by another process: wait for it or stop it")
 
 
-def is_held(folder: Path) -> bool:
-    """Whether a driver holds the run's lock (as far as this machine can tell)."""
-    return is_locked(folder / LOCK)
-
-
-def _json(content: bytes) -> dict[str, Any] | None:
-    """A JSON object that has a step; None for anything else."""
+def _record(line: str | bytes) -> dict[str, Any] | None:
+    """A record of the metrics: a JSON object that has a step; None for anything else."""
     try:
-        value = json.loads(content)
+        value = json.loads(line)
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) and type(value.get("step")) is int else None
-
-
-# ------------------------------------------------------------------------------------------------- its experiment, its code
-
-
-def read_run(folder: Path, trust_code: bool = False, install_code: bool = True) -> tuple[Experiment, str]:
-    """The experiment of a run's folder and the digest of its data. The code that it brings is importable afterwards.
-
-    Args:
-        trust_code: run the code that it brings although that was never run from this account.
-        install_code: False where this process has its own version of that code.
-
-    Raises:
-        UserError: a damaged file; code that may not be run, or is imported already in another version.
-    """
-    content = read_json(folder / EXPERIMENT)
-    if install_code:
-        code = Code.load(folder / CODE)
-        check_trust(code, f"run {folder.name}", folder / CODE, trust_code)
-        code.install()
-    what = f"{folder / EXPERIMENT} is damaged: it does not describe a run"
-    if not isinstance(digest := content.get("data"), str):
-        raise UserError(f"{what} (no digest of its data)")
-    return load_tree(content.get("experiment"), Experiment, what), digest
-
-
-def check_code(folder: Path, code: Code, allow_changed: bool = False) -> None:
-    """Refuses to continue a run with other code than it began with.
-
-    Args:
-        code: what the experiment needs now.
-        allow_changed: whether the user lets the run continue with it.
-
-    Raises:
-        UserError: it has changed; names the files.
-    """
-    changed = Code.load(folder / CODE).differences(code) if (folder / EXPERIMENT).is_file() else []
-    if changed and not allow_changed:
-        raise UserError(
-            f"{', '.join(changed)} changed since run {folder.name} began (its copy is in {folder / CODE}): give --allow-changed-code to "
-            "continue with the new one, or another --run.name to start anew"
-        )
-
-
-def save_code(folder: Path, code: Code) -> None:
-    """Puts the source files that a run needs into its folder. Where they differ from those there, these are kept beside them."""
-    old = Code.load(folder / CODE)
-    if old and old.digest != code.digest:
-        os.replace(folder / CODE, _free(folder / f"{CODE}-before"))
-    code.save(folder / CODE)
 
 
 def _free(path: Path) -> Path:
@@ -202,20 +346,3 @@ def _free(path: Path) -> Path:
     while (candidate := path.with_name(f"{path.name}-{number}")).exists():
         number += 1
     return candidate
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        UserError: there is no such file, or it holds anything else.
-    """
-    try:
-        content = json.loads(path.read_text())
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged ({error})") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is damaged (it holds no JSON object)")
-    return content

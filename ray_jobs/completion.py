@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from perceiver.catalog import CATALOG
 from perceiver.config import flatten, home, to_dict
-from perceiver.runs import EXPERIMENT
+from perceiver.runs import runs
 from ray_jobs.cli import SHORTCUTS, program
 from ray_jobs.main import COMMANDS
 
@@ -76,7 +76,7 @@ def _first(takes: str) -> list[str]:
     if takes == "preset":
         return list(CATALOG)
     if takes == "run":
-        return sorted(path.parent.name for path in (home() / "runs").glob(f"*/{EXPERIMENT}"))
+        return [run.name for run in runs(home() / "runs")]
     if takes == "job":
         return [name for name, command in COMMANDS.items() if command.job]
     return list(SCRIPTS) if takes == "shell" else []

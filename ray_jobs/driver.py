@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -19,12 +18,13 @@ from perceiver.config import Experiment, UserError, to_dict
 from perceiver.data.manifest import Manifest
 from perceiver.datasets import with_prepared_tokenizer
 from perceiver.extensions import code_of
+from perceiver.runs import Run
 from perceiver.training.mirror import Mirror
 from ray_jobs.cli import JobFailed
 from ray_jobs.messages import Messages
 from ray_jobs.network import Network
 from ray_jobs.preflight import Resources
-from ray_jobs.worker import FAILURE, evaluate_worker, train_worker
+from ray_jobs.worker import evaluate_worker, train_worker
 
 
 class TrainingFailed(JobFailed):
@@ -38,7 +38,7 @@ class ClusterLost(TrainingFailed):
 def train(
     experiment: Experiment,
     data_folder: str,
-    run_folder: Path,
+    trained: Run,
     resources: Resources,
     on_report: Callable[[dict[str, float]], None] | None = None,
     stop_at: int | None = None,
@@ -57,21 +57,21 @@ def train(
         TrainingFailed: workers failed too often.
         KeyboardInterrupt: it was ended at once.
     """
-    mirror = Mirror.of(experiment.run, run_folder)
-    (run_folder / FAILURE).unlink(missing_ok=True)
+    mirror = Mirror.of(experiment.run, trained.folder)
+    trained.forget_failure()
     if mirror is not None:
         mirror.forget_failure()
     failed, interrupted = None, False
     try:
         interrupted = _fit(
-            train_worker, experiment, data_folder, run_folder, resources, {"stop_at": stop_at}, on_report, run_until_interrupted
+            train_worker, experiment, data_folder, trained, resources, {"stop_at": stop_at}, on_report, run_until_interrupted
         )
     except TrainingFailed as error:
         failed = error
     if mirror is not None:
         mirror.fetch(0)
-    if (run_folder / FAILURE).exists():
-        failure = json.loads((run_folder / FAILURE).read_text())
+    failure = trained.failure()
+    if failure is not None:
         raise (UserError if failure["users"] else TrainingFailed)(failure["reason"]) from failed
     if failed is not None:
         raise failed
@@ -81,7 +81,7 @@ def train(
 def evaluate_checkpoint(
     experiment: Experiment,
     data_folder: str,
-    run_folder: Path,
+    trained: Run,
     resources: Resources,
     checkpoint: Path,
     origin: str | None = None,
@@ -93,7 +93,7 @@ def evaluate_checkpoint(
     results: list[dict[str, Any]] = []
     settings = {"checkpoint": str(checkpoint), "origin": origin}
     try:
-        _fit(evaluate_worker, experiment, data_folder, run_folder, resources, settings, results.append)
+        _fit(evaluate_worker, experiment, data_folder, trained, resources, settings, results.append)
     except TrainingFailed:
         if faults := [result["fault"] for result in results if "fault" in result]:
             raise UserError(faults[0]) from None
@@ -105,7 +105,7 @@ def _fit(
     function: Callable[[dict[str, Any]], None],
     experiment: Experiment,
     data_folder: str,
-    run_folder: Path,
+    trained: Run,
     resources: Resources,
     settings: dict[str, Any],
     on_report: Callable[[dict[str, float]], None] | None = None,
@@ -116,9 +116,8 @@ def _fit(
         # After the loss of a node Ray first counts on what it had: it must not wait a minute for that.
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "20")
     # What Ray keeps of a run is rebuilt by every start: our own checkpoints say where to continue.
-    ray_folder = run_folder / "ray"
     experiment = with_prepared_tokenizer(experiment, data_folder, Manifest.load(data_folder))
-    shutil.rmtree(ray_folder, ignore_errors=True)
+    shutil.rmtree(trained.ray_folder, ignore_errors=True)
     stall = 60 * experiment.run.stall_minutes
     with Messages(lambda: _why_no_workers(resources), on_report, stall=stall) as messages:
         trainer = TorchTrainer(
@@ -127,7 +126,7 @@ def _fit(
                 "experiment": to_dict(experiment),
                 "code": dict(code_of(experiment).files),
                 "data_folder": data_folder,
-                "run_folder": str(run_folder),
+                "run_folder": str(trained.folder),
                 "threads": resources.threads_per_worker,
                 "messages": messages.actor,
                 **settings,
@@ -140,8 +139,8 @@ def _fit(
             ),
             torch_config=Network(backend="cpu:gloo,cuda:nccl" if resources.gpu else "gloo"),
             run_config=RunConfig(
-                name=run_folder.name,  # Ray's own metrics and logs are tagged with it
-                storage_path=str(ray_folder),
+                name=trained.name,  # Ray's own metrics and logs are tagged with it
+                storage_path=str(trained.ray_folder),
                 failure_config=FailureConfig(max_failures=experiment.run.max_failures),
             ),
         )

@@ -8,18 +8,17 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from perceiver.config import Experiment, UserError, home
+from perceiver.checkpoints import CheckpointInfo
+from perceiver.config import Experiment, UserError
 from perceiver.data.manifest import Manifest
 from perceiver.data.storage import copy_file
-from perceiver.data.tokenizers import TOKENIZER
 from perceiver.datasets import Dataset
-from perceiver.runs import read_run
+from perceiver.disk import write_json
+from perceiver.runs import Run
 from perceiver.tasks import build_task
 from perceiver.tasks.base import Baseline
-from perceiver.training.checkpoint import write_json
-from perceiver.training.checkpoint_choice import choose_checkpoint, find_run
-from perceiver.training.checkpoint_files import CheckpointInfo, check_files
-from perceiver.training.mirror import CHECKPOINTS
+from perceiver.training.checkpoint_files import check_files
+from perceiver.training.mirror import find_run
 from ray_jobs.cli import main_entry, override, program, refuse_empty
 from ray_jobs.logs import show_progress
 from ray_jobs.preflight import check_experiment, plan_resources
@@ -57,23 +56,23 @@ def evaluate_run(
     Raises:
         UserError: no such run, checkpoint or data, a damaged checkpoint, or data without any target.
     """
-    folder = find_run(run)
-    if folder is None:
-        raise UserError(f"no run {str(run)!r}: neither a run's folder nor the name of one in {home() / 'runs'}")
-    trained, _ = read_run(folder, trust_code)
+    found = find_run(run)
+    if found is None:
+        raise Run.missing(run)
+    trained, _ = found.load(trust_code)
     if trained.data.mixture:  # which takes the place of data.source: given here, it is another source in any case
         trained = replace(trained, data=replace(trained.data, source=""))
     experiment = override(trained, overrides or [], f"ray_jobs.evaluate {run}")
     if experiment.model != trained.model:
         raise UserError("the model of a run cannot be changed: only data, task, parallel and the batch size may be overridden")
-    if experiment.data.tokenizer == trained.data.tokenizer and (folder / TOKENIZER).is_file():
-        experiment = replace(experiment, data=replace(experiment.data, tokenizer=str(folder / TOKENIZER)))
+    if experiment.data.tokenizer == trained.data.tokenizer and found.tokenizer_file.is_file():
+        experiment = replace(experiment, data=replace(experiment.data, tokenizer=str(found.tokenizer_file)))
     other = experiment.data.source != trained.data.source
     if other:
         data = replace(experiment.data, source="", val_source=experiment.data.source, mixture=(), prepare="shards")
         experiment = replace(experiment, data=data)
     check_experiment(experiment)
-    chosen = choose_checkpoint(folder / CHECKPOINTS, checkpoint, trained.run.best_metric)
+    chosen = found.checkpoint(checkpoint, trained.run.best_metric)
     check_files(chosen.path)
 
     from ray_jobs import driver
@@ -87,13 +86,12 @@ def evaluate_run(
         dataset = Dataset.find(experiment)
         experiment, data_folder, manifest = dataset.experiment, dataset.folder, dataset.manifest
         origin = str(run) if "://" in str(run) else None
-        result = driver.evaluate_checkpoint(experiment, data_folder, folder, resources, chosen.path, origin)
+        result = driver.evaluate_checkpoint(experiment, data_folder, found, resources, chosen.path, origin)
     if not result["metrics"]:
         raise UserError(f"the validation data in {data_folder} has no target, so nothing can be measured on it")
     task, parts = build_task(experiment), dataset.parts
     baselines = task.baselines(parts, _trained_on(trained) if other else None)
-    path = folder / "evaluations" / f"step-{chosen.step:08d}-{manifest.digest}.json"
-    path.parent.mkdir(exist_ok=True)
+    path = found.evaluation_file(chosen.step, manifest.digest)
     result["baselines"] = {name: asdict(baseline) for name, baseline in baselines.items()}
     content = _content(experiment, chosen, data_folder, manifest.digest, result)
     write_json(path, content)
@@ -102,7 +100,7 @@ def evaluate_run(
         there = f"{origin.rstrip('/')}/{path.parent.name}"
         copy_file(path.parent, path.name, there)
         where = f"{there}/{path.name}"
-    _print_table(folder, chosen, content, baselines, where)
+    _print_table(found, chosen, content, baselines, where)
     return result["metrics"]
 
 
@@ -119,9 +117,9 @@ def _trained_on(trained: Experiment) -> Manifest | None:
         return None
 
 
-def _print_table(folder: Path, chosen: CheckpointInfo, content: dict[str, Any], baselines: dict[str, Baseline], where: str) -> None:
+def _print_table(run: Run, chosen: CheckpointInfo, content: dict[str, Any], baselines: dict[str, Baseline], where: str) -> None:
     targets = int(content["sums"]["targets"])
-    logger.info(f"{folder.name}, step {chosen.step:,}, on {content['data']['source']}: {targets:,} targets")
+    logger.info(f"{run.name}, step {chosen.step:,}, on {content['data']['source']}: {targets:,} targets")
     width = max(22, 2 + max(map(len, content["metrics"])))  # names of a mixture's sources may be long
     for name, value in content["metrics"].items():
         beside = f"  ({baselines[name]})" if name in baselines else ""

@@ -12,8 +12,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from perceiver.checkpoints import best_of
 from perceiver.config import UserError, flatten, home, nearest
-from perceiver.runs import EXPERIMENT, DamagedRun, best_value, last_step, read_markers, read_saved, status
+from perceiver.runs import DamagedRun, Run, runs
 from ray_jobs.cli import main_entry, program, refuse_empty
 from ray_jobs.where import Condition
 
@@ -66,31 +67,31 @@ def list_runs(folder: str | Path) -> list[dict[str, Any]]:
     wrong with its files), fields (its configuration, with dotted names) and metrics (the best value of each among its
     checkpoints). A damaged run costs its own line alone.
     """
-    return [describe(path.parent) for path in sorted(Path(folder).glob(f"*/{EXPERIMENT}"))]
+    return [describe(run) for run in runs(folder)]
 
 
-def describe(run: Path) -> dict[str, Any]:
+def describe(run: Run) -> dict[str, Any]:
     """One run; see `list_runs`."""
-    row: dict[str, Any] = dict.fromkeys((*COLUMNS, "continue", "reason")) | {"name": run.name, "MiB": _mebibytes(run)}
+    row: dict[str, Any] = dict.fromkeys((*COLUMNS, "continue", "reason")) | {"name": run.name, "MiB": _mebibytes(run.folder)}
     row |= {"fields": {}, "metrics": {}}
     try:
-        content = read_saved(run)
+        content = run.saved()
         experiment = content["experiment"]
         metric = experiment["run"].get("best_metric", "val_loss")
-        markers, state = read_markers(run), status(run)
-        best = best_value(markers, metric)
-        names = dict.fromkeys(name for marker in markers for name in marker["metrics"])
+        checkpoints, state = run.checkpoints(), run.status()
+        names = dict.fromkeys(name for checkpoint in checkpoints for name in checkpoint.metrics)
+        metrics = {name: best.metrics[name] for name in names if (best := best_of(checkpoints, name)) is not None}
         return row | {
             "preset": experiment.get("preset"),
             "task": str(experiment["task"].get("type", "")).rpartition(":")[2].removesuffix("Config"),
             "status": state,
-            "step": last_step(run),
+            "step": run.last_step(),
             "of": content.get("steps") or (None if experiment["training"].get("max_epochs") else experiment["training"].get("max_steps")),
-            "best": f"{metric} {best:.4f}" if best is not None else None,
-            "checkpoint": markers[-1]["step"] if markers else None,
+            "best": f"{metric} {metrics[metric]:.4f}" if metric in metrics else None,
+            "checkpoint": checkpoints[-1].step if checkpoints else None,
             "fields": flatten(experiment),
-            "metrics": {name: value for name in names if (value := best_value(markers, name)) is not None},
-            "continue": None if state in ("running", "finished") else continue_command(run),
+            "metrics": metrics,
+            "continue": None if state in ("running", "finished") else continue_command(run.folder),
         }
     except DamagedRun as error:
         return row | {"status": "damaged", "reason": str(error)}

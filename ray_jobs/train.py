@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from perceiver.checkpoints import CheckpointInfo, best_of
 from perceiver.config import Experiment, UserError, differences
 from perceiver.data.components import Component
 from perceiver.data.manifest import Manifest
@@ -16,26 +17,20 @@ from perceiver.data.storage import write_file
 from perceiver.datasets import Dataset, with_tokenizer
 from perceiver.extensions import code_of
 from perceiver.plots import png, training_curves
-from perceiver.runs import EXPERIMENT, check_code, held, read_run, save_code
+from perceiver.runs import CHECKPOINTS, CURVE, EXPERIMENT, RECORD_FOLDERS, RECORDS, Run
 from perceiver.tasks import build_task
 from perceiver.tasks.base import Baseline
 from perceiver.training.batches import make_val_feeds
-from perceiver.training.checkpoint_choice import best_of, list_checkpoints, mirrored
-from perceiver.training.checkpoint_files import CheckpointInfo
-from perceiver.training.init_from import START, Start, find_start
+from perceiver.training.init_from import Start, find_start
 from perceiver.training.meters import duration
-from perceiver.training.mirror import CHECKPOINTS, RECORD_FOLDERS, RECORDS, Mirror
-from perceiver.training.record import read_metrics
-from perceiver.training.run import read_result, read_stopped, save_experiment, total_steps
+from perceiver.training.mirror import Mirror
+from perceiver.training.run import save_experiment, total_steps
 from ray_jobs.cli import Interrupted, main_entry, parse_experiment
 from ray_jobs.logs import log_file, show_progress
 from ray_jobs.preflight import check_experiment, local_folder, plan_resources
 from ray_jobs.room import check_memory
 
 logger = logging.getLogger("ray_jobs.train")  # which __name__ is not where it is run as a program
-
-LOG = "log.txt"
-"""File of a run with its lines of progress, each with its time."""
 
 
 def main(argv: list[str]) -> int:
@@ -68,19 +63,19 @@ def run(
     """
     experiment = with_tokenizer(experiment)
     check_experiment(experiment)
-    run_folder = local_folder("run.storage", experiment.run.storage_path) / experiment.run_name
-    mirror = Mirror.of(experiment.run, run_folder)
+    trained = Run(local_folder("run.storage", experiment.run.storage_path) / experiment.run_name)
+    mirror = Mirror.of(experiment.run, trained.folder)
     if mirror is not None:
         mirror.check()
         mirror.fetch(0)
     code = code_of(experiment)
-    check_code(run_folder, code, allow_changed_code)
-    finished = check_run(experiment, run_folder)
+    trained.check_code(code, allow_changed_code)
+    finished = check_run(experiment, trained)
     if finished is not None:
         logger.info(f"run {experiment.run_name} is finished: {_summary(finished, {})}")
-        logger.info(f"evaluate it: python -m ray_jobs.evaluate {_place(experiment, run_folder)}; another training needs another --run.name")
+        logger.info(f"evaluate it: python -m ray_jobs.evaluate {_place(experiment, trained)}; another training needs another --run.name")
         return finished
-    start = check_start(experiment, _checkpoints(run_folder, mirror))
+    start = check_start(experiment, _checkpoints(trained, mirror))
     dataset = Dataset.find_early(experiment)
     if dataset is not None:
         check_validation(experiment, dataset.folder, dataset.manifest)
@@ -90,7 +85,7 @@ def run(
     from ray_jobs.ray_env import connect
 
     started = time.monotonic()
-    with held(run_folder), log_file(run_folder / LOG):
+    with trained.held(), log_file(trained.log_file):
         with connect(experiment.parallel):
             resources = plan_resources(experiment)
             check_memory(experiment, resources.gpu)
@@ -99,47 +94,48 @@ def run(
                 dataset = Dataset.find(experiment)
             experiment, data_folder, manifest = dataset.measured(), dataset.folder, dataset.manifest
             check_validation(experiment, data_folder, manifest)
-            check_data(run_folder, manifest)
+            check_data(trained, manifest)
             warn_of_warmup(experiment, manifest)
-            save_code(run_folder, code)
-            save_experiment(run_folder, experiment, manifest, data_folder)
+            trained.save_code(code)
+            save_experiment(trained, experiment, manifest, data_folder)
             if mirror is not None:
                 mirror.send_records()
-            logger.info(f"run {experiment.run_name} in {run_folder}" + (f", kept in {mirror.uri}" if mirror is not None else ""))
+            logger.info(f"run {experiment.run_name} in {trained.folder}" + (f", kept in {mirror.uri}" if mirror is not None else ""))
             if start is not None:
-                logger.info(f"{start} (names in {run_folder / START})")
-            interrupted = driver.train(experiment, data_folder, run_folder, resources, on_report, stop_at)
-        checkpoints = _checkpoints(run_folder, mirror)
-        result = read_result(run_folder)
+                logger.info(f"{start} (names in {trained.start_file})")
+            interrupted = driver.train(experiment, data_folder, trained, resources, on_report, stop_at)
+        checkpoints = _checkpoints(trained, mirror)
+        result = trained.result()
         if result is None and interrupted:
             raise Interrupted(f"stopped at step {checkpoints[-1].step:,}, checkpoint saved; the same command continues")
         if result is None:
             return {"step": checkpoints[-1].step, **checkpoints[-1].metrics}
-        report(experiment, run_folder, checkpoints, result, dataset.parts, time.monotonic() - started)
+        report(experiment, trained, checkpoints, result, dataset.parts, time.monotonic() - started)
         return result
 
 
-def _checkpoints(run_folder: Path, mirror: Mirror | None) -> list[CheckpointInfo]:
-    return mirrored(mirror) if mirror is not None else list_checkpoints(run_folder / CHECKPOINTS)
+def _checkpoints(trained: Run, mirror: Mirror | None) -> list[CheckpointInfo]:
+    return (trained if mirror is None else mirror).checkpoints()
 
 
-def check_run(experiment: Experiment, run_folder: Path) -> dict[str, float] | None:
+def check_run(experiment: Experiment, trained: Run) -> dict[str, float] | None:
     """What there is under the run's name: the result of a finished run, or None.
 
     Raises:
         UserError: a run of another experiment; names the differences.
     """
-    if not (run_folder / EXPERIMENT).exists():
-        check_free(run_folder, EXPERIMENT, "--run.name", (*RECORDS, *RECORD_FOLDERS, CHECKPOINTS, "curve.png"))
+    if not trained.exists:
+        names = (*RECORDS, *RECORD_FOLDERS, CHECKPOINTS, CURVE, trained.tokenizer_file.name)
+        check_free(trained.folder, EXPERIMENT, "--run.name", names)
         return None
-    old, _ = read_run(run_folder, install_code=False)
+    old, _ = trained.load(install_code=False)
     changes = differences(old.identity, experiment.identity)
     if changes:
         raise UserError(
-            f"run {experiment.run_name!r} in {run_folder.parent} is another experiment ({'; '.join(changes)}): "
+            f"run {experiment.run_name!r} in {trained.folder.parent} is another experiment ({'; '.join(changes)}): "
             "choose another --run.name, or the same settings"
         )
-    return read_result(run_folder)
+    return trained.result()
 
 
 def check_free(folder: Path, mark: str, field: str, names: Collection[str] | None = None) -> None:
@@ -192,14 +188,14 @@ def check_validation(experiment: Experiment, data_folder: str, manifest: Manifes
             )
 
 
-def check_data(run_folder: Path, manifest: Manifest) -> None:
+def check_data(trained: Run, manifest: Manifest) -> None:
     """Refuses to continue a run on data that has changed since it began.
 
     Raises:
         UserError: the prepared data is not that of the run's start.
     """
-    if (run_folder / EXPERIMENT).exists() and read_run(run_folder, install_code=False)[1] != manifest.digest:
-        raise UserError(f"the prepared data has changed since {run_folder} began: choose another --run.name")
+    if trained.exists and trained.load(install_code=False)[1] != manifest.digest:
+        raise UserError(f"the prepared data has changed since {trained.folder} began: choose another --run.name")
 
 
 def warn_of_warmup(experiment: Experiment, manifest: Manifest) -> None:
@@ -211,7 +207,7 @@ def warn_of_warmup(experiment: Experiment, manifest: Manifest) -> None:
 
 def report(
     experiment: Experiment,
-    run_folder: Path,
+    trained: Run,
     checkpoints: list[CheckpointInfo],
     result: dict[str, float],
     parts: list[Component],
@@ -220,24 +216,24 @@ def report(
     """Says what came out and where it is, and draws the loss curve."""
     metric = experiment.run.best_metric
     best = best_of(checkpoints, metric)
-    picture = training_curves(read_metrics(run_folder), experiment.run_name, metric, None if best is None else best.step)
-    write_file(run_folder, "curve.png", png(picture))
+    picture = training_curves(trained.metrics(), experiment.run_name, metric, None if best is None else best.step)
+    write_file(trained.folder, trained.curve_file.name, png(picture))
     baselines = build_task(experiment).baselines(parts)
     logger.info(f"finished after {duration(seconds)}: {_summary(result, baselines)}")
-    if (reason := read_stopped(run_folder)) is not None:
+    if (reason := trained.stopped()) is not None:
         logger.info(f"  ended early:  {reason}")
-    logger.info(f"  run folder:   {run_folder}")
+    logger.info(f"  run folder:   {trained.folder}")
     logger.info(f"  checkpoints:  last step {checkpoints[-1].step}, best step {(best or checkpoints[-1]).step} by {metric}")
-    logger.info(f"  TensorBoard:  tensorboard --logdir {run_folder / 'tensorboard'}")
-    pictures = ", ".join(str(p) for p in [run_folder / "curve.png", *sorted((run_folder / "samples").glob("*.png"))[-1:]])
+    logger.info(f"  TensorBoard:  tensorboard --logdir {trained.tensorboard_folder}")
+    pictures = ", ".join(str(p) for p in [trained.curve_file, *sorted(trained.samples_folder.glob("*.png"))[-1:]])
     logger.info(f"  pictures:     {pictures}")
-    logger.info(f"  evaluate:     python -m ray_jobs.evaluate {_place(experiment, run_folder)}")
+    logger.info(f"  evaluate:     python -m ray_jobs.evaluate {_place(experiment, trained)}")
 
 
-def _place(experiment: Experiment, run_folder: Path) -> str:
+def _place(experiment: Experiment, trained: Run) -> str:
     """The run's folder, or the URI that it is kept at."""
-    mirror = Mirror.of(experiment.run, run_folder)
-    return str(run_folder) if mirror is None else mirror.uri
+    mirror = Mirror.of(experiment.run, trained.folder)
+    return str(trained.folder) if mirror is None else mirror.uri
 
 
 def _summary(metrics: dict[str, float], baselines: dict[str, Baseline]) -> str:

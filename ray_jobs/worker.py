@@ -18,13 +18,14 @@ from perceiver.config import Experiment, UserError, from_dict
 from perceiver.data.manifest import Manifest
 from perceiver.datasets import preprocess_command
 from perceiver.extensions import Code
+from perceiver.runs import Run
 from perceiver.tasks import build_task
 from perceiver.training.batches import make_val_feeds
 from perceiver.training.callbacks import Callback
-from perceiver.training.checkpoint import load_model, write_json
+from perceiver.training.checkpoint import load_model
 from perceiver.training.hooks import CallbackError
 from perceiver.training.loop import StepResult
-from perceiver.training.mirror import CHECKPOINTS, Mirror, fetch_run
+from perceiver.training.mirror import Mirror, fetch_run
 from perceiver.training.not_finite import NotFinite
 from perceiver.training.parallel import World, join_world
 from perceiver.training.run import Training, build_state, evaluate
@@ -35,8 +36,6 @@ from ray_jobs.messages import SIGN_OF_LIFE
 from ray_jobs.watch import Steps, reporting
 
 logger = logging.getLogger(__name__)
-FAILURE = "failure.json"
-"""In a run's folder: why its last start failed for good; workers that are started again find it and end at once."""
 PROGRAM_FAULTS = (TypeError, ValueError, KeyError, IndexError, AttributeError, AssertionError, ImportError, NotImplementedError)
 """Faults of the program or its files; what a lost worker or a broken connection raises is none of them."""
 DATA_PATIENCE = 600.0
@@ -45,19 +44,19 @@ DATA_PATIENCE = 600.0
 
 def train_worker(config: dict[str, Any]) -> None:
     Code(config["code"]).install()
-    run_folder = Path(config["run_folder"])
-    mirror = Mirror.of(from_dict(config["experiment"]).run, run_folder)
+    run = Run(Path(config["run_folder"]))
+    mirror = Mirror.of(from_dict(config["experiment"]).run, run.folder)
     if mirror is not None:
         mirror.fetch(0)
-    if (run_folder / FAILURE).exists():
+    if run.failure() is not None:
         return
     experiment, world = _enter(config)
     steps = Steps()
     with _reporting(config, world, steps):
-        _train(config, experiment, world, steps, run_folder, mirror)
+        _train(config, experiment, world, steps, run, mirror)
 
 
-def _train(config: dict[str, Any], experiment: Experiment, world: World, steps: Steps, run_folder: Path, mirror: Mirror | None) -> None:
+def _train(config: dict[str, Any], experiment: Experiment, world: World, steps: Steps, run: Run, mirror: Mirror | None) -> None:
     data_folder, mailbox = config["data_folder"], config["messages"]
     try:
         training = Training(
@@ -66,30 +65,30 @@ def _train(config: dict[str, Any], experiment: Experiment, world: World, steps: 
             data_folder,
             Manifest.load(data_folder),
             world,
-            run_folder,
+            run.folder,
             read_with_ray,
-            [Reports(mailbox), Gauges(run_folder.name), DataPatience(), Notice(), Interruption(mailbox), steps],
+            [Reports(mailbox), Gauges(run.name), DataPatience(), Notice(), Interruption(mailbox), steps],
             config["stop_at"],
         )
         training.run()
     except DataFault as error:
         # One worker alone may meet it, while the others wait for its part of a step: they are ended by its error, and the reason
         # that is noted ends the run when they start again.
-        _note_failure(run_folder, mirror, True, _with_repair(error, experiment))
+        _note_failure(run, mirror, True, _with_repair(error, experiment))
         raise
     except CallbackError as error:  # as above
-        _note_failure(run_folder, mirror, True, str(error))
+        _note_failure(run, mirror, True, str(error))
         raise
     except (NotFinite, UserError) as error:
         # Raised by all workers alike, and again at every restart: end the run instead of restarting it.
         if world.rank == 0:
-            _note_failure(run_folder, mirror, True, str(error))
+            _note_failure(run, mirror, True, str(error))
     except PROGRAM_FAULTS as error:
         if not dist.is_initialized():
             raise  # Ray has taken the group of workers down under this one, to start it again in another size
         # A restart would only raise it again; but maybe one worker alone raised it, and the others wait for that one.
         lines = traceback.format_exception(error)
-        _note_failure(run_folder, mirror, False, f"worker {world.rank}:\n{''.join(lines)}")
+        _note_failure(run, mirror, False, f"worker {world.rank}:\n{''.join(lines)}")
         raise
 
 
@@ -100,10 +99,10 @@ def _with_repair(error: DataFault, experiment: Experiment) -> str:
     return f"{error}: remove it and run `{preprocess_command(experiment)}`"
 
 
-def _note_failure(run_folder: Path, mirror: Mirror | None, users: bool, reason: str) -> None:
-    write_json(run_folder / FAILURE, {"users": users, "reason": reason})
+def _note_failure(run: Run, mirror: Mirror | None, users: bool, reason: str) -> None:
+    run.save_failure(users, reason)
     if mirror is not None:
-        mirror.send(FAILURE)
+        mirror.send_failure()
 
 
 def evaluate_worker(config: dict[str, Any]) -> None:
@@ -123,7 +122,7 @@ def _evaluate(config: dict[str, Any], experiment: Experiment, world: World) -> N
         fetched = fetch_run(config["origin"])
         if fetched is None:
             raise FileNotFoundError(f"{config['origin']} is a run no longer")
-        checkpoint = fetched / CHECKPOINTS / checkpoint.name
+        checkpoint = fetched.checkpoints_folder / checkpoint.name
     load_model(checkpoint, model)
     try:
         metrics, sums, _ = evaluate(task, model, feeds, world, read_with_ray)

@@ -15,11 +15,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from perceiver.config import Experiment, to_dict
-from perceiver.runs import EXPERIMENT
-from perceiver.training.checkpoint import write_json
-from perceiver.training.checkpoint_choice import list_checkpoints
-from perceiver.training.mirror import CHECKPOINTS, MARKER
+from perceiver.checkpoints import MARKER, checkpoint_name
+from perceiver.config import Experiment
+from perceiver.runs import Run
 
 EXCHANGES = "exchanges.jsonl"
 """In a trial's run folder: which values held from which step on, and whose checkpoint they began with."""
@@ -44,19 +42,18 @@ def take_over(donor: Path, step: int, run: Path, experiment: Experiment, values:
     Raises:
         DonorLost: the donor's checkpoint did not become complete within PATIENCE.
     """
-    source = wait_for(donor / CHECKPOINTS / f"step-{step:08d}")
-    for checkpoint in list_checkpoints(run / CHECKPOINTS):
+    source = wait_for(Run(donor).checkpoints_folder / checkpoint_name(step))
+    for checkpoint in Run(run).checkpoints():
         if checkpoint.step >= step:
             (checkpoint.path / MARKER).unlink()
             shutil.rmtree(checkpoint.path)
-    target = run / CHECKPOINTS / source.name
+    target = Run(run).checkpoints_folder / source.name
     incoming = target.with_name(f".{source.name}")
     for leftover in (incoming, target):
         shutil.rmtree(leftover, ignore_errors=True)
     shutil.copytree(source, incoming, copy_function=_link)
     os.replace(incoming, target)
-    run_file = run / EXPERIMENT
-    write_json(run_file, {**json.loads(run_file.read_text()), "experiment": to_dict(experiment)})
+    Run(run).change_experiment(experiment)
     with open(run / EXCHANGES, "a") as file:
         file.write(json.dumps({"step": step, "from": donor.name, "values": dict(values)}) + "\n")
 

@@ -10,10 +10,10 @@ from typing import Any
 
 from ray.tune import Callback, Stopper
 
-from perceiver.training.run import RESULT
+from perceiver.runs import Run
 from tuning.sweeps import Sweep
 from tuning.trial import FAILED, VALUES, run_name
-from tuning.trials import EVENTS, diverged, prune, read_trials
+from tuning.trials import EVENTS, TRIALS, diverged, prune, read_trials
 
 logger = logging.getLogger(__name__)
 
@@ -57,19 +57,19 @@ class Record(Callback):
 
     def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         # A trial that is stopped may write down a failure too: that of its workers, which are taken from it.
-        reason = self._folder / "trials" / run_name(trial.trial_id) / FAILED
+        reason = self._folder / TRIALS / run_name(trial.trial_id) / FAILED
         lines = (trial.get_error() or "it died without a word").strip().splitlines()
         self._end(trial, reason.read_text() if reason.exists() else lines[-1])
 
     def _end(self, trial: Any, failed: str) -> None:
-        run = self._folder / "trials" / run_name(trial.trial_id)
+        run = self._folder / TRIALS / run_name(trial.trial_id)
         if not (run / VALUES).exists():
             run.mkdir(parents=True, exist_ok=True)
             (run / VALUES).write_text(json.dumps(trial.config["values"]))
         self._write(trial, "end", failed=failed)
         if failed:
             logger.info(f"{run.name} failed: {failed}")
-        elif not (run / RESULT).exists():
+        elif Run(run).status() != "finished":
             logger.info(f"{run.name} was stopped")
         if self._sweep.scheduler != "pbt":
             prune(self._folder, [t for t in read_trials(self._folder) if t["status"] != "running"], self._sweep.keep)

@@ -19,10 +19,10 @@ import pyarrow.parquet as pq
 from perceiver.config import UserError, home
 from perceiver.data.storage import write_file
 from perceiver.plots import GREY, NUM_COLORS, color, far_apart, frame, log_scale, new_figure, plain, png, step_axis
-from perceiver.runs import read_metrics
+from perceiver.runs import Run
 from ray_jobs.cli import main_entry, program
 from tuning.sweeps import arguments
-from tuning.trials import Trial, read_settings, read_trials
+from tuning.trials import SETTINGS, Trial, read_settings, read_trials
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,9 +33,9 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog=program("tuning.report"), description=__doc__)
     parser.add_argument("sweep", help="a sweep's folder, or its name in $PERCEIVER_HOME/sweeps")
     folder = Path(parser.parse_args(argv).sweep).expanduser()
-    if not (folder / "sweep.json").exists():
+    if not (folder / SETTINGS).exists():
         folder = home() / "sweeps" / folder
-    if not (folder / "sweep.json").exists():
+    if not (folder / SETTINGS).exists():
         raise UserError(f"sweep {argv[0]!r} does not exist: give its folder, or the name of one in {home() / 'sweeps'}")
     for line in table(write(folder), read_settings(folder)):
         print(line)
@@ -234,7 +234,7 @@ def _range(values: Sequence[Any]) -> str:
 
 
 def _curve(trial: Trial) -> dict[int, float]:
-    return {r["step"]: r[trial["metric"]] for r in read_metrics(Path(trial["run"])) if trial["metric"] in r}
+    return {r["step"]: r[trial["metric"]] for r in Run(Path(trial["run"])).metrics() if trial["metric"] in r}
 
 
 def _line(place: int) -> dict[str, Any]:

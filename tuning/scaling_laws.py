@@ -19,10 +19,10 @@ import numpy as np
 from perceiver.config import Experiment, UserError
 from perceiver.costs.flops import num_parameters
 from perceiver.data.storage import write_file
+from perceiver.disk import write_json
 from perceiver.models import PerceiverARConfig, check_model
 from perceiver.plots import GREY, color, frame, log_scale, new_figure, png
 from perceiver.tasks import build_task
-from perceiver.training.checkpoint import write_json
 from ray_jobs.cli import main_entry, program, refuse_empty
 from ray_jobs.logs import show_progress
 from tuning.power_law import Measurement, Study, fit_study

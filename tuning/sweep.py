@@ -24,9 +24,9 @@ from ray import tune
 import perceiver
 from perceiver.config import Experiment, UserError, check_folder_name, differences, digest, flatten, home, to_dict
 from perceiver.datasets import Dataset, with_tokenizer
+from perceiver.disk import write_json
 from perceiver.extensions import code_of
 from perceiver.runs import held
-from perceiver.training.checkpoint import write_json
 from perceiver.training.meters import duration
 from perceiver.training.run import total_steps
 from ray_jobs.cli import main_entry, program, refuse_empty
@@ -40,11 +40,10 @@ from tuning.record import Record, StopDiverged
 from tuning.schedulers import scheduler, search, slot
 from tuning.sweeps import SWEEPS, Sweep, check_sweep, find_sweep, trial_experiment
 from tuning.trial import run_trial
-from tuning.trials import prune
+from tuning.trials import SETTINGS, TRIALS, prune
 
 logger = logging.getLogger("tuning.sweep")  # which __name__ is not where it is run as a program
 
-SETTINGS = "sweep.json"
 FIRST_VERSION = "0.1.0"
 """Of this package: its sweeps do not say which version began them."""
 OPTIONS = {
@@ -236,7 +235,7 @@ def fit(sweep: Sweep, folder: Path, base: Experiment, room: Room, steps: int) ->
         "reports": sweep.reports,
         "examples": examples,
         "population": sweep.scheduler == "pbt",
-        "trials": str(folder / "trials"),
+        "trials": str(folder / TRIALS),
     }
     trainable = tune.with_resources(
         tune.with_parameters(run_trial, settings=settings), tune.PlacementGroupFactory([slot(sweep, room.concurrent)])

@@ -11,12 +11,12 @@ from typing import Any
 
 from ray import tune
 
+from perceiver.checkpoints import checkpoint_name, marked
 from perceiver.config import Experiment, UserError, from_dict
 from perceiver.datasets import Dataset
+from perceiver.disk import write_json
 from perceiver.extensions import Code
-from perceiver.runs import EXPERIMENT
-from perceiver.training.checkpoint import write_json
-from perceiver.training.mirror import CHECKPOINTS, MARKER
+from perceiver.runs import Run
 from perceiver.training.run import total_steps
 from ray_jobs import train
 from ray_jobs.cli import JobFailed
@@ -68,9 +68,9 @@ def run_trial(config: dict[str, Any], settings: dict[str, Any]) -> None:
 
     def report_saved(metrics: dict[str, float]) -> None:
         """Reports once the checkpoint is complete: after a report the trial may be paused, or another take its weights over."""
-        name = f"step-{int(metrics['step']):08d}"
+        name = checkpoint_name(int(metrics["step"]))
         # A later one will do as well: it may have been the cause that the checkpoint was thrown away.
-        while not any(marker.parent.name >= name for marker in (run / CHECKPOINTS).glob(f"step-*/{MARKER}")):
+        while not any(path.name >= name for path in marked(Run(run).checkpoints_folder)):
             if over.wait(0.1):
                 return
         report(metrics)
@@ -111,7 +111,7 @@ def _experiment(base: Experiment, values: dict[str, Any], name: str, settings: d
 
 def _continue_from_donor(run: Path, experiment: Experiment, values: dict[str, Any]) -> None:
     checkpoint = tune.get_checkpoint()
-    if checkpoint is None or not (run / EXPERIMENT).exists():
+    if checkpoint is None or not Run(run).exists:
         return
     with checkpoint.as_directory() as folder:
         place = json.loads((Path(folder) / "place.json").read_text())

@@ -10,15 +10,18 @@ from typing import Any
 
 import numpy as np
 
-from perceiver.runs import read_metrics
-from perceiver.training.checkpoint_choice import best_of, list_checkpoints
-from perceiver.training.mirror import CHECKPOINTS
-from perceiver.training.run import RESULT
+from perceiver.checkpoints import best_of
+from perceiver.disk import read_json
+from perceiver.runs import Run
 from tuning.population import exchanges
 from tuning.trial import VALUES
 
 Trial = dict[str, Any]
 
+SETTINGS = "sweep.json"
+"""File that makes a folder a sweep: what makes it the same sweep, and the version that began it."""
+TRIALS = "trials"
+"""In a sweep's folder: the runs of its trials."""
 EVENTS = "events.jsonl"
 """In a sweep's folder: a line for every start, report and end of a trial, with its time."""
 DIVERGED = 3.0
@@ -26,7 +29,7 @@ DIVERGED = 3.0
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "sweep.json").read_text())
+    return read_json(folder / SETTINGS)
 
 
 def read_trials(folder: Path) -> list[Trial]:
@@ -41,10 +44,10 @@ def read_trials(folder: Path) -> list[Trial]:
     for event in read_events(folder):
         events.setdefault(event["trial"], []).append(event)
     trials = []
-    for path in sorted((folder / "trials").glob(f"*/{VALUES}")):
+    for path in sorted((folder / TRIALS).glob(f"*/{VALUES}")):
         run = path.parent
         own = events.get(run.name, [])
-        metrics = read_metrics(run)
+        metrics = Run(run).metrics()
         values = [(r[metric], r["step"]) for r in metrics if metric in r and np.isfinite(r[metric])]
         best = min(values, key=lambda v: sign * v[0], default=(None, None))
         reports = [e for e in own if e["event"] == "report"]
@@ -68,7 +71,7 @@ def _status(run: Path, events: Sequence[dict], reports: Sequence[dict]) -> tuple
         return "running", ""
     if events[-1]["failed"]:
         return "failed", events[-1]["failed"]
-    if (run / RESULT).exists():
+    if Run(run).status() == "finished":
         return "finished", ""
     losses = [report["loss"] for report in reports if report["loss"] is not None]
     if losses and diverged(losses[0], losses[-1]):
@@ -108,12 +111,13 @@ def prune(folder: Path, trials: Sequence[dict[str, Any]], keep: int) -> None:
     all but the last and the best one.
     """
     for place, trial in enumerate(trials):
-        checkpoints = list_checkpoints(folder / "trials" / trial["trial"] / CHECKPOINTS)
+        run = Run(folder / TRIALS / trial["trial"])
+        checkpoints = run.checkpoints()
         wanted = {checkpoints[-1].step} if checkpoints and place < keep else set()
         if wanted and (best := best_of(checkpoints, trial["metric"])):
             wanted.add(best.step)
         if not wanted:  # also what was being written when the trial was stopped
-            shutil.rmtree(folder / "trials" / trial["trial"] / CHECKPOINTS, ignore_errors=True)
+            shutil.rmtree(run.checkpoints_folder, ignore_errors=True)
             continue
         for checkpoint in checkpoints:
             if checkpoint.step not in wanted:

@@ -26,11 +26,10 @@ from perceiver.interop.pretrained import (
     read_tensors,
 )
 from perceiver.models import build_model
-from perceiver.runs import read_run
+from perceiver.runs import Run
 from perceiver.training.checkpoint import load_model
-from perceiver.training.checkpoint_choice import choose_checkpoint, find_run
 from perceiver.training.checkpoint_files import check_files
-from perceiver.training.mirror import CHECKPOINTS
+from perceiver.training.mirror import find_run
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -61,9 +60,9 @@ def load(
     target = _device(device)
     if precision not in DTYPES:
         raise UserError(f"precision is {precision!r} and must be one of {', '.join(DTYPES)}")
-    folder = find_run(source)
-    if folder is not None:
-        trained = load_run(folder, checkpoint, target, trust_code)
+    run = find_run(source)
+    if run is not None:
+        trained = load_run(run, checkpoint, target, trust_code)
     else:
         trained = _load_other(source, target)
     trained.model.to(dtype=DTYPES[precision])
@@ -106,14 +105,14 @@ def describe(source: str | Path, checkpoint: str = "best", trust_code: bool = Fa
         UserError: a run without such a checkpoint or with a damaged one, or a path or name that cannot be a model.
     """
     _check_source(source)
-    folder = find_run(source)
-    if folder is not None:
-        experiment, _ = read_run(folder, trust_code)
-        chosen = choose_checkpoint(folder / CHECKPOINTS, str(checkpoint), experiment.run.best_metric)
+    run = find_run(source)
+    if run is not None:
+        experiment, _ = run.load(trust_code)
+        chosen = run.checkpoint(str(checkpoint), experiment.run.best_metric)
         check_files(chosen.path)
         # Who loads it may be on another machine: a URI means the same there.
-        location = str(source) if "://" in str(source) else str(folder)
-        return Description(folder.name, location, str(chosen.step), experiment.task, experiment.model, experiment.data)
+        location = str(source) if "://" in str(source) else str(run.folder)
+        return Description(run.name, location, str(chosen.step), experiment.task, experiment.model, experiment.data)
     path = Path(source).expanduser()
     config = read_config(path)
     if config is not None:
@@ -124,24 +123,24 @@ def describe(source: str | Path, checkpoint: str = "best", trust_code: bool = Fa
     return Description(str(source), str(path.absolute()) if path.exists() else str(source), checkpoint, None)
 
 
-def load_run(folder: Path, checkpoint: str, device: torch.device, trust_code: bool = False) -> TrainedModel:
+def load_run(run: Run, checkpoint: str, device: torch.device, trust_code: bool = False) -> TrainedModel:
     """The model of a run's checkpoint.
 
     Raises:
         UserError: there is no such checkpoint or it is damaged, or the run's tokenizer is missing.
     """
-    experiment, digest = read_run(folder, trust_code)
-    chosen = choose_checkpoint(folder / CHECKPOINTS, str(checkpoint), experiment.run.best_metric)
+    experiment, digest = run.load(trust_code)
+    chosen = run.checkpoint(str(checkpoint), experiment.run.best_metric)
     model = empty_model(experiment.model, device)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # one process is what is meant
         load_model(chosen.path, model)
-    copy, data = folder / TOKENIZER, experiment.data
+    copy, data = run.tokenizer_file, experiment.data
     if copy.is_file():
         data = replace(data, tokenizer=str(copy))
     tokenizer = tokenizer_of(experiment.model, data.tokenizer) if KINDS[experiment.task.kind].is_text else None
     provenance = {
-        "run": folder.name,
+        "run": run.name,
         "preset": experiment.preset,
         "step": chosen.step,
         "metrics": chosen.metrics,
@@ -149,7 +148,7 @@ def load_run(folder: Path, checkpoint: str, device: torch.device, trust_code: bo
     }
     return TrainedModel(
         model=model, config=experiment.model, task=experiment.task, data=data, seed=experiment.training.seed, tokenizer=tokenizer,
-        name=folder.name, provenance=provenance,
+        name=run.name, provenance=provenance,
     )  # fmt: skip
 
 

@@ -33,23 +33,23 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
-from perceiver.data.storage import write_file
-from perceiver.disk import to_disk
-from perceiver.training.checkpoint_choice import best_of, is_better, list_checkpoints, mirrored
-from perceiver.training.checkpoint_files import (
+from perceiver.checkpoints import (
     MARKER,
     CheckpointInfo,
-    ShardWriter,
-    cause,
-    check_files,
-    find_damage,
-    json_bytes,
+    DamagedCheckpoint,
+    best_of,
+    checkpoint_name,
+    damaged_name,
+    is_better,
+    list_checkpoints,
+    marked,
     marker_content,
     parse_marker,
     read_marker,
-    read_tensors,
 )
-from perceiver.training.damage import DamagedCheckpoint
+from perceiver.data.storage import write_file
+from perceiver.disk import to_disk
+from perceiver.training.checkpoint_files import ShardWriter, cause, check_files, find_damage, read_tensors
 from perceiver.training.hooks import STATES, pack
 from perceiver.training.mirror import Mirror
 from perceiver.training.safetensors_file import write_safetensors
@@ -145,7 +145,7 @@ class Checkpointer:
             return
         start = time.perf_counter()
         self._finish()
-        path = self.folder / f"step-{state.step:08d}"
+        path = self.folder / checkpoint_name(state.step)
         if self.rank == 0 and path.exists():
             shutil.rmtree(path)
         dist.barrier(self._group)
@@ -193,7 +193,7 @@ class Checkpointer:
             if self.rank == 0:
                 self.mirror.complete(checkpoint.path.name, marker)
                 self.mirror.send_records()
-                for old in self._superfluous(mirrored(self.mirror)):
+                for old in self._superfluous(self.mirror.checkpoints()):
                     self.mirror.remove(old.path.name)
         if self.rank == 0 or self.mirror is not None:
             write_file(checkpoint.path, MARKER, marker)
@@ -213,14 +213,14 @@ class Checkpointer:
         return [c for c in checkpoints[: -self.keep] if best is None or c.step != best.step]
 
     def _complete(self) -> list[CheckpointInfo]:
-        return mirrored(self.mirror) if self.mirror is not None else list_checkpoints(self.folder)
+        return self.mirror.checkpoints() if self.mirror is not None else list_checkpoints(self.folder)
 
     def _newest(self) -> str | None:
         """Folder of the newest checkpoint that has a marker, or of any that has a damaged one."""
         if self.mirror is not None:
             names = list(self.mirror.markers())
         else:
-            names = sorted(path.parent.name for path in self.folder.glob(f"step-*/{MARKER}"))
+            names = [path.name for path in marked(self.folder)]
         whole = {checkpoint.path.name for checkpoint in self._complete()}
         return next((name for name in names if name not in whole), names[-1] if names else None)
 
@@ -246,7 +246,7 @@ class Checkpointer:
         """Renames a checkpoint so that it does not count; its new name."""
         if self.mirror is not None:
             return self.mirror.set_aside(name)
-        target = self.folder / f"damaged-{name}"
+        target = self.folder / damaged_name(name)
         while target.exists():
             target = target.with_name(f"{target.name}-again")
         os.replace(self.folder / name, target)
@@ -310,8 +310,3 @@ def load_weights(path: str | Path, model: nn.Module, names: Collection[str]) -> 
     weights = {name: value for name, value in get_model_state_dict(model).items() if name in names}
     read_tensors(Path(path), {"model": weights})
     set_model_state_dict(model, weights, options=StateDictOptions(strict=False))
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Writes a file whole or not at all; numbers that are not finite become null."""
-    write_file(path.parent, path.name, json_bytes(content))

@@ -8,10 +8,8 @@ which is read with an allow-list of classes.
 from __future__ import annotations
 
 import json
-import math
 import os
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,89 +23,15 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future as TorchFuture
 
+from perceiver.checkpoints import MARKER, CheckpointInfo, DamagedCheckpoint, Files, read_marker
 from perceiver.config import UserError
 from perceiver.data.storage import file_hash
 from perceiver.disk import to_disk
-from perceiver.training.damage import DamagedCheckpoint, plain_name
 from perceiver.training.old_checkpoints import OLD_METADATA, OldReader
 from perceiver.training.safetensors_file import write_safetensors
 
-MARKER = "checkpoint.json"
-"""Written into a checkpoint's folder when all else is there."""
 SUFFIX = ".safetensors"
 Result = TypeVar("Result")
-Files = dict[str, tuple[int, str]]
-"""Size and sha256 of files, by name."""
-
-
-@dataclass(frozen=True)
-class CheckpointInfo:
-    """A complete checkpoint, as its marker describes it."""
-
-    path: Path
-    step: int
-    metrics: dict[str, float]
-    """Of a validation at this very step; empty where there was none."""
-    higher_is_better: frozenset[str] = frozenset()
-    """Names of those of the metrics of which higher values are better."""
-    files: Files | None = None
-    """All files but the marker; None: written before hashes were recorded."""
-
-
-def marker_content(checkpoint: CheckpointInfo) -> bytes:
-    """The content of a checkpoint's marker."""
-    assert checkpoint.files is not None
-    content = {
-        "step": checkpoint.step,
-        "metrics": checkpoint.metrics,
-        "higher_is_better": sorted(checkpoint.higher_is_better),
-        "files": {name: {"bytes": size, "sha256": digest} for name, (size, digest) in checkpoint.files.items()},
-    }
-    return json_bytes(content)
-
-
-def parse_marker(path: Path, content: bytes) -> CheckpointInfo:
-    """What a checkpoint's marker says.
-
-    Args:
-        path: the checkpoint's folder.
-
-    Raises:
-        DamagedCheckpoint: it is not what `marker_content` writes.
-    """
-    try:
-        data = json.loads(content)
-        step, metrics, files = data["step"], data["metrics"], data.get("files")
-        # Checkpoints written before the direction was recorded know one metric of which more is better.
-        higher = data.get("higher_is_better", [name for name in metrics if name.partition("/")[0] == "val_acc"])
-        if type(step) is not int or path.name != f"step-{step:08d}":
-            raise ValueError(f"its step is {step!r}")
-        if not all(isinstance(name, str) for name in higher):
-            raise TypeError
-        return CheckpointInfo(
-            path,
-            step,
-            {name: math.nan if value is None else float(value) for name, value in metrics.items()},
-            frozenset(higher),
-            None if files is None else {plain_name(name): (int(f["bytes"]), str(f["sha256"])) for name, f in files.items()},
-        )
-    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
-        reason = f" ({error})" if type(error) is ValueError else ""
-        raise DamagedCheckpoint(f"{path / MARKER} is damaged: it is no marker of a complete checkpoint{reason}") from error
-
-
-def read_marker(path: Path) -> CheckpointInfo:
-    """What the marker in a checkpoint's folder says.
-
-    Raises:
-        FileNotFoundError: there is none, so the checkpoint is not complete.
-        DamagedCheckpoint: it is damaged.
-    """
-    try:
-        content = (path / MARKER).read_bytes()
-    except IsADirectoryError:
-        content = b""
-    return parse_marker(path, content)
 
 
 def find_damage(checkpoint: CheckpointInfo, rank: int = 0, size: int = 1) -> str | None:
@@ -247,19 +171,3 @@ def cause(error: BaseException) -> BaseException:
     if isinstance(error, CheckpointException) and error.failures:
         return error.failures[min(error.failures)][0]
     return error
-
-
-def json_bytes(content: Any) -> bytes:
-    """JSON for people and programs; what is no finite number becomes null, which all programs can read."""
-    return (json.dumps(finite(content), indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
-
-
-def finite(content: Any) -> Any:
-    """Plain data with None in place of NaN and infinities."""
-    if isinstance(content, float):
-        return content if math.isfinite(content) else None
-    if isinstance(content, Mapping):
-        return {key: finite(value) for key, value in content.items()}
-    if isinstance(content, Iterable) and not isinstance(content, str):
-        return [finite(value) for value in content]
-    return content

@@ -17,9 +17,9 @@ import torch.distributed
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from perceiver.checkpoints import DamagedCheckpoint
 from perceiver.config import CallbackConfig, UserError, type_name
 from perceiver.training.callbacks import Callback, TrainingView
-from perceiver.training.damage import DamagedCheckpoint
 
 logger = logging.getLogger(__name__)
 

@@ -17,19 +17,16 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 from torch.distributed.tensor import DTensor
 
 from perceiver.config import Experiment, ModelConfig, UserError, differences
-from perceiver.data.tokenizers import TOKENIZER, load_tokenizer
-from perceiver.extensions import Code, check_trust, trust
+from perceiver.data.tokenizers import load_tokenizer
+from perceiver.disk import write_json
+from perceiver.extensions import trust
 from perceiver.interop import comparison
 from perceiver.interop.pretrained import is_hub_name, read_pretrained
 from perceiver.models import PerceiverIOConfig
-from perceiver.runs import CODE, read_run
-from perceiver.training.checkpoint import load_weights, write_json
-from perceiver.training.checkpoint_choice import choose_checkpoint, find_run
+from perceiver.runs import Run
+from perceiver.training.checkpoint import load_weights
 from perceiver.training.checkpoint_files import check_files, stored_shapes
-from perceiver.training.mirror import CHECKPOINTS
-
-START = "start.json"
-"""File of a run that says what it started from."""
+from perceiver.training.mirror import find_run
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -67,11 +64,10 @@ class Start:
             if name in self.loaded and not bool(torch.isfinite(values).all()):
                 raise UserError(f"{self.origin} has values in {name} that are not finite: choose another --training.init-checkpoint")
 
-    def save(self, run_folder: Path) -> None:
+    def save(self, run: Run) -> None:
         """Writes into the run's folder what was loaded, what is new, and what was left."""
         report = {"origin": self.origin, "loaded": self.loaded, "new": self.new, "unused": self.unused}
-        run_folder.mkdir(parents=True, exist_ok=True)
-        write_json(run_folder / START, report)
+        write_json(run.start_file, report)
 
     def __str__(self) -> str:
         parts = [f"weights from {self.origin}: {len(self.loaded)} tensors loaded"]
@@ -120,24 +116,24 @@ def find_start(experiment: Experiment, shapes: Shapes, trust_code: bool = False)
 def trust_start(experiment: Experiment) -> None:
     """Remembers that the user trusts the code of the run that the experiment starts from, if it does start from one."""
     source = experiment.training.init_from or experiment.training.init_encoder_from
-    if source and (folder := find_run(source, experiment.run.storage_path)) is not None:
-        trust(Code.load(folder / CODE))
+    if source and (run := find_run(source, experiment.run.storage_path)) is not None:
+        trust(run.code())
 
 
 def _find(source: str, experiment: Experiment, trust_code: bool) -> tuple[str, ModelConfig, Shapes, dict[str, Any]]:
     """Origin, configuration and shapes of the weights, and where they are (fields of `Start`)."""
     storage = experiment.run.storage_path
-    folder = find_run(source, storage)
-    if folder is not None:
-        code = Code.load(folder / CODE)
+    run = find_run(source, storage)
+    if run is not None:
+        code = run.code()
         if not trust_code:
-            check_trust(code, f"run {folder.name}", folder / CODE)
+            run.check_trust(code)
         # Of classes that this process has already, its own version is meant: they may have changed since that run.
-        trained, _ = read_run(folder, trust_code, install_code=not code.is_imported)
-        chosen = choose_checkpoint(folder / CHECKPOINTS, experiment.training.init_checkpoint, trained.run.best_metric)
+        trained, _ = run.load(trust_code, install_code=not code.is_imported)
+        chosen = run.checkpoint(experiment.training.init_checkpoint, trained.run.best_metric)
         check_files(chosen.path)
-        origin = f"run {folder.name}, step {chosen.step:,}"
-        _check_tokenizer(origin, folder, trained, experiment)
+        origin = f"run {run.name}, step {chosen.step:,}"
+        _check_tokenizer(origin, run, trained, experiment)
         return origin, trained.model, stored_shapes(chosen.path), {"checkpoint": chosen.path}
     if not Path(source).expanduser().exists() and not is_hub_name(source):
         raise UserError(
@@ -149,9 +145,9 @@ def _find(source: str, experiment: Experiment, trust_code: bool) -> tuple[str, M
     return pretrained.origin, pretrained.config, shapes, {"weights": pretrained.weights}
 
 
-def _check_tokenizer(origin: str, folder: Path, trained: Experiment, experiment: Experiment) -> None:
+def _check_tokenizer(origin: str, run: Run, trained: Experiment, experiment: Experiment) -> None:
     """Under another tokenizer the same weights would take every id for another piece of text, and nothing would show it."""
-    copy, here = folder / TOKENIZER, experiment.data.tokenizer
+    copy, here = run.tokenizer_file, experiment.data.tokenizer
     there = str(copy) if copy.is_file() else trained.data.tokenizer
     if there != here and load_tokenizer(there).fingerprint != load_tokenizer(here).fingerprint:
         raise UserError(f"data.tokenizer is {here}, but {origin} was trained with another: give --data.tokenizer {there}")

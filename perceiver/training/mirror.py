@@ -10,8 +10,10 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Iterable
+from fnmatch import fnmatch
 from pathlib import Path
 
+from perceiver.checkpoints import MARKER, STEPS, CheckpointInfo, DamagedCheckpoint, damaged_name, parse_marker
 from perceiver.config import RunConfig, UserError, home
 from perceiver.data.storage import (
     copy_file,
@@ -24,17 +26,8 @@ from perceiver.data.storage import (
     remove_folder,
     write_file,
 )
-from perceiver.data.tokenizers import TOKENIZER
 from perceiver.disk import locked
-from perceiver.training.checkpoint_files import MARKER, parse_marker
-from perceiver.training.damage import DamagedCheckpoint
-
-CHECKPOINTS = "checkpoints"
-"""Folder of a run's checkpoints."""
-RECORDS = ("experiment.json", "start.json", "metrics.jsonl", "result.json", "failure.json", TOKENIZER)
-PROGRESS = ("metrics.jsonl", "result.json")
-"""The records that say how far a run is."""
-RECORD_FOLDERS = ("tensorboard", "samples")
+from perceiver.runs import CHECKPOINTS, EXPERIMENT, FAILURE, PROGRESS, RECORD_FOLDERS, RECORDS, Run
 
 
 class Mirror:
@@ -48,6 +41,7 @@ class Mirror:
     def __init__(self, root: str, folder: Path) -> None:
         self.uri = f"{root.rstrip('/')}/{folder.name}"
         self.folder = folder
+        self._records = (*RECORDS, Run(folder).tokenizer_file.name)
         self._sent: dict[str, tuple[int, int]] = {}
 
     @classmethod
@@ -80,7 +74,7 @@ class Mirror:
 
     def set_aside(self, checkpoint: str) -> str:
         """Renames a damaged checkpoint so that it does not count, its marker last; its new name."""
-        folder, target = f"{self.uri}/{CHECKPOINTS}/{checkpoint}", f"damaged-{checkpoint}"
+        folder, target = f"{self.uri}/{CHECKPOINTS}/{checkpoint}", damaged_name(checkpoint)
         for name in sorted(list_folder(folder), key=lambda name: name == MARKER):
             move_file(folder, name, f"{self.uri}/{CHECKPOINTS}/{target}")
         remove_folder(folder)
@@ -88,7 +82,7 @@ class Mirror:
 
     def send_records(self) -> None:
         """Copies the run's records that have changed since they were last copied."""
-        paths = [self.folder / name for name in RECORDS]
+        paths = [self.folder / name for name in self._records]
         paths += [path for name in RECORD_FOLDERS for path in sorted((self.folder / name).rglob("*"))]
         for path in filter(Path.is_file, paths):
             stat, name = path.stat(), str(path.relative_to(self.folder))
@@ -96,20 +90,30 @@ class Mirror:
                 copy_file(path.parent, path.name, f"{self.uri}/{path.parent.relative_to(self.folder)}".removesuffix("/."))
                 self._sent[name] = (stat.st_mtime_ns, stat.st_size)
 
-    def send(self, record: str) -> None:
-        """Copies one of the run's records."""
-        copy_file(self.folder, record, self.uri)
+    def send_failure(self) -> None:
+        """Copies the note of why the run's start failed."""
+        copy_file(self.folder, FAILURE, self.uri)
 
     def forget_failure(self) -> None:
         """Removes the note of why the run's last start failed."""
-        if "failure.json" in list_folder(self.uri):
-            remove_file(self.uri, "failure.json")
+        if FAILURE in list_folder(self.uri):
+            remove_file(self.uri, FAILURE)
 
     def markers(self) -> dict[str, bytes]:
         """The markers of the checkpoints that are complete, by folder, oldest first."""
         there = sorted(list_tree(f"{self.uri}/{CHECKPOINTS}"))
-        folders = [name.removesuffix(f"/{MARKER}") for name in there if name.endswith(f"/{MARKER}") and name.startswith("step-")]
+        folders = [name.removesuffix(f"/{MARKER}") for name in there if fnmatch(name, f"{STEPS}/{MARKER}")]
         return {folder: read_file(f"{self.uri}/{CHECKPOINTS}/{folder}", MARKER) for folder in folders}
+
+    def checkpoints(self) -> list[CheckpointInfo]:
+        """The checkpoints that are complete, oldest first, without those whose marker is damaged; their paths are names alone."""
+        found = []
+        for name, marker in self.markers().items():
+            try:
+                found.append(parse_marker(Path(name), marker))
+            except DamagedCheckpoint:
+                continue
+        return found
 
     def fetch(self, checkpoints: int | None = 1) -> None:
         """Brings the local folder to what the store has: all records, and the given number of newest checkpoints (None: all).
@@ -122,13 +126,13 @@ class Mirror:
             markers = self.markers()  # first: then all their files are listed
             there = list_tree(self.uri)
             for name in there:
-                if name in RECORDS or name.partition("/")[0] in RECORD_FOLDERS:
+                if name in self._records or name.partition("/")[0] in RECORD_FOLDERS:
                     self._get(name)
             for name in PROGRESS:
                 if name not in there:
                     (self.folder / name).unlink(missing_ok=True)
             complete = list(markers)
-            for path in (self.folder / CHECKPOINTS).glob("step-*"):
+            for path in (self.folder / CHECKPOINTS).glob(STEPS):
                 if not (path / MARKER).is_file() or (path / MARKER).read_bytes() != markers.get(path.name):
                     shutil.rmtree(path)
             for checkpoint in complete if checkpoints is None else complete[max(0, len(complete) - checkpoints) :]:
@@ -160,7 +164,7 @@ class Mirror:
         copy_file(f"{self.uri}/{name}".rpartition("/")[0], path.name, path.parent)
 
 
-def fetch_run(uri: str) -> Path | None:
+def fetch_run(uri: str) -> Run | None:
     """A local copy of a run of an object store, with all its checkpoints, brought up to date; None: there is no such run.
 
     Raises:
@@ -170,7 +174,14 @@ def fetch_run(uri: str) -> Path | None:
     folder = home() / "fetched" / hashlib.sha256(root.encode()).hexdigest()[:8] / name
     mirror = Mirror(root, folder)
     mirror.check()
-    if "experiment.json" not in list_folder(uri):
+    if EXPERIMENT not in list_folder(uri):
         return None
     mirror.fetch(None)
-    return folder
+    return Run(folder)
+
+
+def find_run(source: str | Path, storage: str | Path | None = None) -> Run | None:
+    """A run that is given by its path, its URI in an object store (then fetched), or its name among those of `storage` or
+    $PERCEIVER_HOME; else None.
+    """
+    return fetch_run(str(source)) if "://" in str(source) else Run.find(source, storage)

@@ -10,12 +10,11 @@ from torch import Tensor, nn
 
 from perceiver.data.mixture import Mixture
 from perceiver.data.order import Order
-from perceiver.training.checkpoint_files import json_bytes
+from perceiver.disk import json_bytes
+from perceiver.runs import Run
 from perceiver.training.loop import StepResult
 from perceiver.training.parallel import World
 
-NOT_FINITE = "not-finite.json"
-"""File of a run with the steps that were not finite, each with its rows."""
 REMEDY = "a lower optim.lr, a longer optim.warmup-steps or optim.max-grad-norm usually help"
 
 
@@ -32,7 +31,8 @@ class Finiteness:
     """
 
     def __init__(self, folder: Path, order: Order | Mixture, world: World, limit: int, skipped: list[int]) -> None:
-        self._folder, self._order, self._world, self._limit = folder, order, world, limit
+        self._file = Run(folder).not_finite_file
+        self._order, self._world, self._limit = order, world, limit
         self.skipped = list(skipped)
         self._losses: list[Tensor] = []
 
@@ -51,7 +51,7 @@ class Finiteness:
         if len(self.skipped) > self._limit:
             raise NotFinite(
                 f"the loss or gradient was not finite at {len(self.skipped)} steps, the last at step {step}, and "
-                f"training.skip-not-finite is {self._limit}; {REMEDY} (the steps' rows are in {self._folder / NOT_FINITE})"
+                f"training.skip-not-finite is {self._limit}; {REMEDY} (the steps' rows are in {self._file})"
             )
 
     def check(self, step: int, loss: float, norm: float) -> None:
@@ -69,7 +69,7 @@ class Finiteness:
             finite = self._world.all_sum(torch.stack(losses)).isfinite().tolist()
             first = step - len(losses) + 1 + (finite.index(False) if False in finite else len(losses) - 1)
         self._keep([*self.skipped, first])
-        raise NotFinite(f"the {what} at step {first}; {REMEDY} (the step's rows are in {self._folder / NOT_FINITE})")
+        raise NotFinite(f"the {what} at step {first}; {REMEDY} (the step's rows are in {self._file})")
 
     def check_weights(self, step: int, model: nn.Module) -> None:
         """Checks weights before they are saved: one that is not finite would make the checkpoint useless.
@@ -82,8 +82,7 @@ class Finiteness:
         if self._world.all_sum(bad).item():
             self._keep([*self.skipped, step])
             raise NotFinite(
-                f"weights became NaN or infinite at step {step} and are not saved; {REMEDY} (the step's rows are in "
-                f"{self._folder / NOT_FINITE})"
+                f"weights became NaN or infinite at step {step} and are not saved; {REMEDY} (the step's rows are in {self._file})"
             )
 
     def _keep(self, steps: list[int]) -> None:
@@ -91,7 +90,7 @@ class Finiteness:
             return
         entries = [{"step": step, "rows": [row if isinstance(row, tuple) else int(row) for row in self._rows(step)]} for step in steps]
         try:
-            (self._folder / NOT_FINITE).write_bytes(json_bytes(entries))
+            self._file.write_bytes(json_bytes(entries))
         except OSError:
             pass  # the reason that is given says more than this file
 

@@ -13,8 +13,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import filesystem, metadata
 
+from perceiver.checkpoints import DamagedCheckpoint, plain_name
 from perceiver.config import UserError
-from perceiver.training.damage import DamagedCheckpoint, plain_name
 from perceiver.training.safetensors_file import DTYPES
 
 OLD_METADATA = ".metadata"

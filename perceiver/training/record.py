@@ -16,8 +16,8 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import image, scalar, text
 
 from perceiver.data.storage import write_file
-from perceiver.runs import METRICS, read_metrics
-from perceiver.training.checkpoint_files import finite
+from perceiver.disk import finite
+from perceiver.runs import METRICS, Run
 from perceiver.training.meters import duration
 
 if TYPE_CHECKING:
@@ -44,9 +44,9 @@ class Recorder:
         if not active:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        keep = [record for record in read_metrics(folder) if record["step"] <= step]
+        keep = [record for record in Run(folder).metrics() if record["step"] <= step]
         write_file(folder, METRICS, "".join(map(_line, keep)).encode())
-        self._board = Board(folder / "tensorboard", step + 1 if step else None)
+        self._board = Board(Run(folder).tensorboard_folder, step + 1 if step else None)
         self._cut = False
         self._warned = False
 
@@ -81,7 +81,7 @@ class Recorder:
             self._record(partial(self._sample, step, sample))
 
     def _sample(self, step: int, sample: Sample) -> None:
-        target = self.folder / "samples"
+        target = Run(self.folder).samples_folder
         target.mkdir(exist_ok=True)
         if sample.text is not None:
             (target / f"{sample.name}-{step:08d}.txt").write_text(sample.text)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,16 +17,15 @@ from perceiver.costs.devices import peak_flops
 from perceiver.data.components import Component, weighted
 from perceiver.data.manifest import Manifest, Split
 from perceiver.data.storage import read_file, write_file
-from perceiver.data.tokenizers import TOKENIZER
-from perceiver.runs import EXPERIMENT
+from perceiver.runs import Run
 from perceiver.training.batches import Feed, Prefetch, ReadAll, make_train_feed, make_val_feeds
 from perceiver.training.callbacks import MEET, PAUSE, SAVE, STOP, Callback, TrainingView
-from perceiver.training.checkpoint import Checkpointer, TrainState, write_json
+from perceiver.training.checkpoint import Checkpointer, TrainState
 from perceiver.training.hooks import Callbacks, read_states
 from perceiver.training.init_from import find_start
 from perceiver.training.loop import StepResult, add_to, agree, fit, validate
 from perceiver.training.meters import Meter
-from perceiver.training.mirror import CHECKPOINTS, Mirror
+from perceiver.training.mirror import Mirror
 from perceiver.training.not_finite import Finiteness
 from perceiver.training.optim import build_optimizer
 from perceiver.training.parallel import World, build_sharded
@@ -37,7 +34,6 @@ from perceiver.training.record import Recorder
 if TYPE_CHECKING:
     from perceiver.tasks.base import Task
 
-RESULT = "result.json"
 Result = TypeVar("Result")
 
 
@@ -84,7 +80,7 @@ class Training:
         if self.mirror is not None:
             self.mirror.fetch()
         self.checkpointer = Checkpointer(
-            run_folder / CHECKPOINTS,
+            Run(run_folder).checkpoints_folder,
             experiment.run.keep_checkpoints,
             experiment.run.best_metric,
             task.higher_is_better,
@@ -93,12 +89,12 @@ class Training:
             lambda step, path: self.callbacks.call("after_checkpoint", step, path),
         )
         resumed = self.checkpointer.resume(self.state)
-        if resumed is None and (run_folder / CHECKPOINTS).exists():
+        if resumed is None and Run(run_folder).checkpoints_folder.exists():
             self.state = build_state(experiment, task, world)  # a damaged checkpoint may have been loaded in part
         if resumed is None and (start := find_start(experiment, {name: p.shape for name, p in self.state.model.named_parameters()}, True)):
             start.apply(self.state.model)
             if world.rank == 0:
-                start.save(run_folder)
+                start.save(Run(run_folder))
         self.view = TrainingView(experiment, task, self.state, world, run_folder, self.total_steps)
         self.callbacks = Callbacks(self.view, callbacks, experiment.callbacks)
         saved = read_states(resumed.path) if resumed else {}
@@ -262,7 +258,7 @@ class Training:
     def _finish(self) -> dict[str, float]:
         metrics = {"step": self.state.step, **self.val_metrics}
         if self.world.rank == 0 and (self.stopped is not None or self.state.step == self.total_steps):
-            write_json(self.run_folder / RESULT, metrics if self.stopped is None else {**metrics, "stopped": self.stopped})
+            Run(self.run_folder).save_result(metrics, self.stopped)
         return metrics
 
 
@@ -313,38 +309,17 @@ def _pass(task: Task, model: nn.Module, feed: Feed, world: World, read_all: Read
         batches.close()
 
 
-def read_result(folder: Path) -> dict[str, float] | None:
-    """The last metrics of a finished run; None: it is not finished (or the file is damaged, and continuing writes it again)."""
-    content = _read_result(folder)
-    if content is None:
-        return None
-    return {name: math.nan if value is None else value for name, value in content.items() if name != "stopped"}
-
-
-def read_stopped(folder: Path) -> str | None:
-    """Why a finished run ended before its last step; None: it did not."""
-    return (_read_result(folder) or {}).get("stopped")
-
-
-def _read_result(folder: Path) -> dict[str, Any] | None:
-    try:
-        content = json.loads((folder / RESULT).read_bytes())
-    except (FileNotFoundError, ValueError, RecursionError):
-        return None
-    return content if isinstance(content, dict) else None
-
-
-def save_experiment(folder: Path, experiment: Experiment, manifest: Manifest, data_folder: str) -> None:
+def save_experiment(run: Run, experiment: Experiment, manifest: Manifest, data_folder: str) -> None:
     """Writes what a run is: its resolved configuration, the data it is trained on and its length on it, the version of this package,
     a copy of the data's tokenizer.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     if (manifest.tokenizer or {}).get("sha256") is not None:
-        write_file(folder, TOKENIZER, read_file(data_folder, TOKENIZER))
+        name = run.tokenizer_file.name
+        write_file(run.folder, name, read_file(data_folder, name))
     content = {
         "experiment": to_dict(experiment),
         "data": manifest.digest,
         "steps": total_steps(experiment, manifest.splits["train"].rows),
         "version": perceiver.__version__,
     }
-    write_json(folder / EXPERIMENT, content)
+    run.save(content)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from perceiver.training.record import read_metrics
+from perceiver.runs import Run
 from tests.conftest import ROOT
 from tests.ray_jobs.test_elastic import compare, undisturbed
 from tests.support import hosts as machines
@@ -123,7 +123,7 @@ def driver_log(hosts: Hosts) -> str:
 
 
 def last_step(run: Path) -> int:
-    records = read_metrics(run)
+    records = Run(run).metrics()
     return records[-1]["step"] if records else 0
 
 

@@ -8,7 +8,7 @@ from urllib.parse import urlencode
 
 import pytest
 
-from perceiver.runs import read_metrics
+from perceiver.runs import Run
 from ray_jobs.gauges import GAUGES
 from tests.cluster.test_hosts import install, wait_for
 from tests.conftest import ROOT
@@ -123,7 +123,7 @@ def agree(hosts: Hosts, run: Path) -> None:
     Or of the line of the log before it: a scrape may fall between the setting of two gauges.
     """
     found = scraped(hosts)
-    records = [record for record in read_metrics(run) if "loss" in record]
+    records = [record for record in Run(run).metrics() if "loss" in record]
     line = {record["step"]: number for number, record in enumerate(records)}
     for values in found.values():
         number = line[int(values["step"])]

@@ -18,7 +18,7 @@ from perceiver.data.mixture import ROUND, Mixture, mixture_batches, mixture_plan
 from perceiver.data.order import Order
 from perceiver.data.sources import mixture_sources
 from perceiver.datasets import data_folder
-from perceiver.runs import read_metrics
+from perceiver.runs import Run
 from perceiver.tasks import build_task
 from perceiver.tasks.base import IGNORE_INDEX
 from perceiver.training.batches import make_train_feed, make_val_feeds, read_here
@@ -281,7 +281,7 @@ def test_the_losses_of_the_sources_by_their_targets_are_the_training_loss(prepar
     world = join_world(torch.device("cpu"))
     with heard() as said:
         Training(chosen, task, folder, manifest, world, tmp_path / "run", read_here).run()
-    records = [record for record in read_metrics(tmp_path / "run") if "loss" in record]
+    records = [record for record in Run(tmp_path / "run").metrics() if "loss" in record]
     assert [record["step"] for record in records] == [3, 4, 6, 8, 9, 12]
     feed, first = make_train_feed(chosen, task, folder, manifest), 0
     for record in records:
@@ -302,7 +302,7 @@ def test_a_killed_run_on_a_mixture_continues_with_another_number_of_workers(prep
     run(settings_of(chosen), folder, tmp_path / "whole", world=1)
     run(settings_of(chosen), folder, tmp_path / "run", world=2, stop_at=6)
     run(settings_of(chosen), folder, tmp_path / "run", world=1)
-    whole, killed = read_metrics(tmp_path / "whole"), read_metrics(tmp_path / "run")
+    whole, killed = Run(tmp_path / "whole").metrics(), Run(tmp_path / "run").metrics()
     assert [record.keys() for record in killed] == [record.keys() for record in whole] and len(losses(tmp_path / "run")) == 12
     for name in ("loss", "loss/web.jsonl", "loss/books.jsonl", "val_loss/books.jsonl"):
         found, expected = ([record[name] for record in records if name in record] for records in (killed, whole))
@@ -312,7 +312,7 @@ def test_a_killed_run_on_a_mixture_continues_with_another_number_of_workers(prep
 def test_a_run_on_a_mixture_is_evaluated_by_source(prepared, tmp_path, monkeypatch):
     chosen, folder, manifest, _ = prepared
     chosen, run_folder = settings_of(chosen, val_batches=None), tmp_path / "run"
-    save_experiment(run_folder, chosen, manifest, folder)
+    save_experiment(Run(run_folder), chosen, manifest, folder)
     world = join_world(torch.device("cpu"))
     result = Training(chosen, build_task(chosen), folder, manifest, world, run_folder, read_here).run()
     evaluating_here(monkeypatch)
@@ -330,7 +330,7 @@ def test_the_source_that_a_mixture_took_the_place_of_may_be_evaluated(prepared, 
     chosen, folder, manifest, _ = prepared
     books = str(tmp_path / "books.jsonl")
     chosen, run_folder = settings_of(replace(chosen, data=replace(chosen.data, source=books))), tmp_path / "run"
-    save_experiment(run_folder, chosen, manifest, folder)
+    save_experiment(Run(run_folder), chosen, manifest, folder)
     world = join_world(torch.device("cpu"))
     Training(chosen, build_task(chosen), folder, manifest, world, run_folder, read_here, stop_at=3).run()
     evaluating_here(monkeypatch)

@@ -16,6 +16,7 @@ from perceiver.data.rows import fixed_array
 from perceiver.data.shards import read_block
 from perceiver.data.tokenizers import CLS, EOS, SEP, TOKENIZER, ByteTokenizer, load_tokenizer
 from perceiver.datasets import data_folder, with_prepared_tokenizer, with_tokenizer
+from perceiver.runs import Run
 from perceiver.training.run import save_experiment
 from ray_jobs import passes, preprocess
 from ray_jobs.cli import main_entry
@@ -152,7 +153,7 @@ def test_data_of_a_sentencepiece_model_needs_the_models_file_no_more(shared, tmp
     assert found.identity == chosen.identity != replace(chosen, data=replace(chosen.data, tokenizer="bytes")).identity
     assert prepare(found) == (folder, manifest)
     assert with_prepared_tokenizer(chosen, folder, manifest).data.tokenizer == copy
-    save_experiment(tmp_path / "run", chosen, manifest, folder)
+    save_experiment(Run(tmp_path / "run"), chosen, manifest, folder)
     assert load_tokenizer(str(tmp_path / "run" / TOKENIZER)).fingerprint == manifest.tokenizer
 
     other = tmp_path / "other.model"  # another tokenizer, of other bytes: now it cannot be known which is meant

@@ -16,7 +16,8 @@ ARROWS = {
     "perceiver.plots": set(),
     "perceiver.disk": {"perceiver.config"},
     "perceiver.extensions": {"perceiver.config", "perceiver.disk"},
-    "perceiver.runs": {"perceiver.config", "perceiver.disk", "perceiver.extensions"},
+    "perceiver.checkpoints": {"perceiver.config", "perceiver.disk"},
+    "perceiver.runs": {"perceiver.checkpoints", "perceiver.config", "perceiver.data", "perceiver.disk", "perceiver.extensions"},
     "perceiver.models": {"perceiver.config"},
     "perceiver.data": {"perceiver.config", "perceiver.disk", "perceiver.extensions"},
     "perceiver.costs": {"perceiver.config", "perceiver.models"},
@@ -26,12 +27,14 @@ ARROWS = {
         "perceiver.plots",
     },
     "perceiver.presets": {"perceiver.catalog", "perceiver.config", "perceiver.costs", "perceiver.models", "perceiver.tasks"},
-    "perceiver.experiments": {"perceiver.catalog", "perceiver.config", "perceiver.extensions", "perceiver.presets", "perceiver.runs"},
+    "perceiver.experiments": {
+        "perceiver.catalog", "perceiver.config", "perceiver.disk", "perceiver.extensions", "perceiver.presets", "perceiver.runs",
+    },
     "perceiver.datasets": {"perceiver.config", "perceiver.data", "perceiver.experiments", "perceiver.models"},
     "perceiver.interop": {"perceiver.config", "perceiver.models"},
     "perceiver.training": {
-        "perceiver.config", "perceiver.costs", "perceiver.data", "perceiver.disk", "perceiver.extensions", "perceiver.models",
-        "perceiver.interop", "perceiver.runs", "perceiver.tasks",
+        "perceiver.checkpoints", "perceiver.config", "perceiver.costs", "perceiver.data", "perceiver.disk", "perceiver.extensions",
+        "perceiver.models", "perceiver.interop", "perceiver.runs", "perceiver.tasks",
     },
     "perceiver.inference": {
         "perceiver.config", "perceiver.models", "perceiver.data", "perceiver.datasets", "perceiver.disk", "perceiver.generation",
@@ -98,6 +101,32 @@ def test_a_task_is_known_in_its_own_file_alone():
     for path in (p for package in ("perceiver", "ray_jobs", "tuning") for p in files(package) if p.parent != ROOT / "perceiver/presets"):
         words = set(re.findall(r"\w+", path.read_text()))
         assert not [name for name, own in names.items() if name in words and path != own], path
+
+
+def test_no_other_module_spells_the_names_of_a_runs_files():
+    """Who needs one asks the `Run`; so a name can change, and a run's folder means the same to everybody."""
+    own = [ROOT / "perceiver/runs.py", ROOT / "perceiver/checkpoints.py"]
+    names = set()
+    for path in own:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+                names.add(node.value.value)
+            elif (name := joined(node)) is not None:
+                names.add(name)
+    names.discard("runs")  # where runs are kept by default
+    assert {"experiment.json", "metrics.jsonl", "checkpoint.json", "log.txt", "checkpoints", "code", "step-*", "evaluations"} <= names
+    for path in (p for package in ("perceiver", "ray_jobs", "tuning") for p in files(package) if p not in own):
+        tree = ast.parse(path.read_text())
+        texts = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+        spelled = {name for name in names if "." in name and name in texts} | {joined(node) for node in ast.walk(tree)} & names
+        assert not spelled and not [text for text in texts if text.startswith("step-")], path
+
+
+def joined(node: ast.AST) -> str | None:
+    """The name that is joined to a folder: folder / "name"."""
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div) and isinstance(node.right, ast.Constant):
+        return node.right.value if isinstance(node.right.value, str) else None
+    return None
 
 
 def test_there_is_one_optimizer_step():

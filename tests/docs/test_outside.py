@@ -14,7 +14,7 @@ from perceiver.config import Experiment, ScheduleConfig, UserError, flatten, fro
 from perceiver.experiments import command_words, find_experiment
 from perceiver.extensions import Code, check_trust, code_of, code_of_modules, trust
 from perceiver.presets import PRESETS
-from perceiver.runs import check_code, read_run, save_code
+from perceiver.runs import Run
 from perceiver.tasks.check import check_task
 from ray_jobs.cli import parse_experiment
 from ray_jobs.shipping import Shipped
@@ -202,26 +202,26 @@ def test_a_run_with_changed_code_is_not_continued_by_accident(folder, tmp_path):
     run = tmp_path / "runs" / "tiny"
     experiment = find_experiment("weather.py:tiny")
     code = code_of(experiment)
-    save_code(run, code)
+    Run(run).save_code(code)
     (run / "experiment.json").write_text(json.dumps({"experiment": to_dict(experiment), "data": "x"}))
-    check_code(run, code)
+    Run(run).check_code(code)
     changed = Code({"weather.py": code.files["weather.py"].replace("0.5 * week", "0.4 * week")})
     with pytest.raises(UserError, match="weather.py changed since run tiny began.*--allow-changed-code"):
-        check_code(run, changed)
-    check_code(run, changed, allow_changed=True)
-    save_code(run, changed)
+        Run(run).check_code(changed)
+    Run(run).check_code(changed, allow_changed=True)
+    Run(run).save_code(changed)
     assert Code.load(run / "code").digest == changed.digest and Code.load(run / "code-before-1").digest == code.digest
 
 
 def test_the_code_of_somebody_elses_run_is_not_imported_until_the_user_says_so(folder, tmp_path):
     run = tmp_path / "theirs"
-    save_code(run, Code({"mine.py": "open('ran', 'w').close()\nfrom perceiver.config import TaskConfig\nclass T(TaskConfig): pass\n"}))
+    Run(run).save_code(Code({"mine.py": "open('ran', 'w').close()\nfrom perceiver.config import TaskConfig\nclass T(TaskConfig): pass\n"}))
     tree = to_dict(PRESETS["quickstart"]()) | {"task": {"type": "mine:T"}}
     (run / "experiment.json").write_text(json.dumps({"experiment": tree, "data": "x"}))
     with pytest.raises(UserError, match="brings code of its own .mine.py. that was never run.*--trust-code"):
-        read_run(run)
+        Run(run).load()
     assert not (folder / "ran").exists()
-    assert type(read_run(run, trust_code=True)[0].task).__name__ == "T" and (folder / "ran").exists()
+    assert type(Run(run).load(trust_code=True)[0].task).__name__ == "T" and (folder / "ran").exists()
     check_trust(Code.load(run / "code"), "run", run)  # remembered
 
 

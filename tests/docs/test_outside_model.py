@@ -15,14 +15,14 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 import perceiver
+from perceiver.checkpoints import MARKER, CheckpointInfo, marker_content
 from perceiver.config import DataConfig, Experiment, OptimConfig, TrainingConfig, UserError, to_dict
 from perceiver.extensions import Code, code_of, trust
 from perceiver.inference.rows import list_inputs, plan_parts, read_part, rows_from_table, rows_to_table
 from perceiver.models import build_model
-from perceiver.runs import CODE, EXPERIMENT
-from perceiver.training.checkpoint_files import MARKER, CheckpointInfo, ShardWriter, marker_content
+from perceiver.runs import CHECKPOINTS, CODE, EXPERIMENT
+from perceiver.training.checkpoint_files import ShardWriter
 from perceiver.training.init_from import find_start, trust_start
-from perceiver.training.mirror import CHECKPOINTS
 from ray_jobs.export import main as export_main
 from ray_jobs.predict import PLAN, Placement, Predictor, _read, finish, parse, plan, predict
 from ray_jobs.shipping import Shipped

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from perceiver.training.checkpoint_choice import list_checkpoints
+from perceiver.checkpoints import list_checkpoints
 from tests.conftest import ROOT
 from tests.ray_jobs.test_submitted_job import RAY, cluster  # noqa: F401 (a fixture)
 from tests.support.jobs import Job, losses, weights

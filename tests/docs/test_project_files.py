@@ -12,6 +12,7 @@ import yaml
 import perceiver
 from perceiver.config import to_dict
 from perceiver.presets import PRESETS
+from perceiver.runs import Run
 from perceiver.training.run import save_experiment
 from ray_jobs.main import COMMANDS
 from tests.conftest import ROOT
@@ -72,7 +73,7 @@ def test_commands_in_the_documentation_are_commands():
 def test_a_run_records_the_version_and_its_length(tmp_path: Path):
     experiment = PRESETS["quickstart"]()
     manifest = SimpleNamespace(digest="abc", tokenizer=None, splits={"train": SimpleNamespace(rows=100)})
-    save_experiment(tmp_path, experiment, manifest, "")
+    save_experiment(Run(tmp_path), experiment, manifest, "")
     assert json.loads((tmp_path / "experiment.json").read_text()) == {
         "experiment": json.loads(json.dumps(to_dict(experiment))),
         "data": "abc",

@@ -15,7 +15,7 @@ from PIL import Image
 
 import perceiver
 from perceiver.config import UserError
-from perceiver.runs import read_run
+from perceiver.runs import Run
 from ray_jobs import preprocess
 from tests.support import preparing
 from tests.support.preparing import experiment, load_prepared, texts, write_idx, write_jsonl, write_parquet
@@ -116,7 +116,7 @@ def test_damaged_runs_are_refused_or_their_weights_are_the_same(tmp_path):
         shutil.copytree(good, run)
         (run / name).write_bytes(mutate((good / name).read_bytes(), random.Random(seed)))
         try:
-            read_run(run)
+            Run(run).load()
             found = perceiver.load(run, "last").model.state_dict()
         except UserError as error:
             assert str(error).strip()

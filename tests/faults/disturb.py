@@ -8,7 +8,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from perceiver.training.record import read_metrics
+from perceiver.runs import Run
 from tests.faults.causes import FAULTS, Fault, send
 from tests.faults.invariants import broken
 from tests.support.jobs import Job
@@ -75,7 +75,7 @@ class Disturbed:
         return self.jobs[-1]
 
     def _last(self) -> int:
-        return max((record["step"] for record in read_metrics(self.run)), default=0)
+        return max((record["step"] for record in Run(self.run).metrics()), default=0)
 
     def _reach(self, job: Job, step: int) -> None:
         job.wait_for_step(self.run, step, PATIENCE)

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
-from perceiver.training.checkpoint_choice import list_checkpoints
+from perceiver.checkpoints import list_checkpoints
 from tests.support.jobs import Job, losses, weights
 
 

@@ -11,6 +11,7 @@ import torch
 import perceiver
 from perceiver.config import UserError
 from perceiver.models import build_model
+from perceiver.runs import Run
 from tests.support.small import text_experiment, write_stream
 from tests.support.trained import experiment, same_weights, write_run
 
@@ -52,7 +53,7 @@ def test_a_trained_run_gives_the_weights_of_its_end(tmp_path):
 
     rng = np.random.default_rng(0)
     manifest = write_stream(tmp_path / "data", *(rng.integers(6, 262, n).astype(np.uint16) for n in (800, 200)))
-    save_experiment(tmp_path / "run", text_experiment(max_steps=3), manifest, "")
+    save_experiment(Run(tmp_path / "run"), text_experiment(max_steps=3), manifest, "")
     weights = run(text_experiment(max_steps=3), tmp_path / "data", tmp_path / "run")
     loaded = perceiver.load(tmp_path / "run", "last", device="cpu")
     assert loaded.provenance["step"] == 3

@@ -15,6 +15,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 
+from perceiver.checkpoints import choose_checkpoint
 from perceiver.config import ParallelConfig, UserError, to_dict
 from perceiver.costs.flops import training_flops
 from perceiver.data.train_tokenizer import train_sentencepiece
@@ -23,8 +24,8 @@ from perceiver.interop.comparison import resolved_architecture
 from perceiver.interop.pretrained import read_lightning, read_pretrained
 from perceiver.models import build_model
 from perceiver.presets import PRESETS
+from perceiver.runs import Run
 from perceiver.training.checkpoint import load_model
-from perceiver.training.checkpoint_choice import choose_checkpoint
 from perceiver.training.init_from import find_start
 from perceiver.training.optim import build_optimizer
 from tests.data.test_train_tokenizer import CONFIG as SMALL_TOKENIZER
@@ -329,7 +330,7 @@ def started(experiment, folder: Path, data: Path, world: int) -> dict[str, np.nd
         model = build_model(experiment.model, seed=experiment.training.seed)
         start = find_start(experiment, shapes(experiment))
         start.apply(model)
-        start.save(folder)
+        start.save(Run(folder))
         return {name: p.detach().numpy() for name, p in model.named_parameters()}
     training = replace(experiment.training, max_steps=1)
     optim = replace(experiment.optim, warmup_steps=1)  # the first step has the learning rate 0

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from perceiver.config import UserError
+from perceiver.runs import Run
 from ray_jobs.cli import main_entry, parse_experiment
 from ray_jobs.preflight import check_experiment
 from tests.conftest import ROOT
@@ -140,10 +141,10 @@ def test_a_run_does_not_write_over_files_of_someone_else(tmp_path):
 
     experiment = parse_experiment(["quickstart"], "x")
     (tmp_path / "values.json").write_text("{}")
-    assert check_run(experiment, tmp_path) is None and check_run(experiment, tmp_path / "new") is None
+    assert check_run(experiment, Run(tmp_path)) is None and check_run(experiment, Run(tmp_path / "new")) is None
     (tmp_path / "metrics.jsonl").write_text("mine")
     with pytest.raises(UserError, match="holds other files .metrics.jsonl.: choose another --run.name"):
-        check_run(experiment, tmp_path)
+        check_run(experiment, Run(tmp_path))
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from perceiver.training.checkpoint_choice import list_checkpoints
+from perceiver.checkpoints import list_checkpoints
 from ray_jobs.cli import parse_experiment
 from tests.support.jobs import QUICK, WITHOUT_DROPOUT, Job, losses
 from tests.support.preparing import load_prepared

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from perceiver.config import UserError, to_dict
-from perceiver.runs import TAIL, last_step
+from perceiver.runs import TAIL, Run
 from ray_jobs import runs
 from ray_jobs.cli import parse_experiment
 from tests.tuning.test_tuning import make_run
@@ -83,14 +83,14 @@ def test_a_damaged_run_costs_its_own_line_alone(folder, capsys, file, content):
 def test_a_damaged_last_line_of_metrics_costs_itself_alone(folder):
     path = folder / "halted" / "metrics.jsonl"
     path.write_text('{"step": 10, "loss": 1}\n{"step": 11, "lo\n{"step": 12, "loss": 1}\n{"step": 13, "lo')
-    assert last_step(folder / "halted") == 12
+    assert Run(folder / "halted").last_step() == 12
 
 
 def test_the_last_step_of_a_long_run_is_found_from_the_end(folder):
     path = folder / "halted" / "metrics.jsonl"
     path.write_text("".join(json.dumps({"step": step, "loss": 1.0}) + "\n" for step in range(10_000)) + '{"step": 10')
     assert path.stat().st_size > 3 * TAIL
-    assert last_step(folder / "halted") == 9999
+    assert Run(folder / "halted").last_step() == 9999
 
 
 def test_no_runs_and_no_folder_yet_are_no_mistake(tmp_path, monkeypatch, capsys):

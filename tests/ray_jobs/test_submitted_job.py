@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from perceiver.runs import read_metrics
+from perceiver.runs import Run
 from tests.conftest import ROOT
 
 RAY = str(Path(sys.executable).with_name("ray"))
@@ -121,7 +121,7 @@ def test_prometheus_sees_the_numbers_of_the_metrics_file_while_a_job_runs(cluste
         time.sleep(1)
         seen = gauges("metered")
     subprocess.run([RAY, "job", "stop", "--address", address, "metered"], env=environment, check=True, capture_output=True)
-    records = read_metrics(run)
+    records = Run(run).metrics()
     assert {"step", "loss", "goodput", "throughput", "data_wait_share"} <= seen.keys()
     assert seen["step"] in {record["step"] for record in records}
     for name in ("loss", "throughput", "goodput"):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from perceiver.training.checkpoint_choice import list_checkpoints
+from perceiver.checkpoints import list_checkpoints
 from tests.support.jobs import QUICK, WITHOUT_DROPOUT, Job, losses, weights
 
 

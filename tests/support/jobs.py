@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from perceiver.runs import read_metrics
+from perceiver.runs import Run
 from perceiver.training.checkpoint_files import read_tensors, reader_of
 from tests.conftest import ROOT
 
@@ -69,7 +69,7 @@ class Job:
         """Until the run's metrics have reached a step."""
         end = time.monotonic() + timeout
         while time.monotonic() < end:
-            records = read_metrics(run)
+            records = Run(run).metrics()
             if records and records[-1]["step"] >= step:
                 return
             assert self.process.poll() is None, self.output
@@ -108,4 +108,4 @@ def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 
 def losses(run: Path) -> list[tuple[int, float]]:
-    return [(record["step"], record["loss"]) for record in read_metrics(run) if "loss" in record]
+    return [(record["step"], record["loss"]) for record in Run(run).metrics() if "loss" in record]

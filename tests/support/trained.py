@@ -8,13 +8,13 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as dcp
 
+from perceiver.checkpoints import MARKER, CheckpointInfo, marker_content
 from perceiver.config import Experiment, to_dict
 from perceiver.models import ClassOutput, DecoderConfig, EncoderConfig, PerceiverIOConfig, TextInput, build_model
-from perceiver.runs import EXPERIMENT
+from perceiver.runs import CHECKPOINTS, EXPERIMENT
 from perceiver.tasks.masked_lm import MaskedLMConfig
 from perceiver.tasks.text_classification import TextClassificationConfig
-from perceiver.training.checkpoint_files import MARKER, CheckpointInfo, ShardWriter, marker_content
-from perceiver.training.mirror import CHECKPOINTS
+from perceiver.training.checkpoint_files import ShardWriter
 from tests.support.small import image_experiment, text_experiment
 
 TEXT_MODEL = PerceiverIOConfig(

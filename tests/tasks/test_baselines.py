@@ -11,6 +11,7 @@ import torch
 from perceiver.config import RunConfig, TrainingConfig
 from perceiver.data.components import components
 from perceiver.datasets import data_folder
+from perceiver.runs import Run
 from perceiver.tasks import build_task
 from perceiver.training.batches import read_here
 from perceiver.training.parallel import join_world
@@ -94,7 +95,7 @@ def test_a_mixture_has_a_baseline_for_each_source_and_for_all_by_their_shares(tm
 def test_an_evaluation_prints_and_stores_baselines_and_counts_the_training_labels_on_other_files_too(lopsided, tmp_path, monkeypatch):
     chosen, manifest = lopsided
     folder, run_folder = load_prepared(chosen)[0], tmp_path / "run"
-    save_experiment(run_folder, chosen, manifest, folder)
+    save_experiment(Run(run_folder), chosen, manifest, folder)
     world = join_world(torch.device("cpu"))
     Training(chosen, build_task(chosen), folder, manifest, world, run_folder, read_here).run()
     evaluating_here(monkeypatch)

@@ -9,17 +9,17 @@ import numpy as np
 import pytest
 import torch
 
+from perceiver.checkpoints import list_checkpoints
 from perceiver.config import CallbackConfig, Experiment, UserError, from_dict, to_dict
 from perceiver.data.manifest import Manifest
-from perceiver.runs import read_metrics
+from perceiver.runs import Run
 from perceiver.tasks import build_task
 from perceiver.training import hooks, record
 from perceiver.training.batches import read_here
 from perceiver.training.callbacks import Callback, EarlyStop
-from perceiver.training.checkpoint_choice import list_checkpoints
 from perceiver.training.hooks import STATES, CallbackError
 from perceiver.training.parallel import join_world
-from perceiver.training.run import Training, read_result, read_stopped
+from perceiver.training.run import Training
 from tests.support.small import Call, heard, image_experiment, write_images
 from tests.training.test_training import run
 
@@ -200,16 +200,16 @@ def test_an_early_stop_ends_the_same_with_and_without_an_interruption_and_on_two
     for name in ("whole", "run", "two"):
         result = json.loads((tmp_path / name / "result.json").read_text())
         assert result["step"] == 9 and result["stopped"].startswith(reason)
-        assert read_stopped(tmp_path / name).startswith(reason) and "stopped" not in read_result(tmp_path / name)
+        assert Run(tmp_path / name).stopped().startswith(reason) and "stopped" not in Run(tmp_path / name).result()
         assert steps(tmp_path / name)[-1] == 9
-        assert [r["step"] for r in read_metrics(tmp_path / name) if "val_loss" in r] == [3, 6, 9]
+        assert [r["step"] for r in Run(tmp_path / name).metrics() if "val_loss" in r] == [3, 6, 9]
 
 
 def test_a_run_that_was_killed_after_its_last_checkpoint_is_known_to_be_over(images, tmp_path):
     whole = train(early(), images, tmp_path)
     (tmp_path / "result.json").unlink()
     assert same(whole, train(early(), images, tmp_path))
-    assert read_result(tmp_path)["step"] == 9 and read_stopped(tmp_path)
+    assert Run(tmp_path).result()["step"] == 9 and Run(tmp_path).stopped()
 
 
 def test_an_early_stop_knows_the_direction_of_its_metric_and_its_least_length(images, tmp_path):
@@ -233,17 +233,17 @@ def test_an_early_stop_knows_the_direction_of_its_metric_and_its_least_length(im
 
 def test_what_one_worker_asks_for_all_do_at_the_same_step(images, tmp_path):
     run(with_callbacks(Asking(rank=1, at=4), log_every=5), images, tmp_path / "run", world=2)
-    assert read_result(tmp_path / "run")["step"] == 5 and read_stopped(tmp_path / "run") == "enough"
+    assert Run(tmp_path / "run").result()["step"] == 5 and Run(tmp_path / "run").stopped() == "enough"
     assert steps(tmp_path / "run") == [3, 5]
-    assert "val_loss" in read_result(tmp_path / "run")
+    assert "val_loss" in Run(tmp_path / "run").result()
 
 
 def test_a_paused_training_has_a_checkpoint_of_its_last_step_and_continues_to_the_same_bits(images, tmp_path):
     whole = train(with_callbacks(), images, tmp_path / "whole")
     train(with_callbacks(Asking(what="pause", at=7)), images, tmp_path / "run")
-    assert steps(tmp_path / "run")[-1] == 8 and read_result(tmp_path / "run") is None
+    assert steps(tmp_path / "run")[-1] == 8 and Run(tmp_path / "run").result() is None
     assert same(whole, train(with_callbacks(), images, tmp_path / "run"))
-    assert read_result(tmp_path / "run")["step"] == 12 and read_stopped(tmp_path / "run") is None
+    assert Run(tmp_path / "run").result()["step"] == 12 and Run(tmp_path / "run").stopped() is None
 
 
 @pytest.mark.parametrize("hook", ["on_start", "after_step", "after_log", "after_validation", "after_checkpoint", "on_end", "state_dict"])
@@ -303,7 +303,7 @@ def test_records_that_cannot_be_written_are_one_warning_and_stop_no_step(images,
     assert same(whole, {name: p.full_tensor().detach().numpy() for name, p in training.state.model.named_parameters()})
     warnings = [line for line in lines if "records of this run are incomplete" in line]
     assert len(warnings) == 1 and "No space left on device" in warnings[0]
-    assert [r["step"] for r in read_metrics(tmp_path / "run") if "loss" in r] == [1, 2, 3, 8, 9, 10, 11, 12]
+    assert [r["step"] for r in Run(tmp_path / "run").metrics() if "loss" in r] == [1, 2, 3, 8, 9, 10, 11, 12]
     assert len(list((tmp_path / "run" / "tensorboard").iterdir())) == 2, "after an error a new file, as a cut one is read no further"
 
 
@@ -314,7 +314,7 @@ def test_a_line_that_was_cut_off_does_not_take_the_next_one_along(tmp_path):
         file.write(b'{"step": 2, "lo')
     recorder._cut = True
     recorder.metrics(3, {"loss": 3.0})
-    assert [r["step"] for r in read_metrics(tmp_path)] == [1, 3]
+    assert [r["step"] for r in Run(tmp_path).metrics()] == [1, 3]
 
 
 def test_callbacks_are_no_part_of_a_runs_identity_and_survive_its_file():

@@ -17,20 +17,20 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 import perceiver
+from perceiver.checkpoints import best_of, list_checkpoints
 from perceiver.config import Experiment, UserError
 from perceiver.data.manifest import Manifest
 from perceiver.datasets import Dataset
 from perceiver.inference.load import describe
-from perceiver.runs import read_metrics, read_run
+from perceiver.runs import Run
 from perceiver.tasks import build_task
 from perceiver.training.batches import make_val_feeds, read_here
 from perceiver.training.checkpoint import load_model
-from perceiver.training.checkpoint_choice import best_of, list_checkpoints
 from perceiver.training.checkpoint_files import stored_shapes
 from perceiver.training.init_from import find_start
 from perceiver.training.old_checkpoints import OldReader
 from perceiver.training.parallel import join_world
-from perceiver.training.run import Training, evaluate, read_result, save_experiment
+from perceiver.training.run import Training, evaluate, save_experiment
 from ray_jobs import export, runs
 from ray_jobs.evaluate import evaluate_run
 from ray_jobs.preflight import check_experiment
@@ -47,7 +47,7 @@ weights of that step."""
 def train(experiment: Experiment, data: Path, folder: Path, stop_at: int | None = None, values: dict[int, float] | None = None):
     """Trains with one worker; its weights and what it said. `values`: of val_loss by step, in place of measured ones."""
     manifest = Manifest.load(data)
-    save_experiment(folder, experiment, manifest, str(data))
+    save_experiment(Run(folder), experiment, manifest, str(data))
     with heard() as said:
         training = Training(
             experiment, build_task(experiment), str(data), manifest, join_world(torch.device("cpu")), folder, read_here, stop_at=stop_at
@@ -225,7 +225,7 @@ def test_a_damaged_marker_or_run_does_not_hide_other_runs(run, halted):
     assert {name for name, entry in found.items() if entry["status"] == "damaged"} == {"list", "null", "cut", "lacking", "typed"}
     assert runs.main([str(run.parent)]) == 0 and runs.main([str(run.parent), "--json"]) == 0
     with pytest.raises(UserError, match="experiment.json is damaged"):
-        read_run(run.parent / "cut")
+        Run(run.parent / "cut").load()
 
 
 def test_a_store_gives_what_is_damaged_here_again_and_the_checkpoint_before_what_is_damaged_there(images, plain, tmp_path):
@@ -259,13 +259,13 @@ def test_a_checkpoint_of_before_safetensors_loads_and_continues(old, images, tmp
     loaded = perceiver.load(old, "last")
     assert same({name: p.numpy() for name, p in loaded.model.named_parameters()}, stored)
     assert stored_shapes(old / "checkpoints" / "step-00000003") == {name: value.shape for name, value in stored.items()}
-    experiment, _ = read_run(old)
-    before = [record["loss"] for record in read_metrics(old) if "loss" in record]
+    experiment, _ = Run(old).load()
+    before = [record["loss"] for record in Run(old).metrics() if "loss" in record]
     shutil.rmtree(old / "tensorboard", ignore_errors=True)
     _, said = train(experiment, images, old)
     assert "continuing from step 3" in said[0] and steps(old) == [3, 6]
     # That many workers and another machine's arithmetic: what Adam has gathered must be there for the losses to be the same.
-    after = [record["loss"] for record in read_metrics(old) if "loss" in record]
+    after = [record["loss"] for record in Run(old).metrics() if "loss" in record]
     assert after[:3] == before[:3] and len(after) == 6
     np.testing.assert_allclose(after, before, rtol=1e-4)
 
@@ -276,7 +276,7 @@ def test_a_cut_shard_of_before_ends_no_run_and_is_one_sentence(old, images):
     with pytest.raises(UserError, match="checkpoint step-00000003 is damaged") as caught, warnings.catch_warnings(action="ignore"):
         perceiver.load(old, "last")
     assert "\n" not in str(caught.value)
-    _, said = train(read_run(old)[0], images, old)
+    _, said = train(Run(old).load()[0], images, old)
     assert "set aside as damaged-step-00000003" in said[0] and said[1].startswith("starting")
 
 
@@ -322,7 +322,7 @@ def test_nothing_in_a_foreign_run_is_executed_at_any_door(prepare, old, images, 
     monkeypatch.setenv("PERCEIVER_HOME", str(tmp_path / "home"))
     evaluating_here(monkeypatch)
     monkeypatch.setattr("ray_jobs.evaluate.Dataset.find", lambda experiment: Dataset(experiment, str(images), Manifest.load(images)))
-    experiment = read_run(old)[0]
+    experiment = Run(old).load()[0]
     shapes = {name: value.shape for name, value in np.load(old / "weights.npz").items()}
 
     def start() -> None:
@@ -364,7 +364,7 @@ def watched(**run_fields) -> Experiment:
 def test_a_metric_on_record_is_that_of_the_weights_it_stands_beside(images, tmp_path):
     experiment = watched(keep_checkpoints=100)
     train(experiment, images, tmp_path / "run")
-    recorded = {r["step"]: r["val_loss"] for r in read_metrics(tmp_path / "run") if "val_loss" in r}
+    recorded = {r["step"]: r["val_loss"] for r in Run(tmp_path / "run").metrics() if "val_loss" in r}
     checkpoints = list_checkpoints(tmp_path / "run" / "checkpoints")
     assert {c.step for c in checkpoints if c.metrics} <= recorded.keys() and any(not c.metrics for c in checkpoints)
     task, manifest = build_task(experiment), Manifest.load(images)
@@ -403,10 +403,10 @@ def test_what_is_no_number_is_never_the_best_and_null_on_record(images, tmp_path
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     records = [json.loads(line, parse_constant=refuse) for line in lines]
     assert [r["val_loss"] for r in records if "val_loss" in r][:3] == [None, None, 2.0]
-    assert np.isnan(next(r["val_loss"] for r in read_metrics(tmp_path / "run") if "val_loss" in r))
+    assert np.isnan(next(r["val_loss"] for r in Run(tmp_path / "run").metrics() if "val_loss" in r))
     train(watched(), images, tmp_path / "nan", values=dict.fromkeys(VALUES, float("nan")))
     assert json.loads((tmp_path / "nan" / "result.json").read_text(), parse_constant=refuse)["val_loss"] is None
-    assert np.isnan(read_result(tmp_path / "nan")["val_loss"])
+    assert np.isnan(Run(tmp_path / "nan").result()["val_loss"])
     assert best_of(list_checkpoints(tmp_path / "nan" / "checkpoints"), "val_loss") is None
 
 

@@ -17,10 +17,9 @@ import perceiver
 from perceiver.config import Experiment, UserError, from_dict, to_dict
 from perceiver.data.manifest import Manifest
 from perceiver.datasets import Dataset
-from perceiver.runs import read_metrics
+from perceiver.runs import Run
 from perceiver.tasks import build_task
 from perceiver.training.batches import read_here
-from perceiver.training.checkpoint_choice import mirrored
 from perceiver.training.mirror import Mirror, fetch_run
 from perceiver.training.parallel import join_world
 from perceiver.training.run import Training, save_experiment
@@ -37,7 +36,7 @@ def train_here(rank: int, world: int, port: int, config: dict, data: str, run: s
     experiment: Experiment = from_dict(config)
     manifest = Manifest.load(data)
     if rank == 0:
-        save_experiment(Path(run), experiment, manifest, data)
+        save_experiment(Run(Path(run)), experiment, manifest, data)
 
     def die(step: int, metrics: dict[str, float]) -> None:
         if stop_at is not None and step >= stop_at:
@@ -101,14 +100,14 @@ def test_a_run_goes_on_on_other_machines_to_bitwise_the_same_weights(images, mov
     plain = run(image_experiment(), images, [tmp_path / "plain"] * 2, tmp_path / "plain.npz")
     store, weights = moved
     assert weights.keys() == plain.keys() and all(np.array_equal(weights[name], plain[name]) for name in plain)
-    losses = [r["loss"] for r in read_metrics(store / "run") if "loss" in r]
-    assert losses == [r["loss"] for r in read_metrics(tmp_path / "plain") if "loss" in r] and len(losses) == 12
+    losses = [r["loss"] for r in Run(store / "run").metrics() if "loss" in r]
+    assert losses == [r["loss"] for r in Run(tmp_path / "plain").metrics() if "loss" in r] and len(losses) == 12
 
 
 def test_the_store_keeps_the_newest_checkpoints_and_the_best_and_all_records(moved):
     store, _ = moved
-    checkpoints = mirrored(Mirror(f"file://{store}", store / "run"))
-    best = min((r for r in read_metrics(store / "run") if "val_loss" in r), key=lambda r: r["val_loss"])
+    checkpoints = Mirror(f"file://{store}", store / "run").checkpoints()
+    best = min((r for r in Run(store / "run").metrics() if "val_loss" in r), key=lambda r: r["val_loss"])
     assert {c.step for c in checkpoints} == {9, 12} | {best["step"]}
     assert json.loads((store / "run" / "result.json").read_text())["step"] == 12
     assert list((store / "run" / "tensorboard").iterdir()) and (store / "run" / "experiment.json").is_file()
@@ -129,7 +128,7 @@ def test_a_run_of_the_store_is_evaluated_by_its_uri_and_the_result_kept_there(im
     monkeypatch.setattr("ray_jobs.evaluate.Dataset.find", lambda experiment: Dataset(experiment, str(images), Manifest.load(images)))
     with logged() as said:
         metrics = evaluate_run(f"file://{store}/run/", "last")
-    assert metrics["val_loss"] == pytest.approx([r["val_loss"] for r in read_metrics(store / "run") if "val_loss" in r][-1])
+    assert metrics["val_loss"] == pytest.approx([r["val_loss"] for r in Run(store / "run").metrics() if "val_loss" in r][-1])
     (kept,) = (store / "run" / "evaluations").iterdir()
     assert json.loads(kept.read_text())["metrics"] == metrics and said[-1] == f"  written to file://{kept}"
 
@@ -157,10 +156,10 @@ def test_a_checkpoint_that_was_not_completed_in_the_store_is_not_there(images, m
     shutil.copytree(store, tmp_path / "store")
     mirror = Mirror(f"file://{tmp_path}/store", tmp_path / "here" / "run")
     mirror.fetch(None)
-    steps = [c.step for c in mirrored(mirror)]
+    steps = [c.step for c in mirror.checkpoints()]
     (tmp_path / "store" / "run" / "checkpoints" / "step-00000012" / "checkpoint.json").unlink()
     mirror.fetch()
-    assert [c.step for c in mirrored(mirror)] == steps[:-1]
+    assert [c.step for c in mirror.checkpoints()] == steps[:-1]
     assert sorted(p.name for p in (tmp_path / "here" / "run" / "checkpoints").iterdir()) == [f"step-{s:08d}" for s in steps[:-1]]
 
 

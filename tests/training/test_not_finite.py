@@ -11,14 +11,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from perceiver.checkpoints import list_checkpoints
 from perceiver.config import Experiment, UserError, check_tree, from_dict, to_dict
 from perceiver.data.manifest import Manifest
+from perceiver.runs import Run
 from perceiver.tasks import build_task
 from perceiver.training.batches import read_here
-from perceiver.training.checkpoint_choice import list_checkpoints
-from perceiver.training.not_finite import NOT_FINITE, NotFinite
+from perceiver.training.not_finite import NotFinite
 from perceiver.training.parallel import join_world
-from perceiver.training.record import read_metrics
 from perceiver.training.run import Training
 from tests.support.jobs import weights
 from tests.support.small import Call, image_experiment, leave, write_images
@@ -66,7 +66,7 @@ def test_the_first_bad_step_is_named_its_rows_are_kept_and_the_checkpoints_stay_
     poison(training, {5}, what=what)
     with pytest.raises(NotFinite, match="at step 5"):
         training.run()
-    (entry,) = json.loads((tmp_path / NOT_FINITE).read_text())
+    (entry,) = json.loads(Run(tmp_path).not_finite_file.read_text())
     assert entry == {"step": 5, "rows": training.train_feed.order.batch_rows(4).tolist()}
     assert all_finite(tmp_path)
 
@@ -90,8 +90,8 @@ def test_skipped_steps_change_nothing_and_are_counted_also_over_a_restart(images
     poison(training, {2, 7})
     training.run()
     assert training.finiteness.skipped == [2, 7] and all_finite(tmp_path)
-    assert [entry["step"] for entry in json.loads((tmp_path / NOT_FINITE).read_text())] == [2, 7]
-    assert all(record["loss"] == record["loss"] for record in read_metrics(tmp_path) if "loss" in record)
+    assert [entry["step"] for entry in json.loads(Run(tmp_path).not_finite_file.read_text())] == [2, 7]
+    assert all(record["loss"] == record["loss"] for record in Run(tmp_path).metrics() if "loss" in record)
     continued = training_of(with_skip(2), images, tmp_path)
     assert continued.finiteness.skipped == [2, 7]
 

@@ -15,12 +15,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from perceiver.checkpoints import list_checkpoints
 from perceiver.config import Cosine, Experiment, ParallelConfig, UserError, from_dict, to_dict
 from perceiver.data.manifest import Manifest
-from perceiver.runs import read_metrics
+from perceiver.runs import Run
 from perceiver.tasks import build_task
 from perceiver.training.batches import read_here
-from perceiver.training.checkpoint_choice import list_checkpoints
 from perceiver.training.parallel import join_world
 from perceiver.training.run import Training
 from ray_jobs.preflight import check_experiment
@@ -84,11 +84,11 @@ def train(made: Experiment, data: Path, folder: Path, stop_at: int | None = None
 
 
 def losses(folder: Path) -> np.ndarray:
-    return np.array([record["loss"] for record in read_metrics(folder) if "loss" in record])
+    return np.array([record["loss"] for record in Run(folder).metrics() if "loss" in record])
 
 
 def val_loss(folder: Path) -> float:
-    return read_metrics(folder)[-1]["val_loss"]
+    return Run(folder).metrics()[-1]["val_loss"]
 
 
 def make_data(folder: Path) -> Path:
@@ -128,7 +128,7 @@ def test_a_run_of_two_replicas_of_two_workers_continues_on_one_worker(data, alon
     train(replace(made, parallel=ParallelConfig(workers=4, replicas=2)), data, tmp_path / "run", stop_at=20)
     assert [c.step for c in list_checkpoints(tmp_path / "run" / "checkpoints")] == [20]
     train(made, data, tmp_path / "run")
-    assert [r["step"] for r in read_metrics(tmp_path / "run") if "loss" in r] == list(range(1, STEPS + 1))
+    assert [r["step"] for r in Run(tmp_path / "run").metrics() if "loss" in r] == list(range(1, STEPS + 1))
     np.testing.assert_allclose(losses(tmp_path / "run"), losses(alone), rtol=TOLERANCE)
 
 

@@ -12,13 +12,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from perceiver.checkpoints import choose_checkpoint, list_checkpoints
 from perceiver.config import Experiment, ParallelConfig, from_dict, to_dict
 from perceiver.data.manifest import Manifest
 from perceiver.data.shards import read_block
-from perceiver.runs import read_metrics
+from perceiver.runs import Run
 from perceiver.tasks import build_task
 from perceiver.training.batches import read_here
-from perceiver.training.checkpoint_choice import choose_checkpoint, list_checkpoints
 from perceiver.training.not_finite import NotFinite
 from perceiver.training.parallel import join_world
 from perceiver.training.run import Training
@@ -72,7 +72,7 @@ def run(
 
 
 def losses(folder: Path) -> list[float]:
-    return [record["loss"] for record in read_metrics(folder) if "loss" in record]
+    return [record["loss"] for record in Run(folder).metrics() if "loss" in record]
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +102,7 @@ def test_a_killed_run_continues_to_bitwise_the_same_weights_and_records(images, 
     assert continued.keys() == weights.keys()
     assert all(np.array_equal(continued[name], weights[name]) for name in weights)
     assert losses(folder) == curve
-    assert [r["step"] for r in read_metrics(folder) if "loss" in r] == list(range(1, 13))
+    assert [r["step"] for r in Run(folder).metrics() if "loss" in r] == list(range(1, 13))
 
 
 def test_two_workers_agree_to_leave_a_checkpoint_that_is_damaged_for_one_of_them(images, uninterrupted, tmp_path):
@@ -157,7 +157,7 @@ def test_training_learns_and_keeps_the_newest_and_the_best(images, tmp_path):
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["val_acc"] > 0.9 and result["step"] == 200
     checkpoints = list_checkpoints(tmp_path / "run" / "checkpoints")
-    best = min((r for r in read_metrics(tmp_path / "run") if "val_loss" in r), key=lambda r: r["val_loss"])
+    best = min((r for r in Run(tmp_path / "run").metrics() if "val_loss" in r), key=lambda r: r["val_loss"])
     assert {c.step for c in checkpoints} == {200, best["step"]}
     assert choose_checkpoint(tmp_path / "run" / "checkpoints", "best", "val_loss").step == best["step"]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from perceiver.training.checkpoint_choice import list_checkpoints
+from perceiver.checkpoints import list_checkpoints
 from tests.support.jobs import Job, losses, weights
 from tuning.population import exchanges
 

@@ -13,11 +13,11 @@ import ray
 from ray import tune
 from ray.tune.schedulers.pbt import _PBTTrialState
 
+from perceiver.checkpoints import list_checkpoints
 from perceiver.config import UserError, to_dict
 from perceiver.datasets import Dataset
+from perceiver.disk import write_json
 from perceiver.presets import PRESETS
-from perceiver.training.checkpoint import write_json
-from perceiver.training.checkpoint_choice import list_checkpoints
 from ray_jobs import preprocess
 from ray_jobs.cli import parse_experiment
 from tests.conftest import ROOT
