@@ -18,7 +18,7 @@ from perceiver.tasks import build_task
 from perceiver.tasks.base import dummy_split
 from perceiver.tasks.check import check_task
 from perceiver.tasks.moments import Moments
-from perceiver.tasks.tables import gaussian_crps, pinball
+from perceiver.tasks.table_numbers import gaussian_crps, pinball
 from ray_jobs.cli import parse_experiment
 
 ROWS = 40

@@ -1,0 +1,59 @@
+"""A class per row of a table."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+from torch import Tensor, nn
+
+from perceiver.config import UserError
+from perceiver.data.manifest import Split
+from perceiver.tasks.base import IGNORE_INDEX, Batch, padded
+from perceiver.tasks.classification import Classification
+from perceiver.tasks.table_task import TableSettings, TableTask, mean_f1
+
+
+class TableClassification(TableTask, Classification[TableSettings]):
+    """A class per row, beside always answering the commonest class of the training split."""
+
+    metric_directions = {"loss": "min", "acc": "max", "f1": "max", "baseline_acc": "max"}
+
+    def collate(self, rows: pa.Table, size: int, split: Split, train: bool, step: int) -> Batch:
+        batch = {"inputs": self.inputs(rows, size)}
+        if self.config.targets[0] in rows.column_names:
+            labels = class_numbers(self.config, rows) if rows.num_rows else np.empty(0, np.int64)
+            batch["labels"] = padded(labels, size, IGNORE_INDEX)
+        return batch
+
+    def logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        return model(batch["inputs"])
+
+    def metrics(self, sums: dict[str, np.ndarray], split: Split) -> dict[str, float]:
+        confusion = sums["confusion"].astype(np.float64)
+        found = {**super().metrics(sums, split), "f1": mean_f1(np.diag(confusion), confusion.sum(0), confusion.sum(1))}
+        if self.config.target_mean:
+            found["baseline_acc"] = float(confusion.sum(1)[int(np.argmax(self.config.target_mean))] / max(confusion.sum(), 1))
+        return found
+
+    def predict(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        probabilities = self.logits(model, batch).float().softmax(-1)
+        return {"class": probabilities.argmax(-1), "probabilities": probabilities}
+
+
+def class_numbers(config: TableSettings, rows: pa.Table) -> np.ndarray:
+    """The class of each row.
+
+    Raises:
+        UserError: a class that the training data did not have.
+    """
+    column, num_classes = rows[config.targets[0]], len(config.class_names or config.target_mean)
+    if config.class_names is not None:
+        numbers = {name: number for number, name in enumerate(config.class_names)}
+        found = np.array([numbers.get(name, -1) for name in column.to_pylist()], np.int64)
+    else:
+        found = column.to_numpy()
+    wrong = (found < 0) | (found >= num_classes if num_classes else False)
+    if wrong.any():
+        value = column[int(wrong.argmax())].as_py()
+        raise UserError(f"column {config.targets[0]!r} has {value!r}, which is none of the {num_classes} classes of the training data")
+    return found

@@ -1,0 +1,40 @@
+"""Any number of labels per row of a table."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from perceiver.data.manifest import Split
+from perceiver.tasks.base import Batch
+from perceiver.tasks.table_task import NumberTargets, losses_of_sources, mean_f1
+
+
+class TableLabels(NumberTargets):
+    """Any number of labels per row, each 0 or 1 or missing (NaN)."""
+
+    metric_directions = {"loss": "min", "acc": "max", "f1": "max", "baseline_acc": "max"}
+
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        given, logits = ~batch["targets"].isnan(), model(batch["inputs"]).float()
+        targets = batch["targets"].nan_to_num(0.0)
+        each = torch.where(given, F.binary_cross_entropy_with_logits(logits, targets, reduction="none"), 0.0)
+        if torch.is_grad_enabled():
+            return each.sum(), losses_of_sources(each, given, batch)
+        said, right = (logits > 0) & given, (targets > 0.5) & given
+        counts = {"hits": said & right, "said": said, "right": right, "same": (said == right) & given, "given": given}
+        return each.sum(), {name: values.sum(0) for name, values in counts.items()}
+
+    def metrics(self, sums: dict[str, np.ndarray], split: Split) -> dict[str, float]:
+        given = max(float(sums["given"].sum()), 1.0)
+        found = {**super().metrics(sums, split), "acc": float(sums["same"].sum()) / given}
+        found["f1"] = mean_f1(sums["hits"], sums["said"], sums["right"])
+        if self.config.target_mean:
+            usual = np.array(self.config.target_mean) > 0.5
+            found["baseline_acc"] = float(np.where(usual, sums["right"], sums["given"] - sums["right"]).sum()) / given
+        return found
+
+    def predict(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        return {"probabilities": model(batch["inputs"]).float().sigmoid()}

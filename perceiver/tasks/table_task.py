@@ -1,0 +1,123 @@
+"""What the tasks on tables share: their settings, the input, normalised, and targets of which some may be missing."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from perceiver.config import DataConfig, ModelConfig, TaskConfig, UserError
+from perceiver.data.manifest import Split
+from perceiver.data.rows import ArrayRows
+from perceiver.models import PerceiverIOConfig, TableInput
+from perceiver.models.table_input import shape_of
+from perceiver.tasks.base import IGNORE_INDEX, Batch, Task, loss_of_sources, padded
+
+
+class TableSettings(TaskConfig):
+    """Classes, labels or numbers from the columns of a table."""
+
+    measured = ("input_mean", "input_scale", "target_mean", "target_scale")
+
+    targets: tuple[str, ...] = ()
+    """Columns to predict, separated by spaces or commas."""
+    loss: Literal["auto", "classes", "labels", "mse", "mae", "huber", "gaussian", "quantiles"] = "auto"
+    """classes: one of several classes; labels: each target is 0 or 1, any number of them together; numbers: mse, mae, huber, gaussian
+    (mean and deviation) or quantiles. auto: classes for one column of texts or whole numbers, else mse."""
+    huber: float = 1.0
+    """Of loss huber: the error, in standard deviations of the target, above which the loss grows linearly."""
+    quantiles: tuple[float, ...] = (0.1, 0.5, 0.9)
+    """Of loss quantiles: which ones, ascending."""
+    class_names: tuple[str, ...] | None = None
+    """Names of the classes: as found in a column of texts; None: their numbers."""
+    target_shapes: tuple[str, ...] = ()
+    """Shape of each target's value in a row, as model.input.shapes; None: as found in the data."""
+    input_mean: tuple[float, ...] = ()
+    """Mean of each channel of the input columns in the training split, set by the training."""
+    input_scale: tuple[float, ...] = ()
+    """Standard deviation of the same."""
+    target_mean: tuple[float, ...] = ()
+    """Mean of each target in the training split (of classes: each one's share), set by the training."""
+    target_scale: tuple[float, ...] = ()
+    """Standard deviation of the same."""
+
+    def check(self, where: str) -> None:
+        if not self.huber > 0:
+            raise UserError(f"{where}huber is {self.huber} and must be above 0")
+        ascending = all(low < high for low, high in zip(self.quantiles, self.quantiles[1:], strict=False))
+        if not self.quantiles or not ascending or not 0 < self.quantiles[0] or not self.quantiles[-1] < 1:
+            raise UserError(f"{where}quantiles is {' '.join(map(str, self.quantiles))} and must be ascending numbers between 0 and 1")
+
+    @property
+    def outputs_per_target(self) -> int:
+        """Numbers that the model says of one number to predict."""
+        return {"gaussian": 2, "quantiles": len(self.quantiles)}.get(self.loss, 1)
+
+    @property
+    def num_targets(self) -> int:
+        """Numbers to predict in a row."""
+        return sum(math.prod(shape_of(text)) for text in self.target_shapes)
+
+    def rows(self, model: ModelConfig, data: DataConfig) -> ArrayRows:
+        table = input_of(model)
+        columns = {name: (shape_of(text), "float32") for name, text in zip(table.columns, table.shapes, strict=True)}
+        kind = "float32" if self.loss != "classes" else "string" if self.class_names else "int64"
+        return ArrayRows(**columns, **{name: (shape_of(text), kind) for name, text in zip(self.targets, self.target_shapes, strict=True)})
+
+
+def input_of(model: ModelConfig) -> TableInput:
+    """The model's input, which is a table's."""
+    found = getattr(model, "input", None)
+    assert isinstance(found, TableInput)
+    return found
+
+
+def flat(arrays: dict[str, np.ndarray], names: tuple[str, ...], num_rows: int) -> np.ndarray:
+    """Columns side by side, (rows, numbers of a row)."""
+    return np.concatenate([arrays[name].reshape(num_rows, -1) for name in names], axis=1)
+
+
+class TableTask(Task[TableSettings, PerceiverIOConfig]):
+    """What the tasks on tables share: the input, normalised."""
+
+    def inputs(self, rows: pa.Table, size: int) -> Tensor:
+        """(size, numbers of a row): each channel of a column with the mean 0 and the deviation 1 that it has in the training split."""
+        arrays, table, config = self.rows.arrays(rows), input_of(self.model_config), self.config
+        found, first = [], 0
+        for name, (positions, channels) in zip(table.columns, table.sizes(), strict=True):
+            values = arrays[name].reshape(rows.num_rows, positions, channels).astype(np.float64)
+            if config.input_mean:
+                place = slice(first, first + channels)
+                values = (values - np.array(config.input_mean[place])) / np.array(config.input_scale[place])
+            found.append(values.reshape(rows.num_rows, -1).astype(np.float32))
+            first += channels
+        return padded(np.concatenate(found, axis=1), size)
+
+
+class NumberTargets(TableTask):
+    """Targets that are numbers, each of which may be missing (NaN)."""
+
+    def collate(self, rows: pa.Table, size: int, split: Split, train: bool, step: int) -> Batch:
+        """The inputs, and "targets" (size, numbers), NaN where there is none, unless the rows lack a column of them."""
+        batch, names = {"inputs": self.inputs(rows, size)}, self.config.targets
+        if all(name in rows.column_names for name in names):
+            batch["targets"] = padded(flat(self.rows.arrays(rows), names, rows.num_rows), size, math.nan)
+        return batch
+
+    def num_targets(self, batch: Batch) -> Tensor:
+        return (~batch["targets"].isnan()).sum()
+
+
+def losses_of_sources(each: Tensor, given: Tensor, batch: Batch) -> dict[str, Tensor]:
+    """The sums of a mixture's sources from losses (B, targets), of which some are of targets that are not there."""
+    return loss_of_sources(each, {**batch, "labels": torch.where(given, 0, IGNORE_INDEX)})
+
+
+def mean_f1(hits: np.ndarray, said: np.ndarray, right: np.ndarray) -> float:
+    """The mean over classes of F1; of classes that neither are there nor were said there is none."""
+    both = said.astype(np.float64) + right
+    return float(np.mean(2 * hits[both > 0] / both[both > 0])) if (both > 0).any() else 0.0
