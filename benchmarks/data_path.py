@@ -34,7 +34,8 @@ from perceiver.data.chunks import Chunks, chunk_ids, chunk_rows, chunks_of, meas
 from perceiver.data.files import InputFile
 from perceiver.data.manifest import SPLITS, Split
 from perceiver.data.order import Order, plan
-from perceiver.data.pieces import Job, cut_pieces, make_piece
+from perceiver.data.pieces import cut_pieces, make_piece
+from perceiver.data.preparation import Job
 from perceiver.data.prepare import make_shard, make_split, plan_shards
 from perceiver.data.read_documents import read_documents
 from perceiver.data.rows import fixed_array, fixed_column

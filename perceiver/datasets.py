@@ -21,12 +21,6 @@ from perceiver.data.tokenizers import TOKENIZER, load_tokenizer, tokenizer_is_th
 from perceiver.experiments import command_words
 from perceiver.models import ImageInput, PerceiverIOConfig
 
-_LEAST_LENGTHS = {
-    "tokens": (2, "a token is predicted from another one"),
-    "events": (2, "an event is predicted from another one"),
-    "documents": (3, "a document stands between [CLS] and [SEP]"),
-}
-"""Shortest input of a model of text, and what it must hold."""
 _READING_ONLY = ("shuffle_window_blocks", "lanes")
 """Fields of the data's configuration that preparation does not depend on."""
 
@@ -179,7 +173,7 @@ def _settings(experiment: Experiment) -> dict[str, Any]:
     }
     if data.mixture:
         settings["mixture"] = {part.name: part.share for part in mixture_sources(data)}
-    if data.prepare == "stream" and kind != "tokens":
+    if data.prepare == "stream" and not KINDS[kind].can_stream:
         raise UserError("data.prepare is stream, which language models alone can read: leave it out")
     if data.prepare == "stream" and (is_code(data.source) or any(is_code(entry.rpartition("=")[0]) for entry in data.mixture)):
         raise UserError("data.prepare is stream, which reads files alone: leave it out for a data.source that is code")
@@ -190,7 +184,7 @@ def _settings(experiment: Experiment) -> dict[str, Any]:
     max_seq_len, vocab_size = text_limits(experiment)
     if (needed := KINDS[kind].num_ids) is not None and vocab_size <= needed:
         raise UserError(f"model.vocab-size is {vocab_size} and must be at least {needed + 1}: {needed} {kind} and one id for padding")
-    least, why = _LEAST_LENGTHS[kind]
+    least, why = KINDS[kind].least_length
     if max_seq_len < least:
         section = "model.input" if hasattr(experiment.model, "input") else "model"
         raise UserError(f"{section}.max-seq-len is {max_seq_len} and must be at least {least}: {why}")
@@ -199,8 +193,8 @@ def _settings(experiment: Experiment) -> dict[str, Any]:
     settings |= {"text_column": data.text_column}
     if data.encoding.lower() not in ("utf-8", "utf8"):
         settings |= {"encoding": data.encoding}
-    if kind == "documents":
-        return settings | {"label_column": data.label_column, "row_length": max_seq_len - 2}
+    if KINDS[kind].has_labels:
+        return settings | {"label_column": data.label_column, "row_length": max_seq_len - KINDS[kind].added_ids}
     if data.prepare == "stream":
         settings |= {"prepare": "stream", "most_rows_per_chunk": data.rows_per_block * data.shuffle_window_blocks}
     return settings | {"row_length": max_seq_len, "document_marks": experiment.task.document_marks}

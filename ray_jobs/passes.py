@@ -14,8 +14,9 @@ import pyarrow.fs as pafs
 
 from perceiver.config import Experiment, UserError, digest
 from perceiver.data.files import InputFile
-from perceiver.data.pieces import Job, Piece, finished_pieces, make_piece
-from perceiver.data.prepare import ShardPlan, finished_shards, make_shard, plan_shards
+from perceiver.data.pieces import Piece, finished_pieces, make_piece
+from perceiver.data.preparation import Job, ShardPlan
+from perceiver.data.prepare import finished_shards, make_shard, plan_shards
 from perceiver.data.read_images import image_shape
 from perceiver.data.rows import KINDS, ArrayRows
 from perceiver.data.sources import Source
@@ -47,7 +48,7 @@ def make_job(experiment: Experiment, settings: dict[str, Any], folder: str, fing
     task: Any = experiment.task
     model: Any = experiment.model  # of tasks with labels both have classes, whatever their types
     rows, shape = KINDS[kind], None
-    if kind == "images":
+    if rows.new_rows == "image":
         shape = _first_image_shape(source, skip=data.on_error == "skip")
         check_image_shape(experiment, shape)
     columns = Columns(

@@ -18,7 +18,8 @@ from perceiver.data.components import Component, mixture_manifest
 from perceiver.data.examples import check_repeatable, is_code
 from perceiver.data.files import InputFile
 from perceiver.data.manifest import MANIFEST, DamagedData, Manifest
-from perceiver.data.pieces import PIECE_BYTES, Job, cut_pieces
+from perceiver.data.pieces import PIECE_BYTES, cut_pieces
+from perceiver.data.preparation import Job
 from perceiver.data.prepare import histogram, make_split, shared_documents, unigram_nats
 from perceiver.data.rows import KINDS
 from perceiver.data.shards import broken_files
@@ -290,8 +291,7 @@ def _summary(folder: str, manifest: Manifest, source: Source, seconds: float) ->
     logger.info(f"prepared in {duration(seconds)}: {folder}")
     for name, split in manifest.splits.items():
         parts = [f"{split.rows:,} rows"]
-        if manifest.kind == "images":
-            assert manifest.image_shape is not None
+        if manifest.image_shape is not None:
             height, width, channels = manifest.image_shape
             parts.append(f"images of {height} x {width} x {channels}")
         elif manifest.columns is not None:

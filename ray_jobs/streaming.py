@@ -10,7 +10,8 @@ from perceiver.config import Experiment, UserError, digest
 from perceiver.data.chunks import Size, chunk_ids, chunk_rows, chunks_of, fingerprint, measure, sample_pieces
 from perceiver.data.files import InputFile
 from perceiver.data.manifest import Manifest, Split
-from perceiver.data.pieces import PIECE_BYTES, Job, cut_pieces
+from perceiver.data.pieces import PIECE_BYTES, cut_pieces
+from perceiver.data.preparation import Job
 from perceiver.data.prepare import make_split
 from perceiver.data.sources import Source
 from perceiver.data.storage import write_file

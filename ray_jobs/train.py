@@ -180,7 +180,7 @@ def check_validation(experiment: Experiment, data_folder: str, manifest: Manifes
     """
     for part, feed in make_val_feeds(experiment, build_task(experiment), data_folder, manifest):
         split = feed.split
-        if split.rows < 1 or (split.kind == "tokens" and split.tokens < 2):
+        if split.rows < 1 or (split.stored.is_stream and split.tokens < 2):
             source = f" of {part.name}" if part.name else ""
             raise UserError(
                 f"the validation data{source} in {data_folder} has no target, so no metric could be measured: give more data with "

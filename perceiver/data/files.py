@@ -92,7 +92,7 @@ def files_of(source: str, label: str, kind: str, field: str, names: Collection[s
         raise UserError(f"{field} {source} is of no known format: {kind} are made from {KINDS[kind].expected}")
     result = []
     sizes = {path: size for path, _, size in listed}
-    marks = _splits_in_table(listed) if kind == "events" and not single else {}
+    marks = _splits_in_table(listed) if KINDS[kind].has_split_tables and not single else {}
     again = set() if single else _again(listed)
     saved = any(re.search(r"(^|/)state\.json$", inner) for _, inner, _ in listed)
     for path, inner, size in listed:

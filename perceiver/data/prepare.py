@@ -12,29 +12,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from perceiver.data.manifest import Shard, Split, shard_name, stream_rows
-from perceiver.data.pieces import COUNTS, Job, rows_at_once
-from perceiver.data.rows import ArrayRows, fixed_column
+from perceiver.data.preparation import COUNTS, Job, ShardParts, ShardPlan
 from perceiver.data.shards import describe_shard, write_blocks
-from perceiver.data.storage import atomic_file, list_folder, open_folder, read_file, read_range, write_file
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShardPlan:
-    """One shard to make: its rows, and where in which pieces they lie."""
-
-    split: str
-    number: int
-    first_row: int
-    rows: int
-    parts: tuple[tuple[int, int, int], ...]
-    """(piece, first, last + 1): ids of a stream, or rows, counted in the piece."""
+from perceiver.data.storage import atomic_file, list_folder, read_file, write_file
 
 
 def split_rows(job: Job, notes: list[dict[str, Any]], split: str) -> int:
@@ -78,72 +65,9 @@ def make_shard(job: Job, plan: ShardPlan) -> dict[str, Any]:
 
 
 def _blocks(job: Job, plan: ShardPlan) -> Iterator[pa.Table]:
+    preparation, parts = job.preparation(job), ShardParts(job, plan)
     for first in range(0, plan.rows, job.rows_per_block):
-        num = min(job.rows_per_block, plan.rows - first)
-        if job.rows.is_stream:
-            block = np.full((num + job.rows.lookahead) * job.row_length, job.rows.fill_id, np.uint16)
-            start = first * job.row_length
-            ids = _read_part(job, plan, "values", np.uint16, start, start + len(block))
-            block[: len(ids)] = ids
-            yield pa.table({"tokens": fixed_column(block.reshape(-1, job.row_length))})
-            continue
-        if job.arrays is not None:
-            yield _read_rows(job, job.arrays, plan, first, first + num)
-            continue
-        labels = pa.array(_read_part(job, plan, "labels", np.int32, first, first + num))
-        if job.kind == "images":
-            pixels = _read_part(job, plan, "values", np.uint8, first, first + num, width=job.row_length)
-            yield pa.table({"image": fixed_column(pixels.reshape(num, -1)), "label": labels})
-        else:
-            yield pa.table({"tokens": _read_documents(job, plan, first, first + num), "label": labels})
-
-
-def _read_part(job: Job, plan: ShardPlan, part: str, dtype: type, start: int, stop: int, width: int = 1) -> np.ndarray:
-    """Values start .. stop - 1 of a shard (each of `width` numbers), from the pieces that they lie in."""
-    size = np.dtype(dtype).itemsize * width
-    found = []
-    for piece, low, high in _parts(plan, start, stop):
-        data = read_range(job.staging, f"piece-{piece:06d}-{plan.split}.{part}", low * size, high * size)
-        found.append(np.frombuffer(data, dtype))
-    return np.concatenate(found) if found else np.empty(0, dtype)
-
-
-def _read_documents(job: Job, plan: ShardPlan, start: int, stop: int) -> pa.ListArray:
-    """Rows start .. stop - 1 of a shard as lists of ids."""
-    ids, lengths = [], []
-    for piece, low, high in _parts(plan, start, stop):
-        name = f"piece-{piece:06d}-{plan.split}"
-        sizes = np.frombuffer(read_range(job.staging, f"{name}.lengths", 0, high * 4), np.int32).astype(np.int64)
-        first = int(sizes[:low].sum())
-        last = first + int(sizes[low:].sum())
-        ids.append(np.frombuffer(read_range(job.staging, f"{name}.values", first * 2, last * 2), np.uint16))
-        lengths.append(sizes[low:])
-    offsets = np.concatenate([[0], np.cumsum(np.concatenate(lengths))]).astype(np.int32)
-    item = pa.list_(pa.field("element", pa.uint16(), nullable=False))
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(ids)), type=item)
-
-
-def _read_rows(job: Job, rows: ArrayRows, plan: ShardPlan, start: int, stop: int) -> pa.Table:
-    """Rows start .. stop - 1 of a shard of arrays."""
-    filesystem, staging = open_folder(job.staging)
-    size, found = rows_at_once(rows), []
-    for piece, low, high in _parts(plan, start, stop):
-        with filesystem.open_input_file(f"{staging}/piece-{piece:06d}-{plan.split}.rows") as source:
-            reader = pa.ipc.open_file(source)
-            first = low // size
-            batches = [reader.get_batch(i) for i in range(first, (high - 1) // size + 1)]
-            found.append(pa.Table.from_batches(batches).slice(low - first * size, high - low))
-    return pa.concat_tables(found).combine_chunks()
-
-
-def _parts(plan: ShardPlan, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
-    """What values start .. stop - 1 of a shard are in the pieces: (piece, first, last + 1)."""
-    begin = 0
-    for piece, low, high in plan.parts:
-        first, last = max(start - begin, 0), min(stop - begin, high - low)
-        if first < last:
-            yield piece, low + first, low + last
-        begin += high - low
+        yield preparation.block(parts, first, min(job.rows_per_block, plan.rows - first))
 
 
 def make_split(job: Job, notes: list[dict[str, Any]], shards: list[dict[str, Any]], split: str) -> Split:

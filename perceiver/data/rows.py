@@ -25,8 +25,12 @@ DTYPES = ("float32", "float16", "int8", "int16", "int32", "int64", "uint8", "uin
 """Types of a column's numbers; "string" and "binary" stand alone in a row, with shape ()."""
 
 
+KINDS: dict[str, type[RowKind]] = {}
+"""The kinds of rows by name; each is known when its class is defined."""
+
+
 class RowKind(ABC):
-    """What the rows of a data set are."""
+    """What the rows of a data set are. How they are made says a `Preparation` (preparation.py) of the same kind."""
 
     kind: ClassVar[str]
     """Its name in manifests and settings."""
@@ -50,6 +54,31 @@ class RowKind(ABC):
     """What its rows are made from, in the plural."""
     new_rows: ClassVar[Literal["text", "image", "arrays"]] = "text"
     """What a row of new input holds, where a trained model is applied."""
+    least_length: ClassVar[tuple[int, str]] = (1, "a row holds something")
+    """Shortest input of a model that reads it, where the model sets the rows' length, and why."""
+    added_ids: ClassVar[int] = 0
+    """Ids of a model's input that are none of the row's."""
+    can_stream: ClassVar[bool] = False
+    """It can be read from files as they are, without being prepared before."""
+    takes_code: ClassVar[bool] = True
+    """It can be made from examples that a function of the user's yields."""
+    takes_unlabelled: ClassVar[bool] = False
+    """A source's files without labels are its training split, where there are such."""
+    has_split_tables: ClassVar[bool] = False
+    """A table beside the files may say which file is of which split."""
+
+    def __init_subclass__(cls) -> None:
+        if "kind" in cls.__dict__:
+            KINDS[cls.kind] = cls
+
+    @classmethod
+    def make(cls, row_length: int, columns: ArrayRows | None) -> RowKind:
+        """The rows of a data set, from what its manifest says.
+
+        Raises:
+            UserError: that is not enough.
+        """
+        return cls()
 
     @property
     @abstractmethod
@@ -72,6 +101,10 @@ class _LongRows(RowKind):
     def __init__(self, row_length: int) -> None:
         self.row_length = row_length
 
+    @classmethod
+    def make(cls, row_length: int, columns: ArrayRows | None) -> RowKind:
+        return cls(row_length)
+
 
 class ImageRows(_LongRows):
     """Images of one shape with their labels."""
@@ -80,6 +113,7 @@ class ImageRows(_LongRows):
     has_labels = True
     made_from = "images"
     new_rows = "image"
+    takes_code = False
     formats = ("idx", "parquet")
     expected = "idx files (train-images-idx3-ubyte and its labels, .gz or not) or .parquet"
 
@@ -113,6 +147,8 @@ class TokenRows(_StreamRows):
 
     kind = "tokens"
     is_text = True
+    can_stream = takes_unlabelled = True
+    least_length = (2, "a token is predicted from another one")
     formats = ("text", "wikitext", "jsonl", "csv", "arrow", "parquet", "wikitext-rows")
     expected = ".txt, .raw, .tokens, .jsonl, .json, .csv, .tsv (also .gz, .bz2, .zst), .arrow or .parquet"
 
@@ -122,6 +158,8 @@ class EventRows(_StreamRows):
 
     kind = "events"
     fill_id = num_ids = PAD
+    has_split_tables = True
+    least_length = (2, "an event is predicted from another one")
     made_from = "performances"
     formats = ("midi",)
     expected = ".mid or .midi files"
@@ -132,6 +170,8 @@ class DocumentRows(_LongRows):
 
     kind = "documents"
     is_text = True
+    added_ids = 2
+    least_length = (3, "a document stands between [CLS] and [SEP]")
     has_labels = True
     formats = ("jsonl", "csv", "arrow", "parquet")
     expected = ".jsonl, .json, .csv, .tsv (also .gz, .bz2, .zst), .arrow or .parquet, with a text and a label column"
@@ -199,6 +239,12 @@ class ArrayRows(RowKind):
             if name in ("row", "epoch", "source", "valid"):
                 raise UserError(f"column {name!r} has a name that the platform uses itself: choose another")
             self.columns[name] = Column(tuple(shape), dtype)
+
+    @classmethod
+    def make(cls, row_length: int, columns: ArrayRows | None) -> RowKind:
+        if columns is None:
+            raise UserError("the columns of arrays are missing")
+        return columns
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, ArrayRows) and self.columns == other.columns
@@ -332,22 +378,13 @@ def _value(example: Mapping[str, Any], name: str, column: Column) -> Any:
     return converted if column.shape else converted.item()
 
 
-KINDS: dict[str, type[RowKind]] = {cls.kind: cls for cls in (ImageRows, TokenRows, EventRows, DocumentRows, ArrayRows)}
-"""The kinds of rows by name."""
-
-
 def rows_of(kind: str, row_length: int, columns: ArrayRows | None = None) -> RowKind:
     """The rows of a data set, from what its manifest says.
 
     Raises:
         UserError: arrays without columns.
     """
-    cls = KINDS[kind]
-    if issubclass(cls, _LongRows):
-        return cls(row_length)
-    if columns is None:
-        raise UserError("the columns of arrays are missing")
-    return columns
+    return KINDS[kind].make(row_length, columns)
 
 
 def fixed_array(table: pa.Table, column: str) -> np.ndarray:

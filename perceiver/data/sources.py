@@ -11,7 +11,7 @@ from perceiver.config import DataConfig, UserError
 from perceiver.data.examples import ExamplePart, find_parts, is_code, name_of
 from perceiver.data.files import MARKS, UNCUT, Format, Found, InputFile, files_of, format_of, is_glob, real_place, split_glob
 from perceiver.data.read_tables import is_json_array
-from perceiver.data.rows import KINDS, ImageRows
+from perceiver.data.rows import KINDS
 from perceiver.data.storage import open_folder
 
 _UTF_8 = ("utf-8", "utf8")
@@ -163,7 +163,7 @@ def resolve(data: DataConfig, kind: str) -> Source:
         if isinstance(file, InputFile) and (same := by_place.get(real_place(file.path))) is not None:
             raise UserError(same_file(same.name, file.name))
     inputs = [*(replace(f, split="train" if val else "hash") for f in train), *(replace(f, split="val") for f in val)]
-    if kind != ImageRows.kind:
+    if KINDS[kind].new_rows != "image":
         inputs = [_encoded(f, data) for f in inputs]
     return Source(
         files=tuple(f for f in inputs if isinstance(f, InputFile)),
@@ -192,8 +192,10 @@ def _encoded(file: InputFile | ExamplePart, data: DataConfig) -> InputFile | Exa
 def _resolved(source: str, kind: str, field: str) -> tuple[list[Any], list[Any], list[str], dict[str, Any] | None]:
     """What there is for training, for validation, names of what is for neither, and where on the hub it comes from."""
     if is_code(source):
-        if kind == ImageRows.kind:
-            raise UserError(f"{field} {source} is code, but {kind} are made from {ImageRows.expected}: a task of your own can read arrays")
+        if not KINDS[kind].takes_code:
+            raise UserError(
+                f"{field} {source} is code, but {kind} are made from {KINDS[kind].expected}: a task of your own can read arrays"
+            )
         return *find_parts(source, field), [], None
     found, origin = _find(source, kind, field)
     return *_assign(found, kind), origin
@@ -210,7 +212,7 @@ def _assign(found: list[Found], kind: str) -> tuple[list[InputFile], list[InputF
     by_mark: dict[str | None, list[InputFile]] = {}
     for item in found:
         by_mark.setdefault(item.mark, []).append(item.file)
-    unsupervised = by_mark.get("unsupervised", []) if kind == "tokens" else []
+    unsupervised = by_mark.get("unsupervised", []) if KINDS[kind].takes_unlabelled else []
     train = unsupervised or by_mark.get("train") or by_mark.get(None, [])
     val = by_mark.get("val") or by_mark.get("test", [])
     used = {f.path for f in (*train, *val)}

@@ -15,7 +15,8 @@ import numpy as np
 import sentencepiece
 
 from perceiver.config import TokenizerTraining, UserError
-from perceiver.data.pieces import Piece, splits_of
+from perceiver.data.pieces import Piece
+from perceiver.data.preparation import splits_of
 from perceiver.data.read_documents import read_documents
 from perceiver.data.spans import Problems
 from perceiver.data.tables import Columns

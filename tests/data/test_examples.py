@@ -140,7 +140,7 @@ def test_a_class_outside_the_project_is_prepared_as_the_rows_that_it_yields(fold
 
 @pytest.mark.parametrize("rows_at_once", [1024, 7])
 def test_the_number_of_parts_does_not_change_a_byte_nor_does_preparing_again(folder, monkeypatch, rows_at_once):
-    monkeypatch.setattr("perceiver.data.pieces._MOST_ROWS", rows_at_once)
+    monkeypatch.setattr("perceiver.data.preparation._MOST_ROWS", rows_at_once)
     (folder / "own_series.py").write_text(SOURCE.replace("class InThree(Series)", "class Other(Series)"))
     one = content(prepared(arrays(folder, "Series"))[0])
     assert content(prepared(arrays(folder, "Series", "again"))[0]) == one

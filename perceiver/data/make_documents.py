@@ -1,0 +1,65 @@
+"""How rows of documents are made, and what is common to all rows of text: documents as ids."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from perceiver.data.preparation import Job, PieceWriter, Preparation, ShardParts, content_hashes, splits_of
+from perceiver.data.read_documents import Documents, read_documents
+from perceiver.data.rows import DocumentRows
+from perceiver.data.spans import Problems, Span
+from perceiver.data.text import count_words, truncate
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Documents of one split as ids."""
+
+    split: str
+    documents: Documents
+    """All that were read together."""
+    chosen: np.ndarray
+    """Which of them are of this split."""
+    ids: np.ndarray
+    lengths: np.ndarray
+    counts: dict[str, int]
+    hashes: np.ndarray | None
+
+
+def encoded(job: Job, span: Span, problems: Problems) -> Iterator[Encoded]:
+    """The documents of a part of the input as ids, by split."""
+    assert job.tokenizer is not None
+    for documents in read_documents(span, job.columns, problems):
+        texts = [text.encode() for text in documents.texts]
+        for split, chosen in splits_of(span.file, texts, job.val_fraction):
+            places = np.flatnonzero(chosen)
+            ids, lengths = job.tokenizer.encode_batch([documents.texts[i] for i in places])
+            counts = {
+                "bytes": sum(len(texts[i]) for i in places),
+                "words": count_words(b"\n".join(texts[i] for i in places)),
+                "documents": int(np.count_nonzero(documents.complete[chosen])),
+                "empty": int(np.count_nonzero(lengths == 0)),
+            }
+            hashes = None if span.file.split == "hash" else content_hashes([content for content in texts if content])
+            yield Encoded(split, documents, chosen, ids, lengths, counts, hashes)
+
+
+class DocumentPreparation(Preparation):
+    """Documents of at most the given number of ids, with their labels."""
+
+    kind = DocumentRows.kind
+
+    def add(self, span: Span, problems: Problems, writers: Mapping[str, PieceWriter]) -> None:
+        for part in encoded(self.job, span, problems):
+            assert part.documents.labels is not None
+            ids, lengths = truncate(part.ids, part.lengths, self.job.row_length)
+            counts = {**part.counts, "rows": len(lengths), "tokens": len(ids)}
+            writers[part.split].add(ids, counts, part.documents.labels[part.chosen], lengths, part.hashes)
+
+    def block(self, shard: ShardParts, first: int, num: int) -> pa.Table:
+        labels = pa.array(shard.read("labels", np.int32, first, first + num))
+        return pa.table({"tokens": shard.read_lists(first, first + num), "label": labels})

@@ -1,0 +1,35 @@
+"""How rows of images are made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import pyarrow as pa
+
+from perceiver.data.preparation import PieceWriter, Preparation, ShardParts, content_hashes, splits_of
+from perceiver.data.read_images import read_images
+from perceiver.data.rows import ImageRows, fixed_column
+from perceiver.data.spans import Problems, Span
+
+
+class ImagePreparation(Preparation):
+    """Pixels and labels."""
+
+    kind = ImageRows.kind
+
+    def add(self, span: Span, problems: Problems, writers: Mapping[str, PieceWriter]) -> None:
+        for images in read_images(span, self.job.columns, problems):
+            pixels = np.ascontiguousarray(images.pixels)
+            contents = [image.tobytes() for image in pixels]
+            for split, chosen in splits_of(span.file, contents, self.job.val_fraction):
+                values = pixels[chosen].reshape(-1)
+                num = int(np.count_nonzero(chosen))
+                counts = {"rows": num, "bytes": values.nbytes, "documents": num}
+                hashes = None if span.file.split == "hash" else content_hashes(contents)
+                writers[split].add(values, counts, images.labels[chosen], None, hashes)
+
+    def block(self, shard: ShardParts, first: int, num: int) -> pa.Table:
+        pixels = shard.read("values", np.uint8, first, first + num, width=self.job.row_length)
+        labels = pa.array(shard.read("labels", np.int32, first, first + num))
+        return pa.table({"image": fixed_column(pixels.reshape(num, -1)), "label": labels})
