@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 
 from perceiver.config import UserError
 from perceiver.data.manifest import MANIFEST, DamagedData, Manifest, Shard, Split
-from perceiver.data.rows import RowKind
+from perceiver.data.row_kind import RowKind
 from perceiver.data.storage import file_hash, list_folder, open_folder
 from perceiver.data.tokenizers import TOKENIZER
 

@@ -10,7 +10,7 @@ import pytest
 
 from perceiver.config import TaskConfig, UserError
 from perceiver.data.preparation import Preparation, splits_of
-from perceiver.data.rows import RowKind
+from perceiver.data.row_kind import RowKind
 from perceiver.presets import PRESETS
 from ray_jobs import preprocess
 from tests.support.preparing import load_prepared, rows_of, serially, write_jsonl

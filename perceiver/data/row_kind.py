@@ -1,0 +1,77 @@
+"""What a kind of rows says of itself; the kinds that come with the package are in `rows.py`."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar, Literal
+
+import pyarrow as pa
+
+KINDS: dict[str, type[RowKind]] = {}
+"""The kinds of rows by name; each is known when its class is defined."""
+
+
+class RowKind(ABC):
+    """What the rows of a data set are. How they are made says a `Preparation` (preparation.py) of the same kind."""
+
+    kind: ClassVar[str]
+    """Its name in manifests and settings."""
+    lookahead: ClassVar[int] = 0
+    """Physical rows at the end of a block that belong to the next block."""
+    is_stream: ClassVar[bool] = False
+    """Rows are cut from one stream of ids, whatever pieces of the input these come from."""
+    fill_id: ClassVar[int] = 0
+    """Id after the end of a stream."""
+    num_ids: ClassVar[int | None] = None
+    """Ids that its documents can hold, from 0; None: a tokenizer says it, or there are none."""
+    is_text: ClassVar[bool] = False
+    """Made from text, with a tokenizer."""
+    has_labels: ClassVar[bool] = False
+    """Each row has a class number."""
+    formats: ClassVar[tuple[str, ...]]
+    """Formats of files that it can be made from."""
+    expected: ClassVar[str]
+    """The same for a person."""
+    made_from: ClassVar[str] = "documents"
+    """What its rows are made from, in the plural."""
+    new_rows: ClassVar[Literal["text", "image", "arrays"]] = "text"
+    """What a row of new input holds, where a trained model is applied."""
+    least_length: ClassVar[tuple[int, str]] = (1, "a row holds something")
+    """Shortest input of a model that reads it, where the model sets the rows' length, and why."""
+    added_ids: ClassVar[int] = 0
+    """Ids of a model's input that are none of the row's."""
+    can_stream: ClassVar[bool] = False
+    """It can be read from files as they are, without being prepared before."""
+    takes_code: ClassVar[bool] = True
+    """It can be made from examples that a function of the user's yields."""
+    takes_unlabelled: ClassVar[bool] = False
+    """A source's files without labels are its training split, where there are such."""
+    has_split_tables: ClassVar[bool] = False
+    """A table beside the files may say which file is of which split."""
+
+    def __init_subclass__(cls) -> None:
+        if "kind" in cls.__dict__:
+            KINDS[cls.kind] = cls
+
+    @classmethod
+    def make(cls, row_length: int, columns: RowKind | None) -> RowKind:
+        """The rows of a data set, from what its manifest says.
+
+        Raises:
+            UserError: that is not enough.
+        """
+        return cls()
+
+    @property
+    @abstractmethod
+    def schema(self) -> pa.Schema:
+        """The columns of a shard. Nothing is ever null."""
+
+    @property
+    def bytes_per_row(self) -> int | None:
+        """Bytes of a row in memory; None: rows differ in it."""
+        return None
+
+    def numbers_in_parquet(self) -> bool | list[str]:
+        """Columns of numbers by their paths in parquet; True: all."""
+        return True
