@@ -8,9 +8,7 @@ from typing import Any
 import numpy as np
 
 from perceiver.config import digest
-from perceiver.data.manifest import SPLITS, Manifest, Split
-
-COUNTED = ("rows", "tokens", "bytes", "words", "documents")
+from perceiver.data.manifest import COUNTS, SPLITS, Manifest, Split
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +70,7 @@ def mixture_manifest(settings: dict[str, Any], parts: list[Component]) -> Manife
 
 
 def _together(splits: list[Split]) -> Split:
-    counts = {name: sum(getattr(split, name) for split in splits) for name in COUNTED}
+    counts = {name: sum(getattr(split, name) for split in splits) for name in COUNTS}
     return replace(splits[0], shards=(), **counts)
 
 

@@ -34,6 +34,8 @@ from perceiver.data.storage import read_file, write_file
 FORMAT_VERSION = 1
 """Who raises it also adds it to `prepare_settings`, so that data sets of the old format are not found any more."""
 MANIFEST = "manifest.json"
+COUNTS = ("rows", "tokens", "bytes", "words", "documents")
+"""What is counted in a split."""
 SPLITS = ("train", "val")
 
 

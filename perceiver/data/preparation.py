@@ -18,6 +18,7 @@ import pyarrow as pa
 from perceiver.config import UserError
 from perceiver.data.examples import ExamplePart
 from perceiver.data.files import InputFile
+from perceiver.data.manifest import COUNTS
 from perceiver.data.rows import ArrayRows, RowKind, rows_of
 from perceiver.data.spans import Problems, Span
 from perceiver.data.storage import atomic_file, open_folder, read_range
@@ -28,7 +29,6 @@ _MOST_ROWS, _BATCH_BYTES = 1024, 8 << 20
 """Rows of arrays that are gathered before they are written, at most, and their bytes."""
 _COUNTED_AT_ONCE = 1 << 16
 """Values counted by one call: what it makes of them then stays in the cache."""
-COUNTS = ("rows", "tokens", "bytes", "words", "documents")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from perceiver.data.manifest import Shard, Split, shard_name, stream_rows
-from perceiver.data.preparation import COUNTS, Job, ShardParts, ShardPlan
+from perceiver.data.manifest import COUNTS, Shard, Split, shard_name, stream_rows
+from perceiver.data.preparation import Job, ShardParts, ShardPlan
 from perceiver.data.shards import describe_shard, write_blocks
 from perceiver.data.storage import atomic_file, list_folder, read_file, write_file
 

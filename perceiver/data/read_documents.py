@@ -184,21 +184,27 @@ def _read_csv(span: Span, columns: Columns, problems: Problems) -> Iterator[Docu
 
 
 def _rows_with_places(rows: Iterator[tuple[str, Any]], span: Span, columns: Columns, problems: Problems) -> Iterator[Documents]:
+    def texts() -> Iterator[tuple[str, int]]:
+        for place, row in rows:
+
+            def fault(reason: str, what: str, place: str = place) -> None:
+                problems.report(reason, f"{span.file.name} {place}: {what}")
+
+            if not isinstance(row, Mapping):
+                fault("wrong type", "is no JSON object")
+            elif (made := _text_of(row, columns, fault)) is not None:
+                yield made
+
+    yield from _in_slabs(texts(), columns)
+
+
+def _in_slabs(rows: Iterator[tuple[str, int]], columns: Columns) -> Iterator[Documents]:
+    """Texts with their labels, read together until they have SLAB letters."""
     found: list[tuple[str, int]] = []
     size = 0
-    for place, row in rows:
-
-        def fault(reason: str, what: str, place: str = place) -> None:
-            problems.report(reason, f"{span.file.name} {place}: {what}")
-
-        if not isinstance(row, Mapping):
-            fault("wrong type", "is no JSON object")
-            continue
-        made = _text_of(row, columns, fault)
-        if made is None:
-            continue
-        found.append(made)
-        size += len(made[0])
+    for row in rows:
+        found.append(row)
+        size += len(row[0])
         if size >= SLAB:
             yield _labelled(found, columns)
             found, size = [], 0
@@ -244,24 +250,22 @@ def _read_examples(span: Span, columns: Columns, problems: Problems) -> Iterator
     """What code yields: mappings with a text, and a label where asked for."""
     part = span.file
     assert isinstance(part, ExamplePart)
-    rows: list[tuple[str, int]] = []
-    size, any_row = 0, False
-    for number, example in enumerate(part.examples()):
-        any_row = True
+    any_row = False
 
-        def fault(reason: str, what: str, number: int = number) -> None:
-            problems.report(reason, f"{part.place}, example {number:,}: {what}")
+    def texts() -> Iterator[tuple[str, int]]:
+        nonlocal any_row
+        for number, example in enumerate(part.examples()):
+            any_row = True
 
-        row = _text_of(example, columns, fault) if isinstance(example, Mapping) else fault("no mapping", "is no mapping")
-        if row is None:
-            continue
-        rows.append(row)
-        size += len(row[0])
-        if size >= SLAB:
-            yield _labelled(rows, columns)
-            rows, size = [], 0
-    if rows:
-        yield _labelled(rows, columns)
+            def fault(reason: str, what: str, number: int = number) -> None:
+                problems.report(reason, f"{part.place}, example {number:,}: {what}")
+
+            if not isinstance(example, Mapping):
+                fault("no mapping", "is no mapping")
+            elif (made := _text_of(example, columns, fault)) is not None:
+                yield made
+
+    yield from _in_slabs(texts(), columns)
     if not any_row:
         raise Unreadable("empty part", f"{part.place} yields no example")
 

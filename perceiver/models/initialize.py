@@ -7,7 +7,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 class Initializable(Protocol):
@@ -72,7 +71,10 @@ def seed_of(seed: int, name: str) -> int:
 
 def copy_into(parameter: Tensor, values: Tensor) -> None:
     """Copies a full tensor into a parameter, or its shard of it into a sharded one (no communication)."""
-    if isinstance(parameter, DTensor):
+    if hasattr(parameter, "device_mesh"):
+        # Here and not above: it loads a second's worth of modules, which only sharded models need.
+        from torch.distributed.tensor import distribute_tensor
+
         values = values.to(device=parameter.device, dtype=parameter.dtype)
         values = distribute_tensor(values, parameter.device_mesh, parameter.placements, src_data_rank=None)
     parameter.copy_(values)

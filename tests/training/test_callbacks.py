@@ -20,7 +20,7 @@ from perceiver.training.callbacks import Callback, EarlyStop
 from perceiver.training.hooks import STATES, CallbackError
 from perceiver.training.parallel import join_world
 from perceiver.training.run import Training
-from tests.support.small import Call, heard, image_experiment, write_images
+from tests.support.small import Call, heard, image_experiment
 from tests.training.test_training import run
 
 CALLS: list[tuple] = []
@@ -93,13 +93,6 @@ class Failing(CallbackConfig):
 
 class Killed(BaseException):
     """Ends a training as a kill does: nothing is written any more."""
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("images")
-    write_images(folder)
-    return folder
 
 
 def with_callbacks(*callbacks: CallbackConfig, **settings) -> Experiment:

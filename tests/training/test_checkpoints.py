@@ -37,7 +37,7 @@ from ray_jobs.preflight import check_experiment
 from ray_jobs.train import check_start, check_validation
 from tests.conftest import ROOT
 from tests.support.preparing import evaluating_here
-from tests.support.small import heard, image_experiment, masked_experiment, text_experiment, write_images, write_stream
+from tests.support.small import heard, image_experiment, masked_experiment, text_experiment, write_stream
 
 OLD = ROOT / "tests/support/files/run-before-safetensors.tar.gz"
 """A run of 6 steps on `write_images` by two workers, of which step 3 is kept, written when checkpoints were DCP's own; with the
@@ -71,13 +71,6 @@ def flip(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 4
     path.write_bytes(content)
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("images")
-    write_images(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ from perceiver.training.run import Training, save_experiment
 from ray_jobs.evaluate import evaluate_run
 from tests.support.logged import logged
 from tests.support.preparing import evaluating_here
-from tests.support.small import Call, image_experiment, leave, write_images
+from tests.support.small import Call, image_experiment, leave
 
 
 def train_here(rank: int, world: int, port: int, config: dict, data: str, run: str, stop_at: int | None, output: str) -> None:
@@ -72,13 +72,6 @@ def run(experiment: Experiment, data: Path, folders: list[Path], output: Path, s
         process.join(timeout=240)
     assert [process.exitcode for process in processes] == [9 if stop_at is not None else 0] * len(folders)
     return {} if stop_at is not None else dict(np.load(output))
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("images")
-    write_images(folder)
-    return folder
 
 
 def stored(folder: Path) -> Experiment:

@@ -21,14 +21,7 @@ from perceiver.training.not_finite import NotFinite
 from perceiver.training.parallel import join_world
 from perceiver.training.run import Training
 from tests.support.jobs import weights
-from tests.support.small import Call, image_experiment, leave, write_images
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("images")
-    write_images(folder)
-    return folder
+from tests.support.small import Call, image_experiment, leave
 
 
 def training_of(experiment: Experiment, data: Path, folder: Path, *callbacks: Call) -> Training:

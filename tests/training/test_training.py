@@ -76,13 +76,6 @@ def losses(folder: Path) -> list[float]:
 
 
 @pytest.fixture(scope="module")
-def images(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("images")
-    write_images(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def uninterrupted(images, tmp_path_factory):
     """Weights and losses of an undisturbed training with two workers, with dropout."""
     folder = tmp_path_factory.mktemp("runs") / "plain"
