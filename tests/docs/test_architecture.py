@@ -162,3 +162,22 @@ def modules(path: Path) -> set[str]:
             if submodules == names:
                 found.discard(node.module)
     return found
+
+
+def test_the_table_of_rooms_names_every_file_and_no_other():
+    rows = {}
+    for line in (ROOT / "docs/architecture.md").read_text().splitlines():
+        if line.startswith("| `"):
+            rooms, what = line.strip("|").split(" | ", 1)
+            rows |= dict.fromkeys(re.findall(r"`([^`]+)`", rooms), what)
+    assert all((ROOT / place).exists() for place in rows), "a room that is not there"
+    for package in ("perceiver", "ray_jobs", "tuning"):
+        folders = {path.parent for path in files(package)}
+        for folder in folders:
+            room = f"{folder.relative_to(ROOT)}/"
+            there = {path.name for path in folder.glob("*.py")} - {"__init__.py", "__main__.py"}
+            if room == "perceiver/":
+                assert {f"{room}{name}" for name in there} <= rows.keys()
+            else:
+                named = set(re.findall(r"`([a-z_0-9]+\.py)`", rows[room]))
+                assert named == there, f"{room}: the table lacks {there - named} and has {named - there}"
