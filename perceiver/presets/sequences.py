@@ -10,7 +10,7 @@ def copy_small() -> Experiment:
     """128 random symbols and the same mirrored: a check of long prefixes that takes minutes on two cores."""
     return Experiment(
         preset="copy-small",
-        task=CopyingConfig(min_seq_len=192),
+        task=CopyingConfig(),
         model=PerceiverARConfig(
             vocab_size=33, max_seq_len=256, max_latents=64, num_channels=128, num_heads=4, num_self_attention_layers=2,
             cross_attention_dropout=0.0,
@@ -26,7 +26,7 @@ def copy_131072() -> Experiment:
     """65,536 random symbols and the same mirrored (Perceiver AR, Section 4.1): 1,024 latents, 6 layers."""
     return Experiment(
         preset="copy-131072",
-        task=CopyingConfig(min_seq_len=66_560, val_windows=1),
+        task=CopyingConfig(val_windows=1),
         model=PerceiverARConfig(
             vocab_size=257, max_seq_len=131_072, max_latents=1024, num_channels=512, num_self_attention_layers=6,
             cross_attention_dropout=0.0,
@@ -43,7 +43,7 @@ def img_ar_mnist() -> Experiment:
     """MNIST digits pixel by pixel."""
     return Experiment(
         preset="img-ar-mnist",
-        task=ImageGenerationConfig(min_seq_len=256),
+        task=ImageGenerationConfig(),
         model=PerceiverARConfig(
             vocab_size=257, max_seq_len=784, max_latents=256, num_channels=128, num_heads=4, num_self_attention_layers=4,
             cross_attention_dropout=0.0,
@@ -61,7 +61,7 @@ def img_ar_imagenet64() -> Experiment:
     """
     return Experiment(
         preset="img-ar-imagenet64",
-        task=ImageGenerationConfig(image_shape=(64, 64, 3), min_seq_len=1024, val_windows=1),
+        task=ImageGenerationConfig(image_shape=(64, 64, 3), val_windows=1),
         model=PerceiverARConfig(
             vocab_size=259, max_seq_len=12_288, max_latents=1024, num_channels=1024, num_heads=16, num_self_attention_layers=60,
             cross_attention_dropout=0.0, output_norm=True,

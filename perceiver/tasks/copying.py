@@ -49,9 +49,6 @@ class Copying(WholeSequences[CopyingConfig]):
             raise UserError(f"model.max-seq-len is {model.max_seq_len} and must be even: symbols, and as many copies")
         if not 3 <= model.vocab_size <= 257:
             raise UserError(f"model.vocab-size is {model.vocab_size} and must be from 3 to 257: two to 256 symbols, and what begins them")
-        shortest = self.config.min_seq_len
-        if shortest is not None and shortest < self.first_target:
-            raise UserError(f"task.min-seq-len is {shortest} and must be at least {self.first_target}, where the copy begins")
 
     def sequences(self, rows: pa.Table, split: Split) -> np.ndarray:
         symbols, begin = self.rows.arrays(rows)["symbols"], self.model_config.vocab_size - 1

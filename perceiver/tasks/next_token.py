@@ -26,24 +26,19 @@ LENGTHS = 2
 """Stream of random numbers of the windows' lengths."""
 
 
-class AutoregressiveConfig(TaskConfig):
-    """Next-token prediction."""
-
-    min_seq_len: int | None = None
-    """Sequences are cut to a random length from here to max_seq_len in training, all of a step to the same; None: not cut."""
-
-
-class NextTokenConfig(AutoregressiveConfig):
+class NextTokenConfig(TaskConfig):
     """Next-token prediction on windows of a stream."""
 
     random_shift: bool = False
     """Shift all window boundaries by a random offset each epoch (training only)."""
+    min_seq_len: int | None = None
+    """Windows are cut to a random length from here to max_seq_len in training, all of a step to the same; None: not cut."""
     val_stride: int | None = None
     """Validation scores the last max_latents targets of windows that start this number of tokens apart; None: max_seq_len (windows
     do not overlap); max_latents: every target is scored once, those of a text's beginning with the text there is before them."""
 
 
-A = TypeVar("A", bound=AutoregressiveConfig)
+A = TypeVar("A", bound=TaskConfig)
 S = TypeVar("S", bound=NextTokenConfig)
 
 
@@ -52,14 +47,6 @@ class Autoregressive(Task[A, PerceiverARConfig]):
 
     A batch has ids (B, T) int64 and labels (B, max_latents) int64; where needed pad_mask (B, T) bool and prefix_keep (B, K) int64.
     """
-
-    def check(self) -> None:
-        model, shortest = self.model_config, self.config.min_seq_len
-        if shortest is not None and not model.max_latents <= shortest <= model.max_seq_len:
-            raise UserError(
-                f"task.min-seq-len is {shortest} and must be from model.max-latents ({model.max_latents}) "
-                f"to model.max-seq-len ({model.max_seq_len})"
-            )
 
     def dummy_batch(self, size: int) -> Batch:
         model = self.model_config
@@ -92,15 +79,8 @@ class Autoregressive(Task[A, PerceiverARConfig]):
 
     @property
     def _mean_length(self) -> int:
-        longest = self.model_config.max_seq_len
-        return (longest + (self.config.min_seq_len or longest)) // 2
-
-    def _length(self, step: int) -> int:
-        """Length of a step's windows, uniform from min_seq_len to max_seq_len: the same for all its examples and workers."""
-        longest = self.model_config.max_seq_len
-        shortest = self.config.min_seq_len or longest
-        drawn = uniforms(self.seed, 0, np.array([step]), 1, stream=LENGTHS)[0, 0]
-        return shortest + int(drawn * (longest + 1 - shortest))
+        """Tokens of a training sequence, on average over steps."""
+        return self.model_config.max_seq_len
 
     def _prefix_keep(self, rows: pa.Table, size: int, prefix_len: int) -> Tensor | None:
         """Prefix positions that take part, a random choice per example (prefix dropout, Perceiver AR, Section 3.1)."""
@@ -118,10 +98,14 @@ class NextToken(Autoregressive[S]):
     """Windows of max_seq_len + 1 tokens; the last max_latents of a window are predicted."""
 
     def check(self) -> None:
-        super().check()
-        model, stride = self.model_config, self.config.val_stride
+        model, stride, shortest = self.model_config, self.config.val_stride, self.config.min_seq_len
         if stride is not None and (stride < 1 or model.max_seq_len % stride or stride > model.max_seq_len):
             raise UserError(f"task.val-stride is {stride} and must divide model.max-seq-len ({model.max_seq_len})")
+        if shortest is not None and not model.max_latents <= shortest <= model.max_seq_len:
+            raise UserError(
+                f"task.min-seq-len is {shortest} and must be from model.max-latents ({model.max_latents}) "
+                f"to model.max-seq-len ({model.max_seq_len})"
+            )
 
     def collate(self, rows: pa.Table, size: int, split: Split, train: bool, step: int) -> Batch:
         """ids (B, T) int64, labels (B, max_latents) int64; where needed pad_mask (B, T) bool, prefix_keep (B, K) int64.
@@ -181,6 +165,18 @@ class NextToken(Autoregressive[S]):
     @property
     def _stride(self) -> int:
         return model_stride(self.config, self.model_config, False)
+
+    @property
+    def _mean_length(self) -> int:
+        longest = self.model_config.max_seq_len
+        return (longest + (self.config.min_seq_len or longest)) // 2
+
+    def _length(self, step: int) -> int:
+        """Length of a step's windows, uniform from min_seq_len to max_seq_len: the same for all its examples and workers."""
+        longest = self.model_config.max_seq_len
+        shortest = self.config.min_seq_len or longest
+        drawn = uniforms(self.seed, 0, np.array([step]), 1, stream=LENGTHS)[0, 0]
+        return shortest + int(drawn * (longest + 1 - shortest))
 
     def _shift(self, epoch: int, length: int) -> int:
         """The epoch's shift of window boundaries, 0 .. length - 1; none in the first epoch."""

@@ -66,19 +66,25 @@ def test_validation_scores_every_target_once_with_all_that_is_before_it(make):
     assert sorted(seen) == [(row, place) for row in range(3) for place in range(task.first_target, 25)]
 
 
-def test_training_takes_the_first_tokens_of_all_sequences_and_only_the_copy_is_learned():
-    task = copying(min_seq_len=13)
-    table, split = rows(task, 4)
-    lengths = set()
-    for step in range(40):
+@pytest.mark.parametrize("make", [copying, images])
+def test_training_ends_sequences_where_each_target_is_scored_equally_often(make):
+    task = make()
+    table, split = rows(task, 3)
+    whole, first = task.sequences(table, split), task.first_target
+    counts, lengths = dict.fromkeys(range(first, 25), 0), []
+    for step in range(600):
         batch = task.collate(table, 4, split, True, step)
-        length = batch["ids"].shape[1]
-        lengths.add(length)
-        whole = task.sequences(table, split)
-        assert np.array_equal(batch["ids"], whole[:, :length])
-        places = np.arange(length + 1 - LATENTS, length + 1)
-        assert np.array_equal(batch["labels"], np.where(places >= 13, whole[:, places], IGNORE_INDEX))
-    assert lengths == set(range(13, 25))
+        ids, labels = batch["ids"].numpy(), batch["labels"].numpy()
+        padding = batch["pad_mask"][0].numpy().sum() if "pad_mask" in batch else 0
+        lengths.append(ids.shape[1])
+        assert np.array_equal(ids[:3, padding:], whole[:, : ids.shape[1] - padding])
+        scored = np.flatnonzero(labels[0] != IGNORE_INDEX)
+        for place, column in zip(scored + ids.shape[1] + 1 - LATENTS - padding, scored, strict=True):
+            assert np.array_equal(labels[:3, column], whole[:, place]) and (labels[3] == IGNORE_INDEX).all()
+            counts[place] += 1
+    share = np.array(list(counts.values())) / 600
+    assert share == pytest.approx(LATENTS / (24 + LATENTS - first), abs=0.07)
+    assert task._mean_length == pytest.approx(np.mean(lengths), abs=1)  # a whole number
 
 
 def test_a_copy_is_its_sequence_mirrored():
@@ -157,8 +163,6 @@ def test_an_image_begins_with_an_id_that_is_no_level_and_bits_are_the_loss():
 @pytest.mark.parametrize(
     ("make", "settings", "message"),
     [
-        (copying, {"min_seq_len": 9}, r"task\.min-seq-len is 9 and must be at least 13"),
-        (copying, {"min_seq_len": 25}, r"task\.min-seq-len is 25 and must be from model\.max-latents \(8\)"),
         (copying, {"val_windows": 3}, r"task\.val-windows is 3 and must be from 1 to 2"),
         (images, {"val_windows": 0}, r"task\.val-windows is 0 and must be from 1 to 3"),
         (images, {"num_samples": -1}, r"task\.num-samples is -1"),
