@@ -9,6 +9,7 @@ from collections.abc import Callable
 from perceiver.config import Experiment
 from perceiver.presets.images import img_clf_imagenet, img_clf_mnist, optical_flow, quickstart
 from perceiver.presets.music import sam_giantmidi, sam_maestro, sam_small
+from perceiver.presets.sequences import copy_131072, copy_small, img_ar_imagenet64, img_ar_mnist
 from perceiver.presets.tables import tables
 from perceiver.presets.text import (
     clm_c4,
@@ -41,6 +42,10 @@ PRESETS: dict[str, Callable[[], Experiment]] = {
         sam_maestro,
         sam_giantmidi,
         sam_small,
+        copy_small,
+        copy_131072,
+        img_ar_mnist,
+        img_ar_imagenet64,
         img_clf_imagenet,
         optical_flow,
         tables,

@@ -1,4 +1,4 @@
-"""Next-token prediction with Perceiver AR on windows of a stream of ids: what tasks on texts and on other events share."""
+"""Next-token prediction with Perceiver AR: what tasks on texts, other events, pixels and other sequences of ids share."""
 
 from __future__ import annotations
 
@@ -38,10 +38,63 @@ class NextTokenConfig(TaskConfig):
     do not overlap); max_latents: every target is scored once, those of a text's beginning with the text there is before them."""
 
 
+A = TypeVar("A", bound=TaskConfig)
 S = TypeVar("S", bound=NextTokenConfig)
 
 
-class NextToken(Task[S, PerceiverARConfig]):
+class Autoregressive(Task[A, PerceiverARConfig]):
+    """The last max_latents tokens of a sequence of at most max_seq_len + 1 are predicted, each from those before it.
+
+    A batch has ids (B, T) int64 and labels (B, max_latents) int64; where needed pad_mask (B, T) bool and prefix_keep (B, K) int64.
+    """
+
+    def dummy_batch(self, size: int) -> Batch:
+        model = self.model_config
+        widths, prefix = {"ids": model.max_seq_len, "labels": model.max_latents}, model.max_seq_len - model.max_latents
+        if (keep := num_kept(prefix, model.cross_attention_dropout)) < prefix:
+            widths["prefix_keep"] = keep
+        return {name: torch.zeros(size, width, dtype=torch.int64) for name, width in widths.items()}
+
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        labels = batch["labels"]
+        prefix_len = batch["ids"].shape[1] - labels.shape[1]
+        hidden = model(batch["ids"], prefix_len, batch.get("pad_mask"), batch.get("prefix_keep"), return_hidden=True)
+        # The output matrix is the model's own, not a layer's: sharding leaves it whole from forward to backward.
+        weight, bias = model.output_matrix()
+        loss, each = chunked_cross_entropy(hidden, weight, bias, labels)
+        return loss, loss_of_sources(each, batch)
+
+    def unit(self) -> tuple[str, int]:
+        return "tokens", self._mean_length
+
+    def step_sizes(self) -> StepSizes:
+        """A step of the longest windows; logits a chunk at a time."""
+        return StepSizes(chunk_elements=CHUNK_ELEMENTS)
+
+    def flops_per_example(self) -> float:
+        """Of windows of the mean length; of a model without formulas, of the longest."""
+        if not has_formulas(self.model_config):
+            return super().flops_per_example()
+        return training_flops(self.model_config, seq_len=self._mean_length)
+
+    @property
+    def _mean_length(self) -> int:
+        """Tokens of a training sequence, on average over steps."""
+        return self.model_config.max_seq_len
+
+    def _prefix_keep(self, rows: pa.Table, size: int, prefix_len: int) -> Tensor | None:
+        """Prefix positions that take part, a random choice per example (prefix dropout, Perceiver AR, Section 3.1)."""
+        keep = num_kept(prefix_len, self.model_config.cross_attention_dropout)
+        if keep == prefix_len:
+            return None
+        drawn = uniforms(self.seed, rows["epoch"].to_numpy(), rows["row"].to_numpy(), prefix_len)
+        chosen = np.sort(np.argpartition(drawn, keep, axis=1)[:, :keep], axis=1) if rows.num_rows else drawn[:, :keep]
+        result = np.tile(np.arange(keep), (size, 1))
+        result[: rows.num_rows] = chosen
+        return torch.from_numpy(result)
+
+
+class NextToken(Autoregressive[S]):
     """Windows of max_seq_len + 1 tokens; the last max_latents of a window are predicted."""
 
     def check(self) -> None:
@@ -109,35 +162,6 @@ class NextToken(Task[S, PerceiverARConfig]):
         position = np.arange(length + 1) - (length + 1 - shown)
         return tokens[np.maximum(position, 0)], position > (ends - latents)[:, None], position[:, :-1] < 0
 
-    def dummy_batch(self, size: int) -> Batch:
-        model = self.model_config
-        widths, prefix = {"ids": model.max_seq_len, "labels": model.max_latents}, model.max_seq_len - model.max_latents
-        if (keep := num_kept(prefix, model.cross_attention_dropout)) < prefix:
-            widths["prefix_keep"] = keep
-        return {name: torch.zeros(size, width, dtype=torch.int64) for name, width in widths.items()}
-
-    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        labels = batch["labels"]
-        prefix_len = batch["ids"].shape[1] - labels.shape[1]
-        hidden = model(batch["ids"], prefix_len, batch.get("pad_mask"), batch.get("prefix_keep"), return_hidden=True)
-        # The output matrix is the model's own, not a layer's: sharding leaves it whole from forward to backward.
-        weight, bias = model.output_matrix()
-        loss, each = chunked_cross_entropy(hidden, weight, bias, labels)
-        return loss, loss_of_sources(each, batch)
-
-    def unit(self) -> tuple[str, int]:
-        return "tokens", self._mean_length
-
-    def step_sizes(self) -> StepSizes:
-        """A step of the longest windows; logits a chunk at a time."""
-        return StepSizes(chunk_elements=CHUNK_ELEMENTS)
-
-    def flops_per_example(self) -> float:
-        """Of windows of the mean length; of a model without formulas, of the longest."""
-        if not has_formulas(self.model_config):
-            return super().flops_per_example()
-        return training_flops(self.model_config, seq_len=self._mean_length)
-
     @property
     def _stride(self) -> int:
         return model_stride(self.config, self.model_config, False)
@@ -157,17 +181,6 @@ class NextToken(Task[S, PerceiverARConfig]):
     def _shift(self, epoch: int, length: int) -> int:
         """The epoch's shift of window boundaries, 0 .. length - 1; none in the first epoch."""
         return int(uniforms(self.seed, epoch, np.zeros(1, np.int64), 1, stream=1)[0, 0] * length) if epoch else 0
-
-    def _prefix_keep(self, rows: pa.Table, size: int, prefix_len: int) -> Tensor | None:
-        """Prefix positions that take part, a random choice per example (prefix dropout, Perceiver AR, Section 3.1)."""
-        keep = num_kept(prefix_len, self.model_config.cross_attention_dropout)
-        if keep == prefix_len:
-            return None
-        drawn = uniforms(self.seed, rows["epoch"].to_numpy(), rows["row"].to_numpy(), prefix_len)
-        chosen = np.sort(np.argpartition(drawn, keep, axis=1)[:, :keep], axis=1) if rows.num_rows else drawn[:, :keep]
-        result = np.tile(np.arange(keep), (size, 1))
-        result[: rows.num_rows] = chosen
-        return torch.from_numpy(result)
 
 
 def model_stride(settings: NextTokenConfig, model: PerceiverARConfig, train: bool) -> int:
