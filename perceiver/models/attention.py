@@ -6,6 +6,8 @@ Shapes: B batch, L queries, S keys, C channels, H heads, D channels of a head (q
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
 
 from perceiver.models.dropout import drop
 from perceiver.models.factored_attention import FactoredInput, factored_attention
@@ -116,6 +118,11 @@ LONG_ENOUGH_TO_SPLIT = 512
 first half of the keys, which saves a quarter of the work."""
 
 
+GPU_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""Kernels that PyTorch may choose from on GPUs. cuDNN's is none of them: it plans anew for every length (137 ms, an H200), fails where
+queries are expanded and heads of values larger than those of keys, and gives NaN with some masks (PyTorch issue 196678)."""
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, causal: bool = False, dropout: float = 0.0) -> Tensor:
     """Scaled-dot-product attention.
 
@@ -136,8 +143,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, causa
         half = num_keys // 2
         first = attend(*(t[:, :, :half] for t in (q, k, v)), causal=True, dropout=dropout)
         return torch.cat([first, attend(q[:, :, half:], k, v, causal=True, dropout=dropout)], dim=2)
-    elif causal and num_queries != num_keys:  # the fused kernels align shorter queries at the left
-        mask, causal = causal_mask(num_queries, num_keys, q.device), False
+    elif causal and num_queries != num_keys:  # `is_causal` aligns shorter queries at the left
+        mask, causal = right_aligned(num_queries, num_keys, q.device), False
     if q.device.type == "cpu" and (dropout or q.shape[-1] != v.shape[-1]):
         mask = causal_mask(num_queries, num_keys, q.device) if causal else mask
         return _attend_plainly(q, k, v, mask, dropout)
@@ -146,8 +153,18 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, causa
     # Fused GPU kernels want head sizes that are multiples of 8 (261 is none): zeros at the end change nothing.
     scale, value_size = q.shape[-1] ** -0.5, v.shape[-1]
     q, k, v = (F.pad(t, (0, -t.shape[-1] % 8)) if t.shape[-1] % 8 else t for t in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale)
+    with sdpa_kernel(GPU_KERNELS):
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale)
     return out[..., :value_size]
+
+
+def right_aligned(num_queries: int, num_keys: int, device: torch.device) -> Tensor:
+    """What stands for `causal_mask` in PyTorch's attention. On GPUs it takes no memory: the flash kernel knows this alignment, where a
+    mask would go to kernels that are slower, and of which cuDNN's is planned anew for every length.
+    """
+    if device.type == "cuda":
+        return causal_lower_right(num_queries, num_keys)
+    return causal_mask(num_queries, num_keys, device)
 
 
 def causal_mask(num_queries: int, num_keys: int, device: torch.device) -> Tensor:
