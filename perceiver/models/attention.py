@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.bias import causal_lower_right
+from torch.nn.attention.bias import CausalBias, causal_lower_right
 
 from perceiver.models.dropout import drop
 from perceiver.models.factored_attention import FactoredInput, factored_attention
@@ -123,6 +123,9 @@ GPU_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBa
 queries are expanded and heads of values larger than those of keys, and gives NaN with some masks (PyTorch issue 196678)."""
 
 
+LARGEST_FLASH_HEAD = 256
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, causal: bool = False, dropout: float = 0.0) -> Tensor:
     """Scaled-dot-product attention.
 
@@ -150,12 +153,27 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, causa
         return _attend_plainly(q, k, v, mask, dropout)
     if q.device.type != "cuda":
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
-    # Fused GPU kernels want head sizes that are multiples of 8 (261 is none): zeros at the end change nothing.
     scale, value_size = q.shape[-1] ** -0.5, v.shape[-1]
-    q, k, v = (F.pad(t, (0, -t.shape[-1] % 8)) if t.shape[-1] % 8 else t for t in (q, k, v))
+    q, k, v = (pad_heads(t, size) for t, size in zip((q, k, v), head_sizes(q.shape[-1], value_size, mask), strict=True))
     with sdpa_kernel(GPU_KERNELS):
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale)
     return out[..., :value_size]
+
+
+def head_sizes(qk_size: int, value_size: int, mask: Tensor | None) -> tuple[int, int, int]:
+    """Channels of a head that GPU kernels are given for queries, keys and values.
+
+    They want multiples of 8 (261 is none). The flash kernel, which takes no mask, wants one size of at most 256 for all three: filled up
+    to it, heads of 32 and 160 channels take half the time (docs/performance.md).
+    """
+    sizes = tuple(-(-size // 8) * 8 for size in (qk_size, value_size))
+    flash = (mask is None or isinstance(mask, CausalBias)) and max(sizes) <= LARGEST_FLASH_HEAD
+    return (max(sizes),) * 3 if flash else (sizes[0], sizes[0], sizes[1])
+
+
+def pad_heads(t: Tensor, size: int) -> Tensor:
+    """(..., D) filled up with zeros, which change no score and no output, to (..., size)."""
+    return F.pad(t, (0, size - t.shape[-1])) if t.shape[-1] < size else t
 
 
 def right_aligned(num_queries: int, num_keys: int, device: torch.device) -> Tensor:
