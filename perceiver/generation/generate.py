@@ -12,6 +12,7 @@ Shapes: B rows (prompts, or prompts times beams), N prompt positions, T new toke
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -53,7 +54,7 @@ def generate(
             rows' numbers, 0 .. B - 1.
         eos_id: a row that has it is finished and filled up with it; None: no row ends before the others.
         use_cache: keep keys and values instead of computing them again for each token.
-        compile: with the cache, compile the step of a token: it takes long once for a batch size, and less for each token
+        compile: with the cache, compile the step of a token, on GPUs record it: it takes longer once, and less for each token
             after that. The cache then has its full size from the start.
 
     Returns:
@@ -199,6 +200,35 @@ def beam_search(
     return ids[:, 0], scores[:, 0]
 
 
+class Recorded:
+    """A model whose step of one more token is recorded as a CUDA graph, for one batch of sequences with a static cache.
+
+    Such a step is some hundred kernels of a few microseconds each, which a GPU waits for: played back, they follow each other.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self.config = model.config
+        self._steps = 0
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._token: Tensor | None = None
+        self._logits: Tensor | None = None
+
+    def __call__(self, ids: Tensor, prefix_len: int, pad_mask: Tensor | None, cache: Any, last_only: bool) -> Tensor:
+        """As the model's; the first call fills the cache."""
+        self._steps += 1
+        if self._steps <= 2:  # the second makes ready what must not be made while recording
+            return self._model(ids, prefix_len, pad_mask, cache=cache, last_only=last_only)
+        if self._graph is None:
+            self._token, self._graph = ids.clone(), torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph):  # nothing is computed here
+                self._logits = self._model(self._token, cache=cache, last_only=last_only)
+        assert self._token is not None and self._logits is not None
+        self._token.copy_(ids)
+        self._graph.replay()
+        return self._logits.clone()
+
+
 class Window:
     """What generation has seen so far, and the logits of what comes next: with a cache, or computed anew from the
     ids.
@@ -221,7 +251,9 @@ class Window:
     ) -> Window:
         """The window of a prompt."""
         cache = model.make_cache(prompt.shape[1] + max_new_tokens, static=compile) if use_cache else None
-        if compile and use_cache:
+        if compile and use_cache and prompt.device.type == "cuda":
+            model = Recorded(model)
+        elif compile and use_cache:
             model.compile_next()
         if pad_mask is not None and not bool(pad_mask.any()):
             pad_mask = None

@@ -6,6 +6,8 @@ Shapes: B batch, L queries, S keys, C channels, H heads, D channels of a head (q
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import CausalBias, causal_lower_right
 
 from perceiver.models.dropout import drop
 from perceiver.models.factored_attention import FactoredInput, factored_attention
@@ -116,6 +118,14 @@ LONG_ENOUGH_TO_SPLIT = 512
 first half of the keys, which saves a quarter of the work."""
 
 
+GPU_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""Kernels that PyTorch may choose from on GPUs. cuDNN's is none of them: it plans anew for every length (137 ms, an H200), fails where
+queries are expanded and heads of values larger than those of keys, and gives NaN with some masks (PyTorch issue 196678)."""
+
+
+LARGEST_FLASH_HEAD = 256
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, causal: bool = False, dropout: float = 0.0) -> Tensor:
     """Scaled-dot-product attention.
 
@@ -136,18 +146,43 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, causa
         half = num_keys // 2
         first = attend(*(t[:, :, :half] for t in (q, k, v)), causal=True, dropout=dropout)
         return torch.cat([first, attend(q[:, :, half:], k, v, causal=True, dropout=dropout)], dim=2)
-    elif causal and num_queries != num_keys:  # the fused kernels align shorter queries at the left
-        mask, causal = causal_mask(num_queries, num_keys, q.device), False
+    elif causal and num_queries != num_keys:  # `is_causal` aligns shorter queries at the left
+        mask, causal = right_aligned(num_queries, num_keys, q.device), False
     if q.device.type == "cpu" and (dropout or q.shape[-1] != v.shape[-1]):
         mask = causal_mask(num_queries, num_keys, q.device) if causal else mask
         return _attend_plainly(q, k, v, mask, dropout)
     if q.device.type != "cuda":
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
-    # Fused GPU kernels want head sizes that are multiples of 8 (261 is none): zeros at the end change nothing.
     scale, value_size = q.shape[-1] ** -0.5, v.shape[-1]
-    q, k, v = (F.pad(t, (0, -t.shape[-1] % 8)) if t.shape[-1] % 8 else t for t in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale)
+    q, k, v = (pad_heads(t, size) for t, size in zip((q, k, v), head_sizes(q.shape[-1], value_size, mask), strict=True))
+    with sdpa_kernel(GPU_KERNELS):
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale)
     return out[..., :value_size]
+
+
+def head_sizes(qk_size: int, value_size: int, mask: Tensor | None) -> tuple[int, int, int]:
+    """Channels of a head that GPU kernels are given for queries, keys and values.
+
+    They want multiples of 8 (261 is none). The flash kernel, which takes no mask, wants one size of at most 256 for all three: filled up
+    to it, heads of 32 and 160 channels take half the time (docs/performance.md).
+    """
+    sizes = tuple(-(-size // 8) * 8 for size in (qk_size, value_size))
+    flash = (mask is None or isinstance(mask, CausalBias)) and max(sizes) <= LARGEST_FLASH_HEAD
+    return (max(sizes),) * 3 if flash else (sizes[0], sizes[0], sizes[1])
+
+
+def pad_heads(t: Tensor, size: int) -> Tensor:
+    """(..., D) filled up with zeros, which change no score and no output, to (..., size)."""
+    return F.pad(t, (0, size - t.shape[-1])) if t.shape[-1] < size else t
+
+
+def right_aligned(num_queries: int, num_keys: int, device: torch.device) -> Tensor:
+    """What stands for `causal_mask` in PyTorch's attention. On GPUs it takes no memory: the flash kernel knows this alignment, where a
+    mask would go to kernels that are slower, and of which cuDNN's is planned anew for every length.
+    """
+    if device.type == "cuda":
+        return causal_lower_right(num_queries, num_keys)
+    return causal_mask(num_queries, num_keys, device)
 
 
 def causal_mask(num_queries: int, num_keys: int, device: torch.device) -> Tensor:

@@ -44,7 +44,7 @@ def fourier_features(shape: tuple[int, ...], num_bands: int, device: torch.devic
     return torch.cat([grid, angle.sin(), angle.cos()], dim=-1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # compilation asks for the hash of what it has not built yet
 class Rotation:
     """Sines and cosines of rotary embedding for N positions, made once a step and shared by all layers.
 

@@ -1,0 +1,603 @@
+"""Everything that only a GPU can show, in one command of at most ten minutes.
+
+    python -m benchmarks.gpu_check [--minutes 8] [--parts parity attention ...] [--out results.json] [--reference FOLDER]
+    python -m benchmarks.gpu_check --device cpu --tiny
+
+Needs PyTorch alone, no Ray and no data: batches are drawn at random. Each part stands alone; what it found is written before the next
+one starts, and a part that fails is noted with its error. At the end there is a table with a verdict for each line that has a goal.
+
+    parity      models in fp32 and bf16 on the device against fp64 on the CPU
+    attention   Perceiver AR's causal attention: a mask, or the flash kernel aligned at the right; new lengths against known ones
+    clm-c4      the step of clm-c4 at 768 tokens: as the preset has it, without recomputing, compiled; MFU, memory against the plan
+    steps       steps of other presets: MFU, memory against the plan, and the operators that take longest
+    waiting     how long steps wait for batches that are made and moved meanwhile
+    repeat      20 steps twice: the same bits or not, with deterministic algorithms and without
+    generation  tokens a second, batch 1 and 8, and compiled
+    transformers  the same steps by transformers
+    reference   the same step by krasserm/perceiver-io (--reference: see benchmarks.generation)
+"""
+
+import argparse
+import gc
+import hashlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend
+
+from benchmarks import generation, step_time
+from perceiver.config import Experiment
+from perceiver.costs.activations import Layout
+from perceiver.costs.devices import peak_flops
+from perceiver.costs.flops import num_kept, training_flops
+from perceiver.costs.memory import step_memory
+from perceiver.generation.generate import generate
+from perceiver.generation.options import Sampling
+from perceiver.models import PerceiverARConfig, attention, build_model
+from perceiver.presets import PRESETS
+from perceiver.tasks import build_task, chunked_loss
+from perceiver.tasks.base import Batch
+from perceiver.training.batches import Prefetch
+from perceiver.training.loop import StepResult, fit
+from perceiver.training.parallel import World, join_world
+from perceiver.training.run import build_state
+
+RATE_SIZE = 8192
+"""Side of the square products whose rate the device is measured by."""
+
+
+@dataclass
+class Check:
+    """The device, and what has been found on it."""
+
+    device: torch.device
+    tiny: bool
+    until: float
+    reference: Path | None
+    world: World
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    part: str = ""
+    peak: float | None = None
+
+    def add(self, what: str, value: float, unit: str, goal: str = "", holds: bool | None = None, **more: Any) -> None:
+        """A line of the table. A goal is a sentence, which `holds` or not; on a CPU none is judged."""
+        judged = holds if self.device.type == "cuda" else None
+        self.rows.append({"part": self.part, "what": what, "value": value, "unit": unit, "goal": goal, "holds": judged, **more})
+        print(line(self.rows[-1]), flush=True)
+
+
+def line(row: dict[str, Any]) -> str:
+    """A line of the table."""
+    if "error" in row:
+        return f"{row['part']:11}FAILED: {row['error']}"
+    verdict = {True: "yes", False: "NO", None: ""}[row["holds"]]
+    return f"{row['part']:11}{row['what']:58}{row['value']:>12,.4g} {row['unit']:12}{verdict:4}{row['goal']}"
+
+
+# ------------------------------------------------------------------------------------------------------------- measuring
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds(device: torch.device, function: Callable[[], Any], repeats: int = 10, warm_up: int = 3) -> float:
+    """Median seconds of a call."""
+    for _ in range(warm_up):
+        function()
+    found = []
+    for _ in range(repeats):
+        synchronize(device)
+        start = time.perf_counter()
+        function()
+        synchronize(device)
+        found.append(time.perf_counter() - start)
+    return statistics.median(found)
+
+
+def random_batch(experiment: Experiment, size: int, seq_len: int | None, device: torch.device) -> Batch:
+    """A batch as the experiment's task makes them, its values drawn at random.
+
+    Args:
+        seq_len: tokens of a Perceiver AR's window; None: the longest.
+    """
+    generator, model = torch.Generator().manual_seed(0), experiment.model
+    batch = build_task(experiment).dummy_batch(size)
+    if isinstance(model, PerceiverARConfig):
+        length = seq_len or model.max_seq_len
+        prefix = length - model.max_latents
+        batch["ids"] = torch.randint(model.vocab_size, (size, length), generator=generator)
+        batch["labels"] = torch.randint(model.vocab_size, (size, model.max_latents), generator=generator)
+        if "prefix_keep" in batch:
+            kept = num_kept(prefix, model.cross_attention_dropout)
+            batch["prefix_keep"] = torch.rand(size, prefix, generator=generator).topk(kept).indices.sort().values
+    else:
+        outputs = getattr(model.output, "num_classes", None) or getattr(model.output, "vocab_size", None) or 2
+        for name, tensor in batch.items():
+            if name == "labels":
+                batch[name] = torch.randint(outputs, tensor.shape, generator=generator)
+            elif name == "positions":
+                longest = model.input.max_seq_len
+                batch[name] = torch.rand(size, longest, generator=generator).topk(tensor.shape[1]).indices.sort().values
+            elif tensor.dtype == torch.uint8:
+                batch[name] = torch.randint(256, tensor.shape, generator=generator, dtype=torch.uint8)
+            elif tensor.dtype == torch.int64:
+                batch[name] = torch.randint(6, 262, tensor.shape, generator=generator)
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+@dataclass
+class Steps:
+    """Some steps of the training loop."""
+
+    seconds: float
+    """Median of a step."""
+    peak_bytes: float
+    loss: float
+    weights: str
+    """A digest of the weights after them; "": not asked for."""
+
+
+def take_steps(check: Check, experiment: Experiment, batches: Iterator[list[Batch]], digest: bool = False) -> Steps:
+    """Trains on batches with the real loop, from the initial weights. The first two steps are not timed, where there are more."""
+    device = check.device
+    task = build_task(experiment)
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    state = build_state(experiment, task, check.world)
+    times, losses = [time.perf_counter()], []
+
+    def after_step(result: StepResult) -> bool:
+        synchronize(device)
+        times.append(time.perf_counter())
+        losses.append(float(result.loss_sum / result.targets.clamp(min=1)))
+        return time.monotonic() > check.until
+
+    fit(experiment.optim, experiment.training.seed, task, state, batches, check.world, 1000, after_step)
+    peak = float(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else 0.0
+    steps = [b - a for a, b in zip(times[:-1], times[1:], strict=True)][min(2, len(times) - 2) :]
+    return Steps(statistics.median(steps), peak, losses[-1], weights_digest(state.model) if digest else "")
+
+
+def weights_digest(model: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for parameter in model.parameters():
+        whole = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+        digest.update(whole.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def same(batch: Batch, count: int, micro_batches: int = 1) -> Iterator[list[Batch]]:
+    for _ in range(count):
+        yield [batch] * micro_batches
+
+
+@contextmanager
+def float32_products(precision: str) -> Iterator[None]:
+    """How products of fp32 are computed: "highest" (fp32) or "high" (TF32)."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def report_step(
+    check: Check, what: str, experiment: Experiment, size: int, seq_len: int | None = None, goal: float | None = None, count: int = 8
+) -> Steps:
+    """Times steps of `size` examples at once; adds their MFU, and their memory beside the plan's."""
+    batch = random_batch(experiment, size, seq_len, check.device)
+    steps = take_steps(check, experiment, same(batch, count))
+    flops = size * training_flops(experiment.model, seq_len=seq_len)
+    check.add(f"{what}: examples/s", size / steps.seconds, "1/s", step_ms=1e3 * steps.seconds, batch=size, loss=steps.loss)
+    if check.peak:
+        mfu = flops / steps.seconds / check.peak
+        check.add(f"{what}: MFU", 100 * mfu, "%", f">= {goal:.0%}" if goal else "", mfu >= goal if goal else None)
+    if steps.peak_bytes:
+        layout = Layout(
+            micro_batch_size=size, accumulated=1, shards=1, precision=experiment.training.precision,
+            checkpoint_every=experiment.parallel.activation_checkpointing, cpu_offload=False, cuda=True,
+        )  # fmt: skip
+        planned = step_memory(build_task(experiment).step(), layout).total
+        ratio = steps.peak_bytes / planned
+        check.add(f"{what}: memory / plan", ratio, "", "within 10%", abs(ratio - 1) <= 0.1, peak=steps.peak_bytes, plan=planned)
+    return steps
+
+
+# ----------------------------------------------------------------------------------------------------------------- parts
+
+
+def parity(check: Check) -> None:
+    """Logits and gradients of small models against those in fp64 on the CPU."""
+    for name in ("clm-wikitext-small", "mlm-imdb-small", "quickstart"):
+        config = PRESETS[name]().model
+        experiment = replace(PRESETS[name](), model=without_dropout(config))
+        batch = random_batch(experiment, 2, None, torch.device("cpu"))
+        task = build_task(experiment)
+        expected = gradients(task, build_model(experiment.model).double(), batch)
+        for precision, dtype, most in (("fp32", torch.float32, 1e-3), ("bf16", torch.bfloat16, 0.1)):
+            model = build_model(experiment.model).to(check.device, dtype)
+            found = gradients(task, model, {key: value.to(check.device) for key, value in batch.items()})
+            error = float((found - expected).norm() / expected.norm())
+            check.add(f"{name} {precision}: relative error of the gradient", error, "", f"< {most:g}", error < most)
+
+
+def without_dropout(config: Any) -> Any:
+    """The model without random choices."""
+    changes: dict[str, Any] = {}
+    for name in ("post_attention_dropout", "residual_dropout"):
+        if hasattr(config, name):
+            changes[name] = 0.0
+    for name in ("encoder", "decoder"):
+        if hasattr(config, name):
+            changes[name] = replace(getattr(config, name), dropout=0.0)
+    return replace(config, **changes)
+
+
+def gradients(task: Any, model: nn.Module, batch: Batch) -> Tensor:
+    """The gradient of a batch's mean loss as one fp64 vector on the CPU. Batches of numbers take the model's type."""
+    dtype = next(model.parameters()).dtype
+    if "images" in batch:
+        loss = F.cross_entropy(model((batch["images"].double() / 127.5 - 1).to(dtype)).float().double(), batch["labels"], reduction="sum")
+    else:
+        loss, _ = task.loss(model, batch)
+    (loss / task.num_targets(batch)).backward()
+    return torch.cat([p.grad.detach().double().flatten().cpu() for p in model.parameters() if p.grad is not None])
+
+
+def attention_kernels(check: Check) -> None:
+    """Forward and backward of Perceiver AR's attention at clm-c4's sizes."""
+    batch, heads, latents, size = (2, 2, 64, 16) if check.tiny else (32, 10, 512, 128)
+    dtype = torch.bfloat16 if check.device.type == "cuda" else torch.float32
+
+    def step(keys: int) -> None:
+        q = torch.randn(batch, heads, latents, size, device=check.device, dtype=dtype, requires_grad=True)
+        k, v = (torch.randn(batch, heads, keys, size, device=check.device, dtype=dtype, requires_grad=True) for _ in range(2))
+        attention.attend(q, k, v, causal=True).sum().backward()
+
+    lengths = [latents + 7 * n + 1 for n in range(1, 4 if check.tiny else 30)]
+    for name, aligned in (("mask", attention.causal_mask), ("aligned", attention.right_aligned)):
+        with mock.patch.object(attention, "right_aligned", aligned):
+            known = seconds(check.device, lambda: step(latents + latents // 2))
+            new = statistics.median(seconds(check.device, lambda n=n: step(n), 1, 0) for n in lengths)
+            again = statistics.median(seconds(check.device, lambda n=n: step(n), 1, 0) for n in lengths)
+        check.add(f"{name}: one length, again and again", 1e3 * known, "ms")
+        check.add(f"{name}: lengths that are new", 1e3 * new, "ms")
+        check.add(f"{name}: the same lengths again", 1e3 * again, "ms", "new ones cost at most 10% more", new <= 1.1 * again)
+    for name, kernels in (("flash", [SDPBackend.FLASH_ATTENTION]), ("cuDNN", [SDPBackend.CUDNN_ATTENTION])):
+        if check.device.type == "cuda":
+            with mock.patch.object(attention, "GPU_KERNELS", kernels):
+                check.add(f"{name}: as many keys as queries", 1e3 * seconds(check.device, lambda: step(latents)), "ms")
+    # Heads of unequal size: each filled up to a multiple of 8, or all to the same, which the flash kernel takes.
+    for what, qk, values in (("masked text", 32, 160), ("MNIST", 131, 131)):
+        length = 64 if check.tiny else 2048
+
+        def uneven(qk: int = qk, values: int = values, length: int = length) -> None:
+            shapes = ((length // 8, qk), (length, qk), (length, values))
+            q, k, v = (torch.randn(batch, 8, *shape, device=check.device, dtype=dtype, requires_grad=True) for shape in shapes)
+            attention.attend(q, k, v).sum().backward()
+
+        for name, most in (("each", 0), ("the same", attention.LARGEST_FLASH_HEAD)):
+            with mock.patch.object(attention, "LARGEST_FLASH_HEAD", most):
+                check.add(f"heads of {qk} and {values} ({what}), {name}", 1e3 * seconds(check.device, uneven), "ms")
+
+
+def clm_c4(check: Check) -> None:
+    """The step of clm-c4, one change after the other."""
+    base = PRESETS["clm-c4-small" if check.tiny else "clm-c4"]()
+    size, length = (4, 192) if check.tiny else (64, 768)
+    one = replace(base.parallel, workers=1, activation_checkpointing=1)
+    recomputed = replace(base, parallel=one)
+    plain = replace(base, parallel=replace(one, activation_checkpointing=0))
+    with mock.patch.object(attention, "right_aligned", attention.causal_mask):
+        report_step(check, "recomputing every layer, attention with a mask", recomputed, size, length)
+    report_step(check, "recomputing every layer", recomputed, size, length)
+    with mock.patch.object(chunked_loss, "triton_is_there", lambda: False):
+        report_step(check, "recomputing none, loss not fused", plain, size, length)
+    report_step(check, "recomputing none", plain, size, length, goal=0.55)
+    large = None
+    if not check.tiny:
+        large = largest_size(check, plain, (256, 192, 160, 128, 96))
+        if large:
+            report_step(check, f"recomputing none, batch {large}", plain, large, length, goal=0.55)
+            profile(check, f"batch {large}", plain, large, length)
+    compiled = replace(plain, parallel=replace(plain.parallel, compile=True))
+    if check.device.type == "cuda":
+        report_step(check, f"recomputing none, compiled, batch {large}", compiled, large or size, length, goal=0.55, count=10)
+        torch._dynamo.reset()
+    lengths = torch.randint(512, 1025, (16,), generator=torch.Generator().manual_seed(1)).tolist()
+    if check.tiny:
+        lengths = [130, 190, 250]
+    for what, chosen in (("lengths as drawn", lengths), ("lengths in multiples of 64", [-(-n // 64) * 64 for n in lengths])):
+        batches = [random_batch(plain, size, n, check.device) for n in chosen]
+        steps = take_steps(check, plain, ([batch] for batch in batches))
+        tokens = statistics.mean(chosen) * size
+        check.add(f"{what}: tokens/s", tokens / steps.seconds, "1/s", step_ms=1e3 * steps.seconds)
+        del batches
+    fp32 = replace(plain, training=replace(plain.training, precision="fp32"))
+    few = size if check.tiny else 16
+    for precision in ("highest", "high"):
+        with float32_products(precision):
+            steps = take_steps(check, fp32, same(random_batch(fp32, few, length, check.device), 5))
+        check.add(f"fp32, products {precision}: examples/s", few / steps.seconds, "1/s")
+
+
+def largest_size(check: Check, experiment: Experiment, sizes: tuple[int, ...]) -> int | None:
+    """The first of some sizes whose step the plan lets fit."""
+    step, limit = build_task(experiment).step(), torch.cuda.mem_get_info(check.device)[1] * 0.93
+    for size in sizes:
+        layout = Layout(micro_batch_size=size, accumulated=1, shards=1, precision="bf16", checkpoint_every=0, cpu_offload=False, cuda=True)
+        if step_memory(step, layout).total < limit:
+            return size
+    return None
+
+
+def other_steps(check: Check) -> None:
+    """Steps of other presets, in bf16."""
+    sizes = {"mlm-imdb": 32, "img-clf-imagenet": 32, "clm-wikitext": 24, "sam-maestro": 48, "img-clf-mnist": 128}
+    if check.tiny:
+        sizes = {"mlm-imdb-small": 2, "quickstart": 4}
+    for name, size in sizes.items():
+        experiment = PRESETS[name]()
+        experiment = replace(
+            experiment, training=replace(experiment.training, precision="bf16"), parallel=replace(experiment.parallel, workers=1)
+        )
+        try:
+            report_step(check, f"{name} bf16", experiment, size)
+        except torch.OutOfMemoryError as error:
+            check.rows.append({"part": check.part, "what": name, "error": str(error).partition("\n")[0]})
+            continue
+        if name in ("mlm-imdb", "img-clf-imagenet", "quickstart"):
+            profile(check, name, experiment, size)
+
+
+def profile(check: Check, name: str, experiment: Experiment, size: int, seq_len: int | None = None) -> None:
+    """The operators that take longest in a step."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiled
+
+    cuda = check.device.type == "cuda"
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda
+    batch = random_batch(experiment, size, seq_len, check.device)
+    with profiled(activities=activities) as found:
+        take_steps(check, experiment, same(batch, 4))
+    attribute = "self_device_time_total" if cuda else "self_cpu_time_total"
+    events = [event for event in found.key_averages() if not cuda or event.device_type.name == "CUDA"]  # kernels, not what calls them
+    top = sorted(events, key=lambda event: -getattr(event, attribute))[:20]
+    rows = [[event.key[:90], getattr(event, attribute) / 1e3, event.count] for event in top]
+    check.rows.append(
+        {"part": check.part, "what": f"{name}: operators", "operators": rows, "value": len(rows), "unit": "", "goal": "", "holds": None}
+    )
+    for operator, milliseconds, count in rows:
+        print(f"{'':13}{operator:92}{milliseconds:10.2f} ms {count:6}", flush=True)
+
+
+def waiting(check: Check) -> None:
+    """Batches are collated on the host, as a worker does, while the device computes."""
+    experiment = PRESETS["clm-c4-small" if check.tiny else "clm-c4"]()
+    experiment = replace(experiment, parallel=replace(experiment.parallel, workers=1, activation_checkpointing=0))
+    size, length = (4, 192) if check.tiny else (64, 768)
+    host = random_batch(experiment, size, length, torch.device("cpu"))
+
+    def batches() -> Iterator[list[Batch]]:
+        for _ in range(4 if check.tiny else 16):
+            batch = {name: tensor.clone() for name, tensor in host.items()}
+            yield [{name: tensor.pin_memory() for name, tensor in batch.items()} if check.device.type == "cuda" else batch]
+
+    prefetch = Prefetch(batches(), check.device)
+    task = build_task(experiment)
+    state = build_state(experiment, task, check.world)
+    begun: list[float] = []
+    waited: list[float] = []
+
+    def after_step(result: StepResult) -> None:
+        begun.append(time.perf_counter())
+        waited.append(prefetch.wait_seconds)
+
+    fit(experiment.optim, 0, task, state, prefetch, check.world, 1000, after_step)
+    synchronize(check.device)
+    total = time.perf_counter() - begun[0]
+    share = (waited[-1] - waited[0]) / total
+    check.add("share of the time that steps wait for batches", 100 * share, "%", "< 1%", share < 0.01)
+    enqueued = (begun[-1] - begun[0]) / total
+    check.add("share of the time until the last step is queued", 100 * enqueued, "%")
+
+
+def repeat(check: Check) -> None:
+    """The same steps twice."""
+    for name, size in (("clm-c4-small", 16), ("mlm-imdb-small", 16), ("quickstart", 64)):
+        experiment = PRESETS[name]()
+        experiment = replace(experiment, parallel=replace(experiment.parallel, workers=1, activation_checkpointing=0))
+        batch = random_batch(experiment, 4 if check.tiny else size, None, check.device)
+        count = 3 if check.tiny else 20
+        times = {}
+        for deterministic in (False, True):
+            torch.use_deterministic_algorithms(deterministic)
+            try:
+                first, second = (take_steps(check, experiment, same(batch, count), digest=True) for _ in range(2))
+            finally:
+                torch.use_deterministic_algorithms(False)
+            times[deterministic] = second.seconds
+            equal = first.weights == second.weights
+            what = f"{name}, {count} steps twice, {'deterministic' if deterministic else 'as usual'}: the same bits"
+            check.add(what, float(equal), "", "the same" if deterministic else "", equal if deterministic else None)
+        check.add(f"{name}: time of deterministic steps / usual ones", times[True] / times[False], "")
+
+
+def generating(check: Check) -> None:
+    """Generation with the cache."""
+    config = PRESETS["clm-wikitext-small" if check.tiny else "clm-wikitext"]().model
+    prompt, tokens = (64, 4) if check.tiny else (1024, 64)
+    dtype = torch.bfloat16 if check.device.type == "cuda" else torch.float32
+    model = build_model(config).to(check.device, dtype).eval().requires_grad_(False)
+    modes = ["cached"] if check.device.type == "cpu" else ["cached", "compiled"]
+    for batch in (1, 8):
+        for mode in modes:
+            row = generation.measure(model, batch, prompt, min(prompt, config.max_latents), tokens, 2, mode, time.perf_counter)
+            check.add(f"batch {batch}, {mode}: tokens/s", row["tokens_per_s"], "1/s", x_bound=row["x_bound"], step_ms=row["step_ms"])
+            check.add(f"batch {batch}, {mode}: step / reading the weights", row["x_bound"], "")
+    if check.device.type == "cuda":
+        exact = build_model(replace(config, init_scale=0.1)).to(check.device).eval().requires_grad_(False)
+        ids = torch.randint(6, config.vocab_size, (2, prompt), generator=torch.Generator().manual_seed(0)).to(check.device)
+        found = [generate(exact, ids, max_new_tokens=32, num_latents=8, sampling=Sampling(temperature=0), compile=c) for c in (False, True)]
+        equal = bool(found[0].equal(found[1]))
+        check.add("fp32: the recorded step gives the same ids", float(equal), "", "the same", equal)
+
+
+def others(check: Check) -> None:
+    """The same work by transformers, forward, backward and AdamW, in the same process."""
+    for name, size in (("mlm-imdb", 16), ("img-clf-imagenet", 16)):
+        if check.tiny:
+            break
+        for precision in ("fp32", "bf16"):
+            found = {}
+            for side in ("ours", "transformers"):
+                gc.collect()
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats(check.device)
+                step = other_step(check, name, side, size, precision)
+                found[side] = seconds(check.device, step, 5, 2), torch.cuda.max_memory_allocated(check.device)
+                del step
+            faster = found["transformers"][0] / found["ours"][0]
+            less = found["transformers"][1] / found["ours"][1]
+            check.add(f"{name} {precision}: transformers' step / ours", faster, "", ">= 1", faster >= 1, ours_ms=1e3 * found["ours"][0])
+            check.add(f"{name} {precision}: transformers' memory / ours", less, "", ">= 1", less >= 1)
+
+
+def reference(check: Check) -> None:
+    """A step of krasserm/perceiver-io's byte language model, in a process of its own, and ours."""
+    if check.reference is None:
+        return
+    script = Path(__file__).with_name("reference_step.py")
+    for precision in ("fp32", "bf16"):
+        settings = {"device": str(check.device), "precision": precision, "tiny": check.tiny, "batch": 2 if check.tiny else 24}
+        gc.collect()
+        if check.device.type == "cuda":
+            torch.cuda.empty_cache()
+        child = subprocess.run(
+            [sys.executable, str(script), json.dumps(settings)],
+            env={**os.environ, "PYTHONPATH": str(check.reference.absolute())}, capture_output=True, text=True,
+        )  # fmt: skip
+        if child.returncode:
+            raise RuntimeError(child.stderr[-1500:])
+        theirs = json.loads(child.stdout.splitlines()[-1])
+        experiment = PRESETS["clm-wikitext"]()
+        if check.tiny:
+            experiment = replace(experiment, model=replace(experiment.model, num_self_attention_layers=1))
+        experiment = replace(
+            experiment, training=replace(experiment.training, precision=precision), parallel=replace(experiment.parallel, workers=1)
+        )
+        ours = take_steps(check, experiment, same(random_batch(experiment, settings["batch"], None, check.device), 2 if check.tiny else 7))
+        faster = theirs["step_ms"] / (1e3 * ours.seconds)
+        check.add(f"clm-wikitext {precision}: the reference's step / ours", faster, "", ">= 3", faster >= 3, reference_ms=theirs["step_ms"])
+        if ours.peak_bytes:
+            check.add(f"clm-wikitext {precision}: the reference's memory / ours", theirs["peak_bytes"] / ours.peak_bytes, "")
+
+
+def other_step(check: Check, name: str, side: str, size: int, precision: str) -> Callable[[], None]:
+    """A training step of `benchmarks.step_time`'s workload."""
+    torch.manual_seed(0)
+    workload = step_time.WORKLOADS[name]
+    batch = {key: value.to(check.device) for key, value in workload.batch(size).items()}
+    if side == "ours":
+        model: nn.Module = build_model(PRESETS[name]().model)
+        loss = workload.loss
+    else:
+        made = step_time.transformers_step(name, batch)
+        assert made is not None
+        model, other = made
+        loss = lambda model, batch: other(model)  # noqa: E731
+    model = model.to(check.device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        with torch.autocast(check.device.type, torch.bfloat16, enabled=precision == "bf16"):
+            value = loss(model, batch)
+        value.backward()
+        optimizer.step()
+
+    return step
+
+
+PARTS: dict[str, Callable[[Check], None]] = {
+    "parity": parity,
+    "attention": attention_kernels,
+    "clm-c4": clm_c4,
+    "steps": other_steps,
+    "waiting": waiting,
+    "repeat": repeat,
+    "generation": generating,
+    "transformers": others,
+    "reference": reference,
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=8, help="start no part after this (%(default)s)")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--device", default="cuda", help="cuda, or cpu for a try of the command itself")
+    parser.add_argument("--tiny", action="store_true", help="small models and few steps")
+    parser.add_argument("--reference", type=Path, help="folder with krasserm/perceiver-io (see benchmarks.generation)")
+    parser.add_argument("--out", type=Path, help="JSON file, written after every part")
+    args = parser.parse_args(argv)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic products need
+    device = torch.device(args.device)
+    started = time.monotonic()
+    check = Check(device, args.tiny, started + 60 * args.minutes + 60, args.reference, join_world(device))
+    check.peak = peak_flops(device)
+    about: dict[str, Any] = {"torch": torch.__version__, "tiny": args.tiny, "device": str(device)}
+    if device.type == "cuda":
+        a = torch.randn(RATE_SIZE, RATE_SIZE, device=device, dtype=torch.bfloat16)
+        rate = 2 * RATE_SIZE**3 / seconds(device, lambda: a @ a)
+        about |= {"device": torch.cuda.get_device_name(device), "cuda": torch.version.cuda, "product_flops": rate, "peak_flops": check.peak}
+        print(f"{about['device']}, torch {torch.__version__}: bf16 products of {RATE_SIZE} at {rate / 1e12:.0f} TFLOP/s", flush=True)
+        del a
+    for name in args.parts:
+        check.part, begun = name, time.monotonic()
+        if begun - started > 60 * args.minutes:
+            check.rows.append({"part": name, "error": "not started: the time is over"})
+            continue
+        try:
+            PARTS[name](check)
+        except Exception as error:  # whatever one part meets, the others are still wanted
+            check.rows.append({"part": name, "error": f"{type(error).__name__}: {error}"[:2000], "traceback": traceback.format_exc()})
+            print(traceback.format_exc(), flush=True)
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        about[f"seconds of {name}"] = round(time.monotonic() - begun, 1)
+        if args.out:
+            write(args.out, {"about": about, "rows": check.rows})
+    print(f"\n{about}\n", *map(line, check.rows), sep="\n")
+    return 1 if any("error" in row for row in check.rows) else 0
+
+
+def write(path: Path, content: dict[str, Any]) -> None:
+    """Whole or not at all."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=1))
+    os.replace(temporary, path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
