@@ -283,24 +283,12 @@ def check_fits(experiment: Experiment, manifest: Manifest) -> None:
 
 
 def check_image_shape(experiment: Experiment, image_shape: tuple[int, int, int]) -> None:
-    """Whether images of this shape (height, width, channels), cropped as the task says, are what the model takes.
+    """Whether images of this shape (height, width, channels) are what the task and its model take.
 
     Raises:
         UserError: they are not.
     """
-    model = experiment.model
-    if not isinstance(model, PerceiverIOConfig) or not isinstance(model.input, ImageInput):
-        raise UserError(f"{experiment.preset}: the task reads images, but the model does not")
-    height, width, channels = image_shape
-    crop = getattr(experiment.task, "random_crop", None)
-    if crop is not None and not 1 <= crop <= min(height, width):
-        raise UserError(f"task.random_crop is {crop}, but the images have {height} x {width} pixels")
-    shape = (height, width, channels) if crop is None else (crop, crop, channels)
-    if tuple(model.input.image_shape) != shape:
-        raise UserError(
-            f"model.input.image_shape is {tuple(model.input.image_shape)}, but the images are {image_shape}"
-            + ("" if crop is None else f", cropped to {shape}")
-        )
+    experiment.task.check_images(experiment.model, image_shape)
 
 
 def preprocess_command(experiment: Experiment) -> str:

@@ -64,6 +64,13 @@ class TaskConfig(Config):
         """The columns of the rows that the task reads, where it reads arrays (kind "arrays"); else None."""
         return None
 
+    def check_images(self, model: ModelConfig, shape: tuple[int, int, int]) -> None:
+        """Checks that images (height, width, channels) are what the task and its model take, where it reads images.
+
+        Raises:
+            UserError: they are not.
+        """
+
     def completed(self, experiment: Experiment) -> Experiment:
         """The experiment with what its command line left open and the schema of its data tells: sizes, names of classes.
 

@@ -91,8 +91,8 @@ class FormulaStep:
 
 
 def has_formulas(config: ModelConfig) -> TypeGuard[PerceiverARConfig | PerceiverIOConfig]:
-    """Whether the closed formulas are those of a model: of this package's, with inputs and outputs of this package."""
-    return all(is_builtin(type_name(type(node))) for _, node in nodes(config))
+    """Whether the closed formulas are those of a model: of this package's, with parts of this package that have formulas."""
+    return all(is_builtin(type_name(type(node))) and getattr(node, "has_cost_formulas", True) for _, node in nodes(config))
 
 
 @lru_cache(maxsize=16)

@@ -6,22 +6,34 @@ import torch
 
 from perceiver.config import ModelConfig
 from perceiver.config.core import check_nodes
+from perceiver.models.array_input import ArrayInput
+from perceiver.models.array_outputs import ArrayOutput, EmbeddingOutput, HeadsOutput
 from perceiver.models.encoder_decoder import DecoderConfig, EncoderConfig
+from perceiver.models.event_input import EventInput
+from perceiver.models.grid_inputs import AudioInput, StemInput, VideoInput
 from perceiver.models.inputs import FlowInput, ImageInput, InputConfig, TextInput
+from perceiver.models.multimodal_input import MultimodalInput
 from perceiver.models.outputs import ClassOutput, FlowOutput, ModelSizes, OutputConfig, OutputQueries, TextOutput, ValueOutput
 from perceiver.models.perceiver_ar import PerceiverAR, PerceiverARCache, PerceiverARConfig
 from perceiver.models.perceiver_io import PerceiverIO, PerceiverIOConfig
 from perceiver.models.table_input import TableInput
 
 __all__ = [
+    "ArrayInput",
+    "ArrayOutput",
+    "AudioInput",
     "ClassOutput",
     "DecoderConfig",
+    "EmbeddingOutput",
     "EncoderConfig",
+    "EventInput",
     "FlowInput",
     "FlowOutput",
+    "HeadsOutput",
     "ImageInput",
     "InputConfig",
     "ModelSizes",
+    "MultimodalInput",
     "OutputConfig",
     "OutputQueries",
     "PerceiverAR",
@@ -29,10 +41,12 @@ __all__ = [
     "PerceiverARConfig",
     "PerceiverIO",
     "PerceiverIOConfig",
+    "StemInput",
     "TableInput",
     "TextInput",
     "TextOutput",
     "ValueOutput",
+    "VideoInput",
     "build_model",
     "check_model",
 ]

@@ -74,6 +74,13 @@ class DecoderConfig(Config):
     """Whether the queries are added to the attention's output."""
     dropout: float = 0.0
     """Dropout on attention weights."""
+    query_chunk: int | None = None
+    """Queries decoded at once, so that memory does not grow with their number (training computes each part twice); None: all."""
+
+    @property
+    def has_cost_formulas(self) -> bool:
+        """Whether the closed formulas for memory hold."""
+        return self.query_chunk is None
 
     def cross_attention(self, num_query_channels: int, num_latent_channels: int) -> AttentionChannels:
         """Channels of the queries' attention to the latents."""

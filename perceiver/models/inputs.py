@@ -8,6 +8,7 @@ Shapes: B batch, N input positions, C channels of an input position.
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,9 @@ from perceiver.models.position import fourier_features
 
 class InputConfig(Config):
     """What goes into a Perceiver IO: base class of all inputs."""
+
+    has_cost_formulas: ClassVar[bool] = True
+    """Whether the package's closed formulas for FLOPs and memory hold; otherwise steps are counted."""
 
     @abstractmethod
     def build(self) -> nn.Module:

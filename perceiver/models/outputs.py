@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 
@@ -47,6 +47,15 @@ class OutputQueries:
 
 class OutputConfig(Config):
     """What comes out of a Perceiver IO: base class of all outputs."""
+
+    head_per_query: ClassVar[bool] = True
+    """Whether the head answers each query by itself, so that queries can be decoded in parts with their head."""
+    has_cost_formulas: ClassVar[bool] = True
+    """Whether the package's closed formulas for FLOPs and memory hold; otherwise steps are counted."""
+
+    def asks_input(self, model: ModelSizes) -> bool:
+        """Whether queries may be made from the adapted input."""
+        return not self.queries(model).num_learned
 
     @abstractmethod
     def queries(self, model: ModelSizes) -> OutputQueries:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from perceiver.config import ModelConfig, UserError
 from perceiver.models import factored_attention
@@ -175,7 +176,8 @@ class PerceiverEncoder(nn.Module):
         self.self_attention_n = self_attention_block() if second_block else None
 
         # Text has one embedding per position and example: nothing is shared by the batch that could be factored out.
-        self.factored = config.input.factorable
+        # Queries that are made from the adapted input need it as a whole.
+        self.factored = config.input.factorable and not config.output.asks_input(config)
         self.num_query_heads, self.cross_channels = config.num_latents * encoder.num_cross_attention_heads, cross
 
     def layers(self) -> Iterator[nn.Module]:
@@ -267,8 +269,27 @@ class PerceiverDecoder(nn.Module):
 
     def forward(self, queries: Tensor, latents: Tensor, tied_matrix: Tensor | None = None) -> Tensor:
         """queries (B or 1, M, channels), latents (B, L, D) -> (B, M, outputs); tied_matrix (outputs, channels)."""
+        size = self.config.decoder.query_chunk
+        if size is None or queries.shape[1] <= size:
+            return self._finish(self._decode(queries, latents, tied_matrix))
+        parts = []
+        for part in queries.split(size, dim=1):
+            if torch.is_grad_enabled():
+                parts.append(checkpoint(self._decode, part, latents, tied_matrix, use_reentrant=False))
+            else:
+                parts.append(self._decode(part, latents, tied_matrix))
+        return self._finish(torch.cat(parts, dim=1))
+
+    def _decode(self, queries: Tensor, latents: Tensor, tied_matrix: Tensor | None) -> Tensor:
+        """All that is done to each query by itself."""
         x = self.cross_attention(queries, latents)
-        return self.output(x) if self.output is not None else F.linear(x, tied_matrix, self.output_bias)
+        if self.output is None:
+            return F.linear(x, tied_matrix, self.output_bias)
+        return self.output(x) if self.config.output.head_per_query else x
+
+    def _finish(self, decoded: Tensor) -> Any:
+        """What is done to all queries together."""
+        return decoded if self.output is None or self.config.output.head_per_query else self.output(decoded)
 
 
 class PerceiverIO(nn.Module):

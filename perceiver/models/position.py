@@ -36,12 +36,25 @@ def fourier_features(shape: tuple[int, ...], num_bands: int, device: torch.devic
     """
     axes = [torch.linspace(-1.0, 1.0, steps=size, device=device) for size in shape]
     grid = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, -2)
+    return coordinate_features(grid, shape, num_bands)
+
+
+def coordinate_features(coordinates: Tensor, resolution: tuple[float, ...], num_bands: int) -> Tensor:
+    """Fourier features of coordinates from -1 to 1; an axis has frequencies evenly spaced from 1 to half its resolution.
+
+    Args:
+        coordinates: (..., axes).
+        resolution: points along each axis that can be told apart.
+
+    Returns:
+        (..., axes * (2 * num_bands + 1)); channels: the coordinates, then the sines of all axes, then the cosines.
+    """
     angles = []
-    for axis, size in enumerate(shape):
-        frequencies = torch.linspace(1.0, size / 2.0, num_bands, device=device)
-        angles.append(torch.pi * grid[:, axis, None] * frequencies)
+    for axis, size in enumerate(resolution):
+        frequencies = torch.linspace(1.0, size / 2.0, num_bands, device=coordinates.device)
+        angles.append(torch.pi * coordinates[..., axis, None] * frequencies)
     angle = torch.cat(angles, dim=-1)
-    return torch.cat([grid, angle.sin(), angle.cos()], dim=-1)
+    return torch.cat([coordinates, angle.sin(), angle.cos()], dim=-1)
 
 
 @dataclass(frozen=True, eq=False)  # compilation asks for the hash of what it has not built yet

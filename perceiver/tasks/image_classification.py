@@ -37,6 +37,20 @@ class ImageClassificationConfig(TaskConfig):
                 return cls()
         return None
 
+    def check_images(self, model: ModelConfig, shape: tuple[int, int, int]) -> None:
+        if not isinstance(model, PerceiverIOConfig) or not isinstance(model.input, ImageInput):
+            raise UserError("the task reads images, but the model does not")
+        height, width, channels = shape
+        crop = self.random_crop
+        if crop is not None and not 1 <= crop <= min(height, width):
+            raise UserError(f"task.random_crop is {crop}, but the images have {height} x {width} pixels")
+        expected = shape if crop is None else (crop, crop, channels)
+        if tuple(model.input.image_shape) != expected:
+            raise UserError(
+                f"model.input.image_shape is {tuple(model.input.image_shape)}, but the images are {shape}"
+                + ("" if crop is None else f", cropped to {expected}")
+            )
+
     def build(self, model: ModelConfig, data: DataConfig, seed: int) -> Task:
         if not isinstance(model, PerceiverIOConfig) or not isinstance(model.input, ImageInput):
             raise UserError("image classification needs a Perceiver IO model with an ImageInput")
