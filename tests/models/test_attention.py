@@ -4,8 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.bias import CausalBias, causal_lower_right
 
-from perceiver.models.attention import LONG_ENOUGH_TO_SPLIT, KeyValueCache, attend
+from perceiver.models import attention
+from perceiver.models.attention import LONG_ENOUGH_TO_SPLIT, KeyValueCache, attend, head_sizes, pad_heads
 from perceiver.models.dropout import drop
 from perceiver.models.perceiver_ar import causal_padding_mask
 from perceiver.models.position import fourier_features, rotation, token_positions
@@ -144,9 +146,32 @@ def test_fourier_features_of_a_grid() -> None:
     torch.testing.assert_close(features.view(3, 5, -1)[0, 1, 14:18], torch.cos(torch.pi * x * frequencies))
 
 
-def test_head_sizes_padded_for_gpus_give_the_same_result() -> None:
-    """The padding that `attend` does on GPUs, on the CPU."""
-    q, k, v = heads(4, 5, 0), heads(9, 5, 1), heads(9, 3, 2)
-    padded = [F.pad(t, (0, -t.shape[-1] % 8)) for t in (q, k, v)]
-    out = F.scaled_dot_product_attention(*padded, scale=5**-0.5)[..., :3]
-    torch.testing.assert_close(out, attend(q, k, v))
+def test_gpus_are_given_no_causal_mask_but_the_kernels_own_alignment() -> None:
+    bias = attention.right_aligned(3, 5, torch.device("cuda"))
+    assert isinstance(bias, CausalBias) and (bias.seq_len_q, bias.seq_len_kv) == (3, 5)
+    assert bias._materialize().equal(right_aligned(3, 5))
+    assert attention.right_aligned(3, 5, torch.device("cpu")).equal(right_aligned(3, 5))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "masked", "expected"),
+    [
+        ((128, 128), False, (128, 128, 128)),
+        ((32, 160), False, (160, 160, 160)),
+        ((131, 131), False, (136, 136, 136)),
+        ((32, 160), True, (32, 32, 160)),
+        ((131, 40), True, (136, 136, 40)),
+        ((261, 1024), False, (264, 264, 1024)),
+    ],
+)
+def test_heads_are_filled_up_to_one_size_where_the_flash_kernel_takes_them(sizes, masked, expected) -> None:
+    assert head_sizes(*sizes, torch.ones(1, 1, dtype=torch.bool) if masked else None) == expected
+    if not masked:
+        assert head_sizes(*sizes, causal_lower_right(2, 4)) == expected
+
+
+def test_heads_that_are_filled_up_give_the_same_attention() -> None:
+    q, k, v = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 6, 5), torch.randn(2, 3, 6, 9)
+    filled = F.scaled_dot_product_attention(*(pad_heads(t, 16) for t in (q, k, v)), scale=5**-0.5)
+    assert torch.allclose(filled[..., :9], attend(q, k, v), atol=1e-6)
+    assert filled[..., 9:].abs().max() == 0

@@ -13,7 +13,7 @@ from perceiver.config import ParallelConfig, UserError
 from perceiver.costs.flops import training_flops
 from perceiver.tasks import build_task
 from perceiver.tasks.base import IGNORE_INDEX
-from perceiver.tasks.chunked_loss import chunk_rows, chunked_cross_entropy
+from perceiver.tasks.chunked_loss import chunk_loss, chunk_rows, chunked_cross_entropy
 from perceiver.training.batches import read_here
 from tests.support import small
 from tests.support.small import text_experiment, write_stream
@@ -52,6 +52,20 @@ def test_chunked_equals_whole_in_value_and_gradients(elements, bias):
     found = with_gradients(chunked_cross_entropy, *inputs(bias=bias), chunk_elements=elements)
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_gpus_compute_of_a_chunk_is_the_loss_and_its_gradient(dtype):
+    """On the CPU, and not compiled."""
+    hidden, weight, _, labels = inputs(dtype)
+    scores = F.linear(hidden, weight).flatten(0, 1).detach().requires_grad_()
+    target = labels.flatten()
+    expected = F.cross_entropy(scores.float(), target, reduction="none", ignore_index=IGNORE_INDEX)
+    (gradient,) = torch.autograd.grad(expected.sum(), scores)
+    each, found = chunk_loss(scores.detach(), target.clamp(min=0)[:, None], target != IGNORE_INDEX)
+    torch.testing.assert_close(each, expected)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found, gradient)
 
 
 def test_chunked_in_bfloat16_is_as_near_to_fp32_as_the_whole():
