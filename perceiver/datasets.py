@@ -19,7 +19,6 @@ from perceiver.data.sources import is_shipped, mixture_sources, source_label
 from perceiver.data.storage import list_folder, open_folder
 from perceiver.data.tokenizers import TOKENIZER, load_tokenizer, tokenizer_is_there
 from perceiver.experiments import command_words
-from perceiver.models import ImageInput, PerceiverIOConfig
 
 _READING_ONLY = ("shuffle_window_blocks", "lanes")
 """Fields of the data's configuration that preparation does not depend on."""

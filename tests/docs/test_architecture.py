@@ -30,7 +30,7 @@ ARROWS = {
     "perceiver.experiments": {
         "perceiver.catalog", "perceiver.config", "perceiver.disk", "perceiver.extensions", "perceiver.presets", "perceiver.runs",
     },
-    "perceiver.datasets": {"perceiver.config", "perceiver.data", "perceiver.experiments", "perceiver.models"},
+    "perceiver.datasets": {"perceiver.config", "perceiver.data", "perceiver.experiments"},
     "perceiver.interop": {"perceiver.config", "perceiver.models"},
     "perceiver.training": {
         "perceiver.checkpoints", "perceiver.config", "perceiver.costs", "perceiver.data", "perceiver.disk", "perceiver.extensions",
