@@ -13,3 +13,11 @@ def print_anything() -> None:
     for stream, errors in ((sys.stdout, "backslashreplace"), (sys.stderr, "backslashreplace"), (sys.stdin, "surrogateescape")):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=errors)
+
+
+def summary(documentation: str | None) -> str:
+    """What a module's docstring says of its command: without the command line that it begins with, which `--help` shows itself."""
+    text = documentation or ""
+    if text.startswith("`"):
+        text = text.partition(": ")[2]
+    return text[:1].upper() + text[1:]

@@ -17,6 +17,7 @@ from perceiver.disk import write_json
 from perceiver.runs import Run
 from perceiver.tasks import build_task
 from perceiver.tasks.base import Baseline
+from perceiver.terminal import summary
 from perceiver.training.checkpoint_files import check_files
 from perceiver.training.mirror import find_run
 from ray_jobs.cli import main_entry, override, program, refuse_empty
@@ -28,7 +29,7 @@ logger = logging.getLogger("ray_jobs.evaluate")  # which __name__ is not where i
 
 def main(argv: list[str]) -> int:
     argv = show_progress(argv)
-    parser = argparse.ArgumentParser(prog=program("ray_jobs.evaluate"), description=__doc__)
+    parser = argparse.ArgumentParser(prog=program("ray_jobs.evaluate"), description=summary(__doc__))
     parser.add_argument("run", help="folder or URI of a run, or its name among the runs of $PERCEIVER_HOME")
     parser.add_argument("--checkpoint", default="best", help="best (default), last, or a step")
     parser.add_argument("--trust-code", action="store_true", help="run code that the run brings and that was never run from this account")

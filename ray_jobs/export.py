@@ -10,11 +10,12 @@ import argparse
 
 import perceiver
 from perceiver.inference.export import FORMATS, upload
+from perceiver.terminal import summary
 from ray_jobs.cli import main_entry, program, refuse_empty
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog=program("ray_jobs.export"), description=(__doc__ or "").partition("\n\n")[0])
+    parser = argparse.ArgumentParser(prog=program("ray_jobs.export"), description=summary(__doc__).partition("\n\n")[0])
     parser.add_argument("run", help="folder or name of a run, an exported folder, or a name on the hub")
     parser.add_argument("--out", required=True, help="folder to write: a new one, or one that holds an earlier export and nothing else")
     parser.add_argument("--checkpoint", default="best", help="best (default), last, or a step")

@@ -17,6 +17,7 @@ from perceiver.costs.memory import Memory, Traffic, most_of_each, step_memory, s
 from perceiver.datasets import Dataset, with_tokenizer
 from perceiver.models import PerceiverARConfig
 from perceiver.tasks import build_task
+from perceiver.terminal import summary
 from perceiver.training.run import total_steps
 from ray_jobs.cli import main_entry, parse_experiment, program
 from ray_jobs.preflight import check_experiment
@@ -180,7 +181,7 @@ def find_device(name: str, memory: float | None, flops: float | None) -> Device:
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
-        prog=program("ray_jobs.plan"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog=program("ray_jobs.plan"), description=summary(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False, add_help=False,
     )  # fmt: skip
     parser.add_argument("--device", default="a100-40gb", help=f"kind of GPU: {', '.join(DEVICES)} (%(default)s)")

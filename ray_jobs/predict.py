@@ -28,8 +28,9 @@ from perceiver.data.rows import KINDS, ArrayRows
 from perceiver.data.storage import atomic_file, list_folder, open_folder, read_file, write_file
 from perceiver.generation.options import add_generation_options, given_generation_options
 from perceiver.inference.load import Description, describe
+from perceiver.inference.parts import Part, from_plain, list_inputs, plan_parts, read_part, to_plain
 from perceiver.inference.predict import MODES, PredictOptions, predict_rows
-from perceiver.inference.rows import Kind, Part, from_plain, list_inputs, plan_parts, read_part, rows_from_table, rows_to_table, to_plain
+from perceiver.inference.rows import Kind, rows_from_table, rows_to_table
 from perceiver.models import PerceiverARConfig
 from ray_jobs.cli import JobFailed, main_entry, program, refuse_empty
 from ray_jobs.logs import show_progress

@@ -15,6 +15,7 @@ from typing import Any
 from perceiver.checkpoints import best_of
 from perceiver.config import UserError, flatten, home, nearest
 from perceiver.runs import DamagedRun, Run, runs
+from perceiver.terminal import summary
 from ray_jobs.cli import main_entry, program, refuse_empty
 from ray_jobs.where import Condition
 
@@ -22,7 +23,7 @@ COLUMNS = ("name", "preset", "task", "status", "step", "of", "best", "checkpoint
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog=program("ray_jobs.runs"), description=(__doc__ or "").partition(": ")[2])
+    parser = argparse.ArgumentParser(prog=program("ray_jobs.runs"), description=summary(__doc__))
     parser.add_argument("folder", nargs="?", help="folder of runs; default: $PERCEIVER_HOME/runs")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     parser.add_argument("--where", metavar="CONDITION", help='only runs that meet it: "optim.lr>1e-3 and val_acc>0.9"')

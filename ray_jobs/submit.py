@@ -22,6 +22,7 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 from ray.util.state import list_nodes
 
 from perceiver.config import Experiment, UserError, nearest
+from perceiver.terminal import summary
 from ray_jobs.cli import JobFailed, main_entry, parse_experiment, program
 from ray_jobs.main import COMMANDS, JOBS
 from ray_jobs.preflight import check_experiment
@@ -35,7 +36,7 @@ STOPPED = 130
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
-        prog=program("ray_jobs.submit"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=program("ray_jobs.submit"), description=summary(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--address", help=f"of the cluster's dashboard; default $RAY_API_SERVER_ADDRESS or {DEFAULT_ADDRESS}")
     parser.add_argument("--id", help="submission id; default: made from job, preset and time")

@@ -20,6 +20,7 @@ from perceiver.config import UserError, home
 from perceiver.data.storage import write_file
 from perceiver.plots import GREY, NUM_COLORS, color, far_apart, frame, log_scale, new_figure, plain, png, step_axis
 from perceiver.runs import Run
+from perceiver.terminal import summary
 from ray_jobs.cli import main_entry, program
 from tuning.sweeps import arguments
 from tuning.trials import SETTINGS, Trial, read_settings, read_trials
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog=program("tuning.report"), description=__doc__)
+    parser = argparse.ArgumentParser(prog=program("tuning.report"), description=summary(__doc__))
     parser.add_argument("sweep", help="a sweep's folder, or its name in $PERCEIVER_HOME/sweeps")
     folder = Path(parser.parse_args(argv).sweep).expanduser()
     if not (folder / SETTINGS).exists():

@@ -27,6 +27,7 @@ from perceiver.datasets import Dataset, with_tokenizer
 from perceiver.disk import write_json
 from perceiver.extensions import code_of
 from perceiver.runs import held
+from perceiver.terminal import summary
 from perceiver.training.meters import duration
 from perceiver.training.run import total_steps
 from ray_jobs.cli import main_entry, program, refuse_empty
@@ -73,7 +74,7 @@ class Room:
 
 def main(argv: list[str]) -> int:
     argv = show_progress(argv)
-    parser = argparse.ArgumentParser(prog=program("tuning.sweep"), description=__doc__, allow_abbrev=False,
+    parser = argparse.ArgumentParser(prog=program("tuning.sweep"), description=summary(__doc__), allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=f"sweeps: {', '.join(SWEEPS)}, or file.py:function",
     )  # fmt: skip

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from perceiver.costs.flops import num_kept
-from perceiver.models import PerceiverARConfig, PerceiverIOConfig, TextOutput
+from perceiver.models import PerceiverARConfig, PerceiverIOConfig
 from perceiver.models.attention import LONG_ENOUGH_TO_SPLIT
 from perceiver.models.factored_attention import is_cheaper
 from perceiver.models.shapes import AttentionChannels
@@ -184,10 +184,10 @@ def _calls_io(config: PerceiverIOConfig, layout: Layout, sizes: StepSizes) -> tu
     decoder, e, batch, queries = config.decoder, layout.element_size, layout.micro_batch_size, config.output_queries()
     num_inputs = _num_inputs(config, sizes)
     num_queries = queries.num_learned or num_inputs
-    if isinstance(config.output, TextOutput):
+    if queries.per_position:
         num_queries = sizes.num_queries or num_inputs
     # Chosen positions are looked up for each example; all learned queries are the same for the whole batch.
-    chosen = isinstance(config.output, TextOutput) and sizes.num_queries is not None
+    chosen = queries.per_position and sizes.num_queries is not None
     kept, extra, working = _attention(
         layout, config.decoder_cross_attention(), decoder.num_cross_attention_heads, (num_queries, config.num_latents),
         decoder.dropout, False, decoder.cross_attention_widening_factor,

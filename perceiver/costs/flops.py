@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields
 import torch
 
 from perceiver.config import ModelConfig
-from perceiver.models import PerceiverARConfig, PerceiverIOConfig, TextOutput, build_model
+from perceiver.models import PerceiverARConfig, PerceiverIOConfig, build_model
 from perceiver.models.shapes import AttentionChannels
 
 
@@ -131,7 +131,7 @@ def _forward_io(config: PerceiverIOConfig, seq_len: int | None, num_queries: int
 
     output, decoding = config.output_queries(), config.decoder_cross_attention()
     if num_queries is None:
-        num_queries = num_inputs if isinstance(config.output, TextOutput) else output.num_learned or num_inputs
+        num_queries = num_inputs if output.per_position else output.num_learned or num_inputs
     queries = _keys_and_values(num_latents, decoding)
     queries += _attention(num_queries, num_latents, decoding, config.decoder.cross_attention_widening_factor)
     return ForwardFlops(

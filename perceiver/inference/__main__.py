@@ -1,5 +1,5 @@
-"""`python -m perceiver.inference RUN [PROMPT ...]`: try a trained model: a prompt to continue, a sentence with <mask>,
-a text or image.
+"""`python -m perceiver.inference RUN [PROMPT ...]`: tries a trained model on a prompt to continue, a
+sentence with <mask>, a text or an image.
 
 Without a prompt it asks for one line after another, until an empty line or the end of the input.
 """
@@ -9,12 +9,13 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import perceiver
 from perceiver.config import UserError
 from perceiver.generation.options import GenerationOptions, add_generation_options, given_generation_options
 from perceiver.inference.trained import TrainedModel
-from perceiver.terminal import print_anything
+from perceiver.terminal import print_anything, summary
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -47,9 +48,15 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def _program() -> str:
+    """How this was started: by a command of `perceiver`, or as a module."""
+    started = Path(sys.argv[0]).name
+    return f"perceiver {sys.argv[1]}" if started == "perceiver" and len(sys.argv) > 1 else "python -m perceiver.inference"
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The arguments of the command line."""
-    parser = argparse.ArgumentParser(prog="python -m perceiver.inference", description=(__doc__ or "").partition(": ")[2])
+    parser = argparse.ArgumentParser(prog=_program(), description=summary(__doc__))
     parser.add_argument("run", help="folder or name of a run, an exported folder, published weights, or a name on the hub")
     parser.add_argument("prompt", nargs="*", help="texts or image files; none: ask for them")
     parser.add_argument("--action", choices=ACTIONS, help="what to do (default: what the model was trained for)")

@@ -43,6 +43,8 @@ class OutputQueries:
     """Channels of the output: classes, vocabulary, ..."""
     tied: bool = False
     """Whether the output matrix is the token embedding."""
+    per_position: bool = False
+    """Whether each position of the input has its query, so that some may be decoded and others not."""
 
 
 class OutputConfig(Config):
@@ -111,6 +113,7 @@ class TextOutput(OutputConfig):
             num_channels=self.num_query_channels or text.num_channels,
             num_outputs=text.vocab_size,
             tied=self.num_query_channels is None,
+            per_position=True,
         )
 
     def ask(self, learned: Any, x: Any, adapted: Any, positions: Tensor | None) -> Tensor:

@@ -72,7 +72,7 @@ class PerceiverIOConfig(ModelConfig):
     def local_init(self) -> LocalInit:
         """How `init` local draws weights."""
         assert isinstance(self.input, TextInput)
-        asks_each_position = isinstance(self.output, TextOutput)
+        queries = self.output_queries()
         return LocalInit(
             text=self.input,
             num_latents=self.num_latents,
@@ -81,7 +81,7 @@ class PerceiverIOConfig(ModelConfig):
             num_latent_heads=self.encoder.num_self_attention_heads,
             num_decoder_heads=self.decoder.num_cross_attention_heads,
             num_layers_per_block=self.encoder.num_self_attention_layers_per_block,
-            num_query_channels=self.output_queries().num_channels if asks_each_position else None,
+            num_query_channels=queries.num_channels if queries.per_position else None,
             init_scale=self.init_scale,
         )
 
@@ -109,8 +109,8 @@ class PerceiverIOConfig(ModelConfig):
         if channels % 4:
             raise UserError(f"model.input.num-channels is {channels} and must be a multiple of 4 for model.init local")
         places = {"model.num-latent-channels": self.num_latent_channels}
-        if isinstance(self.output, TextOutput):
-            places["model.output.num-query-channels"] = self.output_queries().num_channels
+        if (queries := self.output_queries()).per_position:
+            places["model.output.num-query-channels"] = queries.num_channels
         for name, number in places.items():
             if number < needed:
                 raise UserError(f"{name} is {number} and must be at least {needed} for model.init local")

@@ -18,7 +18,8 @@ import perceiver
 from perceiver.checkpoints import MARKER, CheckpointInfo, marker_content
 from perceiver.config import DataConfig, Experiment, OptimConfig, TrainingConfig, UserError, to_dict
 from perceiver.extensions import Code, code_of, trust
-from perceiver.inference.rows import list_inputs, plan_parts, read_part, rows_from_table, rows_to_table
+from perceiver.inference.parts import list_inputs, plan_parts, read_part
+from perceiver.inference.rows import rows_from_table, rows_to_table
 from perceiver.models import build_model
 from perceiver.runs import CHECKPOINTS, CODE, EXPERIMENT
 from perceiver.training.checkpoint_files import ShardWriter

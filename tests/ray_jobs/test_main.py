@@ -149,6 +149,7 @@ def test_the_usage_names_the_command_that_was_typed(tmp_path):
     for words, usage in {
         ("train",): "usage: perceiver train EXPERIMENT",
         ("runs", "--help"): "usage: perceiver runs [-h]",
+        ("fill-mask", "--help"): "usage: perceiver fill-mask [-h]",
         ("preprocess", "quickstart", "--help"): "usage: perceiver preprocess quickstart [-h]",
     }.items():
         shown = subprocess.run([sys.executable, str(script), *words], capture_output=True, text=True, check=True).stdout

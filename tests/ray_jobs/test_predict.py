@@ -16,8 +16,9 @@ import pytest
 
 import perceiver
 from perceiver.config import UserError
+from perceiver.inference.parts import from_plain, list_inputs, plan_parts, read_part, to_plain
 from perceiver.inference.predict import MODES, PredictOptions, output_schema, predict_rows
-from perceiver.inference.rows import Row, from_plain, list_inputs, plan_parts, read_part, to_plain
+from perceiver.inference.rows import Row
 from tests.support.trained import write_run
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -54,7 +55,7 @@ def test_any_cutting_gives_the_same_rows_with_the_same_ids(tmp_path, rows_per_pa
 
 
 def test_rows_of_long_files_are_found_across_chunks(tmp_path, monkeypatch):
-    monkeypatch.setattr("perceiver.inference.rows._CHUNK", 7)
+    monkeypatch.setattr("perceiver.inference.parts._CHUNK", 7)
     write_inputs(tmp_path / "in")
     for name in ("lines.txt", "objects.jsonl", "packed.jsonl.gz"):
         parts = plan_parts(list_inputs([str(tmp_path / "in" / name)]), 2, "text", None)
