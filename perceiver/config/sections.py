@@ -216,7 +216,7 @@ class ParallelConfig(Config):
     compile: bool = False
     """torch.compile each layer."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: GPUs where the cluster has them."""
+    """auto: GPUs where the cluster has them, or its autoscaler may start machines with them."""
     device_memory_gib: float | None = None
     """GiB of memory of a worker's device, for the check whether a step fits; None: as found."""
     cpus_per_worker: float | None = None
