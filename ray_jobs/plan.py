@@ -67,7 +67,7 @@ def make_plan(experiment: Experiment, device: Device, mfu: float) -> Plan:
     task, layout, parallel = build_task(experiment), layout_of(experiment), experiment.parallel
     step, limit, batch = step_of(experiment), usable(device.memory), experiment.training.global_batch_size
     unit, per_example = task.unit()
-    peak = device.bf16 if experiment.training.precision == "bf16" else device.fp32
+    peak = {"bf16": device.bf16, "tf32": device.tf32_peak, "fp32": device.fp32}[experiment.training.precision]
     parts = step.units(1)
     return Plan(
         parameters=num_parameters(experiment.model),
@@ -176,7 +176,7 @@ def find_device(name: str, memory: float | None, flops: float | None) -> Device:
     known = DEVICES.get(name, Device(name, 0.0, 0.0, 0.0))
     if memory is not None:
         known = replace(known, memory=memory * GIB)
-    return known if flops is None else replace(known, bf16=flops * 1e12, fp32=flops * 1e12)
+    return known if flops is None else replace(known, bf16=flops * 1e12, tf32=flops * 1e12, fp32=flops * 1e12)
 
 
 def main(argv: list[str]) -> int:

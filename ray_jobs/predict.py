@@ -273,7 +273,8 @@ def _compute(job: PredictJob, parts: list[Part], output: str, placement: Placeme
         kind, available = ("GPU", cluster.get("GPU", 0)) if gpu else ("CPU", cluster.get("CPU", 0) - READ_CPUS)
         actors = min(placement.actors, len(parts))
         if actors > available:
-            raise UserError(f"--actors is {placement.actors}, but the cluster has room for {int(available)} ({kind}s)")
+            otherwise = ": wait until it has grown, or say --device cpu" if gpu else ""
+            raise UserError(f"--actors is {placement.actors}, but the cluster has room for {int(available)} ({kind}s){otherwise}")
         context = ray.data.DataContext.get_current()
         # A part stays in one piece from its reader to the actor, which writes it as one file.
         context.target_max_block_size = None

@@ -29,7 +29,8 @@ class Resources:
     workers: int
     gpu: bool
     cpus_per_worker: float
-    threads_per_worker: int
+    threads_per_worker: int | None
+    """None: the cores of a worker's node divided by the workers there."""
     min_workers: int | None = None
     """Elastic: `workers` is the most there may be, this the least. None: always `workers`."""
 
@@ -93,7 +94,7 @@ def plan_resources(experiment: Experiment) -> Resources:
     """
     parallel = experiment.parallel
     gpu = use_gpus(parallel)
-    _wait_for_growth(parallel, gpu)
+    wait_for_growth(parallel, gpu)
     total = ray.cluster_resources()
     cpus = total.get("CPU", 0.0)
     cores = cluster_cores()
@@ -101,7 +102,8 @@ def plan_resources(experiment: Experiment) -> Resources:
     field, least = ("parallel.min-workers", parallel.min_workers) if parallel.min_workers else ("parallel.workers", parallel.workers)
     if gpu and total.get("GPU", 0) < least:
         raise UserError(
-            f"{field} is {least} but the cluster has {total.get('GPU', 0):g} GPUs: use at most that many workers, or --parallel.device cpu"
+            f"{field} is {least} but the cluster has {total.get('GPU', 0):g} GPUs: use at most that many workers, "
+            "--parallel.wait-minutes for a cluster that grows, or --parallel.device cpu"
         )
     if not gpu and least > cores:
         raise UserError(f"{field} is {least} but the cluster has {cores} CPUs: use at most that many workers")
@@ -117,11 +119,7 @@ def plan_resources(experiment: Experiment) -> Resources:
             f"{least * share + DATA_CPUS:g} CPUs but the cluster has {cpus:g}: "
             f"lower {field} or parallel.cpus-per-worker"
         )
-    on_node = math.ceil(parallel.workers / max(1, len([n for n in ray.nodes() if n["Alive"]])))
-    if parallel.min_workers:
-        on_node = min(on_node, max(1, int(max(_node_cpus()) // share)))
-    threads = parallel.threads_per_worker or max(1, (os.cpu_count() or 1) // on_node)
-    return Resources(parallel.workers, gpu, share, threads, parallel.min_workers)
+    return Resources(parallel.workers, gpu, share, parallel.threads_per_worker, parallel.min_workers)
 
 
 def _node_cpus() -> list[float]:
@@ -146,20 +144,20 @@ def _share_of_a_node() -> float:
     )
 
 
-def _wait_for_growth(parallel: ParallelConfig, gpu: bool) -> None:
-    """Asks the cluster's autoscaler for what the workers need and waits for it, at most parallel.wait_minutes."""
+def wait_for_growth(parallel: ParallelConfig, gpu: bool, trainings: int = 1) -> None:
+    """Asks the cluster's autoscaler for what the workers of so many trainings need and waits for it, at most parallel.wait_minutes."""
 
     def enough() -> bool:
         total = ray.cluster_resources()
         return total.get("CPU", 0) >= cpus and (not gpu or total.get("GPU", 0) >= workers)
 
-    workers = parallel.min_workers or parallel.workers
-    cpus = workers * (parallel.cpus_per_worker or 1.0) + DATA_CPUS
+    workers = trainings * (parallel.min_workers or parallel.workers)
+    cpus = workers * (parallel.cpus_per_worker or 1.0) + trainings * DATA_CPUS
     end = time.monotonic() + 60 * parallel.wait_minutes
     if enough() or parallel.wait_minutes <= 0:
         return
     bundle = {"CPU": parallel.cpus_per_worker or 1, **({"GPU": 1} if gpu else {})}
-    request_resources(bundles=[bundle] * workers + [{"CPU": 1}])
+    request_resources(bundles=[bundle] * workers + [{"CPU": 1}] * trainings)
     while not enough() and time.monotonic() < end:
         time.sleep(2)
     request_resources(bundles=[])

@@ -114,10 +114,16 @@ def quiet() -> None:
 
 
 def use_gpus(parallel: ParallelConfig) -> bool:
-    """Whether workers get GPUs: as configured, or where the cluster has any."""
+    """Whether workers get GPUs: as configured, or where the cluster has any, or may have: one at rest is a head without GPUs."""
     if parallel.device == "auto":
-        return ray.cluster_resources().get("GPU", 0) > 0
+        return ray.cluster_resources().get("GPU", 0) > 0 or may_grow_to("GPU") > 0
     return parallel.device == "cuda"
+
+
+def may_grow_to(resource: str) -> float:
+    """How much of a resource the cluster's autoscaler may make there be at most; 0 where there is no autoscaler."""
+    most = ray._private.state.state.get_max_resources_from_cluster_config()
+    return (most or {}).get(resource, 0)
 
 
 def _python_path() -> dict[str, str]:

@@ -18,9 +18,11 @@ CONTEXT = 1.5 * GIB
 """Of a GPU: its context, kernels, and the buffers of NCCL. An assumption, as is the next."""
 FRAGMENTS = 0.05
 """Share of a GPU's memory that PyTorch's allocator loses to fragments."""
-RAY_TYPES = {"A100-40G": "a100-40gb", "A100-80G": "a100-80gb", "A10G": "a10g", "L4": "l4", "L40S": "l40s", "T4": "t4",
+RAY_TYPES = {"A100-40G": "a100-40gb", "A100-80G": "a100-80gb", "A10G": "a10g", "L4": "l4", "L40": "l40", "L40S": "l40s", "T4": "t4",
              "H100": "h100", "H200": "h200", "B200": "b200"}  # fmt: skip
 """Names of Ray's accelerator types that tell the memory ("A100" alone does not)."""
+WITHOUT_BF16 = {"K80", "P4", "P100", "V100", "T4"}
+"""Names of Ray's accelerator types that have no units for bf16."""
 
 
 def usable(memory: float) -> float:
@@ -119,11 +121,44 @@ def check_memory(experiment: Experiment, gpu: bool) -> None:
         check_fits(experiment, limit, cuda=False, where=f"each worker{suffix}")
 
 
-def _gpu_memory() -> float | None:
-    """Memory of the cluster's smallest GPUs by their type, or of this machine's; None: not known."""
+def check_precision(experiment: Experiment, gpu: bool) -> None:
+    """Raises UserError where a run in bf16 might get GPUs that have no units for it: they would emulate it, slower than fp32."""
+    lacking = sorted(_gpu_types() & WITHOUT_BF16) if gpu and experiment.training.precision == "bf16" else []
+    if lacking:
+        raise UserError(
+            f"--training.precision is 'bf16', but the cluster has GPUs without units for it ({', '.join(lacking)}): use "
+            "--training.precision fp32"
+        )
+
+
+def out_of_memory(experiment: Experiment, reason: str) -> str:
+    """What a worker whose device had no memory left says: what a step was expected to take, and what takes less."""
+    layout, step = layout_of(experiment), step_of(experiment)
+    size, every = layout.micro_batch_size, layout.checkpoint_every
+    less = [("--parallel.micro-batch-size", size // 2, replace(layout, micro_batch_size=size // 2))] if size > 1 else []
+    if every != 1:
+        less.append(("--parallel.activation-checkpointing", 1, replace(layout, checkpoint_every=1)))
+    now = step_memory(step, layout).total
+    sizes = [(f"{field} {value}", step_memory(step, changed).total) for field, value, changed in less]
+    changes = [f"{change} ({_size(needed)})" for change, needed in sizes if needed < now]
+    return (
+        f"the device's memory is full ({reason.strip().partition(chr(10))[0]}). A step with a micro-batch of {size} was expected to take "
+        f"{_size(now)} of it: "
+        + (f"continue with {' or '.join(changes)}" if changes else "it takes more --workers, or devices with more memory")
+        + ", and see that no other program holds memory of the device"
+    )
+
+
+def _gpu_types() -> set[str]:
+    """The kinds of the cluster's GPUs, as Ray calls them."""
     import ray
 
-    types = {name.removeprefix("accelerator_type:") for name in ray.cluster_resources() if name.startswith("accelerator_type:")}
+    return {name.removeprefix("accelerator_type:") for name in ray.cluster_resources() if name.startswith("accelerator_type:")}
+
+
+def _gpu_memory() -> float | None:
+    """Memory of the cluster's smallest GPUs by their type, or of this machine's; None: not known."""
+    types = _gpu_types()
     known = [DEVICES[RAY_TYPES[name]].memory for name in types if name in RAY_TYPES]
     if known and len(known) == len(types):
         return min(known)

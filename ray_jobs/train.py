@@ -28,7 +28,7 @@ from perceiver.training.run import save_experiment, total_steps
 from ray_jobs.cli import Interrupted, main_entry, parse_experiment
 from ray_jobs.logs import log_file, show_progress
 from ray_jobs.preflight import check_experiment, local_folder, plan_resources
-from ray_jobs.room import check_memory
+from ray_jobs.room import check_memory, check_precision
 
 logger = logging.getLogger("ray_jobs.train")  # which __name__ is not where it is run as a program
 
@@ -88,6 +88,7 @@ def run(
     with trained.held(), log_file(trained.log_file):
         with connect(experiment.parallel):
             resources = plan_resources(experiment)
+            check_precision(experiment, resources.gpu)
             check_memory(experiment, resources.gpu)
             if dataset is None:
                 prepare(experiment)

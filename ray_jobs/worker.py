@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 import traceback
 from contextlib import AbstractContextManager
@@ -27,12 +28,13 @@ from perceiver.training.hooks import CallbackError
 from perceiver.training.loop import StepResult
 from perceiver.training.mirror import Mirror, fetch_run
 from perceiver.training.not_finite import NotFinite
-from perceiver.training.parallel import World, join_world
+from perceiver.training.parallel import World, choose_arithmetic, join_world
 from perceiver.training.run import Training, build_state, evaluate
 from ray_jobs.gauges import Gauges
 from ray_jobs.ingest import DATA_CPUS, DataFault, read_with_ray
 from ray_jobs.logs import send_progress
 from ray_jobs.messages import SIGN_OF_LIFE
+from ray_jobs.room import out_of_memory
 from ray_jobs.watch import Steps, reporting
 
 logger = logging.getLogger(__name__)
@@ -83,6 +85,10 @@ def _train(config: dict[str, Any], experiment: Experiment, world: World, steps: 
         # Raised by all workers alike, and again at every restart: end the run instead of restarting it.
         if world.rank == 0:
             _note_failure(run, mirror, True, str(error))
+    except torch.OutOfMemoryError as error:
+        # No failure of a machine: the next start would need as much.
+        _note_failure(run, mirror, True, f"worker {world.rank}: {out_of_memory(experiment, str(error))}")
+        raise
     except PROGRAM_FAULTS as error:
         if not dist.is_initialized():
             raise  # Ray has taken the group of workers down under this one, to start it again in another size
@@ -136,12 +142,15 @@ def _evaluate(config: dict[str, Any], experiment: Experiment, world: World) -> N
 
 def _enter(config: dict[str, Any]) -> tuple[Experiment, World]:
     """The worker's experiment and its world. What it logs goes to the driver from now on."""
-    torch.set_num_threads(config["threads"])
+    # Of this node's cores, which need not be those of the driver's.
+    here = ray.train.get_context().get_local_world_size()
+    torch.set_num_threads(config["threads"] or max(1, (os.cpu_count() or 1) // here))
     device = get_device()
     actor = config["messages"]
     actor.put.remote(SIGN_OF_LIFE)
     send_progress(lambda line: actor.put.remote(line))
     experiment = from_dict(config["experiment"])
+    choose_arithmetic(experiment.training, device)
     return experiment, join_world(device, experiment.parallel.replicas)
 
 

@@ -33,7 +33,7 @@ from perceiver.training.run import total_steps
 from ray_jobs.cli import main_entry, program, refuse_empty
 from ray_jobs.ingest import DATA_CPUS
 from ray_jobs.logs import show_progress
-from ray_jobs.preflight import check_experiment, cluster_cores
+from ray_jobs.preflight import check_experiment, cluster_cores, wait_for_growth
 from ray_jobs.ray_env import connect, use_gpus
 from ray_jobs.train import check_free
 from tuning import report
@@ -203,10 +203,13 @@ def plan_room(experiment: Experiment, concurrent: int | None) -> Room:
     Raises:
         UserError: not one, or fewer than asked for; shows the sum.
     """
-    parallel, total = experiment.parallel, ray.cluster_resources()
+    parallel = experiment.parallel
     if parallel.min_workers is not None:
         raise UserError("a sweep's trials have a fixed number of workers: say --workers N")
-    gpu, cpus, workers = use_gpus(parallel), total.get("CPU", 0.0), parallel.workers
+    gpu, workers = use_gpus(parallel), parallel.workers
+    wait_for_growth(parallel, gpu, concurrent or 1)
+    total = ray.cluster_resources()
+    cpus = total.get("CPU", 0.0)
     share = parallel.cpus_per_worker or 1.0
     need = workers * share + DATA_CPUS
     fits = int(cpus // need)

@@ -170,8 +170,11 @@ class TrainingConfig(Config):
     """Length in optimizer steps; with max_epochs the shorter of the two counts."""
     seed: int = 0
     """Seed of initial weights, order, masks, shifts and dropout."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16: parameters are cast to bfloat16 for forward and backward, reductions and updates stay fp32."""
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    """tf32: on GPUs matrix products take fp32 numbers with a mantissa of 10 bits, which is several times as fast. bf16: parameters are
+    cast to bfloat16 for forward and backward, reductions and updates stay fp32."""
+    deterministic: bool = False
+    """On GPUs, too, the same run has the same bits every time (on CPUs it has anyway): algorithms that add in any order are not used."""
     skip_not_finite: int = 0
     """Number of steps with a loss or gradient that is NaN or infinite that may be skipped before the run ends; 0: the first ends it.
     Any other number costs a wait for the device at every step."""
@@ -213,7 +216,7 @@ class ParallelConfig(Config):
     compile: bool = False
     """torch.compile each layer."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: GPUs where the cluster has them."""
+    """auto: GPUs where the cluster has them, or its autoscaler may start machines with them."""
     device_memory_gib: float | None = None
     """GiB of memory of a worker's device, for the check whether a step fits; None: as found."""
     cpus_per_worker: float | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -47,6 +48,16 @@ class World:
         values: list[T | None] = [None] * self.size
         dist.all_gather_object(values, value)
         return next((found for found in values if found is not None), None)
+
+
+def choose_arithmetic(training: TrainingConfig, device: torch.device) -> None:
+    """Sets how this process computes on a GPU, before it does; on CPUs there is nothing to choose."""
+    if device.type != "cuda":
+        return
+    torch.set_float32_matmul_precision("high" if training.precision == "tf32" else "highest")
+    if training.deterministic:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read by cuBLAS at its first product
+    torch.use_deterministic_algorithms(training.deterministic)
 
 
 def join_world(device: torch.device, replicas: int = 1) -> World:

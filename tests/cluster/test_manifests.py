@@ -163,5 +163,7 @@ def test_job_runs_a_module_and_preset_that_exist_and_its_cluster_has_the_gpus(na
         gpus += group["maxReplicas"] * int(limits.get("nvidia.com/gpu", 0))
     if "--workers" in words:
         assert gpus == int(words[words.index("--workers") + 1])
+    # The cluster begins with its head alone: a training that does not wait would be refused at once.
+    assert ("--parallel.wait-minutes" in words) == (words[2] != "ray_jobs.preprocess")
     if not (ROOT / f"{words[2].replace('.', '/')}.py").exists():
         pytest.skip(f"{words[2]} is not written yet")

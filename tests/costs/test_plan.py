@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from perceiver.config import ParallelConfig, UserError
-from perceiver.costs.devices import DEVICES, GIB
+from perceiver.costs.devices import DEVICES, GIB, device_named
 from perceiver.presets import PRESETS
 from ray_jobs.plan import main
 from ray_jobs.room import check_fits, check_memory, layout_of, usable
@@ -32,6 +32,47 @@ def test_the_plan_of_the_large_run(capsys):
     hours = number(text, r": ([\d.,]+) hours")
     assert hours == pytest.approx(50_000 * flops * 1e15 / (8 * DEVICES["a100-40gb"].bf16 * 0.4) / 3600, rel=0.01)
     assert number(text, r"([\d,]+) GPU-hours") == pytest.approx(8 * hours, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H100 PCIe", "h100-pcie"),
+        ("NVIDIA H100 NVL", "h100-nvl"),
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA H200 NVL", "h200-nvl"),
+        ("NVIDIA L4", "l4"),
+        ("NVIDIA L40", "l40"),
+        ("NVIDIA L40S", "l40s"),
+        ("NVIDIA A100-SXM4-40GB", "a100-40gb"),
+        ("NVIDIA A100-SXM4-80GB", "a100-80gb"),
+        ("NVIDIA A10G", "a10g"),
+        ("Tesla V100-SXM2-16GB", "v100-16gb"),
+        ("Tesla V100-SXM2-32GB", "v100-32gb"),
+        ("Tesla T4", "t4"),
+        ("NVIDIA GeForce RTX 4090", "rtx-4090"),
+    ],
+)
+def test_a_gpu_is_known_by_the_whole_words_of_its_drivers_name(name, kind):
+    assert device_named(name) == DEVICES[kind]
+
+
+@pytest.mark.parametrize("name", ["NVIDIA L400", "NVIDIA T400", "NVIDIA A1000", "Some Accelerator"])
+def test_a_gpu_whose_name_only_resembles_a_known_one_is_not_taken_for_it(name):
+    assert device_named(name) is None
+
+
+def test_tf32_has_a_peak_of_its_own(capsys):
+    seconds = [
+        number(plan(capsys, "clm-c4", "--device", "h100", "--training.precision", precision), r"at 40% MFU +([\d.]+) s")
+        for precision in ("bf16", "tf32", "fp32")
+    ]
+    assert seconds[1] == pytest.approx(2 * seconds[0], rel=0.01) and seconds[2] > seconds[1]
+    slow = [
+        number(plan(capsys, "clm-c4", "--device", "t4", "--training.precision", p), r"at 40% MFU +([\d.]+) s") for p in ("tf32", "fp32")
+    ]
+    assert slow[0] == slow[1]
 
 
 def test_a_device_that_is_not_known_is_given_by_memory_and_peak(capsys):

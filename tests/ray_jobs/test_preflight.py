@@ -1,16 +1,21 @@
 """What a run asks Ray for, given what the cluster has."""
 
+import re
+
 import pytest
 
 from perceiver.config import UserError
 from ray_jobs.cli import parse_experiment
 from ray_jobs.preflight import local_folder, plan_resources
+from ray_jobs.room import check_precision, out_of_memory
 
 
-def cluster(monkeypatch, *cpus: float, gpus: float = 0) -> None:
+def cluster(monkeypatch, *cpus: float, gpus: float = 0, types: tuple[str, ...] = (), grows_to: dict[str, float] | None = None) -> None:
     nodes = [{"Alive": True, "Resources": {"CPU": n}} for n in cpus] + [{"Alive": False, "Resources": {"CPU": 64.0}}]
     monkeypatch.setattr("ray.nodes", lambda: nodes)
-    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": sum(cpus), "GPU": gpus})
+    kinds = {f"accelerator_type:{name}": 1.0 for name in types}
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": sum(cpus), "GPU": gpus, **kinds})
+    monkeypatch.setattr("ray._private.state.state.get_max_resources_from_cluster_config", lambda: grows_to)
 
 
 def plan(*args: str):
@@ -54,6 +59,49 @@ def test_gpu_workers_are_counted_by_gpus(monkeypatch):
     assert plan("--workers", "1..8").gpu and plan("--workers", "1..8").cpus_per_worker == 1.0
     with pytest.raises(UserError, match="parallel.min-workers is 3 but the cluster has 2 GPUs"):
         plan("--workers", "3..8")
+
+
+def test_a_cluster_at_rest_that_may_get_gpus_is_none_without(monkeypatch):
+    cluster(monkeypatch, 8.0, grows_to={"CPU": 64, "GPU": 8})
+    with pytest.raises(UserError, match="the cluster has 0 GPUs: .*--parallel.wait-minutes for a cluster that grows"):
+        plan()
+    assert not plan("--parallel.device", "cpu").gpu
+    cluster(monkeypatch, 8.0, grows_to={"CPU": 64})
+    assert not plan().gpu
+
+
+def test_threads_of_a_worker_are_those_of_its_own_node(monkeypatch):
+    cluster(monkeypatch, 64.0)
+    assert plan("--workers", "2").threads_per_worker is None
+    assert plan("--workers", "2", "--parallel.threads-per-worker", "3").threads_per_worker == 3
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
+def test_bf16_is_refused_where_a_gpu_has_no_units_for_it(monkeypatch, precision):
+    experiment = parse_experiment(["quickstart", "--training.precision", precision], "x")
+    cluster(monkeypatch, 8.0, gpus=2, types=("A100",))
+    check_precision(experiment, gpu=True)
+    cluster(monkeypatch, 8.0, gpus=2, types=("A100", "T4"))
+    check_precision(experiment, gpu=False)
+    if precision == "bf16":
+        with pytest.raises(UserError, match=r"--training.precision is 'bf16', but .* \(T4\): use --training.precision fp32"):
+            check_precision(experiment, gpu=True)
+    else:
+        check_precision(experiment, gpu=True)
+
+
+@pytest.mark.parametrize("change, size, offered", [
+    ([], 64, ["--parallel.micro-batch-size 32", "--parallel.activation-checkpointing 1"]),
+    (["--parallel.activation-checkpointing", "1"], 64, ["--parallel.micro-batch-size 32"]),
+    (["--parallel.micro-batch-size", "1", "--parallel.activation-checkpointing", "1"], 1, ["--workers"]),
+])  # fmt: skip
+def test_a_full_device_is_told_with_what_a_step_was_expected_to_take_and_what_takes_less(change, size, offered):
+    experiment = parse_experiment(["img-clf-mnist", "--training.global-batch-size", "64", *change], "x")
+    said = out_of_memory(experiment, "CUDA out of memory. Tried to allocate 2 GiB.\nmore")
+    assert f"a micro-batch of {size} was expected to take " in said and "more" not in said.partition(")")[0]
+    assert [f for f in ("--parallel.micro-batch-size 32", "--parallel.activation-checkpointing 1", "--workers") if f in said] == offered
+    sizes = [float(number) * {"GiB": 1024, "MiB": 1}[unit] for number, unit in re.findall(r"([\d.]+) (GiB|MiB)(?: of|\))", said)]
+    assert all(less < sizes[0] for less in sizes[1:])
 
 
 @pytest.mark.parametrize(

@@ -114,6 +114,7 @@ def test_a_sweep_prepares_a_source_that_is_streamed_by_itself_as_a_training_does
 @pytest.mark.parametrize("cpus, workers, asked, fits", [(3, 1, None, 2), (3, 2, None, 1), (16, 2, None, 6), (16, 2, 3, 3)])
 def test_as_many_trials_run_at_once_as_their_workers_and_data_tasks_fit(monkeypatch, cpus, workers, asked, fits):
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": float(cpus)})
+    monkeypatch.setattr("ray._private.state.state.get_max_resources_from_cluster_config", lambda: None)
     monkeypatch.setattr(sweep, "cluster_cores", lambda: cpus)
     base = PRESETS["quickstart"]()
     room = sweep.plan_room(replace(base, parallel=replace(base.parallel, workers=workers)), asked)
