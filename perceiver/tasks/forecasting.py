@@ -52,6 +52,7 @@ class ForecastingConfig(TaskConfig):
         past, _, _ = _sizes(model)
         if not 1 <= self.season <= past:
             raise UserError(f"task.season is {self.season} and must be from 1 to the steps of a window, {past}")
+        assert isinstance(model, PerceiverIOConfig)
         return Forecasting(self, model, data, seed)
 
 

@@ -28,6 +28,7 @@ class PointCloudsConfig(TaskConfig):
 
     def build(self, model: ModelConfig, data: DataConfig, seed: int) -> Task[Any, Any]:
         _input(model)
+        assert isinstance(model, PerceiverIOConfig)
         return PointClouds(self, model, data, seed)
 
 
