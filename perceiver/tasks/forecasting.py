@@ -19,7 +19,7 @@ from perceiver.models import ArrayInput, ArrayOutput, PerceiverIOConfig
 from perceiver.plots import forecasts, pixels
 from perceiver.tasks.base import IGNORE_INDEX, Batch, Sample, Task, loss_of_sources, padded
 from perceiver.tasks.moments import Moments
-from perceiver.tasks.tables import deviation, gaussian_crps
+from perceiver.tasks.table_numbers import deviation, gaussian_crps
 
 SHOWN = 3
 """Windows of the validation split that are drawn: its first, and others at equal distances."""
