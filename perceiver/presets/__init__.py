@@ -7,6 +7,7 @@ krasserm/perceiver-io and of the Perceiver papers (arXiv 2103.03206, 2107.14795,
 from collections.abc import Callable
 
 from perceiver.config import Experiment
+from perceiver.presets.arrays import forecast_seasons, points_shapes
 from perceiver.presets.images import img_clf_imagenet, img_clf_mnist, optical_flow, quickstart
 from perceiver.presets.music import sam_giantmidi, sam_maestro, sam_small
 from perceiver.presets.sequences import copy_131072, copy_small, img_ar_imagenet64, img_ar_mnist
@@ -49,5 +50,7 @@ PRESETS: dict[str, Callable[[], Experiment]] = {
         img_clf_imagenet,
         optical_flow,
         tables,
+        forecast_seasons,
+        points_shapes,
     )
 }

@@ -26,7 +26,9 @@ ARROWS = {
         "perceiver.config", "perceiver.costs", "perceiver.data", "perceiver.extensions", "perceiver.generation", "perceiver.models",
         "perceiver.plots",
     },
-    "perceiver.presets": {"perceiver.catalog", "perceiver.config", "perceiver.costs", "perceiver.models", "perceiver.tasks"},
+    "perceiver.presets": {
+        "perceiver.catalog", "perceiver.config", "perceiver.costs", "perceiver.data", "perceiver.models", "perceiver.tasks",
+    },
     "perceiver.experiments": {
         "perceiver.catalog", "perceiver.config", "perceiver.disk", "perceiver.extensions", "perceiver.presets", "perceiver.runs",
     },

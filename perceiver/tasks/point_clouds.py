@@ -1,0 +1,68 @@
+"""Classes of point clouds: sets of points with coordinates, in any order."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from torch import Tensor, nn
+
+from perceiver.config import DataConfig, ModelConfig, TaskConfig, UserError
+from perceiver.data.manifest import Split
+from perceiver.data.rows import ArrayRows
+from perceiver.models import ArrayInput, PerceiverIOConfig
+from perceiver.tasks.base import IGNORE_INDEX, Batch, Task, padded
+from perceiver.tasks.classification import Classification
+
+
+class PointCloudsConfig(TaskConfig):
+    """The class of each point cloud: rows have "points" (points, axes), from -1 to 1, and "label"."""
+
+    class_names: tuple[str, ...] | None = None
+    """Names of the classes."""
+
+    def rows(self, model: ModelConfig, data: DataConfig) -> ArrayRows:
+        given = _input(model)
+        return ArrayRows(points=((given.max_positions, given.num_features), "float32"), label=((), "int64"))
+
+    def build(self, model: ModelConfig, data: DataConfig, seed: int) -> Task[Any, Any]:
+        _input(model)
+        assert isinstance(model, PerceiverIOConfig)
+        return PointClouds(self, model, data, seed)
+
+
+def _input(model: ModelConfig) -> ArrayInput:
+    """The input of a model of point clouds.
+
+    Raises:
+        UserError: the model is none.
+    """
+    found = model.input if isinstance(model, PerceiverIOConfig) else None
+    if not isinstance(found, ArrayInput) or found.num_coordinates != found.num_features:
+        raise UserError("point clouds need a Perceiver IO model with an ArrayInput of as many coordinates as features")
+    return found
+
+
+class PointClouds(Classification[PointCloudsConfig]):
+    """A class per cloud; the points are features and coordinates."""
+
+    def collate(self, rows: pa.Table, size: int, split: Split, train: bool, step: int) -> Batch:
+        """Rows that lack their label are for prediction."""
+        stored = ArrayRows(**{name: (c.shape, c.dtype) for name, c in self.rows.columns.items() if name in rows.column_names})
+        arrays = stored.arrays(rows)
+        batch = {"points": padded(arrays["points"], size)}
+        if "label" in arrays:
+            labels, output = arrays["label"], self.model_config.output
+            number = getattr(output, "num_classes", 0)
+            if len(wrong := np.flatnonzero((labels < 0) | (labels >= number))):
+                raise UserError(f"column 'label' has {labels[wrong[0]]}, and model.output.num-classes is {number}")
+            batch["labels"] = padded(labels, size, IGNORE_INDEX)
+        return batch
+
+    def logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        return model({"values": batch["points"], "coordinates": batch["points"]})
+
+    def predict(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        probabilities = self.logits(model, batch).float().softmax(-1)
+        return {"class": probabilities.argmax(-1), "probabilities": probabilities}
