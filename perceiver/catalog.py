@@ -29,6 +29,8 @@ CATALOG: dict[str, tuple[str, str, int]] = {
     "img-clf-imagenet": ("ImageClassification", "imagenet", 48_440_627),
     "optical-flow": ("OpticalFlow", "flow", 41_057_134),
     "tables": ("Tables", "", 102_922),
+    "img-clf": ("ImageClassification", "", 197_348),
+    "txt-clf": ("TextClassification", "", 403_392),
 }
 """Task, source of the data, and number of the model's parameters, by the preset's name."""
 

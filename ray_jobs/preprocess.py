@@ -82,7 +82,8 @@ def prepare(experiment: Experiment, piece_bytes: int = PIECE_BYTES) -> Manifest:
     if old is not None:
         _refuse_changed_source(experiment, folder, old, fingerprint)
         return _nothing_to_do(experiment, folder, old)
-    _refuse_same_files(fingerprint)
+    if not all(file.format == "picture" for file in source.files):  # of pictures the same ones are counted
+        _refuse_same_files(fingerprint)
     check_repeatable(source.parts)
     job = make_job(experiment, settings, folder, fingerprint, source)
 
@@ -166,6 +167,8 @@ def _fingerprint(experiment: Experiment, source: Source) -> dict[str, Any]:
             "bytes": file.size,
             "sha256": hashes.get(file.path),
         }
+        if file.label is not None:
+            result["label"] = file.label
         if file.labels_path is not None:
             result["labels_sha256"] = hashes.get(file.labels_path)
         return result

@@ -27,7 +27,7 @@ from perceiver.data.tables import NotJson, parse_json
 Kind = Literal["text", "image", "arrays"]
 _CHUNK = 8 << 20
 _LINES = (".txt", ".jsonl", ".json", ".ndjson")
-_IMAGES = (".png", ".jpg", ".jpeg")
+_IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ krasserm/perceiver-io and of the Perceiver papers (arXiv 2103.03206, 2107.14795,
 from collections.abc import Callable
 
 from perceiver.config import Experiment
-from perceiver.presets.images import img_clf_imagenet, img_clf_mnist, optical_flow, quickstart
+from perceiver.presets.images import img_clf, img_clf_imagenet, img_clf_mnist, optical_flow, quickstart
 from perceiver.presets.music import sam_giantmidi, sam_maestro, sam_small
 from perceiver.presets.sequences import copy_131072, copy_small, img_ar_imagenet64, img_ar_mnist
 from perceiver.presets.tables import tables
@@ -18,6 +18,7 @@ from perceiver.presets.text import (
     clm_wikitext_small,
     mlm_imdb,
     mlm_imdb_small,
+    txt_clf,
     txt_clf_imdb_all,
     txt_clf_imdb_all_small,
     txt_clf_imdb_decoder,
@@ -49,5 +50,7 @@ PRESETS: dict[str, Callable[[], Experiment]] = {
         img_clf_imagenet,
         optical_flow,
         tables,
+        img_clf,
+        txt_clf,
     )
 }
