@@ -12,7 +12,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
-from perceiver.config import Experiment, UserError, digest
+from perceiver.config import Experiment, UserError, check_tree, digest
 from perceiver.data.chunks import fingerprint as stream_fingerprint
 from perceiver.data.components import Component, mixture_manifest
 from perceiver.data.examples import check_repeatable, is_code
@@ -46,6 +46,7 @@ HASHES = ".source-hashes.json"
 def main(argv: list[str]) -> int:
     argv = show_progress(argv)
     experiment = parse_experiment(argv, "ray_jobs.preprocess")
+    check_tree(experiment)
     prepare(experiment)
     return 0
 

@@ -82,6 +82,8 @@ class Classification(Task[C, PerceiverIOConfig]):
             raise UserError("classification needs a Perceiver IO model with a ClassOutput")
         if output.num_queries != 1:
             raise UserError(f"model.output.num-queries is {output.num_queries} and must be 1 for a class per example")
+        if not output.num_classes:
+            raise UserError("model.output.num-classes is 0, as many as the data has, which only a command line looks up: give the number")
         if names is not None and len(names) != output.num_classes:
             raise UserError(f"task.class-names has {len(names)} names but model.output.num-classes is {output.num_classes}")
 
