@@ -56,12 +56,8 @@ def look(source: str, text: str | None = None, label: str | None = None) -> list
     if formats.keys() & {"text", "wikitext"}:
         texts = resolve(DataConfig(source=source, val_fraction=0.05), "tokens").files
         size = sum(file.size for file in texts)
-        return [
-            *lines,
-            f"{len(texts):,} files of text without classes, {size:,} bytes",
-            "",
-            f"train: {_command('clm-wikitext-small', source)}",
-        ]
+        what = f"{len(texts):,} files of text without classes, {size:,} bytes"
+        return [*lines, what, "", *_both("clm-wikitext-small", source, [])]
     raise UserError(f"{source} has no pictures, texts, tables or MIDI files")
 
 
@@ -118,7 +114,7 @@ def _table(source: str, text: str | None, label: str | None) -> list[str]:
     words = ["--data.text-column", text] if text != "text" else []
     label = label or label_column(found, text)
     if label is None:
-        return [*lines, "no column has few different values: no classes", "", f"train: {_command('clm-wikitext-small', source, words)}"]
+        return [*lines, "no column has few different values: no classes", "", *_both("clm-wikitext-small", source, words)]
     values = found.columns[label].values
     if values is not None:
         lines.append(f"classes in {label!r}: {_counts({name: values[name] for name in class_order(values)})}")
