@@ -209,7 +209,11 @@ def _label_settings(experiment: Experiment) -> dict[str, Any]:
     usual = next((field.default for field in fields(task) if field.name == "class_names"), None)
     if (names := getattr(task, "class_names", None)) and names != usual:
         found["class_names"] = list(names)
-    if experiment.data.image_size is not None and experiment.task.kind == "images":
+    if KINDS[experiment.task.kind].new_rows != "image":
+        return found
+    if experiment.data.label_column != "label":
+        found["label_column"] = experiment.data.label_column
+    if experiment.data.image_size is not None:
         found |= {"image_size": experiment.data.image_size, "channels": _channels(experiment)}
     return found
 

@@ -231,8 +231,10 @@ def _find(source: str, kind: str, field: str, label_column: str) -> tuple[list[F
         return _hub_files(_Hub(repository=name, config=config or None), source, kind)
     root, pattern = split_glob(source)
     label = _short(str(root)).rpartition("/")[2] if pattern else _short(source)
-    if kind == ImageRows.kind and (pictures := picture_folder(list_files(source, field, NAMED), label, f"{field} {source}", label_column)):
-        return pictures, None
+    if KINDS[kind].new_rows == "image":
+        pictures = picture_folder(list_files(source, field, NAMED), label, f"{field} {source}", label_column)
+        if pictures:
+            return pictures, None
     return files_of(source, label, kind, field, NAMED), None
 
 
