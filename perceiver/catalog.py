@@ -31,6 +31,8 @@ CATALOG: dict[str, tuple[str, str, int]] = {
     "tables": ("Tables", "", 102_922),
     "forecast-seasons": ("Forecasting", "perceiver.data.made:Seasons", 108_676),
     "points-shapes": ("PointClouds", "perceiver.data.made:Shapes", 129_494),
+    "img-clf": ("ImageClassification", "", 197_348),
+    "txt-clf": ("TextClassification", "", 403_392),
 }
 """Task, source of the data, and number of the model's parameters, by the preset's name."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import pyarrow.fs as pafs
@@ -176,6 +176,8 @@ def _settings(experiment: Experiment) -> dict[str, Any]:
         raise UserError("data.prepare is stream, which language models alone can read: leave it out")
     if data.prepare == "stream" and (is_code(data.source) or any(is_code(entry.rpartition("=")[0]) for entry in data.mixture)):
         raise UserError("data.prepare is stream, which reads files alone: leave it out for a data.source that is code")
+    if KINDS[kind].has_labels:
+        settings |= _label_settings(experiment)
     if kind == ArrayRows.kind:
         return settings | {"columns": array_rows(experiment).to_json()}
     if not KINDS[kind].is_text and not KINDS[kind].is_stream:
@@ -197,6 +199,35 @@ def _settings(experiment: Experiment) -> dict[str, Any]:
     if data.prepare == "stream":
         settings |= {"prepare": "stream", "most_rows_per_chunk": data.rows_per_block * data.shuffle_window_blocks}
     return settings | {"row_length": max_seq_len, "document_marks": experiment.task.document_marks}
+
+
+def _label_settings(experiment: Experiment) -> dict[str, Any]:
+    """What labels and pictures become, as far as it is not what it always was."""
+    task: Any = experiment.task
+    found: dict[str, Any] = {}
+    usual = next((field.default for field in fields(task) if field.name == "class_names"), None)
+    if (names := getattr(task, "class_names", None)) and names != usual:
+        found["class_names"] = list(names)
+    if KINDS[experiment.task.kind].new_rows != "image":
+        return found
+    if experiment.data.label_column != "label":
+        found["label_column"] = experiment.data.label_column
+    if experiment.data.image_size is not None:
+        found |= {"image_size": experiment.data.image_size, "channels": _channels(experiment)}
+    return found
+
+
+def _channels(experiment: Experiment) -> int:
+    shape = getattr(getattr(experiment.model, "input", None), "image_shape", (0, 0, 3))
+    return int(shape[-1])
+
+
+def stored_shape(experiment: Experiment, first: tuple[int, int, int]) -> tuple[int, int, int]:
+    """The shape that pictures are stored with, of which the first is as given."""
+    size, channels = experiment.data.image_size, _channels(experiment)
+    if size is not None:
+        return size, size, channels
+    return first if first[2] == 3 else (*first[:2], max(channels, 1))
 
 
 def needs_tokenizer(experiment: Experiment) -> bool:

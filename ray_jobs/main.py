@@ -35,6 +35,7 @@ class Command:
 _INFERENCE = "perceiver.inference.__main__"
 
 COMMANDS = {
+    "data": Command("prepare data", "what data holds, and the command that trains on it", "ray_jobs.data"),
     "preprocess": Command(
         "prepare data",
         "prepare the data of an experiment",

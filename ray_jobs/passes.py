@@ -29,7 +29,7 @@ from perceiver.data.storage import (
 )
 from perceiver.data.tables import Columns
 from perceiver.data.tokenizers import load_tokenizer
-from perceiver.datasets import check_image_shape
+from perceiver.datasets import check_image_shape, stored_shape
 from perceiver.disk import locked
 
 logger = logging.getLogger(__name__)
@@ -50,6 +50,8 @@ def make_job(experiment: Experiment, settings: dict[str, Any], folder: str, fing
     rows, shape = KINDS[kind], None
     if rows.new_rows == "image":
         shape = _first_image_shape(source, skip=data.on_error == "skip")
+        if data.image_size is not None or all(file.format in ("picture", "tar") for file in source.files):
+            shape = stored_shape(experiment, shape)
         check_image_shape(experiment, shape)
     columns = Columns(
         text=data.text_column,
@@ -57,6 +59,7 @@ def make_job(experiment: Experiment, settings: dict[str, Any], folder: str, fing
         num_classes=model.output.num_classes if rows.has_labels else 0,
         class_names=(task.class_names or ()) if rows.has_labels else (),
         image_shape=shape,
+        fit_images=data.image_size is not None,
     )
     attempt: dict[str, Any] = {"settings": settings, "source": fingerprint, "on_error": data.on_error}
     if source.parts:

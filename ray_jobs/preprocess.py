@@ -12,7 +12,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
-from perceiver.config import Experiment, UserError, digest
+from perceiver.config import Experiment, UserError, check_tree, digest
 from perceiver.data.chunks import fingerprint as stream_fingerprint
 from perceiver.data.components import Component, mixture_manifest
 from perceiver.data.examples import check_repeatable, is_code
@@ -46,6 +46,7 @@ HASHES = ".source-hashes.json"
 def main(argv: list[str]) -> int:
     argv = show_progress(argv)
     experiment = parse_experiment(argv, "ray_jobs.preprocess")
+    check_tree(experiment)
     prepare(experiment)
     return 0
 
@@ -82,7 +83,8 @@ def prepare(experiment: Experiment, piece_bytes: int = PIECE_BYTES) -> Manifest:
     if old is not None:
         _refuse_changed_source(experiment, folder, old, fingerprint)
         return _nothing_to_do(experiment, folder, old)
-    _refuse_same_files(fingerprint)
+    if not all(file.format == "picture" for file in source.files):  # of pictures the same ones are counted
+        _refuse_same_files(fingerprint)
     check_repeatable(source.parts)
     job = make_job(experiment, settings, folder, fingerprint, source)
 
@@ -166,6 +168,8 @@ def _fingerprint(experiment: Experiment, source: Source) -> dict[str, Any]:
             "bytes": file.size,
             "sha256": hashes.get(file.path),
         }
+        if file.label is not None:
+            result["label"] = file.label
         if file.labels_path is not None:
             result["labels_sha256"] = hashes.get(file.labels_path)
         return result

@@ -119,6 +119,9 @@ class DataConfig(Config):
     """Column of tables (.jsonl, .json, .csv, .tsv, .arrow, .parquet) that holds the text."""
     label_column: str = "label"
     """Column that holds the label, for classification."""
+    image_size: int | None = None
+    """Pictures are scaled until their shorter side has this many pixels, and the square in their middle is cut out; None: they are taken
+    as they are, and all must have one size."""
     encoding: str = "utf-8"
     """Encoding of text files, .csv and .jsonl: utf-8, utf-16, latin-1, or another that Python knows."""
     tokenizer: str = "bytes"
@@ -147,6 +150,7 @@ class DataConfig(Config):
         check_positive(self, where, "rows_per_block", "blocks_per_shard", "shuffle_window_blocks", "lanes")
         if not 0 <= self.val_fraction < 1:
             raise UserError(f"{where}val-fraction is {self.val_fraction} and must be at least 0 and below 1")
+        check_positive(self, where, "image_size")
         self.check_encoding(where)
 
     def check_encoding(self, where: str = "data.") -> None:

@@ -20,15 +20,16 @@ from perceiver.config import UserError
 from perceiver.data.rows import KINDS
 from perceiver.data.storage import open_folder
 
-Format = Literal["text", "wikitext", "jsonl", "csv", "arrow", "parquet", "wikitext-rows", "idx", "midi"]
+Format = Literal["text", "wikitext", "jsonl", "csv", "arrow", "parquet", "wikitext-rows", "idx", "picture", "tar", "midi"]
 FORMATS: dict[str, Format] = {
     ".txt": "text", ".raw": "wikitext", ".tokens": "wikitext", ".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl",
     ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".arrow": "arrow", ".feather": "arrow",
-    ".mid": "midi", ".midi": "midi",
+    ".mid": "midi", ".midi": "midi", ".tar": "tar",
+    **dict.fromkeys((".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"), "picture"),
 }  # fmt: skip
 PACKINGS = (".gz", ".bz2", ".zst")
 """Endings of packed files."""
-UNCUT: tuple[Format, ...] = ("csv", "arrow")
+UNCUT: tuple[Format, ...] = ("csv", "arrow", "tar")
 """Formats of files that are read from their beginning, by one task each."""
 _OF_SAVED = re.compile(r"(^|/)((dataset_info|state|dataset_dict)\.json|cache-[^/]*\.arrow)$")
 """Files that `datasets.save_to_disk` and the cache of `datasets` write beside the rows."""
@@ -56,6 +57,8 @@ class InputFile:
     """"train", "val", or "hash": each document goes where its hash says."""
     labels_path: str | None = None
     """The labels that belong to an idx file of images."""
+    label: str | None = None
+    """The class of a picture, where its folder or a table beside it says it."""
     encoding: str = "utf-8"
     """Of text; other than UTF-8 it is converted while it is read."""
 
@@ -86,7 +89,7 @@ def real_place(path: str) -> str:
 
 def files_of(source: str, label: str, kind: str, field: str, names: Collection[str]) -> list[Found]:
     """The files of a path, folder or glob, sorted by name."""
-    listed = _list(source, field, names)
+    listed = list_files(source, field, names)
     single = listed[0][1] == "" if len(listed) == 1 else False
     if single and format_of(listed[0][0]) is None:
         raise UserError(f"{field} {source} is of no known format: {kind} are made from {KINDS[kind].expected}")
@@ -139,7 +142,7 @@ def _again(listed: list[tuple[str, str, int]]) -> set[str]:
     return {path for group in groups.values() for _, path in sorted(group)[1:]}
 
 
-def _list(source: str, field: str, names: Collection[str]) -> list[tuple[str, str, int]]:
+def list_files(source: str, field: str, names: Collection[str]) -> list[tuple[str, str, int]]:
     """(path, path inside the source, size) of all files, sorted; a single file has no path inside."""
     root, pattern = split_glob(source)
     if pattern:
@@ -185,7 +188,7 @@ def _matches(names: list[str], pattern: list[str]) -> bool:
 
 
 def _walk(root: str, what: str, hidden: re.Pattern[str] = _HIDDEN) -> Iterator[tuple[str, str, int]]:
-    """The files of a local folder and the folders in it, as `_list` has them. Links are followed.
+    """The files of a local folder and the folders in it, as `list_files` has them. Links are followed.
 
     A real folder is entered once, or once for each split that the names of links to it mark it for: so a link to a folder
     above it does no harm, and what is linked into both splits is found in both.
@@ -241,7 +244,7 @@ def format_of(path: str) -> Format | None:
     if re.search(r"idx[13]-ubyte$|\.idx[13]?$|^(train|t10k)-(images|labels)", bare):
         return "idx"
     form = FORMATS.get(Path(bare).suffix)
-    return None if form in ("parquet", "arrow", "midi") and bare != name else form
+    return None if form in ("parquet", "arrow", "midi", "picture", "tar") and bare != name else form
 
 
 def _labels_paths(path: str) -> list[str]:

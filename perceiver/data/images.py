@@ -82,6 +82,22 @@ def parse_idx(data: bytes, ndim: int, name: str, head_only: bool = False) -> np.
     return np.frombuffer(data, np.uint8, offset=head).reshape(shape)
 
 
+def fitted(image: np.ndarray, size: int, num_channels: int) -> np.ndarray:
+    """An image scaled (bicubic) until its shorter side has `size` pixels, and the square in its middle cut out of it.
+
+    Args:
+        image: uint8 (height, width, 1 or 3).
+        num_channels: 1 or 3: colour becomes grey (ITU-R 601 luma), or grey is repeated.
+
+    Returns:
+        uint8 (size, size, num_channels).
+    """
+    from PIL import Image, ImageOps
+
+    picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).convert("L" if num_channels == 1 else "RGB")
+    return np.asarray(ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC)).reshape(size, size, num_channels)
+
+
 class BadImage(ValueError):
     """A picture that cannot be read, or not without guessing: the message is the reason."""
 

@@ -172,6 +172,18 @@ def _read_jsonl(span: Span, columns: Columns, problems: Problems) -> Iterator[Do
         raise Unreadable("empty file", f"{span.file.name} is empty")
 
 
+def parsed_lines(span: Span) -> Iterator[Any]:
+    """The values of lines of JSON; what is none is left out."""
+    for base, run, _ in byte_runs(span, Problems(skip=True), line_borders(span)):
+        data = run.removeprefix(codecs.BOM_UTF8) if base == 0 else run
+        for line in data.split(b"\n"):
+            if line.strip():
+                try:
+                    yield parse_json(line.decode())
+                except (UnicodeDecodeError, NotJson):
+                    continue
+
+
 def _read_json_array(span: Span, columns: Columns, problems: Problems) -> Iterator[Documents]:
     """A JSON file of one array. Faults name the element, from 0 on."""
     yield from _rows_with_places(((f"element {number:,}", row) for number, row in array_rows(span, problems)), span, columns, problems)

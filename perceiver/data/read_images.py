@@ -11,18 +11,20 @@ import numpy as np
 
 from perceiver.config import UserError
 from perceiver.data.files import InputFile
-from perceiver.data.images import BadImage, decode_image, parse_idx
+from perceiver.data.images import BadImage, decode_image, fitted, parse_idx
+from perceiver.data.read_tables import column_tables
+from perceiver.data.read_tars import tar_pictures
 from perceiver.data.spans import (
     Problems,
     Span,
     Unreadable,
     chunks,
 )
-from perceiver.data.tables import (
-    Columns,
-    labels_of,
-    parquet_tables,
-)
+from perceiver.data.storage import open_folder
+from perceiver.data.tables import BadLabel, Columns, label_of, labels_of
+
+_MOST_PICTURES = 256
+"""Pictures of a .tar file that are held at once."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,10 @@ def read_images(span: Span, columns: Columns, problems: Problems) -> Iterator[Im
     try:
         if span.file.format == "idx":
             yield from _read_idx(span, columns, problems)
+        elif span.file.format in ("picture", "tar"):
+            yield from _read_pictures(span, columns, problems)
         else:
-            yield from _read_parquet_images(span, columns, problems)
+            yield from _read_column(span, columns, problems)
     except Unreadable as error:
         problems.report(*error.args)
 
@@ -64,18 +68,76 @@ def _read_idx(span: Span, columns: Columns, problems: Problems) -> Iterator[Imag
         raise Unreadable("bad idx file", f"{file.name} has {len(images):,} images, but its labels file has {len(labels):,} labels")
     if not len(images):
         raise Unreadable("empty file", f"{file.name} has no images")
-    if (*images.shape[1:], 1) != columns.image_shape:
-        raise Unreadable("bad image", f"{file.name} has images of shape {(*images.shape[1:], 1)}, not {columns.image_shape}")
-    good = labels < columns.num_classes
-    for i in np.flatnonzero(~good):
-        problems.report("bad label", f"{file.name} image {i:,}: label {labels[i]} must be 0 .. {columns.num_classes - 1}")
-    yield Images(images[good][..., None], labels[good].astype(np.int64))
+    if columns.fit_images:
+        assert columns.image_shape is not None
+        images = np.stack([fitted(image[..., None], columns.image_shape[0], columns.image_shape[2]) for image in images])
+    else:
+        images = images[..., None]
+    if images.shape[1:] != columns.image_shape:
+        raise Unreadable("bad image", f"{file.name} has images of shape {images.shape[1:]}, not {columns.image_shape}")
+    numbers, good = labels.astype(np.int64), np.ones(len(labels), bool)
+    for label in np.unique(labels):
+        chosen = labels == label
+        try:
+            numbers[chosen] = label_of(int(label), columns)
+        except BadLabel as error:
+            good[chosen] = False
+            for i in np.flatnonzero(chosen):
+                problems.report("bad label", f"{file.name} image {i:,}: {error}")
+    yield Images(images[good], numbers[good])
 
 
-def _read_parquet_images(span: Span, columns: Columns, problems: Problems) -> Iterator[Images]:
+def _read_pictures(span: Span, columns: Columns, problems: Problems) -> Iterator[Images]:
+    """A picture whose class is known, or those of a .tar file, each with its class."""
+    file = span.input_file
+    pixels: list[np.ndarray] = []
+    labels: list[int] = []
+    for place, data, label in _pictures(file, columns.label or ""):
+        try:
+            image = _with_shape(decode_image(data), columns)
+            labels.append(label_of(label, columns))
+            pixels.append(image)
+        except BadImage as error:
+            problems.report("bad image", f"{place}: {error}")
+        except BadLabel as error:
+            problems.report("bad label", f"{place}: {error}")
+        if len(pixels) == _MOST_PICTURES:
+            yield Images(np.stack(pixels), np.array(labels, np.int64))
+            pixels, labels = [], []
+    if pixels:
+        yield Images(np.stack(pixels), np.array(labels, np.int64))
+
+
+def _pictures(file: InputFile, label_column: str) -> Iterator[tuple[str, bytes, Any]]:
+    """What messages call each picture, its bytes, its label."""
+    if file.format == "tar":
+        yield from tar_pictures(file, label_column)
+        return
+    filesystem, path = open_folder(file.path)
+    try:
+        with filesystem.open_input_file(path) as source:
+            yield file.name, source.read(), file.label
+    except OSError as error:
+        raise Unreadable("missing file", f"{file.name} cannot be read ({str(error).splitlines()[0]})") from None
+
+
+def _with_shape(image: np.ndarray, columns: Columns) -> np.ndarray:
+    """An image as it is stored: scaled and cut, or as it is, grey repeated where the others have colours. Raises BadImage."""
+    shape = columns.image_shape
+    assert shape is not None
+    if columns.fit_images:
+        return fitted(image, shape[0], shape[2])
+    if image.shape[-1] == 1 and shape[-1] == 3:
+        image = np.repeat(image, 3, -1)
+    if image.shape != shape:
+        raise BadImage(f"image of shape {image.shape}, not {shape} as the model takes: --data.image-size N scales and cuts all alike")
+    return image
+
+
+def _read_column(span: Span, columns: Columns, problems: Problems) -> Iterator[Images]:
     """Rows as the hub has them: an "image" column with PNG or JPEG files, and a label column."""
     assert columns.label is not None
-    for first, table in parquet_tables(span, ["image", columns.label]):
+    for first, table in column_tables(span, ["image", columns.label]):
         pixels: list[np.ndarray | None] = []
         for i, value in enumerate(table.column("image").to_pylist()):
             try:
@@ -84,6 +146,9 @@ def _read_parquet_images(span: Span, columns: Columns, problems: Problems) -> It
                 problems.report("bad image", f"{span.file.name} row {first + i:,}: no readable image ({error})")
                 pixels.append(None)
                 continue
+            if columns.fit_images:
+                assert columns.image_shape is not None
+                image = fitted(image, columns.image_shape[0], columns.image_shape[2])
             fits = image.shape == columns.image_shape
             if not fits:
                 what = f"image of shape {image.shape}, not {columns.image_shape} as the first one"
@@ -112,7 +177,14 @@ def image_shape(file: InputFile, skip: bool = False) -> tuple[int, int, int]:
             head = next(chunks(Span(file, 0, 0), 0), b"")
             height, width = parse_idx(head, 3, file.name, head_only=True)
             return height, width, 1
-        for first, table in parquet_tables(Span(file, 0, sys.maxsize), ["image"]):
+        if file.format in ("picture", "tar"):
+            for place, data, _ in _pictures(file, ""):
+                try:
+                    return decode_image(data).shape
+                except BadImage as error:
+                    problems.report("bad image", f"{place}: {error}")
+            raise UserError(f"{file.name} has no image that can be read")
+        for first, table in column_tables(Span(file, 0, sys.maxsize), ["image"]):
             for i, value in enumerate(table.column("image")):
                 try:
                     return _decoded(value.as_py()).shape

@@ -174,7 +174,7 @@ def column_tables(span: Span, wanted: list[str]) -> Iterator[tuple[int, pa.Table
         yield from parquet_tables(span, wanted)
         return
     first = 0
-    with _open_arrow(span.input_file) as (schema, batches):
+    with open_arrow(span.input_file) as (schema, batches):
         if missing := [column for column in wanted if column not in schema.names]:
             raise Unreadable("wrong schema", f"{span.file.name} has no column {missing[0]!r} (it has: {', '.join(schema.names)})")
         for batch in batches:
@@ -186,7 +186,8 @@ def column_tables(span: Span, wanted: list[str]) -> Iterator[tuple[int, pa.Table
 
 
 @contextmanager
-def _open_arrow(file: InputFile) -> Iterator[tuple[pa.Schema, Iterator[pa.RecordBatch]]]:
+def open_arrow(file: InputFile) -> Iterator[tuple[pa.Schema, Iterator[pa.RecordBatch]]]:
+    """Schema and rows of an Arrow file; one that is damaged is `Unreadable`."""
     filesystem, path = open_folder(file.path)
     try:
         with filesystem.open_input_file(path) as source:

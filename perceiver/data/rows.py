@@ -44,8 +44,8 @@ class ImageRows(_LongRows):
     made_from = "images"
     new_rows = "image"
     takes_code = False
-    formats = ("idx", "parquet")
-    expected = "idx files (train-images-idx3-ubyte and its labels, .gz or not) or .parquet"
+    formats = ("idx", "parquet", "arrow", "tar")
+    expected = "idx files (train-images-idx3-ubyte and its labels, .gz or not), .parquet, .arrow, .tar (WebDataset), or folders of pictures"
 
     @property
     def schema(self) -> pa.Schema:

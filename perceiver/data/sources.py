@@ -9,7 +9,8 @@ from typing import Any
 
 from perceiver.config import DataConfig, UserError
 from perceiver.data.examples import ExamplePart, find_parts, is_code, name_of
-from perceiver.data.files import MARKS, UNCUT, Format, Found, InputFile, files_of, format_of, is_glob, real_place, split_glob
+from perceiver.data.files import MARKS, UNCUT, Format, Found, InputFile, files_of, format_of, is_glob, list_files, real_place, split_glob
+from perceiver.data.picture_folders import picture_folder
 from perceiver.data.read_tables import is_json_array
 from perceiver.data.rows import KINDS
 from perceiver.data.storage import open_folder
@@ -147,12 +148,12 @@ def resolve(data: DataConfig, kind: str) -> Source:
     ignored: list[str] = []
     origin = None
     if data.source:
-        train, val, ignored, origin = _resolved(data.source, kind, "data.source")
+        train, val, ignored, origin = _resolved(data.source, kind, "data.source", data.label_column)
         if not train:
             what = "examples" if is_code(data.source) else "files"
             raise UserError(f"data.source {data.source} has no {what} to train on, only {', '.join(f.name for f in val)}")
     if data.val_source:
-        unmarked, marked, more, _ = _resolved(data.val_source, kind, "data.val_source")
+        unmarked, marked, more, _ = _resolved(data.val_source, kind, "data.val_source", data.label_column)
         ignored += [f.name for f in val] + more + ([f.name for f in unmarked] if marked else [])
         val = marked or unmarked
     if not val and data.val_fraction <= 0:
@@ -189,7 +190,7 @@ def _encoded(file: InputFile | ExamplePart, data: DataConfig) -> InputFile | Exa
     return replace(file, encoding=data.encoding) if text and data.encoding.lower() not in _UTF_8 else file
 
 
-def _resolved(source: str, kind: str, field: str) -> tuple[list[Any], list[Any], list[str], dict[str, Any] | None]:
+def _resolved(source: str, kind: str, field: str, label_column: str) -> tuple[list[Any], list[Any], list[str], dict[str, Any] | None]:
     """What there is for training, for validation, names of what is for neither, and where on the hub it comes from."""
     if is_code(source):
         if not KINDS[kind].takes_code:
@@ -197,7 +198,7 @@ def _resolved(source: str, kind: str, field: str) -> tuple[list[Any], list[Any],
                 f"{field} {source} is code, but {kind} are made from {KINDS[kind].expected}: a task of your own can read arrays"
             )
         return *find_parts(source, field), [], None
-    found, origin = _find(source, kind, field)
+    found, origin = _find(source, kind, field, label_column)
     return *_assign(found, kind), origin
 
 
@@ -219,7 +220,7 @@ def _assign(found: list[Found], kind: str) -> tuple[list[InputFile], list[InputF
     return train, val, [item.file.name for item in found if item.file.path not in used]
 
 
-def _find(source: str, kind: str, field: str) -> tuple[list[Found], dict[str, Any] | None]:
+def _find(source: str, kind: str, field: str, label_column: str) -> tuple[list[Found], dict[str, Any] | None]:
     named = NAMED.get(source)
     if isinstance(named, Path):
         return files_of(str(named), source, kind, field, NAMED), None
@@ -229,7 +230,12 @@ def _find(source: str, kind: str, field: str) -> tuple[list[Found], dict[str, An
         name, _, config = source.removeprefix("hub:").partition(":")
         return _hub_files(_Hub(repository=name, config=config or None), source, kind)
     root, pattern = split_glob(source)
-    return files_of(source, _short(str(root)).rpartition("/")[2] if pattern else _short(source), kind, field, NAMED), None
+    label = _short(str(root)).rpartition("/")[2] if pattern else _short(source)
+    if KINDS[kind].new_rows == "image":
+        pictures = picture_folder(list_files(source, field, NAMED), label, f"{field} {source}", label_column)
+        if pictures:
+            return pictures, None
+    return files_of(source, label, kind, field, NAMED), None
 
 
 def _hub_files(hub: _Hub, source: str, kind: str) -> tuple[list[Found], dict[str, Any]]:

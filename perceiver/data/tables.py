@@ -38,6 +38,9 @@ class Columns:
     num_classes: int = 0
     class_names: tuple[str, ...] = ()
     image_shape: tuple[int, int, int] | None = None
+    """Of what is stored."""
+    fit_images: bool = False
+    """Scale and cut images to that shape (`perceiver.data.images.fitted`)."""
 
 
 def parquet_rows(file: InputFile) -> tuple[int, int]:
@@ -92,6 +95,8 @@ def label_of(value: Any, columns: Columns) -> int:
     Raises:
         BadLabel: neither.
     """
+    if (text := label_text(value)) in columns.class_names:
+        return columns.class_names.index(text)
     if isinstance(value, str) and value in columns.class_names:
         return columns.class_names.index(value)
     if isinstance(value, (list, dict, np.ndarray)):
@@ -105,6 +110,13 @@ def label_of(value: Any, columns: Columns) -> int:
         return int(value)
     names = f" or {', '.join(columns.class_names)}" if columns.class_names else ""
     raise BadLabel(f"label {reprlib.repr(value)} must be 0 .. {columns.num_classes - 1}{names}")
+
+
+def label_text(value: Any) -> str:
+    """A label as the name of a class: whole numbers, also as texts and real numbers ("1.0"), alike; truth values as 0 and 1."""
+    value = _number_or_text(value) if isinstance(value, str) else value
+    whole = isinstance(value, (bool, int, np.integer)) or (isinstance(value, float) and value.is_integer())
+    return str(int(value)) if whole else str(value)
 
 
 def _number_or_text(text: str) -> float | str:

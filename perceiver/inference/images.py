@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from perceiver.config import UserError
-from perceiver.data.images import BadImage, decode_image, picture_pixels, random_crop, scale
+from perceiver.data.images import BadImage, decode_image, fitted, picture_pixels, random_crop, scale
 from perceiver.models import ImageInput
 
 ImageLike = Any
@@ -20,7 +20,9 @@ or a Pillow image. Several: a list of them, or an array or tensor (images, heigh
 _IMAGENET_MEAN, _IMAGENET_DEVIATION = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
 
 
-def images_of(values: Sequence[Any], config: ImageInput, crop: int | None = None, photos: bool = False) -> np.ndarray:
+def images_of(
+    values: Sequence[Any], config: ImageInput, crop: int | None = None, photos: bool = False, size: int | None = None
+) -> np.ndarray:
     """Images of a user as a model takes them: float32 (B, height, width, channels).
 
     Args:
@@ -28,12 +30,15 @@ def images_of(values: Sequence[Any], config: ImageInput, crop: int | None = None
         crop: side length that larger images are cut to, in the middle, as in validation; None: none is cut.
         photos: images of any size, see `photo`; otherwise they must have the model's size, and pixels are scaled to
             [-1, 1].
+        size: images of any size are scaled and cut to it as in training (`perceiver.data.images.fitted`).
 
     Raises:
         UserError: what is no image, or has another size than the model's.
     """
     if photos:
         return np.stack([photo(_pixels(value)[0], *config.image_shape[:2]) for value in values])
+    if size is not None:
+        values = [fitted(_pixels(value)[0], size, config.image_shape[2]) for value in values]
     return scale(np.stack([_image(value, config, crop) for value in values]))
 
 

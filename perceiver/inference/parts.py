@@ -24,7 +24,7 @@ from perceiver.inference.rows import Kind, Row, Wanted, checked_row
 
 _CHUNK = 8 << 20
 _LINES = (".txt", ".jsonl", ".json", ".ndjson")
-_IMAGES = (".png", ".jpg", ".jpeg")
+_IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -253,7 +253,7 @@ class TrainedModel:
         assert isinstance(self.config, PerceiverIOConfig)
         if isinstance(self.config.input, ImageInput):
             crop = getattr(self.task, "random_crop", None)
-            pixels = images_of(batch, self.config.input, crop, self.photos)
+            pixels = images_of(batch, self.config.input, crop, self.photos, self.data.image_size)
             return torch.from_numpy(pixels).to(self.device), None
         assert isinstance(self.config.input, TextInput) and self.tokenizer is not None
         return pad_right(measure.document_rows(self.tokenizer, batch, self.config.input.max_seq_len), self.device)

@@ -95,7 +95,7 @@ class ImageInput(InputConfig):
     """Every pixel attended, channels last, with Fourier position features."""
 
     image_shape: tuple[int, int, int] = (28, 28, 1)
-    """Height, width, channels."""
+    """Height, width, channels; 0 0 0: those of the data's pictures."""
     num_frequency_bands: int = 32
     """Fourier bands per axis."""
 
@@ -116,7 +116,8 @@ class ImageInput(InputConfig):
 
     def check(self, where: str) -> None:
         check_sizes(self, where)
-        _check_shape(self.image_shape, where)
+        if self.image_shape != (0, 0, 0):
+            _check_shape(self.image_shape, where)
 
 
 class FlowInput(InputConfig):

@@ -130,7 +130,7 @@ class ClassOutput(OutputConfig):
     """Learned queries and a linear head to classes."""
 
     num_classes: int = 10
-    """Number of classes."""
+    """Number of classes; 0: as many as the data has."""
     num_queries: int = 1
     """Number of learned output queries."""
     num_query_channels: int = 128
@@ -145,7 +145,7 @@ class ClassOutput(OutputConfig):
         return decoded.squeeze(1).clone() if decoded.shape[1] == 1 else decoded
 
     def check(self, where: str) -> None:
-        check_sizes(self, where)
+        check_sizes(self, where, except_for="num_classes" if self.num_classes == 0 else "")
 
 
 class ValueOutput(OutputConfig):

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from perceiver.config import Experiment
 from perceiver.presets.arrays import forecast_seasons, points_shapes
-from perceiver.presets.images import img_clf_imagenet, img_clf_mnist, optical_flow, quickstart
+from perceiver.presets.images import img_clf, img_clf_imagenet, img_clf_mnist, optical_flow, quickstart
 from perceiver.presets.music import sam_giantmidi, sam_maestro, sam_small
 from perceiver.presets.sequences import copy_131072, copy_small, img_ar_imagenet64, img_ar_mnist
 from perceiver.presets.tables import tables
@@ -19,6 +19,7 @@ from perceiver.presets.text import (
     clm_wikitext_small,
     mlm_imdb,
     mlm_imdb_small,
+    txt_clf,
     txt_clf_imdb_all,
     txt_clf_imdb_all_small,
     txt_clf_imdb_decoder,
@@ -52,5 +53,7 @@ PRESETS: dict[str, Callable[[], Experiment]] = {
         tables,
         forecast_seasons,
         points_shapes,
+        img_clf,
+        txt_clf,
     )
 }

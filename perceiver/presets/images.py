@@ -49,6 +49,34 @@ def img_clf_mnist() -> Experiment:
     )
 
 
+def img_clf() -> Experiment:
+    """A classifier of your own pictures: --data.source FOLDER with a folder for each class. Classes and size come from the data."""
+    return Experiment(
+        preset="img-clf",
+        task=ImageClassificationConfig(),
+        model=PerceiverIOConfig(
+            num_latents=32,
+            num_latent_channels=64,
+            input=ImageInput(image_shape=(0, 0, 0)),
+            encoder=EncoderConfig(
+                num_cross_attention_heads=1,
+                num_cross_attention_layers=2,
+                num_self_attention_heads=4,
+                num_self_attention_layers_per_block=1,
+                num_self_attention_blocks=3,
+                first_self_attention_block_shared=False,
+            ),
+            decoder=DecoderConfig(num_cross_attention_heads=1),
+            output=ClassOutput(num_classes=0, num_query_channels=64),
+            init_scale=0.1,
+        ),
+        data=DataConfig(val_fraction=0.1),
+        optim=OptimConfig(lr=1e-3, schedule=Cosine(), warmup_steps=50, max_grad_norm=1.0),
+        training=TrainingConfig(global_batch_size=32, max_epochs=20),
+        run=RunConfig(log_every=50, val_every=250, checkpoint_every=250),
+    )
+
+
 def img_clf_imagenet() -> Experiment:
     """ImageNet classifier with 2D Fourier features (Perceiver IO paper, Section 4.4; vision-perceiver-fourier)."""
     return Experiment(

@@ -96,6 +96,21 @@ def txt_clf_imdb_all_small() -> Experiment:
     )
 
 
+def txt_clf() -> Experiment:
+    """A classifier of your own texts: --data.source FILE.csv --data.label-column LABEL. Classes come from the data."""
+    base = txt_clf_imdb_all_small()
+    assert isinstance(base.model, PerceiverIOConfig)
+    return replace(
+        base,
+        preset="txt-clf",
+        task=TextClassificationConfig(class_names=()),
+        model=replace(base.model, output=ClassOutput(num_classes=0, num_query_channels=64)),
+        data=DataConfig(val_fraction=0.1, shuffle_window_blocks=128),
+        training=replace(base.training, max_epochs=10),
+        run=replace(base.run, val_every=250, checkpoint_every=250),
+    )
+
+
 def clm_wikitext() -> Experiment:
     """Perceiver AR byte language model on WikiText-103."""
     return Experiment(

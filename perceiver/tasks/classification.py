@@ -2,20 +2,64 @@
 
 from __future__ import annotations
 
+import logging
 from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from perceiver.config import UserError
+from perceiver.config import Experiment, UserError
 from perceiver.costs.flops import training_flops
 from perceiver.costs.memory import has_formulas
+from perceiver.data.labels import class_order, label_counts
 from perceiver.data.manifest import Manifest, Split
+from perceiver.data.sources import resolve
 from perceiver.models import ClassOutput, PerceiverIOConfig
 from perceiver.plots import confusion_matrix, pixels
 from perceiver.tasks.base import IGNORE_INDEX, Batch, C, Guess, Sample, Task, loss_of_sources
+
+logger = logging.getLogger(__name__)
+
+_SHOWN = 12
+"""Classes that a line names, at most."""
+
+
+def with_classes(experiment: Experiment) -> Experiment:
+    """An experiment whose model has 0 classes with those of its data: their number, and their names in order.
+
+    `task.class_names`, where given, says which labels are classes, and in which order.
+
+    Raises:
+        UserError: the data has less than two classes, or not those that are named.
+    """
+    model, task = experiment.model, experiment.task
+    if not isinstance(model, PerceiverIOConfig) or not isinstance(model.output, ClassOutput) or model.output.num_classes:
+        return experiment
+    data = experiment.data
+    if not data.source or data.mixture:
+        raise UserError(f"{experiment.preset}: name the data whose classes are to be told apart, --data.source PATH")
+    counts = label_counts(resolve(data, task.kind), data.label_column, "train")
+    given = tuple(getattr(task, "class_names", None) or ())
+    if missing := [name for name in given if name not in counts]:
+        raise UserError(f"--task.class-names has {missing[0]!r}, which no training label is (there are: {_listed(counts)})")
+    names = given or class_order(counts)
+    if len(names) < 2:
+        raise UserError(f"data.source {data.source} has {len(names)} class ({_listed(counts)}), and a classifier needs at least 2")
+    left = {name: count for name, count in counts.items() if name not in names}
+    logger.info(f"classes: {_listed({name: counts[name] for name in names})}" + (f"; not chosen: {_listed(left)}" if left else ""))
+    output = replace(model.output, num_classes=len(names))
+    named: dict[str, Any] = {"class_names": names}
+    return replace(experiment, model=replace(model, output=output), task=replace(task, **named))
+
+
+def _listed(counts: Mapping[str, int]) -> str:
+    shown = [f"{name} ({count:,})" for name, count in list(counts.items())[:_SHOWN]]
+    return ", ".join(shown) + (f", ... ({len(counts):,} in all)" if len(counts) > _SHOWN else "")
 
 
 class Classification(Task[C, PerceiverIOConfig]):
@@ -26,7 +70,7 @@ class Classification(Task[C, PerceiverIOConfig]):
     @property
     def class_names(self) -> tuple[str, ...] | None:
         """Names of the classes, where the task's settings have them."""
-        return getattr(self.config, "class_names", None)
+        return getattr(self.config, "class_names", None) or None
 
     @abstractmethod
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -38,6 +82,8 @@ class Classification(Task[C, PerceiverIOConfig]):
             raise UserError("classification needs a Perceiver IO model with a ClassOutput")
         if output.num_queries != 1:
             raise UserError(f"model.output.num-queries is {output.num_queries} and must be 1 for a class per example")
+        if not output.num_classes:
+            raise UserError("model.output.num-classes is 0, as many as the data has, which only a command line looks up: give the number")
         if names is not None and len(names) != output.num_classes:
             raise UserError(f"task.class-names has {len(names)} names but model.output.num-classes is {output.num_classes}")
 

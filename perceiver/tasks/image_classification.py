@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
+from dataclasses import replace
 from typing import ClassVar
 
 import numpy as np
@@ -9,14 +12,21 @@ import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
-from perceiver.config import DataConfig, ModelConfig, TaskConfig, UserError
+from perceiver.config import DataConfig, Experiment, ModelConfig, TaskConfig, UserError
 from perceiver.data.images import random_crop
+from perceiver.data.labels import picture_sizes
 from perceiver.data.manifest import Split
 from perceiver.data.order import uniforms
 from perceiver.data.rows import fixed_array
+from perceiver.data.sources import resolve
 from perceiver.models import ClassOutput, ImageInput, PerceiverIOConfig
 from perceiver.tasks.base import IGNORE_INDEX, Batch, Task, padded
-from perceiver.tasks.classification import Classification
+from perceiver.tasks.classification import Classification, with_classes
+
+logger = logging.getLogger(__name__)
+
+_LARGEST, _USUAL_SIZE = 128, 64
+"""Side of pictures that are taken as they are, at most; side that others are scaled to."""
 
 
 class ImageClassificationConfig(TaskConfig):
@@ -26,7 +36,7 @@ class ImageClassificationConfig(TaskConfig):
     abilities: ClassVar[tuple[str, ...]] = ("classify", "embed")
 
     class_names: tuple[str, ...] | None = None
-    """Names of the classes, in the order of their labels; None: their numbers."""
+    """Names of the classes, in the order of their labels; None: their numbers, or those of the data, if model.output.num-classes is 0."""
     random_crop: int | None = None
     """Training images are cropped to this side length at a random place; None: not cropped."""
 
@@ -51,10 +61,54 @@ class ImageClassificationConfig(TaskConfig):
                 + ("" if crop is None else f", cropped to {expected}")
             )
 
+    def completed(self, experiment: Experiment) -> Experiment:
+        return _with_shape(with_classes(experiment))
+
     def build(self, model: ModelConfig, data: DataConfig, seed: int) -> Task:
         if not isinstance(model, PerceiverIOConfig) or not isinstance(model.input, ImageInput):
             raise UserError("image classification needs a Perceiver IO model with an ImageInput")
         return ImageClassification(self, model, data, seed)
+
+
+def _with_shape(experiment: Experiment) -> Experiment:
+    """An experiment whose model has images of 0 x 0 x 0 with the shape of its data's pictures, or what they are scaled to.
+
+    Raises:
+        UserError: none of the pictures can be read.
+    """
+    model, data = experiment.model, experiment.data
+    if not isinstance(model, PerceiverIOConfig) or not isinstance(model.input, ImageInput) or model.input.image_shape != (0, 0, 0):
+        return experiment
+    crop = getattr(experiment.task, "random_crop", None)
+    sizes = picture_sizes(resolve(data, experiment.task.kind), skip=data.on_error == "skip")
+    channels = max(shape[2] for shape in sizes)
+    sides: Counter[tuple[int, int]] = Counter()
+    for (height, width, _), count in sizes.items():
+        sides[height, width] += count
+    (height, width), _ = sides.most_common(1)[0]
+    size = data.image_size
+    if size is None and (len(sides) > 1 or max(height, width) > _LARGEST):
+        size = min(_USUAL_SIZE, min(min(each) for each in sides))
+        size = max(size, crop or 1)
+    smallest, largest = min(sides, key=lambda each: each[0] * each[1]), max(sides, key=lambda each: each[0] * each[1])
+    kind = "grey" if channels == 1 else "colour"
+    if size is None:
+        logger.info(f"pictures: {height} x {width} pixels, {kind}, taken as they are")
+    else:
+        what = f"of {len(sides):,} sizes, {_by(smallest)} to {_by(largest)}" if len(sides) > 1 else f"of {_by(smallest)}"
+        logger.info(
+            f"pictures: {what} pixels, {kind}: scaled until the shorter side has {size} pixels, and the middle {size} x {size} cut out "
+            "(--data.image-size N: another size)"
+        )
+        height = width = size
+    if crop is not None:
+        height = width = crop
+    shaped = replace(model, input=replace(model.input, image_shape=(height, width, channels)))
+    return replace(experiment, model=shaped, data=replace(data, image_size=size))
+
+
+def _by(size: tuple[int, int]) -> str:
+    return f"{size[0]} x {size[1]}"
 
 
 class ImageClassification(Classification[ImageClassificationConfig]):

@@ -10,12 +10,12 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor, nn
 
-from perceiver.config import DataConfig, ModelConfig, TaskConfig, UserError
+from perceiver.config import DataConfig, Experiment, ModelConfig, TaskConfig, UserError
 from perceiver.data.manifest import Split
 from perceiver.data.tokenizers import load_tokenizer
 from perceiver.models import ClassOutput, PerceiverIOConfig, TextInput
 from perceiver.tasks.base import IGNORE_INDEX, Batch, Task, padded
-from perceiver.tasks.classification import Classification
+from perceiver.tasks.classification import Classification, with_classes
 
 
 class TextClassificationConfig(TaskConfig):
@@ -25,7 +25,7 @@ class TextClassificationConfig(TaskConfig):
     abilities: ClassVar[tuple[str, ...]] = ("classify", "embed")
 
     class_names: tuple[str, ...] = ("negative", "positive")
-    """Names of the classes, in the order of their labels."""
+    """Names of the classes, in the order of their labels; none: those of the data, if model.output.num-classes is 0."""
     group_by_length: bool = True
     """Sort a worker's share of a global batch by length before it is cut into micro-batches: less padding, the same batches."""
 
@@ -37,6 +37,9 @@ class TextClassificationConfig(TaskConfig):
                 same = len(usual.class_names) == num_classes
                 return usual if same else cls(class_names=tuple(str(number) for number in range(num_classes)))
         return None
+
+    def completed(self, experiment: Experiment) -> Experiment:
+        return with_classes(experiment)
 
     def build(self, model: ModelConfig, data: DataConfig, seed: int) -> Task:
         if not isinstance(model, PerceiverIOConfig) or not isinstance(model.input, TextInput):

@@ -1,0 +1,139 @@
+"""Labels and pictures' sizes as a source has them, looked up before anything is prepared."""
+
+from __future__ import annotations
+
+import io
+import math
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow as pa
+
+from perceiver.config import UserError
+from perceiver.data.examples import ExamplePart
+from perceiver.data.files import InputFile
+from perceiver.data.images import parse_idx
+from perceiver.data.read_documents import parsed_lines
+from perceiver.data.read_images import image_shape
+from perceiver.data.read_tables import array_rows, column_tables, csv_rows, is_json_array
+from perceiver.data.read_tars import tar_pictures
+from perceiver.data.sources import Source
+from perceiver.data.spans import Problems, Span, Unreadable, chunks
+from perceiver.data.storage import open_folder
+from perceiver.data.tables import label_text
+
+MOST_CLASSES = 10_000
+"""Different labels that are taken for classes at most."""
+MOST_LOOKED_AT = 2000
+"""Pictures whose sizes are looked up, evenly drawn from all."""
+
+
+def label_counts(source: Source, label_column: str, split: str | None = None) -> Counter[str]:
+    """How often each label occurs, by its text (`label_text`), in the files of a split (None: of all).
+
+    Raises:
+        UserError: a file that cannot be read, labels that are no classes.
+    """
+    counts: Counter[str] = Counter()
+    for file in source.inputs:
+        if split is not None and file.split not in (split, "hash"):
+            continue
+        if isinstance(file, ExamplePart):
+            raise UserError("--model.output.num-classes is 0, and classes are looked up in files, not in what code yields: give the number")
+        try:
+            for value in _labels(file, label_column):
+                if isinstance(value, float) and math.isfinite(value) and not value.is_integer():
+                    raise UserError(
+                        f"{file.name} has label {value!r} in --data.label-column {label_column}, and classes are whole numbers or names: "
+                        "for quantities train the preset tables"
+                    )
+                if isinstance(value, (list, dict)):
+                    raise UserError(f"{file.name} has a {type(value).__name__} as a label, and each row has one class")
+                if value is not None:
+                    counts[label_text(value)] += 1
+        except Unreadable as error:
+            raise UserError(str(error.args[-1])) from None
+        if len(counts) > MOST_CLASSES:
+            raise UserError(
+                f"{file.name} has more than {MOST_CLASSES:,} different labels in --data.label-column {label_column}, such as "
+                f"{next(iter(counts))!r}: name the column with the class"
+            )
+    return counts
+
+
+def class_order(labels: Counter[str]) -> tuple[str, ...]:
+    """Names of the classes in their order: whole numbers by their size, else by the alphabet."""
+    if all(text.removeprefix("-").isdecimal() for text in labels):
+        return tuple(sorted(labels, key=int))
+    return tuple(sorted(labels))
+
+
+def _labels(file: InputFile, column: str) -> Iterator[Any]:
+    span, nothing = Span(file, 0, sys.maxsize if file.format in ("parquet", "arrow") else file.size), Problems(skip=True)
+    if file.format == "picture":
+        yield file.label
+    elif file.format == "tar":
+        yield from (label for _, _, label in tar_pictures(file, column))
+    elif file.format == "idx":
+        assert file.labels_path is not None
+        beside = InputFile(path=file.labels_path, name=file.name, format="idx", size=0)
+        yield from parse_idx(b"".join(chunks(Span(beside, 0, 0), 0)), 1, file.name).tolist()
+    elif file.format == "csv":
+        yield from (row[column] for _, row in csv_rows(span, [column], nothing))
+    elif file.format in ("parquet", "arrow"):
+        for _, table in column_tables(span, [column]):
+            yield from _values(table)
+    else:
+        rows = (row for _, row in array_rows(span, nothing)) if is_json_array(file) else parsed_lines(span)
+        for row in rows:
+            if isinstance(row, dict):
+                if column not in row:
+                    raise Unreadable("missing field", f"{file.name} has no field {column!r} (it has: {', '.join(map(str, row))})")
+                yield row[column]
+
+
+def _values(table: pa.Table) -> list[Any]:
+    return table.column(0).to_pylist()
+
+
+def picture_sizes(source: Source, skip: bool = False) -> Counter[tuple[int, int, int]]:
+    """How many pictures have which height, width and channels; of pictures in tables and idx files the first of each file alone."""
+    counts: Counter[tuple[int, int, int]] = Counter()
+    pictures = [file for file in source.files if file.format == "picture"]
+    for file in pictures[:: max(1, -(-len(pictures) // MOST_LOOKED_AT))]:
+        if (shape := _size_of(file)) is not None:
+            counts[shape] += 1
+    for file in source.files:
+        if file.format == "tar":
+            for number, (_, data, _) in enumerate(tar_pictures(file, "")):
+                if (shape := _size_in(data)) is not None:
+                    counts[shape] += 1
+                if number == MOST_LOOKED_AT:
+                    break
+        elif file.format != "picture":
+            counts[image_shape(file, skip)] += 1
+    if not counts:
+        raise UserError(f"none of the {len(source.files):,} files has a picture that can be read, such as {source.files[0].name}")
+    return counts
+
+
+def _size_of(file: InputFile) -> tuple[int, int, int] | None:
+    filesystem, path = open_folder(file.path)
+    with filesystem.open_input_file(path) as stream:
+        return _size_in(stream.read())
+
+
+def _size_in(data: bytes) -> tuple[int, int, int] | None:
+    """Height, width, channels of a picture from its head, turned as its EXIF data say; None of one that cannot be read."""
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            width, height = image.size
+            turned = image.getexif().get(0x0112, 1) >= 5
+            grey = image.mode in ("1", "L", "LA", "La", "I", "F") or image.mode.startswith("I;")
+    except Exception:  # Pillow's readers meet damage with errors of every kind; the preparation names it
+        return None
+    return (width, height, 1 if grey else 3) if turned else (height, width, 1 if grey else 3)

@@ -1,0 +1,135 @@
+"""What a source holds, looked at before it is prepared: files, columns, labels, lengths, duplicates."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from perceiver.config import UserError
+from perceiver.data.files import InputFile
+from perceiver.data.read_documents import parsed_lines
+from perceiver.data.read_tables import array_rows, csv_rows, is_json_array, open_arrow
+from perceiver.data.spans import Problems, Span, Unreadable
+from perceiver.data.tables import label_text, open_parquet
+
+LENGTHS = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+"""Upper ends of the histogram of lengths, in bytes of UTF-8; longer texts come last."""
+_LABEL_NAMES = ("label", "labels", "class", "category", "target", "sentiment", "stars", "rating", "y")
+_MOST_VALUES = 1000
+"""Different values of a column that are counted; a column with more is no label."""
+
+
+@dataclass
+class ColumnSurvey:
+    """What the rows have under one name."""
+
+    types: Counter[str] = field(default_factory=Counter)
+    values: Counter[str] | None = field(default_factory=Counter)
+    """How often each value occurs; None: too many different ones, or values that are no labels."""
+    text_bytes: int = 0
+    example: Any = None
+
+    def add(self, value: Any) -> None:
+        """Counts a row's value."""
+        self.types["missing" if value is None or value == "" else type(value).__name__] += 1
+        if self.example is None and value != "":
+            self.example = value
+        if isinstance(value, str):
+            self.text_bytes += len(value.encode(errors="replace"))
+        if self.values is None or value is None or value == "":
+            return
+        if isinstance(value, (list, dict, bytes)) or (isinstance(value, str) and len(value) > 200):
+            self.values = None
+            return
+        self.values[label_text(value)] += 1
+        if len(self.values) > _MOST_VALUES:
+            self.values = None
+
+
+@dataclass
+class TableSurvey:
+    """What the rows of tables have."""
+
+    rows: int = 0
+    columns: dict[str, ColumnSurvey] = field(default_factory=dict)
+    lengths: Counter[int] = field(default_factory=Counter)
+    """Texts by the upper end of their class in LENGTHS; 0: longer ones."""
+    longer: int = 0
+    """Texts longer than what a model takes."""
+    cut_bytes: int = 0
+    """Bytes of them that it does not see."""
+    duplicates: int = 0
+    """Texts that occurred before."""
+
+
+def table_rows(file: InputFile) -> Iterator[dict[str, Any]]:
+    """The rows of a table of any format, with all columns; faulty ones are left out.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    span, nothing = Span(file, 0, sys.maxsize if file.format in ("parquet", "arrow") else file.size), Problems(skip=True)
+    try:
+        if file.format == "csv":
+            yield from (row for _, row in csv_rows(span, [], nothing))
+        elif file.format == "parquet":
+            with open_parquet(file) as parquet:
+                for batch in parquet.iter_batches(1024):
+                    yield from batch.to_pylist()
+        elif file.format == "arrow":
+            with open_arrow(file) as (_, batches):
+                for batch in batches:
+                    yield from batch.to_pylist()
+        else:
+            rows = (row for _, row in array_rows(span, nothing)) if is_json_array(file) else parsed_lines(span)
+            yield from (row for row in rows if isinstance(row, dict))
+    except Unreadable as error:
+        raise UserError(str(error.args[-1])) from None
+
+
+def survey_columns(files: list[InputFile]) -> TableSurvey:
+    """Columns of tables with their types and values."""
+    found = TableSurvey()
+    for file in files:
+        for row in table_rows(file):
+            found.rows += 1
+            for name, value in row.items():
+                found.columns.setdefault(str(name), ColumnSurvey()).add(value)
+    return found
+
+
+def survey_texts(found: TableSurvey, texts: Iterator[str], most_bytes: int) -> None:
+    """Adds lengths and duplicates of texts, and what a model that takes `most_bytes` would cut."""
+    seen: set[bytes] = set()
+    for text in texts:
+        data = text.encode(errors="replace")
+        found.lengths[next((end for end in LENGTHS if len(data) <= end), 0)] += 1
+        if len(data) > most_bytes:
+            found.longer += 1
+            found.cut_bytes += len(data) - most_bytes
+        digest = hashlib.blake2b(data, digest_size=8).digest()
+        found.duplicates += digest in seen
+        seen.add(digest)
+
+
+def text_column(found: TableSurvey) -> str | None:
+    """The column that texts most likely stand in: "text", else that with the most text."""
+    if "text" in found.columns:
+        return "text"
+    name = max(found.columns, key=lambda each: found.columns[each].text_bytes, default=None)
+    return name if name is not None and found.columns[name].text_bytes else None
+
+
+def label_column(found: TableSurvey, text: str | None) -> str | None:
+    """The column that classes most likely stand in: one of a usual name, else that with the fewest different values."""
+    candidates = {
+        name: column.values
+        for name, column in found.columns.items()
+        if name != text and column.values is not None and 2 <= len(column.values) <= max(2, found.rows // 3)
+    }
+    usual = next((name for name in candidates if name.lower() in _LABEL_NAMES), None)
+    return usual or min(candidates, key=lambda name: len(candidates[name]), default=None)

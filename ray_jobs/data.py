@@ -1,0 +1,146 @@
+"""`perceiver data SOURCE [--text-column NAME] [--label-column NAME]`: what data holds, before anything is prepared, and the command that
+trains on it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import reprlib
+import shlex
+from collections import Counter
+from collections.abc import Mapping
+
+from perceiver.config import DataConfig, UserError
+from perceiver.data.files import format_of, list_files
+from perceiver.data.labels import class_order, label_counts, picture_sizes
+from perceiver.data.picture_folders import picture_folder
+from perceiver.data.sources import NAMED, Source, resolve
+from perceiver.data.survey import LENGTHS, TableSurvey, label_column, survey_columns, survey_texts, table_rows, text_column
+from ray_jobs.cli import main_entry, program, refuse_empty
+
+_TABLES = ("csv", "jsonl", "parquet", "arrow")
+_CONTEXT = 254
+"""Bytes of a text that txt-clf takes."""
+_SHOWN = 20
+"""Classes and columns that are listed, at most."""
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog=program("ray_jobs.data"), description=(__doc__ or "").partition(": ")[2])
+    parser.add_argument("source", help="a file, a folder or a glob")
+    parser.add_argument("--text-column", help="column with the text (default: text, or the one with the most text)")
+    parser.add_argument("--label-column", help="column with the class (default: label, or one that has few different values)")
+    args = parser.parse_args(argv)
+    refuse_empty(args, ("source",))
+    print("\n".join(look(args.source, args.text_column, args.label_column)))
+    return 0
+
+
+def look(source: str, text: str | None = None, label: str | None = None) -> list[str]:
+    """What a source holds, line by line.
+
+    Raises:
+        UserError: it is not there, cannot be read, or holds nothing that is known.
+    """
+    listed = list_files(source, "SOURCE", NAMED)
+    formats = Counter(form for path, _, _ in listed if (form := format_of(path)) is not None)
+    lines = [f"{source}: {len(listed):,} files, {sum(size for _, _, size in listed):,} bytes"]
+    single = len(listed) == 1 and not listed[0][1]
+    pictures = bool(formats.keys() & {"picture", "idx", "tar"}) and not single or formats.keys() <= {"tar"} and bool(formats)
+    if pictures or (not single and picture_folder(listed, "data", source, label or "label")):
+        return lines + _pictures(source, label or "label")
+    if "midi" in formats:
+        return [*lines, f"{formats['midi']:,} MIDI files", "", f"train: {_command('sam-small', source)}"]
+    if formats.keys() & set(_TABLES):
+        return lines + _table(source, text, label)
+    if formats.keys() & {"text", "wikitext"}:
+        texts = resolve(DataConfig(source=source, val_fraction=0.05), "tokens").files
+        size = sum(file.size for file in texts)
+        what = f"{len(texts):,} files of text without classes, {size:,} bytes"
+        return [*lines, what, "", *_both("clm-wikitext-small", source, [])]
+    raise UserError(f"{source} has no pictures, texts, tables or MIDI files")
+
+
+def _pictures(source: str, label: str) -> list[str]:
+    found = resolve(DataConfig(source=source, label_column=label, val_fraction=0.1), "images")
+    sizes = picture_sizes(found, skip=True)
+    sides = sorted({shape[:2] for shape in sizes}, key=lambda side: side[0] * side[1])
+    size = f"{sides[0][0]} x {sides[0][1]}" + (f" to {sides[-1][0]} x {sides[-1][1]}, {len(sides):,} sizes" if len(sides) > 1 else "")
+    grey = sum(count for shape, count in sizes.items() if shape[2] == 1)
+    lines = [f"pictures: {size}; {grey:,} grey, {sum(sizes.values()) - grey:,} in colour"]
+    words = ["--data.label-column", label] if label != "label" else []
+    return [*lines, *_classes(found, label), "", *_both("img-clf", source, words)]
+
+
+def _classes(found: Source, label: str) -> list[str]:
+    """The labels of each split."""
+    lines = []
+    splits = dict.fromkeys(file.split for file in found.inputs)
+    train = label_counts(found, label, "train")
+    for split in splits:
+        counts = train if split in ("train", "hash") else label_counts(found, label, split)
+        name = "all (a part is held out for validation)" if split == "hash" else split
+        lines.append(f"classes in {name}: {_counts({key: counts[key] for key in class_order(counts)})}")
+        if new := sorted(counts.keys() - train.keys()):
+            lines.append(f"  not in train: {', '.join(new)}")
+    return lines
+
+
+def _counts(counts: Mapping[str, int]) -> str:
+    shown = ", ".join(f"{name} ({count:,})" for name, count in list(counts.items())[:_SHOWN])
+    return shown + (f", ... {len(counts):,} in all" if len(counts) > _SHOWN else "")
+
+
+def _table(source: str, text: str | None, label: str | None) -> list[str]:
+    files = [file for file in resolve(DataConfig(source=source), "tokens").files if file.format in _TABLES]
+    found = survey_columns(files)
+    if not found.rows:
+        raise UserError(f"{source} has no rows")
+    for given, name in (("--text-column", text), ("--label-column", label)):
+        if name is not None and name not in found.columns:
+            raise UserError(f"{given} is {name!r}, which {source} does not have (it has: {', '.join(found.columns)})")
+    lines = [f"{found.rows:,} rows, columns:"]
+    width = max(map(len, list(found.columns)[:_SHOWN]))
+    for name, column in list(found.columns.items())[:_SHOWN]:
+        types = ", ".join(f"{kind} {count:,}" for kind, count in column.types.most_common())
+        lines.append(f"  {name:{width}}  {types}; such as {reprlib.repr(column.example)}")
+    if len(found.columns) > _SHOWN:
+        lines.append(f"  ... {len(found.columns):,} in all")
+    text = text or text_column(found)
+    if text is None:
+        return [*lines, "", f"train: {_command('tables', source)} --task.targets COLUMN"]
+    survey_texts(found, (row[text] for file in files for row in table_rows(file) if isinstance(row.get(text), str)), _CONTEXT)
+    lines += _texts(found, text)
+    words = ["--data.text-column", text] if text != "text" else []
+    label = label or label_column(found, text)
+    if label is None:
+        return [*lines, "no column has few different values: no classes", "", *_both("clm-wikitext-small", source, words)]
+    values = found.columns[label].values
+    if values is not None:
+        lines.append(f"classes in {label!r}: {_counts({name: values[name] for name in class_order(values)})}")
+    return [*lines, "", *_both("txt-clf", source, [*words, *(["--data.label-column", label] if label != "label" else [])])]
+
+
+def _texts(found: TableSurvey, column: str) -> list[str]:
+    """Lengths as a histogram, what would be cut, duplicates."""
+    total, most = sum(found.lengths.values()), max(found.lengths.values(), default=1)
+    lines = [f"texts in {column!r}, by their bytes:"]
+    for end in (*LENGTHS, 0):
+        if count := found.lengths[end]:
+            name = f"to {end:,}" if end else f"over {LENGTHS[-1]:,}"
+            lines.append(f"  {name:>10}  {count:>9,}  {'#' * max(1, round(40 * count / most))}")
+    lines.append(f"longer than {_CONTEXT} bytes (txt-clf's context): {found.longer:,} of {total:,}; {found.cut_bytes:,} bytes would be cut")
+    lines.append(f"duplicates: {found.duplicates:,}")
+    return lines
+
+
+def _both(preset: str, source: str, words: list[str]) -> list[str]:
+    return [f"prepare: {_command(preset, source, words, 'preprocess')}", f"train:   {_command(preset, source, words)}"]
+
+
+def _command(preset: str, source: str, words: list[str] | None = None, job: str = "train") -> str:
+    return shlex.join(["perceiver", job, preset, "--data.source", source, *(words or [])])
+
+
+if __name__ == "__main__":
+    main_entry(main)
