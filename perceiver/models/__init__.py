@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from perceiver.config import ModelConfig
+from perceiver.config import ModelConfig, UserError
 from perceiver.config.core import check_nodes
 from perceiver.models.array_input import ArrayInput
 from perceiver.models.array_outputs import ArrayOutput, EmbeddingOutput, HeadsOutput
@@ -65,13 +65,18 @@ def build_model(config: ModelConfig, seed: int = 0) -> Any:
     """The model of a configuration on the current default device, with the initial weights of `seed` (none on "meta").
 
     Raises:
-        UserError: see `check_model`.
+        UserError: see `check_model`; or sizes that mean "as the data", where weights are to be made.
     """
     check_model(config)
     device = torch.get_default_device()
     with torch.device("meta"):
         model = config.build()
     if device.type != "meta":
+        if empty := [name for name, parameter in model.named_parameters() if not parameter.numel()]:
+            raise UserError(
+                f"{empty[0]} would have no numbers: model.output.num-classes 0 and model.input.image-shape 0 0 0 mean what the data has, "
+                "which is not known here"
+            )
         model.to_empty(device=device)
         model.init_weights(seed)
     return model

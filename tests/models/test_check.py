@@ -43,7 +43,7 @@ WRONG = {
     ),
     "flow of text": (replace(TEXT, output=FlowOutput()), "needs model.input to be FlowInput, not TextInput"),
     "image": (replace(IMAGE, input=ImageInput(image_shape=(0, 4, 1))), "model.input.image-shape is (0, 4, 1)"),
-    "classes": (replace(TEXT, output=ClassOutput(num_classes=0)), "model.output.num-classes is 0"),
+    "classes": (replace(TEXT, output=ClassOutput(num_classes=-1)), "model.output.num-classes is -1"),
     "decoder dropout": (replace(FLOW, decoder=replace(FLOW.decoder, dropout=-0.1)), "model.decoder.dropout is -0.1"),
 }
 
@@ -55,6 +55,13 @@ def test_impossible_models_are_refused(config: ModelConfig, message: str) -> Non
             function(config)
         assert message in str(error.value)
         assert "\n" not in str(error.value)
+
+
+def test_sizes_that_the_data_says_are_no_mistake_until_weights_are_made() -> None:
+    config = replace(TEXT, output=ClassOutput(num_classes=0))
+    check_model(config)
+    with pytest.raises(UserError, match=r"model\.output\.num-classes 0 .* mean what the data has"):
+        build_model(config)
 
 
 @pytest.mark.parametrize("name", PRESETS)
