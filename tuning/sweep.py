@@ -22,7 +22,7 @@ import ray
 from ray import tune
 
 import perceiver
-from perceiver.config import Experiment, UserError, check_folder_name, differences, digest, flatten, home, to_dict
+from perceiver.config import Experiment, UserError, check_folder_name, check_tree, differences, digest, flatten, home, to_dict
 from perceiver.datasets import Dataset, with_tokenizer
 from perceiver.disk import write_json
 from perceiver.extensions import code_of
@@ -39,6 +39,7 @@ from ray_jobs.train import check_free
 from tuning import report
 from tuning.record import Record, StopDiverged
 from tuning.schedulers import scheduler, search, slot
+from tuning.spaces import check_space, described
 from tuning.sweeps import SWEEPS, Sweep, check_sweep, find_sweep, trial_experiment
 from tuning.trial import run_trial
 from tuning.trials import SETTINGS, TRIALS, prune
@@ -148,7 +149,7 @@ def run_sweep(sweep: Sweep, folder: Path, concurrent: int | None = None) -> list
 
 
 def check_values(sweep: Sweep) -> None:
-    """Checks the sweep and, where they are listed, its values; samples are checked by the trials themselves.
+    """Checks the sweep and its values, as far as they are known: listed ones, and the ends of ranges.
 
     Raises:
         UserError: the first thing that cannot be right.
@@ -158,10 +159,14 @@ def check_values(sweep: Sweep) -> None:
             raise UserError(f"{name} is {getattr(sweep, name)!r} and must be one of {', '.join(allowed)}")
     check_sweep(sweep)
     base = sweep.experiment()
-    for name, domain in sweep.space.items():
-        values = domain["grid_search"] if isinstance(domain, dict) else getattr(domain, "categories", [])
-        for value in values:
-            trial_experiment(base, {name: value})
+    sections = [name.partition(".")[0] for name in sweep.space]
+
+    def check(name: str, value: Any) -> None:
+        experiment = trial_experiment(base, {name: value})
+        if sections.count(name.partition(".")[0]) == 1:  # else what is wrong alone may be right with another field's value
+            check_tree(experiment)
+
+    check_space(sweep.space, check)
     for point in sweep.points:
         trial_experiment(base, point)
 
@@ -191,7 +196,7 @@ def check_folder(sweep: Sweep, folder: Path) -> None:
 def describe(sweep: Sweep) -> dict[str, Any]:
     """A sweep as JSON-ready data: what makes it the same sweep."""
     plain = {f.name: getattr(sweep, f.name) for f in fields(sweep) if f.name not in ("space", "points", "overrides")}
-    space = {name: d if isinstance(d, dict) else f"{type(d).__name__} {d.domain_str} {d.sampler}" for name, d in sweep.space.items()}
+    space = {name: described(domain) for name, domain in sweep.space.items()}
     identity = sweep.experiment().identity
     return {**plain, "mode": sweep.mode, "space": space, "points": list(map(dict, sweep.points)), "default": sweep.default(),
             "experiment": digest(identity), "overrides": shlex.join(sweep.overrides)}  # fmt: skip

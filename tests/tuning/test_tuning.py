@@ -216,6 +216,7 @@ def test_a_sweep_that_another_version_began_is_refused_in_a_sentence_that_says_s
 def test_trials_that_do_not_fit_are_refused_with_the_sum(monkeypatch):
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4.0})
     monkeypatch.setattr(sweep, "cluster_cores", lambda: 4)
+    monkeypatch.setattr(sweep, "use_gpus", lambda parallel: False)
     base = PRESETS["quickstart"]()
     with pytest.raises(UserError, match="4.5 CPUs in all; the cluster has 4 CPUs .* room for 0"):
         sweep.plan_room(replace(base, parallel=replace(base.parallel, workers=4)), None)

@@ -1,0 +1,62 @@
+"""Domains of search spaces: mistakes are named before anything starts, and a sweep knows its space again in another process."""
+
+import pytest
+from ray import tune
+
+from perceiver.config import UserError
+from tuning.spaces import check_space, described
+from tuning.sweep import check_values
+from tuning.sweeps import Sweep
+
+
+def checked(**domain):
+    return check_values(Sweep(preset="quickstart", space={name.replace("__", "."): value for name, value in domain.items()}))
+
+
+@pytest.mark.parametrize(
+    ("domain", "message"),
+    [
+        (tune.uniform(1e-2, 1e-4), r"optim\.lr of the sweep's space is a range from 0\.01 to 0\.0001 and must go from a lower"),
+        (tune.loguniform(1e-2, 1e-4), r"range from 0\.01 to 0\.0001"),
+        (tune.quniform(1.0, 0.5, 0.1), r"range from 1 to 0\.5"),
+        (tune.choice([]), r"optim\.lr of the sweep's space has no value to choose from"),
+        (tune.grid_search([]), r"optim\.lr of the sweep's space has no value to choose from"),
+        (1e-3, r"optim\.lr of the sweep's space is 0\.001 and must be tune\.uniform"),
+        ([1e-3], r"optim\.lr of the sweep's space is \[0\.001\] and must be tune\.uniform"),
+        ({"choice": [1e-3]}, r"optim\.lr of the sweep's space is a mapping and must be"),
+        (tune.uniform(-1.0, 1.0), r"optim\.lr.* -1"),
+        (tune.choice([1e-3, "fast"]), r"optim\.lr"),
+    ],
+)
+def test_domains_that_nothing_can_be_drawn_from_or_that_do_not_fit_are_named(domain, message):
+    with pytest.raises(UserError, match=message):
+        checked(optim__lr=domain)
+
+
+def test_ranges_of_whole_numbers_are_checked_at_both_ends():
+    checked(model__num_latents=tune.randint(8, 33))
+    with pytest.raises(UserError, match=r"range from 5 to 3"):
+        checked(model__num_latents=tune.randint(5, 3))
+    with pytest.raises(UserError, match=r"num-latents is 0"):
+        checked(model__num_latents=tune.randint(0, 3))
+
+
+def test_what_is_drawn_by_a_function_or_without_bounds_is_left_to_the_trials():
+    seen = []
+    check_space({"a": tune.sample_from(lambda config: 1), "b": tune.randn(0, 1)}, lambda *given: seen.append(given))
+    assert not seen
+
+
+def test_a_domain_is_described_without_an_address_in_memory():
+    def half(config):
+        return config["a"] / 2
+
+    def third(config):
+        return config["a"] / 3
+
+    made = [lambda: tune.sample_from(half), lambda: tune.quniform(0.0, 1.0, 0.1), lambda: tune.qloguniform(1e-3, 1e-1, 1e-3)]
+    for domain in made:
+        assert described(domain()) == described(domain()) and "0x" not in described(domain())
+    assert described(tune.sample_from(half)) != described(tune.sample_from(third))
+    assert described(tune.quniform(0.0, 1.0, 0.1)) != described(tune.quniform(0.0, 1.0, 0.2))
+    assert described(tune.uniform(0.0, 1.0)) == f"Float (0.0, 1.0) {tune.uniform(0.0, 1.0).sampler}"  # as sweeps of 0.1 have it
