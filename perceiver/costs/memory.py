@@ -13,6 +13,7 @@ Not counted: what the allocator loses to fragments, the device's context, the co
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -107,7 +108,7 @@ def units_of(model: nn.Module, shards: int) -> tuple[Unit, ...]:
     own = {id(parameter) for part in parts for parameter in part}
     parts.append([parameter for parameter in model.parameters() if id(parameter) not in own])
     # Shards are slices of the first dimension; those that do not divide evenly are padded.
-    sizes = [[(-(-p.shape[0] // shards) * shards * (p.numel() // p.shape[0]), p.requires_grad) for p in part] for part in parts]
+    sizes = [[(-(-p.shape[0] // shards) * shards * math.prod(p.shape[1:]), p.requires_grad) for p in part] for part in parts]
     return tuple(Unit(size=sum(n for n, _ in part), trained=sum(n for n, grad in part if grad)) for part in sizes)
 
 
