@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.bias import CausalBias, causal_lower_right
 
 from perceiver.models.dropout import drop
 from perceiver.models.factored_attention import FactoredInput, factored_attention
@@ -139,7 +138,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, causa
     Returns:
         (B, H, L, D of values).
     """
-    num_queries, num_keys = q.shape[2], k.shape[2]
+    num_queries, num_keys, masked = q.shape[2], k.shape[2], mask is not None
     if causal and num_queries == 1:
         causal = False
     elif causal and num_queries == num_keys and num_keys >= LONG_ENOUGH_TO_SPLIT and q.device.type == "cpu":
@@ -154,20 +153,20 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, causa
     if q.device.type != "cuda":
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
     scale, value_size = q.shape[-1] ** -0.5, v.shape[-1]
-    q, k, v = (pad_heads(t, size) for t, size in zip((q, k, v), head_sizes(q.shape[-1], value_size, mask), strict=True))
+    q, k, v = (pad_heads(t, size) for t, size in zip((q, k, v), head_sizes(q.shape[-1], value_size, masked), strict=True))
     with sdpa_kernel(GPU_KERNELS):
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale)
     return out[..., :value_size]
 
 
-def head_sizes(qk_size: int, value_size: int, mask: Tensor | None) -> tuple[int, int, int]:
+def head_sizes(qk_size: int, value_size: int, masked: bool) -> tuple[int, int, int]:
     """Channels of a head that GPU kernels are given for queries, keys and values.
 
     They want multiples of 8 (261 is none). The flash kernel, which takes no mask, wants one size of at most 256 for all three: filled up
     to it, heads of 32 and 160 channels take half the time (docs/performance.md).
     """
     sizes = tuple(-(-size // 8) * 8 for size in (qk_size, value_size))
-    flash = (mask is None or isinstance(mask, CausalBias)) and max(sizes) <= LARGEST_FLASH_HEAD
+    flash = not masked and max(sizes) <= LARGEST_FLASH_HEAD
     return (max(sizes),) * 3 if flash else (sizes[0], sizes[0], sizes[1])
 
 
@@ -181,6 +180,8 @@ def right_aligned(num_queries: int, num_keys: int, device: torch.device) -> Tens
     mask would go to kernels that are slower, and of which cuDNN's is planned anew for every length.
     """
     if device.type == "cuda":
+        from torch.nn.attention.bias import causal_lower_right  # here, as it loads the compiler: seconds, also where there is no GPU
+
         return causal_lower_right(num_queries, num_keys)
     return causal_mask(num_queries, num_keys, device)
 

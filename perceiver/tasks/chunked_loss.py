@@ -7,6 +7,7 @@ gradients of the size of the hidden states and of the matrix are kept. The compu
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from importlib.util import find_spec
 from typing import Any
@@ -72,7 +73,10 @@ def triton_is_there() -> bool:
     return find_spec("triton") is not None
 
 
-_fused_chunk = torch.compile(chunk_loss, dynamic=True)
+@lru_cache(maxsize=1)
+def fused_chunk_loss() -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """`chunk_loss`, compiled at its first call. Not when this module is imported: to load the compiler takes seconds."""
+    return torch.compile(chunk_loss, dynamic=True)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -96,7 +100,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             target = target.clamp(min=0)[:, None]
             scores = F.linear(part, weight, bias)
             if compiled := scores.device.type == "cuda" and not needs_bias and triton_is_there():
-                each[start : start + size], scores = _fused_chunk(scores, target, valid)
+                each[start : start + size], scores = fused_chunk_loss()(scores, target, valid)
             else:
                 scores = scores.float()
                 scores -= scores.amax(dim=-1, keepdim=True)

@@ -203,3 +203,10 @@ def test_the_completion_script_is_one_that_its_shell_reads(shell, capsys):
         pytest.skip(f"{shell} is not installed")
     assert main(["completion", shell]) == 0
     subprocess.run([program, "-n"], input=capsys.readouterr().out, text=True, check=True)
+
+
+def test_tasks_and_models_load_no_compiler():
+    """It takes seconds in every process of a training: it is loaded where something is compiled."""
+    code = "import sys, perceiver.tasks, perceiver.presets; print({'torch._dynamo', 'torch._inductor'} & sys.modules.keys() or 'none')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.strip() == "none"
