@@ -47,7 +47,7 @@ from perceiver.costs.flops import num_kept, training_flops
 from perceiver.costs.memory import step_memory
 from perceiver.generation.generate import generate
 from perceiver.generation.options import Sampling
-from perceiver.models import PerceiverARConfig, attention, build_model
+from perceiver.models import PerceiverARConfig, attend, build_model
 from perceiver.presets import PRESETS
 from perceiver.tasks import build_task, chunked_loss
 from perceiver.tasks.base import Batch
@@ -271,11 +271,11 @@ def attention_kernels(check: Check) -> None:
     def step(keys: int) -> None:
         q = torch.randn(batch, heads, latents, size, device=check.device, dtype=dtype, requires_grad=True)
         k, v = (torch.randn(batch, heads, keys, size, device=check.device, dtype=dtype, requires_grad=True) for _ in range(2))
-        attention.attend(q, k, v, causal=True).sum().backward()
+        attend.attend(q, k, v, causal=True).sum().backward()
 
     lengths = [latents + 7 * n + 1 for n in range(1, 4 if check.tiny else 30)]
-    for name, aligned in (("mask", attention.causal_mask), ("aligned", attention.right_aligned)):
-        with mock.patch.object(attention, "right_aligned", aligned):
+    for name, aligned in (("mask", attend.causal_mask), ("aligned", attend.right_aligned)):
+        with mock.patch.object(attend, "right_aligned", aligned):
             known = seconds(check.device, lambda: step(latents + latents // 2))
             new = statistics.median(seconds(check.device, lambda n=n: step(n), 1, 0) for n in lengths)
             again = statistics.median(seconds(check.device, lambda n=n: step(n), 1, 0) for n in lengths)
@@ -284,7 +284,7 @@ def attention_kernels(check: Check) -> None:
         check.add(f"{name}: the same lengths again", 1e3 * again, "ms", "new ones cost at most 10% more", new <= 1.1 * again)
     for name, kernels in (("flash", [SDPBackend.FLASH_ATTENTION]), ("cuDNN", [SDPBackend.CUDNN_ATTENTION])):
         if check.device.type == "cuda":
-            with mock.patch.object(attention, "GPU_KERNELS", kernels):
+            with mock.patch.object(attend, "GPU_KERNELS", kernels):
                 check.add(f"{name}: as many keys as queries", 1e3 * seconds(check.device, lambda: step(latents)), "ms")
     # Heads of unequal size: each filled up to a multiple of 8, or all to the same, which the flash kernel takes.
     for what, qk, values in (("masked text", 32, 160), ("MNIST", 131, 131)):
@@ -293,10 +293,10 @@ def attention_kernels(check: Check) -> None:
         def uneven(qk: int = qk, values: int = values, length: int = length) -> None:
             shapes = ((length // 8, qk), (length, qk), (length, values))
             q, k, v = (torch.randn(batch, 8, *shape, device=check.device, dtype=dtype, requires_grad=True) for shape in shapes)
-            attention.attend(q, k, v).sum().backward()
+            attend.attend(q, k, v).sum().backward()
 
-        for name, most in (("each", 0), ("the same", attention.LARGEST_FLASH_HEAD)):
-            with mock.patch.object(attention, "LARGEST_FLASH_HEAD", most):
+        for name, most in (("each", 0), ("the same", attend.LARGEST_FLASH_HEAD)):
+            with mock.patch.object(attend, "LARGEST_FLASH_HEAD", most):
                 check.add(f"heads of {qk} and {values} ({what}), {name}", 1e3 * seconds(check.device, uneven), "ms")
 
 
@@ -307,7 +307,7 @@ def clm_c4(check: Check) -> None:
     one = replace(base.parallel, workers=1, activation_checkpointing=1)
     recomputed = replace(base, parallel=one)
     plain = replace(base, parallel=replace(one, activation_checkpointing=0))
-    with mock.patch.object(attention, "right_aligned", attention.causal_mask):
+    with mock.patch.object(attend, "right_aligned", attend.causal_mask):
         report_step(check, "recomputing every layer, attention with a mask", recomputed, size, length)
     report_step(check, "recomputing every layer", recomputed, size, length)
     with mock.patch.object(chunked_loss, "triton_is_there", lambda: False):

@@ -15,7 +15,7 @@ from perceiver.data.examples import is_code
 from perceiver.data.manifest import MANIFEST, DamagedData, Manifest
 from perceiver.data.rows import KINDS, ArrayRows
 from perceiver.data.shards import broken_files, read_block
-from perceiver.data.sources import is_shipped, mixture_sources, source_label
+from perceiver.data.sources import is_path, is_shipped, mixture_sources, source_label
 from perceiver.data.storage import list_folder, open_folder
 from perceiver.data.tokenizers import TOKENIZER, load_tokenizer, tokenizer_is_there
 from perceiver.experiments import command_words
@@ -57,14 +57,15 @@ class Dataset:
 
     @classmethod
     def find_early(cls, experiment: Experiment) -> Dataset | None:
-        """The same before anything is held; None where the job itself prepares it, at once: shipped data, text that is streamed, and
-        what a function of the user's makes, where it is not prepared yet.
+        """The same before anything is held; None where the job itself prepares it, at once: shipped data, text that is streamed, and,
+        where they are not prepared yet, what a function of the user's makes and arrays and pictures in files.
 
         Raises:
             UserError: see `find`.
         """
         at_once = is_shipped(experiment.data.source) or experiment.data.prepare == "stream"
-        readable = is_code(experiment.data.source) or experiment.task.kind == ArrayRows.kind
+        source, rows = experiment.data.source, KINDS.get(experiment.task.kind)
+        readable = is_code(source) or (rows is not None and rows.prepared_by_training and is_path(source))
         if not at_once and not experiment.data.mixture and readable:
             at_once = MANIFEST not in list_folder(data_folder(experiment))
         return None if at_once else cls.find(experiment)

@@ -143,7 +143,9 @@ def training_curves(records: Sequence[Mapping[str, Any]], title: str, metric: st
             if best_step in values:
                 axes.plot(best_step, values[best_step], "*", color="C3", markersize=13, zorder=5)
         name = "loss" if "loss" in lines else metric.removeprefix("val_").replace("_", " ")
-        if far_apart([y for points in drawn.values() for _, y in points]):
+        values_drawn = [y for points in drawn.values() for _, y in points]
+        # Shares (accuracy, F1) are read as such: a logarithmic axis would hide what happens near 1.
+        if far_apart(values_drawn) and ("loss" in lines or max(values_drawn) > 1):
             log_scale(axes, "y")
             name += " (log scale)"
         frame(axes, y=name)
@@ -169,6 +171,7 @@ def confusion_matrix(counts: np.ndarray, names: Sequence[str]) -> Figure:
     few = num <= _MAX_CELL_TEXTS
     cell = max(32, 14 + 8 * text_width, 180 // num) if few else 14
     figure = new_figure(num * cell + 160 + 7 * longest, num * cell + 90 + 7 * longest)
+    figure.set_layout_engine("compressed")  # what is made for axes of a fixed shape: the other cuts the labels on the left
     axes = figure.subplots()
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     # Of many classes the few that are taken for another one should be seen without their counts.

@@ -145,7 +145,7 @@ def _share_of_a_node() -> float:
 
 
 def wait_for_growth(parallel: ParallelConfig, gpu: bool, trainings: int = 1) -> None:
-    """Asks the cluster's autoscaler for what the workers of so many trainings need and waits for it, at most parallel.wait_minutes."""
+    """Asks the cluster's autoscaler for what the workers of a number of trainings need and waits for it, at most parallel.wait_minutes."""
 
     def enough() -> bool:
         total = ray.cluster_resources()

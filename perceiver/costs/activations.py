@@ -2,7 +2,7 @@
 
 A layer keeps for its backward pass what its products, norms and activation need: input, normed input, queries, keys, values,
 attention's output, their sum, its norm, two hidden tensors of the MLP. Fused attention keeps no weights; where PyTorch has no fused
-kernel on CPUs, weights are kept (`attention.attend`). Used by `memory.py`; all counts are bytes of one micro-batch.
+kernel on CPUs, weights are kept (`attend.attend`). Used by `memory.py`; all counts are bytes of one micro-batch.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from perceiver.costs.flops import num_kept
 from perceiver.models import PerceiverARConfig, PerceiverIOConfig
-from perceiver.models.attention import LONG_ENOUGH_TO_SPLIT
+from perceiver.models.attend import LONG_ENOUGH_TO_SPLIT
 from perceiver.models.factored_attention import is_cheaper
 from perceiver.models.shapes import AttentionChannels
 

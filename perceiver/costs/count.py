@@ -34,7 +34,7 @@ from torch.utils.flop_counter import flop_registry
 from perceiver.config import UserError
 from perceiver.costs.activations import Call, Layout, Loss
 from perceiver.costs.memory import Unit, units_of
-from perceiver.models import attention
+from perceiver.models import attend
 
 Batch = dict[str, Tensor]
 SDPA = F.scaled_dot_product_attention
@@ -290,7 +290,7 @@ class _Watch(TorchDispatchMode):
 @contextmanager
 def _without_masks(cuda: bool) -> Iterator[None]:
     """On GPUs the kernel knows causality, of fewer queries than keys too, and no mask is made."""
-    with mock.patch.object(attention, "right_aligned", lambda *sizes: None) if cuda else nullcontext():
+    with mock.patch.object(attend, "right_aligned", lambda *sizes: None) if cuda else nullcontext():
         yield
 
 

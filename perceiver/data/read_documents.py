@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -196,18 +196,21 @@ def _read_csv(span: Span, columns: Columns, problems: Problems) -> Iterator[Docu
 
 
 def _rows_with_places(rows: Iterator[tuple[str, Any]], span: Span, columns: Columns, problems: Problems) -> Iterator[Documents]:
-    def texts() -> Iterator[tuple[str, int]]:
-        for place, row in rows:
+    placed = ((f"{span.file.name} {place}", row) for place, row in rows)
+    yield from _in_slabs(_texts(placed, columns, problems, ("wrong type", "is no JSON object")), columns)
 
-            def fault(reason: str, what: str, place: str = place) -> None:
-                problems.report(reason, f"{span.file.name} {place}: {what}")
 
-            if not isinstance(row, Mapping):
-                fault("wrong type", "is no JSON object")
-            elif (made := _text_of(row, columns, fault)) is not None:
-                yield made
+def _texts(rows: Iterable[tuple[str, Any]], columns: Columns, problems: Problems, no_mapping: tuple[str, str]) -> Iterator[tuple[str, int]]:
+    """Texts and labels of rows, each after its place; `no_mapping` is the fault of one that is no mapping."""
+    for place, row in rows:
 
-    yield from _in_slabs(texts(), columns)
+        def fault(reason: str, what: str, place: str = place) -> None:
+            problems.report(reason, f"{place}: {what}")
+
+        if not isinstance(row, Mapping):
+            fault(*no_mapping)
+        elif (made := _text_of(row, columns, fault)) is not None:
+            yield made
 
 
 def _in_slabs(rows: Iterator[tuple[str, int]], columns: Columns) -> Iterator[Documents]:
@@ -264,20 +267,13 @@ def _read_examples(span: Span, columns: Columns, problems: Problems) -> Iterator
     assert isinstance(part, ExamplePart)
     any_row = False
 
-    def texts() -> Iterator[tuple[str, int]]:
+    def rows() -> Iterator[tuple[str, Any]]:
         nonlocal any_row
         for number, example in enumerate(part.examples()):
             any_row = True
+            yield f"{part.place}, example {number:,}", example
 
-            def fault(reason: str, what: str, number: int = number) -> None:
-                problems.report(reason, f"{part.place}, example {number:,}: {what}")
-
-            if not isinstance(example, Mapping):
-                fault("no mapping", "is no mapping")
-            elif (made := _text_of(example, columns, fault)) is not None:
-                yield made
-
-    yield from _in_slabs(texts(), columns)
+    yield from _in_slabs(_texts(rows(), columns, problems, ("no mapping", "is no mapping")), columns)
     if not any_row:
         raise Unreadable("empty part", f"{part.place} yields no example")
 

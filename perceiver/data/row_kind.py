@@ -36,6 +36,8 @@ class RowKind(ABC):
     """What its rows are made from, in the plural."""
     new_rows: ClassVar[Literal["text", "image", "arrays"]] = "text"
     """What a row of new input holds, where a trained model is applied."""
+    prepared_by_training: ClassVar[bool] = False
+    """Whether a training (or a sweep) makes them of files by itself, where they are not made yet; else it names the command."""
     least_length: ClassVar[tuple[int, str]] = (1, "a row holds something")
     """Shortest input of a model that reads it, where the model sets the rows' length, and why."""
     added_ids: ClassVar[int] = 0

@@ -41,6 +41,7 @@ class ImageRows(_LongRows):
 
     kind = "images"
     has_labels = True
+    prepared_by_training = True
     made_from = "images"
     new_rows = "image"
     takes_code = False
@@ -150,6 +151,7 @@ class ArrayRows(RowKind):
     """
 
     kind = "arrays"
+    prepared_by_training = True
     made_from = "examples"
     new_rows = "arrays"
     formats = ("parquet", "jsonl")

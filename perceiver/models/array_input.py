@@ -38,7 +38,7 @@ class ArrayInput(InputConfig):
     num_frequency_bands: int = 16
     """Of fourier: bands per axis."""
     resolution: int = 32
-    """Of fourier and given coordinates: points along an axis that can be told apart."""
+    """Of fourier and given coordinates: points along an axis that differ in it."""
 
     def build(self) -> nn.Module:
         return ArrayAdapter(self)

@@ -37,7 +37,7 @@ class ArrayOutput(OutputConfig):
     num_frequency_bands: int = 16
     """Of grid and coordinates: Fourier bands per axis."""
     resolution: int = 32
-    """Of coordinates: points along an axis that can be told apart."""
+    """Of coordinates: points along an axis that differ in it."""
     num_query_channels: int = 64
     """Channels of the queries; those of the input where it is asked by itself."""
 

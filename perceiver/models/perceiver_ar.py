@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from perceiver.config import ModelConfig, UserError
+from perceiver.models.attend import causal_mask
 from perceiver.models.attention import (
     CrossAttentionLayer,
     KeyValueCache,
     SelfAttentionLayer,
     StaticKeyValueCache,
-    causal_mask,
 )
 from perceiver.models.checks import check_heads, check_sizes
 from perceiver.models.initialize import initialize, initialized

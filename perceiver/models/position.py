@@ -44,7 +44,7 @@ def coordinate_features(coordinates: Tensor, resolution: tuple[float, ...], num_
 
     Args:
         coordinates: (..., axes).
-        resolution: points along each axis that can be told apart.
+        resolution: points along each axis that have features of their own.
 
     Returns:
         (..., axes * (2 * num_bands + 1)); channels: the coordinates, then the sines of all axes, then the cosines.

@@ -42,7 +42,7 @@ def with_classes(experiment: Experiment) -> Experiment:
         return experiment
     data = experiment.data
     if not data.source or data.mixture:
-        raise UserError(f"{experiment.preset}: name the data whose classes are to be told apart, --data.source PATH")
+        raise UserError(f"{experiment.preset}: name the data with the classes, --data.source PATH")
     counts = label_counts(resolve(data, task.kind), data.label_column, "train")
     given = tuple(getattr(task, "class_names", None) or ())
     if missing := [name for name in given if name not in counts]:

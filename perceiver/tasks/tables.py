@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from perceiver.config import DataConfig, Experiment, ModelConfig, TaskConfig, UserError
+from perceiver.data.labels import MOST_CLASSES
 from perceiver.data.table_schema import TableSchema
 from perceiver.models import ClassOutput, PerceiverIOConfig, TableInput, ValueOutput
 from perceiver.models.table_input import text_of
@@ -20,9 +21,6 @@ from perceiver.tasks.table_classes import TableClassification, class_numbers
 from perceiver.tasks.table_labels import TableLabels
 from perceiver.tasks.table_numbers import TableRegression
 from perceiver.tasks.table_task import TableSettings, flat, input_of
-
-MAX_CLASSES = 10_000
-"""Classes that whole numbers are taken for at most."""
 
 
 class TablesConfig(TableSettings):
@@ -80,10 +78,10 @@ class TablesConfig(TableSettings):
         if schema.shape(name, "--task.targets") != ():
             raise UserError(f"--task.targets names {name!r}, which holds lists: task.loss classes takes one class a row")
         values = schema.distinct(name)
-        if not values or min(values) < 0 or max(values) >= MAX_CLASSES or any(value != int(value) for value in values):
+        if not values or min(values) < 0 or max(values) >= MOST_CLASSES or any(value != int(value) for value in values):
             found = f"{min(values):g} .. {max(values):g}" if values else "nothing"
             raise UserError(
-                f"--task.targets names {name!r} with {found}, and classes are whole numbers from 0 to {MAX_CLASSES - 1:,}: for a quantity "
+                f"--task.targets names {name!r} with {found}, and classes are whole numbers from 0 to {MOST_CLASSES - 1:,}: for a quantity "
                 "give --task.loss mse"
             )
         return replace(self, target_shapes=(text_of(()),)), int(max(values)) + 1

@@ -13,7 +13,7 @@ from PIL import Image
 from perceiver.config import UserError
 from perceiver.data.rows import fixed_array
 from perceiver.data.shards import read_block
-from perceiver.datasets import data_folder
+from perceiver.datasets import Dataset, data_folder
 from ray_jobs.cli import parse_experiment
 from ray_jobs.preprocess import prepare
 from tests.support.preparing import serially
@@ -206,3 +206,16 @@ def test_quantities_are_no_classes(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "a", "label": 3.7}\n{"text": "b", "label": 1}')
     with pytest.raises(UserError, match="label 3.7 in --data.label-column label, and classes are whole numbers or names: for quantities"):
         parse_experiment(["txt-clf", "--data.source", str(tmp_path / "a.jsonl")], "ray_jobs.preprocess")
+
+
+def test_a_training_prepares_pictures_in_files_by_itself_and_no_named_data_set(tmp_path, monkeypatch):
+    source = split_folder(tmp_path / "in")
+    serially(monkeypatch)
+    chosen = parse_experiment(["img-clf", "--data.source", str(source), "--data.root", str(tmp_path)], "ray_jobs.train")
+    assert Dataset.find_early(chosen) is None
+    manifest = prepare(chosen)
+    found = Dataset.find_early(chosen)
+    assert found is not None and found.manifest == manifest
+    named = parse_experiment(["img-clf-mnist", "--data.root", str(tmp_path)], "ray_jobs.train")
+    with pytest.raises(UserError, match="is not prepared: run `python -m ray_jobs.preprocess img-clf-mnist"):
+        Dataset.find_early(named)

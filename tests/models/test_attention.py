@@ -6,8 +6,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import CausalBias
 
-from perceiver.models import attention
-from perceiver.models.attention import LONG_ENOUGH_TO_SPLIT, KeyValueCache, attend, head_sizes, pad_heads
+from perceiver.models import attend as kernels
+from perceiver.models.attend import LONG_ENOUGH_TO_SPLIT, attend, head_sizes, pad_heads
+from perceiver.models.attention import KeyValueCache
 from perceiver.models.dropout import drop
 from perceiver.models.perceiver_ar import causal_padding_mask
 from perceiver.models.position import fourier_features, rotation, token_positions
@@ -147,10 +148,10 @@ def test_fourier_features_of_a_grid() -> None:
 
 
 def test_gpus_are_given_no_causal_mask_but_the_kernels_own_alignment() -> None:
-    bias = attention.right_aligned(3, 5, torch.device("cuda"))
+    bias = kernels.right_aligned(3, 5, torch.device("cuda"))
     assert isinstance(bias, CausalBias) and (bias.seq_len_q, bias.seq_len_kv) == (3, 5)
     assert bias._materialize().equal(right_aligned(3, 5))
-    assert attention.right_aligned(3, 5, torch.device("cpu")).equal(right_aligned(3, 5))
+    assert kernels.right_aligned(3, 5, torch.device("cpu")).equal(right_aligned(3, 5))
 
 
 @pytest.mark.parametrize(

@@ -91,3 +91,21 @@ def test_logarithmic_axes_have_few_short_numbers(low, high, expected):
     axes.figure.canvas.draw()
     labels = [label.get_text() for value, label in zip(axes.get_xticks(), axes.get_xticklabels(), strict=True) if low <= value <= high]
     assert labels == expected
+
+
+def test_shares_are_never_on_a_logarithmic_axis_and_other_metrics_that_are_far_apart_are():
+    values = [(1, 0.03), (2, 0.9), (3, 1.0)]
+    for metric, scale, factor in (("val_acc", "linear", 1), ("val_perplexity", "log", 100)):
+        records = [{"step": step, metric: factor * value} for step, value in values]
+        assert training_curves(records, "a run", metric).axes[1].get_yscale() == scale
+
+
+@pytest.mark.parametrize("names", ["0123456789", ["short", "a very long name of a class"]])
+def test_nothing_of_a_confusion_matrix_is_cut_off(names):
+    figure = confusion_matrix(np.eye(len(names), dtype=int), list(names))
+    pixels(figure)
+    width, height = figure.canvas.get_width_height()
+    for axes in figure.axes:
+        for text in (axes.title, axes.xaxis.label, axes.yaxis.label, *axes.get_xticklabels(), *axes.get_yticklabels()):
+            box = text.get_window_extent()
+            assert not text.get_text() or (0 <= box.x0 and box.x1 <= width and 0 <= box.y0 and box.y1 <= height), text
