@@ -14,6 +14,7 @@ import pyarrow.fs as pafs
 
 from perceiver.config import Experiment, UserError, digest
 from perceiver.data.files import InputFile
+from perceiver.data.labels import label_counts
 from perceiver.data.pieces import Piece, finished_pieces, make_piece
 from perceiver.data.preparation import Job, ShardPlan
 from perceiver.data.prepare import finished_shards, make_shard, plan_shards
@@ -45,19 +46,18 @@ def make_job(experiment: Experiment, settings: dict[str, Any], folder: str, fing
         UserError: images of a shape that the model does not take.
     """
     data, kind = experiment.data, settings["kind"]
-    task: Any = experiment.task
-    model: Any = experiment.model  # of tasks with labels both have classes, whatever their types
     rows, shape = KINDS[kind], None
     if rows.new_rows == "image":
         shape = _first_image_shape(source, skip=data.on_error == "skip")
         if data.image_size is not None or all(file.format in ("picture", "tar") for file in source.files):
             shape = stored_shape(experiment, shape)
         check_image_shape(experiment, shape)
+    num_classes, class_names = _classes(experiment, source) if rows.has_labels else (0, ())
     columns = Columns(
         text=data.text_column,
         label=data.label_column if rows.has_labels else None,
-        num_classes=model.output.num_classes if rows.has_labels else 0,
-        class_names=(task.class_names or ()) if rows.has_labels else (),
+        num_classes=num_classes,
+        class_names=class_names,
         image_shape=shape,
         fit_images=data.image_size is not None,
     )
@@ -97,6 +97,20 @@ def held(job: Job) -> Iterator[None]:
             yield
         finally:
             path.unlink(missing_ok=True)
+
+
+def _classes(experiment: Experiment, source: Source) -> tuple[int, tuple[str, ...]]:
+    """How many classes labels may name, and their names (none: labels are numbers).
+
+    Where the model has no classes the task does not look at labels (it draws pictures, say), and those of the files are taken as they are.
+    """
+    classes = getattr(getattr(experiment.model, "output", None), "num_classes", None)
+    if classes is not None:
+        return classes, getattr(experiment.task, "class_names", None) or ()
+    found = sorted(label_counts(source, experiment.data.label_column))
+    if all(label.isdecimal() for label in found):
+        return max(map(int, found), default=0) + 1, ()
+    return len(found), tuple(found)
 
 
 def _first_image_shape(source: Source, skip: bool) -> tuple[int, int, int]:

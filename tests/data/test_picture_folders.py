@@ -37,9 +37,9 @@ def split_folder(folder: Path) -> Path:
     return folder
 
 
-def prepared(tmp_path, source, monkeypatch, *words):
+def prepared(tmp_path, source, monkeypatch, *words, preset="img-clf"):
     serially(monkeypatch)
-    given = ["img-clf", "--data.source", str(source), "--data.root", str(tmp_path / "data"), *words]
+    given = [preset, "--data.source", str(source), "--data.root", str(tmp_path / "data"), *words]
     chosen = parse_experiment(given, "ray_jobs.preprocess")
     return chosen, prepare(chosen)
 
@@ -219,3 +219,13 @@ def test_a_training_prepares_pictures_in_files_by_itself_and_no_named_data_set(t
     named = parse_experiment(["img-clf-mnist", "--data.root", str(tmp_path)], "ray_jobs.train")
     with pytest.raises(UserError, match="is not prepared: run `python -m ray_jobs.preprocess img-clf-mnist"):
         Dataset.find_early(named)
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_task_without_classes_takes_pictures_with_whatever_labels_they_have(named, tmp_path, monkeypatch):
+    for label in ("red", "blue") if named else ("3", "11"):
+        for i in range(12):
+            picture(tmp_path / "in" / label / f"{i}.png", "red", i + 20 * len(label))
+    words = ["--task.image-shape", "8", "8", "3", "--model.max-seq-len", "192", "--model.max-latents", "64", "--data.val-fraction", "0.2"]
+    _, manifest = prepared(tmp_path, tmp_path / "in", monkeypatch, *words, preset="img-ar-imagenet64")
+    assert manifest.image_shape == (8, 8, 3) and manifest.splits["train"].rows + manifest.splits["val"].rows == 24
