@@ -47,7 +47,7 @@ from perceiver.data.text import mask_words, windows, word_ids
 from perceiver.data.tokenizers import MASK, ByteTokenizer, Tokenizer, load_tokenizer
 from perceiver.presets import PRESETS
 from perceiver.tasks import build_task
-from perceiver.training.batches import Feed, ReadAll, StreamFeed, make_feed, read_here
+from perceiver.training.batches import Loader, ReadAll, StreamLoader, make_loader, read_here
 
 REPEATS = 3
 MLM, CLM = (32, 2048), (24, 4096)
@@ -64,14 +64,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the results there as JSON")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        feeds: dict[str, Feed] = {}
+        loaders: dict[str, Loader] = {}
         texts = read_texts(args.source, args.megabytes) if args.source else made_up(args.megabytes)
-        results = [*arrays(texts), *preparation(texts, "bytes", Path(folder), feeds)]
+        results = [*arrays(texts), *preparation(texts, "bytes", Path(folder), loaders)]
         if args.tokenizer:
-            results += preparation(texts, args.tokenizer, Path(folder), feeds)
-        results += [pipeline(feed, read_here, how) for how, feed in feeds.items()]
+            results += preparation(texts, args.tokenizer, Path(folder), loaders)
+        results += [pipeline(loader, read_here, how) for how, loader in loaders.items()]
         if args.ray:
-            results += pipelines_with_ray(feeds)
+            results += pipelines_with_ray(loaders)
     size = sum(len(text.encode()) for text in texts) / 1e6
     print(f"{len(texts):,} documents, {size:.1f} MB; one core, through Ray Data {os.cpu_count()}\n")
     print(f"{'what':<58}{'ours':>12}{'other':>12}{'ratio':>8}  unit")
@@ -205,10 +205,10 @@ def loop_mask(batch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 # ---------------------------------------------------------------------------------------------------------- preparation
 
 
-def preparation(texts: list[str], tokenizer: str, folder: Path, feeds: dict[str, Feed]) -> list[dict]:
+def preparation(texts: list[str], tokenizer: str, folder: Path, loaders: dict[str, Loader]) -> list[dict]:
     """Both passes of the preparation on one core, against `datasets.map`; then reading what was prepared.
 
-    What was prepared is left in a folder of its own, and its feed for a worker of clm-c4 is added to `feeds`.
+    What was prepared is left in a folder of its own, and its loader for a worker of clm-c4 is added to `loaders`.
     """
     loaded = load_tokenizer(tokenizer)
     few = texts if isinstance(loaded, ByteTokenizer) else texts[: max(1, len(texts) // 4)]
@@ -235,8 +235,8 @@ def preparation(texts: list[str], tokenizer: str, folder: Path, feeds: dict[str,
     train = splits["train"].tokens / 1e6
     tokens = train + splits["val"].tokens / 1e6
     reading = best(lambda: read(job.folder, splits["train"]))
-    shards = worker_feed(job.folder, splits["train"])
-    feeds |= {f"shards of {name}": shards, f"text to {name}": streaming_feed(shards, job, list(files))}
+    shards = worker_loader(job.folder, splits["train"])
+    loaders |= {f"shards of {name}": shards, f"text to {name}": streaming_loader(shards, job, list(files))}
     return [
         row(f"preparation, {name} (other: datasets.map)", "MB/s", size, times),
         row(f"preparation, {name} (other: datasets.map)", "million tokens/s", tokens, times),
@@ -277,14 +277,14 @@ def read(folder: str, split: Split) -> None:
 # ------------------------------------------------------------------------------------------------------- input pipeline
 
 
-def worker_feed(folder: str, split: Split) -> Feed:
+def worker_loader(folder: str, split: Split) -> Loader:
     """What one of 8 workers of clm-c4 takes: 256 windows of a step."""
     experiment = PRESETS["clm-c4"]()
     experiment = replace(experiment, training=replace(experiment.training, global_batch_size=256))
-    return make_feed(build_task(experiment), folder, split, True, data=experiment.data, training=experiment.training)
+    return make_loader(build_task(experiment), folder, split, True, data=experiment.data, training=experiment.training)
 
 
-def streaming_feed(shards: Feed, job: Job, files: list[InputFile]) -> StreamFeed:
+def streaming_loader(shards: Loader, job: Job, files: list[InputFile]) -> StreamLoader:
     """The same from text; says how much of it is in no row."""
     sizes = [measure(file) for file in files]
     total = sum(size.bytes for size in sizes)
@@ -301,29 +301,29 @@ def streaming_feed(shards: Feed, job: Job, files: list[InputFile]) -> StreamFeed
     total_rows = rows * len(pieces)
     split = replace(shards.split, rows=total_rows, tokens=total_rows * job.row_length + 1, rows_per_block=rows, shards=())
     order = replace(shards.order, rows=total_rows, rows_per_block=rows, window_blocks=1)
-    return StreamFeed(**{**vars(shards), "split": split, "order": order}, chunks=chunks)
+    return StreamLoader(**{**vars(shards), "split": split, "order": order}, chunks=chunks)
 
 
 def pipeline(
-    feed: Feed, read_all: ReadAll, how: str, clock: Callable[[], float] = time.process_time, cores: int = 1, steps: int = 40
+    loader: Loader, read_all: ReadAll, how: str, clock: Callable[[], float] = time.process_time, cores: int = 1, steps: int = 40
 ) -> dict:
     """Tokens a second of all `cores` that come out as batches: the best of three runs of `steps` steps."""
     rates = []
     for _ in range(REPEATS):
         start, tokens = clock(), 0
-        for batches in feed.steps(read_all, 0, 1, 0, steps):
+        for batches in loader.steps(read_all, 0, 1, 0, steps):
             tokens += sum(batch["ids"].numel() for batch in batches)
         rates.append(tokens / (clock() - start) / 1e6)
     return {"what": f"input pipeline, {how}", "unit": "million tokens/s", "ours": max(rates), "other": None, "cores": cores}
 
 
-def pipelines_with_ray(feeds: dict[str, Feed]) -> list[dict]:
+def pipelines_with_ray(loaders: dict[str, Loader]) -> list[dict]:
     from ray_jobs.ingest import read_with_ray
     from ray_jobs.ray_env import connect
 
     cores = os.cpu_count() or 1
     with connect(ParallelConfig()):
-        return [pipeline(feed, read_with_ray, f"{how}, Ray Data", time.perf_counter, cores) for how, feed in feeds.items()]
+        return [pipeline(loader, read_with_ray, f"{how}, Ray Data", time.perf_counter, cores) for how, loader in loaders.items()]
 
 
 def demand(pipelines: list[dict], gpus: int = 8, cores: int = 96) -> str:

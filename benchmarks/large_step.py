@@ -30,14 +30,14 @@ from perceiver.data.manifest import Manifest
 from perceiver.datasets import Dataset, with_prepared_tokenizer, with_tokenizer
 from perceiver.runs import Run
 from perceiver.tasks import build_task
-from perceiver.training.batches import make_val_feeds, read_here
+from perceiver.training.batches import make_val_loaders, read_here
 from perceiver.training.callbacks import Callback
 from perceiver.training.checkpoint import load_state
 from perceiver.training.parallel import World, join_world
 from perceiver.training.run import Training, build_state, evaluate
 from ray_jobs.cli import main_entry, parse_experiment
+from ray_jobs.memory_check import layout_of, step_of
 from ray_jobs.preflight import check_experiment
-from ray_jobs.room import layout_of, step_of
 
 
 def peak_gib() -> float:
@@ -86,8 +86,8 @@ def load_worker(rank: int, port: int, config: dict[str, Any], data: str, folder:
     state = build_state(experiment, task, world)
     load_state(list_checkpoints(Path(folder) / "checkpoints")[-1].path, state)
     report(rank, world.size, f"loaded step {state.step} with its optimizer after {time.perf_counter() - start:.0f} s")
-    feeds = make_val_feeds(experiment, task, data, Manifest.load(data))
-    metrics, *_ = evaluate(task, state.model, feeds, world, read_here, experiment.run.val_batches)
+    loaders = make_val_loaders(experiment, task, data, Manifest.load(data))
+    metrics, *_ = evaluate(task, state.model, loaders, world, read_here, experiment.run.val_batches)
     report(rank, world.size, "validated")
     results.put(metrics["val_loss"])
 

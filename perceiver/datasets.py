@@ -179,7 +179,7 @@ def _settings(experiment: Experiment) -> dict[str, Any]:
         raise UserError("data.prepare is stream, which reads files alone: leave it out for a data.source that is code")
     if KINDS[kind].has_labels:
         settings |= _label_settings(experiment)
-    if kind == ArrayRows.kind:
+    if KINDS[kind].has_columns:
         return settings | {"columns": array_rows(experiment).to_json()}
     if not KINDS[kind].is_text and not KINDS[kind].is_stream:
         return settings

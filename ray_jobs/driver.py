@@ -19,11 +19,11 @@ from perceiver.data.manifest import Manifest
 from perceiver.datasets import with_prepared_tokenizer
 from perceiver.extensions import code_of
 from perceiver.runs import Run
-from perceiver.training.mirror import Mirror
+from perceiver.training.remote_copy import RemoteCopy
 from ray_jobs.cli import JobFailed
 from ray_jobs.messages import Messages
-from ray_jobs.network import Network
 from ray_jobs.preflight import Resources
+from ray_jobs.rendezvous import Network
 from ray_jobs.worker import evaluate_worker, train_worker
 
 
@@ -57,10 +57,10 @@ def train(
         TrainingFailed: workers failed too often.
         KeyboardInterrupt: it was ended at once.
     """
-    mirror = Mirror.of(experiment.run, trained.folder)
+    remote = RemoteCopy.of(experiment.run, trained.folder)
     trained.forget_failure()
-    if mirror is not None:
-        mirror.forget_failure()
+    if remote is not None:
+        remote.forget_failure()
     failed, interrupted = None, False
     try:
         interrupted = _fit(
@@ -68,8 +68,8 @@ def train(
         )
     except TrainingFailed as error:
         failed = error
-    if mirror is not None:
-        mirror.fetch(0)
+    if remote is not None:
+        remote.fetch(0)
     failure = trained.failure()
     if failure is not None:
         raise (UserError if failure["users"] else TrainingFailed)(failure["reason"]) from failed

@@ -19,7 +19,7 @@ from perceiver.tasks import build_task
 from perceiver.tasks.base import Baseline
 from perceiver.terminal import summary
 from perceiver.training.checkpoint_files import check_files
-from perceiver.training.mirror import find_run
+from perceiver.training.remote_copy import find_run
 from ray_jobs.cli import main_entry, override, program, refuse_empty
 from ray_jobs.logs import show_progress
 from ray_jobs.preflight import check_experiment, plan_resources

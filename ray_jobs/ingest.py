@@ -11,7 +11,7 @@ import pyarrow as pa
 import ray
 
 from perceiver.config import UserError
-from perceiver.training.batches import Feed
+from perceiver.training.batches import Loader
 from ray_jobs.shipping import Shipped
 
 DATA_CPUS = 0.5
@@ -29,7 +29,7 @@ class DataFault(UserError):
     """Data that could not be read: a damaged shard, or a fault in text that is streamed. One worker alone may meet it."""
 
 
-def read_with_ray(feed: Feed, units: Iterator[Any]) -> Iterator[pa.Table]:
+def read_with_ray(loader: Loader, units: Iterator[Any]) -> Iterator[pa.Table]:
     """The rows of `units`, in their order, read ahead by Ray Data tasks anywhere in the cluster.
 
     Raises:
@@ -37,24 +37,26 @@ def read_with_ray(feed: Feed, units: Iterator[Any]) -> Iterator[pa.Table]:
     """
     while chunk := list(islice(units, UNITS_PER_EXECUTION)):
         rows = sum(unit.num_rows for unit in chunk)
-        num_tasks = min(len(chunk), max(1, -(-rows * feed.row_bytes // TASK_BYTES)))
+        num_tasks = min(len(chunk), max(1, -(-rows * loader.row_bytes // TASK_BYTES)))
         context = ray.data.DataContext.get_current()
         context.execution_options.preserve_order = True
         context.enable_progress_bars = False
         context.print_on_execution_start = False
         plan = ray.data.from_items([dataclasses.asdict(unit) for unit in chunk], override_num_blocks=num_tasks)
-        tables = plan.map_batches(_read, fn_kwargs={"shipped": Shipped(feed)}, batch_size=None, batch_format="pyarrow", num_cpus=DATA_CPUS)
+        tables = plan.map_batches(
+            _read, fn_kwargs={"shipped": Shipped(loader)}, batch_size=None, batch_format="pyarrow", num_cpus=DATA_CPUS
+        )
         for table in tables.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2):
             if table.column_names == [_FAULT]:
                 raise DataFault(table[_FAULT][0].as_py())
             yield table
 
 
-def _read(items: pa.Table, shipped: Shipped[Feed]) -> Iterator[pa.Table]:
-    feed = shipped.value
+def _read(items: pa.Table, shipped: Shipped[Loader]) -> Iterator[pa.Table]:
+    loader = shipped.value
     for item in items.to_pylist():
         try:
-            yield feed.read(feed.unit_type(**item))
+            yield loader.read(loader.task_type(**item))
         except UserError as error:  # as data: Ray would wrap the exception in its own
             yield pa.table({_FAULT: [str(error)]})
             return

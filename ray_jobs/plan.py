@@ -20,8 +20,8 @@ from perceiver.tasks import build_task
 from perceiver.terminal import summary
 from perceiver.training.run import total_steps
 from ray_jobs.cli import main_entry, parse_experiment, program
+from ray_jobs.memory_check import largest, layout_of, share, step_of, usable
 from ray_jobs.preflight import check_experiment
-from ray_jobs.room import largest, layout_of, share, step_of, usable
 
 FACTORS = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"))
 
@@ -66,7 +66,7 @@ def make_plan(experiment: Experiment, device: Device, mfu: float) -> Plan:
     """
     task, layout, parallel = build_task(experiment), layout_of(experiment), experiment.parallel
     step, limit, batch = step_of(experiment), usable(device.memory), experiment.training.global_batch_size
-    unit, per_example = task.unit()
+    unit, per_example = task.throughput_unit()
     peak = {"bf16": device.bf16, "tf32": device.tf32_peak, "fp32": device.fp32}[experiment.training.precision]
     parts = step.units(1)
     return Plan(

@@ -10,15 +10,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-# Read by Ray when it is imported or its processes start: no second copy of workers' prints, one footer reader instead of 32.
-os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
-os.environ.setdefault("RAY_DATA_PARQUET_FOOTER_NUM_ACTORS", "1")
-os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+import ray
 
-import ray  # noqa: E402
+from perceiver.config import ParallelConfig, UserError
 
-from perceiver.config import ParallelConfig, UserError  # noqa: E402
-
+VARIABLES = {
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # no second copy of workers' prints
+    "RAY_DATA_PARQUET_FOOTER_NUM_ACTORS": "1",  # instead of 32 readers of footers
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+"""Environment of Ray's processes in a job, where the user has not set these."""
 PORT = "RAY_GCS_SERVER_PORT"
 """Read by Ray where it starts a cluster: the port of the cluster's address."""
 ADDRESS_PATIENCE = 5.0
@@ -44,7 +45,13 @@ def connect(parallel: ParallelConfig, dashboard: bool = False) -> Iterator[None]
         return
     address = parallel.address or os.environ.get("RAY_ADDRESS")
     quiet()
-    settings: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING, "runtime_env": {"env_vars": _python_path()}}
+    variables = {name: value for name, value in VARIABLES.items() if name not in os.environ}
+    os.environ.update(variables)
+    settings: dict[str, Any] = {
+        "log_to_driver": False,
+        "logging_level": logging.WARNING,
+        "runtime_env": {"env_vars": variables | _python_path()},
+    }
     if address:
         check_address(address)
         choose_authentication()

@@ -20,15 +20,15 @@ from perceiver.plots import png, training_curves
 from perceiver.runs import CHECKPOINTS, CURVE, EXPERIMENT, RECORD_FOLDERS, RECORDS, Run
 from perceiver.tasks import build_task
 from perceiver.tasks.base import Baseline
-from perceiver.training.batches import make_val_feeds
+from perceiver.training.batches import make_val_loaders
 from perceiver.training.init_from import Start, find_start
 from perceiver.training.meters import duration
-from perceiver.training.mirror import Mirror
+from perceiver.training.remote_copy import RemoteCopy
 from perceiver.training.run import save_experiment, total_steps
 from ray_jobs.cli import Interrupted, main_entry, parse_experiment
 from ray_jobs.logs import log_file, show_progress
+from ray_jobs.memory_check import check_memory, check_precision
 from ray_jobs.preflight import check_experiment, local_folder, plan_resources
-from ray_jobs.room import check_memory, check_precision
 
 logger = logging.getLogger("ray_jobs.train")  # which __name__ is not where it is run as a program
 
@@ -64,10 +64,10 @@ def run(
     experiment = with_tokenizer(experiment)
     check_experiment(experiment)
     trained = Run(local_folder("run.storage", experiment.run.storage_path) / experiment.run_name)
-    mirror = Mirror.of(experiment.run, trained.folder)
-    if mirror is not None:
-        mirror.check()
-        mirror.fetch(0)
+    remote = RemoteCopy.of(experiment.run, trained.folder)
+    if remote is not None:
+        remote.check()
+        remote.fetch(0)
     code = code_of(experiment)
     trained.check_code(code, allow_changed_code)
     finished = check_run(experiment, trained)
@@ -75,7 +75,7 @@ def run(
         logger.info(f"run {experiment.run_name} is finished: {_summary(finished, {})}")
         logger.info(f"evaluate it: python -m ray_jobs.evaluate {_place(experiment, trained)}; another training needs another --run.name")
         return finished
-    start = check_start(experiment, _checkpoints(trained, mirror))
+    start = check_start(experiment, _checkpoints(trained, remote))
     dataset = Dataset.find_early(experiment)
     if dataset is not None:
         check_validation(experiment, dataset.folder, dataset.manifest)
@@ -99,13 +99,13 @@ def run(
             warn_of_warmup(experiment, manifest)
             trained.save_code(code)
             save_experiment(trained, experiment, manifest, data_folder)
-            if mirror is not None:
-                mirror.send_records()
-            logger.info(f"run {experiment.run_name} in {trained.folder}" + (f", kept in {mirror.uri}" if mirror is not None else ""))
+            if remote is not None:
+                remote.send_records()
+            logger.info(f"run {experiment.run_name} in {trained.folder}" + (f", kept in {remote.uri}" if remote is not None else ""))
             if start is not None:
                 logger.info(f"{start} (names in {trained.start_file})")
             interrupted = driver.train(experiment, data_folder, trained, resources, on_report, stop_at)
-        checkpoints = _checkpoints(trained, mirror)
+        checkpoints = _checkpoints(trained, remote)
         result = trained.result()
         if result is None and interrupted:
             raise Interrupted(f"stopped at step {checkpoints[-1].step:,}, checkpoint saved; the same command continues")
@@ -115,8 +115,8 @@ def run(
         return result
 
 
-def _checkpoints(trained: Run, mirror: Mirror | None) -> list[CheckpointInfo]:
-    return (trained if mirror is None else mirror).checkpoints()
+def _checkpoints(trained: Run, remote: RemoteCopy | None) -> list[CheckpointInfo]:
+    return (trained if remote is None else remote).checkpoints()
 
 
 def check_run(experiment: Experiment, trained: Run) -> dict[str, float] | None:
@@ -179,8 +179,8 @@ def check_validation(experiment: Experiment, data_folder: str, manifest: Manifes
     Raises:
         UserError: there is none.
     """
-    for part, feed in make_val_feeds(experiment, build_task(experiment), data_folder, manifest):
-        split = feed.split
+    for part, loader in make_val_loaders(experiment, build_task(experiment), data_folder, manifest):
+        split = loader.split
         if split.rows < 1 or (split.stored.is_stream and split.tokens < 2):
             source = f" of {part.name}" if part.name else ""
             raise UserError(
@@ -233,8 +233,8 @@ def report(
 
 def _place(experiment: Experiment, trained: Run) -> str:
     """The run's folder, or the URI that it is kept at."""
-    mirror = Mirror.of(experiment.run, trained.folder)
-    return str(trained.folder) if mirror is None else mirror.uri
+    remote = RemoteCopy.of(experiment.run, trained.folder)
+    return str(trained.folder) if remote is None else remote.uri
 
 
 def _summary(metrics: dict[str, float], baselines: dict[str, Baseline]) -> str:

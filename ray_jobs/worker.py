@@ -21,20 +21,20 @@ from perceiver.datasets import preprocess_command
 from perceiver.extensions import Code
 from perceiver.runs import Run
 from perceiver.tasks import build_task
-from perceiver.training.batches import make_val_feeds
+from perceiver.training.batches import make_val_loaders
 from perceiver.training.callbacks import Callback
 from perceiver.training.checkpoint import load_model
 from perceiver.training.hooks import CallbackError
 from perceiver.training.loop import StepResult
-from perceiver.training.mirror import Mirror, fetch_run
 from perceiver.training.not_finite import NotFinite
 from perceiver.training.parallel import World, choose_arithmetic, join_world
+from perceiver.training.remote_copy import RemoteCopy, fetch_run
 from perceiver.training.run import Training, build_state, evaluate
-from ray_jobs.gauges import Gauges
 from ray_jobs.ingest import DATA_CPUS, DataFault, read_with_ray
 from ray_jobs.logs import send_progress
+from ray_jobs.memory_check import out_of_memory
 from ray_jobs.messages import SIGN_OF_LIFE
-from ray_jobs.room import out_of_memory
+from ray_jobs.metrics_export import MetricsExport
 from ray_jobs.watch import Steps, reporting
 
 logger = logging.getLogger(__name__)
@@ -47,18 +47,18 @@ DATA_PATIENCE = 600.0
 def train_worker(config: dict[str, Any]) -> None:
     Code(config["code"]).install()
     run = Run(Path(config["run_folder"]))
-    mirror = Mirror.of(from_dict(config["experiment"]).run, run.folder)
-    if mirror is not None:
-        mirror.fetch(0)
+    remote = RemoteCopy.of(from_dict(config["experiment"]).run, run.folder)
+    if remote is not None:
+        remote.fetch(0)
     if run.failure() is not None:
         return
     experiment, world = _enter(config)
     steps = Steps()
     with _reporting(config, world, steps):
-        _train(config, experiment, world, steps, run, mirror)
+        _train(config, experiment, world, steps, run, remote)
 
 
-def _train(config: dict[str, Any], experiment: Experiment, world: World, steps: Steps, run: Run, mirror: Mirror | None) -> None:
+def _train(config: dict[str, Any], experiment: Experiment, world: World, steps: Steps, run: Run, remote: RemoteCopy | None) -> None:
     data_folder, mailbox = config["data_folder"], config["messages"]
     try:
         training = Training(
@@ -69,32 +69,32 @@ def _train(config: dict[str, Any], experiment: Experiment, world: World, steps: 
             world,
             run.folder,
             read_with_ray,
-            [Reports(mailbox), Gauges(run.name), DataPatience(), Notice(), Interruption(mailbox), steps],
+            [Reports(mailbox), MetricsExport(run.name), DataPatience(), Notice(), Interruption(mailbox), steps],
             config["stop_at"],
         )
         training.run()
     except DataFault as error:
         # One worker alone may meet it, while the others wait for its part of a step: they are ended by its error, and the reason
         # that is noted ends the run when they start again.
-        _note_failure(run, mirror, True, _with_repair(error, experiment))
+        _note_failure(run, remote, True, _with_repair(error, experiment))
         raise
     except CallbackError as error:  # as above
-        _note_failure(run, mirror, True, str(error))
+        _note_failure(run, remote, True, str(error))
         raise
     except (NotFinite, UserError) as error:
         # Raised by all workers alike, and again at every restart: end the run instead of restarting it.
         if world.rank == 0:
-            _note_failure(run, mirror, True, str(error))
+            _note_failure(run, remote, True, str(error))
     except torch.OutOfMemoryError as error:
         # No failure of a machine: the next start would need as much.
-        _note_failure(run, mirror, True, f"worker {world.rank}: {out_of_memory(experiment, str(error))}")
+        _note_failure(run, remote, True, f"worker {world.rank}: {out_of_memory(experiment, str(error))}")
         raise
     except PROGRAM_FAULTS as error:
         if not dist.is_initialized():
             raise  # Ray has taken the group of workers down under this one, to start it again in another size
         # A restart would only raise it again; but maybe one worker alone raised it, and the others wait for that one.
         lines = traceback.format_exception(error)
-        _note_failure(run, mirror, False, f"worker {world.rank}:\n{''.join(lines)}")
+        _note_failure(run, remote, False, f"worker {world.rank}:\n{''.join(lines)}")
         raise
 
 
@@ -105,10 +105,10 @@ def _with_repair(error: DataFault, experiment: Experiment) -> str:
     return f"{error}: remove it and run `{preprocess_command(experiment)}`"
 
 
-def _note_failure(run: Run, mirror: Mirror | None, users: bool, reason: str) -> None:
+def _note_failure(run: Run, remote: RemoteCopy | None, users: bool, reason: str) -> None:
     run.save_failure(users, reason)
-    if mirror is not None:
-        mirror.send_failure()
+    if remote is not None:
+        remote.send_failure()
 
 
 def evaluate_worker(config: dict[str, Any]) -> None:
@@ -121,7 +121,7 @@ def evaluate_worker(config: dict[str, Any]) -> None:
 def _evaluate(config: dict[str, Any], experiment: Experiment, world: World) -> None:
     task = build_task(experiment)
     manifest = Manifest.load(config["data_folder"])
-    feeds = make_val_feeds(experiment, task, config["data_folder"], manifest)
+    loaders = make_val_loaders(experiment, task, config["data_folder"], manifest)
     model = build_state(experiment, task, world).model
     checkpoint = Path(config["checkpoint"])
     if config["origin"] is not None:  # this machine may not have it yet
@@ -131,7 +131,7 @@ def _evaluate(config: dict[str, Any], experiment: Experiment, world: World) -> N
         checkpoint = fetched.checkpoints_folder / checkpoint.name
     load_model(checkpoint, model)
     try:
-        metrics, sums, _ = evaluate(task, model, feeds, world, read_with_ray)
+        metrics, sums, _ = evaluate(task, model, loaders, world, read_with_ray)
     except DataFault as error:
         ray.get(config["messages"].put.remote({"fault": _with_repair(error, experiment)}))
         raise

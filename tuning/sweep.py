@@ -64,7 +64,7 @@ OPTIONS = {
 
 
 @dataclass(frozen=True)
-class Room:
+class Capacity:
     """How many trials run at once, and what each of their workers gets."""
 
     concurrent: int
@@ -131,13 +131,13 @@ def run_sweep(sweep: Sweep, folder: Path, concurrent: int | None = None) -> list
 
             prepare(base)
             dataset = Dataset.find(base)
-        room = plan_room(base, concurrent)
+        capacity = plan_capacity(base, concurrent)
         write_json(folder / SETTINGS, {**describe(sweep), "version": perceiver.__version__})
         steps = total_steps(base, dataset.manifest.splits["train"].rows)
         length = "" if sweep.points else f"; {steps:,} steps in a whole training"
-        logger.info(f"sweep of {sweep.size} trials in {folder}: {room.why}{length}")
+        logger.info(f"sweep of {sweep.size} trials in {folder}: {capacity.why}{length}")
         started = time.monotonic()
-        fit(sweep, folder, base, room, steps)
+        fit(sweep, folder, base, capacity, steps)
         trials = report.write(folder)
         if sum(trial["status"] != "running" for trial in trials) < sweep.size:
             raise KeyboardInterrupt  # Ray Tune has taken the signal, saved its state, and returned
@@ -202,7 +202,7 @@ def describe(sweep: Sweep) -> dict[str, Any]:
             "experiment": digest(identity), "overrides": shlex.join(sweep.overrides)}  # fmt: skip
 
 
-def plan_room(experiment: Experiment, concurrent: int | None) -> Room:
+def plan_capacity(experiment: Experiment, concurrent: int | None) -> Capacity:
     """How many trials fit into the cluster side by side, each with its workers and a data task.
 
     Raises:
@@ -231,13 +231,13 @@ def plan_room(experiment: Experiment, concurrent: int | None) -> Room:
         raise UserError(f"{sum_of}: {advice}")
     count = concurrent or fits
     threads = parallel.threads_per_worker or (None if gpu else max(1, cluster_cores() // (count * workers)))
-    return Room(count, share, threads, f"{count} at once ({sum_of})")
+    return Capacity(count, share, threads, f"{count} at once ({sum_of})")
 
 
-def fit(sweep: Sweep, folder: Path, base: Experiment, room: Room, steps: int) -> None:
+def fit(sweep: Sweep, folder: Path, base: Experiment, capacity: Capacity, steps: int) -> None:
     """Runs the trials with Ray Tune, or those that are not over yet."""
     examples = steps * base.training.global_batch_size
-    parallel = replace(base.parallel, cpus_per_worker=room.cpus_per_worker, threads_per_worker=room.threads_per_worker)
+    parallel = replace(base.parallel, cpus_per_worker=capacity.cpus_per_worker, threads_per_worker=capacity.threads_per_worker)
     settings = {
         "experiment": to_dict(replace(base, parallel=parallel)),
         "code": dict(code_of(base).files),
@@ -247,9 +247,9 @@ def fit(sweep: Sweep, folder: Path, base: Experiment, room: Room, steps: int) ->
         "trials": str(folder / TRIALS),
     }
     trainable = tune.with_resources(
-        tune.with_parameters(run_trial, settings=settings), tune.PlacementGroupFactory([slot(sweep, room.concurrent)])
+        tune.with_parameters(run_trial, settings=settings), tune.PlacementGroupFactory([slot(sweep, capacity.concurrent)])
     )
-    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(room.concurrent)
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(capacity.concurrent)
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     # The preset's values need not be in the space; a failed trial is one line of `Record`, its traceback in error.txt below `tune`.
     logging.getLogger("ray.tune.search.variant_generator").setLevel(logging.ERROR)
@@ -268,7 +268,7 @@ def fit(sweep: Sweep, folder: Path, base: Experiment, room: Room, steps: int) ->
                 metric=sweep.metric,
                 mode=sweep.mode,
                 scheduler=scheduler(sweep, examples, folder),
-                search_alg=search(sweep, room.concurrent),
+                search_alg=search(sweep, capacity.concurrent),
                 num_samples=1 if sweep.points else sweep.trials,
                 max_concurrent_trials=None,
             ),

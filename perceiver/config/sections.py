@@ -290,10 +290,10 @@ class RunConfig(Config):
     @property
     def storage_path(self) -> str:
         """The local folder of runs."""
-        return str(home() / "runs") if self.mirror_root or not self.storage else self.storage
+        return str(home() / "runs") if self.remote_root or not self.storage else self.storage
 
     @property
-    def mirror_root(self) -> str | None:
+    def remote_root(self) -> str | None:
         """The URI that runs are copied to; None: nowhere."""
         return self.storage if "://" in self.storage else None
 

@@ -212,7 +212,7 @@ class Manifest:
 
     def _wrong(self) -> str | None:
         """What cannot be in a manifest as it was written, of what reading relies on."""
-        if self.kind not in KINDS or (self.kind == ArrayRows.kind) != (self.columns is not None):
+        if self.kind not in KINDS or KINDS[self.kind].has_columns != (self.columns is not None):
             return f"it has rows of kind {self.kind!r}" + ("" if self.columns is None else " with columns")
         for part in self.mixture:
             if "/" in part["folder"] or part["folder"].startswith("."):

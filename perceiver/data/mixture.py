@@ -21,7 +21,7 @@ from functools import lru_cache
 import numpy as np
 import pyarrow as pa
 
-from perceiver.data.order import Order, Unit, plan, worker_slots
+from perceiver.data.order import Order, ReadTask, plan, worker_slots
 from perceiver.data.stream import Rows
 
 ROUND = 10_000
@@ -126,11 +126,11 @@ class Mixture:
 
 
 @dataclass(frozen=True)
-class MixtureUnit:
+class MixtureReadTask:
     """What one worker keeps of a part of a source's window: what one data task reads and sends as one run of rows."""
 
     source: int
-    unit: Unit
+    unit: ReadTask
     """The part of the window, all of its rows."""
     start: int
     """First row kept, by its number over all batches."""
@@ -145,7 +145,7 @@ class MixtureUnit:
 
     def __post_init__(self) -> None:
         if isinstance(self.unit, dict):  # as plain data, which is how plans travel to tasks
-            object.__setattr__(self, "unit", Unit(**self.unit))
+            object.__setattr__(self, "unit", ReadTask(**self.unit))
 
     def kept(self, mixture: Mixture) -> np.ndarray:
         """Which of the unit's positions are kept: bool."""
@@ -156,7 +156,7 @@ class MixtureUnit:
         return (numbers >= self.start) & (numbers < self.stop) & (slots >= self.low) & (slots < self.high)
 
 
-def mixture_plan(mixture: Mixture, rank: int, world: int, start_step: int, stop_step: int) -> Iterator[MixtureUnit]:
+def mixture_plan(mixture: Mixture, rank: int, world: int, start_step: int, stop_step: int) -> Iterator[MixtureReadTask]:
     """What worker `rank` of `world` has to read for the steps start_step .. stop_step - 1, in the order it is needed."""
     units = (_source_plan(mixture, source, rank, world, start_step, stop_step) for source in range(len(mixture.orders)))
     return (unit for _, unit in heapq.merge(*units, key=lambda found: found[0]))
@@ -164,7 +164,7 @@ def mixture_plan(mixture: Mixture, rank: int, world: int, start_step: int, stop_
 
 def _source_plan(
     mixture: Mixture, source: int, rank: int, world: int, start_step: int, stop_step: int
-) -> Iterator[tuple[int, MixtureUnit]]:
+) -> Iterator[tuple[int, MixtureReadTask]]:
     """The units of one source, each with a step before which nothing of it is needed; the steps ascend."""
     order, size = mixture.orders[source], mixture.global_batch_size
     start, stop = start_step * size, stop_step * size
@@ -177,12 +177,12 @@ def _source_plan(
         batches.append(epoch * order.steps_per_epoch + place // order.global_batch_size)
     low, high = worker_slots(size, rank, world)
     for unit in plan(order, 0, 1, batches[0], batches[1] + 1):
-        whole = MixtureUnit(source, unit, start, stop, low, high, 0)
+        whole = MixtureReadTask(source, unit, start, stop, low, high, 0)
         num_rows = int(np.count_nonzero(whole.kept(mixture)))
         if num_rows:
             epoch, batch = divmod(unit.step, order.steps_per_epoch)
             number = mixture.numbers(source, np.array([epoch * order.rows + batch * order.global_batch_size]))[0]
-            yield int(number) // size, MixtureUnit(source, unit, start, stop, low, high, num_rows)
+            yield int(number) // size, MixtureReadTask(source, unit, start, stop, low, high, num_rows)
 
 
 def mixture_batches(

@@ -88,7 +88,7 @@ class Order:
         return np.where(positions >= lane_rows * self.lanes, positions, np.where(offset < last, in_full, in_last))
 
     def queues(self, places: np.ndarray) -> np.ndarray:
-        """The queue (see `Unit.lane`) that the row at each place comes through: its lane, or `lanes` in the partial batch."""
+        """The queue (see `ReadTask.lane`) that the row at each place comes through: its lane, or `lanes` in the partial batch."""
         share = self.global_batch_size // self.lanes
         full = self.full_batches * self.global_batch_size
         return np.where(places < full, places % self.global_batch_size // share, self.lanes)
@@ -164,7 +164,7 @@ def _key(seed: int, epoch: int) -> list[int]:
 
 
 @dataclass(frozen=True)
-class Unit:
+class ReadTask:
     """Part of a window that one worker needs: what one data task reads and sends as one run of rows."""
 
     epoch: int
@@ -194,7 +194,7 @@ class Unit:
         return positions[(phase >= self.low) & (phase < self.high)]
 
 
-def _kept(offset: int, unit: Unit) -> int:
+def _kept(offset: int, unit: ReadTask) -> int:
     """How many of the lane's offsets 0 .. offset - 1 the unit's worker keeps."""
     whole, rest = divmod(offset, unit.share)
     return whole * (unit.high - unit.low) + min(max(rest - unit.low, 0), unit.high - unit.low)
@@ -206,7 +206,7 @@ def worker_slots(global_batch_size: int, rank: int, world: int) -> Range:
     return min(rank * share, global_batch_size), min((rank + 1) * share, global_batch_size)
 
 
-def plan(order: Order, rank: int, world: int, start_step: int, stop_step: int) -> Iterator[Unit]:
+def plan(order: Order, rank: int, world: int, start_step: int, stop_step: int) -> Iterator[ReadTask]:
     """What worker `rank` of `world` has to read for the steps start_step .. stop_step - 1, in the order it is needed."""
     step = start_step
     while step < stop_step:
@@ -216,7 +216,7 @@ def plan(order: Order, rank: int, world: int, start_step: int, stop_step: int) -
         step += steps
 
 
-def _epoch_plan(order: Order, epoch: int, start: int, stop: int, slots: Range) -> list[Unit]:
+def _epoch_plan(order: Order, epoch: int, start: int, stop: int, slots: Range) -> list[ReadTask]:
     """The units of one epoch's batches start .. stop - 1 for the slots [slots[0], slots[1]) of each batch."""
     first_step = epoch * order.steps_per_epoch
     share = order.global_batch_size // order.lanes
@@ -229,16 +229,16 @@ def _epoch_plan(order: Order, epoch: int, start: int, stop: int, slots: Range) -
             continue
         base = lane * lane_rows
         for window, first, last in order.windows(epoch, base + start * share, base + full_stop * share):
-            unit = Unit(epoch, window, first, last, base, share, low, high, lane, 0)
+            unit = ReadTask(epoch, window, first, last, base, share, low, high, lane, 0)
             if unit.num_rows:
                 step = (int(unit.kept()[0]) - base) // share
-                units.append(Unit(epoch, window, first, last, base, share, low, high, lane, first_step + step))
+                units.append(ReadTask(epoch, window, first, last, base, share, low, high, lane, first_step + step))
     units.sort(key=lambda unit: (unit.step, unit.lane))
     if stop > order.full_batches:
         for first, last in _cut(order.batch_ranges(order.full_batches), slots):
             for window, low, high in order.windows(epoch, first, last):
                 size = high - low
-                units.append(Unit(epoch, window, low, high, low, size, 0, size, order.lanes, first_step + order.full_batches))
+                units.append(ReadTask(epoch, window, low, high, low, size, 0, size, order.lanes, first_step + order.full_batches))
     return units
 
 

@@ -48,6 +48,8 @@ class RowKind(ABC):
     """It can be made from examples that a function of the user's yields."""
     takes_unlabelled: ClassVar[bool] = False
     """A source's files without labels are its training split, where there are such."""
+    has_columns: ClassVar[bool] = False
+    """Which columns its rows have says the task (`TaskConfig.rows`), so that rows can be made up to try it on."""
     has_split_tables: ClassVar[bool] = False
     """A table beside the files may say which file is of which split."""
 

@@ -152,6 +152,7 @@ class ArrayRows(RowKind):
 
     kind = "arrays"
     prepared_by_training = True
+    has_columns = True
     made_from = "examples"
     new_rows = "arrays"
     formats = ("parquet", "jsonl")

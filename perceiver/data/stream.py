@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from perceiver.data.manifest import Split
-from perceiver.data.order import Order, Unit, plan, rank_rows
+from perceiver.data.order import Order, ReadTask, plan, rank_rows
 from perceiver.data.shards import read_block
 
 Examples = Callable[[pa.Table, Split, int, int, bool], pa.Table]
@@ -20,7 +20,7 @@ def read_unit(
     folder: str,
     split: Split,
     order: Order,
-    unit: Unit,
+    unit: ReadTask,
     examples: Examples,
     train: bool,
     read: Callable[[str, Split, int], pa.Table] = read_block,

@@ -29,7 +29,7 @@ from perceiver.models import build_model
 from perceiver.runs import Run
 from perceiver.training.checkpoint import load_model
 from perceiver.training.checkpoint_files import check_files
-from perceiver.training.mirror import find_run
+from perceiver.training.remote_copy import find_run
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

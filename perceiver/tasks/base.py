@@ -195,7 +195,7 @@ class Task(ABC, Generic[C, M]):
             found[f"val_{name}"] = Baseline(metrics[name], means if same else "guessing so in each data set")
         return found
 
-    def unit(self) -> tuple[str, int]:
+    def throughput_unit(self) -> tuple[str, int]:
         """What throughput is counted in and how many of it an example holds, e.g. ("tokens", 4096)."""
         return "examples", 1
 

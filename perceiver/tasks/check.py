@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from perceiver.config import Experiment, UserError
+from perceiver.data.row_kind import KINDS
 from perceiver.extensions import place_of
 from perceiver.models import build_model
 from perceiver.tasks.base import IGNORE_INDEX, Batch, Sample, Task, dummy_split
@@ -42,7 +43,7 @@ def check_task(experiment: Experiment, rows: pa.Table | None = None) -> None:
     model = _check_model(experiment)
     _check_optimizer(experiment, model)
     if rows is None:
-        if experiment.task.kind != "arrays":
+        if not _names_columns(task):
             return
         rows = _random_rows(task)
     rows = rows.slice(0, 2)
@@ -165,7 +166,7 @@ def _batch(task: Task[Any, Any], rows: pa.Table, size: int) -> Batch:
 
 
 def _split(task: Task[Any, Any], size: int) -> Any:
-    return dummy_split(task.rows, size) if task.config.kind == "arrays" else None
+    return dummy_split(task.rows, size) if _names_columns(task) else None
 
 
 def _targets(task: Task[Any, Any], batch: Batch) -> int:
@@ -236,7 +237,7 @@ def _check_samples(task: Task[Any, Any], model: nn.Module, batch: Batch, rows: p
 
 
 def _check_predict(task: Task[Any, Any], model: nn.Module, rows: pa.Table) -> None:
-    if type(task).predict is Task.predict or task.config.kind != "arrays":
+    if type(task).predict is Task.predict or not _names_columns(task):
         return
     with torch.no_grad():
         result = _call(task, "predict", model, _batch(task, rows, 2))
@@ -270,6 +271,11 @@ def _shapes(args: tuple[Any, ...]) -> str:
 
 def _shape(value: Any) -> str:
     return f"a tensor of shape {tuple(value.shape)} and type {value.dtype}" if isinstance(value, Tensor) else f"a {_name(value)}"
+
+
+def _names_columns(task: Task[Any, Any]) -> bool:
+    kind = KINDS.get(task.config.kind)
+    return kind is not None and kind.has_columns
 
 
 def _name(value: Any) -> str:

@@ -165,7 +165,7 @@ class MaskedLM(Task[MaskedLMConfig, PerceiverIOConfig]):
         """Of the whole text, not of the masked words alone. How often the most frequent token is right is not on record."""
         return unigram_guess(manifest, ("loss", "bits_per_byte"), correct=math.nan)
 
-    def unit(self) -> tuple[str, int]:
+    def throughput_unit(self) -> tuple[str, int]:
         return "tokens", self._input.max_seq_len
 
     def step_sizes(self) -> StepSizes:

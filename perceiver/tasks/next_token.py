@@ -64,7 +64,7 @@ class Autoregressive(Task[A, PerceiverARConfig]):
         loss, each = chunked_cross_entropy(hidden, weight, bias, labels)
         return loss, loss_of_sources(each, batch)
 
-    def unit(self) -> tuple[str, int]:
+    def throughput_unit(self) -> tuple[str, int]:
         return "tokens", self._mean_length
 
     def step_sizes(self) -> StepSizes:

@@ -125,7 +125,7 @@ class SymbolicAudio(NextToken[SymbolicAudioConfig]):
         guess = unigram_guess(manifest, tuple(self.metric_directions))
         return guess and replace(guess, means=dict.fromkeys(guess.means, "guessing by the frequencies of single events"))
 
-    def unit(self) -> tuple[str, int]:
+    def throughput_unit(self) -> tuple[str, int]:
         return "events", self._mean_length
 
     def _heads(self, rows: pa.Table) -> np.ndarray:

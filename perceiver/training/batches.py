@@ -19,8 +19,8 @@ from perceiver.config import DataConfig, Experiment, TrainingConfig
 from perceiver.data.chunks import Chunks, no_tokens, open_chunks
 from perceiver.data.components import Component, components
 from perceiver.data.manifest import Manifest, Split
-from perceiver.data.mixture import Mixture, MixtureUnit, mixture_batches, mixture_plan
-from perceiver.data.order import VALIDATION_SEED, Order, Unit, plan, worker_slots
+from perceiver.data.mixture import Mixture, MixtureReadTask, mixture_batches, mixture_plan
+from perceiver.data.order import VALIDATION_SEED, Order, ReadTask, plan, worker_slots
 from perceiver.data.sources import mixture_sources
 from perceiver.data.stream import empty_rows, rank_batches, read_unit
 
@@ -31,7 +31,7 @@ Batch = dict[str, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Feed(ABC):
+class Loader(ABC):
     """Prepared data in one order, for one task."""
 
     task: Task
@@ -42,7 +42,7 @@ class Feed(ABC):
     micro_batch_size: int | None
     """Most examples of a micro-batch."""
 
-    unit_type: ClassVar[type[Any]]
+    task_type: ClassVar[type[Any]]
     """The class of the units of its reading plan."""
 
     @abstractmethod
@@ -88,17 +88,17 @@ class Feed(ABC):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SplitFeed(Feed):
+class SplitLoader(Loader):
     """One split of a prepared data set."""
 
     order: Order
 
-    unit_type = Unit
+    task_type = ReadTask
 
-    def read(self, unit: Unit) -> pa.Table:
+    def read(self, unit: ReadTask) -> pa.Table:
         return read_unit(self.folder, self.split, self.order, unit, self.task.examples, self.train)
 
-    def plan(self, rank: int, world: int, start: int, stop: int) -> Iterator[Unit]:
+    def plan(self, rank: int, world: int, start: int, stop: int) -> Iterator[ReadTask]:
         return plan(self.order, rank, world, start, stop)
 
     def batches(self, rank: int, world: int, start: int, stop: int, tables: Iterable[pa.Table]) -> Iterator[pa.Table | None]:
@@ -114,12 +114,12 @@ class SplitFeed(Feed):
 
 
 @dataclass(frozen=True, kw_only=True)
-class StreamFeed(SplitFeed):
+class StreamLoader(SplitLoader):
     """A training split whose rows are made from text when they are read."""
 
     chunks: Chunks
 
-    def read(self, unit: Unit) -> pa.Table:
+    def read(self, unit: ReadTask) -> pa.Table:
         return read_unit(self.folder, self.split, self.order, unit, self.task.examples, self.train, self.chunks.read)
 
     def empty_rows(self) -> pa.Table:
@@ -132,58 +132,60 @@ class StreamFeed(SplitFeed):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MixtureFeed(Feed):
-    """The training splits of several data sets, mixed. `split` counts all of them together; its rows lie in `feeds`.
+class MixtureLoader(Loader):
+    """The training splits of several data sets, mixed. `split` counts all of them together; its rows lie in `loaders`.
 
     Batches have "sources" besides, (B, data sets) bool: which one an example is from (padding: none).
     """
 
     order: Mixture
-    feeds: tuple[SplitFeed, ...]
+    loaders: tuple[SplitLoader, ...]
 
-    unit_type = MixtureUnit
+    task_type = MixtureReadTask
 
-    def read(self, unit: MixtureUnit) -> pa.Table:
-        rows = self.feeds[unit.source].read(unit.unit)
+    def read(self, unit: MixtureReadTask) -> pa.Table:
+        rows = self.loaders[unit.source].read(unit.unit)
         rows = rows.filter(pa.array(unit.kept(self.order)))
         return rows.append_column("source", pa.array(np.full(rows.num_rows, unit.source)))
 
-    def plan(self, rank: int, world: int, start: int, stop: int) -> Iterator[MixtureUnit]:
+    def plan(self, rank: int, world: int, start: int, stop: int) -> Iterator[MixtureReadTask]:
         return mixture_plan(self.order, rank, world, start, stop)
 
     def batches(self, rank: int, world: int, start: int, stop: int, tables: Iterable[pa.Table]) -> Iterator[pa.Table | None]:
         return mixture_batches(self.order, rank, world, start, stop, tables)
 
     def empty_rows(self) -> pa.Table:
-        return self.feeds[0].empty_rows().append_column("source", pa.array([], pa.int64()))
+        return self.loaders[0].empty_rows().append_column("source", pa.array([], pa.int64()))
 
     def collate(self, rows: pa.Table, size: int, step: int) -> Batch:
-        sources = np.zeros((size, len(self.feeds)), bool)
+        sources = np.zeros((size, len(self.loaders)), bool)
         sources[np.arange(rows.num_rows), rows["source"].to_numpy()] = True
         return {**super().collate(rows, size, step), "sources": torch.from_numpy(sources)}
 
     @property
     def row_bytes(self) -> int:
-        return max(feed.row_bytes for feed in self.feeds)
+        return max(loader.row_bytes for loader in self.loaders)
 
 
-ReadAll = Callable[[Feed, Iterator[Any]], Iterable[pa.Table]]
-"""Runs a feed's reads and gives their rows in order: in this process (`read_here`), or as Ray Data tasks."""
+ReadAll = Callable[[Loader, Iterator[Any]], Iterable[pa.Table]]
+"""Runs a loader's reads and gives their rows in order: in this process (`read_here`), or as Ray Data tasks."""
 
 
-def read_here(feed: Feed, units: Iterator[Any]) -> Iterator[pa.Table]:
+def read_here(loader: Loader, units: Iterator[Any]) -> Iterator[pa.Table]:
     """Reads the units in this process, one when it is asked for."""
-    return map(feed.read, units)
+    return map(loader.read, units)
 
 
-def make_feed(
+def make_loader(
     task: Task, folder: str, split: Split, train: bool, *, data: DataConfig, training: TrainingConfig, micro_batch_size: int | None = None
-) -> SplitFeed:
-    """The feed of the training or validation split of one prepared data set."""
-    return _feed(task, folder, split, train, data, training.seed, training.global_batch_size, data.shuffle_window_blocks, micro_batch_size)
+) -> SplitLoader:
+    """The loader of the training or validation split of one prepared data set."""
+    return _make_loader(
+        task, folder, split, train, data, training.seed, training.global_batch_size, data.shuffle_window_blocks, micro_batch_size
+    )
 
 
-def _feed(
+def _make_loader(
     task: Task,
     folder: str,
     split: Split,
@@ -193,7 +195,7 @@ def _feed(
     global_batch_size: int,
     window_blocks: int,
     micro_batch_size: int | None,
-) -> SplitFeed:
+) -> SplitLoader:
     order = Order(
         rows=split.rows,
         rows_per_block=split.rows_per_block,
@@ -202,11 +204,11 @@ def _feed(
         max_lanes=data.lanes,
         seed=seed if train else VALIDATION_SEED,
     )
-    return SplitFeed(task=task, folder=folder, split=split, order=order, train=train, micro_batch_size=micro_batch_size)
+    return SplitLoader(task=task, folder=folder, split=split, order=order, train=train, micro_batch_size=micro_batch_size)
 
 
-def make_train_feed(experiment: Experiment, task: Task, folder: str, manifest: Manifest) -> Feed:
-    """The feed of an experiment's training data: of one data set, or of the mixture that the manifest names.
+def make_train_loader(experiment: Experiment, task: Task, folder: str, manifest: Manifest) -> Loader:
+    """The loader of an experiment's training data: of one data set, or of the mixture that the manifest names.
 
     Raises:
         UserError: files that are streamed have changed.
@@ -214,38 +216,38 @@ def make_train_feed(experiment: Experiment, task: Task, folder: str, manifest: M
     parts, data, training = components(folder, manifest), experiment.data, experiment.training
     most = experiment.parallel.micro_batch_size
     if not manifest.mixture:
-        return _part_feed(task, parts[0], data.source, data, training, most)
+        return _part_loader(task, parts[0], data.source, data, training, most)
     sources = {source.name: source.source for source in mixture_sources(data)}
-    feeds = tuple(_part_feed(task, part, sources[part.name], data, training, most) for part in parts)
+    loaders = tuple(_part_loader(task, part, sources[part.name], data, training, most) for part in parts)
     order = Mixture(
-        orders=tuple(feed.order for feed in feeds),
+        orders=tuple(loader.order for loader in loaders),
         shares=tuple(part.share for part in parts),
         global_batch_size=training.global_batch_size,
     )
-    return MixtureFeed(
-        task=task, folder=folder, split=manifest.splits["train"], order=order, train=True, micro_batch_size=most, feeds=feeds,
+    return MixtureLoader(
+        task=task, folder=folder, split=manifest.splits["train"], order=order, train=True, micro_batch_size=most, loaders=loaders,
     )  # fmt: skip
 
 
-def _part_feed(
+def _part_loader(
     task: Task, part: Component, source: str, data: DataConfig, training: TrainingConfig, micro_batch_size: int | None
-) -> SplitFeed:
-    """The feed of one data set of training data; of a mixture's in an order that takes a row of each lane in turn."""
+) -> SplitLoader:
+    """The loader of one data set of training data; of a mixture's in an order that takes a row of each lane in turn."""
     split, stream = part.manifest.splits["train"], part.manifest.stream
     # A chunk is as large as a window of blocks.
     window_blocks = 1 if stream else data.shuffle_window_blocks
     size = training.global_batch_size
     if part.name:
         size = max(1, min(data.lanes, -(-split.num_blocks // window_blocks)))
-    feed = _feed(task, part.folder, split, True, data, training.seed, size, window_blocks, micro_batch_size)
-    return StreamFeed(**vars(feed), chunks=open_chunks(data, source, part.manifest)) if stream else feed
+    loader = _make_loader(task, part.folder, split, True, data, training.seed, size, window_blocks, micro_batch_size)
+    return StreamLoader(**vars(loader), chunks=open_chunks(data, source, part.manifest)) if stream else loader
 
 
-def make_val_feeds(experiment: Experiment, task: Task, folder: str, manifest: Manifest) -> list[tuple[Component, Feed]]:
-    """The feeds of an experiment's validation data: one, or one of each data set of a mixture."""
+def make_val_loaders(experiment: Experiment, task: Task, folder: str, manifest: Manifest) -> list[tuple[Component, Loader]]:
+    """The loaders of an experiment's validation data: one, or one of each data set of a mixture."""
     data, training, most = experiment.data, experiment.training, experiment.parallel.micro_batch_size
     return [
-        (part, make_feed(task, part.folder, part.manifest.splits["val"], False, data=data, training=training, micro_batch_size=most))
+        (part, make_loader(task, part.folder, part.manifest.splits["val"], False, data=data, training=training, micro_batch_size=most))
         for part in components(folder, manifest)
     ]
 

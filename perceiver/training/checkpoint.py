@@ -51,7 +51,7 @@ from perceiver.data.storage import write_file
 from perceiver.disk import to_disk
 from perceiver.training.checkpoint_files import ShardWriter, cause, check_files, find_damage, read_tensors
 from perceiver.training.hooks import STATES, pack
-from perceiver.training.mirror import Mirror
+from perceiver.training.remote_copy import RemoteCopy
 from perceiver.training.safetensors_file import write_safetensors
 
 logger = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ class Checkpointer:
     """Saves checkpoints of a run asynchronously and keeps the newest few and the best.
 
     Training is blocked while the state is copied; files are written by threads over a process group of their own.
-    `blocked_seconds` adds up the time that training waited. With a mirror each worker copies its shards there, in the same thread,
+    `blocked_seconds` adds up the time that training waited. With a remote copy each worker sends its shards there, in the same thread,
     and a checkpoint counts when all have.
 
     Args:
@@ -85,7 +85,7 @@ class Checkpointer:
         best_metric: str,
         higher_is_better: Callable[[str], bool],
         rank: int,
-        mirror: Mirror | None = None,
+        remote: RemoteCopy | None = None,
         completed: Callable[[int, Path], None] = lambda step, path: None,
     ) -> None:
         self.completed = completed
@@ -94,7 +94,7 @@ class Checkpointer:
         self.best_metric = best_metric
         self.higher_is_better = higher_is_better
         self.rank = rank
-        self.mirror = mirror
+        self.remote = remote
         self.blocked_seconds = 0.0
         self._copies = ThreadPoolExecutor(1, "checkpoint")
         self._group = dist.new_group(backend="gloo")
@@ -109,8 +109,8 @@ class Checkpointer:
         is loaded and there is none before it, the state is undefined.
         """
         while True:
-            if self.mirror is not None:
-                self.mirror.fetch()
+            if self.remote is not None:
+                self.remote.fetch()
             name = self._first_of_all(self._newest() if self.rank == 0 else None)
             if name is None:
                 return None
@@ -175,7 +175,7 @@ class Checkpointer:
         self.completed(checkpoint.step, checkpoint.path)
 
     def _end(self, written: Any, writer: ShardWriter, checkpoint: CheckpointInfo, more: dict[str, Any] | None) -> CheckpointInfo:
-        """Makes a checkpoint count when all workers have written (and, with a mirror, copied) their files."""
+        """Makes a checkpoint count when all workers have written (and, with a remote copy, copied there) their files."""
         try:
             written.result()
         except CheckpointException as error:
@@ -187,38 +187,38 @@ class Checkpointer:
         dist.all_gather_object(parts, writer.files, self._group)
         checkpoint = replace(checkpoint, files={name: part[name] for part in parts for name in sorted(part)})
         marker = marker_content(checkpoint)
-        if self.mirror is not None:
-            self.mirror.send_shards(checkpoint.path.name, writer.files)
+        if self.remote is not None:
+            self.remote.send_shards(checkpoint.path.name, writer.files)
             dist.barrier(self._group)
             if self.rank == 0:
-                self.mirror.complete(checkpoint.path.name, marker)
-                self.mirror.send_records()
-                for old in self._superfluous(self.mirror.checkpoints()):
-                    self.mirror.remove(old.path.name)
-        if self.rank == 0 or self.mirror is not None:
+                self.remote.complete(checkpoint.path.name, marker)
+                self.remote.send_records()
+                for old in self._superfluous(self.remote.checkpoints()):
+                    self.remote.remove(old.path.name)
+        if self.rank == 0 or self.remote is not None:
             write_file(checkpoint.path, MARKER, marker)
             self._prune()
         dist.barrier(self._group)
         return checkpoint
 
     def _prune(self) -> None:
-        """Removes what is neither among the newest nor the best. With a mirror each worker does so: its folder may be its own."""
+        """Removes what is neither among the newest nor the best. With a remote copy each worker does so: its folder may be its own."""
         for checkpoint in self._superfluous(list_checkpoints(self.folder)):
             # Another worker of the same folder may be at it too.
             (checkpoint.path / MARKER).unlink(missing_ok=True)
-            shutil.rmtree(checkpoint.path, ignore_errors=self.mirror is not None)
+            shutil.rmtree(checkpoint.path, ignore_errors=self.remote is not None)
 
     def _superfluous(self, checkpoints: list[CheckpointInfo]) -> list[CheckpointInfo]:
         best = best_of(checkpoints, self.best_metric)
         return [c for c in checkpoints[: -self.keep] if best is None or c.step != best.step]
 
     def _complete(self) -> list[CheckpointInfo]:
-        return self.mirror.checkpoints() if self.mirror is not None else list_checkpoints(self.folder)
+        return self.remote.checkpoints() if self.remote is not None else list_checkpoints(self.folder)
 
     def _newest(self) -> str | None:
         """Folder of the newest checkpoint that has a marker, or of any that has a damaged one."""
-        if self.mirror is not None:
-            names = list(self.mirror.markers())
+        if self.remote is not None:
+            names = list(self.remote.markers())
         else:
             names = [path.name for path in marked(self.folder)]
         whole = {checkpoint.path.name for checkpoint in self._complete()}
@@ -228,9 +228,9 @@ class Checkpointer:
         """Checks and loads a checkpoint: what its marker says, and what one of the workers found damaged."""
         checkpoint, damage, path = None, None, self.folder / name
         try:
-            checkpoint = read_marker(path) if self.mirror is None else parse_marker(path, self.mirror.markers()[name])
+            checkpoint = read_marker(path) if self.remote is None else parse_marker(path, self.remote.markers()[name])
             # Where the folder is shared, each worker checks a part of it.
-            share = (self.rank, dist.get_world_size(self._group)) if self.mirror is None else (0, 1)
+            share = (self.rank, dist.get_world_size(self._group)) if self.remote is None else (0, 1)
             damage = find_damage(checkpoint, *share)
         except (DamagedCheckpoint, FileNotFoundError, KeyError) as error:
             damage = str(error)
@@ -244,8 +244,8 @@ class Checkpointer:
 
     def _set_aside(self, name: str) -> str:
         """Renames a checkpoint so that it does not count; its new name."""
-        if self.mirror is not None:
-            return self.mirror.set_aside(name)
+        if self.remote is not None:
+            return self.remote.set_aside(name)
         target = self.folder / damaged_name(name)
         while target.exists():
             target = target.with_name(f"{target.name}-again")

@@ -26,7 +26,7 @@ from perceiver.models import PerceiverIOConfig
 from perceiver.runs import Run
 from perceiver.training.checkpoint import load_weights
 from perceiver.training.checkpoint_files import check_files, stored_shapes
-from perceiver.training.mirror import find_run
+from perceiver.training.remote_copy import find_run
 
 Shapes = Mapping[str, tuple[int, ...]]
 

@@ -18,18 +18,18 @@ from perceiver.data.components import Component, weighted
 from perceiver.data.manifest import Manifest, Split
 from perceiver.data.storage import read_file, write_file
 from perceiver.runs import Run
-from perceiver.training.batches import Feed, Prefetch, ReadAll, make_train_feed, make_val_feeds
+from perceiver.training.batches import Loader, Prefetch, ReadAll, make_train_loader, make_val_loaders
 from perceiver.training.callbacks import MEET, PAUSE, SAVE, STOP, Callback, TrainingView
 from perceiver.training.checkpoint import Checkpointer, TrainState
 from perceiver.training.hooks import Callbacks, read_states
 from perceiver.training.init_from import find_start
 from perceiver.training.loop import StepResult, add_to, agree, fit, validate
 from perceiver.training.meters import Meter
-from perceiver.training.mirror import Mirror
 from perceiver.training.not_finite import Finiteness
 from perceiver.training.optim import build_optimizer
 from perceiver.training.parallel import World, build_sharded
 from perceiver.training.record import Recorder
+from perceiver.training.remote_copy import RemoteCopy
 
 if TYPE_CHECKING:
     from perceiver.tasks.base import Task
@@ -72,20 +72,20 @@ class Training:
         stop_at: int | None = None,
     ) -> None:
         self.experiment, self.task, self.world, self.run_folder, self.read_all = experiment, task, world, run_folder, read_all
-        self.train_feed = make_train_feed(experiment, task, data_folder, manifest)
-        self.val_feeds = make_val_feeds(experiment, task, data_folder, manifest)
+        self.train_feed = make_train_loader(experiment, task, data_folder, manifest)
+        self.val_feeds = make_val_loaders(experiment, task, data_folder, manifest)
         self.total_steps = total_steps(experiment, self.train_feed.split.rows)
         self.state = build_state(experiment, task, world)
-        self.mirror = Mirror.of(experiment.run, run_folder)
-        if self.mirror is not None:
-            self.mirror.fetch()
+        self.remote = RemoteCopy.of(experiment.run, run_folder)
+        if self.remote is not None:
+            self.remote.fetch()
         self.checkpointer = Checkpointer(
             Run(run_folder).checkpoints_folder,
             experiment.run.keep_checkpoints,
             experiment.run.best_metric,
             task.higher_is_better,
             world.rank,
-            self.mirror,
+            self.remote,
             lambda step, path: self.callbacks.call("after_checkpoint", step, path),
         )
         resumed = self.checkpointer.resume(self.state)
@@ -104,7 +104,7 @@ class Training:
         limit, order = experiment.training.skip_not_finite, self.train_feed.order
         self.finiteness = Finiteness(run_folder, order, world, limit, saved.get("skipped", []))
         self.stop_step = self.state.step if self.stopped else min(self.total_steps, stop_at or self.total_steps)
-        unit, per_example = task.unit()
+        unit, per_example = task.throughput_unit()
         self.recorder = Recorder(run_folder, self.state.step, self.total_steps, unit, world.rank == 0)
         batch = experiment.training.global_batch_size
         peak = peak_flops(world.device)
@@ -136,8 +136,8 @@ class Training:
             raise
         self.callbacks.end(self.state.step, self.val_metrics, None)
         self.recorder.close()
-        if self.mirror is not None and self.world.rank == 0:
-            self.mirror.send_records()
+        if self.remote is not None and self.world.rank == 0:
+            self.remote.send_records()
         return metrics
 
     def validate(self) -> dict[str, float]:
@@ -273,36 +273,36 @@ def build_state(experiment: Experiment, task: Task, world: World) -> TrainState:
 def evaluate(
     task: Task,
     model: nn.Module,
-    feeds: list[tuple[Component, Feed]],
+    loaders: list[tuple[Component, Loader]],
     world: World,
     read_all: ReadAll,
     num_batches: int | None = None,
 ) -> tuple[dict[str, float], dict[str, np.ndarray], Split]:
-    """Metrics (named val_...), their sums and what was read, over each feed's first global batches (None: all of them).
+    """Metrics (named val_...), their sums and what was read, over each loader's first global batches (None: all of them).
 
     Of a mixture, val_NAME/SOURCE is a metric on one source, and val_NAME that on all, each with its share. Data without any
     target has no metrics: a sum over nothing, 0, is no loss.
     """
     metrics: dict[str, float] = {}
     passes = []
-    for part, feed in feeds:
-        sums = _pass(task, model, feed, world, read_all, num_batches)
+    for part, loader in loaders:
+        sums = _pass(task, model, loader, world, read_all, num_batches)
         if not sums.get("targets", 0):
             continue
         passes.append((part, sums))
         suffix = f"/{part.name}" if part.name else ""
-        metrics |= {f"val_{name}{suffix}": value for name, value in task.metrics(sums, feed.split).items()}
+        metrics |= {f"val_{name}{suffix}": value for name, value in task.metrics(sums, loader.split).items()}
     if not passes:
-        return {}, {}, feeds[0][1].split
-    if len(feeds) == 1:
-        return metrics, passes[0][1], feeds[0][1].split
+        return {}, {}, loaders[0][1].split
+    if len(loaders) == 1:
+        return metrics, passes[0][1], loaders[0][1].split
     sums, split = weighted([part for part, _ in passes], [sums for _, sums in passes])
     return {f"val_{name}": value for name, value in task.metrics(sums, split).items()} | metrics, sums, split
 
 
-def _pass(task: Task, model: nn.Module, feed: Feed, world: World, read_all: ReadAll, num_batches: int | None) -> dict[str, np.ndarray]:
-    stop = min(feed.order.steps_per_epoch, num_batches or feed.order.steps_per_epoch)
-    batches = Prefetch(feed.steps(read_all, world.rank, world.size, 0, stop), world.device)
+def _pass(task: Task, model: nn.Module, loader: Loader, world: World, read_all: ReadAll, num_batches: int | None) -> dict[str, np.ndarray]:
+    stop = min(loader.order.steps_per_epoch, num_batches or loader.order.steps_per_epoch)
+    batches = Prefetch(loader.steps(read_all, world.rank, world.size, 0, stop), world.device)
     try:
         return validate(task, model, batches, world)
     finally:

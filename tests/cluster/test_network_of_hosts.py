@@ -13,7 +13,7 @@ MEET = """
 import datetime, os, sys
 import torch
 import torch.distributed as dist
-from ray_jobs.network import interface_of
+from ray_jobs.rendezvous import interface_of
 rank, own, head = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 os.environ["GLOO_SOCKET_IFNAME"] = interface_of(own)
 limit = datetime.timedelta(seconds=60)

@@ -9,7 +9,7 @@ from urllib.parse import urlencode
 import pytest
 
 from perceiver.runs import Run
-from ray_jobs.gauges import GAUGES
+from ray_jobs.metrics_export import GAUGES
 from tests.cluster.test_hosts import install, wait_for
 from tests.conftest import ROOT
 from tests.support import hosts as machines

@@ -28,7 +28,7 @@ from perceiver.tasks import Batch, build_task
 from perceiver.training.loop import fit
 from perceiver.training.parallel import World, join_world
 from perceiver.training.run import build_state
-from ray_jobs.room import layout_of, step_of
+from ray_jobs.memory_check import layout_of, step_of
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from perceiver.models import PerceiverARConfig, PerceiverIOConfig
 from perceiver.presets import PRESETS
 from perceiver.tasks import build_task
 from ray_jobs import plan
-from ray_jobs.room import layout_of, step_of
+from ray_jobs.memory_check import layout_of, step_of
 from tests.support.outside import forget
 
 NAMES = ["quickstart", "txt-clf-imdb-decoder-small", "mlm-imdb-small", "clm-c4-small"]

@@ -10,8 +10,8 @@ import pytest
 from perceiver.config import ParallelConfig, UserError
 from perceiver.costs.devices import DEVICES, GIB, device_named
 from perceiver.presets import PRESETS
+from ray_jobs.memory_check import check_fits, check_memory, layout_of, usable
 from ray_jobs.plan import main
-from ray_jobs.room import check_fits, check_memory, layout_of, usable
 
 
 def plan(capsys, *arguments: str) -> str:

@@ -21,14 +21,22 @@ from perceiver.datasets import data_folder
 from perceiver.runs import Run
 from perceiver.tasks import build_task
 from perceiver.tasks.base import IGNORE_INDEX
-from perceiver.training.batches import make_train_feed, make_val_feeds, read_here
+from perceiver.training.batches import make_train_loader, make_val_loaders, read_here
 from perceiver.training.parallel import World, join_world
 from perceiver.training.run import Training, evaluate, save_experiment
 from ray_jobs.evaluate import evaluate_run
 from ray_jobs.preprocess import prepare
 from tests.support.logged import logged
 from tests.support.preparing import evaluating_here, experiment, load_prepared, serially, texts, write_jsonl
-from tests.support.small import classification_experiment, feed_of, heard, masked_experiment, text_experiment, write_documents, write_stream
+from tests.support.small import (
+    classification_experiment,
+    heard,
+    loader_of,
+    masked_experiment,
+    text_experiment,
+    write_documents,
+    write_stream,
+)
 from tests.training.test_training import losses, run
 
 
@@ -196,9 +204,9 @@ def test_a_mixture_whose_source_was_prepared_anew_is_refused(prepared):
 
 def test_workers_batches_have_the_sources_own_windows(prepared):
     chosen, folder, manifest, _ = prepared
-    feed = make_train_feed(chosen, build_task(chosen), folder, manifest)
-    whole = [batch["ids"] for (batch,) in feed.steps(read_here, 0, 1, 0, 40)]
-    halves = [feed.steps(read_here, rank, 2, 7, 40) for rank in range(2)]
+    loader = make_train_loader(chosen, build_task(chosen), folder, manifest)
+    whole = [batch["ids"] for (batch,) in loader.steps(read_here, 0, 1, 0, 40)]
+    halves = [loader.steps(read_here, rank, 2, 7, 40) for rank in range(2)]
     for step, parts in enumerate(zip(*halves, strict=True), 7):
         assert np.array_equal(np.concatenate([batch["ids"] for (batch,) in parts]), whole[step])
     upper = [bytes((ids[ids > 5] - 6).byte().numpy()).isupper() for batch in whole for ids in batch]
@@ -206,13 +214,13 @@ def test_workers_batches_have_the_sources_own_windows(prepared):
 
 
 def test_a_feed_and_its_units_travel_to_data_tasks(prepared):
-    """As `ray_jobs.ingest` sends them: units as plain data, the feed pickled."""
+    """As `ray_jobs.ingest` sends them: units as plain data, the loader pickled."""
     chosen, folder, manifest, _ = prepared
-    feed = make_train_feed(chosen, build_task(chosen), folder, manifest)
-    there = pickle.loads(pickle.dumps(feed))
-    for unit in feed.plan(1, 2, 3, 9):
-        rows = there.read(there.unit_type(**json.loads(json.dumps(asdict(unit)))))
-        assert rows.num_rows == unit.num_rows and rows.equals(feed.read(unit))
+    loader = make_train_loader(chosen, build_task(chosen), folder, manifest)
+    there = pickle.loads(pickle.dumps(loader))
+    for unit in loader.plan(1, 2, 3, 9):
+        rows = there.read(there.task_type(**json.loads(json.dumps(asdict(unit)))))
+        assert rows.num_rows == unit.num_rows and rows.equals(loader.read(unit))
 
 
 def test_metrics_are_those_of_all_sources_by_their_shares():
@@ -233,8 +241,8 @@ def test_metrics_are_those_of_all_sources_by_their_shares():
 def test_validation_names_each_source(prepared):
     chosen, folder, manifest, _ = prepared
     task = build_task(chosen)
-    feeds = make_val_feeds(chosen, task, folder, manifest)
-    metrics, _, _ = evaluate(task, task.build_model(), feeds, World(0, 1, torch.device("cpu"), None), read_here)
+    loaders = make_val_loaders(chosen, task, folder, manifest)
+    metrics, _, _ = evaluate(task, task.build_model(), loaders, World(0, 1, torch.device("cpu"), None), read_here)
     web, books = (metrics[f"val_loss/{name}"] for name in ("web.jsonl", "books.jsonl"))
     assert web != books and metrics["val_loss"] == pytest.approx(0.75 * web + 0.25 * books)
     assert {f"val_perplexity{suffix}" for suffix in ("", "/web.jsonl", "/books.jsonl")} < metrics.keys()
@@ -252,7 +260,7 @@ def test_the_loss_of_a_source_is_that_of_its_examples(kind, tmp_path):
         manifest = write_stream(tmp_path, ids, ids, length=16 if kind == "causal" else 32)
     task = build_task(chosen)
     model = task.build_model().eval()
-    (batch,) = next(feed_of(chosen, task, str(tmp_path), manifest.splits["train"], train=True).steps(read_here, 0, 1, 0, 1))
+    (batch,) = next(loader_of(chosen, task, str(tmp_path), manifest.splits["train"], train=True).steps(read_here, 0, 1, 0, 1))
     assert task.loss(model, batch)[1] == {}, "nothing to tell apart"
     batch["sources"] = torch.arange(12)[:, None] % 3 == torch.arange(3)
     _, sums = task.loss(model, batch)
@@ -283,10 +291,10 @@ def test_the_losses_of_the_sources_by_their_targets_are_the_training_loss(prepar
         Training(chosen, task, folder, manifest, world, tmp_path / "run", read_here).run()
     records = [record for record in Run(tmp_path / "run").metrics() if "loss" in record]
     assert [record["step"] for record in records] == [3, 4, 6, 8, 9, 12]
-    feed, first = make_train_feed(chosen, task, folder, manifest), 0
+    loader, first = make_train_loader(chosen, task, folder, manifest), 0
     for record in records:
         targets = np.zeros(2)
-        for micro_batches in feed.steps(read_here, 0, 1, first, record["step"]):
+        for micro_batches in loader.steps(read_here, 0, 1, first, record["step"]):
             for batch in micro_batches:
                 targets += ((batch["labels"] != IGNORE_INDEX).sum(1) @ batch["sources"].long()).numpy()
         reported = np.array([record["loss/web.jsonl"], record["loss/books.jsonl"]])

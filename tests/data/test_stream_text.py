@@ -15,7 +15,7 @@ from perceiver.data.spans import Problems, Span
 from perceiver.data.tables import Columns
 from perceiver.datasets import data_folder
 from perceiver.tasks import build_task
-from perceiver.training.batches import make_train_feed, read_here
+from perceiver.training.batches import make_train_loader, read_here
 from ray_jobs.preprocess import prepare
 from tests.support.logged import logged
 from tests.support.preparing import experiment, load_prepared, serially, texts, write_jsonl, write_parquet
@@ -52,9 +52,9 @@ def prepared(source, tmp_path, monkeypatch):
     return chosen, data_folder(chosen), manifest, said
 
 
-def feed_of(prepared):
+def loader_of(prepared):
     chosen, folder, manifest, _ = prepared
-    return make_train_feed(chosen, build_task(chosen), folder, manifest)
+    return make_train_loader(chosen, build_task(chosen), folder, manifest)
 
 
 def documents(span: Span) -> list[str]:
@@ -163,18 +163,18 @@ def test_no_document_is_on_both_sides(prepared):
     assert sides[1] and not sides[0] & sides[1]
 
 
-def rows_of_steps(feed, rank: int, world: int, start: int, stop: int) -> list[list[dict]]:
+def rows_of_steps(loader, rank: int, world: int, start: int, stop: int) -> list[list[dict]]:
     """A worker's rows of each step."""
-    tables = map(feed.read, feed.plan(rank, world, start, stop))
-    return [[] if table is None else table.to_pylist() for table in feed.batches(rank, world, start, stop, tables)]
+    tables = map(loader.read, loader.plan(rank, world, start, stop))
+    return [[] if table is None else table.to_pylist() for table in loader.batches(rank, world, start, stop, tables)]
 
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_every_number_of_workers_and_every_start_gives_the_same_batches(prepared, world):
-    feed = feed_of(prepared)
-    whole = rows_of_steps(feed, 0, 1, 0, 30)
-    assert 15 < feed.order.steps_per_epoch < 30, "a second epoch begins"
-    parts = [rows_of_steps(feed, rank, world, 11, 30) for rank in range(world)]
+    loader = loader_of(prepared)
+    whole = rows_of_steps(loader, 0, 1, 0, 30)
+    assert 15 < loader.order.steps_per_epoch < 30, "a second epoch begins"
+    parts = [rows_of_steps(loader, rank, world, 11, 30) for rank in range(world)]
     assert [sum(found, []) for found in zip(*parts, strict=True)] == whole[11:]
 
 
@@ -184,9 +184,9 @@ def test_a_mixture_may_be_streamed(source, tmp_path, monkeypatch):
     mixture = (f"{source}=1", f"{tmp_path / 'more.jsonl'}=1")
     chosen = streamed(tmp_path / "data", "", mixture=mixture)
     manifest = prepare(chosen)
-    feed = feed_of((chosen, data_folder(chosen), manifest, None))
-    whole = [batch["ids"] for (batch,) in feed.steps(read_here, 0, 1, 0, 12)]
-    halves = [feed.steps(read_here, rank, 2, 5, 12) for rank in range(2)]
+    loader = loader_of((chosen, data_folder(chosen), manifest, None))
+    whole = [batch["ids"] for (batch,) in loader.steps(read_here, 0, 1, 0, 12)]
+    halves = [loader.steps(read_here, rank, 2, 5, 12) for rank in range(2)]
     for step, found in enumerate(zip(*halves, strict=True), 5):
         assert torch.equal(torch.cat([batch["ids"] for (batch,) in found]), whole[step])
 

@@ -1,4 +1,4 @@
-"""The rooms of the house and who may know whom (docs/architecture.md), held by reading the imports."""
+"""The packages and which may import which (docs/architecture.md), held by reading the imports."""
 
 import ast
 import re
@@ -173,7 +173,7 @@ def test_the_table_of_rooms_names_every_file_and_no_other():
         if line.startswith("| `"):
             rooms, what = line.strip("|").split(" | ", 1)
             rows |= dict.fromkeys(re.findall(r"`([^`]+)`", rooms), what)
-    assert all((ROOT / place).exists() for place in rows), "a room that is not there"
+    assert all((ROOT / place).exists() for place in rows), "a file that is not there"
     for package in ("perceiver", "ray_jobs", "tuning"):
         folders = {path.parent for path in files(package)}
         for folder in folders:

@@ -6,8 +6,8 @@ import pytest
 
 from perceiver.config import UserError
 from ray_jobs.cli import parse_experiment
+from ray_jobs.memory_check import check_precision, out_of_memory
 from ray_jobs.preflight import local_folder, plan_resources
-from ray_jobs.room import check_precision, out_of_memory
 
 
 def cluster(monkeypatch, *cpus: float, gpus: float = 0, types: tuple[str, ...] = (), grows_to: dict[str, float] | None = None) -> None:

@@ -19,7 +19,7 @@ from perceiver.data.rows import fixed_array
 from perceiver.data.shards import read_block
 from perceiver.datasets import Dataset
 from perceiver.tasks import build_task
-from perceiver.training.batches import make_val_feeds, read_here
+from perceiver.training.batches import make_val_loaders, read_here
 from perceiver.training.checkpoint import load_model
 from perceiver.training.parallel import join_world
 from perceiver.training.run import build_state, evaluate
@@ -47,8 +47,8 @@ def _evaluate_here(experiment, data_folder, run_folder, resources, checkpoint, o
     task, world = build_task(experiment), join_world(torch.device("cpu"))
     model = build_state(experiment, task, world).model
     load_model(checkpoint, model)
-    feeds = make_val_feeds(experiment, task, data_folder, Manifest.load(data_folder))
-    metrics, sums, _ = evaluate(task, model, feeds, world, read_here)
+    loaders = make_val_loaders(experiment, task, data_folder, Manifest.load(data_folder))
+    metrics, sums, _ = evaluate(task, model, loaders, world, read_here)
     return {"metrics": metrics, "sums": {name: value.tolist() for name, value in sums.items()}}
 
 

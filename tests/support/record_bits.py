@@ -25,7 +25,7 @@ from perceiver.datasets import data_folder
 from perceiver.models import build_model
 from perceiver.presets import PRESETS
 from perceiver.tasks import build_task
-from perceiver.training.batches import make_train_feed, read_here
+from perceiver.training.batches import make_train_loader, read_here
 from perceiver.training.parallel import join_world
 from perceiver.training.run import Training
 from ray_jobs.preprocess import prepare
@@ -122,16 +122,16 @@ def order_of(name: str, folder: Path, world: int = 1) -> dict[str, Any]:
 
 def batches_of(chosen: Experiment, data: str, manifest: Manifest, world: int = 1) -> dict[str, Any]:
     """Digests of the first epochs: which row is in which slot of which global batch, and the batches themselves."""
-    feed = make_train_feed(chosen, build_task(chosen), data, manifest)
-    steps = EPOCHS * feed.order.steps_per_epoch
+    loader = make_train_loader(chosen, build_task(chosen), data, manifest)
+    steps = EPOCHS * loader.order.steps_per_epoch
     order, content = hashlib.sha256(), hashlib.sha256()
-    read = [feed.batches(rank, world, 0, steps, read_here(feed, feed.plan(rank, world, 0, steps))) for rank in range(world)]
+    read = [loader.batches(rank, world, 0, steps, read_here(loader, loader.plan(rank, world, 0, steps))) for rank in range(world)]
     for parts in zip(*read, strict=True):
         for column in ("source", "epoch", "row"):
             found = [part[column].to_numpy() for part in parts if part is not None and column in part.column_names]
             order.update(np.concatenate([np.zeros(0, np.int64), *found]).astype("<i8").tobytes())
         order.update(b"/")
-    for (batch,) in feed.steps(read_here, 0, 1, 0, steps):
+    for (batch,) in loader.steps(read_here, 0, 1, 0, steps):
         # By their content and not their names, which are the code's own affair.
         for part in sorted(hashlib.sha256(values.numpy().tobytes()).digest() for values in batch.values()):
             content.update(part)

@@ -33,7 +33,7 @@ from perceiver.tasks.causal_lm import CausalLMConfig
 from perceiver.tasks.image_classification import ImageClassificationConfig
 from perceiver.tasks.masked_lm import MaskedLMConfig
 from perceiver.tasks.text_classification import TextClassificationConfig
-from perceiver.training.batches import Feed, make_feed
+from perceiver.training.batches import Loader, make_loader
 from perceiver.training.callbacks import Callback
 
 BLOCK, SHARD = 8, 3
@@ -77,10 +77,10 @@ class Call(Callback):
         vars(self).update(hooks)
 
 
-def feed_of(experiment: Experiment, task: Task, folder: str, split: Split, train: bool) -> Feed:
-    """The feed of a split of one data set with an experiment's settings."""
+def loader_of(experiment: Experiment, task: Task, folder: str, split: Split, train: bool) -> Loader:
+    """The loader of a split of one data set with an experiment's settings."""
     most = experiment.parallel.micro_batch_size
-    return make_feed(task, folder, split, train, data=experiment.data, training=experiment.training, micro_batch_size=most)
+    return make_loader(task, folder, split, train, data=experiment.data, training=experiment.training, micro_batch_size=most)
 
 
 def image_experiment(**training) -> Experiment:

@@ -136,13 +136,13 @@ def random_lengths(shortest=10, dropout=0.0, **training):
     )
 
 
-def feed_of(experiment, stream, split="train"):
+def loader_of(experiment, stream, split="train"):
     folder, manifest, _ = stream
-    return small.feed_of(experiment, build_task(experiment), str(folder), manifest.splits[split], train=split == "train")
+    return small.loader_of(experiment, build_task(experiment), str(folder), manifest.splits[split], train=split == "train")
 
 
 def steps(experiment, stream, rank=0, world=1, start=0, stop=40):
-    return list(feed_of(experiment, stream).steps(read_here, rank, world, start, stop))
+    return list(loader_of(experiment, stream).steps(read_here, rank, world, start, stop))
 
 
 def test_all_batches_of_a_step_have_one_length_whatever_the_workers_and_the_start(stream):
@@ -162,7 +162,7 @@ def test_all_batches_of_a_step_have_one_length_whatever_the_workers_and_the_star
 
 def test_a_cut_window_is_the_beginning_of_the_row_and_its_labels_are_the_next_ids(stream):
     experiment = random_lengths()
-    order = feed_of(experiment, stream).order
+    order = loader_of(experiment, stream).order
     for step, (batch,) in enumerate(steps(experiment, stream)):
         length = batch["ids"].shape[1]
         for row, ids, labels in zip(order.batch_rows(step), batch["ids"], batch["labels"], strict=False):
@@ -178,15 +178,15 @@ def test_prefix_dropout_keeps_positions_of_the_cut_prefix(stream):
 
 
 def test_validation_windows_are_not_cut(stream):
-    feed = feed_of(random_lengths(), stream, "val")
-    assert {batch["ids"].shape[1] for step in feed.steps(read_here, 0, 1, 0, 3) for batch in step} == {16}
+    loader = loader_of(random_lengths(), stream, "val")
+    assert {batch["ids"].shape[1] for step in loader.steps(read_here, 0, 1, 0, 3) for batch in step} == {16}
 
 
 def test_throughput_and_flops_count_the_mean_length():
     experiment = random_lengths()
     task = build_task(experiment)
     flops = [training_flops(experiment.model, seq_len=n) for n in range(10, 17)]
-    assert task.unit() == ("tokens", 13)
+    assert task.throughput_unit() == ("tokens", 13)
     assert task.flops_per_example() == pytest.approx(sum(flops) / len(flops))
 
 

@@ -19,7 +19,7 @@ from perceiver.models import PerceiverARConfig, build_model
 from perceiver.tasks import build_task
 from perceiver.tasks.base import IGNORE_INDEX
 from perceiver.tasks.symbolic_audio import SymbolicAudioConfig, longest_run, louder, stretched, transposed
-from perceiver.training.batches import make_val_feeds, read_here
+from perceiver.training.batches import make_val_loaders, read_here
 from perceiver.training.parallel import join_world
 from perceiver.training.run import build_state, evaluate
 from ray_jobs.preprocess import prepare
@@ -140,10 +140,10 @@ def test_validation_scores_each_event_once_and_shows_no_other_performance(tmp_pa
     prepare(experiment)
     folder, manifest = load_prepared(experiment)
     task = build_task(experiment)
-    (_, feed), = make_val_feeds(experiment, task, folder, manifest)  # fmt: skip
+    (_, loader), = make_val_loaders(experiment, task, folder, manifest)  # fmt: skip
     targets = []
     texts = [events.tobytes() for events in pieces["validation"]]
-    for micro_batches in feed.steps(read_here, 0, 1, 0, feed.order.steps_per_epoch):
+    for micro_batches in loader.steps(read_here, 0, 1, 0, loader.order.steps_per_epoch):
         for batch in micro_batches:
             padding = batch.get("pad_mask", torch.zeros_like(batch["ids"], dtype=torch.bool))
             for ids, hidden, labels in zip(batch["ids"], padding, batch["labels"], strict=True):
@@ -197,7 +197,7 @@ def test_the_baseline_is_that_of_single_events_and_a_validation_writes_a_midi_fi
         -np.log(counts / counts.sum())[held_out].mean(), rel=1e-5
     )
     model = build_state(experiment, task, world).model
-    metrics, sums, split = evaluate(task, model, make_val_feeds(experiment, task, folder, manifest), world, read_here)
+    metrics, sums, split = evaluate(task, model, make_val_loaders(experiment, task, folder, manifest), world, read_here)
     assert metrics["val_bits_per_event"] == pytest.approx(metrics["val_loss"] / np.log(2))
     picture, file = task.samples(model, sums, split)
     assert picture.image.ndim == 3 and len(read_midi(file.file)) > 0

@@ -51,8 +51,8 @@ def documents(tmp_path_factory):
 
 def batches(experiment, data, split="train", rank=0, world=1, start=0, stop=None):
     folder, manifest = data
-    feed = small.feed_of(experiment, build_task(experiment), str(folder), manifest.splits[split], train=split == "train")
-    return [batch for step in feed.steps(read_here, rank, world, start, stop or feed.order.steps_per_epoch) for batch in step]
+    loader = small.loader_of(experiment, build_task(experiment), str(folder), manifest.splits[split], train=split == "train")
+    return [batch for step in loader.steps(read_here, rank, world, start, stop or loader.order.steps_per_epoch) for batch in step]
 
 
 # --------------------------------------------------------------------------------------------------- masked language model

@@ -24,7 +24,7 @@ from perceiver.datasets import Dataset
 from perceiver.inference.load import describe
 from perceiver.runs import Run
 from perceiver.tasks import build_task
-from perceiver.training.batches import make_val_feeds, read_here
+from perceiver.training.batches import make_val_loaders, read_here
 from perceiver.training.checkpoint import load_model
 from perceiver.training.checkpoint_files import stored_shapes
 from perceiver.training.init_from import find_start
@@ -365,8 +365,8 @@ def test_a_metric_on_record_is_that_of_the_weights_it_stands_beside(images, tmp_
     for checkpoint in checkpoints:
         if checkpoint.metrics:
             load_model(checkpoint.path, model)
-            feeds = make_val_feeds(experiment, task, str(images), manifest)
-            metrics, _, _ = evaluate(task, model, feeds, join_world(torch.device("cpu")), read_here)
+            loaders = make_val_loaders(experiment, task, str(images), manifest)
+            metrics, _, _ = evaluate(task, model, loaders, join_world(torch.device("cpu")), read_here)
             assert metrics == checkpoint.metrics and metrics["val_loss"] == recorded[checkpoint.step]
     best = best_of(checkpoints, "val_loss")
     assert best.metrics["val_loss"] == min(recorded.values())

@@ -22,7 +22,7 @@ from perceiver.training.batches import read_here
 from perceiver.training.not_finite import NotFinite
 from perceiver.training.parallel import join_world
 from perceiver.training.run import Training
-from tests.support.small import Call, feed_of, image_experiment, leave, text_experiment, write_images, write_stream
+from tests.support.small import Call, image_experiment, leave, loader_of, text_experiment, write_images, write_stream
 
 
 def train_here(rank: int, world: int, port: int, config: dict, data: str, run: str, stop_at: int | None, pipe) -> None:
@@ -191,10 +191,10 @@ def test_validation_is_exact_for_every_number_of_workers_and_rows(rows, world, t
     manifest = write_images(tmp_path / "data", train=rows, val=rows)
     experiment = without_dropout(image_experiment())
     task = build_task(experiment)
-    feed = feed_of(experiment, task, str(tmp_path / "data"), manifest.splits["val"], train=False)
+    loader = loader_of(experiment, task, str(tmp_path / "data"), manifest.splits["val"], train=False)
     labels, targets = [], 0
     for rank in range(world):
-        for step in feed.steps(read_here, rank, world, 0, feed.order.steps_per_epoch):
+        for step in loader.steps(read_here, rank, world, 0, loader.order.steps_per_epoch):
             assert len({batch["images"].shape for batch in step}) == 1
             for batch in step:
                 targets += int(task.num_targets(batch))
@@ -212,9 +212,9 @@ def stream(tmp_path_factory):
     return folder, write_stream(folder, train, val), train, val
 
 
-def targets_of(feed, task, stop: int) -> list[int]:
+def targets_of(loader, task, stop: int) -> list[int]:
     found = []
-    for step in feed.steps(read_here, 0, 1, 0, stop):
+    for step in loader.steps(read_here, 0, 1, 0, stop):
         for batch in step:
             found += batch["labels"][batch["labels"] >= 0].tolist()
     return found
@@ -224,9 +224,9 @@ def test_windows_are_those_of_the_stream_and_labels_the_next_ids(stream):
     folder, manifest, train, _ = stream
     experiment = replace(text_experiment(), task=replace(text_experiment().task, random_shift=False))
     task = build_task(experiment)
-    feed = feed_of(experiment, task, str(folder), manifest.splits["train"], train=True)
-    rows = feed.order.batch_rows(3)
-    (batch,) = next(iter(feed.steps(read_here, 0, 1, 3, 4)))
+    loader = loader_of(experiment, task, str(folder), manifest.splits["train"], train=True)
+    rows = loader.order.batch_rows(3)
+    (batch,) = next(iter(loader.steps(read_here, 0, 1, 3, 4)))
     for row, ids, labels in zip(rows, batch["ids"].numpy(), batch["labels"].numpy(), strict=True):
         window = train[row * 16 : row * 16 + 17]
         if len(window) == 17:
@@ -237,10 +237,10 @@ def test_the_last_window_is_padded_on_the_left_and_its_padding_is_no_target(stre
     folder, manifest, _, val = stream
     experiment = text_experiment(global_batch_size=1)
     task = build_task(experiment)
-    feed = feed_of(experiment, task, str(folder), manifest.splits["val"], train=False)
+    loader = loader_of(experiment, task, str(folder), manifest.splits["val"], train=False)
     last = manifest.splits["val"].rows - 1
-    (step,) = [s for s in range(feed.order.rows) if feed.order.batch_rows(s).tolist() == [last]]
-    (batch,) = next(iter(feed.steps(read_here, 0, 1, step, step + 1)))
+    (step,) = [s for s in range(loader.order.rows) if loader.order.batch_rows(s).tolist() == [last]]
+    (batch,) = next(iter(loader.steps(read_here, 0, 1, step, step + 1)))
     real = len(val) - last * 16 - 1
     assert batch["pad_mask"][0].tolist() == [True] * (16 - real) + [False] * real
     assert batch["ids"][0, 16 - real :].tolist() == val[last * 16 : -1].tolist()
@@ -255,9 +255,9 @@ def test_a_stride_of_the_latents_scores_every_target_once_and_shows_what_comes_b
     experiment = text_experiment()
     experiment = replace(experiment, task=replace(experiment.task, val_stride=8))
     task = build_task(experiment)
-    feed = feed_of(experiment, task, str(tmp_path), manifest.splits["val"], train=False)
-    assert sorted(targets_of(feed, task, feed.order.steps_per_epoch)) == val[1:].tolist()
-    for (batch,) in feed.steps(read_here, 0, 1, 0, feed.order.steps_per_epoch):
+    loader = loader_of(experiment, task, str(tmp_path), manifest.splits["val"], train=False)
+    assert sorted(targets_of(loader, task, loader.order.steps_per_epoch)) == val[1:].tolist()
+    for (batch,) in loader.steps(read_here, 0, 1, 0, loader.order.steps_per_epoch):
         pad_mask = batch.get("pad_mask", torch.zeros_like(batch["ids"], dtype=torch.bool))
         for ids, labels, padding in zip(batch["ids"], batch["labels"], pad_mask, strict=True):
             for place in torch.nonzero(labels >= 0)[:, 0].tolist():
@@ -272,13 +272,13 @@ def test_shifted_windows_of_an_epoch_cover_the_stream_from_the_shift_on(stream):
     experiment = text_experiment()
     task = build_task(experiment)
     split = manifest.splits["train"]
-    feed = feed_of(experiment, task, str(folder), split, train=True)
-    steps = feed.order.steps_per_epoch
+    loader = loader_of(experiment, task, str(folder), split, train=True)
+    steps = loader.order.steps_per_epoch
     heads = set()
     for epoch in (1, 2):
         shift = task._shift(epoch, 16)
-        rows = [row for step in range(epoch * steps, (epoch + 1) * steps) for row in feed.order.batch_rows(step)]
-        windows = [ids for step in feed.steps(read_here, 0, 1, epoch * steps, (epoch + 1) * steps) for ids in step[0]["ids"].numpy()]
+        rows = [row for step in range(epoch * steps, (epoch + 1) * steps) for row in loader.order.batch_rows(step)]
+        windows = [ids for step in loader.steps(read_here, 0, 1, epoch * steps, (epoch + 1) * steps) for ids in step[0]["ids"].numpy()]
         for row, ids in zip(rows, windows[: len(rows)], strict=False):
             window = train[row * 16 + shift : row * 16 + shift + 17]
             if len(window) == 17:
@@ -290,9 +290,9 @@ def test_shifted_windows_of_an_epoch_cover_the_stream_from_the_shift_on(stream):
 def test_prefix_dropout_depends_on_seed_epoch_and_row_alone(stream):
     folder, manifest, _, _ = stream
     task = build_task(text_experiment())
-    feed = feed_of(text_experiment(), task, str(folder), manifest.splits["train"], train=True)
-    (whole,) = next(iter(feed.steps(read_here, 0, 1, 5, 6)))
-    halves = [next(iter(feed.steps(read_here, rank, 2, 5, 6)))[0] for rank in range(2)]
+    loader = loader_of(text_experiment(), task, str(folder), manifest.splits["train"], train=True)
+    (whole,) = next(iter(loader.steps(read_here, 0, 1, 5, 6)))
+    halves = [next(iter(loader.steps(read_here, rank, 2, 5, 6)))[0] for rank in range(2)]
     assert whole["prefix_keep"].shape == (6, 4)
     assert torch.equal(whole["prefix_keep"], torch.cat([half["prefix_keep"] for half in halves]))
     assert torch.equal(whole["ids"], torch.cat([half["ids"] for half in halves]))

@@ -76,8 +76,8 @@ def swept(monkeypatch, tmp_path, *words: str):
     serially(monkeypatch)
     found = []
     monkeypatch.setattr(sweep, "connect", lambda parallel, dashboard: nullcontext())
-    monkeypatch.setattr(sweep, "plan_room", lambda base, concurrent: sweep.Room(1, 1.0, 1, "room for one"))
-    monkeypatch.setattr(sweep, "fit", lambda _, folder, base, room, steps: found.extend((base, steps)))
+    monkeypatch.setattr(sweep, "plan_capacity", lambda base, concurrent: sweep.Capacity(1, 1.0, 1, "room for one"))
+    monkeypatch.setattr(sweep, "fit", lambda _, folder, base, capacity, steps: found.extend((base, steps)))
     monkeypatch.setattr(report, "write", lambda folder: [])
     with pytest.raises(KeyboardInterrupt):  # no trial was run
         sweep.run_sweep(replace(GOOD, preset="clm-c4-small", overrides=words), tmp_path / "sweep")
@@ -117,8 +117,8 @@ def test_as_many_trials_run_at_once_as_their_workers_and_data_tasks_fit(monkeypa
     monkeypatch.setattr("ray._private.state.state.get_max_resources_from_cluster_config", lambda: None)
     monkeypatch.setattr(sweep, "cluster_cores", lambda: cpus)
     base = PRESETS["quickstart"]()
-    room = sweep.plan_room(replace(base, parallel=replace(base.parallel, workers=workers)), asked)
-    assert room.concurrent == fits and room.threads_per_worker == max(1, cpus // (fits * workers))
+    capacity = sweep.plan_capacity(replace(base, parallel=replace(base.parallel, workers=workers)), asked)
+    assert capacity.concurrent == fits and capacity.threads_per_worker == max(1, cpus // (fits * workers))
 
 
 @pytest.mark.parametrize("count", [*range(1, 32), 500])
@@ -219,9 +219,9 @@ def test_trials_that_do_not_fit_are_refused_with_the_sum(monkeypatch):
     monkeypatch.setattr(sweep, "use_gpus", lambda parallel: False)
     base = PRESETS["quickstart"]()
     with pytest.raises(UserError, match="4.5 CPUs in all; the cluster has 4 CPUs .* room for 0"):
-        sweep.plan_room(replace(base, parallel=replace(base.parallel, workers=4)), None)
+        sweep.plan_capacity(replace(base, parallel=replace(base.parallel, workers=4)), None)
     with pytest.raises(UserError, match="room for 2 at once: lower"):
-        sweep.plan_room(replace(base, parallel=replace(base.parallel, workers=1)), 3)
+        sweep.plan_capacity(replace(base, parallel=replace(base.parallel, workers=1)), 3)
 
 
 def make_run(folder: Path, steps: list[int], metrics: list[float] | None = None) -> Path:

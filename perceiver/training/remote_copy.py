@@ -30,7 +30,7 @@ from perceiver.disk import locked
 from perceiver.runs import CHECKPOINTS, EXPERIMENT, FAILURE, PROGRESS, RECORD_FOLDERS, RECORDS, Run
 
 
-class Mirror:
+class RemoteCopy:
     """The copy of one run.
 
     Args:
@@ -45,9 +45,9 @@ class Mirror:
         self._sent: dict[str, tuple[int, int]] = {}
 
     @classmethod
-    def of(cls, run: RunConfig, folder: Path) -> Mirror | None:
-        """The mirror of a run whose storage is an object store; None for others."""
-        return cls(run.mirror_root, folder) if run.mirror_root else None
+    def of(cls, run: RunConfig, folder: Path) -> RemoteCopy | None:
+        """The copy of a run whose storage is an object store; None for others."""
+        return cls(run.remote_root, folder) if run.remote_root else None
 
     def check(self) -> None:
         """Raises UserError where the store cannot be reached or read."""
@@ -172,11 +172,11 @@ def fetch_run(uri: str) -> Run | None:
     """
     root, _, name = uri.rstrip("/").rpartition("/")
     folder = home() / "fetched" / hashlib.sha256(root.encode()).hexdigest()[:8] / name
-    mirror = Mirror(root, folder)
-    mirror.check()
+    remote = RemoteCopy(root, folder)
+    remote.check()
     if EXPERIMENT not in list_folder(uri):
         return None
-    mirror.fetch(None)
+    remote.fetch(None)
     return Run(folder)
 
 

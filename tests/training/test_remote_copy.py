@@ -20,8 +20,8 @@ from perceiver.datasets import Dataset
 from perceiver.runs import Run
 from perceiver.tasks import build_task
 from perceiver.training.batches import read_here
-from perceiver.training.mirror import Mirror, fetch_run
 from perceiver.training.parallel import join_world
+from perceiver.training.remote_copy import RemoteCopy, fetch_run
 from perceiver.training.run import Training, save_experiment
 from ray_jobs.evaluate import evaluate_run
 from tests.support.logged import logged
@@ -99,7 +99,7 @@ def test_a_run_goes_on_on_other_machines_to_bitwise_the_same_weights(images, mov
 
 def test_the_store_keeps_the_newest_checkpoints_and_the_best_and_all_records(moved):
     store, _ = moved
-    checkpoints = Mirror(f"file://{store}", store / "run").checkpoints()
+    checkpoints = RemoteCopy(f"file://{store}", store / "run").checkpoints()
     best = min((r for r in Run(store / "run").metrics() if "val_loss" in r), key=lambda r: r["val_loss"])
     assert {c.step for c in checkpoints} == {9, 12} | {best["step"]}
     assert json.loads((store / "run" / "result.json").read_text())["step"] == 12
@@ -130,14 +130,14 @@ def test_a_run_that_was_replaced_in_the_store_is_fetched_anew(images, moved, tmp
     """Its checkpoints have the old one's names, and the machine still has a copy of the old one."""
     store, _ = moved
     shutil.copytree(store, tmp_path / "store")
-    mirror = Mirror(f"file://{tmp_path}/store", tmp_path / "here" / "run")
-    mirror.fetch(None)
+    remote = RemoteCopy(f"file://{tmp_path}/store", tmp_path / "here" / "run")
+    remote.fetch(None)
     marker = Path("checkpoints") / "step-00000012" / "checkpoint.json"
     (shard,) = (path.name for path in (tmp_path / "here" / "run" / marker).parent.glob("rank-00000*"))
     (tmp_path / "store" / "run" / marker).write_text(json.dumps({"step": 12, "metrics": {"val_loss": 9.0}}))
     (tmp_path / "store" / "run" / marker).with_name(shard).write_bytes(b"other")
     (tmp_path / "store" / "run" / "result.json").unlink()
-    mirror.fetch(None)
+    remote.fetch(None)
     here = tmp_path / "here" / "run"
     assert (here / marker).with_name(shard).read_bytes() == b"other" and not (here / "result.json").exists()
     assert (here / "experiment.json").is_file()
@@ -147,15 +147,15 @@ def test_a_checkpoint_that_was_not_completed_in_the_store_is_not_there(images, m
     """Its files lie in the local folder and in the store, the marker in the local folder alone."""
     store, _ = moved
     shutil.copytree(store, tmp_path / "store")
-    mirror = Mirror(f"file://{tmp_path}/store", tmp_path / "here" / "run")
-    mirror.fetch(None)
-    steps = [c.step for c in mirror.checkpoints()]
+    remote = RemoteCopy(f"file://{tmp_path}/store", tmp_path / "here" / "run")
+    remote.fetch(None)
+    steps = [c.step for c in remote.checkpoints()]
     (tmp_path / "store" / "run" / "checkpoints" / "step-00000012" / "checkpoint.json").unlink()
-    mirror.fetch()
-    assert [c.step for c in mirror.checkpoints()] == steps[:-1]
+    remote.fetch()
+    assert [c.step for c in remote.checkpoints()] == steps[:-1]
     assert sorted(p.name for p in (tmp_path / "here" / "run" / "checkpoints").iterdir()) == [f"step-{s:08d}" for s in steps[:-1]]
 
 
 def test_a_store_that_cannot_be_read_is_one_sentence(tmp_path):
     with pytest.raises(UserError, match="run.storage nowhere://bucket cannot be read"):
-        Mirror("nowhere://bucket", tmp_path / "run").check()
+        RemoteCopy("nowhere://bucket", tmp_path / "run").check()

@@ -36,7 +36,7 @@ def share(experiment: Experiment) -> int:
 
 
 def layout_of(experiment: Experiment, cuda: bool = True) -> Layout:
-    """The layout of an experiment's training step on one of its workers (see `Feed.micro_batches`)."""
+    """The layout of an experiment's training step on one of its workers (see `Loader.micro_batches`)."""
     parallel, examples = experiment.parallel, share(experiment)
     count = -(-examples // min(parallel.micro_batch_size or examples, examples))
     return Layout(

@@ -3,7 +3,7 @@
 import re
 
 from perceiver.training.meters import Meter
-from ray_jobs.gauges import GAUGES
+from ray_jobs.metrics_export import GAUGES
 from tests.conftest import ROOT
 
 

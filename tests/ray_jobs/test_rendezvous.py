@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from ray_jobs.network import choose_interface, interface_of
+from ray_jobs.rendezvous import choose_interface, interface_of
 
 
 def test_an_interface_is_found_by_its_address():

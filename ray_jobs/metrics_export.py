@@ -18,7 +18,7 @@ GAUGES = {
 """Name in metrics.jsonl -> name and description of the gauge."""
 
 
-class Gauges(Callback):
+class MetricsExport(Callback):
     """Sets the gauges of a run from its training metrics, tagged with the run's name."""
 
     def __init__(self, run: str) -> None:
