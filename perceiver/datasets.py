@@ -13,6 +13,7 @@ from perceiver.config import Experiment, UserError, differences, digest, flatten
 from perceiver.data.components import Component, components
 from perceiver.data.examples import is_code
 from perceiver.data.manifest import MANIFEST, DamagedData, Manifest
+from perceiver.data.order import STREAM_BLOCKS
 from perceiver.data.rows import KINDS, ArrayRows
 from perceiver.data.shards import broken_files, read_block
 from perceiver.data.sources import is_path, is_shipped, mixture_sources, source_label
@@ -198,7 +199,7 @@ def _settings(experiment: Experiment) -> dict[str, Any]:
     if KINDS[kind].has_labels:
         return settings | {"label_column": data.label_column, "row_length": max_seq_len - KINDS[kind].added_ids}
     if data.prepare == "stream":
-        settings |= {"prepare": "stream", "most_rows_per_chunk": data.rows_per_block * data.shuffle_window_blocks}
+        settings |= {"prepare": "stream", "most_rows_per_chunk": data.rows_per_block * (data.shuffle_window_blocks or STREAM_BLOCKS)}
     return settings | {"row_length": max_seq_len, "document_marks": experiment.task.document_marks}
 
 

@@ -10,6 +10,7 @@ from perceiver.config import Experiment, UserError, digest
 from perceiver.data.chunks import Size, chunk_ids, chunk_rows, chunks_of, fingerprint, measure, sample_pieces
 from perceiver.data.files import InputFile
 from perceiver.data.manifest import Manifest, Split
+from perceiver.data.order import STREAM_BLOCKS
 from perceiver.data.pieces import PIECE_BYTES, cut_pieces
 from perceiver.data.preparation import Job
 from perceiver.data.prepare import make_split
@@ -88,7 +89,7 @@ def _describe(experiment: Experiment, job: Job, files: list[InputFile], sizes: l
     if not tokens:
         raise UserError(f"data.source {experiment.data.source} has no text: everything in it is empty or was skipped")
     data = experiment.data
-    most = data.rows_per_block * data.shuffle_window_blocks
+    most = data.rows_per_block * (data.shuffle_window_blocks or STREAM_BLOCKS)
     rows = chunk_rows(sum(size.bytes for size in sizes), tokens / total, job.row_length, most)
     return {
         "rows": rows,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -70,6 +71,7 @@ def run(
         remote.fetch(0)
     code = code_of(experiment)
     trained.check_code(code, allow_changed_code)
+    experiment = in_its_order(experiment, trained)
     finished = check_run(experiment, trained)
     if finished is not None:
         logger.info(f"run {experiment.run_name} is finished: {_summary(finished, {})}")
@@ -117,6 +119,16 @@ def run(
 
 def _checkpoints(trained: Run, remote: RemoteCopy | None) -> list[CheckpointInfo]:
     return (trained if remote is None else remote).checkpoints()
+
+
+def in_its_order(experiment: Experiment, trained: Run) -> Experiment:
+    """The experiment with the order that a run of it began with, where the command names none: runs of versions before 0.2 had another."""
+    if not trained.exists:
+        return experiment
+    data, begun = experiment.data, trained.load(install_code=False)[0].data
+    if data.lanes is not None or data.shuffle_window_blocks is not None:
+        return experiment
+    return replace(experiment, data=replace(data, lanes=begun.lanes, shuffle_window_blocks=begun.shuffle_window_blocks))
 
 
 def check_run(experiment: Experiment, trained: Run) -> dict[str, float] | None:

@@ -135,10 +135,12 @@ class DataConfig(Config):
     """Rows of one parquet row group, the unit that is read and shuffled as one."""
     blocks_per_shard: int = 64
     """Row groups of one shard file."""
-    shuffle_window_blocks: int = 16
-    """Number of blocks whose rows are shuffled together; blocks themselves are permuted over the whole epoch."""
-    lanes: int = 8
-    """Largest number of positions in the epoch's order that a global batch takes its rows from (see docs/data.md)."""
+    shuffle_window_blocks: int | None = None
+    """Number of blocks whose rows are shuffled together; blocks themselves are permuted over the whole epoch. None: 128 divided by the
+    lanes, or all of a data set of at most 16 blocks."""
+    lanes: int | None = None
+    """Largest number of positions in the epoch's order that a global batch takes its rows from; None: as many as the global batch has
+    rows, up to 512 (see docs/data.md)."""
     root: str = ""
     """Folder that prepared data sets are written to and found in; "": $PERCEIVER_HOME/data."""
 

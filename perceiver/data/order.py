@@ -29,6 +29,45 @@ VALIDATION_SEED = 20_210_730
 """Seed of the one fixed order of validation: a part of the set is then a fair sample of it, and the same for all runs."""
 
 
+POOL_BLOCKS = 128
+"""Blocks that the rows of a batch are drawn from: lanes times the blocks of a window."""
+SMALL_BLOCKS = 16
+"""Data of at most so many blocks is one window: shuffled as a whole."""
+MOST_LANES = 512
+"""More than `POOL_BLOCKS` only where as many blocks take no more than `POOL_BYTES`."""
+POOL_BYTES = 512 * 2**20
+MIXTURE_LANES = 64
+"""Most lanes of a source of a mixture: where shares do not come out even, workers share more of more lanes."""
+STREAM_LANES, STREAM_BLOCKS = 8, 16
+"""Lanes of text that is read without preparation, and blocks that a chunk of it is as large as."""
+
+
+def lanes_and_window(
+    num_blocks: int,
+    block_bytes: int,
+    global_batch_size: int,
+    lanes: int | None = None,
+    window_blocks: int | None = None,
+    most_lanes: int = MOST_LANES,
+) -> Range:
+    """Lanes of an order and blocks of its windows, where they are not given.
+
+    A worker reads what of a lane other workers take, too, where there are fewer lanes than workers: so there are as many as a batch has
+    rows, whatever the number of workers, and windows are the smaller.
+
+    Args:
+        block_bytes: of a block in memory.
+    """
+    if lanes is None and window_blocks is None and num_blocks <= SMALL_BLOCKS:
+        return 1, SMALL_BLOCKS
+    if lanes is None:
+        most = min(most_lanes, max(POOL_BLOCKS, POOL_BYTES // max(1, block_bytes)), num_blocks)
+        if window_blocks is not None:
+            most = min(most, max(STREAM_LANES, POOL_BLOCKS // window_blocks))
+        lanes = next(n for n in range(max(1, most), 0, -1) if global_batch_size % n == 0)
+    return lanes, window_blocks if window_blocks is not None else max(1, POOL_BLOCKS // lanes)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Order:
     """The order of all epochs of a data set of `rows` rows."""

@@ -20,7 +20,17 @@ from perceiver.data.chunks import Chunks, no_tokens, open_chunks
 from perceiver.data.components import Component, components
 from perceiver.data.manifest import Manifest, Split
 from perceiver.data.mixture import Mixture, MixtureReadTask, mixture_batches, mixture_plan
-from perceiver.data.order import VALIDATION_SEED, Order, ReadTask, plan, worker_slots
+from perceiver.data.order import (
+    MIXTURE_LANES,
+    MOST_LANES,
+    STREAM_LANES,
+    VALIDATION_SEED,
+    Order,
+    ReadTask,
+    lanes_and_window,
+    plan,
+    worker_slots,
+)
 from perceiver.data.sources import mixture_sources
 from perceiver.data.stream import empty_rows, rank_batches, read_unit
 
@@ -180,9 +190,14 @@ def make_loader(
     task: Task, folder: str, split: Split, train: bool, *, data: DataConfig, training: TrainingConfig, micro_batch_size: int | None = None
 ) -> SplitLoader:
     """The loader of the training or validation split of one prepared data set."""
-    return _make_loader(
-        task, folder, split, train, data, training.seed, training.global_batch_size, data.shuffle_window_blocks, micro_batch_size
-    )
+    lanes, window_blocks = _lanes_and_window(split, data, training.global_batch_size)
+    seed, size = training.seed, training.global_batch_size
+    return _make_loader(task, folder, split, train, seed, size, lanes, window_blocks, micro_batch_size)
+
+
+def _lanes_and_window(split: Split, data: DataConfig, global_batch_size: int, most: int = MOST_LANES) -> tuple[int, int]:
+    block_bytes = split.rows_per_block * split.bytes_per_row
+    return lanes_and_window(split.num_blocks, block_bytes, global_batch_size, data.lanes, data.shuffle_window_blocks, most)
 
 
 def _make_loader(
@@ -190,9 +205,9 @@ def _make_loader(
     folder: str,
     split: Split,
     train: bool,
-    data: DataConfig,
     seed: int,
     global_batch_size: int,
+    lanes: int,
     window_blocks: int,
     micro_batch_size: int | None,
 ) -> SplitLoader:
@@ -201,7 +216,7 @@ def _make_loader(
         rows_per_block=split.rows_per_block,
         global_batch_size=global_batch_size,
         window_blocks=window_blocks,
-        max_lanes=data.lanes,
+        max_lanes=lanes,
         seed=seed if train else VALIDATION_SEED,
     )
     return SplitLoader(task=task, folder=folder, split=split, order=order, train=train, micro_batch_size=micro_batch_size)
@@ -234,12 +249,14 @@ def _part_loader(
 ) -> SplitLoader:
     """The loader of one data set of training data; of a mixture's in an order that takes a row of each lane in turn."""
     split, stream = part.manifest.splits["train"], part.manifest.stream
-    # A chunk is as large as a window of blocks.
-    window_blocks = 1 if stream else data.shuffle_window_blocks
     size = training.global_batch_size
+    if stream:  # a chunk is as large as a window of blocks
+        lanes, window_blocks = data.lanes or STREAM_LANES, 1
+    else:
+        lanes, window_blocks = _lanes_and_window(split, data, size, MIXTURE_LANES if part.name else MOST_LANES)
     if part.name:
-        size = max(1, min(data.lanes, -(-split.num_blocks // window_blocks)))
-    loader = _make_loader(task, part.folder, split, True, data, training.seed, size, window_blocks, micro_batch_size)
+        size = max(1, min(lanes, -(-split.num_blocks // window_blocks)))
+    loader = _make_loader(task, part.folder, split, True, training.seed, size, lanes, window_blocks, micro_batch_size)
     return StreamLoader(**vars(loader), chunks=open_chunks(data, source, part.manifest)) if stream else loader
 
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from perceiver.data.order import Order, plan, rank_rows, uniforms, worker_slots
+from perceiver.data.order import Order, lanes_and_window, plan, rank_rows, uniforms, worker_slots
 from perceiver.data.stream import rank_batches
 
 orders = st.builds(
@@ -106,3 +106,46 @@ def test_uniforms_are_uniform_and_uncorrelated():
     assert np.abs(correlation).max() < 0.03
     neighbours = np.corrcoef(values[:-1, 0], values[1:, 0])[0, 1]
     assert abs(neighbours) < 0.03
+
+
+@pytest.mark.parametrize("world", [1, 8, 64, 512])
+def test_any_number_of_workers_reads_little_more_than_it_needs(world):
+    """C4 in batches of 2,048 windows of 1,024 pieces: 16 million rows, 1,500 steps; of many workers three."""
+    lanes, window_blocks = lanes_and_window(num_blocks=62_500, block_bytes=256 * 2_056, global_batch_size=2_048)
+    order = Order(rows=16_000_000, rows_per_block=256, global_batch_size=2_048, window_blocks=window_blocks, max_lanes=lanes, seed=0)
+    read = needed = 0
+    for rank in {0, world // 2, world - 1}:
+        for task in plan(order, rank, world, 0, 1_500):
+            read += 256 * len(order.window_blocks_of(task.epoch, task.window))
+            needed += task.num_rows
+    assert read / needed <= 1.1
+
+
+@pytest.mark.parametrize(("global_batch_size", "most"), [(16, 1.0), (64, 0.9)])
+def test_sorted_rows_are_mixed_from_the_first_batch(global_batch_size, most):
+    """25,000 rows of two classes, one after the other: a batch's share of a class is no further from a half than that of a fair draw."""
+    lanes, window_blocks = lanes_and_window(98, 256 * 600, global_batch_size)
+    order = Order(
+        rows=25_000, rows_per_block=256, global_batch_size=global_batch_size, window_blocks=window_blocks, max_lanes=lanes, seed=0
+    )
+    shares = np.array([(order.batch_rows(step) < 12_500).mean() for step in range(300)])
+    assert np.sqrt(((shares - 0.5) ** 2).mean()) < most * np.sqrt(0.25 / global_batch_size)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "block_bytes", "size", "given", "found"),
+    [
+        (16, 1, 64, (None, None), (1, 16)),  # small: shuffled as a whole
+        (17, 1, 64, (None, None), (16, 8)),
+        (10_000, 2**20, 64, (None, None), (64, 2)),
+        (10_000, 2**20, 2_048, (None, None), (512, 1)),
+        (10_000, 40 * 2**20, 2_048, (None, None), (128, 1)),  # 512 such blocks were 20 GiB
+        (10_000, 1, 1_021, (None, None), (1, 128)),
+        (10_000, 1, 2_048, (8, None), (8, 16)),
+        (10_000, 1, 2_048, (None, 16), (8, 16)),
+        (10_000, 1, 2_048, (None, 4), (32, 4)),
+        (4, 1, 2_048, (8, 16), (8, 16)),
+    ],
+)
+def test_lanes_follow_from_the_batch_and_windows_from_the_lanes(blocks, block_bytes, size, given, found):
+    assert lanes_and_window(blocks, block_bytes, size, *given) == found

@@ -4,10 +4,11 @@ import importlib
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
-from perceiver.config import UserError
+from perceiver.config import UserError, to_dict
 from perceiver.runs import Run
 from ray_jobs.cli import main_entry, parse_experiment
 from ray_jobs.preflight import check_experiment
@@ -162,3 +163,18 @@ def test_an_umlaut_is_printed_on_any_terminal(tmp_path, encoding):
         )
         assert run.returncode == 0 and b"Traceback" not in run.stderr, run.stderr
         assert run.stdout.strip()
+
+
+def test_a_run_of_a_version_with_another_order_keeps_it(tmp_path):
+    """Where the command names none. Versions before 0.2 had 8 lanes and windows of 16 blocks for all."""
+    from ray_jobs.train import check_run, in_its_order
+
+    experiment = parse_experiment(["quickstart"], "x")
+    begun = replace(experiment, data=replace(experiment.data, lanes=8, shuffle_window_blocks=16))
+    assert in_its_order(experiment, Run(tmp_path / "new")) == experiment
+    run = Run(tmp_path / "run")
+    run.save({"experiment": to_dict(begun), "data": "0"})
+    assert in_its_order(experiment, run) == begun and check_run(begun, run) is None
+    other = replace(experiment, data=replace(experiment.data, lanes=4))
+    with pytest.raises(UserError, match="data.lanes"):
+        check_run(in_its_order(other, run), run)
