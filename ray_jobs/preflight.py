@@ -14,6 +14,7 @@ from ray.autoscaler.sdk import request_resources
 
 from perceiver.config import Experiment, ParallelConfig, UserError, check_tree, nearest, nodes, type_name
 from perceiver.config.core import is_builtin
+from perceiver.config.optimization import averaged_metric
 from perceiver.data.sources import mixture_sources
 from perceiver.models import check_model
 from perceiver.tasks import Task, build_task
@@ -80,6 +81,8 @@ def check_best_metric(experiment: Experiment, task: Task) -> None:
     """Raises UserError where run.best-metric is nothing that the task measures."""
     sources = [source.name for source in mixture_sources(experiment.data)] if experiment.data.mixture else []
     names = [f"val_{name}" for name in task.metric_directions]
+    if experiment.optim.ema_decay is not None:
+        names += map(averaged_metric, names)
     names += [f"{name}/{source}" for name in names for source in sources]
     metric = experiment.run.best_metric
     if metric not in names:

@@ -24,6 +24,20 @@ if TYPE_CHECKING:
     import torch
 
 
+AVERAGED = ":ema"
+"""After a checkpoint's name: its averaged weights are meant."""
+
+
+def averaged_metric(name: str) -> str:
+    """The name of a validation metric (val_...) with averaged weights."""
+    return f"val_ema_{name.removeprefix('val_')}"
+
+
+def raw_metric(name: str) -> str:
+    """The name of a validation metric without the mark of averaged weights."""
+    return f"val_{name.removeprefix('val_ema_')}" if name.startswith("val_ema_") else name
+
+
 class OptimizerConfig(Config):
     """An optimizer: base class of all."""
 
@@ -119,6 +133,9 @@ class OptimConfig(Config):
     """Steps over which the learning rate rises linearly from 0."""
     max_grad_norm: float | None = None
     """Clip the global gradient norm to this; None: no clipping."""
+    ema_decay: float | None = None
+    """Keep an exponential moving average of the weights with this decay (0.999, say) beside them: validated as val_ema_..., saved, and
+    named by checkpoints as best:ema, last:ema or STEP:ema; None: no average."""
 
     def check(self, where: str) -> None:
         if not self.lr > 0:
@@ -129,6 +146,8 @@ class OptimConfig(Config):
             raise UserError(f"{where}weight-decay is {self.weight_decay} and must not be negative")
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
             raise UserError(f"{where}max-grad-norm is {self.max_grad_norm} and must be above 0, or None for no clipping")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise UserError(f"--{spelled(where)}ema-decay is {self.ema_decay} and must be above 0 and below 1, or None for no average")
 
     def learning_rate(self, step: int, total_steps: int) -> float:
         """The learning rate of step `step` (from 0) of `total_steps`: linear warm-up from 0, then the schedule."""

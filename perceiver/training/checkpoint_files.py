@@ -145,6 +145,15 @@ def stored_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
     return {name.removeprefix("model."): tuple(e.size) for name, e in entries.items() if name.startswith("model.")}
 
 
+def stored_names(path: Path) -> list[str]:
+    """Names of all tensors of a checkpoint; reads none of them.
+
+    Raises:
+        DamagedCheckpoint: it cannot be read.
+    """
+    return list(_reading(path, lambda: reader_of(path).read_metadata()).state_dict_metadata)
+
+
 def reader_of(path: Path) -> StorageReader:
     """What reads a checkpoint: in safetensors files, or in the format of 0.1.0."""
     if any(path.glob(f"*{SUFFIX}")):

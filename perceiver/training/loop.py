@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from perceiver.config import OptimConfig
+from perceiver.training.average import update_average
 from perceiver.training.batches import Batch
 from perceiver.training.callbacks import REQUESTS
 from perceiver.training.checkpoint import TrainState
@@ -85,6 +86,8 @@ def fit(
         skipped = skip and not _all_finite(loss_sum, grad_norm, world)
         if not skipped:
             state.optimizer.step()
+            if state.average is not None and optim.ema_decay is not None:
+                update_average(state.average, state.model, optim.ema_decay, state.step)
         state.optimizer.zero_grad()
         state.step += 1
         if after_step(StepResult(loss_sum, targets, sums, grad_norm, lr, agreed.requests(), skipped)):
