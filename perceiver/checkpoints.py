@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from perceiver.config import UserError
-from perceiver.config.optimization import AVERAGED, averaged_metric
+from perceiver.config.optimization import averaged_metric, averaged_of
 from perceiver.disk import json_bytes
 
 MARKER = "checkpoint.json"
@@ -188,11 +188,6 @@ def choose_checkpoint(folder: str | Path, which: str, metric: str) -> Checkpoint
     if not checkpoints:
         raise UserError(f"{folder} holds no complete checkpoint")
     raise UserError(f"checkpoint {which!r} does not exist: say best, last or one of the steps {steps}")
-
-
-def averaged_of(which: str) -> tuple[str, bool]:
-    """A checkpoint's name without ":ema", and whether it had that: averaged weights are meant."""
-    return which.removesuffix(AVERAGED), which.endswith(AVERAGED)
 
 
 def _step_of(name: str) -> str:

@@ -8,9 +8,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from perceiver.checkpoints import CheckpointInfo, averaged_of
+from perceiver.checkpoints import CheckpointInfo
 from perceiver.config import Experiment, UserError
-from perceiver.config.optimization import AVERAGED
+from perceiver.config.optimization import AVERAGED, averaged_of
 from perceiver.data.manifest import Manifest
 from perceiver.data.storage import copy_file
 from perceiver.datasets import Dataset

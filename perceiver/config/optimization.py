@@ -28,6 +28,11 @@ AVERAGED = ":ema"
 """After a checkpoint's name: its averaged weights are meant."""
 
 
+def averaged_of(which: str) -> tuple[str, bool]:
+    """A checkpoint's name without ":ema", and whether it had that: averaged weights are meant."""
+    return which.removesuffix(AVERAGED), which.endswith(AVERAGED)
+
+
 def averaged_metric(name: str) -> str:
     """The name of a validation metric (val_...) with averaged weights."""
     return f"val_ema_{name.removeprefix('val_')}"

@@ -10,9 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from perceiver.checkpoints import averaged_of
 from perceiver.config import DataConfig, ModelConfig, TaskConfig, UserError, home, load_tree
-from perceiver.config.optimization import AVERAGED
+from perceiver.config.optimization import AVERAGED, averaged_of
 from perceiver.data.rows import KINDS, ArrayRows
 from perceiver.data.tokenizers import TOKENIZER, Tokenizer, load_tokenizer
 from perceiver.inference.export import CONFIG, WEIGHTS, download, read_config

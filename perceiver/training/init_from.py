@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.tensor import DTensor
 
-from perceiver.checkpoints import CheckpointInfo, averaged_of, read_marker
+from perceiver.checkpoints import CheckpointInfo, read_marker
 from perceiver.config import Experiment, ModelConfig, UserError, differences
+from perceiver.config.optimization import averaged_of
 from perceiver.data.tokenizers import load_tokenizer
 from perceiver.extensions import trust
 from perceiver.interop import comparison

@@ -3,7 +3,6 @@
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -17,7 +16,6 @@ from perceiver.training.parallel import join_world
 from perceiver.training.run import Training, evaluate, save_experiment
 from ray_jobs.preflight import check_experiment
 from tests.support.small import Call, image_experiment
-from tests.training.test_training import run as run_workers
 
 DECAY = 0.8
 
@@ -91,15 +89,6 @@ def test_metrics_of_averaged_weights_are_recorded_and_are_what_the_loaded_ones_r
         assert {name.replace("val_", mark): value for name, value in metrics.items()}.items() <= result.items()
     assert result["val_ema_loss"] != result["val_loss"]
     assert Run(folder).checkpoint("last", "val_loss").higher_is_better == {"val_acc", "val_ema_acc"}
-
-
-def test_two_workers_keep_the_average_of_one(images, tmp_path):
-    for workers in (1, 2):
-        folder = tmp_path / f"run-{workers}"
-        run_workers(experiment(dropout=0.0), images, folder, world=workers)
-        save_experiment(Run(folder), experiment(dropout=0.0), Manifest.load(images), str(images))
-    one, two = averages(tmp_path / "run-1"), averages(tmp_path / "run-2")
-    assert all(np.allclose(one[name].numpy(), two[name].numpy(), rtol=0, atol=2e-5) for name in one)
 
 
 def test_averaged_weights_are_exported_and_named_where_there_are_none(trained, images, tmp_path):
