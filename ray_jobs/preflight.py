@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import ray
+import torch
 from ray.autoscaler.sdk import request_resources
 
 from perceiver.config import Experiment, ParallelConfig, UserError, check_tree, nearest, nodes, type_name
@@ -19,6 +20,7 @@ from perceiver.data.sources import mixture_sources
 from perceiver.models import check_model
 from perceiver.tasks import Task, build_task
 from perceiver.tasks.check import check_task
+from perceiver.training.optim import check_groups
 from ray_jobs.ingest import DATA_CPUS
 from ray_jobs.ray_env import use_gpus
 
@@ -49,6 +51,9 @@ def check_experiment(experiment: Experiment) -> None:
     check_best_metric(experiment, task)
     check_model(experiment.model)
     task.check()
+    if experiment.optim.groups:
+        with torch.device("meta"):
+            check_groups(task.build_model(), experiment.optim)
     if any(not is_builtin(type_name(type(node))) for _, node in nodes(experiment)):
         check_task(experiment)
 

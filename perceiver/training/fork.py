@@ -124,6 +124,7 @@ def _carried(experiment: Experiment) -> dict[str, Any]:
     fields |= {name: value for name, value in flatten(to_dict(experiment)).items() if name.startswith("model.") and name.endswith("freeze")}
     fields |= {name: value for name, value in identity.items() if name.startswith("data.")}
     fields["training.global_batch_size"] = experiment.training.global_batch_size
+    fields["optim.groups"] = [group.pattern for group in experiment.optim.parsed_groups if group.freeze]  # without a state
     fields["optim.optimizer"] = type_name(type(experiment.optim.optimizer)).rpartition(":")[2].lower()
     return {f"--{spelled(name)}": value for name, value in fields.items()}
 

@@ -70,6 +70,7 @@ def fit(
         seed_step(seed, state.step, world.rank)
         lr = optim.learning_rate(state.step, total_steps)
         set_learning_rate(state.optimizer, lr)
+        optim.optimizer.before_step(state.optimizer, state.step)
         targets = torch.stack([task.num_targets(batch) for batch in micro_batches]).sum()
         targets, asked = world.all_sum(torch.stack([targets, targets.new_full((), _code(requests()))])).unbind()
         agreed = Agreed(asked)

@@ -29,7 +29,7 @@ from perceiver.training.init_from import find_start
 from perceiver.training.loop import StepResult, add_to, agree, fit, validate
 from perceiver.training.meters import Meter
 from perceiver.training.not_finite import Finiteness
-from perceiver.training.optim import build_optimizer
+from perceiver.training.optim import build_optimizer, freeze
 from perceiver.training.parallel import World, build_sharded
 from perceiver.training.record import Recorder
 from perceiver.training.remote_copy import RemoteCopy
@@ -287,6 +287,7 @@ def build_state(experiment: Experiment, task: Task, world: World) -> TrainState:
     """Model and optimizer, sharded over the workers, with initial weights."""
     with torch.device("meta"):
         model = task.build_model()
+    freeze(model, experiment.optim)
     model = build_sharded(model, world, experiment.parallel, experiment.training, model.layers())
     average = None if experiment.optim.ema_decay is None else begin_average(model)
     return TrainState(model, build_optimizer(model, experiment.optim), average=average)

@@ -3,11 +3,12 @@
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import perceiver
-from perceiver.config import Experiment, UserError
+from perceiver.config import Experiment, Sgd, UserError
 from perceiver.data.manifest import Manifest
 from perceiver.runs import Run
 from perceiver.tasks import build_task
@@ -16,14 +17,18 @@ from perceiver.training.parallel import join_world
 from perceiver.training.run import Training, evaluate, save_experiment
 from ray_jobs.preflight import check_experiment
 from tests.support.small import Call, image_experiment
+from tests.training.test_training import run as run_workers
 
 DECAY = 0.8
 
 
-def experiment(decay: float | None = DECAY, dropout: float = 0.1) -> Experiment:
+def experiment(decay: float | None = DECAY, dropout: float = 0.1, sgd: bool = False) -> Experiment:
     made = image_experiment()
     encoder = replace(made.model.encoder, dropout=dropout)
-    return replace(made, optim=replace(made.optim, ema_decay=decay), model=replace(made.model, encoder=encoder))
+    optim = replace(made.optim, ema_decay=decay)
+    if sgd:  # whose steps are as exact as its gradients
+        optim = replace(optim, optimizer=Sgd(), lr=0.05)
+    return replace(made, optim=optim, model=replace(made.model, encoder=encoder))
 
 
 def train(made: Experiment, data: Path, folder: Path, stop_at: int | None = None) -> list[dict[str, torch.Tensor]]:
@@ -89,6 +94,15 @@ def test_metrics_of_averaged_weights_are_recorded_and_are_what_the_loaded_ones_r
         assert {name.replace("val_", mark): value for name, value in metrics.items()}.items() <= result.items()
     assert result["val_ema_loss"] != result["val_loss"]
     assert Run(folder).checkpoint("last", "val_loss").higher_is_better == {"val_acc", "val_ema_acc"}
+
+
+def test_two_workers_keep_the_average_of_one(images, tmp_path):
+    for workers in (1, 2):
+        folder = tmp_path / f"run-{workers}"
+        run_workers(experiment(dropout=0.0, sgd=True), images, folder, world=workers)
+        save_experiment(Run(folder), experiment(dropout=0.0, sgd=True), Manifest.load(images), str(images))
+    one, two = averages(tmp_path / "run-1"), averages(tmp_path / "run-2")
+    assert all(np.allclose(one[name].numpy(), two[name].numpy(), rtol=0, atol=2e-5) for name in one)
 
 
 def test_averaged_weights_are_exported_and_named_where_there_are_none(trained, images, tmp_path):
