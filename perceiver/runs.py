@@ -39,7 +39,11 @@ SAMPLES = "samples"
 """Folder of what the task makes at validations: texts, pictures, other files."""
 CURVE = "curve.png"
 """Picture of the training's curves."""
-RECORDS = (EXPERIMENT, START, METRICS, RESULT, FAILURE)
+PROVENANCE = "provenance.json"
+"""The command that began it, the code, the packages and the machine; see `perceiver.provenance`."""
+DIFFS = ("package.diff", "folder.diff")
+"""Changes of the code that were not committed when it began: of this package's, and of the folder that the command was given in."""
+RECORDS = (EXPERIMENT, START, METRICS, RESULT, FAILURE, PROVENANCE, *DIFFS)
 PROGRESS = (METRICS, RESULT)
 """The records that say how far a run is."""
 RECORD_FOLDERS = (TENSORBOARD, SAMPLES)
@@ -132,6 +136,14 @@ class Run:
     @property
     def start_file(self) -> Path:
         return self.folder / START
+
+    @property
+    def provenance_file(self) -> Path:
+        return self.folder / PROVENANCE
+
+    def diff_file(self, code: str) -> Path:
+        """Uncommitted changes of the code of the "package" or of the "folder"."""
+        return self.folder / next(name for name in DIFFS if name.startswith(code))
 
     @property
     def log_file(self) -> Path:

@@ -5,18 +5,19 @@ from __future__ import annotations
 import logging
 import shlex
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import torch
 
+from perceiver import provenance
 from perceiver.checkpoints import CheckpointInfo, best_of
 from perceiver.config import Experiment, UserError, differences, home
 from perceiver.data.components import Component
 from perceiver.data.manifest import Manifest
 from perceiver.data.storage import write_file
 from perceiver.datasets import Dataset, with_tokenizer
-from perceiver.experiments import field_words
+from perceiver.experiments import command_words, field_words
 from perceiver.extensions import code_of
 from perceiver.plots import png, training_curves
 from perceiver.runs import CHECKPOINTS, CURVE, EXPERIMENT, RECORD_FOLDERS, RECORDS, Run
@@ -38,12 +39,12 @@ logger = logging.getLogger("ray_jobs.train")  # which __name__ is not where it i
 
 
 def main(argv: list[str]) -> int:
-    argv = show_progress(argv)
+    typed, argv = argv, show_progress(argv)
     allow_changed_code = "--allow-changed-code" in argv
     given, words = take_seeds([word for word in argv if word != "--allow-changed-code"])
     experiment = parse_experiment(words, "ray_jobs.train")
     if given is None:
-        run(experiment, allow_changed_code=allow_changed_code)
+        run(experiment, allow_changed_code=allow_changed_code, argv=typed)
         return 0
     seeds = parse_seeds(given, experiment.training.seed)
     for seed in seeds:  # all before the first: a name that is taken is known now
@@ -53,7 +54,7 @@ def main(argv: list[str]) -> int:
         dataset = Dataset.find(experiment)
         return {name: found.value for name, found in build_task(dataset.measured()).baselines(dataset.parts).items()}
 
-    return 0 if train_seeds(experiment, seeds, lambda made: run(made, allow_changed_code=allow_changed_code), baselines) else 1
+    return 0 if train_seeds(experiment, seeds, lambda made: run(made, allow_changed_code=allow_changed_code, argv=typed), baselines) else 1
 
 
 def run(
@@ -61,6 +62,7 @@ def run(
     on_report: Callable[[dict[str, float]], None] | None = None,
     stop_at: int | None = None,
     allow_changed_code: bool = False,
+    argv: Sequence[str] | None = None,
 ) -> dict[str, float]:
     """Trains an experiment to its end, from its last checkpoint on if there is one, and returns its last metrics.
 
@@ -70,6 +72,7 @@ def run(
         on_report: called in a thread with the metrics of each validation.
         stop_at: end with a validation and a checkpoint at this step, to be continued later.
         allow_changed_code: continue a run although the user's code in it has changed since it began.
+        argv: the arguments of the command that asks for it, to be kept with the run; None: those that make the experiment.
 
     Raises:
         UserError: a mistake in the experiment, data that is not prepared, another experiment under the same name.
@@ -132,6 +135,8 @@ def run(
                     remote.forget_result()
             trained.save_code(code)
             save_experiment(trained, experiment, manifest, data_folder)
+            words = [*program("ray_jobs.train").split(), *(command_words(experiment) if argv is None else argv)]
+            provenance.record(trained, words, manifest.digest, resources.workers, "GPU" if resources.gpu else "CPU")
             if remote is not None:
                 remote.send_records()
             logger.info(f"run {experiment.run_name} in {trained.folder}" + (f", kept in {remote.uri}" if remote is not None else ""))

@@ -8,11 +8,13 @@ which is read with an allow-list of classes.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
@@ -152,6 +154,34 @@ def stored_names(path: Path) -> list[str]:
         DamagedCheckpoint: it cannot be read.
     """
     return list(_reading(path, lambda: reader_of(path).read_metadata()).state_dict_metadata)
+
+
+def differing_weights(one: Path, other: Path) -> tuple[int, dict[str, float]]:
+    """The number of weights of two checkpoints in all, and of those that are not bit for bit the same the largest difference, by name;
+    infinite where one of them lacks it or has another shape.
+
+    Raises:
+        DamagedCheckpoint: one of them cannot be read.
+    """
+    shapes, others = stored_shapes(one), stored_shapes(other)
+    found: dict[str, float] = {}
+    for name in sorted(shapes.keys() | others.keys()):
+        if shapes.get(name) != others.get(name):
+            found[name] = math.inf
+            continue
+        values = []
+        for path in (one, other):
+            tensor = {f"model.{name}": torch.empty(shapes[name], dtype=_dtype_of(path, f"model.{name}"))}
+            read_tensors(path, tensor)
+            values.append(tensor[f"model.{name}"])
+        if values[0].dtype != values[1].dtype or not torch.equal(values[0], values[1]):
+            found[name] = (values[0].double() - values[1].double()).abs().max().item()
+    return len(shapes.keys() | others.keys()), found
+
+
+def _dtype_of(path: Path, name: str) -> torch.dtype:
+    entry = _reading(path, lambda: reader_of(path).read_metadata()).state_dict_metadata[name]
+    return entry.properties.dtype  # type: ignore[union-attr]
 
 
 def reader_of(path: Path) -> StorageReader:
