@@ -163,25 +163,24 @@ def differing_weights(one: Path, other: Path) -> tuple[int, dict[str, float]]:
     Raises:
         DamagedCheckpoint: one of them cannot be read.
     """
-    shapes, others = stored_shapes(one), stored_shapes(other)
+    weights, others = _weights(one), _weights(other)
+    names = weights.keys() | others.keys()
     found: dict[str, float] = {}
-    for name in sorted(shapes.keys() | others.keys()):
-        if shapes.get(name) != others.get(name):
+    for name in sorted(names):
+        here, there = weights.get(name), others.get(name)
+        if here is None or there is None or here.shape != there.shape or here.dtype != there.dtype:
             found[name] = math.inf
-            continue
-        values = []
-        for path in (one, other):
-            tensor = {f"model.{name}": torch.empty(shapes[name], dtype=_dtype_of(path, f"model.{name}"))}
-            read_tensors(path, tensor)
-            values.append(tensor[f"model.{name}"])
-        if values[0].dtype != values[1].dtype or not torch.equal(values[0], values[1]):
-            found[name] = (values[0].double() - values[1].double()).abs().max().item()
-    return len(shapes.keys() | others.keys()), found
+        elif not torch.equal(here, there):
+            found[name] = (here.double() - there.double()).abs().max().item()
+    return len(names), found
 
 
-def _dtype_of(path: Path, name: str) -> torch.dtype:
-    entry = _reading(path, lambda: reader_of(path).read_metadata()).state_dict_metadata[name]
-    return entry.properties.dtype  # type: ignore[union-attr]
+def _weights(path: Path) -> dict[str, Tensor]:
+    """The weights of a checkpoint, by name."""
+    entries = _reading(path, lambda: reader_of(path).read_metadata()).state_dict_metadata
+    found = {name: torch.empty(e.size, dtype=e.properties.dtype) for name, e in entries.items() if name.startswith("model.")}
+    read_tensors(path, found)
+    return {name.removeprefix("model."): tensor for name, tensor in found.items()}
 
 
 def reader_of(path: Path) -> StorageReader:
