@@ -79,6 +79,8 @@ def parse_experiment(argv: Sequence[str], prog: str) -> Experiment:
         raise UserError(f"{TRUST_CODE} needs the experiment that it is about: {program(prog)} EXPERIMENT {TRUST_CODE}")
     if words[0].startswith("--") and (fork := _value(words, "--fork", "--training.fork")) is not None:
         experiment = override(_parent(fork, _value(words, "--storage", "--run.storage"), trust_code), words, prog)
+        if not experiment.run.name:
+            raise UserError("--fork makes a new run: give it a --name")
     else:
         experiment = override(find_experiment(words[0], trust_code), words[1:], f"{prog} {words[0]}")
     if trust_code:

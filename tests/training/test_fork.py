@@ -141,6 +141,8 @@ def test_the_command_line_of_a_fork_starts_from_its_parents_experiment(parent):
     assert (made.run.name, made.optim.lr, made.training.fork_weights_only) == ("b", 0.5, True)
     assert parse_experiment([*words[:2], "--name", "b"], "ray_jobs.train").training.fork == f"{storage}/parent@6"
     assert parse_experiment(["--storage", str(storage), "--fork=parent", "--name", "b"], "x").run.storage == str(storage)
+    with pytest.raises(UserError, match="--fork makes a new run: give it a --name"):
+        parse_experiment(words[:2], "ray_jobs.train")
     with pytest.raises(UserError, match="'--name' does not exist"):
         parse_experiment(["--name", "b"], "ray_jobs.train")
 
