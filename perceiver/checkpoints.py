@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from perceiver.config import UserError
+from perceiver.config.optimization import averaged_metric, averaged_of
 from perceiver.disk import json_bytes
 
 MARKER = "checkpoint.json"
@@ -139,13 +140,13 @@ def best_of(checkpoints: list[CheckpointInfo], metric: str) -> CheckpointInfo | 
 
     What is no finite number is never the best.
     """
-    best = None
-    for checkpoint in sorted(checkpoints, key=lambda c: c.step):
-        value = checkpoint.metrics.get(metric, math.nan)
-        higher = metric in checkpoint.higher_is_better
-        if math.isfinite(value) and (best is None or is_better(value, best.metrics[metric], higher)):
-            best = checkpoint
-    return best
+    return next(iter(best_first(checkpoints, metric)), None)
+
+
+def best_first(checkpoints: list[CheckpointInfo], metric: str) -> list[CheckpointInfo]:
+    """The checkpoints with a finite value of a metric, the best first, of equal ones the earliest."""
+    having = [c for c in sorted(checkpoints, key=lambda c: c.step) if math.isfinite(c.metrics.get(metric, math.nan))]
+    return sorted(having, key=lambda c: -c.metrics[metric] if metric in c.higher_is_better else c.metrics[metric])
 
 
 def is_better(value: float, than: float, higher: bool) -> bool:
@@ -154,11 +155,14 @@ def is_better(value: float, than: float, higher: bool) -> bool:
 
 
 def choose_checkpoint(folder: str | Path, which: str, metric: str) -> CheckpointInfo:
-    """The checkpoint named "last", "best" (the last, where none has the metric) or by its step.
+    """The checkpoint named "last", "best" (the last, where none has the metric) or by its step; with ":ema" after that, the best by the
+    metric of averaged weights.
 
     Raises:
         UserError: there is none, or none of that step, or a damaged marker hides it; names the ones there are.
     """
+    name, is_averaged = averaged_of(which)
+    metric = averaged_metric(metric) if is_averaged and not metric.startswith("val_ema_") else metric
     checkpoints, damaged = [], {}
     for path in marked(Path(folder)):
         try:
@@ -168,14 +172,14 @@ def choose_checkpoint(folder: str | Path, which: str, metric: str) -> Checkpoint
         except DamagedCheckpoint as error:
             damaged[_step_of(path.name)] = error
     steps = ", ".join(str(c.step) for c in checkpoints)
-    wanted = _step_of(which)
-    if which in ("last", "best"):
+    wanted = _step_of(name)
+    if name in ("last", "best"):
         if damaged:
             others = f"; choose one of the steps {steps}, or continue the training, which sets it aside" if steps else ""
             raise DamagedCheckpoint(f"{next(iter(damaged.values()))}{others}")
         if not checkpoints:
             raise UserError(f"{folder} holds no complete checkpoint")
-        return (best_of(checkpoints, metric) if which == "best" else None) or checkpoints[-1]
+        return (best_of(checkpoints, metric) if name == "best" else None) or checkpoints[-1]
     if wanted in damaged:
         raise damaged[wanted]
     for checkpoint in checkpoints:

@@ -71,6 +71,11 @@ class Dataset:
             at_once = MANIFEST not in list_folder(data_folder(experiment))
         return None if at_once else cls.find(experiment)
 
+    @classmethod
+    def find_prepared(cls, experiment: Experiment) -> Dataset | None:
+        """The same where it is prepared, whoever does that; else None."""
+        return cls.find(experiment) if MANIFEST in list_folder(data_folder(experiment)) else None
+
     @property
     def parts(self) -> list[Component]:
         """The data sets of a mixture; of other prepared data itself alone."""

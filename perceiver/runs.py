@@ -10,12 +10,13 @@ import math
 import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from perceiver.checkpoints import CheckpointInfo, checkpoint_name, choose_checkpoint, list_checkpoints
 from perceiver.config import Experiment, UserError, home, load_tree, to_dict
+from perceiver.config.core import digest
 from perceiver.disk import is_locked, locked, read_json, write_json
 from perceiver.extensions import Code, check_trust
 
@@ -38,7 +39,11 @@ SAMPLES = "samples"
 """Folder of what the task makes at validations: texts, pictures, other files."""
 CURVE = "curve.png"
 """Picture of the training's curves."""
-RECORDS = (EXPERIMENT, START, METRICS, RESULT, FAILURE)
+PROVENANCE = "provenance.json"
+"""The command that began it, the code, the packages and the machine; see `perceiver.provenance`."""
+DIFFS = ("package.diff", "folder.diff")
+"""Changes of the code that were not committed when it began: of this package's, and of the folder that the command was given in."""
+RECORDS = (EXPERIMENT, START, METRICS, RESULT, FAILURE, PROVENANCE, *DIFFS)
 PROGRESS = (METRICS, RESULT)
 """The records that say how far a run is."""
 RECORD_FOLDERS = (TENSORBOARD, SAMPLES)
@@ -49,6 +54,26 @@ _LOCK = ".lock"
 
 class DamagedRun(UserError):
     """A run's folder whose files do not say what they must."""
+
+
+@dataclass(frozen=True)
+class Parent:
+    """The run, and its checkpoint, that another run began from."""
+
+    name: str
+    folder: str
+    step: int
+    digest: str
+    """Of the files of the checkpoint, as its marker lists them."""
+    whole: bool = False
+    """Whether the optimizer's state and the place in the order came from there too (a fork)."""
+
+    @classmethod
+    def of(cls, run: Run, checkpoint: CheckpointInfo, whole: bool = False) -> Parent:
+        return cls(run.name, str(run.folder), checkpoint.step, digest(checkpoint.files or {}, 16), whole)
+
+    def __str__(self) -> str:
+        return f"{self.name}@{self.step}"
 
 
 @dataclass(frozen=True)
@@ -113,6 +138,14 @@ class Run:
         return self.folder / START
 
     @property
+    def provenance_file(self) -> Path:
+        return self.folder / PROVENANCE
+
+    def diff_file(self, code: str) -> Path:
+        """Uncommitted changes of the code of the "package" or of the "folder"."""
+        return self.folder / next(name for name in DIFFS if name.startswith(code))
+
+    @property
     def log_file(self) -> Path:
         """Its lines of progress, each with its time."""
         return self.folder / "log.txt"
@@ -147,9 +180,9 @@ class Run:
         """What Ray Train keeps of it, which every start makes anew."""
         return self.folder / "ray"
 
-    def evaluation_file(self, step: int, digest: str) -> Path:
-        """Metrics of a checkpoint on a data set."""
-        return self.folder / "evaluations" / f"{checkpoint_name(step)}-{digest}.json"
+    def evaluation_file(self, step: int, digest: str, averaged: bool = False) -> Path:
+        """Metrics of a checkpoint (or its averaged weights) on a data set."""
+        return self.folder / "evaluations" / f"{checkpoint_name(step)}{'-ema' if averaged else ''}-{digest}.json"
 
     # -------------------------------------------------------------------------------------------------------- experiment
 
@@ -238,6 +271,19 @@ class Run:
             os.replace(folder, _free(folder.with_name(f"{CODE}-before")))
         code.save(folder)
 
+    # ----------------------------------------------------------------------------------------------------------- lineage
+
+    def parent(self) -> Parent | None:
+        """The run that it began from; None: from random weights, or from weights that are no run's."""
+        try:
+            return Parent(**json.loads((self.folder / START).read_bytes())["parent"])
+        except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
+            return None
+
+    def save_start(self, parent: Parent | None, content: Mapping[str, Any]) -> None:
+        """Notes what it began from."""
+        write_json(self.start_file, {**content, "parent": None if parent is None else asdict(parent)})
+
     # ------------------------------------------------------------------------------------------------ how far it is, lock
 
     def metrics(self) -> list[dict[str, Any]]:
@@ -285,6 +331,10 @@ class Run:
     def save_result(self, metrics: Mapping[str, float], stopped: str | None) -> None:
         """Marks it as finished."""
         write_json(self.folder / RESULT, {**metrics, **({} if stopped is None else {"stopped": stopped})})
+
+    def forget_result(self) -> None:
+        """Makes it a run that is not finished."""
+        (self.folder / RESULT).unlink(missing_ok=True)
 
     def failure(self) -> dict[str, Any] | None:
         """Why its last start failed: "reason", and "users", whether that is a mistake of the user's. None: it did not."""

@@ -11,12 +11,13 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, get_type_hints
 
-from perceiver.config import Experiment, UserError, flatten, from_dict, nearest, subclasses, to_dict, type_name
+from perceiver.config import CallbackConfig, Experiment, RunConfig, UserError, flatten, from_dict, nearest, subclasses, to_dict, type_name
 from perceiver.config.core import Config as Node
-from perceiver.config.core import find_type, nodes
+from perceiver.config.core import find_type, import_builtins, nodes
 from perceiver.terminal import print_anything
 
 if TYPE_CHECKING:
@@ -30,7 +31,11 @@ SHORTCUTS = {
     "--init-from": "--training.init-from",
     "--init-encoder-from": "--training.init-encoder-from",
     "--init-checkpoint": "--training.init-checkpoint",
+    "--fork": "--training.fork",
 }
+_CALLBACKS = "--callbacks"
+FLAGS = {"--fork-weights-only": ("--training.fork-weights-only", "True")}
+"""Shortcuts that take no value."""
 TRUST_CODE = "--trust-code"
 """Runs that an experiment is or starts from may run code of their own that was never run from this account."""
 
@@ -56,9 +61,13 @@ def parse_experiment(argv: Sequence[str], prog: str) -> Experiment:
         from perceiver.catalog import CATALOG
 
         names = ", ".join(CATALOG)
-        print(f"usage: {program(prog)} EXPERIMENT [--field value ...]\n\npresets: {names}")
+        print(f"usage: {program(prog)} EXPERIMENT [--field value ...]")
+        print(f"       {program(prog)} --fork RUN[@STEP] --name NAME [--field value ...]\n\npresets: {names}")
         print("yours:   FILE.py:FUNCTION, MODULE:FUNCTION, a run's folder, a .json or a .yaml file")
-        print(f"shortcuts: {', '.join(f'{short} = {long}' for short, long in SHORTCUTS.items())}; --workers 2..8 is elastic")
+        shortcuts = [*(f"{short} = {long}" for short, long in SHORTCUTS.items()), *FLAGS]
+        print(f"shortcuts: {', '.join(shortcuts)}; --workers 2..8 is elastic")
+        if prog == "ray_jobs.train":
+            print("several seeds: --seeds 5 (from --training.seed on) or --seeds 0,1,7; each is a run NAME-seed-N, and a table ends it")
         print(f"fields of an experiment: {program(prog)} EXPERIMENT --help")
         raise SystemExit(0)
     # Here and not above: to parse nothing takes none of the models and tasks.
@@ -68,12 +77,37 @@ def parse_experiment(argv: Sequence[str], prog: str) -> Experiment:
     words = [word for word in argv if word != TRUST_CODE]
     if not words:
         raise UserError(f"{TRUST_CODE} needs the experiment that it is about: {program(prog)} EXPERIMENT {TRUST_CODE}")
-    experiment = override(find_experiment(words[0], trust_code), words[1:], f"{prog} {words[0]}")
+    if words[0].startswith("--") and (fork := _value(words, "--fork", "--training.fork")) is not None:
+        experiment = override(_parent(fork, _value(words, "--storage", "--run.storage"), trust_code), words, prog)
+        if not experiment.run.name:
+            raise UserError("--fork makes a new run: give it a --name")
+    else:
+        experiment = override(find_experiment(words[0], trust_code), words[1:], f"{prog} {words[0]}")
     if trust_code:
         from perceiver.training.init_from import trust_start
 
         trust_start(experiment)
     return experiment.task.completed(experiment)
+
+
+def _parent(fork: str, storage: str | None, trust_code: bool) -> Experiment:
+    """The experiment of the run that is forked, as that of a new run beside it."""
+    from perceiver.experiments import find_experiment
+    from perceiver.training.init_from import forked_run
+
+    run, _ = forked_run(fork, RunConfig(storage=storage or "").storage_path)
+    found = find_experiment(str(run.folder), trust_code)
+    training = dataclasses.replace(found.training, fork=None, fork_weights_only=False, init_from=None, init_encoder_from=None)
+    return dataclasses.replace(found, training=training, run=dataclasses.replace(found.run, name=""))
+
+
+def _value(words: Sequence[str], *flags: str) -> str | None:
+    """The value that one of these flags is given among words; None: it is not."""
+    for word, following in zip(words, [*words[1:], None], strict=True):
+        flag, equals, value = word.partition("=")
+        if flag in flags:
+            return value if equals else following
+    return None
 
 
 def override(config: Config, args: Sequence[str], prog: str) -> Config:
@@ -82,7 +116,7 @@ def override(config: Config, args: Sequence[str], prog: str) -> Config:
     Raises:
         UserError: an unknown field (offers the nearest) or a value that does not fit it.
     """
-    config, args = _replace_nodes(config, _elastic([_long(arg) for arg in args]))
+    config, args = _replace_nodes(config, _elastic([long for arg in args for long in _long(arg)]))
     fields = [name for name in flatten(to_dict(config)) if name.rpartition(".")[2] != "type" and name != "preset"]
     for arg in args:
         if re.match(r"--[a-zA-Z]", arg) and arg != "--help":
@@ -100,13 +134,22 @@ def override(config: Config, args: Sequence[str], prog: str) -> Config:
                 default=config,
                 args=args,
                 prog=program(prog),
-                description=type(config).__doc__,
+                description="\n\n".join(filter(None, [type(config).__doc__, _BESIDES.get(prog.partition(" ")[0])])),
             )
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
         raise UserError(_first_sentence(output.getvalue())) from None
     return made
+
+
+_BESIDES = {
+    "ray_jobs.train": "Besides the fields: --seeds 5 or --seeds 0,1,7 (each seed is a run of its own, NAME-seed-N, and a table ends it); "
+    "--fork RUN[@STEP] and --fork-weights-only (a new run that begins as another was); --allow-changed-code; --trust-code; --verbose; "
+    "--quiet. --workers 2..8 is elastic. --callbacks earlystop divergence adds callbacks (or yours, module:Class), whose fields are then "
+    "--callbacks.0.patience, --callbacks.1.factor, ...: with --help after them all are listed."
+}
+"""What a job's help says of options that are no fields."""
 
 
 def program(module: str) -> str:
@@ -199,9 +242,11 @@ def refuse_empty(args: argparse.Namespace, positional: Sequence[str] = ()) -> No
             raise UserError(f"{shown} is empty: give a value (is a variable of the shell not set?)")
 
 
-def _long(arg: str) -> str:
+def _long(arg: str) -> tuple[str, ...]:
+    if arg in FLAGS:
+        return FLAGS[arg]
     name, equals, value = arg.partition("=")
-    return SHORTCUTS.get(name, name) + equals + value
+    return (SHORTCUTS.get(name, name) + equals + value,)
 
 
 def _elastic(args: list[str]) -> list[str]:
@@ -225,9 +270,19 @@ def _replace_nodes(config: Config, args: list[str]) -> tuple[Config, list[str]]:
     places = {where[:-1]: node for where, node in nodes(config) if where}
     rest: list[str] = []
     words = iter(args)
-    for word in words:
+    while (word := next(words, None)) is not None:
         flag, equals, value = word.partition("=")
         place = flag[2:].replace("-", "_")
+        if flag == _CALLBACKS and isinstance(config, Experiment):
+            names, following = [value] if equals else [], next(words, None)
+            while not equals and following is not None and not following.startswith("--"):
+                names.append(following)
+                following = next(words, None)
+            if following is not None:
+                words = chain([following], words)
+            config = _with_callbacks(config, names)
+            places = {where[:-1]: node for where, node in nodes(config) if where}
+            continue
         if not word.startswith("--") or place not in places:
             rest.append(word)
             continue
@@ -245,6 +300,26 @@ def _replace_nodes(config: Config, args: list[str]) -> tuple[Config, list[str]]:
     return config, rest
 
 
+def _with_callbacks(config: Config, names: Sequence[str]) -> Config:
+    """The experiment with callbacks of these classes in place of its own; those that it has keep their fields.
+
+    Raises:
+        UserError: a name is that of none.
+    """
+    import_builtins()
+    tree = to_dict(config)
+    old = list(tree["callbacks"])
+    tree["callbacks"] = []
+    for name in names:
+        cls = _named_class(_CALLBACKS, name, CallbackConfig)
+        node = next((node for node in old if node["type"] == type_name(cls)), {"type": type_name(cls)})
+        tree["callbacks"].append(node)
+    try:
+        return from_dict(tree)
+    except UserError as error:
+        raise UserError(f"{_CALLBACKS} {' '.join(names)}: {error}") from None
+
+
 def _section_class(flag: str, name: str, old: Node) -> type[Node]:
     """The class that a section is given by its name.
 
@@ -252,6 +327,17 @@ def _section_class(flag: str, name: str, old: Node) -> type[Node]:
         UserError: there is none of that name that could stand there.
     """
     base = next(cls for cls in reversed(type(old).__mro__) if issubclass(cls, Node) and cls is not Node)
+    if base is type(old) and not subclasses(base):
+        raise UserError(f"{flag} is {name!r} and must be one of its fields, {flag}.NAME")
+    return _named_class(flag, name, base)
+
+
+def _named_class(flag: str, name: str, base: type[Node]) -> type[Node]:
+    """A subclass by the name that a command line gives it.
+
+    Raises:
+        UserError: there is none.
+    """
     known = subclasses(base)
     if name in known:
         return known[name]
@@ -260,8 +346,7 @@ def _section_class(flag: str, name: str, old: Node) -> type[Node]:
         if issubclass(found, base):
             return found
         raise UserError(f"{flag} is {name}, which is no {base.__name__}")
-    choices = ", ".join(known) if base is not type(old) or known else "its fields, " + f"{flag}.NAME"
-    raise UserError(f"{flag} is {name!r}{nearest(name, known)} and must be one of {choices}, or a class of yours as module:Class")
+    raise UserError(f"{flag} is {name!r}{nearest(name, known)} and must be one of {', '.join(known)}, or a class of yours as module:Class")
 
 
 def _first_sentence(box: str) -> str:

@@ -85,13 +85,15 @@ def evaluate_checkpoint(
     resources: Resources,
     checkpoint: Path,
     origin: str | None = None,
+    averaged: bool = False,
 ) -> dict[str, Any]:
     """Evaluates a checkpoint on the validation split of prepared data: its metrics, and the sums that they are made from.
 
-    `origin`: URI of the run in an object store, from which workers on other machines get the checkpoint.
+    `origin`: URI of the run in an object store, from which workers on other machines get the checkpoint. `averaged`: evaluate its averaged
+    weights.
     """
     results: list[dict[str, Any]] = []
-    settings = {"checkpoint": str(checkpoint), "origin": origin}
+    settings = {"checkpoint": str(checkpoint), "origin": origin, "averaged": averaged}
     try:
         _fit(evaluate_worker, experiment, data_folder, trained, resources, settings, results.append)
     except TrainingFailed:

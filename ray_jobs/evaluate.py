@@ -10,6 +10,7 @@ from typing import Any
 
 from perceiver.checkpoints import CheckpointInfo
 from perceiver.config import Experiment, UserError
+from perceiver.config.optimization import AVERAGED, averaged_of
 from perceiver.data.manifest import Manifest
 from perceiver.data.storage import copy_file
 from perceiver.datasets import Dataset
@@ -18,6 +19,7 @@ from perceiver.runs import Run
 from perceiver.tasks import build_task
 from perceiver.tasks.base import Baseline
 from perceiver.terminal import summary
+from perceiver.training.checkpoint import has_average
 from perceiver.training.checkpoint_files import check_files
 from perceiver.training.remote_copy import find_run
 from ray_jobs.cli import main_entry, override, program, refuse_empty
@@ -31,7 +33,7 @@ def main(argv: list[str]) -> int:
     argv = show_progress(argv)
     parser = argparse.ArgumentParser(prog=program("ray_jobs.evaluate"), description=summary(__doc__))
     parser.add_argument("run", help="folder or URI of a run, or its name among the runs of $PERCEIVER_HOME")
-    parser.add_argument("--checkpoint", default="best", help="best (default), last, or a step")
+    parser.add_argument("--checkpoint", default="best", help="best (default), last, or a step; best:ema and so on are averaged weights")
     parser.add_argument("--trust-code", action="store_true", help="run code that the run brings and that was never run from this account")
     args, overrides = parser.parse_known_args(argv)
     refuse_empty(args, ("run",))
@@ -75,6 +77,11 @@ def evaluate_run(
     check_experiment(experiment)
     chosen = found.checkpoint(checkpoint, trained.run.best_metric)
     check_files(chosen.path)
+    _, averaged = averaged_of(checkpoint)
+    if averaged and not has_average(chosen.path):
+        raise UserError(
+            f"--checkpoint is {checkpoint!r}, but run {found.name} has no averaged weights (--optim.ema-decay): leave out {AVERAGED}"
+        )
 
     from ray_jobs import driver
     from ray_jobs.preprocess import prepare
@@ -87,12 +94,12 @@ def evaluate_run(
         dataset = Dataset.find(experiment)
         experiment, data_folder, manifest = dataset.experiment, dataset.folder, dataset.manifest
         origin = str(run) if "://" in str(run) else None
-        result = driver.evaluate_checkpoint(experiment, data_folder, found, resources, chosen.path, origin)
+        result = driver.evaluate_checkpoint(experiment, data_folder, found, resources, chosen.path, origin, averaged)
     if not result["metrics"]:
         raise UserError(f"the validation data in {data_folder} has no target, so nothing can be measured on it")
     task, parts = build_task(experiment), dataset.parts
     baselines = task.baselines(parts, _trained_on(trained) if other else None)
-    path = found.evaluation_file(chosen.step, manifest.digest)
+    path = found.evaluation_file(chosen.step, manifest.digest, averaged)
     result["baselines"] = {name: asdict(baseline) for name, baseline in baselines.items()}
     content = _content(experiment, chosen, data_folder, manifest.digest, result)
     write_json(path, content)

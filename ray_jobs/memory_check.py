@@ -47,6 +47,7 @@ def layout_of(experiment: Experiment, cuda: bool = True) -> Layout:
         checkpoint_every=parallel.activation_checkpointing,
         cpu_offload=parallel.cpu_offload,
         cuda=cuda,
+        averaged=experiment.optim.ema_decay is not None,
     )
 
 

@@ -95,7 +95,7 @@ def parse(argv: list[str]) -> tuple[PredictJob, str, Placement, Description]:
     parser.add_argument("--input", nargs="+", required=True, metavar="PATH", help="files or folders")
     parser.add_argument("--output", required=True, metavar="FOLDER", help="a new folder, or that of the same job before")
     parser.add_argument("--mode", choices=MODES, help="what to compute (default: what the model's task is for)")
-    parser.add_argument("--checkpoint", default="best", help="best (default), last, or a step")
+    parser.add_argument("--checkpoint", default="best", help="best (default), last, or a step; best:ema and so on are averaged weights")
     parser.add_argument("--trust-code", action="store_true", help="run code that the run brings and that was never run from this account")
     parser.add_argument("--column", help='column with the text or image (default: "text" or "image")')
     parser.add_argument("--id-column", help="column with the rows' ids (default: file name and row number)")

@@ -10,14 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import ray
+import torch
 from ray.autoscaler.sdk import request_resources
 
 from perceiver.config import Experiment, ParallelConfig, UserError, check_tree, nearest, nodes, type_name
 from perceiver.config.core import is_builtin
+from perceiver.config.optimization import averaged_metric
 from perceiver.data.sources import mixture_sources
 from perceiver.models import check_model
 from perceiver.tasks import Task, build_task
 from perceiver.tasks.check import check_task
+from perceiver.training.optim import check_groups
 from ray_jobs.ingest import DATA_CPUS
 from ray_jobs.ray_env import use_gpus
 
@@ -48,6 +51,9 @@ def check_experiment(experiment: Experiment) -> None:
     check_best_metric(experiment, task)
     check_model(experiment.model)
     task.check()
+    if experiment.optim.groups:
+        with torch.device("meta"):
+            check_groups(task.build_model(), experiment.optim)
     if any(not is_builtin(type_name(type(node))) for _, node in nodes(experiment)):
         check_task(experiment)
 
@@ -80,6 +86,8 @@ def check_best_metric(experiment: Experiment, task: Task) -> None:
     """Raises UserError where run.best-metric is nothing that the task measures."""
     sources = [source.name for source in mixture_sources(experiment.data)] if experiment.data.mixture else []
     names = [f"val_{name}" for name in task.metric_directions]
+    if experiment.optim.ema_decay is not None:
+        names += map(averaged_metric, names)
     names += [f"{name}/{source}" for name in names for source in sources]
     metric = experiment.run.best_metric
     if metric not in names:

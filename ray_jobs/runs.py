@@ -19,7 +19,7 @@ from perceiver.terminal import summary
 from ray_jobs.cli import main_entry, program, refuse_empty
 from ray_jobs.where import Condition
 
-COLUMNS = ("name", "preset", "task", "status", "step", "of", "best", "checkpoint", "MiB")
+COLUMNS = ("name", "parent", "preset", "task", "status", "step", "of", "best", "checkpoint", "MiB")
 
 
 def main(argv: list[str]) -> int:
@@ -48,6 +48,8 @@ def main(argv: list[str]) -> int:
         for run in runs:
             print(json.dumps(run))
         return 0
+    if not args.columns and not any(run["parent"] for run in runs):
+        columns = tuple(name for name in columns if name != "parent")
     if not runs:
         print(f"there are no runs in {folder}" + (f" with {args.where}" if args.where else ""))
         return 0
@@ -83,6 +85,7 @@ def describe(run: Run) -> dict[str, Any]:
         names = dict.fromkeys(name for checkpoint in checkpoints for name in checkpoint.metrics)
         metrics = {name: best.metrics[name] for name in names if (best := best_of(checkpoints, name)) is not None}
         return row | {
+            "parent": None if (parent := run.parent()) is None else str(parent),
             "preset": experiment.get("preset"),
             "task": str(experiment["task"].get("type", "")).rpartition(":")[2].removesuffix("Config"),
             "status": state,

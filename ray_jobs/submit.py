@@ -27,9 +27,12 @@ from ray_jobs.cli import JobFailed, main_entry, parse_experiment, program
 from ray_jobs.main import COMMANDS, JOBS
 from ray_jobs.preflight import check_experiment
 from ray_jobs.ray_env import choose_authentication
+from ray_jobs.seeds import parse_seeds, take_seeds
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 """Where the dashboard of a cluster is, here or through an SSH tunnel."""
+NO_FIELDS = ("--allow-changed-code", "--verbose", "--quiet")
+"""Arguments of a training that are no fields of an experiment."""
 STOPPED = 130
 """Exit status of a job that was stopped, as after Ctrl-C."""
 
@@ -89,8 +92,11 @@ def check_job(job: str | None, arguments: list[str]) -> Experiment | None:
         raise UserError(f"job {job!r} does not exist{nearest(job, JOBS)}; jobs are {', '.join(JOBS)}")
     if job not in ("train", "preprocess"):
         return None
-    experiment = parse_experiment(arguments, JOBS[job])
+    given, words = take_seeds([word for word in arguments if word not in NO_FIELDS])
+    experiment = parse_experiment(words, JOBS[job])
     check_experiment(experiment)
+    if given is not None:
+        parse_seeds(given, experiment.training.seed)
     return experiment if job == "train" else None
 
 

@@ -3,43 +3,59 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from perceiver import provenance
 from perceiver.checkpoints import CheckpointInfo, best_of
-from perceiver.config import Experiment, UserError, differences
+from perceiver.config import Experiment, UserError, differences, home
 from perceiver.data.components import Component
 from perceiver.data.manifest import Manifest
 from perceiver.data.storage import write_file
 from perceiver.datasets import Dataset, with_tokenizer
+from perceiver.experiments import command_words, field_words
 from perceiver.extensions import code_of
 from perceiver.plots import png, training_curves
 from perceiver.runs import CHECKPOINTS, CURVE, EXPERIMENT, RECORD_FOLDERS, RECORDS, Run
 from perceiver.tasks import build_task
 from perceiver.tasks.base import Baseline
 from perceiver.training.batches import make_val_loaders
-from perceiver.training.init_from import Start, find_start
+from perceiver.training.fork import Fork, check_extension, find_fork, is_extension, resolved
+from perceiver.training.init_from import Start, find_start, forked_run
 from perceiver.training.meters import duration
 from perceiver.training.remote_copy import RemoteCopy
 from perceiver.training.run import save_experiment, total_steps
-from ray_jobs.cli import Interrupted, main_entry, parse_experiment
+from ray_jobs.cli import Interrupted, main_entry, parse_experiment, program
 from ray_jobs.logs import log_file, show_progress
 from ray_jobs.memory_check import check_memory, check_precision
 from ray_jobs.preflight import check_experiment, local_folder, plan_resources
+from ray_jobs.seeds import parse_seeds, replicate, take_seeds, train_seeds
 
 logger = logging.getLogger("ray_jobs.train")  # which __name__ is not where it is run as a program
 
 
 def main(argv: list[str]) -> int:
-    argv = show_progress(argv)
+    typed, argv = argv, show_progress(argv)
     allow_changed_code = "--allow-changed-code" in argv
-    experiment = parse_experiment([word for word in argv if word != "--allow-changed-code"], "ray_jobs.train")
-    run(experiment, allow_changed_code=allow_changed_code)
-    return 0
+    given, words = take_seeds([word for word in argv if word != "--allow-changed-code"])
+    experiment = parse_experiment(words, "ray_jobs.train")
+    if given is None:
+        run(experiment, allow_changed_code=allow_changed_code, argv=typed)
+        return 0
+    seeds = parse_seeds(given, experiment.training.seed)
+    for seed in seeds:  # all before the first: a name that is taken is known now
+        check_name(replicate(experiment, seed))
+
+    def baselines() -> dict[str, float]:
+        dataset = Dataset.find(experiment)
+        return {name: found.value for name, found in build_task(dataset.measured()).baselines(dataset.parts).items()}
+
+    return 0 if train_seeds(experiment, seeds, lambda made: run(made, allow_changed_code=allow_changed_code, argv=typed), baselines) else 1
 
 
 def run(
@@ -47,6 +63,7 @@ def run(
     on_report: Callable[[dict[str, float]], None] | None = None,
     stop_at: int | None = None,
     allow_changed_code: bool = False,
+    argv: Sequence[str] | None = None,
 ) -> dict[str, float]:
     """Trains an experiment to its end, from its last checkpoint on if there is one, and returns its last metrics.
 
@@ -56,6 +73,7 @@ def run(
         on_report: called in a thread with the metrics of each validation.
         stop_at: end with a validation and a checkpoint at this step, to be continued later.
         allow_changed_code: continue a run although the user's code in it has changed since it began.
+        argv: the arguments of the command that asks for it, to be kept with the run; None: those that make the experiment.
 
     Raises:
         UserError: a mistake in the experiment, data that is not prepared, another experiment under the same name.
@@ -72,15 +90,30 @@ def run(
     code = code_of(experiment)
     trained.check_code(code, allow_changed_code)
     experiment = in_its_order(experiment, trained)
-    finished = check_run(experiment, trained)
+    longer = is_longer(experiment, trained)
+    finished = None if longer else check_run(experiment, trained)
     if finished is not None:
         logger.info(f"run {experiment.run_name} is finished: {_summary(finished, {})}")
         logger.info(f"evaluate it: python -m ray_jobs.evaluate {_place(experiment, trained)}; another training needs another --run.name")
         return finished
-    start = check_start(experiment, _checkpoints(trained, remote))
+    checkpoints = _checkpoints(trained, remote)
+    fork = check_fork(experiment, trained, checkpoints)
+    start = check_start(experiment, checkpoints) if fork is None else None
     dataset = Dataset.find_early(experiment)
-    if dataset is not None:
-        check_validation(experiment, dataset.folder, dataset.manifest)
+
+    def check_prepared(data_folder: str, manifest: Manifest) -> None:
+        check_validation(experiment, data_folder, manifest)
+        check_data(trained, manifest)
+        steps = total_steps(experiment, manifest.splits["train"].rows)
+        if fork is not None:
+            fork.check_data(manifest.digest, steps)
+        if longer:
+            check_longer(experiment, trained, manifest, steps)
+
+    # What runs were trained on before is there, also where the job itself would prepare it.
+    known = dataset or (Dataset.find_prepared(experiment) if fork is not None or longer else None)
+    if known is not None:
+        check_prepared(known.folder, known.manifest)
 
     from ray_jobs import driver
     from ray_jobs.preprocess import prepare
@@ -96,17 +129,25 @@ def run(
                 prepare(experiment)
                 dataset = Dataset.find(experiment)
             experiment, data_folder, manifest = dataset.measured(), dataset.folder, dataset.manifest
-            check_validation(experiment, data_folder, manifest)
-            check_data(trained, manifest)
+            check_prepared(data_folder, manifest)
             warn_of_warmup(experiment, manifest)
+            if longer:
+                trained.forget_result()
+                if remote is not None:
+                    remote.forget_result()
             trained.save_code(code)
             save_experiment(trained, experiment, manifest, data_folder)
+            words = [*program("ray_jobs.train").split(), *(command_words(experiment) if argv is None else argv)]
+            provenance.record(trained, words, manifest.digest, resources.workers, "GPU" if resources.gpu else "CPU")
             if remote is not None:
                 remote.send_records()
             logger.info(f"run {experiment.run_name} in {trained.folder}" + (f", kept in {remote.uri}" if remote is not None else ""))
+            if fork is not None:
+                logger.info(f"forked from {fork.origin}: its weights, optimizer and place in the order (noted in {trained.start_file})")
             if start is not None:
                 logger.info(f"{start} (names in {trained.start_file})")
-            interrupted = driver.train(experiment, data_folder, trained, resources, on_report, stop_at)
+            begun = resolved(experiment, fork.checkpoint if fork is not None else start.of_run if start is not None else None)
+            interrupted = driver.train(begun, data_folder, trained, resources, on_report, stop_at)
         checkpoints = _checkpoints(trained, remote)
         result = trained.result()
         if result is None and interrupted:
@@ -149,6 +190,56 @@ def check_run(experiment: Experiment, trained: Run) -> dict[str, float] | None:
             "choose another --run.name, or the same settings"
         )
     return trained.result()
+
+
+def is_longer(experiment: Experiment, trained: Run) -> bool:
+    """Whether the run under this name is the same but for its length."""
+    return trained.exists and is_extension(trained.load(install_code=False)[0], experiment)
+
+
+def check_longer(experiment: Experiment, trained: Run, manifest: Manifest, steps: int) -> None:
+    """Refuses another length where the steps so far are not those of a run of that length; see `check_extension`.
+
+    Raises:
+        UserError: says why, and the command that forks the run in its place.
+    """
+    old, _ = trained.load(install_code=False)
+    old_steps = total_steps(old, manifest.splits["train"].rows)
+
+    def command(step: int) -> str:
+        training = experiment.training
+        lengths = {f"training.{name}": getattr(training, name) for name in ("max_steps", "max_epochs")}
+        words = [word for name, value in lengths.items() for word in field_words(name, value)]
+        place = trained.folder if Path(experiment.run.storage_path) != home() / "runs" else trained.name
+        return shlex.join([*program("ray_jobs.train").split(), "--fork", f"{place}@{step}", "--name", f"{trained.name}-longer", *words])
+
+    check_extension(trained, old, experiment, old_steps, steps, command)
+
+
+def check_fork(experiment: Experiment, trained: Run, checkpoints: list[CheckpointInfo]) -> Fork | None:
+    """What a fresh run is forked from, with all but the length compared; None: it is no fork, or is continued.
+
+    Raises:
+        UserError: there is no such run, or its weights, optimizer or order cannot be carried over.
+    """
+    if experiment.training.fork is None or checkpoints:
+        return None
+    parent, _ = forked_run(experiment.training.fork, experiment.run.storage_path)
+    if parent.folder == trained.folder:
+        raise UserError(f"--run.name is {trained.name!r}, the run that is forked: a fork is a run of its own, give it another name")
+    fork = find_fork(experiment)
+    if fork is not None:
+        fork.check(experiment)
+    return fork
+
+
+def check_name(experiment: Experiment) -> None:
+    """Refuses an experiment whose run is another one's already; see `check_run`."""
+    experiment = with_tokenizer(experiment)
+    check_experiment(experiment)
+    trained = Run(local_folder("run.storage", experiment.run.storage_path) / experiment.run_name)
+    if not is_longer(experiment, trained):
+        check_run(experiment, trained)
 
 
 def check_free(folder: Path, mark: str, field: str, names: Collection[str] | None = None) -> None:

@@ -23,7 +23,7 @@ from perceiver.runs import Run
 from perceiver.tasks import build_task
 from perceiver.training.batches import make_val_loaders
 from perceiver.training.callbacks import Callback
-from perceiver.training.checkpoint import load_model
+from perceiver.training.checkpoint import load_average, load_model
 from perceiver.training.hooks import CallbackError
 from perceiver.training.loop import StepResult
 from perceiver.training.not_finite import NotFinite
@@ -130,6 +130,8 @@ def _evaluate(config: dict[str, Any], experiment: Experiment, world: World) -> N
             raise FileNotFoundError(f"{config['origin']} is a run no longer")
         checkpoint = fetched.checkpoints_folder / checkpoint.name
     load_model(checkpoint, model)
+    if config["averaged"]:
+        load_average(checkpoint, model)
     try:
         metrics, sums, _ = evaluate(task, model, loaders, world, read_with_ray)
     except DataFault as error:

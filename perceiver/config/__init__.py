@@ -19,6 +19,8 @@ from perceiver.config.core import (
     type_name,
 )
 from perceiver.config.optimization import Adam, AdamW, Constant, Cosine, OptimConfig, OptimizerConfig, ScheduleConfig
+from perceiver.config.optimizers import Lamb, Lion, Sgd
+from perceiver.config.schedules import InverseSquareRoot, Linear, OneCycle, WarmRestarts, Wsd
 from perceiver.config.sections import (
     CallbackConfig,
     DataConfig,
@@ -40,16 +42,24 @@ __all__ = [
     "Cosine",
     "DataConfig",
     "Experiment",
+    "InverseSquareRoot",
+    "Lamb",
+    "Linear",
+    "Lion",
     "ModelConfig",
+    "OneCycle",
     "OptimConfig",
     "OptimizerConfig",
     "ParallelConfig",
     "RunConfig",
     "ScheduleConfig",
+    "Sgd",
     "TaskConfig",
     "TokenizerTraining",
     "TrainingConfig",
     "UserError",
+    "WarmRestarts",
+    "Wsd",
     "check_folder_name",
     "check_tree",
     "differences",

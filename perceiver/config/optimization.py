@@ -16,12 +16,32 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from perceiver.config.core import Config, UserError, spelled
 
 if TYPE_CHECKING:
     import torch
+
+
+AVERAGED = ":ema"
+"""After a checkpoint's name: its averaged weights are meant."""
+
+
+def averaged_of(which: str) -> tuple[str, bool]:
+    """A checkpoint's name without ":ema", and whether it had that: averaged weights are meant."""
+    return which.removesuffix(AVERAGED), which.endswith(AVERAGED)
+
+
+def averaged_metric(name: str) -> str:
+    """The name of a validation metric (val_...) with averaged weights."""
+    return f"val_ema_{name.removeprefix('val_')}"
+
+
+def raw_metric(name: str) -> str:
+    """The name of a validation metric without the mark of averaged weights."""
+    return f"val_{name.removeprefix('val_ema_')}" if name.startswith("val_ema_") else name
 
 
 class OptimizerConfig(Config):
@@ -32,10 +52,14 @@ class OptimizerConfig(Config):
         """The optimizer over parameter groups.
 
         Args:
-            groups: as torch.optim takes them: "params" and "weight_decay". Parameters may be sharded (DTensor).
+            groups: as torch.optim takes them: "params" and "weight_decay", and "lr_factor", which is for the loop. Parameters may be
+                sharded (DTensor).
             lr: peak learning rate; the loop sets every group's "lr" before each step.
         """
         raise NotImplementedError(f"{type(self).__name__} needs a method build(groups, lr) that returns a torch optimizer")
+
+    def before_step(self, optimizer: torch.optim.Optimizer, step: int) -> None:
+        """Called before each step (from 0), for an optimizer that counts steps outside of its state: a checkpoint has that alone."""
 
 
 class Adam(OptimizerConfig):
@@ -104,21 +128,67 @@ class Cosine(ScheduleConfig):
         return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Parameters by their names, as `optim.groups` describes them."""
+
+    pattern: str
+    lr: float = 1.0
+    decay: float | None = None
+    freeze: bool = False
+
+    @classmethod
+    def parse(cls, text: str) -> ParameterGroup:
+        """PATTERN:lr=0.1,decay=0,freeze with any of the three.
+
+        Raises:
+            UserError: anything else.
+        """
+        pattern, _, settings = text.rpartition(":")
+        values: dict[str, Any] = {}
+        try:
+            for setting in settings.split(","):
+                name, equals, value = setting.strip().partition("=")
+                if (name, equals) == ("freeze", ""):
+                    values["freeze"] = True
+                elif name in ("lr", "decay") and name not in values and 0 <= (number := float(value)) < math.inf:
+                    values[name] = number
+                else:
+                    raise ValueError
+            if not pattern:
+                raise ValueError
+        except ValueError:
+            raise UserError(
+                f"--optim.groups has {text!r}: PATTERN:lr=FACTOR, PATTERN:decay=WEIGHT_DECAY and PATTERN:freeze are right, also together "
+                "('encoder.*:lr=0.1,decay=0')"
+            ) from None
+        return cls(pattern, **values)
+
+
 class OptimConfig(Config):
     """Optimizer and learning-rate schedule."""
 
     optimizer: OptimizerConfig = AdamW()
-    """The optimizer: adamw, adam, or a class of yours (module:Class)."""
+    """The optimizer: adamw, adam, sgd, lion, lamb, or a class of yours (module:Class)."""
     lr: float = 1e-3
     """Peak learning rate."""
     weight_decay: float = 0.01
     """Weight decay on matrices; biases, norms and embeddings of positions get none."""
     schedule: ScheduleConfig = Constant()
-    """The learning rate after the warm-up: constant, cosine, or a class of yours (module:Class)."""
+    """The learning rate after the warm-up: constant, linear, cosine, wsd, inversesquareroot, onecycle, warmrestarts, or a class of yours
+    (module:Class)."""
     warmup_steps: int = 0
     """Steps over which the learning rate rises linearly from 0."""
     max_grad_norm: float | None = None
     """Clip the global gradient norm to this; None: no clipping."""
+    groups: tuple[str, ...] = ()
+    """Parameters by their names, each as PATTERN:lr=FACTOR,decay=WEIGHT_DECAY,freeze with any of the three: 'encoder.*:lr=0.1'. Factors
+    multiply, and of weight decays the last counts."""
+    layer_decay: float | None = None
+    """Each layer's learning rate as a multiple of the next one's (0.8, say); None: all the same."""
+    ema_decay: float | None = None
+    """Keep an exponential moving average of the weights with this decay (0.999, say) beside them: validated as val_ema_..., saved, and
+    named by checkpoints as best:ema, last:ema or STEP:ema; None: no average."""
 
     def check(self, where: str) -> None:
         if not self.lr > 0:
@@ -129,6 +199,20 @@ class OptimConfig(Config):
             raise UserError(f"{where}weight-decay is {self.weight_decay} and must not be negative")
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
             raise UserError(f"{where}max-grad-norm is {self.max_grad_norm} and must be above 0, or None for no clipping")
+        if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
+            raise UserError(f"--{spelled(where)}layer-decay is {self.layer_decay} and must be above 0 and at most 1, or None for one rate")
+        self.parsed_groups  # noqa: B018  # raises for what is none
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise UserError(f"--{spelled(where)}ema-decay is {self.ema_decay} and must be above 0 and below 1, or None for no average")
+
+    @property
+    def parsed_groups(self) -> list[ParameterGroup]:
+        """What `groups` says.
+
+        Raises:
+            UserError: it says something else.
+        """
+        return [ParameterGroup.parse(text) for text in self.groups]
 
     def learning_rate(self, step: int, total_steps: int) -> float:
         """The learning rate of step `step` (from 0) of `total_steps`: linear warm-up from 0, then the schedule."""

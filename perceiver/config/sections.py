@@ -190,9 +190,18 @@ class TrainingConfig(Config):
     """Start from the encoder alone of a run or of other weights; the decoder is new."""
     init_checkpoint: str = "best"
     """Which checkpoint of that run: best, last, or a step."""
+    fork: str | None = None
+    """Begin as another run was: RUN (its last checkpoint), RUN@best or RUN@STEP; --fork for short. Weights, state of the optimizer and
+    place in the order are its own, and steps count on from there; all fields may differ that leave these what they are."""
+    fork_weights_only: bool = False
+    """With fork: take those weights that fit; optimizer, step and order start afresh. --fork-weights-only for short."""
 
     def check(self, where: str) -> None:
         check_positive(self, where, "global_batch_size", "max_steps", "max_epochs")
+        if self.fork is not None and (other := next((n for n in ("init_from", "init_encoder_from") if getattr(self, n) is not None), None)):
+            raise UserError(f"{where}fork and {spelled(where + other)} are both set: choose one")
+        if self.fork_weights_only and self.fork is None:
+            raise UserError(f"--{spelled(where)}fork-weights-only is True, but there is no fork: give --fork RUN")
         if self.max_steps is None and self.max_epochs is None:
             raise UserError(f"{where}max-steps and {where}max-epochs are both None: set one of them")
         if self.skip_not_finite < 0:
@@ -272,8 +281,10 @@ class RunConfig(Config):
     checkpoint_every: int = 500
     """Steps between checkpoints (there is always one at the end)."""
     keep_checkpoints: int = 2
-    """How many of the newest checkpoints are kept; the best one is kept besides. (A validation that is the best so far makes a
+    """How many of the newest checkpoints are kept; the best are kept besides. (A validation that is among the best so far makes a
     checkpoint of its own.)"""
+    keep_best: int = 1
+    """How many of the best checkpoints are kept, by run.best-metric."""
     best_metric: str = "val_loss"
     """Metric that names the best checkpoint: a validation metric of the task (val_loss, val_acc, ...)."""
     max_failures: int = 3
@@ -283,7 +294,7 @@ class RunConfig(Config):
     checkpoint. A worker whose process does not answer at all is ended after one minute."""
 
     def check(self, where: str) -> None:
-        check_positive(self, where, "log_every", "val_every", "val_batches", "checkpoint_every", "keep_checkpoints")
+        check_positive(self, where, "log_every", "val_every", "val_batches", "checkpoint_every", "keep_checkpoints", "keep_best")
         if not self.stall_minutes > 0:
             raise UserError(f"{spelled(where)}stall-minutes is {self.stall_minutes} and must be more than 0")
         if self.max_failures < -1:

@@ -46,6 +46,8 @@ class Layout:
     """Every n-th layer is recomputed; 0: none."""
     cpu_offload: bool = False
     """Shards of parameters, gradients and moments are in the host's memory."""
+    averaged: bool = False
+    """An average of the weights is kept beside them."""
     cuda: bool = True
     """Whether attention is fused in all cases (GPUs), or in those that PyTorch has a CPU kernel for."""
 

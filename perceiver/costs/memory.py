@@ -178,7 +178,8 @@ def _moments(step: Step, layout: Layout) -> Iterator[Memory]:
     *layers, root = parts
     owned = 0.0 if layout.cpu_offload else 1.0
     size, trained = sum(unit.size for unit in parts) / shards, sum(unit.trained for unit in parts) / shards
-    base = {"parameters": owned * FP32 * size, "optimizer": owned * 2 * FP32 * trained, "gathered": e * root.size}
+    kept = 2 * trained + (size if layout.averaged else 0.0)  # two moments, and averaged weights
+    base = {"parameters": owned * FP32 * size, "optimizer": owned * FP32 * kept, "gathered": e * root.size}
     calls, loss = step.walk(layout)
     whole = 0.0
     if layout.accumulated > 1:  # gradients stay whole, in fp32, until the step's last micro-batch

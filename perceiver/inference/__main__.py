@@ -60,7 +60,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("run", help="folder or name of a run, an exported folder, published weights, or a name on the hub")
     parser.add_argument("prompt", nargs="*", help="texts or image files; none: ask for them")
     parser.add_argument("--action", choices=ACTIONS, help="what to do (default: what the model was trained for)")
-    parser.add_argument("--checkpoint", default="best", help="best (default), last, or a step")
+    parser.add_argument("--checkpoint", default="best", help="best (default), last, or a step; best:ema and so on are averaged weights")
     parser.add_argument("--trust-code", action="store_true", help="run code that the run brings and that was never run from this account")
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, ...")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of weights and computation")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from perceiver.config import DataConfig, ModelConfig, TaskConfig, UserError, home, load_tree
+from perceiver.config.optimization import AVERAGED, averaged_of
 from perceiver.data.rows import KINDS, ArrayRows
 from perceiver.data.tokenizers import TOKENIZER, Tokenizer, load_tokenizer
 from perceiver.inference.export import CONFIG, WEIGHTS, download, read_config
@@ -27,7 +28,7 @@ from perceiver.interop.pretrained import (
 )
 from perceiver.models import build_model
 from perceiver.runs import Run
-from perceiver.training.checkpoint import load_model
+from perceiver.training.checkpoint import load_average, load_model
 from perceiver.training.checkpoint_files import check_files
 from perceiver.training.remote_copy import find_run
 
@@ -47,7 +48,7 @@ def load(
     Args:
         source: folder of a run, name of a run among those of $PERCEIVER_HOME, a folder that `export` wrote, a folder or
             file with published weights (of transformers or krasserm/perceiver-io), or a name on the Hugging Face hub.
-        checkpoint: of a run: "best" (by the run's own metric), "last" or a step.
+        checkpoint: of a run: "best" (by the run's own metric), "last" or a step; with ":ema" after it, the averaged weights.
         device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1", ...
         precision: of weights and computation.
         trust_code: run the code that a run brings although that was never run from this account. (Weights from anywhere else bring
@@ -112,7 +113,8 @@ def describe(source: str | Path, checkpoint: str = "best", trust_code: bool = Fa
         check_files(chosen.path)
         # Who loads it may be on another machine: a URI means the same there.
         location = str(source) if "://" in str(source) else str(run.folder)
-        return Description(run.name, location, str(chosen.step), experiment.task, experiment.model, experiment.data)
+        step = f"{chosen.step}{AVERAGED}" if averaged_of(str(checkpoint))[1] else str(chosen.step)
+        return Description(run.name, location, step, experiment.task, experiment.model, experiment.data)
     path = Path(source).expanduser()
     config = read_config(path)
     if config is not None:
@@ -135,6 +137,8 @@ def load_run(run: Run, checkpoint: str, device: torch.device, trust_code: bool =
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # one process is what is meant
         load_model(chosen.path, model)
+        if averaged_of(str(checkpoint))[1]:
+            load_average(chosen.path, model)
     copy, data = run.tokenizer_file, experiment.data
     if copy.is_file():
         data = replace(data, tokenizer=str(copy))
@@ -143,6 +147,7 @@ def load_run(run: Run, checkpoint: str, device: torch.device, trust_code: bool =
         "run": run.name,
         "preset": experiment.preset,
         "step": chosen.step,
+        **({"weights": "averaged"} if averaged_of(str(checkpoint))[1] else {}),
         "metrics": chosen.metrics,
         "data": digest,
     }

@@ -48,7 +48,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--top-k", type=int, help="draw only among the k likeliest events")
     parser.add_argument("--top-p", type=float, help="draw only among the fewest events with this probability together")
     parser.add_argument("--seed", type=int, help="of the drawing (default: another one each time)")
-    parser.add_argument("--checkpoint", default="best", help="best (default), last, or a step")
+    parser.add_argument("--checkpoint", default="best", help="best (default), last, or a step; best:ema and so on are averaged weights")
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, ...")
     parser.add_argument("--trust-code", action="store_true", help="run code that the run brings and that was never run from this account")
     return parser.parse_args(argv)

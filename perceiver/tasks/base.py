@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from perceiver.config import DataConfig, ModelConfig, TaskConfig, UserError
+from perceiver.config.optimization import raw_metric
 from perceiver.costs.activations import StepSizes
 from perceiver.costs.count import CountedStep
 from perceiver.costs.memory import FormulaStep, Step, has_formulas
@@ -86,8 +87,10 @@ class Task(ABC, Generic[C, M]):
 
     @classmethod
     def higher_is_better(cls, metric: str) -> bool:
-        """Whether higher values of a metric are better. A name may have the prefix "val_", and a suffix "/SOURCE" in mixtures."""
-        return cls.metric_directions.get(metric.removeprefix("val_").partition("/")[0]) == "max"
+        """Whether higher values of a metric are better. A name may have the prefix "val_" or "val_ema_", and a suffix "/SOURCE" in
+        mixtures.
+        """
+        return cls.metric_directions.get(raw_metric(metric).removeprefix("val_").partition("/")[0]) == "max"
 
     def build_model(self) -> Any:
         """The model, on the current default device (also "meta"), weights uninitialised there."""

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from perceiver.config import CallbackConfig, Experiment, UserError, spelled
 from perceiver.config.core import check_positive
+from perceiver.config.optimization import raw_metric
 
 if TYPE_CHECKING:
     import torch
@@ -185,7 +186,7 @@ class _EarlyStop(Callback):
     def on_start(self, training: TrainingView) -> None:
         self.metric = self.config.metric or training.experiment.run.best_metric
         names = training.task.metric_directions
-        if self.metric.removeprefix("val_").partition("/")[0] not in names or not self.metric.startswith("val_"):
+        if raw_metric(self.metric).removeprefix("val_").partition("/")[0] not in names or not self.metric.startswith("val_"):
             raise UserError(f"the metric of an early stop is {self.metric!r} and must be one of {', '.join(f'val_{n}' for n in names)}")
 
     def after_validation(self, step: int, metrics: dict[str, float]) -> None:
@@ -211,3 +212,50 @@ class _EarlyStop(Callback):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.best, self.misses = state["best"], state["misses"]
+
+
+class Divergence(CallbackConfig):
+    """Ends the training when its loss runs away; one that is no number ends it anyway (training.skip-not-finite)."""
+
+    factor: float = 2.0
+    """The loss has run away where its mean since the last line of progress is above the lowest such mean before it by this factor."""
+    patience: int = 3
+    """Number of lines of progress (run.log-every) in a row, all above, that end the training."""
+    min_steps: int = 0
+    """The training does not end before this step."""
+
+    def check(self, where: str) -> None:
+        check_positive(self, where, "patience")
+        if not self.factor > 1:
+            raise UserError(f"--{spelled(where)}factor is {self.factor} and must be above 1")
+        if self.min_steps < 0:
+            raise UserError(f"--{spelled(where)}min-steps is {self.min_steps} and must not be negative")
+
+    def build(self) -> Callback:
+        return _Divergence(self)
+
+
+class _Divergence(Callback):
+    def __init__(self, config: Divergence) -> None:
+        self.config = config
+        self.lowest: float | None = None
+        self.above = 0
+
+    def after_log(self, step: int, metrics: dict[str, float]) -> None:
+        loss = metrics["loss"]
+        # Of a loss that may be negative, above means higher by that share of its size.
+        if self.lowest is not None and loss > self.lowest + (self.config.factor - 1) * abs(self.lowest):
+            self.above += 1
+        else:
+            self.above = 0
+        self.lowest = loss if self.lowest is None else min(loss, self.lowest)
+        if self.above >= self.config.patience and step >= self.config.min_steps:
+            self.training.stop(
+                f"diverged: loss {loss:.4g}, in {self.above} lines above {self.config.factor:g} times its lowest, {self.lowest:.4g}"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"lowest": self.lowest, "above": self.above}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.lowest, self.above = state["lowest"], state["above"]

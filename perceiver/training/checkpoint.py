@@ -37,7 +37,7 @@ from perceiver.checkpoints import (
     MARKER,
     CheckpointInfo,
     DamagedCheckpoint,
-    best_of,
+    best_first,
     checkpoint_name,
     damaged_name,
     is_better,
@@ -47,14 +47,20 @@ from perceiver.checkpoints import (
     parse_marker,
     read_marker,
 )
+from perceiver.config import UserError
+from perceiver.config.optimization import AVERAGED
 from perceiver.data.storage import write_file
 from perceiver.disk import to_disk
-from perceiver.training.checkpoint_files import ShardWriter, cause, check_files, find_damage, read_tensors
+from perceiver.training.average import Average, begin_average
+from perceiver.training.checkpoint_files import ShardWriter, cause, check_files, find_damage, read_tensors, stored_names
 from perceiver.training.hooks import STATES, pack
 from perceiver.training.remote_copy import RemoteCopy
 from perceiver.training.safetensors_file import write_safetensors
 
 logger = logging.getLogger(__name__)
+
+AVERAGE = "average"
+"""Name of the averaged weights among a checkpoint's tensors."""
 
 
 @dataclass
@@ -64,6 +70,8 @@ class TrainState:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     step: int = 0
+    average: Average | None = None
+    """Averaged weights; None: none are kept."""
 
 
 class Checkpointer:
@@ -74,6 +82,8 @@ class Checkpointer:
     and a checkpoint counts when all have.
 
     Args:
+        keep: how many of the newest.
+        keep_best: how many of the best.
         higher_is_better: whether higher values of a metric are better.
         completed: called with step and folder of a checkpoint that is complete, in the thread that trains.
     """
@@ -87,10 +97,11 @@ class Checkpointer:
         rank: int,
         remote: RemoteCopy | None = None,
         completed: Callable[[int, Path], None] = lambda step, path: None,
+        keep_best: int = 1,
     ) -> None:
         self.completed = completed
         self.folder = Path(folder)
-        self.keep = keep
+        self.keep, self.keep_best = keep, keep_best
         self.best_metric = best_metric
         self.higher_is_better = higher_is_better
         self.rank = rank
@@ -100,7 +111,8 @@ class Checkpointer:
         self._group = dist.new_group(backend="gloo")
         self._pending: Future | None = None
         self._saved_step = -1
-        self._best: float | None = None
+        self._best: list[float] = []
+        """The best values so far, the best first."""
 
     def resume(self, state: TrainState) -> CheckpointInfo | None:
         """Loads the newest checkpoint that is whole, the same on all workers, and returns it; None: there is none.
@@ -117,21 +129,21 @@ class Checkpointer:
             loaded, damage = self._try(name, state)
             if damage is None:
                 assert loaded is not None
-                best = best_of(self._complete(), self.best_metric) if self.rank == 0 else None
-                self._best = self._first_of_all(best and best.metrics[self.best_metric])
+                best = best_first(self._complete(), self.best_metric)[: self.keep_best] if self.rank == 0 else []
+                self._best = self._first_of_all([checkpoint.metrics[self.best_metric] for checkpoint in best])
                 return loaded
             kept = self._first_of_all(self._set_aside(name) if self.rank == 0 else None)
             if self.rank == 0:
                 logger.warning("checkpoint %s is damaged and set aside as %s: %s", name, kept, damage)
 
     def is_best(self, metrics: dict[str, float]) -> bool:
-        """Whether a validation is the best so far (the first of equal ones), which it then is. Called on all workers alike."""
-        value = metrics.get(self.best_metric, math.nan)
+        """Whether a validation is among the best so far (the first of equal ones), which it then is. Called on all workers alike."""
+        value, higher = metrics.get(self.best_metric, math.nan), self.higher_is_better(self.best_metric)
         if not math.isfinite(value):
             return False
-        if self._best is not None and not is_better(value, self._best, self.higher_is_better(self.best_metric)):
+        if len(self._best) == self.keep_best and not is_better(value, self._best[-1], higher):
             return False
-        self._best = value
+        self._best = sorted([*self._best, value], reverse=higher)[: self.keep_best]
         return True
 
     def save(self, state: TrainState, metrics: dict[str, float], more: dict[str, Any] | None = None) -> None:
@@ -150,7 +162,9 @@ class Checkpointer:
             shutil.rmtree(path)
         dist.barrier(self._group)
         writer = ShardWriter(path, self.rank)
-        written = dcp.async_save(_tensors(*get_state_dict(state.model, state.optimizer)), storage_writer=writer, process_group=self._group)
+        written = dcp.async_save(
+            _tensors(state, *get_state_dict(state.model, state.optimizer)), storage_writer=writer, process_group=self._group
+        )
         higher = frozenset(filter(self.higher_is_better, metrics))
         self._pending = self._copies.submit(self._end, written, writer, CheckpointInfo(path, state.step, metrics, higher), more)
         self._saved_step = state.step
@@ -209,8 +223,8 @@ class Checkpointer:
             shutil.rmtree(checkpoint.path, ignore_errors=self.remote is not None)
 
     def _superfluous(self, checkpoints: list[CheckpointInfo]) -> list[CheckpointInfo]:
-        best = best_of(checkpoints, self.best_metric)
-        return [c for c in checkpoints[: -self.keep] if best is None or c.step != best.step]
+        best = {checkpoint.step for checkpoint in best_first(checkpoints, self.best_metric)[: self.keep_best]}
+        return [checkpoint for checkpoint in checkpoints[: -self.keep] if checkpoint.step not in best]
 
     def _complete(self) -> list[CheckpointInfo]:
         return self.remote.checkpoints() if self.remote is not None else list_checkpoints(self.folder)
@@ -265,9 +279,10 @@ class Checkpointer:
         return values[0]
 
 
-def _tensors(model: dict[str, Any], optimizer: dict[str, Any]) -> dict[str, Any]:
+def _tensors(state: TrainState, model: dict[str, Any], optimizer: dict[str, Any]) -> dict[str, Any]:
     """What a checkpoint holds: without the optimizer's settings (weight decay, betas, ...), which are the experiment's."""
-    return {"model": model, "optimizer": {"state": optimizer["state"]}}
+    average = {} if state.average is None else {AVERAGE: state.average}
+    return {"model": model, "optimizer": {"state": optimizer["state"]}, **average}
 
 
 def load_state(path: str | Path, state: TrainState, checked: bool = False) -> None:
@@ -284,10 +299,15 @@ def load_state(path: str | Path, state: TrainState, checked: bool = False) -> No
         check_files(path)
     settings = [{k: v for k, v in group.items() if k != "params"} for group in state.optimizer.param_groups]
     model, optimizer = get_state_dict(state.model, state.optimizer)
-    read_tensors(path, _tensors(model, optimizer))
+    tensors = _tensors(state, model, optimizer)
+    if averages := state.average is not None and not has_average(path):
+        del tensors[AVERAGE]  # a fork of a run without one begins it
+    read_tensors(path, tensors)
     set_state_dict(state.model, state.optimizer, model_state_dict=model, optim_state_dict=optimizer)
     for group, own in zip(state.optimizer.param_groups, settings, strict=True):
         group.update(own)
+    if averages:
+        state.average = begin_average(state.model)
     state.step = read_marker(path).step
 
 
@@ -301,6 +321,24 @@ def load_model(path: str | Path, model: nn.Module) -> None:
     weights = get_model_state_dict(model)
     read_tensors(Path(path), {"model": weights})
     set_model_state_dict(model, weights, options=StateDictOptions(strict=True))
+
+
+def load_average(path: str | Path, model: nn.Module) -> None:
+    """Puts the averaged weights of a checkpoint in the place of its own, which `load_model` has loaded.
+
+    Raises:
+        UserError: it has none.
+    """
+    if not has_average(path):
+        raise UserError(f"checkpoint {Path(path).name} has no averaged weights (its run has no --optim.ema-decay): leave out {AVERAGED}")
+    average = begin_average(model)
+    read_tensors(Path(path), {AVERAGE: average})
+    set_model_state_dict(model, average, options=StateDictOptions(strict=False))
+
+
+def has_average(path: str | Path) -> bool:
+    """Whether a checkpoint holds averaged weights."""
+    return any(name.startswith(f"{AVERAGE}.") for name in stored_names(Path(path)))
 
 
 def load_weights(path: str | Path, model: nn.Module, names: Collection[str]) -> None:

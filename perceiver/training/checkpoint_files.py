@@ -8,11 +8,13 @@ which is read with an allow-list of classes.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
@@ -143,6 +145,42 @@ def stored_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
     """
     entries = _reading(Path(path), lambda: reader_of(Path(path)).read_metadata()).state_dict_metadata
     return {name.removeprefix("model."): tuple(e.size) for name, e in entries.items() if name.startswith("model.")}
+
+
+def stored_names(path: Path) -> list[str]:
+    """Names of all tensors of a checkpoint; reads none of them.
+
+    Raises:
+        DamagedCheckpoint: it cannot be read.
+    """
+    return list(_reading(path, lambda: reader_of(path).read_metadata()).state_dict_metadata)
+
+
+def differing_weights(one: Path, other: Path) -> tuple[int, dict[str, float]]:
+    """The number of weights of two checkpoints in all, and of those that are not bit for bit the same the largest difference, by name;
+    infinite where one of them lacks it or has another shape.
+
+    Raises:
+        DamagedCheckpoint: one of them cannot be read.
+    """
+    weights, others = _weights(one), _weights(other)
+    names = weights.keys() | others.keys()
+    found: dict[str, float] = {}
+    for name in sorted(names):
+        here, there = weights.get(name), others.get(name)
+        if here is None or there is None or here.shape != there.shape or here.dtype != there.dtype:
+            found[name] = math.inf
+        elif not torch.equal(here, there):
+            found[name] = (here.double() - there.double()).abs().max().item()
+    return len(names), found
+
+
+def _weights(path: Path) -> dict[str, Tensor]:
+    """The weights of a checkpoint, by name."""
+    entries = _reading(path, lambda: reader_of(path).read_metadata()).state_dict_metadata
+    found = {name: torch.empty(e.size, dtype=e.properties.dtype) for name, e in entries.items() if name.startswith("model.")}
+    read_tensors(path, found)
+    return {name.removeprefix("model."): tensor for name, tensor in found.items()}
 
 
 def reader_of(path: Path) -> StorageReader:

@@ -6,7 +6,7 @@ another shape is refused, and so is a configuration under which the same weights
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,15 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.tensor import DTensor
 
+from perceiver.checkpoints import CheckpointInfo, read_marker
 from perceiver.config import Experiment, ModelConfig, UserError, differences
+from perceiver.config.optimization import averaged_of
 from perceiver.data.tokenizers import load_tokenizer
-from perceiver.disk import write_json
 from perceiver.extensions import trust
 from perceiver.interop import comparison
 from perceiver.interop.pretrained import is_hub_name, read_pretrained
 from perceiver.models import PerceiverIOConfig
-from perceiver.runs import Run
+from perceiver.runs import Parent, Run
 from perceiver.training.checkpoint import load_weights
 from perceiver.training.checkpoint_files import check_files, stored_shapes
 from perceiver.training.remote_copy import find_run
@@ -46,28 +47,27 @@ class Start:
     weights: dict[str, Tensor] | None = None
     """The weights themselves; None: they are in a checkpoint."""
     checkpoint: Path | None = None
+    parent: Parent | None = None
+    """The run that they are of; None: they are no run's."""
 
     def apply(self, model: nn.Module) -> None:
         """Puts the weights into a model, plain or sharded. Called by all workers; each takes its shards."""
         if self.checkpoint is not None:
             load_weights(self.checkpoint, model, self.loaded)
-            self._check_finite(model)
+            check_finite(self.origin, model, self.loaded)
             return
         assert self.weights is not None
         weights = {name: self.weights[name] for name in self.loaded}
         set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, strict=False))
 
-    def _check_finite(self, model: nn.Module) -> None:
-        """Raises UserError where a worker's part of the loaded weights is not finite: a run that ended in NaN starts none."""
-        for name, parameter in model.named_parameters():
-            values = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-            if name in self.loaded and not bool(torch.isfinite(values).all()):
-                raise UserError(f"{self.origin} has values in {name} that are not finite: choose another --training.init-checkpoint")
+    @property
+    def of_run(self) -> CheckpointInfo | None:
+        """The checkpoint that they are in."""
+        return None if self.checkpoint is None else read_marker(self.checkpoint)
 
     def save(self, run: Run) -> None:
         """Writes into the run's folder what was loaded, what is new, and what was left."""
-        report = {"origin": self.origin, "loaded": self.loaded, "new": self.new, "unused": self.unused}
-        write_json(run.start_file, report)
+        run.save_start(self.parent, {"origin": self.origin, "loaded": self.loaded, "new": self.new, "unused": self.unused})
 
     def __str__(self) -> str:
         parts = [f"weights from {self.origin}: {len(self.loaded)} tensors loaded"]
@@ -76,6 +76,14 @@ class Start:
         if self.unused:
             parts.append(f"{len(self.unused)} not needed ({_few(self.unused)})")
         return ", ".join(parts)
+
+
+def check_finite(origin: str, model: nn.Module, names: Collection[str]) -> None:
+    """Raises UserError where a worker's part of the loaded weights is not finite: a run that ended in NaN starts none."""
+    for name, parameter in model.named_parameters():
+        values = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        if name in names and not bool(torch.isfinite(values).all()):
+            raise UserError(f"{origin} has values in {name} that are not finite: choose another checkpoint of it")
 
 
 def find_start(experiment: Experiment, shapes: Shapes, trust_code: bool = False) -> Start | None:
@@ -94,13 +102,15 @@ def find_start(experiment: Experiment, shapes: Shapes, trust_code: bool = False)
             raise UserError(f"--training.{name} is empty: give a run or weights, or leave it out to start from random weights")
     if training.init_from and training.init_encoder_from:
         raise UserError("training.init-from and training.init-encoder-from are both set: choose one")
+    if training.fork is not None and training.fork_weights_only:
+        return _weights_of_fork(experiment, shapes, trust_code)
     source = training.init_from or training.init_encoder_from
     if source is None:
         return None
     encoder_only = training.init_from is None
     if encoder_only and not isinstance(experiment.model, PerceiverIOConfig):
         raise UserError("training.init-encoder-from needs a Perceiver IO model: this one has no encoder of its own")
-    origin, config, found, where = _find(source, experiment, trust_code)
+    origin, config, found, where = _find(source, training.init_checkpoint, experiment, trust_code)
     _check_architecture(origin, config, experiment.model, encoder_only)
     wanted = {name: tuple(shape) for name, shape in shapes.items() if not encoder_only or name.startswith("encoder.")}
     _check_shapes(origin, found, wanted, encoder_only)
@@ -113,14 +123,51 @@ def find_start(experiment: Experiment, shapes: Shapes, trust_code: bool = False)
     )
 
 
+def _weights_of_fork(experiment: Experiment, shapes: Shapes, trust_code: bool) -> Start:
+    """Those weights of the run that is forked which are of the same name and shape here."""
+    assert experiment.training.fork is not None
+    run, which = forked_run(experiment.training.fork, experiment.run.storage_path)
+    origin, _, found, where = _find(str(run.folder), which, experiment, trust_code)
+    fitting = {name for name, shape in shapes.items() if found.get(name) == tuple(shape)}
+    if not fitting:
+        raise UserError(f"--training.fork is {experiment.training.fork!r}, but {origin} has no weight of a name and shape of this model's")
+    return Start(
+        origin=origin,
+        loaded=tuple(sorted(fitting)),
+        new=tuple(sorted(shapes.keys() - fitting)),
+        unused=tuple(sorted(found.keys() - fitting)),
+        **where,
+    )
+
+
+def forked_run(fork: str, storage: str) -> tuple[Run, str]:
+    """The run that `training.fork` names, and which of its checkpoints: "last", "best" or a step.
+
+    Raises:
+        UserError: there is no such run.
+    """
+    if not fork.strip():
+        raise UserError("--training.fork is empty: give a run, RUN or RUN@STEP (is a variable of the shell not set?)")
+    if (run := find_run(fork, storage)) is not None:
+        return run, "last"
+    name, _, which = fork.rpartition("@")
+    if name and (which in ("last", "best") or which.isdecimal()) and (run := find_run(name, storage)) is not None:
+        return run, which
+    raise UserError(
+        f"--training.fork is {fork!r}: no run's folder and no name of a run in {storage} (RUN, RUN@best, RUN@last or RUN@STEP is right)"
+    )
+
+
 def trust_start(experiment: Experiment) -> None:
     """Remembers that the user trusts the code of the run that the experiment starts from, if it does start from one."""
-    source = experiment.training.init_from or experiment.training.init_encoder_from
-    if source and (run := find_run(source, experiment.run.storage_path)) is not None:
+    training, storage = experiment.training, experiment.run.storage_path
+    source = training.init_from or training.init_encoder_from
+    run = forked_run(training.fork, storage)[0] if training.fork else find_run(source, storage) if source else None
+    if run is not None:
         trust(run.code())
 
 
-def _find(source: str, experiment: Experiment, trust_code: bool) -> tuple[str, ModelConfig, Shapes, dict[str, Any]]:
+def _find(source: str, which: str, experiment: Experiment, trust_code: bool) -> tuple[str, ModelConfig, Shapes, dict[str, Any]]:
     """Origin, configuration and shapes of the weights, and where they are (fields of `Start`)."""
     storage = experiment.run.storage_path
     run = find_run(source, storage)
@@ -130,11 +177,13 @@ def _find(source: str, experiment: Experiment, trust_code: bool) -> tuple[str, M
             run.check_trust(code)
         # Of classes that this process has already, its own version is meant: they may have changed since that run.
         trained, _ = run.load(trust_code, install_code=not code.is_imported)
-        chosen = run.checkpoint(experiment.training.init_checkpoint, trained.run.best_metric)
+        if averaged_of(which)[1]:
+            raise UserError(f"--training.init-checkpoint is {which!r}: export averaged weights and start from that folder")
+        chosen = run.checkpoint(which, trained.run.best_metric)
         check_files(chosen.path)
         origin = f"run {run.name}, step {chosen.step:,}"
-        _check_tokenizer(origin, run, trained, experiment)
-        return origin, trained.model, stored_shapes(chosen.path), {"checkpoint": chosen.path}
+        check_tokenizer(origin, run, trained, experiment)
+        return origin, trained.model, stored_shapes(chosen.path), {"checkpoint": chosen.path, "parent": Parent.of(run, chosen)}
     if not Path(source).expanduser().exists() and not is_hub_name(source):
         raise UserError(
             f"nothing to start from at {source!r}: it is no run's folder, no name of a run in {storage}, no file or folder of "
@@ -145,7 +194,7 @@ def _find(source: str, experiment: Experiment, trust_code: bool) -> tuple[str, M
     return pretrained.origin, pretrained.config, shapes, {"weights": pretrained.weights}
 
 
-def _check_tokenizer(origin: str, run: Run, trained: Experiment, experiment: Experiment) -> None:
+def check_tokenizer(origin: str, run: Run, trained: Experiment, experiment: Experiment) -> None:
     """Under another tokenizer the same weights would take every id for another piece of text, and nothing would show it."""
     copy, here = run.tokenizer_file, experiment.data.tokenizer
     there = str(copy) if copy.is_file() else trained.data.tokenizer

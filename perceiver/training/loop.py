@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from perceiver.config import OptimConfig
+from perceiver.training.average import update_average
 from perceiver.training.batches import Batch
 from perceiver.training.callbacks import REQUESTS
 from perceiver.training.checkpoint import TrainState
@@ -69,6 +70,7 @@ def fit(
         seed_step(seed, state.step, world.rank)
         lr = optim.learning_rate(state.step, total_steps)
         set_learning_rate(state.optimizer, lr)
+        optim.optimizer.before_step(state.optimizer, state.step)
         targets = torch.stack([task.num_targets(batch) for batch in micro_batches]).sum()
         targets, asked = world.all_sum(torch.stack([targets, targets.new_full((), _code(requests()))])).unbind()
         agreed = Agreed(asked)
@@ -85,6 +87,8 @@ def fit(
         skipped = skip and not _all_finite(loss_sum, grad_norm, world)
         if not skipped:
             state.optimizer.step()
+            if state.average is not None and optim.ema_decay is not None:
+                update_average(state.average, state.model, optim.ema_decay, state.step)
         state.optimizer.zero_grad()
         state.step += 1
         if after_step(StepResult(loss_sum, targets, sums, grad_norm, lr, agreed.requests(), skipped)):

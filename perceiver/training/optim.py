@@ -1,28 +1,88 @@
-"""The optimizer of a model: which parameters decay, and the learning rate of a step."""
+"""The optimizer of a model: which parameters decay, which learn at which rate and which not at all, and the rate of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
 
-from perceiver.config import OptimConfig
+from perceiver.config import OptimConfig, UserError
+
+FACTOR = "lr_factor"
+"""In a group of parameters: its learning rate as a multiple of the step's."""
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
     """The configured optimizer over the trainable parameters; only matrices that multiply activations decay.
 
     Weights of linear layers and token embeddings (which are output matrices, too) decay; biases, norms, learned latents,
-    queries and position embeddings do not. The learning rate is a tensor-free number set every step by `set_learning_rate`.
+    queries and position embeddings do not, unless a group says otherwise. The learning rate is a tensor-free number set every step by
+    `set_learning_rate`.
     """
     decaying = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
     decaying |= {id(p) for name, p in model.named_parameters() if name.endswith("txt_embedding.weight")}
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trainable if id(p) in decaying], "weight_decay": config.weight_decay},
-        {"params": [p for p in trainable if id(p) not in decaying], "weight_decay": 0.0},
-    ]
-    return config.optimizer.build([g for g in groups if g["params"]], config.lr)
+    depths = _layer_factors(model, config.layer_decay)
+    groups: dict[tuple[bool, float, float], list[nn.Parameter]] = {}
+    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    for decays in (True, False):
+        for name, parameter in trainable:
+            if (id(parameter) in decaying) is not decays:
+                continue
+            factor, decay = depths.get(name, 1.0), config.weight_decay if decays else 0.0
+            for group in config.parsed_groups:
+                if fnmatchcase(name, group.pattern):
+                    factor *= group.lr
+                    decay = decay if group.decay is None else group.decay
+            groups.setdefault((decays, factor, decay), []).append(parameter)
+    if not groups:
+        raise UserError("--optim.groups freezes all of the model's parameters: leave some to be trained")
+    made = [{"params": params, "weight_decay": decay, FACTOR: factor} for (_, factor, decay), params in groups.items()]
+    return config.optimizer.build(made, config.lr)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Sets the learning rate of all groups of parameters."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get(FACTOR, 1.0)
+
+
+def freeze(model: nn.Module, config: OptimConfig) -> None:
+    """Makes the parameters that a group freezes keep their values. Before the model is sharded."""
+    for name, parameter in model.named_parameters():
+        if any(group.freeze and fnmatchcase(name, group.pattern) for group in config.parsed_groups):
+            parameter.requires_grad_(False)
+
+
+def check_groups(model: nn.Module, config: OptimConfig) -> None:
+    """Refuses groups that no parameter is in, and those that leave nothing to train.
+
+    Raises:
+        UserError: names the pattern.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    for group in config.parsed_groups:
+        if not any(fnmatchcase(name, group.pattern) for name in names):
+            some = ", ".join([names[0], names[len(names) // 2], names[-1]])
+            raise UserError(f"--optim.groups: no parameter of the model has a name like {group.pattern!r} (there are {some}, ...)")
+    frozen = [group.pattern for group in config.parsed_groups if group.freeze]
+    if names and all(any(fnmatchcase(name, pattern) for pattern in frozen) for name in names):
+        raise UserError("--optim.groups freezes all of the model's parameters: leave some to be trained")
+
+
+def _layer_factors(model: nn.Module, decay: float | None) -> Mapping[str, float]:
+    """Of each parameter its learning rate as a multiple, by depth: 1 in the last of the model's `layers()` and after it, less by `decay`
+    with each layer before that, and once more for what comes before the first (embeddings, latents).
+    """
+    if decay is None:
+        return {}
+    layers = list(model.layers())  # type: ignore[operator]
+    depth = {id(parameter): number for number, layer in enumerate(layers) for parameter in layer.parameters()}
+    factors, before = {}, True
+    for name, parameter in model.named_parameters():
+        number = depth.get(id(parameter))
+        before = before and number is None
+        below = len(layers) - 1 - number if number is not None else len(layers) if before else 0
+        factors[name] = decay**below
+    return factors

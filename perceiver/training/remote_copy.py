@@ -27,7 +27,7 @@ from perceiver.data.storage import (
     write_file,
 )
 from perceiver.disk import locked
-from perceiver.runs import CHECKPOINTS, EXPERIMENT, FAILURE, PROGRESS, RECORD_FOLDERS, RECORDS, Run
+from perceiver.runs import CHECKPOINTS, EXPERIMENT, FAILURE, PROGRESS, RECORD_FOLDERS, RECORDS, RESULT, Run
 
 
 class RemoteCopy:
@@ -96,8 +96,15 @@ class RemoteCopy:
 
     def forget_failure(self) -> None:
         """Removes the note of why the run's last start failed."""
-        if FAILURE in list_folder(self.uri):
-            remove_file(self.uri, FAILURE)
+        self._forget(FAILURE)
+
+    def forget_result(self) -> None:
+        """Makes the run one that is not finished."""
+        self._forget(RESULT)
+
+    def _forget(self, record: str) -> None:
+        if record in list_folder(self.uri):
+            remove_file(self.uri, record)
 
     def markers(self) -> dict[str, bytes]:
         """The markers of the checkpoints that are complete, by folder, oldest first."""

@@ -13,20 +13,23 @@ from torch import nn
 
 import perceiver
 from perceiver.config import Experiment, to_dict
+from perceiver.config.optimization import averaged_metric
 from perceiver.costs.devices import peak_flops
 from perceiver.data.components import Component, weighted
 from perceiver.data.manifest import Manifest, Split
 from perceiver.data.storage import read_file, write_file
 from perceiver.runs import Run
+from perceiver.training.average import averaged, begin_average
 from perceiver.training.batches import Loader, Prefetch, ReadAll, make_train_loader, make_val_loaders
 from perceiver.training.callbacks import MEET, PAUSE, SAVE, STOP, Callback, TrainingView
 from perceiver.training.checkpoint import Checkpointer, TrainState
+from perceiver.training.fork import find_fork
 from perceiver.training.hooks import Callbacks, read_states
 from perceiver.training.init_from import find_start
 from perceiver.training.loop import StepResult, add_to, agree, fit, validate
 from perceiver.training.meters import Meter
 from perceiver.training.not_finite import Finiteness
-from perceiver.training.optim import build_optimizer
+from perceiver.training.optim import build_optimizer, freeze
 from perceiver.training.parallel import World, build_sharded
 from perceiver.training.record import Recorder
 from perceiver.training.remote_copy import RemoteCopy
@@ -87,14 +90,13 @@ class Training:
             world.rank,
             self.remote,
             lambda step, path: self.callbacks.call("after_checkpoint", step, path),
+            experiment.run.keep_best,
         )
         resumed = self.checkpointer.resume(self.state)
         if resumed is None and Run(run_folder).checkpoints_folder.exists():
             self.state = build_state(experiment, task, world)  # a damaged checkpoint may have been loaded in part
-        if resumed is None and (start := find_start(experiment, {name: p.shape for name, p in self.state.model.named_parameters()}, True)):
-            start.apply(self.state.model)
-            if world.rank == 0:
-                start.save(Run(run_folder))
+        if resumed is None:
+            self._begin()
         self.view = TrainingView(experiment, task, self.state, world, run_folder, self.total_steps)
         self.callbacks = Callbacks(self.view, callbacks, experiment.callbacks)
         saved = read_states(resumed.path) if resumed else {}
@@ -117,6 +119,21 @@ class Training:
         self.val_metrics = resumed.metrics if resumed else {}
         """Of the last validation; of the checkpoint that this continues from, until there is one."""
         self._sums: dict[str, torch.Tensor] = {}
+
+    def _begin(self) -> None:
+        """Brings a fresh run to what it starts from: another run, or weights of others."""
+        shapes = {name: p.shape for name, p in self.state.model.named_parameters()}
+        run = Run(self.run_folder)
+        if (fork := find_fork(self.experiment, trust_code=True)) is not None:
+            fork.apply(self.state)
+            if self.world.rank == 0:
+                fork.save(run)
+        elif (start := find_start(self.experiment, shapes, trust_code=True)) is not None:
+            start.apply(self.state.model)
+            if self.state.average is not None:
+                self.state.average = begin_average(self.state.model)
+            if self.world.rank == 0:
+                start.save(run)
 
     def run(self) -> dict[str, float]:
         """Trains to the end and returns the last metrics.
@@ -144,6 +161,10 @@ class Training:
         """Validates and returns the metrics, named val_..."""
         limit, model = self.experiment.run.val_batches, self.state.model
         metrics, sums, split = evaluate(self.task, model, self.val_feeds, self.world, self.read_all, limit)
+        if self.state.average is not None:
+            with averaged(self.state.average, model):
+                others, _, _ = evaluate(self.task, model, self.val_feeds, self.world, self.read_all, limit)
+            metrics |= {averaged_metric(name): value for name, value in others.items()}
         if metrics:
             self.recorder.samples(self.state.step, self.task.samples(model, sums, split))
         return metrics
@@ -266,8 +287,10 @@ def build_state(experiment: Experiment, task: Task, world: World) -> TrainState:
     """Model and optimizer, sharded over the workers, with initial weights."""
     with torch.device("meta"):
         model = task.build_model()
+    freeze(model, experiment.optim)
     model = build_sharded(model, world, experiment.parallel, experiment.training, model.layers())
-    return TrainState(model, build_optimizer(model, experiment.optim))
+    average = None if experiment.optim.ema_decay is None else begin_average(model)
+    return TrainState(model, build_optimizer(model, experiment.optim), average=average)
 
 
 def evaluate(

@@ -18,6 +18,7 @@ ARROWS = {
     "perceiver.extensions": {"perceiver.config", "perceiver.disk"},
     "perceiver.checkpoints": {"perceiver.config", "perceiver.disk"},
     "perceiver.runs": {"perceiver.checkpoints", "perceiver.config", "perceiver.data", "perceiver.disk", "perceiver.extensions"},
+    "perceiver.provenance": {"perceiver.disk", "perceiver.runs"},
     "perceiver.models": {"perceiver.config"},
     "perceiver.data": {"perceiver.config", "perceiver.disk", "perceiver.extensions"},
     "perceiver.costs": {"perceiver.config", "perceiver.models"},

@@ -55,6 +55,9 @@ def test_the_dashboard_is_told_name_experiment_and_version(job, arguments, name,
 
 def test_a_training_is_checked_and_other_jobs_go_through():
     assert check_job("train", ["quickstart", "--workers", "7"]).parallel.workers == 7
+    assert check_job("train", ["quickstart", "--allow-changed-code", "--quiet", "--seeds", "3"]).preset == "quickstart"
+    with pytest.raises(UserError, match="--seeds is 'x' and must be a number of seeds"):
+        check_job("train", ["quickstart", "--seeds", "x"])
     assert check_job("evaluate", ["run"]) is None
 
 

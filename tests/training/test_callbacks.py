@@ -4,6 +4,7 @@ import json
 import threading
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,10 +17,11 @@ from perceiver.runs import Run
 from perceiver.tasks import build_task
 from perceiver.training import hooks, record
 from perceiver.training.batches import read_here
-from perceiver.training.callbacks import Callback, EarlyStop
+from perceiver.training.callbacks import Callback, Divergence, EarlyStop
 from perceiver.training.hooks import STATES, CallbackError
 from perceiver.training.parallel import join_world
 from perceiver.training.run import Training
+from ray_jobs.cli import parse_experiment
 from tests.support.small import Call, heard, image_experiment
 from tests.training.test_training import run
 
@@ -224,6 +226,32 @@ def test_an_early_stop_knows_the_direction_of_its_metric_and_its_least_length(im
         ends(falling, metric="val_los")
 
 
+def test_a_loss_that_runs_away_ends_the_training_and_one_that_is_noisy_does_not():
+    def ends(losses: list[float], **settings) -> int | None:
+        callback, asked = Divergence(**settings).build(), []
+        for step, loss in enumerate(losses, 1):
+            callback.training = SimpleNamespace(stop=lambda reason, step=step: asked.append((step, reason)))
+            callback.after_log(step, {"loss": loss})
+            again = Divergence(**settings).build()
+            again.load_state_dict(callback.state_dict())
+            callback = again
+        return asked[0][0] if asked else None
+
+    assert ends([1.0, 0.5, 1.1, 1.2, 1.3]) == 5, "a loss that is above in three lines has run away, wherever the run is continued"
+    assert ends([1.0, 0.5, 1.1, 1.2, 0.9, 1.1, 1.2]) is None, "two lines, twice, are noise"
+    assert ends([1.0, 0.5, 0.9, 0.9, 0.9, 0.9]) is None, "0.9 is not above twice 0.5"
+    assert ends([1.0, 0.5, 0.9], factor=1.5, patience=1) == 3
+    assert ends([1.0, 0.5, 1.1, 1.2, 1.3, 1.3], min_steps=6) == 6
+    assert ends([-1.0, -2.0, -1.5, -0.1, 0.1, 0.1, 0.1]) == 7, "of a loss below 0, away is upwards too"
+
+
+def test_a_training_that_diverges_ends_with_the_reason_on_record(images, tmp_path):
+    experiment = with_callbacks(Divergence(factor=1.5), log_every=1)
+    diverging = replace(experiment, optim=replace(experiment.optim, lr=100.0, max_grad_norm=None, warmup_steps=0))
+    train(replace(diverging, training=replace(diverging.training, max_steps=60)), images, tmp_path)
+    assert Run(tmp_path).stopped().startswith("diverged: loss ") and Run(tmp_path).result()["step"] < 60
+
+
 def test_what_one_worker_asks_for_all_do_at_the_same_step(images, tmp_path):
     run(with_callbacks(Asking(rank=1, at=4), log_every=5), images, tmp_path / "run", world=2)
     assert Run(tmp_path / "run").result()["step"] == 5 and Run(tmp_path / "run").stopped() == "enough"
@@ -308,6 +336,21 @@ def test_a_line_that_was_cut_off_does_not_take_the_next_one_along(tmp_path):
     recorder._cut = True
     recorder.metrics(3, {"loss": 3.0})
     assert [r["step"] for r in Run(tmp_path).metrics()] == [1, 3]
+
+
+def test_callbacks_are_chosen_and_set_on_the_command_line():
+    def made(*words: str) -> tuple[CallbackConfig, ...]:
+        return parse_experiment(["quickstart", *words], "ray_jobs.train").callbacks
+
+    both = made("--callbacks", "earlystop", "divergence", "--callbacks.0.patience", "9", "--callbacks.1.factor", "3", "--name", "x")
+    assert both == (EarlyStop(patience=9), Divergence(factor=3.0))
+    assert made("--callbacks=earlystop") == (EarlyStop(),) and made("--callbacks", "--name", "x") == ()
+    with pytest.raises(UserError, match="--callbacks is 'earlystp', did you mean earlystop"):
+        made("--callbacks", "earlystp")
+    with pytest.raises(UserError, match="--callbacks is 'adam' and must be one of divergence, earlystop"):
+        made("--callbacks", "adam")
+    with pytest.raises(UserError, match="did you mean --callbacks.0.patience"):
+        made("--callbacks", "earlystop", "--callbacks.1.patience", "3")
 
 
 def test_callbacks_are_no_part_of_a_runs_identity_and_survive_its_file():

@@ -385,6 +385,13 @@ def test_the_best_is_the_same_with_and_without_interruption(stops, images, tmp_p
     assert {c.step for c in checkpoints} == {8, 21, 24}
 
 
+@pytest.mark.parametrize("stops", [(), (12,)], ids=str)
+def test_the_best_few_are_kept_and_each_of_them_makes_a_checkpoint_of_its_own(stops, images, tmp_path):
+    for stop in (*stops, None):
+        train(watched(keep_best=3), images, tmp_path / "run", stop_at=stop, values=VALUES)
+    assert [c.step for c in list_checkpoints(tmp_path / "run" / "checkpoints")] == [8, 16, 21, 24]
+
+
 def test_what_is_no_number_is_never_the_best_and_null_on_record(images, tmp_path):
     values = {**VALUES, 4: float("nan"), 8: float("inf")}
     train(watched(), images, tmp_path / "run", values=values)

@@ -1,0 +1,69 @@
+"""Optimizers besides the two that `optimization.py` starts from, of torch.optim and of timm."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from perceiver.config.core import UserError, spelled
+from perceiver.config.optimization import Adam, OptimizerConfig
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Sgd(OptimizerConfig):
+    """Gradient descent with momentum; weight decay is added to the gradient."""
+
+    momentum: float = 0.9
+    """Share of the last step's direction that is kept."""
+    nesterov: bool = False
+    """Look ahead by the momentum."""
+
+    def check(self, where: str) -> None:
+        if not 0 <= self.momentum < 1:
+            raise UserError(f"--{spelled(where)}momentum is {self.momentum} and must be at least 0 and below 1")
+        if self.nesterov and not self.momentum:
+            raise UserError(f"--{spelled(where)}nesterov is True, which needs a --{spelled(where)}momentum above 0")
+
+    def build(self, groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
+        import torch
+
+        return torch.optim.SGD(groups, lr=lr, momentum=self.momentum, nesterov=self.nesterov)
+
+
+class Lion(OptimizerConfig):
+    """Lion (arXiv 2302.06675): steps of one size, by the sign of the momentum; learning rates a third to a tenth of AdamW's."""
+
+    betas: tuple[float, float] = (0.9, 0.99)
+    """Shares of the momentum in the step, and of the momentum that is kept."""
+
+    def check(self, where: str) -> None:
+        _check_betas(self.betas, where)
+
+    def build(self, groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
+        from timm.optim import Lion as Implementation
+
+        return Implementation(groups, lr=lr, betas=self.betas)
+
+
+class Lamb(Adam):
+    """LAMB (arXiv 1904.00962): Adam whose step in each weight is as long as a share of the weight, for very large batches."""
+
+    eps: float = 1e-6
+    """Added to the denominator."""
+
+    def build(self, groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
+        from timm.optim import Lamb as Implementation
+
+        return Implementation(groups, lr=lr, betas=self.betas, eps=self.eps, max_grad_norm=None)
+
+    def before_step(self, optimizer: torch.optim.Optimizer, step: int) -> None:
+        import torch
+
+        for group in optimizer.param_groups:  # counted there, where no checkpoint looks
+            group["step"] = torch.tensor(float(step))
+
+
+def _check_betas(betas: tuple[float, float], where: str) -> None:
+    if not all(0 <= beta < 1 for beta in betas):
+        raise UserError(f"--{spelled(where)}betas is {betas} and both must be at least 0 and below 1")

@@ -1,0 +1,175 @@
+"""Optimizers, learning-rate schedules, groups of parameters."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from perceiver.config import (
+    Constant,
+    Cosine,
+    Experiment,
+    InverseSquareRoot,
+    Lamb,
+    Linear,
+    Lion,
+    OneCycle,
+    OptimConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    Sgd,
+    UserError,
+    WarmRestarts,
+    Wsd,
+    subclasses,
+)
+from perceiver.data.manifest import Manifest
+from perceiver.tasks import build_task
+from perceiver.training.batches import read_here
+from perceiver.training.optim import FACTOR, build_optimizer, check_groups
+from perceiver.training.parallel import join_world
+from perceiver.training.run import Training
+from ray_jobs.cli import parse_experiment
+from ray_jobs.preflight import check_experiment
+from tests.support.small import image_experiment
+from tests.training import test_parallel
+from tests.training.test_parallel import losses, make_data
+
+OPTIMIZERS = {"sgd": (Sgd(nesterov=True), 0.05), "lion": (Lion(), 3e-4), "lamb": (Lamb(), 3e-2)}
+TOLERANCE = {"sgd": 2e-5, "lion": 2e-3, "lamb": 2e-5}
+"""Relative, for every loss of the run. Of Lion: where a momentum is near 0, the order of sums decides its sign, and a step's direction."""
+
+
+def train(made: Experiment, data: Path, folder: Path, stop_at: int | None = None) -> dict[str, np.ndarray]:
+    world = join_world(torch.device("cpu"))
+    training = Training(made, build_task(made), str(data), Manifest.load(data), world, folder, read_here, stop_at=stop_at)
+    training.run()
+    return {name: p.full_tensor().detach().numpy() for name, p in training.state.model.named_parameters()}
+
+
+def with_optim(**fields) -> Experiment:
+    made = image_experiment()
+    return replace(made, optim=replace(made.optim, **fields))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_training_continues_bit_for_bit_with_every_optimizer(name, images, tmp_path):
+    optimizer, lr = OPTIMIZERS[name]
+    made = with_optim(optimizer=optimizer, lr=lr)
+    whole = train(made, images, tmp_path / "whole")
+    train(made, images, tmp_path / "run", stop_at=7)
+    continued = train(made, images, tmp_path / "run")
+    assert all(np.array_equal(whole[weight], continued[weight]) for weight in whole)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_two_workers_train_as_one_with_every_optimizer(name, tmp_path):
+    data = make_data(tmp_path / "data")
+    optimizer, lr = OPTIMIZERS[name]
+    made = test_parallel.experiment()
+    made = replace(made, optim=replace(made.optim, optimizer=optimizer, lr=lr), training=replace(made.training, max_steps=12))
+    found = []
+    for workers in (1, 2):
+        folder = tmp_path / f"{workers}"
+        test_parallel.train(replace(made, parallel=ParallelConfig(workers=workers)), data, folder)
+        found.append(losses(folder))
+    assert len(found[0]) == 12 and np.allclose(found[0], found[1], rtol=TOLERANCE[name], atol=0)
+    assert found[0][-1] < found[0][0]
+
+
+def factors(schedule, steps: int = 100) -> list[float]:
+    return [OptimConfig(lr=1.0, schedule=schedule).learning_rate(step, steps) for step in range(steps + 1)]
+
+
+def test_schedules_have_the_values_of_their_definitions():
+    assert factors(Linear(min_lr_fraction=0.5))[::50] == [1.0, 0.75, 0.5]
+    wsd = factors(Wsd(decay_fraction=0.2))
+    assert wsd[:81] == [1.0] * 81 and wsd[90] == pytest.approx(0.5) and wsd[100] == 0.0
+    assert factors(InverseSquareRoot(timescale=50))[50] == pytest.approx(math.sqrt(0.5))
+    cycle = factors(OneCycle(rise_fraction=0.3, start_lr_fraction=0.1, min_lr_fraction=0.02))
+    assert (cycle[0], cycle[30], cycle[100]) == (pytest.approx(0.1), 1.0, pytest.approx(0.02)) and max(cycle) == cycle[30]
+    restarts = factors(WarmRestarts(cycle_steps=20, growth=2.0))
+    assert [restarts[step] for step in (0, 20, 60)] == [1.0] * 3 and restarts[10] == pytest.approx(0.5) == restarts[40]
+    assert factors(WarmRestarts(cycle_steps=20, growth=1.0))[::20] == [1.0] * 6
+    assert OptimConfig(lr=1.0, schedule=WarmRestarts(cycle_steps=1, growth=1.0)).learning_rate(10**9, 10**9) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("schedule", "same"),
+    [(Constant(), 100), (InverseSquareRoot(), 100), (WarmRestarts(cycle_steps=7), 100), (Wsd(decay_fraction=0.25), 75), (Cosine(), 1)],
+)
+def test_up_to_where_a_longer_run_has_the_same_learning_rates(schedule, same):
+    pairs = zip(factors(schedule, 100)[:100], factors(schedule, 1000), strict=False)
+    assert next((step for step, (one, other) in enumerate(pairs) if one != other), 100) in (same, same + 1)
+
+
+def test_every_schedule_and_optimizer_is_chosen_by_its_name_and_checked():
+    for name in ("linear", "wsd", "inversesquareroot", "onecycle", "warmrestarts"):
+        assert type(parse_experiment(["quickstart", "--optim.schedule", name], "x").optim.schedule).__name__.lower() == name
+    assert {"adam", "adamw", "sgd", "lion", "lamb"} <= set(subclasses(OptimizerConfig))
+    assert parse_experiment(["quickstart", "--optim.optimizer", "sgd", "--optim.optimizer.momentum", "0.5"], "x").optim.optimizer == Sgd(
+        momentum=0.5
+    )
+    wrong = [
+        (
+            ["--optim.schedule", "wsd", "--optim.schedule.decay-fraction", "2"],
+            "--optim.schedule.decay-fraction is 2.0 and must be from 0 to 1",
+        ),
+        (["--optim.schedule", "warmrestarts", "--optim.schedule.growth", "0.5"], "growth is 0.5 and must be at least 1"),
+        (["--optim.optimizer", "sgd", "--optim.optimizer.momentum", "1"], "momentum is 1.0 and must be at least 0"),
+        (["--optim.optimizer", "lion", "--optim.optimizer.betas", "1", "0.9"], "--optim.optimizer.betas is"),
+        (["--optim.layer-decay", "0"], "--optim.layer-decay is 0.0"),
+        (["--optim.groups", "encoder.*"], "--optim.groups has 'encoder.*'"),
+        (["--optim.groups", "encoder.*:lr=x"], "--optim.groups has 'encoder.*:lr=x'"),
+        (["--optim.groups", "encodr.*:lr=1"], "no parameter of the model has a name like 'encodr.*'"),
+        (["--optim.groups", "*:freeze"], "freezes all of the model's parameters"),
+    ]
+    for words, message in wrong:
+        with pytest.raises(UserError) as error:
+            check_experiment(parse_experiment(["quickstart", *words], "x"))
+        assert message in str(error.value)
+
+
+def settings(**fields) -> dict[str, tuple[float, float]]:
+    """Learning-rate factor and weight decay of each parameter, by name."""
+    made = with_optim(weight_decay=0.1, **fields)
+    model = build_task(made).build_model()
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    check_groups(model, made.optim)
+    groups = build_optimizer(model, made.optim).param_groups
+    return {names[id(p)]: (group[FACTOR], group["weight_decay"]) for group in groups for p in group["params"]}
+
+
+def test_groups_multiply_rates_and_set_weight_decays_by_name():
+    plain, found = settings(), settings(groups=("encoder.*:lr=0.1", "encoder.latents*:lr=0.5,decay=0.2", "*.bias:decay=0.3"))
+    assert plain.keys() == found.keys() and set(plain.values()) == {(1.0, 0.1), (1.0, 0.0)}
+    for name, (factor, decay) in found.items():
+        latents, bias = name.startswith("encoder.latents"), name.endswith(".bias")
+        assert factor == pytest.approx((0.1 if name.startswith("encoder.") else 1.0) * (0.5 if latents else 1.0))
+        assert decay == (0.3 if bias else 0.2 if latents else plain[name][1])
+
+
+def test_deeper_layers_learn_faster_by_the_decay():
+    made = image_experiment()
+    model = build_task(made).build_model()
+    layers = list(model.layers())
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    found = settings(layer_decay=0.5)
+    for number, layer in enumerate(layers):
+        assert {found[names[id(p)]][0] for p in layer.parameters()} == {0.5 ** (len(layers) - 1 - number)}
+    inside = {id(p) for layer in layers for p in layer.parameters()}
+    outside = [name for number, name in names.items() if number not in inside]
+    assert found[outside[0]][0] == 0.5 ** len(layers) and found[outside[-1]][0] == 1.0
+
+
+def test_frozen_weights_stay_and_others_learn_and_a_factor_of_one_changes_no_bit(images, tmp_path):
+    plain = train(with_optim(), images, tmp_path / "plain")
+    begun = train(with_optim(groups=("*:lr=0,decay=0",)), images, tmp_path / "begun")
+    frozen = train(with_optim(groups=("encoder.*:freeze",)), images, tmp_path / "frozen")
+    same = train(with_optim(groups=("encoder.*:lr=1",)), images, tmp_path / "same")
+    for name, values in frozen.items():
+        assert np.array_equal(values, begun[name]) is name.startswith("encoder."), name
+    assert all(np.array_equal(plain[name], same[name]) for name in plain)
