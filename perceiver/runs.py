@@ -33,6 +33,8 @@ CHECKPOINTS = "checkpoints"
 """Folder of the checkpoints."""
 CODE = "code"
 """Folder with a copy of the source files of the user's that it needs."""
+EVALUATIONS = "evaluations"
+"""Folder of what was measured of its checkpoints."""
 TENSORBOARD = "tensorboard"
 SAMPLES = "samples"
 """Folder of what the task makes at validations: texts, pictures, other files."""
@@ -147,9 +149,13 @@ class Run:
         """What Ray Train keeps of it, which every start makes anew."""
         return self.folder / "ray"
 
+    @property
+    def evaluations_folder(self) -> Path:
+        return self.folder / EVALUATIONS
+
     def evaluation_file(self, step: int, digest: str) -> Path:
         """Metrics of a checkpoint on a data set."""
-        return self.folder / "evaluations" / f"{checkpoint_name(step)}-{digest}.json"
+        return self.evaluations_folder / f"{checkpoint_name(step)}-{digest}.json"
 
     # -------------------------------------------------------------------------------------------------------- experiment
 

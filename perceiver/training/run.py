@@ -23,7 +23,7 @@ from perceiver.training.callbacks import MEET, PAUSE, SAVE, STOP, Callback, Trai
 from perceiver.training.checkpoint import Checkpointer, TrainState
 from perceiver.training.hooks import Callbacks, read_states
 from perceiver.training.init_from import find_start
-from perceiver.training.loop import StepResult, add_to, agree, fit, validate
+from perceiver.training.loop import Examples, StepResult, add_to, agree, fit, validate
 from perceiver.training.meters import Meter
 from perceiver.training.not_finite import Finiteness
 from perceiver.training.optim import build_optimizer
@@ -72,9 +72,9 @@ class Training:
         stop_at: int | None = None,
     ) -> None:
         self.experiment, self.task, self.world, self.run_folder, self.read_all = experiment, task, world, run_folder, read_all
-        self.train_feed = make_train_loader(experiment, task, data_folder, manifest)
-        self.val_feeds = make_val_loaders(experiment, task, data_folder, manifest)
-        self.total_steps = total_steps(experiment, self.train_feed.split.rows)
+        self.train_loader = make_train_loader(experiment, task, data_folder, manifest)
+        self.val_loaders = make_val_loaders(experiment, task, data_folder, manifest)
+        self.total_steps = total_steps(experiment, self.train_loader.split.rows)
         self.state = build_state(experiment, task, world)
         self.remote = RemoteCopy.of(experiment.run, run_folder)
         if self.remote is not None:
@@ -101,7 +101,7 @@ class Training:
         self.callbacks.load_states(saved.get("callbacks", ()))
         self.stopped: str | None = saved.get("stopped")
         """Why a callback has ended the training before its last step."""
-        limit, order = experiment.training.skip_not_finite, self.train_feed.order
+        limit, order = experiment.training.skip_not_finite, self.train_loader.order
         self.finiteness = Finiteness(run_folder, order, world, limit, saved.get("skipped", []))
         self.stop_step = self.state.step if self.stopped else min(self.total_steps, stop_at or self.total_steps)
         unit, per_example = task.throughput_unit()
@@ -143,24 +143,24 @@ class Training:
     def validate(self) -> dict[str, float]:
         """Validates and returns the metrics, named val_..."""
         limit, model = self.experiment.run.val_batches, self.state.model
-        metrics, sums, split = evaluate(self.task, model, self.val_feeds, self.world, self.read_all, limit)
+        metrics, sums, split = evaluate(self.task, model, self.val_loaders, self.world, self.read_all, limit)
         if metrics:
             self.recorder.samples(self.state.step, self.task.samples(model, sums, split))
         return metrics
 
     def _announce(self) -> None:
-        step, epoch = self.state.step, self.train_feed.order.steps_per_epoch
+        step, epoch = self.state.step, self.train_loader.order.steps_per_epoch
         begin = f"continuing from step {step:,}" if step else "starting"
         workers = f"{self.world.size} worker{'s' if self.world.size > 1 else ''} ({self.world.device.type})"
         self.recorder.say(
             f"{begin}: {self.total_steps:,} steps of {self.experiment.training.global_batch_size} examples, "
-            f"{self.total_steps / epoch:.3g} epochs of {self.train_feed.split.rows:,} examples, on {workers}"
+            f"{self.total_steps / epoch:.3g} epochs of {self.train_loader.split.rows:,} examples, on {workers}"
         )
 
     def _train(self) -> None:
         step, experiment = self.state.step, self.experiment
         batches = Prefetch(
-            self.train_feed.steps(self.read_all, self.world.rank, self.world.size, step, self.stop_step),
+            self.train_loader.steps(self.read_all, self.world.rank, self.world.size, step, self.stop_step),
             self.world.device,
             stalled=lambda seconds: self.callbacks.call("while_waiting", seconds),
         )
@@ -235,7 +235,7 @@ class Training:
         sums = dict(zip(names, together.split(sizes), strict=True))
         losses = {"loss": (sums["loss"] / sums["targets"].clamp(min=1)).item()}
         if "source_loss" in sums:
-            sources = [part.name for part, _ in self.val_feeds]
+            sources = [part.name for part, _ in self.val_loaders]
             found = zip(sources, sums["source_loss"].tolist(), sums["source_targets"].tolist(), strict=True)
             losses |= {f"loss/{source}": loss / targets for source, loss, targets in found if targets}
         return losses
@@ -277,16 +277,24 @@ def evaluate(
     world: World,
     read_all: ReadAll,
     num_batches: int | None = None,
+    keep: Callable[[str, dict[str, np.ndarray]], None] | None = None,
 ) -> tuple[dict[str, float], dict[str, np.ndarray], Split]:
     """Metrics (named val_...), their sums and what was read, over each loader's first global batches (None: all of them).
 
     Of a mixture, val_NAME/SOURCE is a metric on one source, and val_NAME that on all, each with its share. Data without any
     target has no metrics: a sum over nothing, 0, is no loss.
+
+    Args:
+        keep: called with what each example of a data set adds to its sums (`Task.each`), in the order of the rows, and the data set's
+            name. The loaders are numbered then.
     """
     metrics: dict[str, float] = {}
     passes = []
     for part, loader in loaders:
-        sums = _pass(task, model, loader, world, read_all, num_batches)
+        examples = Examples(loader.split.rows) if keep is not None else None
+        sums = _pass(task, model, loader, world, read_all, num_batches, examples)
+        if keep is not None and examples is not None:
+            keep(part.name, examples.together(world))
         if not sums.get("targets", 0):
             continue
         passes.append((part, sums))
@@ -300,11 +308,13 @@ def evaluate(
     return {f"val_{name}": value for name, value in task.metrics(sums, split).items()} | metrics, sums, split
 
 
-def _pass(task: Task, model: nn.Module, loader: Loader, world: World, read_all: ReadAll, num_batches: int | None) -> dict[str, np.ndarray]:
+def _pass(
+    task: Task, model: nn.Module, loader: Loader, world: World, read_all: ReadAll, num_batches: int | None, examples: Examples | None
+) -> dict[str, np.ndarray]:
     stop = min(loader.order.steps_per_epoch, num_batches or loader.order.steps_per_epoch)
     batches = Prefetch(loader.steps(read_all, world.rank, world.size, 0, stop), world.device)
     try:
-        return validate(task, model, batches, world)
+        return validate(task, model, batches, world, examples)
     finally:
         batches.close()
 
