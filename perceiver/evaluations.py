@@ -30,17 +30,21 @@ class Evaluation:
     metrics: dict[str, float]
     """As it names them: val_loss, ..."""
 
+    @property
+    def has_examples(self) -> bool:
+        """Whether what each example adds was kept: versions before 0.2.0 did not."""
+        return examples_file(self.path).exists()
+
     def examples(self) -> dict[str, np.ndarray]:
         """What each example adds to the sums, in the order of the rows: "loss", "targets", "acc" where there is one; of a mixture's data
-        sets one after the other. Nothing where the evaluation was made before they were kept.
+        sets one after the other.
 
         Raises:
-            UserError: the file is damaged.
+            UserError: the file is damaged, or missing.
         """
-        path = examples_file(self.path)
-        if not path.exists():
-            return {}
         import numpy as np
+
+        path = examples_file(self.path)
 
         try:
             with np.load(path, allow_pickle=False) as arrays:

@@ -48,6 +48,7 @@ COMMANDS = {
     "plan": Command("train", "memory, time and cost of a training, before it starts", "ray_jobs.plan", takes="preset"),
     "train": Command("train", "train an experiment, or continue it", "ray_jobs.train", job=True, takes="preset"),
     "runs": Command("train", "list the runs, and the command that continues each", "ray_jobs.runs", job=True),
+    "compare": Command("train", "what differs between runs, and whether one is better", "ray_jobs.compare", takes="run"),
     "evaluate": Command("train", "metrics of a run over its whole validation set", "ray_jobs.evaluate", job=True, takes="run"),
     "generate": Command("use a model", "continue a text", _INFERENCE, ("--action", "generate"), takes="run"),
     "play": Command("use a model", "continue a performance, as a MIDI file", "perceiver.inference.play", takes="run"),

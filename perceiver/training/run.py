@@ -18,6 +18,7 @@ from perceiver.data.components import Component, weighted
 from perceiver.data.manifest import Manifest, Split
 from perceiver.data.storage import read_file, write_file
 from perceiver.runs import Run
+from perceiver.tasks import build_task
 from perceiver.training.batches import Loader, Prefetch, ReadAll, make_train_loader, make_val_loaders
 from perceiver.training.callbacks import MEET, PAUSE, SAVE, STOP, Callback, TrainingView
 from perceiver.training.checkpoint import Checkpointer, TrainState
@@ -72,9 +73,9 @@ class Training:
         stop_at: int | None = None,
     ) -> None:
         self.experiment, self.task, self.world, self.run_folder, self.read_all = experiment, task, world, run_folder, read_all
-        self.train_loader = make_train_loader(experiment, task, data_folder, manifest)
-        self.val_loaders = make_val_loaders(experiment, task, data_folder, manifest)
-        self.total_steps = total_steps(experiment, self.train_loader.split.rows)
+        self.train_feed = make_train_loader(experiment, task, data_folder, manifest)
+        self.val_feeds = make_val_loaders(experiment, task, data_folder, manifest)
+        self.total_steps = total_steps(experiment, self.train_feed.split.rows)
         self.state = build_state(experiment, task, world)
         self.remote = RemoteCopy.of(experiment.run, run_folder)
         if self.remote is not None:
@@ -101,7 +102,7 @@ class Training:
         self.callbacks.load_states(saved.get("callbacks", ()))
         self.stopped: str | None = saved.get("stopped")
         """Why a callback has ended the training before its last step."""
-        limit, order = experiment.training.skip_not_finite, self.train_loader.order
+        limit, order = experiment.training.skip_not_finite, self.train_feed.order
         self.finiteness = Finiteness(run_folder, order, world, limit, saved.get("skipped", []))
         self.stop_step = self.state.step if self.stopped else min(self.total_steps, stop_at or self.total_steps)
         unit, per_example = task.throughput_unit()
@@ -143,24 +144,24 @@ class Training:
     def validate(self) -> dict[str, float]:
         """Validates and returns the metrics, named val_..."""
         limit, model = self.experiment.run.val_batches, self.state.model
-        metrics, sums, split = evaluate(self.task, model, self.val_loaders, self.world, self.read_all, limit)
+        metrics, sums, split = evaluate(self.task, model, self.val_feeds, self.world, self.read_all, limit)
         if metrics:
             self.recorder.samples(self.state.step, self.task.samples(model, sums, split))
         return metrics
 
     def _announce(self) -> None:
-        step, epoch = self.state.step, self.train_loader.order.steps_per_epoch
+        step, epoch = self.state.step, self.train_feed.order.steps_per_epoch
         begin = f"continuing from step {step:,}" if step else "starting"
         workers = f"{self.world.size} worker{'s' if self.world.size > 1 else ''} ({self.world.device.type})"
         self.recorder.say(
             f"{begin}: {self.total_steps:,} steps of {self.experiment.training.global_batch_size} examples, "
-            f"{self.total_steps / epoch:.3g} epochs of {self.train_loader.split.rows:,} examples, on {workers}"
+            f"{self.total_steps / epoch:.3g} epochs of {self.train_feed.split.rows:,} examples, on {workers}"
         )
 
     def _train(self) -> None:
         step, experiment = self.state.step, self.experiment
         batches = Prefetch(
-            self.train_loader.steps(self.read_all, self.world.rank, self.world.size, step, self.stop_step),
+            self.train_feed.steps(self.read_all, self.world.rank, self.world.size, step, self.stop_step),
             self.world.device,
             stalled=lambda seconds: self.callbacks.call("while_waiting", seconds),
         )
@@ -235,7 +236,7 @@ class Training:
         sums = dict(zip(names, together.split(sizes), strict=True))
         losses = {"loss": (sums["loss"] / sums["targets"].clamp(min=1)).item()}
         if "source_loss" in sums:
-            sources = [part.name for part, _ in self.val_loaders]
+            sources = [part.name for part, _ in self.val_feeds]
             found = zip(sources, sums["source_loss"].tolist(), sums["source_targets"].tolist(), strict=True)
             losses |= {f"loss/{source}": loss / targets for source, loss, targets in found if targets}
         return losses
@@ -320,8 +321,8 @@ def _pass(
 
 
 def save_experiment(run: Run, experiment: Experiment, manifest: Manifest, data_folder: str) -> None:
-    """Writes what a run is: its resolved configuration, the data it is trained on and its length on it, the version of this package,
-    a copy of the data's tokenizer.
+    """Writes what a run is: its resolved configuration, the data it is trained on, its length on it and what an example costs, the version
+    of this package, a copy of the data's tokenizer.
     """
     if (manifest.tokenizer or {}).get("sha256") is not None:
         name = run.tokenizer_file.name
@@ -330,6 +331,7 @@ def save_experiment(run: Run, experiment: Experiment, manifest: Manifest, data_f
         "experiment": to_dict(experiment),
         "data": manifest.digest,
         "steps": total_steps(experiment, manifest.splits["train"].rows),
+        "flops_per_example": build_task(experiment).flops_per_example(),
         "version": perceiver.__version__,
     }
     run.save(content)
