@@ -246,7 +246,7 @@ def paired_differences(runs: Sequence[ComparedRun], metric: str) -> tuple[list[t
 
     if not all(column in _examples(pair[number], tables) for pair in chosen if pair for number in (0, 1)):
         column = "loss"
-    waiting: dict[str, list[tuple[int, dict[str, np.ndarray]]]] = {}
+    waiting: dict[str, list[tuple[int, Mapping[str, np.ndarray]]]] = {}
     for place, pair in enumerate(chosen):
         if pair is None:
             results.append((None, _NOT_EVALUATED))

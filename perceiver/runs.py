@@ -125,6 +125,28 @@ class Run:
         return self.folder / "not-finite.json"
 
     @property
+    def labels_file(self) -> Path:
+        """Tags and a note that a person gave it."""
+        return self.folder / "labels.json"
+
+    @property
+    def own_names(self) -> tuple[str, ...]:
+        """Patterns of the names in its folder that this package gives, and nobody else."""
+        files = (self.log_file, self.not_finite_file, self.labels_file, self.tokenizer_file, self.ray_folder)
+        folders = (CHECKPOINTS, CODE, f"{CODE}-before-*", EVALUATIONS, *RECORD_FOLDERS)
+        return (*RECORDS, *folders, CURVE, _LOCK, *(path.name for path in files))
+
+    @staticmethod
+    def is_lock(name: str) -> bool:
+        """Whether a path's name is that of a lock, which is of no use elsewhere."""
+        return Path(name).name == _LOCK
+
+    @property
+    def is_trial_of_running_sweep(self) -> bool:
+        """Whether it lies in a sweep that a process holds (as far as this machine can tell)."""
+        return is_locked(self.folder.parent.parent / _LOCK)
+
+    @property
     def tokenizer_file(self) -> Path:
         """Copy of the SentencePiece model of its data, if that has one."""
         # Here and not above: the list of runs takes neither NumPy nor Arrow.

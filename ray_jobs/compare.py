@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +29,9 @@ from perceiver.comparison import (
 )
 from perceiver.config import UserError
 from perceiver.disk import finite
-from perceiver.runs import Run, runs
 from perceiver.terminal import summary
 from ray_jobs.cli import main_entry, program, refuse_empty
-from ray_jobs.runs import print_table
+from ray_jobs.runs import named_runs, print_table
 
 LABELS = dict(zip(AXES, ("optimizer step", "examples", "FLOPs", "hours of training"), strict=True))
 _SIDE_BY_SIDE = 5
@@ -52,7 +51,7 @@ def main(argv: list[str]) -> int:
     if args.price_per_hour is not None and not args.price_per_hour >= 0:
         raise UserError(f"--price-per-hour is {args.price_per_hour} and must be at least 0")
     plot = _picture(args.plot) if args.plot else None
-    found = read_runs(_named(args.runs))
+    found = read_runs(named_runs(args.runs))
     if len(found) < 2:
         raise UserError("a comparison needs two runs: perceiver compare RUN RUN")
     metric = chosen_metric(found, args.metric)
@@ -115,21 +114,6 @@ def draw(compared: Sequence[ComparedRun], metric: str, path: Path) -> None:
         for axis in AXES
     }
     compared_curves({label: lines for label, lines in panels.items() if any(lines.values())}, metric).savefig(path)
-
-
-def _named(names: Sequence[str]) -> Iterator[Run]:
-    """The runs of names; a folder that is none stands for those in it. Each once."""
-    seen = set()
-    for name in names:
-        folder = Path(name).expanduser()
-        found = Run.find(name)
-        inside = runs(folder.absolute()) if found is None else [found]
-        if not inside:
-            raise Run.missing(name)
-        for run in inside:
-            if run.folder not in seen:
-                seen.add(run.folder)
-                yield run
 
 
 def _picture(name: str) -> Path:

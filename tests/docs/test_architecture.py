@@ -20,6 +20,7 @@ ARROWS = {
     "perceiver.runs": {"perceiver.checkpoints", "perceiver.config", "perceiver.data", "perceiver.disk", "perceiver.extensions"},
     "perceiver.evaluations": {"perceiver.checkpoints", "perceiver.config", "perceiver.disk", "perceiver.runs"},
     "perceiver.comparison": {"perceiver.checkpoints", "perceiver.config", "perceiver.evaluations", "perceiver.runs"},
+    "perceiver.housekeeping": {"perceiver.checkpoints", "perceiver.config", "perceiver.disk", "perceiver.runs"},
     "perceiver.models": {"perceiver.config"},
     "perceiver.data": {"perceiver.config", "perceiver.disk", "perceiver.extensions"},
     "perceiver.costs": {"perceiver.config", "perceiver.models"},

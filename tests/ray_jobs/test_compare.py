@@ -54,7 +54,7 @@ def test_only_what_differs_is_shown_with_best_last_and_cost(tmp_path, capsys):
     assert (first["best"], first["at_step"], first["last"]) == (0.5, 20, 0.7) and second["at_step"] == 30
     assert first["examples"] == 20 * BATCH and first["flops"] == 20 * BATCH * 1e6
     assert first["hours"] == pytest.approx(0.4) and first["hours_in_all"] == pytest.approx(0.6), "validation's time is counted"
-    assert first["cost"] == pytest.approx(1.2)
+    assert first["cost"] == pytest.approx(0.6 * PRESETS["quickstart"]().parallel.workers * 2)
     text = told(capsys, one, other)
     assert "optim.lr  0.001  0.1" in text and "training.seed" not in text and "perceiver evaluate" in text
 
