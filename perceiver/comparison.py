@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 SEED = "training.seed"
 AXES = ("step", "examples", "flops", "hours")
 """What a curve may be drawn over."""
+LABELS = dict(zip(AXES, ("optimizer step", "examples", "FLOPs", "hours of training"), strict=True))
 _IDENTITY = ("task", "model", "data", "optim", "training")
 _NEVER_DIFFER = ("run.name", "run.storage", "data.root")
 """Fields that say where a run is and not what it is."""

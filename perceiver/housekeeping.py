@@ -140,13 +140,11 @@ def archive(run: Run, target: Path) -> None:
 
 def losers(runs: Sequence[Run], metric: str, keep: int) -> tuple[list[Run], list[Run]]:
     """Runs whose best checkpoint is among the best `keep` by a metric, best first; and the others."""
-    having, others = [], []
-    for run in runs:
-        best = best_of(run.checkpoints(), metric)
-        (others if best is None else having).append((run, best))
-    higher = any(metric in best.higher_is_better for _, best in having if best is not None)
-    having.sort(key=lambda pair: pair[1].metrics[metric] * (-1 if higher else 1) if pair[1] is not None else 0.0)
-    return [run for run, _ in having[:keep]], [run for run, _ in [*having[keep:], *others]]
+    found = {run: best_of(run.checkpoints(), metric) for run in runs}
+    having = {run: best for run, best in found.items() if best is not None}
+    sign = -1 if any(metric in best.higher_is_better for best in having.values()) else 1
+    order = sorted(having, key=lambda run: sign * having[run].metrics[metric])
+    return order[:keep], [*order[keep:], *(run for run in runs if run not in having)]
 
 
 def superfluous(run: Run, metric: str, winner: bool) -> list[Path]:

@@ -15,6 +15,7 @@ from typing import Any
 
 from perceiver.comparison import (
     AXES,
+    LABELS,
     SEED,
     ComparedRun,
     Difference,
@@ -33,7 +34,6 @@ from perceiver.terminal import summary
 from ray_jobs.cli import main_entry, program, refuse_empty
 from ray_jobs.runs import named_runs, print_table
 
-LABELS = dict(zip(AXES, ("optimizer step", "examples", "FLOPs", "hours of training"), strict=True))
 _SIDE_BY_SIDE = 5
 """Runs up to which each is a column of the table of fields; more of them are rows."""
 

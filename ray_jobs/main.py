@@ -62,7 +62,7 @@ COMMANDS = {
     "predict": Command("use a model", "apply a model to many inputs", "ray_jobs.predict", job=True, takes="run"),
     "export": Command("use a model", "write a model as files to keep or share", "ray_jobs.export", job=True, takes="run"),
     "sweep": Command("tune", "search for settings", "tuning.sweep", job=True),
-    "report": Command("tune", "table and curves of a sweep", "tuning.report", job=True),
+    "report": Command("train", "a page to look at, of runs or of a sweep", "tuning.report", job=True),
     "scaling-laws": Command("tune", "fit scaling laws from trainings of several sizes", "tuning.scaling_laws", job=True),
     "submit": Command("run on a cluster", "submit a job to a Ray cluster and follow it", "ray_jobs.submit", takes="job"),
     "completion": Command("other", "print the completion script of a shell", "ray_jobs.completion", takes="shell"),

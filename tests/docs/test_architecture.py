@@ -14,6 +14,7 @@ ARROWS = {
     "perceiver.catalog": set(),
     "perceiver.terminal": set(),
     "perceiver.plots": set(),
+    "perceiver.pages": set(),
     "perceiver.disk": {"perceiver.config"},
     "perceiver.extensions": {"perceiver.config", "perceiver.disk"},
     "perceiver.checkpoints": {"perceiver.config", "perceiver.disk"},

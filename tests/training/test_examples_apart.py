@@ -83,6 +83,7 @@ def test_an_example_stands_at_the_number_of_its_row(tmp_path):
     tables = [
         rows for rows in feed.batches(0, 1, 0, feed.order.steps_per_epoch, read_here(feed, feed.plan(0, 1, 0, feed.order.steps_per_epoch)))
     ]
+    model.eval()
     seen = 0
     for table in tables:
         for i in range(table.num_rows):
