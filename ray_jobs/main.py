@@ -65,6 +65,7 @@ COMMANDS = {
     "report": Command("train", "a page to look at, of runs or of a sweep", "tuning.report", job=True),
     "scaling-laws": Command("tune", "fit scaling laws from trainings of several sizes", "tuning.scaling_laws", job=True),
     "submit": Command("run on a cluster", "submit a job to a Ray cluster and follow it", "ray_jobs.submit", takes="job"),
+    "schema": Command("other", "JSON Schema of experiment files, for editors", "ray_jobs.schema"),
     "completion": Command("other", "print the completion script of a shell", "ray_jobs.completion", takes="shell"),
 }
 

@@ -15,6 +15,7 @@ ARROWS = {
     "perceiver.terminal": set(),
     "perceiver.plots": set(),
     "perceiver.pages": set(),
+    "perceiver.config_files": {"perceiver.config", "perceiver.disk"},
     "perceiver.disk": {"perceiver.config"},
     "perceiver.extensions": {"perceiver.config", "perceiver.disk"},
     "perceiver.checkpoints": {"perceiver.config", "perceiver.disk"},
@@ -34,7 +35,7 @@ ARROWS = {
         "perceiver.catalog", "perceiver.config", "perceiver.costs", "perceiver.data", "perceiver.models", "perceiver.tasks",
     },
     "perceiver.experiments": {
-        "perceiver.catalog", "perceiver.config", "perceiver.disk", "perceiver.extensions", "perceiver.presets", "perceiver.runs",
+        "perceiver.catalog", "perceiver.config", "perceiver.config_files", "perceiver.extensions", "perceiver.presets", "perceiver.runs",
     },
     "perceiver.datasets": {"perceiver.config", "perceiver.data", "perceiver.experiments"},
     "perceiver.interop": {"perceiver.config", "perceiver.models"},

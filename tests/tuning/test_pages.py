@@ -79,7 +79,8 @@ def test_the_charts_of_runs_are_valid_for_plotly_and_over_every_axis(page):
 
 def test_what_runs_wrote_is_shown_and_never_executed(page):
     assert "said at 20 &lt;/script&gt;&lt;b&gt;" in page and "continuing from step 10: &lt;3 workers" in page
-    assert "step 10/30" not in page and page.count("data:image/png;base64") == 4
+    own = page.partition('<script type="application/json"')[0]
+    assert "step 10/30" not in own and own.count("data:image/png;base64") == 4
     assert page.count("</script>") == 3
     assert "optim.lr</td><td>0.001</td><td>0.1</td><td>yes" in page
 
@@ -131,7 +132,7 @@ def test_the_field_that_decides_is_the_most_important():
     rng = np.random.default_rng(0)
     lr, noise = 10 ** rng.uniform(-4, -1, 40), rng.uniform(0, 1, 40)
     found, how = importances({"lr": lr.tolist(), "noise": noise.tolist()}, np.log10(lr).tolist())
-    assert how and abs(found["lr"]) > 3 * abs(found["noise"])
+    assert how and abs(found["lr"]) > 2 * abs(found["noise"])
 
 
 def test_lines_have_colours_of_their_own_until_there_are_too_many():
