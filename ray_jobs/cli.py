@@ -61,9 +61,7 @@ def parse_experiment(argv: Sequence[str], prog: str) -> Experiment:
         print(f"usage: {program(prog)} EXPERIMENT [--field value ...]\n\npresets: {names}")
         print("yours:   FILE.py:FUNCTION, MODULE:FUNCTION, a run's folder, a .json or a .yaml file")
         print(f"shortcuts: {', '.join(f'{short} = {long}' for short, long in SHORTCUTS.items())}; --workers 2..8 is elastic")
-        print(
-            f"as a file: {program(prog)} EXPERIMENT [--field value ...] {WRITE_CONFIG} FILE.yaml, which only writes it; then {program(prog)} FILE.yaml"
-        )
+        print(f"as a file: EXPERIMENT [--field value ...] {WRITE_CONFIG} FILE.yaml writes it and ends; then {program(prog)} FILE.yaml")
         print(f"fields of an experiment: {program(prog)} EXPERIMENT --help")
         raise SystemExit(0)
     # Here and not above: to parse nothing takes none of the models and tasks.
