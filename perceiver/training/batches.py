@@ -262,7 +262,7 @@ def make_val_loaders(
         numbered: whether batches say which rows their examples are (`SplitLoader.numbered`).
     """
     data, training, most = experiment.data, experiment.training, experiment.parallel.micro_batch_size
-    loaders = []
+    loaders: list[tuple[Component, Loader]] = []
     for part in components(folder, manifest):
         loader = make_loader(task, part.folder, part.manifest.splits["val"], False, data=data, training=training, micro_batch_size=most)
         loaders.append((part, replace(loader, numbered=numbered)))

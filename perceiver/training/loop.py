@@ -140,7 +140,7 @@ def validate(
     """Sums of loss, targets and the task's own counts over all batches of all workers, exact whatever their number.
 
     Args:
-        examples: where what each example adds is kept; batches then have its number in "row", as `make_val_feeds` numbers them.
+        examples: where what each example adds is kept; batches then have its number in "row", as `make_val_loaders` numbers them.
     """
     model.eval()
     sums: dict[str, Tensor] = {}

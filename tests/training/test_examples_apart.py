@@ -11,7 +11,7 @@ from perceiver.evaluations import evaluations, examples_file
 from perceiver.runs import Run
 from perceiver.tasks import build_task
 from perceiver.tasks.base import EACH
-from perceiver.training.batches import make_val_feeds, read_here
+from perceiver.training.batches import make_val_loaders, read_here
 from perceiver.training.loop import Examples, validate
 from perceiver.training.parallel import World
 from perceiver.training.run import evaluate
@@ -48,8 +48,8 @@ def build(experiment):
 
 def measured(experiment, folder, manifest, task, model):
     kept = {}
-    feeds = make_val_feeds(experiment, task, str(folder), manifest, numbered=True)
-    metrics, sums, _ = evaluate(task, model, feeds, ALONE, read_here, keep=kept.__setitem__)
+    loaders = make_val_loaders(experiment, task, str(folder), manifest, numbered=True)
+    metrics, sums, _ = evaluate(task, model, loaders, ALONE, read_here, keep=kept.__setitem__)
     return metrics, sums, kept[""]
 
 
@@ -64,10 +64,10 @@ def test_examples_add_up_to_the_metrics_and_are_the_same_for_one_and_three_worke
     if "acc" in kept:
         assert kept["acc"].sum() / kept["targets"].sum() == pytest.approx(metrics["val_acc"], abs=1e-9)
     together = {}
-    (_, feed), *_ = make_val_feeds(experiment, task, str(tmp_path), manifest, numbered=True)
+    (_, loader), *_ = make_val_loaders(experiment, task, str(tmp_path), manifest, numbered=True)
     for rank in range(3):
-        examples = Examples(feed.split.rows)
-        validate(task, model, feed.steps(read_here, rank, 3, 0, feed.order.steps_per_epoch), ALONE, examples)
+        examples = Examples(loader.split.rows)
+        validate(task, model, loader.steps(read_here, rank, 3, 0, loader.order.steps_per_epoch), ALONE, examples)
         for name, values in examples.together(ALONE).items():
             together[name] = together.get(name, 0) + values
     assert together.keys() == kept.keys()
@@ -79,16 +79,19 @@ def test_an_example_stands_at_the_number_of_its_row(tmp_path):
     experiment, manifest = prepare("images", tmp_path)
     task, model = build(experiment)
     _, _, kept = measured(experiment, tmp_path, manifest, task, model)
-    (_, feed), *_ = make_val_feeds(experiment, task, str(tmp_path), manifest)
+    (_, loader), *_ = make_val_loaders(experiment, task, str(tmp_path), manifest)
     tables = [
-        rows for rows in feed.batches(0, 1, 0, feed.order.steps_per_epoch, read_here(feed, feed.plan(0, 1, 0, feed.order.steps_per_epoch)))
+        rows
+        for rows in loader.batches(
+            0, 1, 0, loader.order.steps_per_epoch, read_here(loader, loader.plan(0, 1, 0, loader.order.steps_per_epoch))
+        )
     ]
     model.eval()
     seen = 0
     for table in tables:
         for i in range(table.num_rows):
             with torch.no_grad():
-                loss, _ = task.loss(model, feed.collate(table.slice(i, 1), 1, 0))
+                loss, _ = task.loss(model, loader.collate(table.slice(i, 1), 1, 0))
             assert kept["loss"][table["row"][i].as_py()] == pytest.approx(float(loss), rel=1e-4)
             seen += 1
     assert seen == manifest.splits["val"].rows
