@@ -23,6 +23,8 @@ EXPERIMENT = "experiment.json"
 """File that makes a folder a run: its resolved configuration, the hash of its data, its length, the version that started it."""
 START = "start.json"
 """What its weights started from, where that was another run or published weights."""
+SWEEP = "sweep.json"
+"""File that makes a folder a sweep, whose trials are runs."""
 METRICS = "metrics.jsonl"
 """Records, one JSON object a line."""
 RESULT = "result.json"
@@ -140,6 +142,11 @@ class Run:
     def is_lock(name: str) -> bool:
         """Whether a path's name is that of a lock, which is of no use elsewhere."""
         return Path(name).name == _LOCK
+
+    @property
+    def is_trial(self) -> bool:
+        """Whether it is a trial of a sweep, which alone says whether it continues."""
+        return (self.folder.parent.parent / SWEEP).is_file()
 
     @property
     def is_trial_of_running_sweep(self) -> bool:

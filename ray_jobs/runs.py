@@ -101,6 +101,8 @@ def _list(args: argparse.Namespace, folder: Path, condition: Condition | None) -
             print(f"damaged {run['name']}: {run['reason']}")
         if run["continue"] and args.watch is None:
             print(f"continue {run['name']}: {run['continue']}")
+    if args.watch is None and any(Run(folder / run["name"]).is_trial for run in runs):
+        print("these are trials of a sweep: the command of the sweep continues those that it did not stop")
     return 0
 
 
@@ -155,7 +157,7 @@ def describe(run: Run) -> dict[str, Any]:
             "checkpoint": checkpoints[-1].step if checkpoints else None,
             "fields": flatten(experiment),
             "metrics": metrics,
-            "continue": None if state in ("running", "finished") else continue_command(run.folder),
+            "continue": None if state in ("running", "finished") or run.is_trial else continue_command(run.folder),
         }
     except DamagedRun as error:
         return row | {"status": "damaged", "reason": str(error)}

@@ -101,7 +101,7 @@ def _names(cls: type[Config]) -> list[str]:
 
 
 @cache
-def field_documents(cls: type[Config]) -> dict[str, str]:
+def field_documents(cls: Any) -> dict[str, str]:
     """The docstrings that stand under the fields of a class and of those that it is made from."""
     found: dict[str, str] = {}
     for base in reversed(cls.__mro__):
