@@ -26,9 +26,9 @@ LABELS = dict(zip(AXES, ("optimizer step", "examples", "FLOPs", "hours of traini
 _IDENTITY = ("task", "model", "data", "optim", "training")
 _NEVER_DIFFER = ("run.name", "run.storage", "data.root")
 """Fields that say where a run is and not what it is."""
-_DRAWS = 10_000_000
+_DRAWS = 5_000_000
 """Examples drawn in all by a bootstrap, about."""
-_LEAST_RESAMPLES, _MOST_RESAMPLES = 1000, 10_000
+_LEAST_RESAMPLES, _MOST_RESAMPLES = 1000, 5000
 _NOT_EVALUATED = "not evaluated on the same data: `perceiver evaluate` both, with the same --source or without any"
 LEVEL = 0.95
 """Of the intervals."""
@@ -104,6 +104,7 @@ class ComparedRun:
         self.version = str(content.get("version", ""))
         self.flops_per_example: float | None = content.get("flops_per_example")
         self.records = run.metrics()
+        self._curves: dict[str, list[Point]] = {}
 
     @cached_property
     def checkpoints(self) -> list[CheckpointInfo]:
@@ -152,6 +153,11 @@ class ComparedRun:
 
     def curve(self, metric: str) -> list[Point]:
         """All values of a metric that are numbers."""
+        if metric not in self._curves:
+            self._curves[metric] = self._points(metric)
+        return self._curves[metric]
+
+    def _points(self, metric: str) -> list[Point]:
         batch, found, hours = int(self.fields.get("training.global_batch_size") or 0), [], iter(self._hours)
         spent, upcoming = None, next(hours, None)
         for record in self.records:

@@ -114,7 +114,9 @@ class Page:
             layout: more of plotly's layout.
         """
         self._parts.append(f'<div class="chart" id="chart-{len(self.charts)}"></div>')
-        self.charts.append({"data": list(data), "layout": {"title": {"text": html.escape(title)}, "height": height, **layout}})
+        self.charts.append(
+            {"data": list(data), "layout": {"title": {"text": html.escape(title), "x": 0, "xanchor": "left"}, "height": height, **layout}}
+        )
 
     def table(self, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         """A table that sorts by the column whose head is clicked."""
@@ -159,7 +161,7 @@ def heatmap(counts: Sequence[Sequence[float]], names: Sequence[str]) -> dict[str
         "text": [[f"{count:g}" if count else "" for count in row] for row in counts],
         "texttemplate": "%{text}" if len(names) <= 30 else "",
         "hovertemplate": "true %{y}, predicted %{x}: %{text} (%{z:.1%})<extra></extra>",
-        "colorscale": "Blues",
+        "colorscale": [[0, "#f7fbff"], [0.5, "#6baed6"], [1, "#08306b"]],
         "zmin": 0,
         "zmax": 1,
     }
