@@ -18,7 +18,7 @@ _STYLE = """
 body { font-family: system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #222; line-height: 1.45 }
 h1 { font-size: 1.5em } h2 { font-size: 1.2em; margin-top: 2em; border-bottom: 1px solid #ddd; padding-bottom: .2em } h3 { font-size: 1em }
 table { border-collapse: collapse; font-size: .87em; margin: .8em 0 } .wide { overflow-x: auto }
-th, td { padding: .25em .7em; text-align: left; border-bottom: 1px solid #eee; vertical-align: top }
+th, td { padding: .25em .7em; text-align: left; border-bottom: 1px solid #eee; vertical-align: top; white-space: nowrap }
 th { cursor: pointer; background: #f5f5f5; user-select: none } th.up::after { content: " \\25b2" } th.down::after { content: " \\25bc" }
 td.number { text-align: right; font-variant-numeric: tabular-nums } pre { white-space: pre-wrap; font-size: .85em; margin: .2em 0 }
 .strip { display: flex; gap: 1em; overflow-x: auto; padding-bottom: .5em } .strip figure { margin: 0; flex: 0 0 auto; max-width: 420px }
@@ -184,10 +184,20 @@ def parallel_coordinates(columns: Mapping[str, Sequence[Any]], values: Sequence[
     }
 
 
+def are_numbers(column: Sequence[Any]) -> bool:
+    """Whether all values can stand on an axis of numbers."""
+    return all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in column)
+
+
+def far_apart(column: Sequence[Any]) -> bool:
+    """Whether a logarithmic axis shows more: numbers above 0, the largest more than twenty times the least."""
+    return are_numbers(column) and min(column) > 0 and max(column) > 20 * min(column)
+
+
 def _dimension(name: str, column: Sequence[Any]) -> dict[str, Any]:
-    if all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in column):
+    if are_numbers(column):
         low, high = min(column), max(column)
-        if low > 0 and high > 20 * low:
+        if far_apart(column):
             marks = sorted(set(column)) if len(set(column)) <= 8 else [low, math.sqrt(low * high), high]
             return {
                 "label": name, "values": [math.log10(v) for v in column], "tickvals": [math.log10(v) for v in marks],

@@ -21,7 +21,11 @@ _EVENTS = 200
 _MOST_CLASSES = 200
 _SAMPLE_BYTES = 5 * 2**20
 """Of a sample that is put into the page, at most."""
-_RATES = {"throughput": "{unit} per second", "goodput": "share of the time in steps", "data_wait": "share of the time waiting for data"}
+_RATES = {
+    "throughput": "examples or tokens per second",
+    "goodput": "share of the time in steps",
+    "data_wait": "share of the time waiting for data",
+}
 
 
 def page_of_runs(runs: Sequence[ComparedRun], metric: str, title: str) -> Page:
@@ -33,14 +37,16 @@ def page_of_runs(runs: Sequence[ComparedRun], metric: str, title: str) -> Page:
     page.controls([LABELS[axis] for axis in AXES])
     names = dict.fromkeys(name for run in runs for record in run.records for name in record if name == "loss" or name.startswith("val_"))
     for name in [metric, *(name for name in names if name != metric)]:
-        page.chart(_lines(runs, name), title=name, hovermode="x unified")
+        if lines := _lines(runs, name):
+            page.chart(lines, title=name, hovermode="x unified")
     for run in runs:
         _classes(page, run)
     for run in runs:
         _samples(page, run)
     page.heading("Speed")
     for name, meaning in _RATES.items():
-        page.chart(_lines(runs, name), title=f"{name}: {meaning.format(unit='examples or tokens')}", height=300)
+        if lines := _lines(runs, name):
+            page.chart(lines, title=f"{name}: {meaning}", height=300)
     _events(page, runs)
     _configuration(page, runs)
     return page

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from perceiver.pages import Page, color, parallel_coordinates
+from perceiver.pages import Page, are_numbers, color, far_apart, parallel_coordinates
 from perceiver.runs import Run
 from tuning.trials import Trial
 
@@ -24,23 +24,24 @@ def page_of_sweep(folder: Path, trials: Sequence[Trial], settings: dict[str, Any
         folder: of the sweep.
         trials: best first.
         settings: of the sweep.
-        lines: its table and what was gained, for those who read texts.
+        lines: of `tuning.report.table`, of which those below the table are shown.
         schedule: the picture of the sweep, as a PNG file.
     """
     page = Page(folder.name)
     metric, fields = settings["metric"], sorted({field for trial in trials for field in trial["values"]})
     page.paragraph(f"{settings['preset']}, {settings['scheduler']}, {len(trials)} trials; {metric}: {_better(settings)} is better")
-    header = ["place", "trial", f"best {metric}", "at step", "last", "step", "examples", "seconds", "status", *fields, "reason"]
+    header = ["place", "trial", f"best {metric}", "at step", "last", "step", "examples", "seconds", "status", *fields]
     rows = []
     for place, trial in enumerate(trials, 1):
         results = [trial["value"], trial["best_step"], trial["last_value"], trial["step"], trial["examples"], round(trial["seconds"], 1)]
-        rows.append([place, trial["trial"], *results, trial["status"], *(trial["values"].get(field) for field in fields), trial["reason"]])
+        rows.append([place, trial["trial"], *results, trial["status"], *(trial["values"].get(field) for field in fields)])
     page.table(header, rows)
-    page.text("\n".join(lines))
+    page.text("\n".join(lines[1 + len(trials) :]))
     page.heading("Curves")
     page.controls([STEPS])
     for name in dict.fromkeys((metric, "loss")):
-        page.chart(_curves(trials, name), title=name, height=440)
+        if curves := _curves(trials, name):
+            page.chart(curves, title=name, height=440)
     done = [trial for trial in trials if trial["value"] is not None]
     if fields and done:
         page.heading("Fields and results")
@@ -56,13 +57,12 @@ def page_of_sweep(folder: Path, trials: Sequence[Trial], settings: dict[str, Any
             bars = {"type": "bar", "orientation": "h", "x": [found[field] for field in order], "y": order}
             page.chart([bars], title=f"importance: {how}", height=120 + 34 * len(order), margin={"l": 220, "r": 20, "t": 40, "b": 40})
         for field in fields:
-            page.chart([_slice(field, columns[field], values)], title=f"{metric} over {field}", height=320)
+            axis = {"type": "log" if far_apart(columns[field]) else "-", "title": {"text": field}}
+            page.chart([_slice(field, columns[field], values)], title=f"{metric} over {field}", height=320, xaxis=axis)
     changes = [f"{t['trial']}: at step {e['step']:,} from {e['from']}, then {e['values']}" for t in trials for e in t["exchanges"]]
-    failed = [f"{t['trial']}: {t['reason']}" for t in trials if t["status"] in ("failed", "diverged")]
-    for title, told in (("Failed", failed), ("Exchanges", changes)):
-        if told:
-            page.heading(title)
-            page.text("\n".join(told))
+    if changes:
+        page.heading("Exchanges")
+        page.text("\n".join(changes))
     page.heading("When each trial ran")
     page.strip([("curves, values, times", schedule)])
     return page
@@ -103,9 +103,9 @@ def _by_optuna(columns: Mapping[str, Sequence[Any]], values: Sequence[float]) ->
         return None
     distributions: dict[str, Any] = {}
     for name, column in columns.items():
-        if all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in column):
+        if are_numbers(column):
             low, high = float(min(column)), float(max(column))
-            distributions[name] = optuna.distributions.FloatDistribution(low, high, log=low > 0 and high > 20 * low)
+            distributions[name] = optuna.distributions.FloatDistribution(low, high, log=far_apart(column))
         else:
             distributions[name] = optuna.distributions.CategoricalDistribution(sorted({str(value) for value in column}))
     optuna.logging.set_verbosity(optuna.logging.ERROR)

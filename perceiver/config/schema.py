@@ -6,7 +6,6 @@ import ast
 import dataclasses
 import inspect
 import textwrap
-from functools import cache
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -100,8 +99,7 @@ def _names(cls: type[Config]) -> list[str]:
     return [name.partition(":")[2], name] if is_builtin(name) else [name]
 
 
-@cache
-def field_documents(cls: Any) -> dict[str, str]:
+def field_documents(cls: type[Config]) -> dict[str, str]:
     """The docstrings that stand under the fields of a class and of those that it is made from."""
     found: dict[str, str] = {}
     for base in reversed(cls.__mro__):
