@@ -45,6 +45,15 @@ def checkpoint_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def checkpoint_step(name: str) -> int:
+    """The step in a checkpoint's name.
+
+    Raises:
+        ValueError: it is no such name.
+    """
+    return int(name.removeprefix("step-"))
+
+
 def damaged_name(name: str) -> str:
     """The name under which a damaged checkpoint does not count any more."""
     return f"damaged-{name}"

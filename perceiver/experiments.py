@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from perceiver.catalog import CATALOG
-from perceiver.config import Config, Experiment, UserError, flatten, load_tree, nearest, spelled, to_dict
+from perceiver.config import Config, Experiment, UserError, flatten, nearest, spelled, to_dict
 from perceiver.config.core import is_builtin
-from perceiver.disk import read_json
+from perceiver.config_files import read_experiment_file
 from perceiver.extensions import call, check_trust, code_of, code_of_file, installed_experiments, is_reference, load_object, trust
 from perceiver.runs import Run
 
@@ -102,46 +102,11 @@ def _storage(experiment: Experiment, folder: Path) -> str:
 
 def _read_file(path: Path) -> Experiment:
     """The experiment of a .json or .yaml file: a whole one, or "preset" and what differs from it."""
-    if path.suffix == ".json":
-        content = read_json(path)
-    else:
-        import yaml
-
-        try:
-            content = yaml.safe_load(path.read_text())
-        except OSError as error:
-            raise UserError(f"{path} cannot be read ({error.strerror})") from None
-        except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-            raise UserError(f"{path} is no YAML ({' '.join(str(error).split())})") from None
-        if not isinstance(content, dict):
-            raise UserError(f"{path} holds no experiment: a mapping with task, model, data, ... or preset is expected")
-    content = content.get("experiment", content)
-    if isinstance(content, dict) and "type" not in content and "task" not in content and "preset" not in content:
-        raise UserError(f"{path} needs a preset to start from (`preset: quickstart`), or task and model with their types")
-    base = content.get("preset") if isinstance(content, dict) else None
-    if "type" not in content and isinstance(base, str) and base:
-        start = find_experiment(base)
-        whole = _merged(to_dict(start), {k: v for k, v in content.items() if k != "preset"}, path)
-    else:
-        start, whole = None, {"type": "Experiment", **content}
-    experiment = load_tree(whole, Experiment, str(path))
-    name = experiment.run.name or (path.stem if start is None or content.keys() - {"preset"} else "")
+    file = read_experiment_file(path)
+    base = None if file.base is None else find_experiment(file.base)
+    experiment = file.experiment(base)
+    name = experiment.run.name or ("" if base is not None and file.says_nothing_more else path.stem)
     return replace(experiment, preset=str(path), run=replace(experiment.run, name=name))
-
-
-def _merged(tree: dict[str, Any], changes: dict[str, Any], path: Path, where: str = "") -> dict[str, Any]:
-    """A saved tree with some of its fields changed. A node of another "type" takes none of the old one's fields."""
-    result = dict(tree)
-    for key, value in changes.items():
-        name = str(key).replace("-", "_")
-        if name not in tree and name != "type":
-            raise UserError(f"{path}: field {where}{key} does not exist{nearest(name, [n for n in tree if n != 'type'])}")
-        old = tree.get(name)
-        if isinstance(value, dict) and isinstance(old, dict) and value.get("type", old["type"]) == old["type"]:
-            result[name] = _merged(old, value, path, f"{where}{key}.")
-        else:
-            result[name] = value
-    return result
 
 
 # -------------------------------------------------------------------------------------------------- words of a command line

@@ -155,6 +155,37 @@ def training_curves(records: Sequence[Mapping[str, Any]], title: str, metric: st
     return figure
 
 
+def compared_curves(curves: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], metric: str) -> Figure:
+    """A metric of several runs, over each of several axes.
+
+    Args:
+        curves: by the label of an axis, and then the name of a run: points (spent, value).
+        metric: what the values are.
+    """
+    rows = -(-len(curves) // 2)
+    names = list(dict.fromkeys(name for lines in curves.values() for name in lines))
+    figure = new_figure(1000, 360 * rows + 30 * -(-min(len(names), NUM_COLORS + 1) // 3))
+    panels = figure.subplots(rows, min(2, len(curves)), squeeze=False).ravel()
+    for axes, (label, lines) in zip(panels, curves.items(), strict=False):
+        for place, name in enumerate(names):
+            if points := _finite(lines.get(name, [])):
+                marker = "o" if len(points) <= 40 else None
+                axes.plot(*zip(*points, strict=True), color=color(place), marker=marker, markersize=3, linewidth=1.3)
+        values = [y for points in lines.values() for _, y in points]
+        frame(axes, x=label, y=metric)
+        if far_apart(values) and max(values) > 1:
+            log_scale(axes, "y")
+    for axes in panels[len(curves) :]:
+        axes.remove()
+    shown = names[:NUM_COLORS]
+    for place, name in enumerate(shown):
+        panels[0].plot([], [], color=color(place), label=plain(name))
+    if len(names) > len(shown):
+        panels[0].plot([], [], color=GREY, label=f"{len(names) - len(shown)} others")
+    figure.legend(loc="outside lower center", ncols=3, fontsize="small", frameon=False)
+    return figure
+
+
 def confusion_matrix(counts: np.ndarray, names: Sequence[str]) -> Figure:
     """A confusion matrix: rows are true classes, columns predicted ones; the colour is a cell's share of its row, the text its count.
 

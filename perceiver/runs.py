@@ -24,6 +24,8 @@ EXPERIMENT = "experiment.json"
 """File that makes a folder a run: its resolved configuration, the hash of its data, its length, the version that started it."""
 START = "start.json"
 """What its weights started from, where that was another run or published weights."""
+SWEEP = "sweep.json"
+"""File that makes a folder a sweep, whose trials are runs."""
 METRICS = "metrics.jsonl"
 """Records, one JSON object a line."""
 RESULT = "result.json"
@@ -34,6 +36,8 @@ CHECKPOINTS = "checkpoints"
 """Folder of the checkpoints."""
 CODE = "code"
 """Folder with a copy of the source files of the user's that it needs."""
+EVALUATIONS = "evaluations"
+"""Folder of what was measured of its checkpoints."""
 TENSORBOARD = "tensorboard"
 SAMPLES = "samples"
 """Folder of what the task makes at validations: texts, pictures, other files."""
@@ -156,6 +160,33 @@ class Run:
         return self.folder / "not-finite.json"
 
     @property
+    def labels_file(self) -> Path:
+        """Tags and a note that a person gave it."""
+        return self.folder / "labels.json"
+
+    @property
+    def own_names(self) -> tuple[str, ...]:
+        """Patterns of the names in its folder that this package gives, and nobody else."""
+        files = (self.log_file, self.not_finite_file, self.labels_file, self.tokenizer_file, self.ray_folder)
+        folders = (CHECKPOINTS, CODE, f"{CODE}-before-*", EVALUATIONS, *RECORD_FOLDERS)
+        return (*RECORDS, *folders, CURVE, _LOCK, *(path.name for path in files))
+
+    @staticmethod
+    def is_lock(name: str) -> bool:
+        """Whether a path's name is that of a lock, which is of no use elsewhere."""
+        return Path(name).name == _LOCK
+
+    @property
+    def is_trial(self) -> bool:
+        """Whether it is a trial of a sweep, which alone says whether it continues."""
+        return (self.folder.parent.parent / SWEEP).is_file()
+
+    @property
+    def is_trial_of_running_sweep(self) -> bool:
+        """Whether it lies in a sweep that a process holds (as far as this machine can tell)."""
+        return is_locked(self.folder.parent.parent / _LOCK)
+
+    @property
     def tokenizer_file(self) -> Path:
         """Copy of the SentencePiece model of its data, if that has one."""
         # Here and not above: the list of runs takes neither NumPy nor Arrow.
@@ -180,9 +211,13 @@ class Run:
         """What Ray Train keeps of it, which every start makes anew."""
         return self.folder / "ray"
 
+    @property
+    def evaluations_folder(self) -> Path:
+        return self.folder / EVALUATIONS
+
     def evaluation_file(self, step: int, digest: str, averaged: bool = False) -> Path:
         """Metrics of a checkpoint (or its averaged weights) on a data set."""
-        return self.folder / "evaluations" / f"{checkpoint_name(step)}{'-ema' if averaged else ''}-{digest}.json"
+        return self.evaluations_folder / f"{checkpoint_name(step)}{'-ema' if averaged else ''}-{digest}.json"
 
     # -------------------------------------------------------------------------------------------------------- experiment
 

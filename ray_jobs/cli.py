@@ -38,6 +38,8 @@ FLAGS = {"--fork-weights-only": ("--training.fork-weights-only", "True")}
 """Shortcuts that take no value."""
 TRUST_CODE = "--trust-code"
 """Runs that an experiment is or starts from may run code of their own that was never run from this account."""
+WRITE_CONFIG = "--write-config"
+"""Writes the experiment of a command line as a YAML file, and does nothing else."""
 
 Config = TypeVar("Config")
 
@@ -68,13 +70,14 @@ def parse_experiment(argv: Sequence[str], prog: str) -> Experiment:
         print(f"shortcuts: {', '.join(shortcuts)}; --workers 2..8 is elastic")
         if prog == "ray_jobs.train":
             print("several seeds: --seeds 5 (from --training.seed on) or --seeds 0,1,7; each is a run NAME-seed-N, and a table ends it")
+        print(f"as a file: EXPERIMENT [--field value ...] {WRITE_CONFIG} FILE.yaml writes it and ends; then {program(prog)} FILE.yaml")
         print(f"fields of an experiment: {program(prog)} EXPERIMENT --help")
         raise SystemExit(0)
     # Here and not above: to parse nothing takes none of the models and tasks.
     from perceiver.experiments import find_experiment
 
     trust_code = TRUST_CODE in argv
-    words = [word for word in argv if word != TRUST_CODE]
+    target, words = _taken(WRITE_CONFIG, [word for word in argv if word != TRUST_CODE])
     if not words:
         raise UserError(f"{TRUST_CODE} needs the experiment that it is about: {program(prog)} EXPERIMENT {TRUST_CODE}")
     if words[0].startswith("--") and (fork := _value(words, "--fork", "--training.fork")) is not None:
@@ -87,6 +90,9 @@ def parse_experiment(argv: Sequence[str], prog: str) -> Experiment:
         from perceiver.training.init_from import trust_start
 
         trust_start(experiment)
+    if target is not None:
+        _write_config(Path(target).expanduser(), experiment, words[0], prog)
+        raise SystemExit(0)
     return experiment.task.completed(experiment)
 
 
@@ -108,6 +114,37 @@ def _value(words: Sequence[str], *flags: str) -> str | None:
         if flag in flags:
             return value if equals else following
     return None
+
+
+def _taken(flag: str, words: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The value that an option is given, or None, and the words without both.
+
+    Raises:
+        UserError: it has no value.
+    """
+    for number, word in enumerate(words):
+        name, equals, value = word.partition("=")
+        if name != flag:
+            continue
+        rest = [*words[:number], *words[number + (1 if equals else 2) :]]
+        value = value if equals else next(iter(words[number + 1 :]), "")
+        if not value or value.startswith("--"):
+            raise UserError(f"{flag} needs the file to write")
+        return value, rest
+    return None, list(words)
+
+
+def _write_config(path: Path, experiment: Experiment, name: str, prog: str) -> None:
+    """Writes what a command line says as a file."""
+    from perceiver.config_files import write_experiment_file
+    from perceiver.experiments import find_experiment
+
+    if name.startswith("--"):
+        base, name = None, ""
+    else:
+        base = find_experiment(name)
+    write_experiment_file(path, experiment, base, name)
+    print(f"written to {path}; to use it: {program(prog)} {path}")
 
 
 def override(config: Config, args: Sequence[str], prog: str) -> Config:

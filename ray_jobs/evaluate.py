@@ -15,6 +15,7 @@ from perceiver.data.manifest import Manifest
 from perceiver.data.storage import copy_file
 from perceiver.datasets import Dataset
 from perceiver.disk import write_json
+from perceiver.evaluations import save_examples
 from perceiver.runs import Run
 from perceiver.tasks import build_task
 from perceiver.tasks.base import Baseline
@@ -101,12 +102,15 @@ def evaluate_run(
     baselines = task.baselines(parts, _trained_on(trained) if other else None)
     path = found.evaluation_file(chosen.step, manifest.digest, averaged)
     result["baselines"] = {name: asdict(baseline) for name, baseline in baselines.items()}
+    examples = result.pop("examples")
     content = _content(experiment, chosen, data_folder, manifest.digest, result)
     write_json(path, content)
+    apart = save_examples(path, examples)
     where = str(path)
     if origin:  # the folder is this machine's copy
         there = f"{origin.rstrip('/')}/{path.parent.name}"
         copy_file(path.parent, path.name, there)
+        copy_file(path.parent, apart.name, there)
         where = f"{there}/{path.name}"
     _print_table(found, chosen, content, baselines, where)
     return result["metrics"]

@@ -7,19 +7,26 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from perceiver.checkpoints import best_of
 from perceiver.config import UserError, flatten, home, nearest
+from perceiver.housekeeping import read_labels
 from perceiver.runs import DamagedRun, Run, runs
 from perceiver.terminal import summary
 from ray_jobs.cli import main_entry, program, refuse_empty
 from ray_jobs.where import Condition
 
 COLUMNS = ("name", "parent", "preset", "task", "status", "step", "of", "best", "checkpoint", "MiB")
+MORE_COLUMNS = ("tags", "note", "curve")
+"""Columns that are shown when they are asked for, or have anything to show."""
+_BARS = "▁▂▃▄▅▆▇█"
 
 
 def main(argv: list[str]) -> int:
@@ -30,14 +37,47 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--sort", metavar="NAME", help="by a column, field or metric, lowest first")
     parser.add_argument("--reverse", action="store_true", help="with --sort, highest first")
     parser.add_argument("--columns", metavar="NAME,NAME", help=f"columns, fields and metrics to show; default: {','.join(COLUMNS)}")
+    parser.add_argument(
+        "--tag", metavar="TAG", action="append", default=[], help="only runs with this tag (perceiver tag); several: all of them"
+    )
+    parser.add_argument(
+        "--watch", metavar="SECONDS", nargs="?", type=float, const=2.0, help="show the list again every SECONDS (%(const)s) until Ctrl-C"
+    )
     args = parser.parse_args(argv)
-    refuse_empty(args, ("folder", "where", "sort", "columns"))
+    refuse_empty(args, ("folder", "where", "sort", "columns", "tag"))
     condition = Condition(args.where) if args.where else None
-    columns = tuple(name.strip() for name in args.columns.split(",")) if args.columns else COLUMNS
     folder = Path(args.folder).expanduser() if args.folder else home() / "runs"
     if args.folder and not folder.is_dir():
         raise UserError(f"there is no folder of runs {folder}")
-    runs = list_runs(folder)
+    if args.watch is None:
+        return _list(args, folder, condition)
+    if args.json:
+        raise UserError("--watch shows a table: leave --json out")
+    if not args.watch > 0:
+        raise UserError(f"--watch is {args.watch:g} and must be above 0")
+    while True:
+        if sys.stdout.isatty():
+            print("\x1b[H\x1b[2J", end="")
+        print(f"{folder}, {time.strftime('%H:%M:%S')} (Ctrl-C ends)")
+        try:
+            _list(args, folder, condition)
+            sys.stdout.flush()
+            time.sleep(args.watch)
+        except KeyboardInterrupt:
+            print()
+            return 0
+
+
+def _list(args: argparse.Namespace, folder: Path, condition: Condition | None) -> int:
+    """Prints the list once."""
+    columns = tuple(name.strip() for name in args.columns.split(",")) if args.columns else COLUMNS
+    runs = [run for run in list_runs(folder) if set(args.tag) <= set(run["tags"])]
+    if not args.columns and any(run["tags"] for run in runs):
+        columns = (*columns, "tags")
+    if args.watch is not None:
+        columns = (*columns, "curve")
+        for run in runs:
+            run["curve"] = _curve(Run(folder / run["name"]), run)
     asked = {"--where": condition.names if condition else (), "--sort": [args.sort] if args.sort else (), "--columns": columns}
     _check_names(runs, asked)
     if condition:
@@ -51,23 +91,47 @@ def main(argv: list[str]) -> int:
     if not args.columns and not any(run["parent"] for run in runs):
         columns = tuple(name for name in columns if name != "parent")
     if not runs:
-        print(f"there are no runs in {folder}" + (f" with {args.where}" if args.where else ""))
+        print(
+            f"there are no runs in {folder}"
+            + (f" with {args.where}" if args.where else "")
+            + "".join(f" with tag {tag}" for tag in args.tag)
+        )
         return 0
     print_table([columns, *(tuple(_cell(values(run).get(column)) for column in columns) for run in runs)])
     for run in runs:
         if run["reason"]:
             print(f"damaged {run['name']}: {run['reason']}")
-        if run["continue"]:
+        if run["continue"] and args.watch is None:
             print(f"continue {run['name']}: {run['continue']}")
+    if args.watch is None and any(Run(folder / run["name"]).is_trial for run in runs):
+        print("these are trials of a sweep: the command of the sweep continues those that it did not stop")
     return 0
+
+
+def named_runs(names: Iterable[str]) -> Iterator[Run]:
+    """The runs of some names, each once; a folder that is no run stands for those in it.
+
+    Raises:
+        UserError: a name of none.
+    """
+    seen = set()
+    for name in names:
+        found = Run.find(name)
+        inside = runs(Path(name).expanduser().absolute()) if found is None else [found]
+        if not inside:
+            raise Run.missing(name)
+        for run in inside:
+            if run.folder not in seen:
+                seen.add(run.folder)
+                yield run
 
 
 def list_runs(folder: str | Path) -> list[dict[str, Any]]:
     """The runs in a folder, by name.
 
     Each has name, preset, task, status (running, finished, failed, stopped, damaged), step (of the last record), of (steps in all,
-    None where the run does not say), best (metric and value), checkpoint (last step), MiB, continue (command), reason (what is
-    wrong with its files), fields (its configuration, with dotted names) and metrics (the best value of each among its
+    None where the run does not say), best (metric and value), checkpoint (last step), MiB, tags, note, continue (command), reason (what
+    is wrong with its files), fields (its configuration, with dotted names) and metrics (the best value of each among its
     checkpoints). A damaged run costs its own line alone.
     """
     return [describe(run) for run in runs(folder)]
@@ -76,7 +140,8 @@ def list_runs(folder: str | Path) -> list[dict[str, Any]]:
 def describe(run: Run) -> dict[str, Any]:
     """One run; see `list_runs`."""
     row: dict[str, Any] = dict.fromkeys((*COLUMNS, "continue", "reason")) | {"name": run.name, "MiB": _mebibytes(run.folder)}
-    row |= {"fields": {}, "metrics": {}}
+    labels = read_labels(run)
+    row |= {"fields": {}, "metrics": {}, "tags": list(labels.tags), "note": labels.note}
     try:
         content = run.saved()
         experiment = content["experiment"]
@@ -95,7 +160,7 @@ def describe(run: Run) -> dict[str, Any]:
             "checkpoint": checkpoints[-1].step if checkpoints else None,
             "fields": flatten(experiment),
             "metrics": metrics,
-            "continue": None if state in ("running", "finished") else continue_command(run.folder),
+            "continue": None if state in ("running", "finished") or run.is_trial else continue_command(run.folder),
         }
     except DamagedRun as error:
         return row | {"status": "damaged", "reason": str(error)}
@@ -105,7 +170,27 @@ def describe(run: Run) -> dict[str, Any]:
 
 def values(run: dict[str, Any]) -> dict[str, Any]:
     """All that a run of `list_runs` can be sorted and chosen by: fields, metrics and columns."""
-    return {**run["fields"], **run["metrics"], **{name: run[name] for name in COLUMNS}}
+    return {**run["fields"], **run["metrics"], **{name: run.get(name) for name in (*COLUMNS, *MORE_COLUMNS)}}
+
+
+def sparkline(values: Sequence[float], width: int = 24) -> str:
+    """Numbers as bars from the least to the largest; of more than `width` numbers the last of each part."""
+    finite = [value for value in values if math.isfinite(value)]
+    if len(finite) > width:
+        finite = [finite[(i + 1) * len(finite) // width - 1] for i in range(width)]
+    if not finite:
+        return ""
+    low, high = min(finite), max(finite)
+    return "".join(_BARS[min(int((value - low) / (high - low) * len(_BARS)), len(_BARS) - 1) if high > low else 0] for value in finite)
+
+
+def _curve(run: Run, row: dict[str, Any]) -> str:
+    """The metric by which the best checkpoint is chosen, and the training loss where that has not been measured yet."""
+    records = run.metrics()
+    for name in (str(row["fields"].get("run.best_metric", "val_loss")), "loss"):
+        if values := [record[name] for record in records if isinstance(record.get(name), (int, float))]:
+            return f"{sparkline(values)} {name} {values[-1]:.4g}"
+    return ""
 
 
 def print_table(rows: Sequence[Sequence[str]]) -> None:
@@ -147,6 +232,8 @@ def _mebibytes(run: Path) -> float:
 def _cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:,.6g}"
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
     return "" if value is None else f"{value:,}" if type(value) is int else str(value)
 
 

@@ -121,7 +121,7 @@ def evaluate_worker(config: dict[str, Any]) -> None:
 def _evaluate(config: dict[str, Any], experiment: Experiment, world: World) -> None:
     task = build_task(experiment)
     manifest = Manifest.load(config["data_folder"])
-    loaders = make_val_loaders(experiment, task, config["data_folder"], manifest)
+    loaders = make_val_loaders(experiment, task, config["data_folder"], manifest, numbered=True)
     model = build_state(experiment, task, world).model
     checkpoint = Path(config["checkpoint"])
     if config["origin"] is not None:  # this machine may not have it yet
@@ -132,14 +132,15 @@ def _evaluate(config: dict[str, Any], experiment: Experiment, world: World) -> N
     load_model(checkpoint, model)
     if config["averaged"]:
         load_average(checkpoint, model)
+    examples: dict[str, dict[str, Any]] = {}
     try:
-        metrics, sums, _ = evaluate(task, model, loaders, world, read_with_ray)
+        metrics, sums, _ = evaluate(task, model, loaders, world, read_with_ray, keep=examples.__setitem__)
     except DataFault as error:
         ray.get(config["messages"].put.remote({"fault": _with_repair(error, experiment)}))
         raise
     if world.rank == 0:
         counts = {name: value.tolist() for name, value in sums.items()}
-        ray.get(config["messages"].put.remote({"metrics": metrics, "sums": counts}))
+        ray.get(config["messages"].put.remote({"metrics": metrics, "sums": counts, "examples": examples}))
 
 
 def _enter(config: dict[str, Any]) -> tuple[Experiment, World]:

@@ -1,10 +1,12 @@
-"""`python -m tuning.report SWEEP`: table, results.csv, results.parquet and report.html of a sweep, at any time."""
+"""`python -m tuning.report SWEEP` or `RUN ...`: the report of a sweep at any time, or of runs, as one HTML file that loads nothing.
+
+Of a sweep it prints the table and writes report.html, report.png, results.csv and results.parquet into its folder; of runs it writes a
+page with curves, classes, samples over steps, speed, events and configuration.
+"""
 
 from __future__ import annotations
 
 import argparse
-import base64
-import html
 import math
 import shlex
 from collections.abc import Callable, Sequence
@@ -16,12 +18,16 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
+from perceiver.comparison import chosen_metric, read_runs
 from perceiver.config import UserError, home
 from perceiver.data.storage import write_file
 from perceiver.plots import GREY, NUM_COLORS, color, far_apart, frame, log_scale, new_figure, plain, png, step_axis
 from perceiver.runs import Run
 from perceiver.terminal import summary
-from ray_jobs.cli import main_entry, program
+from ray_jobs.cli import main_entry, program, refuse_empty
+from ray_jobs.run_pages import page_of_runs
+from ray_jobs.runs import named_runs
+from tuning.page import page_of_sweep, rank_correlations
 from tuning.sweeps import arguments
 from tuning.trials import SETTINGS, Trial, read_settings, read_trials
 
@@ -29,17 +35,47 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+PAGE = "report.html"
+
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog=program("tuning.report"), description=summary(__doc__))
-    parser.add_argument("sweep", help="a sweep's folder, or its name in $PERCEIVER_HOME/sweeps")
-    folder = Path(parser.parse_args(argv).sweep).expanduser()
-    if not (folder / SETTINGS).exists():
-        folder = home() / "sweeps" / folder
-    if not (folder / SETTINGS).exists():
-        raise UserError(f"sweep {argv[0]!r} does not exist: give its folder, or the name of one in {home() / 'sweeps'}")
+    parser.add_argument("names", nargs="+", metavar="RUN", help="a sweep, or runs: folders, names in $PERCEIVER_HOME, or a folder of runs")
+    parser.add_argument("--out", metavar="FILE", help="of runs: the page to write; default: report.html here")
+    parser.add_argument("--metric", help="of runs: what they are compared by (val_acc); default: what chooses the best checkpoint")
+    args = parser.parse_args(argv)
+    refuse_empty(args, ("names",))
+    folder = _sweep_of(args.names[0])
+    if folder is None or len(args.names) > 1:
+        return _report_runs(args.names, args.out, args.metric)
+    if args.out or args.metric:
+        raise UserError(f"--{'out' if args.out else 'metric'} is for runs: the report of a sweep lies in its folder, {folder}")
     for line in table(write(folder), read_settings(folder)):
         print(line)
+    print(f"page: {folder / PAGE}")
+    return 0
+
+
+def _sweep_of(name: str) -> Path | None:
+    """The folder of a sweep; None: the name is of none."""
+    candidates = (Path(name).expanduser(), home() / "sweeps" / name)
+    return next((folder for folder in candidates if (folder / SETTINGS).exists()), None)
+
+
+def _report_runs(names: Sequence[str], out: str | None, metric: str | None) -> int:
+    path = Path(out or PAGE).expanduser()
+    if path.suffix != ".html" or not path.absolute().parent.is_dir():
+        raise UserError(f"--out is {path} and must be an .html file in a folder that exists")
+    try:
+        found = read_runs(named_runs(names))
+    except UserError as error:
+        if len(names) > 1 or Run.find(names[0]) is not None:
+            raise
+        raise UserError(f"{names[0]!r} is neither a sweep nor a run ({error}); sweeps are looked for in {home() / 'sweeps'}, too") from None
+    title = found[0].name if len(found) == 1 else f"{len(found)} runs: {', '.join(run.name for run in found[:6])}"
+    page = page_of_runs(found, chosen_metric(found, metric), title)
+    path.write_text(page.render(), encoding="utf-8")
+    print(f"page: {path.absolute()}")
     return 0
 
 
@@ -66,40 +102,46 @@ def without_length(words: Sequence[str]) -> list[str]:
 def table(trials: Sequence[Trial], settings: dict[str, Any]) -> list[str]:
     """Lines for a person: the trials, best first; what the sweep gained; how to train the winner."""
     fields = sorted({field for trial in trials for field in trial["values"]})
-    header = ["", "trial", settings["metric"], "step", "status", *fields]
+    header = ["", "trial", f"best {settings['metric']}", "at step", "last", "step", "status", *fields]
     rows = [header]
     for place, trial in enumerate(trials, 1):
-        value = "" if trial["value"] is None else f"{trial['value']:.4f}"
+        measured = ["", "", ""]
+        if trial["value"] is not None:
+            measured = [f"{trial['value']:.4f}", f"{trial['best_step']:,}", f"{trial['last_value']:.4f}"]
         shown = [_short(trial["values"].get(field)) for field in fields]
-        status = trial["status"] + (f" ({trial['reason'][:60]})" if trial["status"] == "failed" else "")
-        rows.append([str(place), trial["trial"], value, f"{trial['step']:,}", status, *shown])
+        rows.append([str(place), trial["trial"], *measured, f"{trial['step']:,}", trial["status"], *shown])
     widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines += [f"{trial['trial']} {trial['status']}: {trial['reason']}" for trial in trials if trial["status"] in ("failed", "diverged")]
     if not trials or trials[0]["value"] is None:
         return [*lines, "no trial has a result"]
-    lines.append(gain(trials, settings))
+    text, better = gain(trials, settings)
+    lines.append(text)
+    if better is False:
+        return [*lines, "so no other values are recommended than the preset's own"]
     name = f"{Path(trials[0]['run']).parents[1].name}-winner"
     lines.append(f"the winner at full length: {command(settings, trials[0], name, full_length=True)}")
     return lines
 
 
-def gain(trials: Sequence[Trial], settings: dict[str, Any]) -> str:
-    """The winner against the preset's own values, at the last step that both have reached."""
+def gain(trials: Sequence[Trial], settings: dict[str, Any]) -> tuple[str, bool | None]:
+    """The winner against the preset's own values, at the last step that both have reached; and whether it is better. None: not known."""
     default = next((t for t in trials if t["values"] == settings["default"] and settings["default"]), None)
     if default is None:
-        return "the preset's own values were not among the trials"
+        return "the preset's own values were not among the trials", None
     if default is trials[0]:
-        return f"no trial is better than the preset's own values ({default['trial']})"
+        return f"no trial is better than the preset's own values ({default['trial']})", False
     curves = [_curve(trial) for trial in (trials[0], default)]
     common = max(set(curves[0]) & set(curves[1]), default=None)
     if common is None:
-        return f"the preset's own values ({default['trial']}) share no step with the winner"
+        return f"the preset's own values ({default['trial']}) share no step with the winner", None
     winner, own = (curve[common] for curve in curves)
     better = winner > own if settings["mode"] == "max" else winner < own
-    return (
+    text = (
         f"at step {common:,} the winner ({trials[0]['trial']}) has {settings['metric']} {winner:.4f}, the preset's own values "
         f"({default['trial']}) {own:.4f}: {'better' if better else 'not better'}"
     )
+    return text, better
 
 
 def write(folder: Path) -> list[Trial]:
@@ -120,7 +162,7 @@ def write(folder: Path) -> list[Trial]:
     write_file(folder, "results.parquet", lambda file: pq.write_table(results, file))
     write_file(folder, "results.csv", lambda file: pa.csv.write_csv(results, file))
     write_file(folder, "report.png", picture)
-    write_file(folder, "report.html", _page(folder, trials, settings, picture).encode())
+    write_file(folder, PAGE, page_of_sweep(folder, trials, settings, table(trials, settings), picture).render().encode())
     return trials
 
 
@@ -191,21 +233,8 @@ def importance(trials: Sequence[Trial]) -> dict[str, float]:
     undefined.
     """
     done = [t for t in trials if t["value"] is not None]
-    ranks = _ranks([t["value"] for t in done])
-    found = {}
-    for field in sorted({field for trial in trials for field in trial["values"]}):
-        values = [t["values"].get(field) for t in done]
-        if all(isinstance(v, (int, float)) for v in values):
-            own = _ranks(values)
-            varied = len(done) > 2 and own.std() > 0 and ranks.std() > 0
-            found[field] = float(np.corrcoef(own, ranks)[0, 1]) if varied else 0.0
-    return found
-
-
-def _ranks(values: Sequence[float]) -> np.ndarray:
-    """Ranks from 0; equal values share their mean rank."""
-    array = np.array(values, dtype=float)
-    return np.array([(array < v).sum() + ((array == v).sum() - 1) / 2 for v in array])
+    fields = sorted({field for trial in trials for field in trial["values"]})
+    return rank_correlations({field: [t["values"].get(field) for t in done] for field in fields}, [t["value"] for t in done])
 
 
 def _column(values: Sequence[Any]) -> list[Any]:
@@ -245,21 +274,6 @@ def _line(place: int) -> dict[str, Any]:
 
 def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _page(folder: Path, trials: Sequence[Trial], settings: dict[str, Any], picture: bytes) -> str:
-    text = html.escape("\n".join(table(trials, settings)))
-    changes = [f"{t['trial']}: at step {e['step']:,} from {e['from']}, then {e['values']}" for t in trials for e in t["exchanges"]]
-    exchanged = f"<h2>Exchanges</h2><pre>{html.escape(chr(10).join(changes))}</pre>" if changes else ""
-    failed = [f"{t['trial']}: {t['reason']}" for t in trials if t["status"] in ("failed", "diverged")]
-    failures = f"<h2>Failed</h2><pre>{html.escape(chr(10).join(failed))}</pre>" if failed else ""
-    return (
-        f"<!doctype html><meta charset=utf-8><title>{html.escape(folder.name)}</title>"
-        "<style>body{font-family:sans-serif;max-width:1000px;margin:2em auto}pre{overflow-x:auto}</style>"
-        f"<h1>{html.escape(folder.name)}</h1><p>{html.escape(settings['preset'])}, {settings['scheduler']}, "
-        f"{len(trials)} trials</p><pre>{text}</pre>{failures}{exchanged}"
-        f'<img alt="curves, values, schedule" src="data:image/png;base64,{base64.b64encode(picture).decode()}">\n'
-    )
 
 
 if __name__ == "__main__":

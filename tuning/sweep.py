@@ -39,7 +39,7 @@ from ray_jobs.train import check_free
 from tuning import report
 from tuning.record import Record, StopDiverged
 from tuning.schedulers import scheduler, search, slot
-from tuning.spaces import check_space, described
+from tuning.spaces import DOMAINS, check_space, described
 from tuning.sweeps import SWEEPS, Sweep, check_sweep, find_sweep, trial_experiment
 from tuning.trial import run_trial
 from tuning.trials import SETTINGS, TRIALS, prune
@@ -81,8 +81,10 @@ def main(argv: list[str]) -> int:
     )  # fmt: skip
     parser.add_argument("sweep", help="a sweep, or with --space an experiment")
     parser.add_argument(
-        "--space", metavar="FILE.py:FUNCTION", help="search space of an experiment: a function that returns {field: domain}"
-    )
+        "--space", metavar="FIELD=DOMAIN", action="append", default=[],
+        help='what is varied, once for each field: "optim.lr=loguniform(1e-4,1e-2)"; domains: '
+        f"{', '.join(DOMAINS)}. Or FILE.py:FUNCTION, which returns {{field: domain}}",
+    )  # fmt: skip
     parser.add_argument("--name", help="folder of the sweep; default: the sweep's name")
     parser.add_argument("--storage", help="folder of all sweeps; default: $PERCEIVER_HOME/sweeps")
     parser.add_argument("--concurrent", type=int, help="trials at once; default: as many as the cluster has room for")

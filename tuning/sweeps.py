@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -22,6 +22,7 @@ from perceiver.experiments import field_words, find_experiment
 from perceiver.extensions import call, is_reference, load_object
 from perceiver.tasks import build_task
 from ray_jobs.cli import override
+from tuning.spaces import parse_space
 
 Scheduler = Literal["fifo", "asha", "hyperband", "pbt"]
 
@@ -138,23 +139,25 @@ def check_sweep(sweep: Sweep) -> None:
         raise UserError("search optuna needs a package that is not installed: pip install 'optuna>=4'")
 
 
-def find_sweep(name: str, space: str | None = None) -> Sweep:
+def find_sweep(name: str, space: Sequence[str] = ()) -> Sweep:
     """A ready-made sweep by its name, or yours: path/file.py:function or package.module:function.
 
     Args:
         name: of a sweep; of an experiment where a space is given.
-        space: reference of a function that returns a search space, dotted field -> one of Ray Tune's domains.
+        space: FIELD=DOMAIN(VALUE,...) of each field, or one reference of a function that returns a search space, dotted field -> one of
+            Ray Tune's domains.
 
     Raises:
         UserError: there is none of that name, or the file has no such function.
     """
-    if space is not None:
-        if not is_reference(space):
-            raise UserError(f"--space is {space!r} and must be FILE.py:FUNCTION or MODULE:FUNCTION")
-        found = call(space, load_object(space, "search space"), "search space")
+    if len(space) == 1 and is_reference(space[0]) and "=" not in space[0]:
+        (reference,) = space
+        found = call(reference, load_object(reference, "search space"), "search space")
         if not isinstance(found, Mapping):
-            raise UserError(f"--space {space} is a {type(found).__name__} and must be a mapping from fields to domains of Ray Tune")
+            raise UserError(f"--space {reference} is a {type(found).__name__} and must be a mapping from fields to domains of Ray Tune")
         return Sweep(preset=name, space=found)
+    if space:
+        return Sweep(preset=name, space=parse_space(space))
     if name in SWEEPS:
         return SWEEPS[name]()
     if not is_reference(name):
@@ -164,7 +167,7 @@ def find_sweep(name: str, space: str | None = None) -> Sweep:
         )
     made = call(name, load_object(name, "sweep"), "sweep")
     if isinstance(made, Experiment):
-        raise UserError(f"{name} is an experiment: give its search space with --space FILE.py:FUNCTION")
+        raise UserError(f"{name} is an experiment: give its search space with --space FIELD=DOMAIN(VALUE,...) or --space FILE.py:FUNCTION")
     if not isinstance(made, Sweep):
         raise UserError(f"sweep {name!r} is a {type(made).__name__} and must be a Sweep or a function that returns one")
     return made

@@ -12,13 +12,13 @@ import numpy as np
 
 from perceiver.checkpoints import best_of
 from perceiver.disk import read_json
-from perceiver.runs import Run
+from perceiver.runs import SWEEP, Run
 from tuning.population import exchanges
 from tuning.trial import VALUES
 
 Trial = dict[str, Any]
 
-SETTINGS = "sweep.json"
+SETTINGS = SWEEP
 """File that makes a folder a sweep: what makes it the same sweep, and the version that began it."""
 TRIALS = "trials"
 """In a sweep's folder: the runs of its trials."""

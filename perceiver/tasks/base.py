@@ -33,6 +33,9 @@ M = TypeVar("M", bound=ModelConfig)
 IGNORE_INDEX = -100
 """Label of positions and rows that carry no target (cross_entropy's default)."""
 
+EACH = "each_"
+"""Begins the names of what `Task.loss` returns for each example of a batch, in validation."""
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -141,8 +144,25 @@ class Task(ABC, Generic[C, M]):
         """Sum (not mean) of the loss over the batch's valid targets, and sums of what `metrics` needs.
 
         The sums are tensors without gradient, to be added up over batches and ranks. "targets" and "loss" are added by
-        the caller and need not be among them. In training they are `loss_of_sources` alone.
+        the caller and need not be among them. In training they are `loss_of_sources` alone. In validation `of_examples` may be
+        among them, which is not summed.
         """
+
+    def each(self, model: nn.Module, batch: Batch, sums: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What each example of a validation batch adds to the sums of a pass, (B,) by name: "loss" and "targets", and "acc", the number
+        of its targets that are answered right, where answers are right or wrong. Two runs are compared by it, example by example.
+
+        By default what `loss` returned beside its sums (`of_examples`); of a task that returns none, "loss" and "targets" by `loss` of
+        one example after the other.
+
+        Args:
+            sums: what `loss` returned with this batch.
+        """
+        if found := {name.removeprefix(EACH): values for name, values in sums.items() if name.startswith(EACH)}:
+            return found
+        alone = [{name: values[i : i + 1] for name, values in batch.items()} for i in range(len(next(iter(batch.values()))))]
+        losses = [self.loss(model, example)[0].double() for example in alone]
+        return {"loss": torch.stack(losses), "targets": torch.stack([self.num_targets(example) for example in alone])}
 
     def num_targets(self, batch: Batch) -> Tensor:
         """The number of valid targets of a batch: a scalar int64 tensor. By default that of its labels, else of its examples."""
@@ -243,6 +263,18 @@ def loss_of_sources(each: Tensor, batch: Batch) -> dict[str, Tensor]:
     sources, valid = batch["sources"].double(), batch["labels"] != IGNORE_INDEX
     sums = {"source_loss": each.detach(), "source_targets": valid}
     return {name: values.double().reshape(len(values), -1).sum(1) @ sources for name, values in sums.items()}
+
+
+def of_examples(loss: Tensor, targets: Tensor, right: Tensor | None = None) -> dict[str, Tensor]:
+    """What `Task.loss` returns beside its sums in validation, for `Task.each`: sums over all but the first dimension.
+
+    Args:
+        loss: what each target adds to the loss, (B, ...).
+        targets: which of them are targets, (B, ...) bool.
+        right: which of them are answered right, (B, ...) bool; None: answers are not right or wrong.
+    """
+    values = {"loss": loss, "targets": targets} | ({} if right is None else {"acc": right & targets})
+    return {f"{EACH}{name}": value.detach().double().reshape(len(value), -1).sum(1) for name, value in values.items()}
 
 
 def dummy_split(rows: ArrayRows, size: int) -> Split:

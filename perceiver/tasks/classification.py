@@ -21,7 +21,7 @@ from perceiver.data.manifest import Manifest, Split
 from perceiver.data.sources import resolve
 from perceiver.models import ClassOutput, PerceiverIOConfig
 from perceiver.plots import confusion_matrix, pixels
-from perceiver.tasks.base import IGNORE_INDEX, Batch, C, Guess, Sample, Task, loss_of_sources
+from perceiver.tasks.base import IGNORE_INDEX, Batch, C, Guess, Sample, Task, loss_of_sources, of_examples
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +96,8 @@ class Classification(Task[C, PerceiverIOConfig]):
         valid = labels != IGNORE_INDEX
         num_classes = logits.shape[-1]
         pairs = labels[valid] * num_classes + logits.argmax(-1)[valid]
-        return each.sum(), {"confusion": torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)}
+        confusion = torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
+        return each.sum(), {"confusion": confusion, **of_examples(each, valid, logits.argmax(-1) == labels)}
 
     def metrics(self, sums: dict[str, np.ndarray], split: Split) -> dict[str, float]:
         confusion = sums["confusion"]

@@ -16,7 +16,7 @@ from perceiver.data.examples import Example, ExampleSource
 from perceiver.data.manifest import Manifest, Split
 from perceiver.data.rows import ArrayRows
 from perceiver.models import PerceiverARConfig
-from perceiver.tasks.base import IGNORE_INDEX, Batch, Guess, Task
+from perceiver.tasks.base import EACH, IGNORE_INDEX, Batch, Guess, Task
 from perceiver.tasks.whole_sequences import WholeSequenceConfig, WholeSequences
 
 
@@ -62,7 +62,8 @@ class Copying(WholeSequences[CopyingConfig]):
             return loss, sums
         labels = batch["labels"]
         found = model(batch["ids"], batch["ids"].shape[1] - labels.shape[1], batch.get("pad_mask")).argmax(-1)
-        return loss, sums | {"right": ((found == labels) & (labels != IGNORE_INDEX)).sum()}
+        right = (found == labels) & (labels != IGNORE_INDEX)
+        return loss, sums | {"right": right.sum(), f"{EACH}acc": right.sum(1).double()}
 
     def metrics(self, sums: dict[str, np.ndarray], split: Split) -> dict[str, float]:
         return {**Task.metrics(self, sums, split), "acc": float(sums["right"] / max(sums["targets"], 1))}

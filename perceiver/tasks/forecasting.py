@@ -17,7 +17,7 @@ from perceiver.data.manifest import Split
 from perceiver.data.rows import ArrayRows
 from perceiver.models import ArrayInput, ArrayOutput, PerceiverIOConfig
 from perceiver.plots import forecasts, pixels
-from perceiver.tasks.base import IGNORE_INDEX, Batch, Sample, Task, loss_of_sources, padded
+from perceiver.tasks.base import IGNORE_INDEX, Batch, Sample, Task, loss_of_sources, of_examples, padded
 from perceiver.tasks.moments import Moments
 from perceiver.tasks.table_numbers import deviation, gaussian_crps
 
@@ -128,7 +128,7 @@ class Forecasting(Task[ForecastingConfig, PerceiverIOConfig]):
         drawn = {"past": batch["past"], "future": batch["future"], "center": center * scale + mean, "spread": spread * scale}
         shown = (batch["shown"] & valid[:, None]).double()
         sums |= {f"shown_{name}": torch.einsum("bn,bf->nf", shown, values[..., 0].double()) for name, values in drawn.items()}
-        return each.sum(), sums
+        return each.sum(), sums | of_examples(each, valid)
 
     def naive(self, past: Tensor) -> Tensor:
         """The last season again and again, (B, steps of the future, series)."""

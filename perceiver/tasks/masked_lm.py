@@ -23,7 +23,7 @@ from perceiver.data.text import mask_words
 from perceiver.data.tokenizers import Tokenizer, load_tokenizer
 from perceiver.generation.masks import MARKS, encode_masked, fill_masks
 from perceiver.models import PerceiverIOConfig, TextInput, TextOutput
-from perceiver.tasks.base import IGNORE_INDEX, Batch, Guess, Sample, Task, loss_of_sources, padded, unigram_guess
+from perceiver.tasks.base import IGNORE_INDEX, Batch, Guess, Sample, Task, loss_of_sources, of_examples, padded, unigram_guess
 
 
 class MaskedLMConfig(TaskConfig):
@@ -135,7 +135,8 @@ class MaskedLM(Task[MaskedLMConfig, PerceiverIOConfig]):
         each = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none", ignore_index=IGNORE_INDEX)
         if torch.is_grad_enabled():
             return each.sum(), loss_of_sources(each.view(labels.shape), batch)
-        return each.sum(), {"correct": (logits.argmax(-1) == labels).sum()}
+        right = logits.argmax(-1) == labels
+        return each.sum(), {"correct": right.sum(), **of_examples(each.view(labels.shape), labels != IGNORE_INDEX, right)}
 
     def metrics(self, sums: dict[str, np.ndarray], split: Split) -> dict[str, float]:
         """Loss in nats per masked token, bits per masked byte of text, and the share of masked tokens guessed right."""

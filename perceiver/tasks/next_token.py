@@ -17,7 +17,7 @@ from perceiver.data.manifest import Split
 from perceiver.data.order import uniforms
 from perceiver.data.rows import fixed_array
 from perceiver.models import PerceiverARConfig
-from perceiver.tasks.base import IGNORE_INDEX, Batch, Task, loss_of_sources, padded
+from perceiver.tasks.base import IGNORE_INDEX, Batch, Task, loss_of_sources, of_examples, padded
 from perceiver.tasks.chunked_loss import CHUNK_ELEMENTS, chunked_cross_entropy
 
 PAD_ID = 0
@@ -62,7 +62,7 @@ class Autoregressive(Task[A, PerceiverARConfig]):
         # The output matrix is the model's own, not a layer's: sharding leaves it whole from forward to backward.
         weight, bias = model.output_matrix()
         loss, each = chunked_cross_entropy(hidden, weight, bias, labels)
-        return loss, loss_of_sources(each, batch)
+        return loss, loss_of_sources(each, batch) if torch.is_grad_enabled() else of_examples(each, labels != IGNORE_INDEX)
 
     def throughput_unit(self) -> tuple[str, int]:
         return "tokens", self._mean_length

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from perceiver.data.manifest import Split
-from perceiver.tasks.base import Batch
+from perceiver.tasks.base import Batch, of_examples
 from perceiver.tasks.table_task import NumberTargets, losses_of_sources, mean_f1
 
 
@@ -25,7 +25,7 @@ class TableLabels(NumberTargets):
             return each.sum(), losses_of_sources(each, given, batch)
         said, right = (logits > 0) & given, (targets > 0.5) & given
         counts = {"hits": said & right, "said": said, "right": right, "same": (said == right) & given, "given": given}
-        return each.sum(), {name: values.sum(0) for name, values in counts.items()}
+        return each.sum(), {name: values.sum(0) for name, values in counts.items()} | of_examples(each, given, said == right)
 
     def metrics(self, sums: dict[str, np.ndarray], split: Split) -> dict[str, float]:
         given = max(float(sums["given"].sum()), 1.0)

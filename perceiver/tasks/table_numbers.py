@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from perceiver.data.manifest import Split
-from perceiver.tasks.base import Batch
+from perceiver.tasks.base import Batch, of_examples
 from perceiver.tasks.table_task import NumberTargets, losses_of_sources
 
 
@@ -44,7 +44,7 @@ class TableRegression(NumberTargets):
         }
         if self.config.loss in ("gaussian", "quantiles"):
             sums["crps"] = torch.where(given, self._crps(said, targets).double(), 0.0) * scale
-        return each.sum(), {"given": given.sum(0), **{name: values.sum(0) for name, values in sums.items()}}
+        return each.sum(), {"given": given.sum(0), **{name: values.sum(0) for name, values in sums.items()}, **of_examples(each, given)}
 
     def _mean_and_scale(self, device: torch.device) -> tuple[Tensor, Tensor]:
         number = self.config.num_targets

@@ -7,7 +7,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -102,6 +102,8 @@ class SplitLoader(Loader):
     """One split of a prepared data set."""
 
     order: Order
+    numbered: bool = False
+    """Whether batches have "row" besides, (B,) int64: the number of each example's row in the split (padding: -1)."""
 
     task_type = ReadTask
 
@@ -116,6 +118,14 @@ class SplitLoader(Loader):
 
     def empty_rows(self) -> pa.Table:
         return empty_rows(self.folder, self.split, self.task.examples)
+
+    def collate(self, rows: pa.Table, size: int, step: int) -> Batch:
+        batch = super().collate(rows, size, step)
+        if not self.numbered:
+            return batch
+        numbers = np.full(size, -1)
+        numbers[: rows.num_rows] = rows["row"].to_numpy()
+        return {**batch, "row": torch.from_numpy(numbers)}
 
     @property
     def row_bytes(self) -> int:
@@ -260,13 +270,20 @@ def _part_loader(
     return StreamLoader(**vars(loader), chunks=open_chunks(data, source, part.manifest)) if stream else loader
 
 
-def make_val_loaders(experiment: Experiment, task: Task, folder: str, manifest: Manifest) -> list[tuple[Component, Loader]]:
-    """The loaders of an experiment's validation data: one, or one of each data set of a mixture."""
+def make_val_loaders(
+    experiment: Experiment, task: Task, folder: str, manifest: Manifest, numbered: bool = False
+) -> list[tuple[Component, Loader]]:
+    """The loaders of an experiment's validation data: one, or one of each data set of a mixture.
+
+    Args:
+        numbered: whether batches say which rows their examples are (`SplitLoader.numbered`).
+    """
     data, training, most = experiment.data, experiment.training, experiment.parallel.micro_batch_size
-    return [
-        (part, make_loader(task, part.folder, part.manifest.splits["val"], False, data=data, training=training, micro_batch_size=most))
-        for part in components(folder, manifest)
-    ]
+    loaders: list[tuple[Component, Loader]] = []
+    for part in components(folder, manifest):
+        loader = make_loader(task, part.folder, part.manifest.splits["val"], False, data=data, training=training, micro_batch_size=most)
+        loaders.append((part, replace(loader, numbered=numbered)))
+    return loaders
 
 
 class Prefetch:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from perceiver.config import OptimConfig
+from perceiver.tasks.base import EACH
 from perceiver.training.average import update_average
 from perceiver.training.batches import Batch
 from perceiver.training.callbacks import REQUESTS
@@ -137,16 +138,45 @@ def _code(requests: Collection[str]) -> int:
 
 
 @torch.no_grad()
-def validate(task: Task, model: nn.Module, batches: Iterable[list[Batch]], world: World) -> dict[str, np.ndarray]:
-    """Sums of loss, targets and the task's own counts over all batches of all workers, exact whatever their number."""
+def validate(
+    task: Task, model: nn.Module, batches: Iterable[list[Batch]], world: World, examples: Examples | None = None
+) -> dict[str, np.ndarray]:
+    """Sums of loss, targets and the task's own counts over all batches of all workers, exact whatever their number.
+
+    Args:
+        examples: where what each example adds is kept; batches then have its number in "row", as `make_val_loaders` numbers them.
+    """
     model.eval()
     sums: dict[str, Tensor] = {}
     for micro_batches in batches:
         for batch in micro_batches:
+            rows = batch.pop("row") if examples is not None else None
             loss, parts = task.loss(model, batch)
+            if examples is not None and rows is not None:
+                examples.add(rows, task.each(model, batch, parts))
+            parts = {name: value for name, value in parts.items() if not name.startswith(EACH)}
             add_to(sums, {**parts, "loss": loss, "targets": task.num_targets(batch)})
     model.train()
     return {name: world.all_sum(sums[name]).cpu().numpy() for name in sorted(sums)}
+
+
+class Examples:
+    """What each example of a split adds to the sums of a validation, by its number."""
+
+    def __init__(self, rows: int) -> None:
+        self._rows = rows
+        self._values: dict[str, Tensor] = {}
+
+    def add(self, rows: Tensor, values: dict[str, Tensor]) -> None:
+        """Adds what some examples have; a number of -1 is that of padding."""
+        for name, value in values.items():
+            if name not in self._values:
+                self._values[name] = torch.zeros(self._rows + 1, dtype=torch.float64, device=value.device)  # the last one: padding
+            self._values[name].index_add_(0, torch.where(rows < 0, self._rows, rows), value.detach().double())
+
+    def together(self, world: World) -> dict[str, np.ndarray]:
+        """Those of all workers in the order of the rows, (rows,) by name: each row is of one worker, so that their sum is exact."""
+        return {name: world.all_sum(self._values[name])[:-1].cpu().numpy() for name in sorted(self._values)}
 
 
 def add_to(sums: dict[str, Tensor], values: dict[str, Tensor]) -> None:

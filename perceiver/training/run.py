@@ -19,6 +19,7 @@ from perceiver.data.components import Component, weighted
 from perceiver.data.manifest import Manifest, Split
 from perceiver.data.storage import read_file, write_file
 from perceiver.runs import Run
+from perceiver.tasks import build_task
 from perceiver.training.average import averaged, begin_average
 from perceiver.training.batches import Loader, Prefetch, ReadAll, make_train_loader, make_val_loaders
 from perceiver.training.callbacks import MEET, PAUSE, SAVE, STOP, Callback, TrainingView
@@ -26,7 +27,7 @@ from perceiver.training.checkpoint import Checkpointer, TrainState
 from perceiver.training.fork import find_fork
 from perceiver.training.hooks import Callbacks, read_states
 from perceiver.training.init_from import find_start
-from perceiver.training.loop import StepResult, add_to, agree, fit, validate
+from perceiver.training.loop import Examples, StepResult, add_to, agree, fit, validate
 from perceiver.training.meters import Meter
 from perceiver.training.not_finite import Finiteness
 from perceiver.training.optim import build_optimizer, freeze
@@ -300,16 +301,24 @@ def evaluate(
     world: World,
     read_all: ReadAll,
     num_batches: int | None = None,
+    keep: Callable[[str, dict[str, np.ndarray]], None] | None = None,
 ) -> tuple[dict[str, float], dict[str, np.ndarray], Split]:
     """Metrics (named val_...), their sums and what was read, over each loader's first global batches (None: all of them).
 
     Of a mixture, val_NAME/SOURCE is a metric on one source, and val_NAME that on all, each with its share. Data without any
     target has no metrics: a sum over nothing, 0, is no loss.
+
+    Args:
+        keep: called with what each example of a data set adds to its sums (`Task.each`), in the order of the rows, and the data set's
+            name. The loaders are numbered then.
     """
     metrics: dict[str, float] = {}
     passes = []
     for part, loader in loaders:
-        sums = _pass(task, model, loader, world, read_all, num_batches)
+        examples = Examples(loader.split.rows) if keep is not None else None
+        sums = _pass(task, model, loader, world, read_all, num_batches, examples)
+        if keep is not None and examples is not None:
+            keep(part.name, examples.together(world))
         if not sums.get("targets", 0):
             continue
         passes.append((part, sums))
@@ -323,18 +332,20 @@ def evaluate(
     return {f"val_{name}": value for name, value in task.metrics(sums, split).items()} | metrics, sums, split
 
 
-def _pass(task: Task, model: nn.Module, loader: Loader, world: World, read_all: ReadAll, num_batches: int | None) -> dict[str, np.ndarray]:
+def _pass(
+    task: Task, model: nn.Module, loader: Loader, world: World, read_all: ReadAll, num_batches: int | None, examples: Examples | None
+) -> dict[str, np.ndarray]:
     stop = min(loader.order.steps_per_epoch, num_batches or loader.order.steps_per_epoch)
     batches = Prefetch(loader.steps(read_all, world.rank, world.size, 0, stop), world.device)
     try:
-        return validate(task, model, batches, world)
+        return validate(task, model, batches, world, examples)
     finally:
         batches.close()
 
 
 def save_experiment(run: Run, experiment: Experiment, manifest: Manifest, data_folder: str) -> None:
-    """Writes what a run is: its resolved configuration, the data it is trained on and its length on it, the version of this package,
-    a copy of the data's tokenizer.
+    """Writes what a run is: its resolved configuration, the data it is trained on, its length on it and what an example costs, the version
+    of this package, a copy of the data's tokenizer.
     """
     if (manifest.tokenizer or {}).get("sha256") is not None:
         name = run.tokenizer_file.name
@@ -343,6 +354,7 @@ def save_experiment(run: Run, experiment: Experiment, manifest: Manifest, data_f
         "experiment": to_dict(experiment),
         "data": manifest.digest,
         "steps": total_steps(experiment, manifest.splits["train"].rows),
+        "flops_per_example": build_task(experiment).flops_per_example(),
         "version": perceiver.__version__,
     }
     run.save(content)

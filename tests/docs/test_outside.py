@@ -74,7 +74,7 @@ def test_an_installed_package_registers_experiments(folder, monkeypatch):
         ("failing2.py:tiny", "failing2.py, line 2: KeyError: 'x'"),
         ("json.py:tiny", "another module json is imported already"),
         ("none.yaml", "cannot be read"),
-        ("typo.yaml", "typo.yaml: field optim.learningrate does not exist"),
+        ("typo.yaml", "typo.yaml, line 2: field optim.learningrate does not exist"),
         ("list.yaml", "holds no experiment"),
     ],
 )

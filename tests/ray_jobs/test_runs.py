@@ -171,3 +171,11 @@ def test_runs_are_sorted_those_without_a_value_last_and_columns_are_of_choice(tr
 def test_a_name_that_no_run_has_is_a_sentence_with_the_nearest(tried, option, value):
     with pytest.raises(UserError, match=f"{option} optim.lrr: no run has .* did you mean optim.lr?"):
         runs.main([str(tried), option, value])
+
+
+def test_a_trial_of_a_sweep_is_not_offered_for_continuing(tmp_path, capsys):
+    make_run(tmp_path / "sweep" / "trials" / "trial-0", [10], [0.5])
+    (tmp_path / "sweep" / "sweep.json").write_text("{}")
+    assert runs.main([str(tmp_path / "sweep" / "trials")]) == 0
+    text = capsys.readouterr().out
+    assert "continue trial-0" not in text and "the command of the sweep continues" in text

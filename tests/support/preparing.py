@@ -47,9 +47,9 @@ def _evaluate_here(experiment, data_folder, run_folder, resources, checkpoint, o
     task, world = build_task(experiment), join_world(torch.device("cpu"))
     model = build_state(experiment, task, world).model
     load_model(checkpoint, model)
-    loaders = make_val_loaders(experiment, task, data_folder, Manifest.load(data_folder))
-    metrics, sums, _ = evaluate(task, model, loaders, world, read_here)
-    return {"metrics": metrics, "sums": {name: value.tolist() for name, value in sums.items()}}
+    loaders, examples = make_val_loaders(experiment, task, data_folder, Manifest.load(data_folder), numbered=True), {}
+    metrics, sums, _ = evaluate(task, model, loaders, world, read_here, keep=examples.__setitem__)
+    return {"metrics": metrics, "sums": {name: value.tolist() for name, value in sums.items()}, "examples": examples}
 
 
 def experiment(preset: str, root: Path | str, source: Path | str, length: int = 16, **data) -> Experiment:

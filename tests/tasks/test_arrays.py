@@ -14,7 +14,7 @@ from perceiver.data.made import FUTURE, HELD_OUT, HOURS, PAST, SERIES, SHAPES, S
 from perceiver.models import ArrayOutput, build_model
 from perceiver.presets import PRESETS
 from perceiver.tasks import build_task
-from perceiver.tasks.base import dummy_split
+from perceiver.tasks.base import EACH, dummy_split
 from perceiver.tasks.check import check_task
 
 NAMES = ("forecast-seasons", "points-shapes")
@@ -44,6 +44,7 @@ def sums_of(name: str, parts: list[tuple[int, int, int]]) -> dict[str, np.ndarra
         batch = task.collate(rows.slice(first, count), size, dummy_split(task.rows, COUNT), False, 0)
         with torch.no_grad():
             loss, sums = task.loss(model, batch)
+        sums = {key: value for key, value in sums.items() if not key.startswith(EACH)}
         for key, value in {"loss": loss.double(), "targets": task.num_targets(batch), **sums}.items():
             total[key] = total.get(key, 0) + value.numpy()
     return total
@@ -52,6 +53,19 @@ def sums_of(name: str, parts: list[tuple[int, int, int]]) -> dict[str, np.ndarra
 @pytest.mark.parametrize("name", NAMES)
 def test_a_task_keeps_its_contract(name: str) -> None:
     check_task(PRESETS[name]())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_said_of_each_example_is_what_it_adds_alone(name: str) -> None:
+    experiment = experiment_of(name)
+    task, model = build_task(experiment), build_model(experiment.model, seed=0).eval()
+    batch = task.collate(rows_of(experiment, name).slice(0, 3), 4, dummy_split(task.rows, COUNT), False, 0)
+    with torch.no_grad():
+        _, sums = task.loss(model, batch)
+        said, alone = task.each(model, batch, sums), task.each(model, batch, {})
+    assert {"loss", "targets"} == alone.keys() <= said.keys() and said["loss"][3] == said["targets"][3] == 0, "padding adds nothing"
+    for key in alone:
+        torch.testing.assert_close(said[key].double(), alone[key].double(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", NAMES)

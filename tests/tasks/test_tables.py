@@ -149,9 +149,13 @@ def test_every_loss_is_learned_below_guessing(file: Path, table: dict[str, list]
         optimizer.step()
     with torch.no_grad():
         total, sums = task.loss(model, batch)
+        said, alone = task.each(model, batch, sums), task.each(model, {name: values[:4] for name, values in batch.items()}, {})
+    for name in ("loss", "targets"):
+        torch.testing.assert_close(said[name][:4].double(), alone[name].double(), rtol=1e-4, atol=1e-5)
     arrays = {name: tensor.numpy() for name, tensor in sums.items()}
     metrics = task.metrics({**arrays, "loss": total.numpy(), "targets": task.num_targets(batch).numpy()}, dummy_split(task.rows, ROWS))
     if "acc" in metrics:
+        assert float(said["acc"].sum() / said["targets"].sum()) == pytest.approx(metrics["acc"], abs=1e-6)
         assert metrics["acc"] > metrics["baseline_acc"] + 0.2
     else:
         assert metrics["mae"] < 0.6 * metrics["baseline_mae"] and metrics["r2"] > 0.5

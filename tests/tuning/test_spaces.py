@@ -4,9 +4,9 @@ import pytest
 from ray import tune
 
 from perceiver.config import UserError
-from tuning.spaces import check_space, described
+from tuning.spaces import check_space, described, parse_space
 from tuning.sweep import check_values
-from tuning.sweeps import Sweep
+from tuning.sweeps import Sweep, find_sweep
 
 
 def checked(**domain):
@@ -60,3 +60,41 @@ def test_a_domain_is_described_without_an_address_in_memory():
     assert described(tune.sample_from(half)) != described(tune.sample_from(third))
     assert described(tune.quniform(0.0, 1.0, 0.1)) != described(tune.quniform(0.0, 1.0, 0.2))
     assert described(tune.uniform(0.0, 1.0)) == f"Float (0.0, 1.0) {tune.uniform(0.0, 1.0).sampler}"  # as sweeps of 0.1 have it
+
+
+def test_a_space_on_the_command_line_is_the_one_of_a_file():
+    texts = ["optim.lr=loguniform(1e-4, 1e-2)", "--optim.warmup-steps=choice(0,50)", "optim.schedule=choice(constant, 'cosine')",
+             "optim.optimizer.betas=choice((0.9, 0.95), (0.9, 0.99))", "training.seed=grid(0,1,2)"]  # fmt: skip
+    expected = {
+        "optim.lr": tune.loguniform(1e-4, 1e-2), "optim.warmup_steps": tune.choice([0, 50]),
+        "optim.schedule": tune.choice(["constant", "cosine"]),
+        "optim.optimizer.betas": tune.choice([(0.9, 0.95), (0.9, 0.99)]), "training.seed": tune.grid_search([0, 1, 2]),
+    }  # fmt: skip
+    found = parse_space(texts)
+    assert {name: described(domain) for name, domain in found.items()} == {name: described(domain) for name, domain in expected.items()}
+    check_values(find_sweep("quickstart", [texts[0], texts[1]]))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("optim.lr", "must be FILE.py:FUNCTION, or FIELD=DOMAIN"),
+        ("optim.lr=0.1", "cannot be read"),
+        ("optim.lr=__import__('os').system('true')", "cannot be read"),
+        ("optim.lr=choice(open('x'))", "cannot be read"),
+        ("optim.lr=loguniforn(1,2)", "there is no domain loguniforn, did you mean loguniform"),
+        ("optim.lr=loguniform(1)", "does not take these values"),
+    ],
+)
+def test_a_space_that_is_none_is_one_sentence(text, message):
+    with pytest.raises(UserError, match=message):
+        parse_space([text])
+    with pytest.raises(UserError, match="twice"):
+        parse_space(["optim.lr=uniform(1,2)", "optim.lr=uniform(1,3)"])
+
+
+def test_fields_that_do_not_exist_and_values_that_do_not_fit_are_named_before_anything_starts():
+    with pytest.raises(UserError, match="learning.rate"):
+        check_values(find_sweep("quickstart", ["optim.learning_rate=uniform(1,2)"]))
+    with pytest.raises(UserError, match="lower value to a higher"):
+        check_values(find_sweep("quickstart", ["optim.lr=uniform(2,1)"]))

@@ -1,0 +1,356 @@
+"""Runs beside each other: in which fields, code and data they differ, what they reached at which cost, and whether that is chance.
+
+Reads the files of the runs' folders; needs no PyTorch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from perceiver.checkpoints import CheckpointInfo, is_better
+from perceiver.config import UserError, digest, flatten, nearest
+from perceiver.evaluations import Evaluation, evaluations
+from perceiver.runs import Run
+
+if TYPE_CHECKING:
+    import numpy as np
+
+SEED = "training.seed"
+AXES = ("step", "examples", "flops", "hours")
+"""What a curve may be drawn over."""
+LABELS = dict(zip(AXES, ("optimizer step", "examples", "FLOPs", "hours of training"), strict=True))
+_IDENTITY = ("task", "model", "data", "optim", "training")
+_NEVER_DIFFER = ("run.name", "run.storage", "data.root")
+"""Fields that say where a run is and not what it is."""
+_DRAWS = 5_000_000
+"""Examples drawn in all by a bootstrap, about."""
+_LEAST_RESAMPLES, _MOST_RESAMPLES = 1000, 5000
+_NOT_EVALUATED = "not evaluated on the same data: `perceiver evaluate` both, with the same --source or without any"
+LEVEL = 0.95
+"""Of the intervals."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """A value of a metric, and what had been spent by then."""
+
+    step: int
+    value: float
+    examples: int
+    flops: float | None
+    """None: the run does not say what an example costs, as it was begun by a version before that was recorded."""
+    hours: float | None
+    """Of training, validations and checkpoints, without starts. None: not recorded."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Between a run, or a group of runs, and the one that it is compared with: what its metric is more than the other's."""
+
+    value: float
+    low: float
+    high: float
+    p: float
+    """How likely a difference at least as large is by chance, where there is none."""
+
+    @property
+    def is_real(self) -> bool:
+        """Whether the interval leaves 0 out."""
+        return self.low > 0 or self.high < 0
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ in their seeds alone, or that share the value of a field."""
+
+    name: str
+    runs: tuple[ComparedRun, ...]
+    values: tuple[float, ...]
+    """The best value of the metric of each run that has it."""
+
+    @property
+    def mean(self) -> float:
+        return sum(self.values) / len(self.values) if self.values else math.nan
+
+    @property
+    def deviation(self) -> float:
+        """Standard deviation over the runs."""
+        count, mean = len(self.values), self.mean
+        return math.sqrt(sum((value - mean) ** 2 for value in self.values) / (count - 1)) if count > 1 else math.nan
+
+    @property
+    def margin(self) -> float:
+        """Half the width of the t-interval of the mean."""
+        count = len(self.values)
+        return _t_quantile(count - 1) * self.deviation / math.sqrt(count) if count > 1 else math.nan
+
+
+class ComparedRun:
+    """A run, read for a comparison.
+
+    Raises:
+        UserError: its files are damaged.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.name = run, run.name
+        content = run.saved()
+        self.fields: dict[str, Any] = flatten(content["experiment"])
+        self.digest = str(content.get("data", ""))
+        self.version = str(content.get("version", ""))
+        self.flops_per_example: float | None = content.get("flops_per_example")
+        self.records = run.metrics()
+        self._curves: dict[str, list[Point]] = {}
+
+    @cached_property
+    def checkpoints(self) -> list[CheckpointInfo]:
+        return self.run.checkpoints()
+
+    @cached_property
+    def higher_is_better(self) -> frozenset[str]:
+        """Metrics of which higher values are better."""
+        return frozenset().union(*(checkpoint.higher_is_better for checkpoint in self.checkpoints))
+
+    @cached_property
+    def code_digest(self) -> str:
+        return self.run.code().digest
+
+    @property
+    def workers(self) -> int:
+        return int(self.fields.get("parallel.workers") or 1)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Fields that say what is trained."""
+        return {name: value for name, value in self.fields.items() if name.partition(".")[0] in _IDENTITY and name != "data.root"}
+
+    @cached_property
+    def replicate_of(self) -> str:
+        """The same for runs that differ in their seeds alone."""
+        return digest([{k: v for k, v in self.identity.items() if k != SEED}, self.digest, self.code_digest])
+
+    @cached_property
+    def evaluations(self) -> list[Evaluation]:
+        return evaluations(self.run)
+
+    @cached_property
+    def _hours(self) -> list[tuple[int, float]]:
+        """Hours of training by the end of steps, from the rates of the records: what lies between two of them, with validations."""
+        found, hours, before = [], 0.0, 0
+        for record in self.records:
+            if not {"step_seconds", "goodput", "data_wait"} <= record.keys():
+                continue
+            computing = record["step_seconds"] * max(record["step"] - before, 1)
+            share = record["goodput"]
+            hours += (computing * (1 - record["data_wait"]) / share if share > 0 else computing) / 3600
+            before = record["step"]
+            found.append((before, hours))
+        return found
+
+    def curve(self, metric: str) -> list[Point]:
+        """All values of a metric that are numbers."""
+        if metric not in self._curves:
+            self._curves[metric] = self._points(metric)
+        return self._curves[metric]
+
+    def _points(self, metric: str) -> list[Point]:
+        batch, found, hours = int(self.fields.get("training.global_batch_size") or 0), [], iter(self._hours)
+        spent, upcoming = None, next(hours, None)
+        for record in self.records:
+            step, value = record["step"], record.get(metric)
+            if not isinstance(value, (int, float)) or not math.isfinite(value):
+                continue
+            while upcoming is not None and upcoming[0] <= step:
+                spent, upcoming = upcoming[1], next(hours, None)
+            examples = step * batch
+            flops = None if self.flops_per_example is None else examples * self.flops_per_example
+            found.append(Point(step, float(value), examples, flops, spent))
+        return found
+
+    def best(self, metric: str) -> Point | None:
+        """The best value of a metric, of equal ones the first."""
+        best, higher = None, metric in self.higher_is_better
+        for point in self.curve(metric):
+            if best is None or is_better(point.value, best.value, higher):
+                best = point
+        return best
+
+    def hours(self) -> float | None:
+        """Hours of training so far."""
+        return self._hours[-1][1] if self._hours else None
+
+
+def read_runs(runs: Iterable[Run]) -> list[ComparedRun]:
+    """Runs to compare.
+
+    Raises:
+        UserError: one is damaged; names it.
+    """
+    found = []
+    for run in runs:
+        try:
+            found.append(ComparedRun(run))
+        except UserError as error:
+            raise UserError(f"run {run.folder} is damaged: {error}") from None
+    return found
+
+
+def chosen_metric(runs: Sequence[ComparedRun], name: str | None) -> str:
+    """The metric to compare by: of a name, with or without "val_", or that which the first run chooses its best checkpoint by.
+
+    Raises:
+        UserError: no run has it.
+    """
+    known = {key for run in runs for record in run.records for key in record if key != "step"}
+    wanted = name or str(runs[0].fields.get("run.best_metric") or "val_loss")
+    for candidate in (wanted, f"val_{wanted}"):
+        if candidate in known:
+            return candidate
+    if name is None or not known:
+        return wanted
+    raise UserError(f"--metric {name}: no run has a metric of this name{nearest(name, known)}; there are {', '.join(sorted(known))}")
+
+
+# ------------------------------------------------------------------------------------------------------ what is different
+
+
+def different_fields(runs: Sequence[ComparedRun]) -> dict[str, list[Any]]:
+    """Fields that are not the same in all runs, with the value of each run; None where a run has no such field."""
+    names = dict.fromkeys(name for run in runs for name in run.fields if name not in _NEVER_DIFFER)
+    rows = {name: [run.fields.get(name) for run in runs] for name in names}
+    return {name: values for name, values in rows.items() if any(value != values[0] for value in values)}
+
+
+def different_code(runs: Sequence[ComparedRun]) -> dict[str, list[str]]:
+    """The files of code that differ from the first run's, by the names of runs; nothing for those with the same."""
+    first = runs[0].run.code()
+    return {
+        run.name: first.differences(run.run.code()) for run in runs[1:] if run.code_digest != runs[0].code_digest
+    }  # reads the files again only where they differ
+
+
+# ------------------------------------------------------------------------------------------------------- whether it is real
+
+
+def paired_differences(runs: Sequence[ComparedRun], metric: str) -> tuple[list[tuple[Difference | None, str]], str]:
+    """Of each run after the first, what its metric is more than the first one's on the same examples, by a paired bootstrap.
+
+    Returns:
+        For each run the difference and the number of examples or, where there is none, why; and the name of the metric, which is that of
+        the loss where `metric` is no mean over examples.
+    """
+    column = metric.removeprefix("val_").partition("/")[0]
+    results: list[tuple[Difference | None, str]] = []
+    tables: dict[str, dict[str, np.ndarray]] = {}
+    chosen = [_comparable(runs[0], run) for run in runs[1:]]
+    if not any(chosen):  # NumPy, which takes most of a comparison's time, is not needed
+        return [(None, _NOT_EVALUATED)] * len(chosen), metric
+    import numpy as np
+
+    if not all(column in _examples(pair[number], tables) for pair in chosen if pair for number in (0, 1)):
+        column = "loss"
+    waiting: dict[str, list[tuple[int, Mapping[str, np.ndarray]]]] = {}
+    for place, pair in enumerate(chosen):
+        if pair is None:
+            results.append((None, _NOT_EVALUATED))
+            continue
+        mine, others = (_examples(evaluation, tables) for evaluation in pair)
+        if len(mine["targets"]) != len(others["targets"]) or not np.array_equal(mine["targets"], others["targets"]):
+            results.append((None, "the same data in other pieces: their examples cannot be paired"))
+            continue
+        results.append((None, f"{len(mine['targets']):,} examples"))
+        waiting.setdefault(str(pair[0].path), []).append((place, others))
+    for path, group in waiting.items():
+        base = tables[path]
+        found = bootstrap(base["targets"], np.stack([others[column] - base[column] for _, others in group]))
+        for (place, _), difference in zip(group, found, strict=True):
+            results[place] = (difference, results[place][1])
+    return results, f"val_{column}"
+
+
+def bootstrap(targets: np.ndarray, differences: np.ndarray) -> list[Difference]:
+    """Differences of means over examples that are drawn again and again, the same ones for all.
+
+    Args:
+        targets: of each example, (examples,).
+        differences: what each example adds to one run's sum more than to the other's, (runs, examples).
+    """
+    import numpy as np
+
+    rng, count = np.random.default_rng(0), len(targets)
+    resamples = min(max(_DRAWS // count, _LEAST_RESAMPLES), _MOST_RESAMPLES)
+    size, parts = max(1, 2_000_000 // count), []
+    for start in range(0, resamples, size):
+        number = min(size, resamples - start)
+        drawn = rng.integers(0, count, (number, count))
+        drawn += np.arange(number)[:, None] * count
+        times = np.bincount(drawn.ravel(), minlength=number * count).reshape(number, count).astype(np.float64)
+        parts.append(times @ differences.T / np.maximum(times @ targets, 1)[:, None])
+    means = np.concatenate(parts)
+    values = differences.sum(1) / max(targets.sum(), 1)
+    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
+    tail = np.minimum((means <= 0).sum(0), (means >= 0).sum(0))
+    p = np.minimum(1.0, 2 * (tail + 1) / (resamples + 1))
+    return [Difference(*map(float, row)) for row in zip(values, low, high, p, strict=True)]
+
+
+def grouped(runs: Sequence[ComparedRun], metric: str, by: str | None = None) -> list[Group]:
+    """Runs by the value of a field or, without one, those that differ in their seeds alone; in the order of their first runs.
+
+    Raises:
+        UserError: no run has the field.
+    """
+    found: dict[str, list[ComparedRun]] = {}
+    if by is not None:
+        by = by.removeprefix("--").replace("-", "_")
+        names = {name for run in runs for name in run.fields}
+        if by not in names:
+            raise UserError(f"--by {by}: no run has a field of this name{nearest(by, names)}")
+    for run in runs:
+        found.setdefault(run.replicate_of if by is None else f"{by} {run.fields.get(by)}", []).append(run)
+    groups = []
+    for key, members in found.items():
+        best = [run.best(metric) for run in members]
+        name = key if by is not None else members[0].name
+        groups.append(Group(name, tuple(members), tuple(point.value for point in best if point is not None)))
+    return groups
+
+
+def welch(group: Group, other: Group) -> Difference | None:
+    """What the mean of a group is more than another's, by Welch's t-test; None where one has less than two runs."""
+    if min(len(group.values), len(other.values)) < 2:
+        return None
+    parts = [each.deviation**2 / len(each.values) for each in (group, other)]
+    value, error = group.mean - other.mean, math.sqrt(sum(parts))
+    if error == 0:
+        return Difference(value, value, value, float(value == 0))
+    freedom = sum(parts) ** 2 / sum(part**2 / (len(each.values) - 1) for part, each in zip(parts, (group, other), strict=True))
+    # Here and not above: only replicates need it, and it takes longer to load than all else.
+    from scipy.special import stdtr
+
+    margin = _t_quantile(freedom) * error
+    return Difference(value, value - margin, value + margin, float(2 * stdtr(freedom, -abs(value) / error)))
+
+
+def _t_quantile(freedom: float) -> float:
+    from scipy.special import stdtrit  # see `welch`
+
+    return float(stdtrit(freedom, (1 + LEVEL) / 2))
+
+
+def _comparable(first: ComparedRun, second: ComparedRun) -> tuple[Evaluation, Evaluation] | None:
+    """Evaluations of two runs on the same data with what each example adds: that of the run's own data, and the latest checkpoint's."""
+    mine, others = ({each.digest: each for each in run.evaluations if each.has_examples} for run in (first, second))
+    shared = sorted(mine.keys() & others.keys(), key=lambda found: (found != first.digest, found))
+    return (mine[shared[0]], others[shared[0]]) if shared else None
+
+
+def _examples(evaluation: Evaluation, kept: dict[str, dict[str, np.ndarray]]) -> Mapping[str, np.ndarray]:
+    path = str(evaluation.path)
+    if path not in kept:
+        kept[path] = evaluation.examples()
+    return kept[path]
