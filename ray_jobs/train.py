@@ -226,7 +226,8 @@ def report(
     logger.info(f"  run folder:   {trained.folder}")
     logger.info(f"  checkpoints:  last step {checkpoints[-1].step}, best step {(best or checkpoints[-1]).step} by {metric}")
     logger.info(f"  TensorBoard:  tensorboard --logdir {trained.tensorboard_folder}")
-    pictures = ", ".join(str(p) for p in [trained.curve_file, *sorted(trained.samples_folder.glob("*.png"))[-1:]])
+    newest = {path.stem.rpartition("-")[0]: path for path in sorted(trained.samples_folder.glob("*.png"))}
+    pictures = ", ".join(str(path) for path in [trained.curve_file, *newest.values()])
     logger.info(f"  pictures:     {pictures}")
     logger.info(f"  evaluate:     python -m ray_jobs.evaluate {_place(experiment, trained)}")
 
