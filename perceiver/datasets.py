@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow.fs as pafs
 
-from perceiver.config import Experiment, UserError, differences, digest, flatten
+from perceiver.config import DataConfig, Experiment, UserError, differences, digest, flatten
 from perceiver.data.components import Component, components
 from perceiver.data.examples import is_code
 from perceiver.data.manifest import MANIFEST, DamagedData, Manifest
@@ -177,6 +177,7 @@ def _settings(experiment: Experiment) -> dict[str, Any]:
         raise UserError("data.prepare is stream, which language models alone can read: leave it out")
     if data.prepare == "stream" and (is_code(data.source) or any(is_code(entry.rpartition("=")[0]) for entry in data.mixture)):
         raise UserError("data.prepare is stream, which reads files alone: leave it out for a data.source that is code")
+    settings |= _held_out_settings(data, kind)
     if KINDS[kind].has_labels:
         settings |= _label_settings(experiment)
     if KINDS[kind].has_columns:
@@ -200,6 +201,18 @@ def _settings(experiment: Experiment) -> dict[str, Any]:
     if data.prepare == "stream":
         settings |= {"prepare": "stream", "most_rows_per_chunk": data.rows_per_block * data.shuffle_window_blocks}
     return settings | {"row_length": max_seq_len, "document_marks": experiment.task.document_marks}
+
+
+def _held_out_settings(data: DataConfig, kind: str) -> dict[str, Any]:
+    """How validation is held out, as far as that is not the usual way (which the same settings stood for before there was another)."""
+    if data.val_source:
+        return {}
+    if data.group_column is not None and data.prepare == "stream":
+        raise UserError(
+            f"--data.group-column is {data.group_column}, and --data.prepare stream reads no columns but the text: leave one out"
+        )
+    found: dict[str, Any] = {} if data.group_column is None else {"group_column": data.group_column}
+    return found if data.stratify or not KINDS[kind].has_labels else {**found, "stratify": False}
 
 
 def _label_settings(experiment: Experiment) -> dict[str, Any]:

@@ -35,7 +35,7 @@ from perceiver.data.tokenizers import TOKENIZER, SentencePieceTokenizer, load_to
 from perceiver.datasets import check_fits, data_folder, prepare_settings, task_kind, with_tokenizer
 from ray_jobs.cli import main_entry, parse_experiment
 from ray_jobs.logs import show_progress
-from ray_jobs.passes import duration, held, make_job, remove_staging, run_pieces, run_shards
+from ray_jobs.passes import duration, held, hold_out, make_job, remove_staging, run_pieces, run_shards
 
 logger = logging.getLogger("ray_jobs.preprocess")  # which __name__ is not where it is run as a program
 
@@ -91,9 +91,11 @@ def prepare(experiment: Experiment, piece_bytes: int = PIECE_BYTES) -> Manifest:
     from ray_jobs.ray_env import connect
 
     with held(job), connect(experiment.parallel):
-        notes = run_pieces(job, cut_pieces(source.inputs, piece_bytes), piece_bytes)
+        pieces = cut_pieces(source.inputs, piece_bytes)
+        job, chosen = hold_out(experiment, job, pieces, piece_bytes)
+        notes = run_pieces(job, pieces, piece_bytes)
         shards = run_shards(experiment, job, notes, source)
-        manifest = _finish(job, settings, fingerprint, notes, shards)
+        manifest = _finish(job, settings, fingerprint, notes, shards, chosen)
     _summary(folder, manifest, source, time.monotonic() - started)
     return manifest
 
@@ -250,14 +252,15 @@ def _finish(
     fingerprint: dict[str, Any],
     notes: list[dict[str, Any]],
     shards: dict[str, list[dict[str, Any]]],
+    chosen: dict[str, Any],
 ) -> Manifest:
-    """Writes the manifest, and removes what is not part of the data set."""
+    """Writes the manifest, and removes what is not part of the data set. `chosen`: how validation was held out."""
     splits = {name: make_split(job, notes, shards[name], name) for name in shards}
     histograms = {name: histogram(job, name) for name in shards}
     skipped: Counter[str] = Counter()
     for note in notes:
         skipped.update(note["skipped"])
-    stats: dict[str, Any] = {"skipped": dict(sorted(skipped.items()))}
+    stats: dict[str, Any] = {"skipped": dict(sorted(skipped.items())), **chosen}
     if (shared := shared_documents(job)) is not None:
         stats["shared_documents"] = shared
     empty = {name: sum(note["splits"][name]["empty"] for note in notes) for name in shards}
@@ -312,6 +315,12 @@ def _summary(folder: str, manifest: Manifest, source: Source, seconds: float) ->
     if manifest.columns is not None:
         logger.info(f"  columns: {', '.join(f'{name} {tuple(shape)} {dtype}' for name, (shape, dtype) in manifest.columns.items())}")
     what = KINDS[manifest.kind].made_from
+    if how := manifest.stats.get("held_out"):
+        share = manifest.splits["val"].rows / max(sum(split.rows for split in manifest.splits.values()), 1)
+        groups = f" of {manifest.stats['groups']:,}" if "groups" in manifest.stats else ""
+        logger.info(f"  held out {how}{groups}: {share:.1%} of the rows")
+    if repeated := manifest.stats.get("repeated"):
+        logger.info(f"  repeated: {repeated:,} {what} have the content of another one; equal ones are of one split")
     if shared := manifest.stats.get("shared_documents"):
         logger.info(f"  shared: {shared:,} of the {manifest.splits['val'].documents:,} validation {what} occur in training, too")
     if empty := manifest.stats.get("empty_documents"):

@@ -115,6 +115,10 @@ class DataConfig(Config):
     """The same for validation; None: the named data set's own validation split, else val_fraction of the documents."""
     val_fraction: float = 0.05
     """Share of documents (or images) held out for validation where a source has no validation split."""
+    stratify: bool = True
+    """Of data with classes, hold out the same share of every class; False: rows of small hash, whatever their class."""
+    group_column: str | None = None
+    """Column (a patient, an author) whose rows of one value are all held out for validation or all trained on."""
     text_column: str = "text"
     """Column of tables (.jsonl, .json, .csv, .tsv, .arrow, .parquet) that holds the text."""
     label_column: str = "label"

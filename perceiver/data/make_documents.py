@@ -35,7 +35,7 @@ def encoded(job: Job, span: Span, problems: Problems) -> Iterator[Encoded]:
     assert job.tokenizer is not None
     for documents in read_documents(span, job.columns, problems):
         texts = [text.encode() for text in documents.texts]
-        for split, chosen in splits_of(span.file, texts, job.val_fraction):
+        for split, chosen in splits_of(span.file, documents.groups or texts, job.val_fraction, job.held_out):
             places = np.flatnonzero(chosen)
             ids, lengths = job.tokenizer.encode_batch([documents.texts[i] for i in places])
             counts = {
@@ -44,14 +44,25 @@ def encoded(job: Job, span: Span, problems: Problems) -> Iterator[Encoded]:
                 "documents": int(np.count_nonzero(documents.complete[chosen])),
                 "empty": int(np.count_nonzero(lengths == 0)),
             }
-            hashes = None if span.file.split == "hash" else content_hashes([content for content in texts if content])
+            alone = span.file.split == "hash" and documents.groups is None  # equal ones are of one split
+            hashes = None if alone else content_hashes([texts[i] for i in places if texts[i]])
             yield Encoded(split, documents, chosen, ids, lengths, counts, hashes)
+
+
+def keyed(job: Job, span: Span, problems: Problems) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """See `Preparation.keyed`."""
+    for documents in read_documents(span, job.columns, problems):
+        keys = content_hashes(documents.groups or [text.encode() for text in documents.texts])
+        yield keys, np.zeros(len(keys), np.int64) if documents.labels is None else documents.labels
 
 
 class DocumentPreparation(Preparation):
     """Documents of at most the given number of ids, with their labels."""
 
     kind = DocumentRows.kind
+
+    def keyed(self, span: Span, problems: Problems) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        return keyed(self.job, span, problems)
 
     def add(self, span: Span, problems: Problems, writers: Mapping[str, PieceWriter]) -> None:
         for part in encoded(self.job, span, problems):
