@@ -24,6 +24,18 @@ _READING_ONLY = ("shuffle_window_blocks", "lanes")
 """Fields of the data's configuration that preparation does not depend on."""
 
 
+class NotPrepared(UserError):
+    """Data that has to be prepared, or again: the message has the command that does it."""
+
+    def __init__(self, before: str, command: str, after: str = "") -> None:
+        super().__init__(f"{before}: run `{command}`{after}")
+        self.before, self.after = before, after
+
+    def by(self, command: str) -> NotPrepared:
+        """The same with another command, such as that in the words of who is told."""
+        return NotPrepared(self.before, command, self.after)
+
+
 @dataclass(frozen=True)
 class Dataset:
     """The prepared data of an experiment."""
@@ -45,20 +57,20 @@ class Dataset:
         settings = prepare_settings(experiment)
         folder = _folder(experiment, settings)
         if MANIFEST not in list_folder(folder):
-            raise UserError(_not_prepared(experiment, settings))
+            raise _not_prepared(experiment, settings)
         try:
             manifest = Manifest.load(folder)
         except DamagedData as error:
-            raise UserError(f"{error}: run `{preprocess_command(experiment)}`") from None
+            raise NotPrepared(str(error), preprocess_command(experiment)) from None
         if broken := broken_files(folder, manifest):
-            raise UserError(f"{folder}/{broken[0]} is missing or damaged: run `{preprocess_command(experiment)}`")
+            raise NotPrepared(f"{folder}/{broken[0]} is missing or damaged", preprocess_command(experiment))
         check_fits(experiment, manifest)
         return cls(experiment, folder, manifest)
 
     @classmethod
     def find_early(cls, experiment: Experiment) -> Dataset | None:
         """The same before anything is held; None where the job itself prepares it, at once: shipped data, text that is streamed, and,
-        where they are not prepared yet, what a function of the user's makes and arrays and pictures in files.
+        where they are not prepared yet, what a function of the user's makes and arrays, pictures and texts with classes in files.
 
         Raises:
             UserError: see `find`.
@@ -89,12 +101,12 @@ class Dataset:
         return replace(experiment, task=experiment.task.measure(experiment.model, blocks))
 
 
-def _not_prepared(experiment: Experiment, settings: dict[str, Any]) -> str:
-    message = f"data of {experiment.preset} is not prepared: run `{preprocess_command(experiment)}`"
+def _not_prepared(experiment: Experiment, settings: dict[str, Any]) -> NotPrepared:
     others = [
         f"{name} ({'; '.join(differences(flatten(other.settings), flatten(settings)))})" for name, other in _others(experiment, settings)
     ]
-    return f"{message} (prepared with other settings: {', '.join(others)})" if others else message
+    after = f" (prepared with other settings: {', '.join(others)})" if others else ""
+    return NotPrepared(f"data of {experiment.preset} is not prepared", preprocess_command(experiment), after)
 
 
 def task_kind(experiment: Experiment) -> str:
@@ -343,4 +355,4 @@ def preprocess_command(experiment: Experiment) -> str:
         stream = experiment.data.prepare == "stream" and field == "shuffle_window_blocks"
         return section in ("data", "model", "task") and (stream or not (section == "data" and field in _READING_ONLY))
 
-    return shlex.join(["python", "-m", "ray_jobs.preprocess", *command_words(experiment, matters)])
+    return shlex.join(["perceiver", "preprocess", *command_words(experiment, matters)])

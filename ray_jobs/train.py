@@ -25,7 +25,7 @@ from perceiver.training.init_from import Start, find_start
 from perceiver.training.meters import duration
 from perceiver.training.remote_copy import RemoteCopy
 from perceiver.training.run import save_experiment, total_steps
-from ray_jobs.cli import Interrupted, main_entry, parse_experiment
+from ray_jobs.cli import Interrupted, main_entry, naming_words, parse_experiment
 from ray_jobs.logs import log_file, show_progress
 from ray_jobs.memory_check import check_memory, check_precision
 from ray_jobs.preflight import check_experiment, local_folder, plan_resources
@@ -36,8 +36,10 @@ logger = logging.getLogger("ray_jobs.train")  # which __name__ is not where it i
 def main(argv: list[str]) -> int:
     argv = show_progress(argv)
     allow_changed_code = "--allow-changed-code" in argv
-    experiment = parse_experiment([word for word in argv if word != "--allow-changed-code"], "ray_jobs.train")
-    run(experiment, allow_changed_code=allow_changed_code)
+    words = [word for word in argv if word != "--allow-changed-code"]
+    experiment = parse_experiment(words, "ray_jobs.train")
+    with naming_words(words):
+        run(experiment, allow_changed_code=allow_changed_code)
     return 0
 
 

@@ -34,6 +34,6 @@ def distorted(images: np.ndarray, draws: np.ndarray, rotation: float, scaling: f
         torch.stack([-sin * (width / height), cos, -2 * shift * down], 1),
     )
     grid = F.affine_grid(torch.stack(rows, 1), [n, channels, height, width], align_corners=False)
-    pixels = torch.from_numpy(np.ascontiguousarray(np.moveaxis(images, -1, 1))).float()
+    pixels = torch.from_numpy(np.array(np.moveaxis(images, -1, 1), np.float32))
     read = F.grid_sample(pixels, grid, mode="bilinear", padding_mode="border", align_corners=False)
     return np.moveaxis(read.round().clamp(0, 255).to(torch.uint8).numpy(), 1, -1)
