@@ -209,6 +209,8 @@ def _settings(experiment: Experiment) -> dict[str, Any]:
     if data.encoding.lower() not in ("utf-8", "utf8"):
         settings |= {"encoding": data.encoding}
     if KINDS[kind].has_labels:
+        if data.long_texts != "cut":  # the usual way has no mark in the settings: it is older than the others
+            settings |= {"long_texts": data.long_texts}
         return settings | {"label_column": data.label_column, "row_length": max_seq_len - KINDS[kind].added_ids}
     if data.prepare == "stream":
         settings |= {"prepare": "stream", "most_rows_per_chunk": data.rows_per_block * data.shuffle_window_blocks}

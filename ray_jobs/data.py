@@ -100,6 +100,10 @@ def of_run(run: Run) -> list[str]:
                 lines.append(f"  classes: {_counts(dict(zip(classes, labels, strict=False)))}")
         stats = manifest.stats
         lines += [f"{what}: {stats[name]:,}" for name, what in _STATS.items() if stats.get(name)]
+        lines += [
+            f"longer than the model takes: {found['texts']:,} {name} texts, {found['lost']:,} of {found['tokens']:,} tokens lost"
+            for name, found in stats.get("long_texts", {}).items()
+        ]
         lines += [f"held out {stats['held_out']}"] * ("held_out" in stats)
         lines += [f"skipped: {count:,} x {reason}" for reason, count in stats.get("skipped", {}).items()]
     return [*lines, "", f"look at the source: {shlex.join(['perceiver', 'data', data.source])}"] if is_path(data.source) else lines

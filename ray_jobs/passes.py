@@ -83,6 +83,7 @@ def make_job(experiment: Experiment, settings: dict[str, Any], folder: str, fing
         tokenizer=load_tokenizer(data.tokenizer) if rows.is_text else None,
         document_marks=settings.get("document_marks", ""),
         arrays=ArrayRows.from_json(settings["columns"]) if "columns" in settings else None,
+        long_texts=data.long_texts,
     )
 
 

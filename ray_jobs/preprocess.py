@@ -266,6 +266,15 @@ def _finish(
     empty = {name: sum(note["splits"][name]["empty"] for note in notes) for name in shards}
     if any(empty.values()):
         stats["empty_documents"] = empty
+    long = {
+        name: {
+            "texts": sum(note["splits"][name]["long"] for note in notes),
+            "tokens": sum(note["splits"][name]["all_tokens"] for note in notes),
+        }
+        for name in shards
+    }
+    if any(found["texts"] for found in long.values()):
+        stats["long_texts"] = {name: {**found, "lost": found["tokens"] - splits[name].tokens} for name, found in long.items()}
     if job.columns.label is not None:
         stats["labels"] = {name: counts.tolist() for name, counts in histograms.items()}
     elif "train" in histograms and (num_ids := job.rows.num_ids if job.tokenizer is None else job.tokenizer.vocab_size):
@@ -325,6 +334,12 @@ def _summary(folder: str, manifest: Manifest, source: Source, seconds: float) ->
         logger.info(f"  shared: {shared:,} of the {manifest.splits['val'].documents:,} validation {what} occur in training, too")
     if empty := manifest.stats.get("empty_documents"):
         logger.info(f"  empty: {' and '.join(f'{count:,} {name}' for name, count in empty.items() if count)} documents have no text")
+    for name, found in manifest.stats.get("long_texts", {}).items():
+        if found["texts"]:
+            lost = f"{found['lost']:,} of {found['tokens']:,} tokens ({found['lost'] / found['tokens']:.1%}) are lost"
+            became = lost if found["lost"] else "they are split"
+            length, documents = manifest.splits[name].row_length, manifest.splits[name].documents
+            logger.info(f"  long: {found['texts']:,} of {documents:,} {name} documents have more than {length:,} tokens: {became}")
     if manifest.stats.get("skipped"):
         logger.info(f"  {_skipped(manifest)}")
     if source.ignored:

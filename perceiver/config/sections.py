@@ -126,6 +126,9 @@ class DataConfig(Config):
     image_size: int | None = None
     """Pictures are scaled until their shorter side has this many pixels, and the square in their middle is cut out; None: they are taken
     as they are, and all must have one size."""
+    long_texts: Literal["cut", "split", "refuse"] = "cut"
+    """What becomes of texts with classes that are longer than the model takes: cut: their end is lost; split: each part is a row of its own
+    with the same class; refuse: an error that names the first."""
     encoding: str = "utf-8"
     """Encoding of text files, .csv and .jsonl: utf-8, utf-16, latin-1, or another that Python knows."""
     tokenizer: str = "bytes"

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 
+from perceiver.config import UserError
 from perceiver.data.preparation import Job, PieceWriter, Preparation, ShardParts, content_hashes, splits_of
 from perceiver.data.read_documents import Documents, read_documents
 from perceiver.data.rows import DocumentRows
 from perceiver.data.spans import Problems, Span
-from perceiver.data.text import count_words, truncate
+from perceiver.data.text import count_words, split_long, truncate
 
 
 @dataclass(frozen=True)
@@ -67,9 +69,22 @@ class DocumentPreparation(Preparation):
     def add(self, span: Span, problems: Problems, writers: Mapping[str, PieceWriter]) -> None:
         for part in encoded(self.job, span, problems):
             assert part.documents.labels is not None
-            ids, lengths = truncate(part.ids, part.lengths, self.job.row_length)
-            counts = {**part.counts, "rows": len(lengths), "tokens": len(ids)}
-            writers[part.split].add(ids, counts, part.documents.labels[part.chosen], lengths, part.hashes)
+            limit, labels = self.job.row_length, part.documents.labels[part.chosen]
+            is_long = part.lengths > limit
+            if self.job.long_texts == "refuse" and is_long.any():
+                first = int(np.argmax(is_long))
+                text = part.documents.texts[np.flatnonzero(part.chosen)[first]]
+                raise UserError(
+                    f"{span.file.name}: a text has {part.lengths[first]:,} tokens, and the model takes {limit:,} ({reprlib.repr(text)}): "
+                    "--data.long-texts cut or split takes it, a larger max-seq-len too"
+                )
+            if self.job.long_texts == "split":
+                parts, lengths = split_long(part.lengths, limit)
+                ids, labels = part.ids, np.repeat(labels, parts)
+            else:
+                ids, lengths = truncate(part.ids, part.lengths, limit)
+            counts = {"rows": len(lengths), "tokens": len(ids), "long": int(np.count_nonzero(is_long)), "all_tokens": len(part.ids)}
+            writers[part.split].add(ids, part.counts | counts, labels, lengths, part.hashes)
 
     def block(self, shard: ShardParts, first: int, num: int) -> pa.Table:
         labels = pa.array(shard.read("labels", np.int32, first, first + num))

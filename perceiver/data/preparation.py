@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO, ClassVar
+from typing import Any, BinaryIO, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -53,6 +53,8 @@ class Job:
     """"eos": an end id after each document; "cls-sep": each document between [CLS] and [SEP]."""
     arrays: ArrayRows | None = None
     """The columns of rows of arrays."""
+    long_texts: Literal["cut", "split", "refuse"] = "cut"
+    """What becomes of documents that are longer than a row."""
     held_out: np.ndarray | None = None
     """Keys of what goes to validation, sorted, where it was chosen by class or by group (`held_out.py`); None: those of small hash."""
     preparation: type[Preparation] = field(init=False)
@@ -130,7 +132,7 @@ class PieceWriter:
     def __init__(self, job: Job, index: int, split: str, stack: ExitStack) -> None:
         self._job, self._stack, self._name = job, stack, f"piece-{index:06d}-{split}"
         self._files: dict[str, BinaryIO] = {}
-        self._counts = dict.fromkeys((*COUNTS, "empty"), 0)
+        self._counts = dict.fromkeys((*COUNTS, "empty", "long", "all_tokens"), 0)
         self._histogram = np.zeros(0, np.int64)
         self._examples: list[dict[str, Any]] = []
         self._tables: pa.RecordBatchWriter | None = None
