@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 CATALOG: dict[str, tuple[str, str, int]] = {
-    "quickstart": ("ImageClassification", "mnist-mini", 198_284),
+    "quickstart": ("ImageClassification", "mnist-mini", 119_726),
     "img-clf-mnist": ("ImageClassification", "mnist", 907_212),
     "clm-wikitext": ("CausalLM", "wikitext-103-raw", 30_563_078),
     "clm-wikitext-small": ("CausalLM", "wikitext-2-raw", 4_267_526),

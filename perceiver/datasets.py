@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow.fs as pafs
 
-from perceiver.config import Experiment, UserError, differences, digest, flatten
+from perceiver.config import DataConfig, Experiment, UserError, differences, digest, flatten
 from perceiver.data.components import Component, components
 from perceiver.data.examples import is_code
 from perceiver.data.manifest import MANIFEST, DamagedData, Manifest
@@ -23,6 +23,18 @@ from perceiver.experiments import command_words
 
 _READING_ONLY = ("shuffle_window_blocks", "lanes")
 """Fields of the data's configuration that preparation does not depend on."""
+
+
+class NotPrepared(UserError):
+    """Data that has to be prepared, or again: the message has the command that does it."""
+
+    def __init__(self, before: str, command: str, after: str = "") -> None:
+        super().__init__(f"{before}: run `{command}`{after}")
+        self.before, self.after = before, after
+
+    def by(self, command: str) -> NotPrepared:
+        """The same with another command, such as that in the words of who is told."""
+        return NotPrepared(self.before, command, self.after)
 
 
 @dataclass(frozen=True)
@@ -46,20 +58,20 @@ class Dataset:
         settings = prepare_settings(experiment)
         folder = _folder(experiment, settings)
         if MANIFEST not in list_folder(folder):
-            raise UserError(_not_prepared(experiment, settings))
+            raise _not_prepared(experiment, settings)
         try:
             manifest = Manifest.load(folder)
         except DamagedData as error:
-            raise UserError(f"{error}: run `{preprocess_command(experiment)}`") from None
+            raise NotPrepared(str(error), preprocess_command(experiment)) from None
         if broken := broken_files(folder, manifest):
-            raise UserError(f"{folder}/{broken[0]} is missing or damaged: run `{preprocess_command(experiment)}`")
+            raise NotPrepared(f"{folder}/{broken[0]} is missing or damaged", preprocess_command(experiment))
         check_fits(experiment, manifest)
         return cls(experiment, folder, manifest)
 
     @classmethod
     def find_early(cls, experiment: Experiment) -> Dataset | None:
         """The same before anything is held; None where the job itself prepares it, at once: shipped data, text that is streamed, and,
-        where they are not prepared yet, what a function of the user's makes and arrays and pictures in files.
+        where they are not prepared yet, what a function of the user's makes and arrays, pictures and texts with classes in files.
 
         Raises:
             UserError: see `find`.
@@ -95,12 +107,12 @@ class Dataset:
         return replace(experiment, task=experiment.task.measure(experiment.model, blocks))
 
 
-def _not_prepared(experiment: Experiment, settings: dict[str, Any]) -> str:
-    message = f"data of {experiment.preset} is not prepared: run `{preprocess_command(experiment)}`"
+def _not_prepared(experiment: Experiment, settings: dict[str, Any]) -> NotPrepared:
     others = [
         f"{name} ({'; '.join(differences(flatten(other.settings), flatten(settings)))})" for name, other in _others(experiment, settings)
     ]
-    return f"{message} (prepared with other settings: {', '.join(others)})" if others else message
+    after = f" (prepared with other settings: {', '.join(others)})" if others else ""
+    return NotPrepared(f"data of {experiment.preset} is not prepared", preprocess_command(experiment), after)
 
 
 def task_kind(experiment: Experiment) -> str:
@@ -183,6 +195,7 @@ def _settings(experiment: Experiment) -> dict[str, Any]:
         raise UserError("data.prepare is stream, which language models alone can read: leave it out")
     if data.prepare == "stream" and (is_code(data.source) or any(is_code(entry.rpartition("=")[0]) for entry in data.mixture)):
         raise UserError("data.prepare is stream, which reads files alone: leave it out for a data.source that is code")
+    settings |= _held_out_settings(data, kind)
     if KINDS[kind].has_labels:
         settings |= _label_settings(experiment)
     if KINDS[kind].has_columns:
@@ -202,10 +215,24 @@ def _settings(experiment: Experiment) -> dict[str, Any]:
     if data.encoding.lower() not in ("utf-8", "utf8"):
         settings |= {"encoding": data.encoding}
     if KINDS[kind].has_labels:
+        if data.long_texts != "cut":  # the usual way has no mark in the settings: it is older than the others
+            settings |= {"long_texts": data.long_texts}
         return settings | {"label_column": data.label_column, "row_length": max_seq_len - KINDS[kind].added_ids}
     if data.prepare == "stream":
         settings |= {"prepare": "stream", "most_rows_per_chunk": data.rows_per_block * (data.shuffle_window_blocks or STREAM_BLOCKS)}
     return settings | {"row_length": max_seq_len, "document_marks": experiment.task.document_marks}
+
+
+def _held_out_settings(data: DataConfig, kind: str) -> dict[str, Any]:
+    """How validation is held out, as far as that is not the usual way (which the same settings stood for before there was another)."""
+    if data.val_source:
+        return {}
+    if data.group_column is not None and data.prepare == "stream":
+        raise UserError(
+            f"--data.group-column is {data.group_column}, and --data.prepare stream reads no columns but the text: leave one out"
+        )
+    found: dict[str, Any] = {} if data.group_column is None else {"group_column": data.group_column}
+    return found if data.stratify or not KINDS[kind].has_labels else {**found, "stratify": False}
 
 
 def _label_settings(experiment: Experiment) -> dict[str, Any]:
@@ -336,4 +363,4 @@ def preprocess_command(experiment: Experiment) -> str:
         stream = experiment.data.prepare == "stream" and field == "shuffle_window_blocks"
         return section in ("data", "model", "task") and (stream or not (section == "data" and field in _READING_ONLY))
 
-    return shlex.join(["python", "-m", "ray_jobs.preprocess", *command_words(experiment, matters)])
+    return shlex.join(["perceiver", "preprocess", *command_words(experiment, matters)])

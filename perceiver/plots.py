@@ -223,6 +223,27 @@ def confusion_matrix(counts: np.ndarray, names: Sequence[str]) -> Figure:
     return figure
 
 
+def captioned(images: Sequence[np.ndarray], captions: Sequence[str], title: str) -> Figure:
+    """Small pictures in rows, each with a caption of one line.
+
+    Args:
+        images: uint8 (height, width, 1 or 3).
+        captions: one for each.
+        title: of the whole.
+    """
+    columns = max(1, min(6, len(images)))
+    rows = max(1, -(-len(images) // columns))
+    width = max(130, 30 + 6 * max(map(len, captions), default=0))
+    figure = new_figure(max(420, width * columns), 140 * rows + 40, title)
+    for axes in (grid := figure.subplots(rows, columns, squeeze=False)).flat:
+        axes.axis("off")
+    for axes, image, caption in zip(grid.flat, images, captions, strict=False):
+        grey = image.shape[-1] == 1
+        axes.imshow(image[..., 0] if grey else image, cmap="gray" if grey else None, vmin=0, vmax=255)
+        axes.set_title(plain(caption), fontsize="small")
+    return figure
+
+
 def _finite(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     return [point for point in points if math.isfinite(point[1])]
 

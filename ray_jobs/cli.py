@@ -8,6 +8,7 @@ import dataclasses
 import io
 import os
 import re
+import shlex
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -145,6 +146,17 @@ def _write_config(path: Path, experiment: Experiment, name: str, prog: str) -> N
         base = find_experiment(name)
     write_experiment_file(path, experiment, base, name)
     print(f"written to {path}; to use it: {program(prog)} {path}")
+
+
+@contextlib.contextmanager
+def naming_words(words: Sequence[str]) -> Iterator[None]:
+    """Data that is not prepared is reported with the command in the user's own words, and not with all that follows from them."""
+    from perceiver.datasets import NotPrepared
+
+    try:
+        yield
+    except NotPrepared as error:
+        raise error.by(shlex.join(["perceiver", "preprocess", *words])) from None
 
 
 def override(config: Config, args: Sequence[str], prog: str) -> Config:

@@ -1,5 +1,5 @@
 """`perceiver data SOURCE [--text-column NAME] [--label-column NAME]`: what data holds, before anything is prepared, and the command that
-trains on it.
+trains on it. `perceiver data RUN`: what a run was trained on.
 """
 
 from __future__ import annotations
@@ -9,35 +9,108 @@ import reprlib
 import shlex
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from perceiver.config import DataConfig, UserError
 from perceiver.data.files import format_of, list_files
 from perceiver.data.labels import class_order, label_counts, picture_sizes
 from perceiver.data.picture_folders import picture_folder
-from perceiver.data.sources import NAMED, Source, resolve
+from perceiver.data.sources import NAMED, Source, is_path, resolve
 from perceiver.data.survey import LENGTHS, TableSurvey, label_column, survey_columns, survey_texts, table_rows, text_column
+from perceiver.datasets import Dataset
+from perceiver.runs import Run
 from ray_jobs.cli import main_entry, program, refuse_empty
 
 _TABLES = ("csv", "jsonl", "parquet", "arrow")
 _CONTEXT = 254
 """Bytes of a text that txt-clf takes."""
+_STATS = {
+    "shared_documents": "validation rows that occur in training",
+    "repeated": "rows with the content of another one",
+    "groups": "groups",
+}
+"""Counts of a manifest that are shown, and what they count."""
 _SHOWN = 20
 """Classes and columns that are listed, at most."""
 
 
+@dataclass(frozen=True)
+class Found:
+    """What a source holds, and what can be trained on it."""
+
+    lines: list[str]
+    """For a person."""
+    preset: str
+    words: list[str]
+    """Fields that the preset is given, as on a command line."""
+    prepared_first: bool = False
+    """Whether the data has to be prepared by a command of its own."""
+    open: str = ""
+    """What the user has to add, if anything."""
+
+    @property
+    def commands(self) -> list[str]:
+        """The commands that prepare it and train on it."""
+        train = f"train: {_command(self.preset, self.words)}{self.open}"
+        return (
+            [f"prepare: {_command(self.preset, self.words, 'preprocess')}", train.replace(": ", ":   ", 1)]
+            if self.prepared_first
+            else [train]
+        )
+
+
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog=program("ray_jobs.data"), description=(__doc__ or "").partition(": ")[2])
-    parser.add_argument("source", help="a file, a folder or a glob")
+    parser.add_argument("source", help="a file, a folder or a glob; or a run")
     parser.add_argument("--text-column", help="column with the text (default: text, or the one with the most text)")
     parser.add_argument("--label-column", help="column with the class (default: label, or one that has few different values)")
     args = parser.parse_args(argv)
     refuse_empty(args, ("source",))
-    print("\n".join(look(args.source, args.text_column, args.label_column)))
+    run = Run.find(args.source) if is_path(args.source) or "/" not in args.source else None
+    print("\n".join(of_run(run) if run is not None else look(args.source, args.text_column, args.label_column)))
     return 0
 
 
 def look(source: str, text: str | None = None, label: str | None = None) -> list[str]:
-    """What a source holds, line by line.
+    """What a source holds, line by line, and the commands that train on it. Raises UserError: see `find`."""
+    found = find(source, text, label)
+    return [*found.lines, "", *found.commands]
+
+
+def of_run(run: Run) -> list[str]:
+    """What a run was trained on, line by line.
+
+    Raises:
+        UserError: its data is not there any more.
+    """
+    experiment, _ = run.load()
+    dataset = Dataset.find(experiment)
+    data, names = experiment.data, getattr(experiment.task, "class_names", None) or ()
+    lines = [f"{run.name}: {' and '.join(data.mixture) or data.source}, prepared in {dataset.folder}"]
+    for part in dataset.parts:
+        manifest = part.manifest
+        if part.name:
+            lines.append(f"{part.name}: {part.share:.1%} of each batch")
+        for name, split in manifest.splits.items():
+            counts = {"tokens": split.tokens, "bytes": split.bytes, "words": split.words, "documents": split.documents}
+            more = "".join(f", {count:,} {what}" for what, count in counts.items() if count)
+            lines.append(f"{name}: {split.rows:,} rows{more}")
+            if labels := manifest.stats.get("labels", {}).get(name):
+                classes = names if len(names) >= len(labels) else tuple(map(str, range(len(labels))))
+                lines.append(f"  classes: {_counts(dict(zip(classes, labels, strict=False)))}")
+        stats = manifest.stats
+        lines += [f"{what}: {stats[name]:,}" for name, what in _STATS.items() if stats.get(name)]
+        lines += [
+            f"longer than the model takes: {found['texts']:,} {name} texts, {found['lost']:,} of {found['tokens']:,} tokens lost"
+            for name, found in stats.get("long_texts", {}).items()
+        ]
+        lines += [f"held out {stats['held_out']}"] * ("held_out" in stats)
+        lines += [f"skipped: {count:,} x {reason}" for reason, count in stats.get("skipped", {}).items()]
+    return [*lines, "", f"look at the source: {shlex.join(['perceiver', 'data', data.source])}"] if is_path(data.source) else lines
+
+
+def find(source: str, text: str | None = None, label: str | None = None) -> Found:
+    """What a source holds.
 
     Raises:
         UserError: it is not there, cannot be read, or holds nothing that is known.
@@ -48,28 +121,28 @@ def look(source: str, text: str | None = None, label: str | None = None) -> list
     single = len(listed) == 1 and not listed[0][1]
     pictures = bool(formats.keys() & {"picture", "idx", "tar"}) and not single or formats.keys() <= {"tar"} and bool(formats)
     if pictures or (not single and picture_folder(listed, "data", source, label or "label")):
-        return lines + _pictures(source, label or "label")
+        return _pictures(lines, source, label or "label")
+    given = ["--data.source", source]
     if "midi" in formats:
-        return [*lines, f"{formats['midi']:,} MIDI files", "", f"train: {_command('sam-small', source)}"]
+        return Found([*lines, f"{formats['midi']:,} MIDI files"], "sam-small", given, prepared_first=True)
     if formats.keys() & set(_TABLES):
-        return lines + _table(source, text, label)
+        return _table(lines, source, text, label)
     if formats.keys() & {"text", "wikitext"}:
         texts = resolve(DataConfig(source=source, val_fraction=0.05), "tokens").files
         size = sum(file.size for file in texts)
         what = f"{len(texts):,} files of text without classes, {size:,} bytes"
-        return [*lines, what, "", *_both("clm-wikitext-small", source, [])]
+        return Found([*lines, what], "clm-wikitext-small", given, prepared_first=True)
     raise UserError(f"{source} has no pictures, texts, tables or MIDI files")
 
 
-def _pictures(source: str, label: str) -> list[str]:
+def _pictures(lines: list[str], source: str, label: str) -> Found:
     found = resolve(DataConfig(source=source, label_column=label, val_fraction=0.1), "images")
     sizes = picture_sizes(found, skip=True)
     sides = sorted({shape[:2] for shape in sizes}, key=lambda side: side[0] * side[1])
     size = f"{sides[0][0]} x {sides[0][1]}" + (f" to {sides[-1][0]} x {sides[-1][1]}, {len(sides):,} sizes" if len(sides) > 1 else "")
     grey = sum(count for shape, count in sizes.items() if shape[2] == 1)
-    lines = [f"pictures: {size}; {grey:,} grey, {sum(sizes.values()) - grey:,} in colour"]
-    words = ["--data.label-column", label] if label != "label" else []
-    return [*lines, *_classes(found, label), "", *_both("img-clf", source, words)]
+    lines = [*lines, f"pictures: {size}; {grey:,} grey, {sum(sizes.values()) - grey:,} in colour", *_classes(found, label)]
+    return Found(lines, "img-clf", ["--data.source", source, *(["--data.label-column", label] if label != "label" else [])])
 
 
 def _classes(found: Source, label: str) -> list[str]:
@@ -91,7 +164,7 @@ def _counts(counts: Mapping[str, int]) -> str:
     return shown + (f", ... {len(counts):,} in all" if len(counts) > _SHOWN else "")
 
 
-def _table(source: str, text: str | None, label: str | None) -> list[str]:
+def _table(lines: list[str], source: str, text: str | None, label: str | None) -> Found:
     files = [file for file in resolve(DataConfig(source=source), "tokens").files if file.format in _TABLES]
     found = survey_columns(files)
     if not found.rows:
@@ -99,7 +172,7 @@ def _table(source: str, text: str | None, label: str | None) -> list[str]:
     for given, name in (("--text-column", text), ("--label-column", label)):
         if name is not None and name not in found.columns:
             raise UserError(f"{given} is {name!r}, which {source} does not have (it has: {', '.join(found.columns)})")
-    lines = [f"{found.rows:,} rows, columns:"]
+    lines = [*lines, f"{found.rows:,} rows, columns:"]
     width = max(map(len, list(found.columns)[:_SHOWN]))
     for name, column in list(found.columns.items())[:_SHOWN]:
         types = ", ".join(f"{kind} {count:,}" for kind, count in column.types.most_common())
@@ -108,17 +181,17 @@ def _table(source: str, text: str | None, label: str | None) -> list[str]:
         lines.append(f"  ... {len(found.columns):,} in all")
     text = text or text_column(found)
     if text is None:
-        return [*lines, "", f"train: {_command('tables', source)} --task.targets COLUMN"]
+        return Found(lines, "tables", ["--data.source", source], open=" --task.targets COLUMN")
     survey_texts(found, (row[text] for file in files for row in table_rows(file) if isinstance(row.get(text), str)), _CONTEXT)
     lines += _texts(found, text)
-    words = ["--data.text-column", text] if text != "text" else []
+    words = ["--data.source", source, *(["--data.text-column", text] if text != "text" else [])]
     label = label or label_column(found, text)
     if label is None:
-        return [*lines, "no column has few different values: no classes", "", *_both("clm-wikitext-small", source, words)]
+        return Found([*lines, "no column has few different values: no classes"], "clm-wikitext-small", words, prepared_first=True)
     values = found.columns[label].values
     if values is not None:
         lines.append(f"classes in {label!r}: {_counts({name: values[name] for name in class_order(values)})}")
-    return [*lines, "", *_both("txt-clf", source, [*words, *(["--data.label-column", label] if label != "label" else [])])]
+    return Found(lines, "txt-clf", [*words, *(["--data.label-column", label] if label != "label" else [])])
 
 
 def _texts(found: TableSurvey, column: str) -> list[str]:
@@ -134,12 +207,8 @@ def _texts(found: TableSurvey, column: str) -> list[str]:
     return lines
 
 
-def _both(preset: str, source: str, words: list[str]) -> list[str]:
-    return [f"prepare: {_command(preset, source, words, 'preprocess')}", f"train:   {_command(preset, source, words)}"]
-
-
-def _command(preset: str, source: str, words: list[str] | None = None, job: str = "train") -> str:
-    return shlex.join(["perceiver", job, preset, "--data.source", source, *(words or [])])
+def _command(preset: str, words: list[str], job: str = "train") -> str:
+    return shlex.join(["perceiver", job, preset, *words])
 
 
 if __name__ == "__main__":

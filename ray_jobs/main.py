@@ -36,6 +36,7 @@ _INFERENCE = "perceiver.inference.__main__"
 
 COMMANDS = {
     "data": Command("prepare data", "what data holds, and the command that trains on it", "ray_jobs.data"),
+    "init": Command("prepare data", "write the file of an experiment on data of yours", "ray_jobs.init"),
     "preprocess": Command(
         "prepare data",
         "prepare the data of an experiment",

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ import pyarrow.fs as pafs
 
 from perceiver.config import Experiment, UserError, digest
 from perceiver.data.files import InputFile
+from perceiver.data.held_out import choose, is_chosen, list_keys, listed
 from perceiver.data.labels import label_counts
 from perceiver.data.pieces import Piece, finished_pieces, make_piece
-from perceiver.data.preparation import Job, ShardPlan
+from perceiver.data.preparation import Job, Preparation, ShardPlan
 from perceiver.data.prepare import finished_shards, make_shard, plan_shards
 from perceiver.data.read_images import image_shape
 from perceiver.data.rows import KINDS, ArrayRows
@@ -35,7 +37,7 @@ from perceiver.disk import locked
 
 logger = logging.getLogger(__name__)
 
-PIECE_FORMAT = 2
+PIECE_FORMAT = 3
 """Of what pass 1 leaves for pass 2: who changes it raises it, so that a preparation stopped before begins again."""
 
 
@@ -52,12 +54,15 @@ def make_job(experiment: Experiment, settings: dict[str, Any], folder: str, fing
         if data.image_size is not None or all(file.format in ("picture", "tar") for file in source.files):
             shape = stored_shape(experiment, shape)
         check_image_shape(experiment, shape)
+    if data.group_column is not None:
+        _check_groups(data.group_column, source, kind)
     num_classes, class_names = _classes(experiment, source) if rows.has_labels else (0, ())
     columns = Columns(
         text=data.text_column,
         label=data.label_column if rows.has_labels else None,
         num_classes=num_classes,
         class_names=class_names,
+        group=data.group_column,
         image_shape=shape,
         fit_images=data.image_size is not None,
     )
@@ -78,6 +83,7 @@ def make_job(experiment: Experiment, settings: dict[str, Any], folder: str, fing
         tokenizer=load_tokenizer(data.tokenizer) if rows.is_text else None,
         document_marks=settings.get("document_marks", ""),
         arrays=ArrayRows.from_json(settings["columns"]) if "columns" in settings else None,
+        long_texts=data.long_texts,
     )
 
 
@@ -97,6 +103,18 @@ def held(job: Job) -> Iterator[None]:
             yield
         finally:
             path.unlink(missing_ok=True)
+
+
+def _check_groups(column: str, source: Source, kind: str) -> None:
+    """Raises UserError where rows can have no group."""
+    if Preparation.of(kind).keyed is Preparation.keyed:
+        raise UserError(f"--data.group-column is {column}, and {KINDS[kind].made_from} have no columns: leave it out")
+    for file in source.files:
+        table = file.format in ("csv", "jsonl", "parquet", "arrow")
+        if not table and not (file.format == "picture" and file.group is not None):
+            what = "a table (.csv, .tsv, .jsonl, .parquet, .arrow)"
+            pictures = " or pictures named in metadata.csv" if KINDS[kind].new_rows == "image" else ""
+            raise UserError(f"--data.group-column is {column}, and {file.name} has no columns: it needs {what}{pictures}")
 
 
 def _classes(experiment: Experiment, source: Source) -> tuple[int, tuple[str, ...]]:
@@ -129,12 +147,29 @@ def _staging_prefix(folder: str) -> str:
     return f"{root}/.staging-{name}-"
 
 
-def run_pieces(job: Job, pieces: list[Piece], piece_bytes: int) -> list[dict[str, Any]]:
-    """Pass 1: the notes on all pieces."""
+def hold_out(experiment: Experiment, job: Job, pieces: list[Piece], piece_bytes: int) -> tuple[Job, dict[str, Any]]:
+    """The job with what is held out for validation, where that is chosen by class or by group; and what the manifest says of it."""
+    if not is_chosen(job, pieces, experiment.data.stratify):
+        return job, {}
+    _same_layout(job, pieces, piece_bytes)
+    there = listed(job, len(pieces))
+    for _ in in_parallel(lambda i: list_keys(job, i, pieces[i]), [i for i in range(len(pieces)) if i not in there]):
+        pass
+    held_out, stats = choose(job, len(pieces))
+    return replace(job, held_out=held_out), stats
+
+
+def _same_layout(job: Job, pieces: list[Piece], piece_bytes: int) -> None:
+    """Removes what a preparation left that was stopped and had cut its input otherwise, or was of another version."""
     layout = json.dumps({"piece_bytes": piece_bytes, "pieces": len(pieces), "format": PIECE_FORMAT}).encode()
     if "layout.json" in list_folder(job.staging) and read_file(job.staging, "layout.json") != layout:
-        remove_folder(job.staging)  # pieces cut otherwise, or by another version: their numbers mean nothing here
+        remove_folder(job.staging)  # the numbers of its pieces mean nothing here
     write_file(job.staging, "layout.json", layout)
+
+
+def run_pieces(job: Job, pieces: list[Piece], piece_bytes: int) -> list[dict[str, Any]]:
+    """Pass 1: the notes on all pieces."""
+    _same_layout(job, pieces, piece_bytes)
     notes = finished_pieces(job, len(pieces))
     if notes:
         logger.info(f"continuing: {len(notes)} of {len(pieces)} pieces are there")

@@ -1,11 +1,11 @@
-"""`python -m ray_jobs.predict RUN --input FILES --output FOLDER [--mode MODE]`: a trained model on many inputs, on Ray
+"""`python -m ray_jobs.predict RUN --input FILES --output OUTPUT [--mode MODE]`: a trained model on many inputs, on Ray
 Data.
 
 Modes: classify, fill-mask, embed (mean of the latents), score (loss of each document), generate, and predict: what a
-task of your own says of rows of arrays. Inputs are lines of .txt files, objects of .jsonl files, rows of .parquet files, or
-image files. The output folder gets parquet files with exactly one row for each input row, with its id, and _errors.jsonl
-with the rows that could not be computed. A job that was stopped continues when it is started again: parts that are written
-are not computed again.
+task of your own says of rows of arrays. Inputs are lines of .txt files, objects of .jsonl or .json files, rows of .csv, .tsv,
+.parquet and .arrow files, or image files. OUTPUT is a file (.csv, .jsonl or .parquet) with exactly one row for each input row,
+in order, with its id, or a folder, which gets such rows as several parquet files, and _errors.jsonl with the rows that could
+not be computed. A job that was stopped continues when it is started again: parts that are written are not computed again.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ import pyarrow.parquet as pq
 
 from perceiver.config import ParallelConfig, UserError, differences, flatten
 from perceiver.data.rows import KINDS, ArrayRows
-from perceiver.data.storage import atomic_file, list_folder, open_folder, read_file, write_file
+from perceiver.data.storage import atomic_file, list_folder, open_folder, read_file, remove_folder, write_file
 from perceiver.generation.options import add_generation_options, given_generation_options
+from perceiver.inference.joined import join, suffix_of
 from perceiver.inference.load import Description, describe
 from perceiver.inference.parts import Part, from_plain, list_inputs, plan_parts, read_part, to_plain
 from perceiver.inference.predict import MODES, PredictOptions, predict_rows
@@ -77,10 +78,25 @@ class Placement:
 def main(argv: list[str]) -> int:
     argv = show_progress(argv)
     job, output, placement, model = parse(argv)
+    file = output if suffix_of(output) else None
+    if file is not None:
+        check_new_file(file)
+        output = f"{file}.parts"
     summary = predict(job, output, placement, model)
+    if file is not None:
+        rows = join(output, [part_name(number) for number in range(summary["parts"])], file)
+        remove_folder(output)
+        logger.info(f"wrote {file}: {rows:,} rows")
     if summary["errors"] == summary["rows"]:
         raise JobFailed(f"none of the {summary['rows']:,} rows could be computed; the first: {summary['first_error']}")
     return 0
+
+
+def check_new_file(file: str) -> None:
+    """Raises UserError where the output is there already: nothing is written over."""
+    root, _, name = file.rpartition("/")
+    if name in list_folder(root):
+        raise UserError(f"--output {file} exists: remove it, or choose another name")
 
 
 def parse(argv: list[str]) -> tuple[PredictJob, str, Placement, Description]:
@@ -93,11 +109,13 @@ def parse(argv: list[str]) -> tuple[PredictJob, str, Placement, Description]:
     parser = argparse.ArgumentParser(prog=program("ray_jobs.predict"), description=(__doc__ or "").partition("\n\n")[2])
     parser.add_argument("run", help="folder or name of a run, an exported folder, or a name on the hub")
     parser.add_argument("--input", nargs="+", required=True, metavar="PATH", help="files or folders")
-    parser.add_argument("--output", required=True, metavar="FOLDER", help="a new folder, or that of the same job before")
+    parser.add_argument(
+        "--output", required=True, metavar="OUTPUT", help="a new file (.csv, .jsonl, .parquet) or folder, or that of the same job before"
+    )
     parser.add_argument("--mode", choices=MODES, help="what to compute (default: what the model's task is for)")
     parser.add_argument("--checkpoint", default="best", help="best (default), last, or a step; best:ema and so on are averaged weights")
     parser.add_argument("--trust-code", action="store_true", help="run code that the run brings and that was never run from this account")
-    parser.add_argument("--column", help='column with the text or image (default: "text" or "image")')
+    parser.add_argument("--column", help='column with the text or image (default: that of the training, else "text" or "image")')
     parser.add_argument("--id-column", help="column with the rows' ids (default: file name and row number)")
     parser.add_argument("--batch-size", type=int, default=PredictOptions.batch_size, help="rows computed at once (%(default)s)")
     parser.add_argument("--rows-per-part", type=int, default=1000, help="rows of an output file (%(default)s)")
@@ -136,7 +154,7 @@ def parse(argv: list[str]) -> tuple[PredictJob, str, Placement, Description]:
         checkpoint=model.checkpoint,
         inputs=tuple(map(_absolute, args.input)),
         kind=kind,
-        column=args.column or ("" if kind == "arrays" else kind),
+        column=args.column or {"arrays": "", "text": model.data.text_column}.get(kind, kind),
         id_column=args.id_column,
         rows_per_part=args.rows_per_part,
         precision=args.precision,
@@ -186,7 +204,7 @@ def plan(job: PredictJob, output: str) -> list[Part]:
     Raises:
         UserError: the folder holds another job's output, or something else; or the input has changed.
     """
-    files = list_inputs(job.inputs)
+    files = list_inputs(job.inputs, job.kind)
     settings = flatten(dataclasses.asdict(job) | {"files": {name: size for _, name, size in files}})
     if job.arrays is None:
         del settings["arrays"]

@@ -35,7 +35,7 @@ from perceiver.data.tokenizers import TOKENIZER, SentencePieceTokenizer, load_to
 from perceiver.datasets import check_fits, data_folder, prepare_settings, task_kind, with_tokenizer
 from ray_jobs.cli import main_entry, parse_experiment
 from ray_jobs.logs import show_progress
-from ray_jobs.passes import duration, held, make_job, remove_staging, run_pieces, run_shards
+from ray_jobs.passes import duration, held, hold_out, make_job, remove_staging, run_pieces, run_shards
 
 logger = logging.getLogger("ray_jobs.preprocess")  # which __name__ is not where it is run as a program
 
@@ -91,9 +91,11 @@ def prepare(experiment: Experiment, piece_bytes: int = PIECE_BYTES) -> Manifest:
     from ray_jobs.ray_env import connect
 
     with held(job), connect(experiment.parallel):
-        notes = run_pieces(job, cut_pieces(source.inputs, piece_bytes), piece_bytes)
+        pieces = cut_pieces(source.inputs, piece_bytes)
+        job, chosen = hold_out(experiment, job, pieces, piece_bytes)
+        notes = run_pieces(job, pieces, piece_bytes)
         shards = run_shards(experiment, job, notes, source)
-        manifest = _finish(job, settings, fingerprint, notes, shards)
+        manifest = _finish(job, settings, fingerprint, notes, shards, chosen)
     _summary(folder, manifest, source, time.monotonic() - started)
     return manifest
 
@@ -250,19 +252,29 @@ def _finish(
     fingerprint: dict[str, Any],
     notes: list[dict[str, Any]],
     shards: dict[str, list[dict[str, Any]]],
+    chosen: dict[str, Any],
 ) -> Manifest:
-    """Writes the manifest, and removes what is not part of the data set."""
+    """Writes the manifest, and removes what is not part of the data set. `chosen`: how validation was held out."""
     splits = {name: make_split(job, notes, shards[name], name) for name in shards}
     histograms = {name: histogram(job, name) for name in shards}
     skipped: Counter[str] = Counter()
     for note in notes:
         skipped.update(note["skipped"])
-    stats: dict[str, Any] = {"skipped": dict(sorted(skipped.items()))}
+    stats: dict[str, Any] = {"skipped": dict(sorted(skipped.items())), **chosen}
     if (shared := shared_documents(job)) is not None:
         stats["shared_documents"] = shared
     empty = {name: sum(note["splits"][name]["empty"] for note in notes) for name in shards}
     if any(empty.values()):
         stats["empty_documents"] = empty
+    long = {
+        name: {
+            "texts": sum(note["splits"][name]["long"] for note in notes),
+            "tokens": sum(note["splits"][name]["all_tokens"] for note in notes),
+        }
+        for name in shards
+    }
+    if any(found["texts"] for found in long.values()):
+        stats["long_texts"] = {name: {**found, "lost": found["tokens"] - splits[name].tokens} for name, found in long.items()}
     if job.columns.label is not None:
         stats["labels"] = {name: counts.tolist() for name, counts in histograms.items()}
     elif "train" in histograms and (num_ids := job.rows.num_ids if job.tokenizer is None else job.tokenizer.vocab_size):
@@ -312,10 +324,22 @@ def _summary(folder: str, manifest: Manifest, source: Source, seconds: float) ->
     if manifest.columns is not None:
         logger.info(f"  columns: {', '.join(f'{name} {tuple(shape)} {dtype}' for name, (shape, dtype) in manifest.columns.items())}")
     what = KINDS[manifest.kind].made_from
+    if how := manifest.stats.get("held_out"):
+        share = manifest.splits["val"].rows / max(sum(split.rows for split in manifest.splits.values()), 1)
+        groups = f" of {manifest.stats['groups']:,}" if "groups" in manifest.stats else ""
+        logger.info(f"  held out {how}{groups}: {share:.1%} of the rows")
+    if repeated := manifest.stats.get("repeated"):
+        logger.info(f"  repeated: {repeated:,} {what} have the content of another one; equal ones are of one split")
     if shared := manifest.stats.get("shared_documents"):
         logger.info(f"  shared: {shared:,} of the {manifest.splits['val'].documents:,} validation {what} occur in training, too")
     if empty := manifest.stats.get("empty_documents"):
         logger.info(f"  empty: {' and '.join(f'{count:,} {name}' for name, count in empty.items() if count)} documents have no text")
+    for name, found in manifest.stats.get("long_texts", {}).items():
+        if found["texts"]:
+            lost = f"{found['lost']:,} of {found['tokens']:,} tokens ({found['lost'] / found['tokens']:.1%}) are lost"
+            became = lost if found["lost"] else "they are split"
+            length, documents = manifest.splits[name].row_length, manifest.splits[name].documents
+            logger.info(f"  long: {found['texts']:,} of {documents:,} {name} documents have more than {length:,} tokens: {became}")
     if manifest.stats.get("skipped"):
         logger.info(f"  {_skipped(manifest)}")
     if source.ignored:

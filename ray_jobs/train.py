@@ -30,7 +30,7 @@ from perceiver.training.init_from import Start, find_start, forked_run
 from perceiver.training.meters import duration
 from perceiver.training.remote_copy import RemoteCopy
 from perceiver.training.run import save_experiment, total_steps
-from ray_jobs.cli import Interrupted, main_entry, parse_experiment, program
+from ray_jobs.cli import Interrupted, main_entry, naming_words, parse_experiment, program
 from ray_jobs.logs import log_file, show_progress
 from ray_jobs.memory_check import check_memory, check_precision
 from ray_jobs.preflight import check_experiment, local_folder, plan_resources
@@ -45,7 +45,8 @@ def main(argv: list[str]) -> int:
     given, words = take_seeds([word for word in argv if word != "--allow-changed-code"])
     experiment = parse_experiment(words, "ray_jobs.train")
     if given is None:
-        run(experiment, allow_changed_code=allow_changed_code, argv=typed)
+        with naming_words(words):
+            run(experiment, allow_changed_code=allow_changed_code, argv=typed)
         return 0
     seeds = parse_seeds(given, experiment.training.seed)
     for seed in seeds:  # all before the first: a name that is taken is known now
@@ -55,7 +56,11 @@ def main(argv: list[str]) -> int:
         dataset = Dataset.find(experiment)
         return {name: found.value for name, found in build_task(dataset.measured()).baselines(dataset.parts).items()}
 
-    return 0 if train_seeds(experiment, seeds, lambda made: run(made, allow_changed_code=allow_changed_code, argv=typed), baselines) else 1
+    def train(made: Experiment) -> dict[str, float]:
+        return run(made, allow_changed_code=allow_changed_code, argv=typed)
+
+    with naming_words(words):
+        return 0 if train_seeds(experiment, seeds, train, baselines) else 1
 
 
 def run(
@@ -329,7 +334,8 @@ def report(
     logger.info(f"  run folder:   {trained.folder}")
     logger.info(f"  checkpoints:  last step {checkpoints[-1].step}, best step {(best or checkpoints[-1]).step} by {metric}")
     logger.info(f"  TensorBoard:  tensorboard --logdir {trained.tensorboard_folder}")
-    pictures = ", ".join(str(p) for p in [trained.curve_file, *sorted(trained.samples_folder.glob("*.png"))[-1:]])
+    newest = {path.stem.rpartition("-")[0]: path for path in sorted(trained.samples_folder.glob("*.png"))}
+    pictures = ", ".join(str(path) for path in [trained.curve_file, *newest.values()])
     logger.info(f"  pictures:     {pictures}")
     logger.info(f"  evaluate:     python -m ray_jobs.evaluate {_place(experiment, trained)}")
 

@@ -115,6 +115,10 @@ class DataConfig(Config):
     """The same for validation; None: the named data set's own validation split, else val_fraction of the documents."""
     val_fraction: float = 0.05
     """Share of documents (or images) held out for validation where a source has no validation split."""
+    stratify: bool = True
+    """Of data with classes, hold out the same share of every class; False: rows of small hash, whatever their class."""
+    group_column: str | None = None
+    """Column (a patient, an author) whose rows of one value are all held out for validation or all trained on."""
     text_column: str = "text"
     """Column of tables (.jsonl, .json, .csv, .tsv, .arrow, .parquet) that holds the text."""
     label_column: str = "label"
@@ -122,6 +126,9 @@ class DataConfig(Config):
     image_size: int | None = None
     """Pictures are scaled until their shorter side has this many pixels, and the square in their middle is cut out; None: they are taken
     as they are, and all must have one size."""
+    long_texts: Literal["cut", "split", "refuse"] = "cut"
+    """What becomes of texts with classes that are longer than the model takes: cut: their end is lost; split: each part is a row of its own
+    with the same class; refuse: an error that names the first."""
     encoding: str = "utf-8"
     """Encoding of text files, .csv and .jsonl: utf-8, utf-16, latin-1, or another that Python knows."""
     tokenizer: str = "bytes"

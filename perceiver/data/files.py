@@ -59,6 +59,8 @@ class InputFile:
     """The labels that belong to an idx file of images."""
     label: str | None = None
     """The class of a picture, where its folder or a table beside it says it."""
+    group: str | None = None
+    """The group that a picture belongs to, where a table beside it says it."""
     encoding: str = "utf-8"
     """Of text; other than UTF-8 it is converted while it is read."""
 

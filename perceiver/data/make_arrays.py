@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
+import numpy as np
 import pyarrow as pa
 
 from perceiver.data.preparation import PieceWriter, Preparation, ShardParts, content_hashes, splits_of
@@ -19,10 +20,15 @@ class ArrayPreparation(Preparation):
 
     def add(self, span: Span, problems: Problems, writers: Mapping[str, PieceWriter]) -> None:
         rows = self._columns
-        for example in read_arrays(span, rows, problems):
+        for example, group in read_arrays(span, rows, problems, self.job.columns.group):
             content = rows.contents(example)
-            for split, _ in splits_of(span.file, [content], self.job.val_fraction):
-                writers[split].add_example(example, content, None if span.file.split == "hash" else content_hashes([content]))
+            alone = span.file.split == "hash" and group is None  # equal ones are of one split
+            for split, _ in splits_of(span.file, [group or content], self.job.val_fraction, self.job.held_out):
+                writers[split].add_example(example, content, None if alone else content_hashes([content]))
+
+    def keyed(self, span: Span, problems: Problems) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for example, group in read_arrays(span, self._columns, problems, self.job.columns.group):
+            yield content_hashes([group or self._columns.contents(example)]), np.zeros(1, np.int64)
 
     def block(self, shard: ShardParts, first: int, num: int) -> pa.Table:
         return shard.read_rows(self._columns, first, first + num)

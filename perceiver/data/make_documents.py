@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 
+from perceiver.config import UserError
 from perceiver.data.preparation import Job, PieceWriter, Preparation, ShardParts, content_hashes, splits_of
 from perceiver.data.read_documents import Documents, read_documents
 from perceiver.data.rows import DocumentRows
 from perceiver.data.spans import Problems, Span
-from perceiver.data.text import count_words, truncate
+from perceiver.data.text import count_words, split_long, truncate
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ def encoded(job: Job, span: Span, problems: Problems) -> Iterator[Encoded]:
     assert job.tokenizer is not None
     for documents in read_documents(span, job.columns, problems):
         texts = [text.encode() for text in documents.texts]
-        for split, chosen in splits_of(span.file, texts, job.val_fraction):
+        for split, chosen in splits_of(span.file, documents.groups or texts, job.val_fraction, job.held_out):
             places = np.flatnonzero(chosen)
             ids, lengths = job.tokenizer.encode_batch([documents.texts[i] for i in places])
             counts = {
@@ -44,8 +46,16 @@ def encoded(job: Job, span: Span, problems: Problems) -> Iterator[Encoded]:
                 "documents": int(np.count_nonzero(documents.complete[chosen])),
                 "empty": int(np.count_nonzero(lengths == 0)),
             }
-            hashes = None if span.file.split == "hash" else content_hashes([content for content in texts if content])
+            alone = span.file.split == "hash" and documents.groups is None  # equal ones are of one split
+            hashes = None if alone else content_hashes([texts[i] for i in places if texts[i]])
             yield Encoded(split, documents, chosen, ids, lengths, counts, hashes)
+
+
+def keyed(job: Job, span: Span, problems: Problems) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """See `Preparation.keyed`."""
+    for documents in read_documents(span, job.columns, problems):
+        keys = content_hashes(documents.groups or [text.encode() for text in documents.texts])
+        yield keys, np.zeros(len(keys), np.int64) if documents.labels is None else documents.labels
 
 
 class DocumentPreparation(Preparation):
@@ -53,12 +63,28 @@ class DocumentPreparation(Preparation):
 
     kind = DocumentRows.kind
 
+    def keyed(self, span: Span, problems: Problems) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        return keyed(self.job, span, problems)
+
     def add(self, span: Span, problems: Problems, writers: Mapping[str, PieceWriter]) -> None:
         for part in encoded(self.job, span, problems):
             assert part.documents.labels is not None
-            ids, lengths = truncate(part.ids, part.lengths, self.job.row_length)
-            counts = {**part.counts, "rows": len(lengths), "tokens": len(ids)}
-            writers[part.split].add(ids, counts, part.documents.labels[part.chosen], lengths, part.hashes)
+            limit, labels = self.job.row_length, part.documents.labels[part.chosen]
+            is_long = part.lengths > limit
+            if self.job.long_texts == "refuse" and is_long.any():
+                first = int(np.argmax(is_long))
+                text = part.documents.texts[np.flatnonzero(part.chosen)[first]]
+                raise UserError(
+                    f"{span.file.name}: a text has {part.lengths[first]:,} tokens, and the model takes {limit:,} ({reprlib.repr(text)}): "
+                    "--data.long-texts cut or split takes it, a larger max-seq-len too"
+                )
+            if self.job.long_texts == "split":
+                parts, lengths = split_long(part.lengths, limit)
+                ids, labels = part.ids, np.repeat(labels, parts)
+            else:
+                ids, lengths = truncate(part.ids, part.lengths, limit)
+            counts = {"rows": len(lengths), "tokens": len(ids), "long": int(np.count_nonzero(is_long)), "all_tokens": len(part.ids)}
+            writers[part.split].add(ids, part.counts | counts, labels, lengths, part.hashes)
 
     def block(self, shard: ShardParts, first: int, num: int) -> pa.Table:
         labels = pa.array(shard.read("labels", np.int32, first, first + num))

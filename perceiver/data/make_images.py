@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import pyarrow as pa
@@ -18,15 +18,20 @@ class ImagePreparation(Preparation):
 
     kind = ImageRows.kind
 
+    def keyed(self, span: Span, problems: Problems) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for images in read_images(span, self.job.columns, problems):
+            yield content_hashes(images.groups or [image.tobytes() for image in images.pixels]), images.labels
+
     def add(self, span: Span, problems: Problems, writers: Mapping[str, PieceWriter]) -> None:
         for images in read_images(span, self.job.columns, problems):
             pixels = np.ascontiguousarray(images.pixels)
             contents = [image.tobytes() for image in pixels]
-            for split, chosen in splits_of(span.file, contents, self.job.val_fraction):
+            for split, chosen in splits_of(span.file, images.groups or contents, self.job.val_fraction, self.job.held_out):
                 values = pixels[chosen].reshape(-1)
                 num = int(np.count_nonzero(chosen))
                 counts = {"rows": num, "bytes": values.nbytes, "documents": num}
-                hashes = None if span.file.split == "hash" else content_hashes(contents)
+                alone = span.file.split == "hash" and images.groups is None  # equal ones are of one split
+                hashes = None if alone else content_hashes([contents[i] for i in np.flatnonzero(chosen)])
                 writers[split].add(values, counts, images.labels[chosen], None, hashes)
 
     def block(self, shard: ShardParts, first: int, num: int) -> pa.Table:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import pyarrow as pa
 
 from perceiver.data.examples import ExamplePart
 from perceiver.data.files import InputFile
-from perceiver.data.make_documents import encoded
+from perceiver.data.make_documents import encoded, keyed
 from perceiver.data.midi import NOTE_OFF
 from perceiver.data.preparation import Job, PieceWriter, Preparation, ShardParts, content_hashes, splits_of
 from perceiver.data.read_midi import read_performance
@@ -34,6 +34,9 @@ class TokenPreparation(StreamPreparation):
     """The tokens of all documents."""
 
     kind = TokenRows.kind
+
+    def keyed(self, span: Span, problems: Problems) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        return keyed(self.job, span, problems)
 
     def add(self, span: Span, problems: Problems, writers: Mapping[str, PieceWriter]) -> None:
         for part in encoded(self.job, span, problems):

@@ -121,7 +121,10 @@ class Manifest:
     """ "skipped": what was left out, counted by reason; "unigram_nats_per_token": cross-entropy of the validation
     stream under the training stream's id frequencies (tokens); "labels": how often each label occurs, by split
     (images, documents); "shared_documents": how many validation documents or images have the content of a training one, where
-    the splits are different files; "empty_documents": how many documents have no ids, by split, where there are any.
+    the splits are different files; "empty_documents": how many documents have no ids, by split, where there are any;
+    "held_out": "by class" or "by group", where validation was chosen so; "repeated": how many rows have the content of another one
+    ("by class"); "groups": how many there are ("by group");
+    "long_texts": how many documents are longer than a row, by split, tokens of all, and how many of these are lost.
     """
     image_shape: tuple[int, int, int] | None = None
     """Height, width, channels, for images."""

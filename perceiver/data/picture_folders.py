@@ -19,7 +19,7 @@ Listed = list[tuple[str, str, int]]
 """(path, path inside the source, bytes) of files."""
 
 
-def picture_folder(listed: Listed, label: str, what: str, label_column: str) -> list[Found]:
+def picture_folder(listed: Listed, label: str, what: str, label_column: str, group_column: str | None = None) -> list[Found]:
     """The pictures with a class among listed files, with their splits; none where the source is no folder of pictures.
 
     A picture's class is the folder that it lies in, or stands in metadata.csv or metadata.jsonl (columns file_name and label). The
@@ -29,6 +29,7 @@ def picture_folder(listed: Listed, label: str, what: str, label_column: str) -> 
         label: what messages and the manifest call the source.
         what: how the source was given.
         label_column: of the tables.
+        group_column: of the tables, where pictures belong to groups.
 
     Raises:
         UserError: only pictures without a class, a table that cannot be read or names what is not there.
@@ -38,7 +39,7 @@ def picture_folder(listed: Listed, label: str, what: str, label_column: str) -> 
         if format_of(path) not in ("csv", "jsonl"):
             return []
         folder, _, name = path.rpartition("/")
-        return _in_table(name, _rows(path, name), folder, _there(folder), label, what, label_column)
+        return _in_table(name, _rows(path, name), folder, _there(folder), label, what, label_column, group_column)
     tables = [item for item in listed if item[1].rpartition("/")[2].lower() in _TABLES]
     pictures = [item for item in listed if format_of(item[0]) == "picture"]
     found = []
@@ -47,7 +48,9 @@ def picture_folder(listed: Listed, label: str, what: str, label_column: str) -> 
         prefix = f"{folder}/" if folder else ""
         inside = {name.removeprefix(prefix): (place, size) for place, name, size in listed if name.startswith(prefix)}
         named = f"{label}/{prefix}".rstrip("/")
-        found += _in_table(inner, _rows(path, inner), path.rpartition("/")[0], inside, named, what, label_column, _mark(f"{prefix}x/x"))
+        found += _in_table(
+            inner, _rows(path, inner), path.rpartition("/")[0], inside, named, what, label_column, group_column, _mark(f"{prefix}x/x")
+        )
     if tables:
         return found
     for path, inner, size in pictures:
@@ -96,6 +99,7 @@ def _in_table(
     label: str,
     what: str,
     label_column: str,
+    group_column: str | None,
     mark: str | None = None,
 ) -> list[Found]:
     """The pictures that a table names."""
@@ -105,13 +109,18 @@ def _in_table(
         if column is None or label_column not in row:
             missing = f"--data.label-column {label_column}" if column else f"of pictures ({' or '.join(_FILE_COLUMNS)})"
             raise UserError(f"{what}: {name} has no column {missing} (it has: {', '.join(map(str, row))})")
+        if group_column is not None and group_column not in row:
+            raise UserError(f"{what}: {name} has no column --data.group-column {group_column} (it has: {', '.join(map(str, row))})")
         inner = str(row[column]).removeprefix("./")
         if inner not in there:
             raise UserError(f"{what}: {name} row {number:,} names {inner}, which is not in {folder}")
         path, size = there[inner]
         value = row[label_column]
         text = json.dumps(value) if not isinstance(value, str) else value
-        file = InputFile(path=path, name=f"{label}/{inner}", format="picture", size=size, label=text)
+        group = row.get(group_column) if group_column else None
+        file = InputFile(
+            path=path, name=f"{label}/{inner}", format="picture", size=size, label=text, group=None if group is None else str(group)
+        )
         split = MARKS.get(str(row.get("split") or "").strip().lower(), mark)
         found.append(Found(file, split))
     return found

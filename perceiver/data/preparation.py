@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO, ClassVar
+from typing import Any, BinaryIO, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -53,6 +53,10 @@ class Job:
     """"eos": an end id after each document; "cls-sep": each document between [CLS] and [SEP]."""
     arrays: ArrayRows | None = None
     """The columns of rows of arrays."""
+    long_texts: Literal["cut", "split", "refuse"] = "cut"
+    """What becomes of documents that are longer than a row."""
+    held_out: np.ndarray | None = None
+    """Keys of what goes to validation, sorted, where it was chosen by class or by group (`held_out.py`); None: those of small hash."""
     preparation: type[Preparation] = field(init=False)
     """Of the kind. It goes with the job to other processes, and the code that it needs with it."""
 
@@ -110,6 +114,13 @@ class Preparation(ABC):
     def add(self, span: Span, problems: Problems, writers: Mapping[str, PieceWriter]) -> None:
         """Pass 1: reads a part of the input and adds what it holds to the piece's files of the splits that it belongs to."""
 
+    def keyed(self, span: Span, problems: Problems) -> Iterator[tuple[np.ndarray, np.ndarray]] | None:
+        """What of a part of the input would be held out together: a key (uint64) and a class (int64) for each document or row.
+
+        None: validation cannot be chosen by class or group. Where it is, `add` gives `splits_of` what the keys are hashes of.
+        """
+        return None
+
     @abstractmethod
     def block(self, shard: ShardParts, first: int, num: int) -> pa.Table:
         """Pass 2: rows first .. first + num - 1 of a shard (and the kind's lookahead)."""
@@ -121,7 +132,7 @@ class PieceWriter:
     def __init__(self, job: Job, index: int, split: str, stack: ExitStack) -> None:
         self._job, self._stack, self._name = job, stack, f"piece-{index:06d}-{split}"
         self._files: dict[str, BinaryIO] = {}
-        self._counts = dict.fromkeys((*COUNTS, "empty"), 0)
+        self._counts = dict.fromkeys((*COUNTS, "empty", "long", "all_tokens"), 0)
         self._histogram = np.zeros(0, np.int64)
         self._examples: list[dict[str, Any]] = []
         self._tables: pa.RecordBatchWriter | None = None
@@ -249,12 +260,15 @@ def content_hashes(contents: Sequence[bytes]) -> np.ndarray:
     return np.frombuffer(data, ">u8").astype(np.uint64)
 
 
-def splits_of(file: InputFile | ExamplePart, contents: Any, val_fraction: float) -> Iterator[tuple[str, np.ndarray]]:
-    """The splits that a file's documents go to, with which ones; equal documents go to the same."""
+def splits_of(
+    file: InputFile | ExamplePart, contents: Any, val_fraction: float, held_out: np.ndarray | None = None
+) -> Iterator[tuple[str, np.ndarray]]:
+    """The splits that a file's documents go to, with which ones; those of equal contents (their own, or their groups') go to the same."""
     if file.split != "hash":
         yield file.split, np.ones(len(contents), bool)
         return
-    is_val = content_hashes(contents).astype(np.float64) < val_fraction * 2.0**64
+    keys = content_hashes(contents)
+    is_val = keys.astype(np.float64) < val_fraction * 2.0**64 if held_out is None else np.isin(keys, held_out)
     for split, chosen in (("train", ~is_val), ("val", is_val)):
         if chosen.any():
             yield split, chosen

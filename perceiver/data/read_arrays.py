@@ -21,26 +21,34 @@ from perceiver.data.spans import (
     line_number,
 )
 from perceiver.data.tables import (
+    NoGroup,
     NotJson,
+    group_of,
     line_fault,
     parquet_tables,
     parse_json,
 )
 
 
-def read_arrays(span: Span, rows: ArrayRows, problems: Problems) -> Iterator[dict[str, Any]]:
-    """The examples of a span, as the rows' columns hold them. Faulty ones and faulty files go to `problems`.
+def read_arrays(span: Span, rows: ArrayRows, problems: Problems, group: str | None = None) -> Iterator[tuple[dict[str, Any], bytes | None]]:
+    """The examples of a span, as the rows' columns hold them, each with its group if there is a column of groups. Faulty ones and
+    faulty files go to `problems`.
 
     Raises:
         UserError: a fault, where faults are not skipped.
     """
     readers = {"examples": _code_arrays, "jsonl": _jsonl_arrays, "parquet": _parquet_arrays}
     try:
-        for where, example in readers[span.file.format](span, rows, problems):
+        for where, example in readers[span.file.format](span, rows, problems, group):
             try:
-                yield rows.values(example)
+                values = rows.values(example)
+                if group is not None and group not in example:
+                    raise BadExample("missing column", f"it has no {group} (it has: {', '.join(map(str, example))})")
+                yield values, None if group is None else group_of(example[group], group)
             except BadExample as error:
                 problems.report(error.reason, f"{where()}: {error}")
+            except NoGroup as error:
+                problems.report("no group", f"{where()}: {error}")
     except Unreadable as error:
         problems.report(*error.args)
 
@@ -49,14 +57,14 @@ _Found = Iterator[tuple[Callable[[], str], Any]]
 """Examples, each after what messages call it."""
 
 
-def _code_arrays(span: Span, rows: ArrayRows, problems: Problems) -> _Found:
+def _code_arrays(span: Span, rows: ArrayRows, problems: Problems, group: str | None) -> _Found:
     part = span.file
     assert isinstance(part, ExamplePart)
     for number, example in enumerate(part.examples()):
         yield partial("{}, example {:,}".format, part.place, number), example
 
 
-def _jsonl_arrays(span: Span, rows: ArrayRows, problems: Problems) -> _Found:
+def _jsonl_arrays(span: Span, rows: ArrayRows, problems: Problems, group: str | None) -> _Found:
     """A JSON object a line, of (nested) lists."""
     any_row = False
     for base, run, _ in byte_runs(span, problems, line_borders(span)):
@@ -77,10 +85,12 @@ def _line_place(span: Span, position: int, problems: Problems) -> str:
     return span.file.name if problems.skip else f"{span.file.name} line {line_number(span, position):,}"
 
 
-def _parquet_arrays(span: Span, rows: ArrayRows, problems: Problems) -> _Found:
+def _parquet_arrays(span: Span, rows: ArrayRows, problems: Problems, group: str | None) -> _Found:
     """Columns of numbers, or of lists of them: nested as the rows' shapes are, or all numbers of a row in one list."""
-    for first, table in parquet_tables(span, list(rows.columns)):
+    groups = [group] if group is not None and group not in rows.columns else []
+    for first, table in parquet_tables(span, [*rows.columns, *groups]):
         values = {name: _unpacked(table[name].combine_chunks(), rows.columns[name].shape) for name in rows.columns}
+        values |= {name: table[name].to_pylist() for name in groups}
         for i in range(table.num_rows):
             example = {name: column[i] for name, column in values.items()}
             yield partial("{} row {:,}".format, span.file.name, first + i), example

@@ -26,7 +26,10 @@ from perceiver.data.spans import (
 from perceiver.data.tables import (
     BadLabel,
     Columns,
+    NoGroup,
     NotJson,
+    group_of,
+    groups_of,
     label_of,
     labels_of,
     line_fault,
@@ -51,6 +54,8 @@ class Documents:
     """bool (n,): the document begins with this part."""
     complete: np.ndarray
     """bool (n,): the document ends with this part."""
+    groups: list[bytes] | None = None
+    """The group that each belongs to, where asked for."""
 
 
 def read_documents(span: Span, columns: Columns, problems: Problems) -> Iterator[Documents]:
@@ -143,8 +148,8 @@ def _lines_from(span: Span, columns: Columns, problems: Problems) -> Iterator[tu
             yield first, _strings(span, table, first, sink)
 
 
-def _whole(texts: list[str], labels: np.ndarray | None = None) -> Documents:
-    return Documents(texts, labels, np.ones(len(texts), bool), np.ones(len(texts), bool))
+def _whole(texts: list[str], labels: np.ndarray | None = None, groups: list[bytes] | None = None) -> Documents:
+    return Documents(texts, labels, np.ones(len(texts), bool), np.ones(len(texts), bool), groups)
 
 
 def _read_jsonl(span: Span, columns: Columns, problems: Problems) -> Iterator[Documents]:
@@ -155,7 +160,7 @@ def _read_jsonl(span: Span, columns: Columns, problems: Problems) -> Iterator[Do
         return
     any_row = False
     for base, run, _ in byte_runs(span, problems, line_borders(span)):
-        texts, labels = [], []
+        rows = []
         position = base
         for line in run.split(b"\n"):
             if line.strip():
@@ -163,11 +168,10 @@ def _read_jsonl(span: Span, columns: Columns, problems: Problems) -> Iterator[Do
                 bare = line.removeprefix(codecs.BOM_UTF8) if position == 0 else line
                 row = _parse_line(bare, span, position, columns, problems)
                 if row is not None:
-                    texts.append(row[0])
-                    labels.append(row[1])
+                    rows.append(row)
             position += len(line) + 1
-        if texts:
-            yield _whole(texts, np.array(labels, np.int64) if columns.label else None)
+        if rows:
+            yield _labelled(rows, columns)
     if not any_row and span.start == 0:
         raise Unreadable("empty file", f"{span.file.name} is empty")
 
@@ -191,8 +195,9 @@ def _read_json_array(span: Span, columns: Columns, problems: Problems) -> Iterat
 
 def _read_csv(span: Span, columns: Columns, problems: Problems) -> Iterator[Documents]:
     """A .csv or .tsv file. Faults name the line."""
-    wanted = [columns.text, *([columns.label] if columns.label else [])]
-    yield from _rows_with_places(((f"line {line:,}", row) for line, row in csv_rows(span, wanted, problems)), span, columns, problems)
+    yield from _rows_with_places(
+        ((f"line {line:,}", row) for line, row in csv_rows(span, _wanted(columns), problems)), span, columns, problems
+    )
 
 
 def _rows_with_places(rows: Iterator[tuple[str, Any]], span: Span, columns: Columns, problems: Problems) -> Iterator[Documents]:
@@ -200,8 +205,16 @@ def _rows_with_places(rows: Iterator[tuple[str, Any]], span: Span, columns: Colu
     yield from _in_slabs(_texts(placed, columns, problems, ("wrong type", "is no JSON object")), columns)
 
 
-def _texts(rows: Iterable[tuple[str, Any]], columns: Columns, problems: Problems, no_mapping: tuple[str, str]) -> Iterator[tuple[str, int]]:
-    """Texts and labels of rows, each after its place; `no_mapping` is the fault of one that is no mapping."""
+_Read = tuple[str, int, bytes]
+"""Text, label and group of a row; 0 and nothing where not asked for."""
+
+
+def _wanted(columns: Columns) -> list[str]:
+    return list(dict.fromkeys(name for name in (columns.text, columns.label, columns.group) if name))
+
+
+def _texts(rows: Iterable[tuple[str, Any]], columns: Columns, problems: Problems, no_mapping: tuple[str, str]) -> Iterator[_Read]:
+    """What is read of rows, each after its place; `no_mapping` is the fault of one that is no mapping."""
     for place, row in rows:
 
         def fault(reason: str, what: str, place: str = place) -> None:
@@ -213,9 +226,9 @@ def _texts(rows: Iterable[tuple[str, Any]], columns: Columns, problems: Problems
             yield made
 
 
-def _in_slabs(rows: Iterator[tuple[str, int]], columns: Columns) -> Iterator[Documents]:
+def _in_slabs(rows: Iterator[_Read], columns: Columns) -> Iterator[Documents]:
     """Texts with their labels, read together until they have SLAB letters."""
-    found: list[tuple[str, int]] = []
+    found: list[_Read] = []
     size = 0
     for row in rows:
         found.append(row)
@@ -227,8 +240,8 @@ def _in_slabs(rows: Iterator[tuple[str, int]], columns: Columns) -> Iterator[Doc
         yield _labelled(found, columns)
 
 
-def _parse_line(line: bytes, span: Span, position: int, columns: Columns, problems: Problems) -> tuple[str, int] | None:
-    """Text and label of a line, or None where it is faulty and faults are skipped."""
+def _parse_line(line: bytes, span: Span, position: int, columns: Columns, problems: Problems) -> _Read | None:
+    """What is read of a line, or None where it is faulty and faults are skipped."""
     fault = line_fault(span, position, problems)
     try:
         row = parse_json(line.decode())
@@ -239,12 +252,13 @@ def _parse_line(line: bytes, span: Span, position: int, columns: Columns, proble
     return _text_of(row, columns, fault) if isinstance(row, dict) else fault("wrong type", "is not one JSON object a line")
 
 
-def _text_of(row: Mapping[str, Any], columns: Columns, fault: Callable[[str, str], None]) -> tuple[str, int] | None:
-    """Text and label of a row, or None where it is faulty and faults are skipped."""
+def _text_of(row: Mapping[str, Any], columns: Columns, fault: Callable[[str, str], None]) -> _Read | None:
+    """What is read of a row, or None where it is faulty and faults are skipped."""
     try:
         text = row[columns.text]
         text.encode()
-        return text, label_of(row[columns.label], columns) if columns.label else 0
+        label = label_of(row[columns.label], columns) if columns.label else 0
+        return text, label, group_of(row[columns.group], columns.group) if columns.group else b""
     except UnicodeEncodeError as error:
         code = ord(error.object[error.start])
         if 0xDC80 <= code <= 0xDCFF:  # a byte that could not be read
@@ -258,6 +272,8 @@ def _text_of(row: Mapping[str, Any], columns: Columns, fault: Callable[[str, str
         fault("wrong type", f"field {columns.text!r} is no text")
     except BadLabel as error:
         fault("bad label", str(error))
+    except NoGroup as error:
+        fault("no group", str(error))
     return None
 
 
@@ -278,20 +294,21 @@ def _read_examples(span: Span, columns: Columns, problems: Problems) -> Iterator
         raise Unreadable("empty part", f"{part.place} yields no example")
 
 
-def _labelled(rows: list[tuple[str, int]], columns: Columns) -> Documents:
-    return _whole([text for text, _ in rows], np.array([label for _, label in rows], np.int64) if columns.label else None)
+def _labelled(rows: list[_Read], columns: Columns) -> Documents:
+    texts, labels, groups = map(list, zip(*rows, strict=True))
+    return _whole(texts, np.array(labels, np.int64) if columns.label else None, groups if columns.group else None)
 
 
 def _read_columns(span: Span, columns: Columns, problems: Problems) -> Iterator[Documents]:
     """Rows of Parquet and Arrow files."""
-    wanted = [columns.text, *([columns.label] if columns.label else [])]
-    for first, table in column_tables(span, wanted):
+    for first, table in column_tables(span, _wanted(columns)):
         texts = _strings(span, table, first, problems)
         keep = [text is not None for text in texts]
         labels = labels_of(span, table, first, keep, columns, problems) if columns.label else None
+        groups = groups_of(span, table, first, keep, columns, problems) if columns.group else None
         kept = [text for text, k in zip(texts, keep, strict=True) if k and text is not None]
         if kept:
-            yield _whole(kept, None if labels is None else labels[np.array(keep)])
+            yield _whole(kept, None if labels is None else labels[np.array(keep)], groups)
 
 
 def _strings(span: Span, table: pa.Table, first: int, problems: Problems) -> list[str | None]:

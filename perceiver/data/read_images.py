@@ -21,7 +21,7 @@ from perceiver.data.spans import (
     chunks,
 )
 from perceiver.data.storage import open_folder
-from perceiver.data.tables import BadLabel, Columns, label_of, labels_of
+from perceiver.data.tables import BadLabel, Columns, NoGroup, group_of, groups_of, label_of, labels_of
 
 _MOST_PICTURES = 256
 """Pictures of a .tar file that are held at once."""
@@ -35,6 +35,8 @@ class Images:
     """uint8 (n, height, width, channels)."""
     labels: np.ndarray
     """int64 (n,)."""
+    groups: list[bytes] | None = None
+    """The group that each belongs to, where asked for."""
 
 
 def read_images(span: Span, columns: Columns, problems: Problems) -> Iterator[Images]:
@@ -92,20 +94,26 @@ def _read_pictures(span: Span, columns: Columns, problems: Problems) -> Iterator
     file = span.input_file
     pixels: list[np.ndarray] = []
     labels: list[int] = []
+    groups: list[bytes] | None = [] if columns.group else None
     for place, data, label in _pictures(file, columns.label or ""):
         try:
             image = _with_shape(decode_image(data), columns)
-            labels.append(label_of(label, columns))
+            number = label_of(label, columns)
+            if groups is not None:
+                groups.append(group_of(file.group, columns.group or ""))
+            labels.append(number)
             pixels.append(image)
         except BadImage as error:
             problems.report("bad image", f"{place}: {error}")
         except BadLabel as error:
             problems.report("bad label", f"{place}: {error}")
+        except NoGroup as error:
+            problems.report("no group", f"{place}: {error}")
         if len(pixels) == _MOST_PICTURES:
-            yield Images(np.stack(pixels), np.array(labels, np.int64))
-            pixels, labels = [], []
+            yield Images(np.stack(pixels), np.array(labels, np.int64), groups)
+            pixels, labels, groups = [], [], None if groups is None else []
     if pixels:
-        yield Images(np.stack(pixels), np.array(labels, np.int64))
+        yield Images(np.stack(pixels), np.array(labels, np.int64), groups)
 
 
 def _pictures(file: InputFile, label_column: str) -> Iterator[tuple[str, bytes, Any]]:
@@ -137,7 +145,7 @@ def _with_shape(image: np.ndarray, columns: Columns) -> np.ndarray:
 def _read_column(span: Span, columns: Columns, problems: Problems) -> Iterator[Images]:
     """Rows as the hub has them: an "image" column with PNG or JPEG files, and a label column."""
     assert columns.label is not None
-    for first, table in column_tables(span, ["image", columns.label]):
+    for first, table in column_tables(span, list(dict.fromkeys(["image", columns.label, *([columns.group] if columns.group else [])]))):
         pixels: list[np.ndarray | None] = []
         for i, value in enumerate(table.column("image").to_pylist()):
             try:
@@ -156,8 +164,9 @@ def _read_column(span: Span, columns: Columns, problems: Problems) -> Iterator[I
             pixels.append(image if fits else None)
         keep = [image is not None for image in pixels]
         labels = labels_of(span, table, first, keep, columns, problems)
+        groups = groups_of(span, table, first, keep, columns, problems) if columns.group else None
         if any(keep):
-            yield Images(np.stack([p for p, k in zip(pixels, keep, strict=True) if k]), labels[np.array(keep)])
+            yield Images(np.stack([p for p, k in zip(pixels, keep, strict=True) if k]), labels[np.array(keep)], groups)
 
 
 def _decoded(value: Any) -> np.ndarray:

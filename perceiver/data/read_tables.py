@@ -20,10 +20,16 @@ from perceiver.data.tables import MAX_ROWS, NotJson, parquet_tables, parse_json
 _SEPARATORS = ",;\t|"
 
 
+def csv_separator(path: str, first_line: str) -> str:
+    """What separates the fields of a file: a tab in a .tsv file, else the first line's commonest of , ; tab and |."""
+    tabs = ".tsv" in path.lower().rpartition("/")[2]
+    return "\t" if tabs else max(_SEPARATORS, key=first_line.count)
+
+
 def csv_rows(span: Span, wanted: list[str], problems: Problems) -> Iterator[tuple[int, dict[str, str]]]:
     """The rows of a .csv or .tsv file by the names of its first line, each with the number of the line that it ends in.
 
-    What separates the fields is a tab in a .tsv file, else the first line's commonest of , ; tab and |. Blank lines are left out.
+    Blank lines are left out.
 
     Raises:
         Unreadable: no rows, a missing column, quotes that cannot be right.
@@ -33,8 +39,7 @@ def csv_rows(span: Span, wanted: list[str], problems: Problems) -> Iterator[tupl
     csv.field_size_limit(sys.maxsize)
     lines = _lines(span, problems)
     first = next(lines, "")
-    tabs = ".tsv" in span.input_file.path.lower().rpartition("/")[2]
-    separator = "\t" if tabs else max(_SEPARATORS, key=first.count)
+    separator = csv_separator(span.input_file.path, first)
     reader = csv.reader(_chain(first, lines), delimiter=separator, strict=True)
     header: list[str] = []
     any_row = False

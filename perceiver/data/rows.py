@@ -104,6 +104,7 @@ class DocumentRows(_LongRows):
     added_ids = 2
     least_length = (3, "a document stands between [CLS] and [SEP]")
     has_labels = True
+    prepared_by_training = True
     formats = ("jsonl", "csv", "arrow", "parquet")
     expected = ".jsonl, .json, .csv, .tsv (also .gz, .bz2, .zst), .arrow or .parquet, with a text and a label column"
 

@@ -37,6 +37,8 @@ class Columns:
     """None: labels are not needed."""
     num_classes: int = 0
     class_names: tuple[str, ...] = ()
+    group: str | None = None
+    """Column whose rows of one value are of one split."""
     image_shape: tuple[int, int, int] | None = None
     """Of what is stored."""
     fit_images: bool = False
@@ -83,6 +85,21 @@ def parse_json(text: str) -> Any:
         raise NotJson("it is nested too deep") from None
     except ValueError:
         raise NotJson("it has a number of too many digits") from None
+
+
+class NoGroup(Exception):
+    """A row that belongs to no group."""
+
+
+def group_of(value: Any, column: str) -> bytes:
+    """The value of a group column as bytes that tell groups apart.
+
+    Raises:
+        NoGroup: there is none.
+    """
+    if value is None or value == "":
+        raise NoGroup(f"column {column!r} is empty, and each row belongs to a group")
+    return label_text(value).encode(errors="surrogateescape")
 
 
 class BadLabel(Exception):
@@ -137,6 +154,19 @@ def labels_of(span: Span, table: pa.Table, first: int, keep: list[bool], columns
                 result[i] = label_of(value, columns)
             except BadLabel as error:
                 problems.report("bad label", f"{span.file.name} row {first + i:,}: {error}")
+                keep[i] = False
+    return result
+
+
+def groups_of(span: Span, table: pa.Table, first: int, keep: list[bool], columns: Columns, problems: Problems) -> list[bytes]:
+    """The group column's values of the rows to keep; rows without one are taken out of `keep`."""
+    result = []
+    for i, value in enumerate(table.column(columns.group).to_pylist()):
+        if keep[i]:
+            try:
+                result.append(group_of(value, columns.group or ""))
+            except NoGroup as error:
+                problems.report("no group", f"{span.file.name} row {first + i:,}: {error}")
                 keep[i] = False
     return result
 

@@ -65,6 +65,14 @@ def truncate(ids: np.ndarray, lengths: np.ndarray, limit: int) -> tuple[np.ndarr
     return ids[position < limit], np.minimum(lengths, limit)
 
 
+def split_long(lengths: np.ndarray, limit: int) -> tuple[np.ndarray, np.ndarray]:
+    """Joined documents, each split into parts of `limit` ids (the last one shorter): number of parts of each, and the parts' lengths."""
+    parts = np.maximum(1, -(-lengths // limit))
+    sizes = np.full(int(parts.sum()), limit, lengths.dtype)
+    sizes[np.cumsum(parts) - 1] = lengths - (parts - 1) * limit
+    return parts, sizes
+
+
 def windows(block: np.ndarray, shift: int = 0) -> np.ndarray:
     """Windows of T + 1 ids that overlap by one, from `shift` on: a row's ids and the next one's first.
 

@@ -1,14 +1,16 @@
 """Input files of batch inference, of any size, cut into parts, the same parts at every call; their rows, each with an id.
 
-Rows are the lines of .txt files, the objects of .jsonl (.json, .ndjson), the rows of .parquet, and image files (a file
-a row).
+Rows are the lines of .txt files, the objects of .jsonl (.json, .ndjson), the rows of .csv, .tsv, .parquet and .arrow, and image files (a
+file a row). Files of lines and rows of text may be packed (.gz, .bz2, .zst).
 """
 
 from __future__ import annotations
 
-import gzip
+import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +19,19 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from perceiver.config import UserError
+from perceiver.data.files import PACKINGS, InputFile
+from perceiver.data.read_tables import array_rows, is_json_array, open_arrow
 from perceiver.data.rows import ArrayRows
+from perceiver.data.spans import Problems, Span, Unreadable, chunks
 from perceiver.data.storage import open_folder
 from perceiver.data.tables import NotJson, parse_json
+from perceiver.inference.csv_parts import csv_cuts, csv_rows_of
 from perceiver.inference.rows import Kind, Row, Wanted, checked_row
 
 _CHUNK = 8 << 20
 _LINES = (".txt", ".jsonl", ".json", ".ndjson")
+_CSV, _ARROW = (".csv", ".tsv"), (".arrow", ".feather")
+_TABLES = (*_CSV, ".parquet", *_ARROW)
 _IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 
 
@@ -40,13 +48,15 @@ class Part:
     """Number of the first row in its file."""
     rows: int
     start: int = 0
-    """First byte of a file of lines (unpacked)."""
+    """First byte of a file of lines or of a .csv file (unpacked)."""
     stop: int = 0
     """Byte after the last."""
 
 
-def list_inputs(inputs: Sequence[str]) -> list[tuple[str, str, int]]:
+def list_inputs(inputs: Sequence[str], kind: Kind | None = None) -> list[tuple[str, str, int]]:
     """(path, name, bytes) of all input files: of files as they are, of folders all readable files in them, sorted.
+
+    Where images are wanted, tables beside the images of a folder, which say their classes, are none.
 
     Raises:
         UserError: a path that is not there, or nothing to read.
@@ -65,9 +75,12 @@ def list_inputs(inputs: Sequence[str]) -> list[tuple[str, str, int]]:
                     found.append((prefix + file.path, name, file.size))
         else:
             raise UserError(f"--input {given} does not exist: give files or folders")
-    readable = sorted({item for item in found if _suffix(item[0]) in (*_LINES, *_IMAGES, ".parquet")}, key=lambda i: (i[1], i[0]))
+    known = {item for item in found if _suffix(item[0]) in (*_LINES, *_TABLES, *_IMAGES)}
+    if kind == "image" and any(_suffix(path) in _IMAGES for path, _, _ in known):
+        known = {item for item in known if _suffix(item[0]) not in (*_LINES, *_CSV)}
+    readable = sorted(known, key=lambda item: (item[1], item[0]))
     if not readable:
-        raise UserError(f"--input has no file that can be read: {', '.join((*_LINES, '.parquet', *_IMAGES))}")
+        raise UserError(f"--input has no file that can be read: {', '.join((*_LINES, *_TABLES, *_IMAGES))}")
     if len({name for _, name, _ in readable}) < len(readable):
         raise UserError("--input has two files of the same name: rows of both would have the same ids")
     return readable
@@ -76,7 +89,9 @@ def list_inputs(inputs: Sequence[str]) -> list[tuple[str, str, int]]:
 def plan_parts(
     files: Sequence[tuple[str, str, int]], rows_per_part: int, column: str, id_column: str | None, arrays: ArrayRows | None = None
 ) -> list[Part]:
-    """Cuts files into parts of at most `rows_per_part` rows. Reads files of lines once, of parquet files the footers.
+    """Cuts files into parts of at most `rows_per_part` rows. Reads files of text once, of parquet files the footers.
+
+    A .json file of one array is one part: its middle cannot be entered.
 
     Args:
         column: with the text or image.
@@ -95,6 +110,15 @@ def plan_parts(
         if _suffix(path) == ".parquet":
             rows = _parquet_rows(path, name, (column,) if arrays is None else (), id_column, arrays)
             cuts += [file | {"first": first, "rows": min(rows_per_part, rows - first)} for first in range(0, rows, rows_per_part)]
+        elif _suffix(path) in _ARROW:
+            rows = _arrow_rows(path, name, (column,) if arrays is None else (), id_column, arrays)
+            cuts += [file | {"first": first, "rows": min(rows_per_part, rows - first)} for first in range(0, rows, rows_per_part)]
+        elif _suffix(path) in _CSV:
+            check = partial(_check_columns, name, columns=(column,) if arrays is None else (), id_column=id_column, arrays=arrays)
+            with _named(name):
+                cuts += [file | cut for cut in csv_cuts(_chunks(path, 0), path, name, rows_per_part, check)]
+        elif is_json_array(_file(path, name)):
+            cuts += [file | {"rows": sum(1 for _ in _array_values(path, name))}]
         elif _suffix(path) in _LINES:
             cuts += [file | cut for cut in _line_cuts(path, name, rows_per_part)]
     return [Part(number=number, **cut) for number, cut in enumerate(cuts)]
@@ -121,6 +145,14 @@ def read_part(part: Part, kind: Kind, column: str, id_column: str | None, arrays
         rows = [_image_row(path, name, wanted) for path, name in zip(part.paths, part.names, strict=True)]
     elif suffix == ".parquet":
         rows = _parquet_part(part, wanted)
+    elif suffix in _ARROW:
+        rows = _arrow_part(part, wanted)
+    elif suffix in _CSV:
+        path, name = part.paths[0], part.names[0]
+        rows = csv_rows_of(_chunks(path, 0), _bytes_of(part), path, name, part.first, part.start, wanted)
+    elif is_json_array(_file(part.paths[0], part.names[0])):
+        values = _array_values(part.paths[0], part.names[0])
+        rows = [_object(value, f"{part.names[0]}:{number}", wanted) for number, value in values]
     else:
         rows = _line_part(part, wanted, objects=suffix != ".txt")
     if len(rows) != part.rows:
@@ -129,7 +161,24 @@ def read_part(part: Part, kind: Kind, column: str, id_column: str | None, arrays
 
 
 def _suffix(path: str) -> str:
-    return Path(path.lower().removesuffix(".gz")).suffix
+    path = path.lower()
+    packing = next((ending for ending in PACKINGS if path.endswith(ending)), "")
+    return Path(path.removesuffix(packing)).suffix
+
+
+def _file(path: str, name: str) -> InputFile:
+    return InputFile(path=path, name=name, format="jsonl", size=0)
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """A file that cannot be read is named."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{name} cannot be read ({error})") from None
+    except Unreadable as error:
+        raise UserError(error.args[-1]) from None
 
 
 # ---------------------------------------------------------------------------------------------------------------- lines
@@ -138,23 +187,22 @@ def _suffix(path: str) -> str:
 def _chunks(path: str, start: int) -> Iterator[bytes]:
     """The bytes of a file from `start` on, unpacked."""
     filesystem, inner = open_folder(path)
-    if not path.lower().endswith(".gz"):
+    if not path.lower().endswith(PACKINGS):
         with filesystem.open_input_file(inner) as source:
             while chunk := source.read_at(_CHUNK, start):
                 yield chunk
                 start += len(chunk)
         return
-    with filesystem.open_input_stream(inner, compression=None) as source, gzip.GzipFile(fileobj=source) as unpacked:
-        while chunk := unpacked.read(_CHUNK):
-            if start < len(chunk):
-                yield chunk[start:]
-            start = max(0, start - len(chunk))
+    for chunk in chunks(Span(_file(path, path.rpartition("/")[2]), 0, 0), 0):
+        if start < len(chunk):
+            yield chunk[start:]
+        start = max(0, start - len(chunk))
 
 
 def _line_cuts(path: str, name: str, rows_per_part: int) -> Iterator[dict[str, int]]:
     """Where every n-th line begins; a last line without line feed counts, an empty rest does not."""
     first, start, rows, position, last = 0, 0, 0, 0, b"\n"
-    try:
+    with _named(name):
         for chunk in _chunks(path, 0):
             place = -1
             while (place := chunk.find(b"\n", place + 1)) >= 0:
@@ -165,20 +213,22 @@ def _line_cuts(path: str, name: str, rows_per_part: int) -> Iterator[dict[str, i
                     first, start, rows = first + rows, stop, 0
             position += len(chunk)
             last = chunk[-1:]
-    except (OSError, EOFError) as error:
-        raise UserError(f"{name} cannot be read ({error})") from None
     rows += last != b"\n"
     if rows:
         yield {"first": first, "rows": rows, "start": start, "stop": position}
 
 
-def _line_part(part: Part, wanted: Wanted, objects: bool) -> list[Row]:
+def _bytes_of(part: Part) -> bytes:
     data, missing = b"", part.stop - part.start
     for chunk in _chunks(part.paths[0], part.start):
         data += chunk[: missing - len(data)]
         if len(data) == missing:
             break
-    lines = data.removesuffix(b"\n").split(b"\n")
+    return data
+
+
+def _line_part(part: Part, wanted: Wanted, objects: bool) -> list[Row]:
+    lines = _bytes_of(part).removesuffix(b"\n").split(b"\n")
     read = _object_row if objects else _text_row
     return [read(line.removesuffix(b"\r"), f"{part.names[0]}:{number}", wanted) for number, line in enumerate(lines, part.first)]
 
@@ -199,9 +249,31 @@ def _object_row(line: bytes, place: str, wanted: Wanted) -> Row:
         return Row(place, None, f"not UTF-8: byte {line[error.start]:#04x}")
     except NotJson as error:
         return Row(place, None, f"not a JSON object: {error}")
+    return _object(row, place, wanted)
+
+
+def _object(row: Any, place: str, wanted: Wanted) -> Row:
     if not isinstance(row, dict):
         return Row(place, None, "not a JSON object")
     return checked_row({name: row.get(name) for name in wanted.columns}, row.get(wanted.id_column), place, wanted)
+
+
+def _array_values(path: str, name: str) -> Iterator[tuple[int, Any]]:
+    """The elements of a .json file of one array, each with its number."""
+    with _named(name):
+        yield from array_rows(Span(_file(path, name), 0, sys.maxsize), Problems(skip=False))
+
+
+# ---------------------------------------------------------------------------------------------------------------- tables
+
+
+def _check_columns(name: str, there: Sequence[str], columns: Sequence[str], id_column: str | None, arrays: ArrayRows | None) -> None:
+    """Raises UserError where a file lacks what is read of it."""
+    for wanted in (*columns, *([id_column] if id_column else [])):
+        if wanted not in there:
+            raise UserError(f"{name} has no column {wanted!r} (it has: {', '.join(there)}): see --column and --id-column")
+    if arrays is not None and not set(arrays.columns) & set(there):
+        raise UserError(f"{name} has none of the columns {', '.join(arrays.columns)} (it has: {', '.join(there)})")
 
 
 # ------------------------------------------------------------------------------------------------------ parquet, images
@@ -215,40 +287,63 @@ def _parquet_rows(path: str, name: str, columns: Sequence[str], id_column: str |
             rows = parquet.metadata.num_rows
     except (pa.ArrowInvalid, OSError) as error:
         raise UserError(f"{name} is no readable parquet file ({str(error).splitlines()[0]})") from None
-    for wanted in (*columns, *([id_column] if id_column else [])):
-        if wanted not in there:
-            raise UserError(f"{name} has no column {wanted!r} (it has: {', '.join(there)}): see --column and --id-column")
-    if arrays is not None and not set(arrays.columns) & set(there):
-        raise UserError(f"{name} has none of the columns {', '.join(arrays.columns)} (it has: {', '.join(there)})")
+    _check_columns(name, there, columns, id_column, arrays)
     return rows
 
 
 def _parquet_part(part: Part, wanted: Wanted) -> list[Row]:
     filesystem, inner = open_folder(part.paths[0])
-    id_column = wanted.id_column
     rows: list[Row] = []
     with filesystem.open_input_file(inner) as source, pq.ParquetFile(source) as parquet:
-        columns = [name for name in wanted.columns if name in parquet.schema_arrow.names]
-        needed = list(dict.fromkeys([*columns, *([id_column] if id_column else [])]))
+        needed = _needed(parquet.schema_arrow.names, wanted)
         start = 0
         for group in range(parquet.metadata.num_row_groups):
             stop = start + parquet.metadata.row_group(group).num_rows
             low, high = max(start, part.first), min(stop, part.first + part.rows)
             if low < high:
                 table = parquet.read_row_group(group, columns=needed, use_threads=False).slice(low - start, high - low)
-                ids = table.column(id_column).to_pylist() if id_column else [None] * len(table)
-                for number, given in zip(range(low, high), ids, strict=True):
-                    place = f"{part.names[0]}:{number}"
-                    name = columns[0]
-                    try:
-                        values = {}
-                        for name in columns:
-                            values[name] = _cell(table[name][number - low])
-                        rows.append(checked_row(values, given, place, wanted))
-                    except UnicodeDecodeError:
-                        rows.append(Row(place if given is None else str(given), None, f"{name!r} is not UTF-8", place))
+                rows += _table_rows(table, low, part.names[0], wanted)
             start = stop
     return rows
+
+
+def _arrow_rows(path: str, name: str, columns: Sequence[str], id_column: str | None, arrays: ArrayRows | None) -> int:
+    with _named(name), open_arrow(InputFile(path=path, name=name, format="arrow", size=0)) as (schema, batches):
+        _check_columns(name, schema.names, columns, id_column, arrays)
+        return sum(batch.num_rows for batch in batches)
+
+
+def _arrow_part(part: Part, wanted: Wanted) -> list[Row]:
+    rows: list[Row] = []
+    start = 0
+    with open_arrow(InputFile(path=part.paths[0], name=part.names[0], format="arrow", size=0)) as (schema, batches):
+        needed = _needed(schema.names, wanted)
+        for batch in batches:
+            low, high = max(start, part.first), min(start + batch.num_rows, part.first + part.rows)
+            if low < high:
+                table = pa.Table.from_batches([batch]).select(needed).slice(low - start, high - low)
+                rows += _table_rows(table, low, part.names[0], wanted)
+            start += batch.num_rows
+    return rows
+
+
+def _needed(there: Sequence[str], wanted: Wanted) -> list[str]:
+    return list(dict.fromkeys([*(name for name in wanted.columns if name in there), *([wanted.id_column] if wanted.id_column else [])]))
+
+
+def _table_rows(table: pa.Table, first: int, name: str, wanted: Wanted) -> Iterator[Row]:
+    """The rows of a table, of which the first has the given number in its file."""
+    columns = [column for column in wanted.columns if column in table.column_names]
+    ids = table.column(wanted.id_column).to_pylist() if wanted.id_column else [None] * table.num_rows
+    for number, given in enumerate(ids):
+        place, column = f"{name}:{first + number}", columns[0]
+        try:
+            values = {}
+            for column in columns:
+                values[column] = _cell(table[column][number])
+            yield checked_row(values, given, place, wanted)
+        except UnicodeDecodeError:
+            yield Row(place if given is None else str(given), None, f"{column!r} is not UTF-8", place)
 
 
 def _cell(value: pa.Scalar) -> Any:

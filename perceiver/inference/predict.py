@@ -16,6 +16,9 @@ from perceiver.generation.options import GenerationOptions
 from perceiver.inference.rows import Row
 from perceiver.inference.trained import TrainedModel
 
+CLASS_NAMES = "class_names"
+"""Of the metadata of the column "probabilities": the classes that they are of, in order."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class PredictOptions(GenerationOptions):
@@ -167,6 +170,9 @@ def output_schema(mode: str, model: TrainedModel) -> pa.Schema:
     """The columns of `predict_rows`. A prediction of several dimensions is a flat list, with its "shape" in the column's metadata."""
     columns = MODES[mode].columns
     middle = _prediction_fields(model) if columns is None else [pa.field(name, kind) for name, kind in columns]
+    if MODES[mode].ability == "classify":
+        names = {CLASS_NAMES: json.dumps(model.class_names)}
+        middle = [field.with_metadata(names) if field.name == "probabilities" else field for field in middle]
     return pa.schema([pa.field("id", pa.string()), *middle, pa.field("error", pa.string())])
 
 

@@ -93,11 +93,19 @@ class Classification(Task[C, PerceiverIOConfig]):
         each = F.cross_entropy(logits, labels, reduction="none", ignore_index=IGNORE_INDEX)
         if torch.is_grad_enabled():
             return each.sum(), loss_of_sources(each, batch)
+        self.observe(batch, logits)
         valid = labels != IGNORE_INDEX
         num_classes = logits.shape[-1]
         pairs = labels[valid] * num_classes + logits.argmax(-1)[valid]
         confusion = torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
         return each.sum(), {"confusion": confusion, **of_examples(each, valid, logits.argmax(-1) == labels)}
+
+    def observe(self, batch: Batch, logits: Tensor) -> None:
+        """Looks at what the model says of a batch of a validation; what it keeps is for `samples`."""
+
+    def names_of(self, num_classes: int) -> tuple[str, ...]:
+        """Names of the classes, or their numbers."""
+        return self.class_names or tuple(str(i) for i in range(num_classes))
 
     def metrics(self, sums: dict[str, np.ndarray], split: Split) -> dict[str, float]:
         confusion = sums["confusion"]
@@ -105,7 +113,7 @@ class Classification(Task[C, PerceiverIOConfig]):
 
     def samples(self, model: nn.Module, sums: dict[str, np.ndarray], split: Split) -> list[Sample]:
         confusion = sums["confusion"]
-        names = self.class_names or tuple(str(i) for i in range(len(confusion)))
+        names = self.names_of(len(confusion))
         return [Sample("confusion", image=pixels(confusion_matrix(confusion, names)))] if len(names) <= 100 else []
 
     def guess(self, manifest: Manifest, trained_on: Manifest) -> Guess | None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from perceiver.config import DataConfig, Experiment, ModelConfig, TaskConfig, UserError
+from perceiver.config.core import spelled
 from perceiver.data.images import random_crop
 from perceiver.data.labels import picture_sizes
 from perceiver.data.manifest import Split
@@ -20,13 +21,19 @@ from perceiver.data.order import uniforms
 from perceiver.data.rows import fixed_array
 from perceiver.data.sources import resolve
 from perceiver.models import ClassOutput, ImageInput, PerceiverIOConfig
-from perceiver.tasks.base import IGNORE_INDEX, Batch, Task, padded
+from perceiver.plots import captioned, pixels
+from perceiver.tasks.base import IGNORE_INDEX, Batch, Sample, Task, padded
 from perceiver.tasks.classification import Classification, with_classes
+from perceiver.tasks.distortion import distorted
 
 logger = logging.getLogger(__name__)
 
 _LARGEST, _USUAL_SIZE = 128, 64
 """Side of pictures that are taken as they are, at most; side that others are scaled to."""
+_DISTORTION = 1
+"""Stream of the random numbers that distort an image; 0: those of its crop."""
+_MISTAKES = 24
+"""Pictures of a validation that got a wrong class which are shown, at most."""
 
 
 class ImageClassificationConfig(TaskConfig):
@@ -39,6 +46,17 @@ class ImageClassificationConfig(TaskConfig):
     """Names of the classes, in the order of their labels; None: their numbers, or those of the data, if model.output.num-classes is 0."""
     random_crop: int | None = None
     """Training images are cropped to this side length at a random place; None: not cropped."""
+    random_rotation: float = 0.0
+    """Training images are rotated by a random angle of at most this many degrees."""
+    random_scaling: float = 0.0
+    """Training images are scaled at random by at most this share of their size (0.1: from 90% to 110%)."""
+    random_shift: float = 0.0
+    """Training images are moved at random by at most this share of their width and height."""
+
+    def check(self, where: str) -> None:
+        for name, most in (("random_rotation", 180), ("random_scaling", 0.9), ("random_shift", 1)):
+            if not 0 <= (value := getattr(self, name)) <= most:
+                raise UserError(f"{spelled(where + name)} is {value} and must be from 0 to {most}")
 
     @classmethod
     def of_model(cls, model: ModelConfig) -> TaskConfig | None:
@@ -114,17 +132,42 @@ def _by(size: tuple[int, int]) -> str:
 class ImageClassification(Classification[ImageClassificationConfig]):
     """Images (height, width, channels), channels last, pixels scaled to [-1, 1]."""
 
+    def __init__(self, config: ImageClassificationConfig, model: PerceiverIOConfig, data: DataConfig, seed: int) -> None:
+        super().__init__(config, model, data, seed)
+        self._mistakes: list[tuple[np.ndarray, int, int, float]] = []
+        """Pixels, class, class given, its probability."""
+
     def collate(self, rows: pa.Table, size: int, split: Split, train: bool, step: int) -> Batch:
         """images (size, H, W, C) uint8, labels (size,) int64."""
         assert split.image_shape is not None
         images = fixed_array(rows, "image").reshape(rows.num_rows, *split.image_shape)
-        crop = self.config.random_crop
+        config, seed, epochs, numbers = self.config, self.seed, rows["epoch"].to_numpy(), rows["row"].to_numpy()
+        distortion = config.random_rotation, config.random_scaling, config.random_shift
+        if train and any(distortion):
+            images = distorted(images, uniforms(seed, epochs, numbers, 4, stream=_DISTORTION), *distortion)
+        crop = config.random_crop
         if crop is not None:
-            seed = self.seed
-            places = uniforms(seed, rows["epoch"].to_numpy(), rows["row"].to_numpy(), 2)
+            places = uniforms(seed, epochs, numbers, 2)
             images = random_crop(images, crop, places if train else np.full_like(places, 0.5))
         labels = rows["label"].to_numpy().astype(np.int64)
         return {"images": padded(images, size), "labels": padded(labels, size, IGNORE_INDEX)}
+
+    def observe(self, batch: Batch, logits: Tensor) -> None:
+        """Keeps the first pictures of a validation that got a wrong class (of those that this worker sees)."""
+        found, labels = self._mistakes, batch["labels"]
+        if len(found) == _MISTAKES:
+            return
+        probabilities = logits.softmax(-1)
+        for i in ((labels != IGNORE_INDEX) & (logits.argmax(-1) != labels)).nonzero().flatten().tolist()[: _MISTAKES - len(found)]:
+            guess = int(logits[i].argmax())
+            found.append((batch["images"][i].cpu().numpy(), int(labels[i]), guess, float(probabilities[i, guess])))
+
+    def samples(self, model: nn.Module, sums: dict[str, np.ndarray], split: Split) -> list[Sample]:
+        found, self._mistakes = self._mistakes, []
+        names = self.names_of(len(sums["confusion"]))
+        titles = [f"{names[label]}, not {names[guess]} ({probability:.0%})" for _, label, guess, probability in found]
+        pictures = captioned([image for image, *_ in found], titles, "true class, and the one given to it with its probability")
+        return [*super().samples(model, sums, split), *([Sample("mistakes", image=pixels(pictures))] if found else [])]
 
     def dummy_batch(self, size: int) -> Batch:
         image = self.model_config.input

@@ -14,7 +14,7 @@ from ray_jobs import plan
 from ray_jobs.memory_check import layout_of, step_of
 from tests.support.outside import forget
 
-NAMES = ["quickstart", "txt-clf-imdb-decoder-small", "mlm-imdb-small", "clm-c4-small"]
+NAMES = ["img-clf-mnist", "txt-clf-imdb-decoder-small", "mlm-imdb-small", "clm-c4-small"]
 
 OUTSIDE = '''
 from dataclasses import fields, replace
@@ -75,7 +75,7 @@ def test_costs_of_an_own_model_are_counted_and_near_those_of_the_model_that_it_i
     memory = [step_of(experiment).walk(layout_of(experiment))[0] for experiment in (own, base)]
     kept = [sum(call.held + call.saved for call in calls if call.trained) for calls in memory]
     assert counted == pytest.approx(formula, rel=0.02)
-    if name != "quickstart":  # of images the formula is of the factored attention, which keeps less
+    if name != "img-clf-mnist":  # of images the formula is of the factored attention, which keeps less
         assert kept[0] == pytest.approx(kept[1], rel=0.05)
 
 

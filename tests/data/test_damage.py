@@ -77,7 +77,7 @@ def test_damage_is_found_when_a_job_begins_and_is_repaired_by_preparing_again(tm
     damaged = bytearray(shard.read_bytes())
     damaged[100] ^= 1
     shard.write_bytes(damaged)
-    with pytest.raises(UserError, match=r"val-00000.parquet is missing or damaged: run `python -m ray_jobs.preprocess"):
+    with pytest.raises(UserError, match=r"val-00000.parquet is missing or damaged: run `perceiver preprocess"):
         load_prepared(chosen)
     preprocess.prepare(chosen)
     assert content(folder) == expected
@@ -141,7 +141,7 @@ def test_a_damaged_manifest_stops_training_with_the_command_that_repairs_it(tmp_
     expected = content(folder)
     path = Path(folder) / MANIFEST
     path.write_text(MANIFESTS[name](path.read_text()))
-    with pytest.raises(UserError, match=rf"{MANIFEST} is damaged.*: run `python -m ray_jobs.preprocess clm-wikitext"):
+    with pytest.raises(UserError, match=rf"{MANIFEST} is damaged.*: run `perceiver preprocess clm-wikitext"):
         load_prepared(chosen)
     with logged() as lines:
         preprocess.prepare(chosen)

@@ -197,7 +197,7 @@ def test_a_mixture_whose_source_was_prepared_anew_is_refused(prepared):
     chosen, folder, manifest, _ = prepared
     part = components(folder, manifest)[1]
     replace(part.manifest, stats={"skipped": {"x": 1}}).save(part.folder)
-    command = "python -m ray_jobs.preprocess clm-wikitext .*--data.mixture .*=3 .*=1"
+    command = "perceiver preprocess clm-wikitext .*--data.mixture .*=3 .*=1"
     with pytest.raises(UserError, match=f"missing or damaged: run `{command}"):
         load_prepared(chosen)
 

@@ -217,8 +217,19 @@ def test_a_training_prepares_pictures_in_files_by_itself_and_no_named_data_set(t
     found = Dataset.find_early(chosen)
     assert found is not None and found.manifest == manifest
     named = parse_experiment(["img-clf-mnist", "--data.root", str(tmp_path)], "ray_jobs.train")
-    with pytest.raises(UserError, match="is not prepared: run `python -m ray_jobs.preprocess img-clf-mnist"):
+    with pytest.raises(UserError, match="is not prepared: run `perceiver preprocess img-clf-mnist"):
         Dataset.find_early(named)
+
+
+def test_a_training_prepares_a_table_of_texts_by_itself(tmp_path, monkeypatch):
+    serially(monkeypatch)
+    (tmp_path / "reviews.csv").write_text("review,stars\n" + "".join(f"text {i},{i % 5 + 1}\n" for i in range(60)))
+    words = ["--data.source", str(tmp_path / "reviews.csv"), "--data.text-column", "review", "--data.label-column", "stars"]
+    chosen = parse_experiment(["txt-clf", *words, "--data.root", str(tmp_path / "data")], "ray_jobs.train")
+    assert Dataset.find_early(chosen) is None
+    manifest = prepare(chosen)
+    found = Dataset.find_early(chosen)
+    assert found is not None and found.manifest == manifest and manifest.stats["labels"]["val"] == [1] * 5
 
 
 @pytest.mark.parametrize("named", [True, False])

@@ -162,7 +162,7 @@ def test_data_of_a_sentencepiece_model_needs_the_models_file_no_more(shared, tmp
     with pytest.raises(UserError, match="is not there, and data was prepared with 2 others: give --data.tokenizer"):
         with_tokenizer(chosen)
     Path(copy).write_bytes(b"damaged")
-    with pytest.raises(UserError, match="tokenizer.model is missing or damaged: run `python -m ray_jobs.preprocess"):
+    with pytest.raises(UserError, match="tokenizer.model is missing or damaged: run `perceiver preprocess"):
         load_prepared(replace(chosen, data=replace(chosen.data, tokenizer=str(shared / "data/sentencepiece/spiece.model"))))
 
 
@@ -291,7 +291,7 @@ def test_a_damaged_data_set_is_refused_and_prepared_again(tmp_path):
     folder, _ = prepare(chosen)
     expected = content(folder)
     (Path(folder) / "train-00001.parquet").write_bytes(b"half")
-    with pytest.raises(UserError, match=r"train-00001.parquet is missing or damaged: run `python -m ray_jobs.preprocess"):
+    with pytest.raises(UserError, match=r"train-00001.parquet is missing or damaged: run `perceiver preprocess"):
         load_prepared(chosen)
     prepare(chosen)
     assert content(folder) == expected

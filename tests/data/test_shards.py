@@ -99,7 +99,7 @@ def test_fixed_array_is_a_view_of_the_table():
 def test_unprepared_data_is_named_with_the_command_that_prepares_it(tmp_path):
     experiment = presets.quickstart()
     experiment = replace(experiment, data=replace(experiment.data, root=str(tmp_path)))
-    with pytest.raises(UserError, match=f"run `python -m ray_jobs.preprocess quickstart --data.root {tmp_path}`"):
+    with pytest.raises(UserError, match=f"run `perceiver preprocess quickstart --data.root {tmp_path}`"):
         load_prepared(experiment)
 
 

@@ -1,5 +1,7 @@
 """Batch inference: parts, ids, bad rows, and the job on Ray, killed and continued."""
 
+import bz2
+import csv
 import gzip
 import json
 import os
@@ -7,18 +9,23 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.feather
 import pyarrow.parquet as pq
 import pytest
 
 import perceiver
 from perceiver.config import UserError
+from perceiver.data.rows import ArrayRows
+from perceiver.inference.joined import join
 from perceiver.inference.parts import from_plain, list_inputs, plan_parts, read_part, to_plain
 from perceiver.inference.predict import MODES, PredictOptions, output_schema, predict_rows
 from perceiver.inference.rows import Row
+from ray_jobs.predict import check_new_file
 from tests.support.trained import write_run
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -31,6 +38,12 @@ def runs(tmp_path_factory):
     return {task: write_run(home / task, task) for task in ("causal", "masked", "sentiment", "images")}
 
 
+INPUT_FILES = [
+    "array.json", "bad.jsonl", "lines.txt", "objects.jsonl", "packed.jsonl.gz", "rows.csv", "rows.tsv.bz2", "table.arrow", "table.parquet",
+]  # fmt: skip
+"""Those of `write_inputs`, and a bad one."""
+
+
 def write_inputs(folder: Path) -> None:
     """The same five rows as lines, objects (packed and not) and parquet."""
     folder.mkdir()
@@ -38,7 +51,13 @@ def write_inputs(folder: Path) -> None:
     objects = "".join(json.dumps({"text": line, "name": f"n{i}"}) + "\n" for i, line in enumerate(LINES))
     (folder / "objects.jsonl").write_text(objects)
     (folder / "packed.jsonl.gz").write_bytes(gzip.compress(objects.encode()))
-    pq.write_table(pa.table({"text": LINES, "name": [f"n{i}" for i in range(5)]}), folder / "table.parquet", row_group_size=2)
+    table = pa.table({"text": LINES, "name": [f"n{i}" for i in range(5)]})
+    pq.write_table(table, folder / "table.parquet", row_group_size=2)
+    pa.feather.write_feather(table, folder / "table.arrow", compression="uncompressed", chunksize=2)
+    (folder / "array.json").write_text(json.dumps(table.to_pylist()))
+    rows = "".join(f"n{i};{line}\r\n" for i, line in enumerate(LINES))
+    (folder / "rows.csv").write_bytes(b"\xef\xbb\xbf" + f"name;text\r\n{rows}\r\n".encode())
+    (folder / "rows.tsv.bz2").write_bytes(bz2.compress(f"name\ttext\n{rows.replace(';', chr(9))}".encode()))
 
 
 @pytest.mark.parametrize("rows_per_part", [1, 2, 3, 5, 100])
@@ -46,27 +65,103 @@ def test_any_cutting_gives_the_same_rows_with_the_same_ids(tmp_path, rows_per_pa
     write_inputs(tmp_path / "in")
     parts = plan_parts(list_inputs([str(tmp_path / "in")]), rows_per_part, "text", None)
     assert [part.number for part in parts] == list(range(len(parts)))
-    assert all(1 <= part.rows <= rows_per_part for part in parts)
+    assert all(1 <= part.rows <= (5 if part.names == ("array.json",) else rows_per_part) for part in parts)
     assert from_plain(json.loads(json.dumps(to_plain(parts)))) == parts
     rows = [row for part in parts for row in read_part(part, "text", "text", None)]
-    names = ["lines.txt", "objects.jsonl", "packed.jsonl.gz", "table.parquet"]
-    assert [row.id for row in rows] == [f"{name}:{i}" for name in names for i in range(5)]
-    assert [row.value for row in rows] == LINES * 4
+    assert [row.id for row in rows] == [f"{name}:{i}" for name in INPUT_FILES if name != "bad.jsonl" for i in range(5)]
+    assert [row.value for row in rows] == LINES * 8
 
 
 def test_rows_of_long_files_are_found_across_chunks(tmp_path, monkeypatch):
     monkeypatch.setattr("perceiver.inference.parts._CHUNK", 7)
     write_inputs(tmp_path / "in")
-    for name in ("lines.txt", "objects.jsonl", "packed.jsonl.gz"):
+    for name in ("lines.txt", "objects.jsonl", "packed.jsonl.gz", "rows.csv"):
         parts = plan_parts(list_inputs([str(tmp_path / "in" / name)]), 2, "text", None)
         assert [row.value for part in parts for row in read_part(part, "text", "text", None)] == LINES
 
 
 def test_ids_are_taken_from_their_column(tmp_path):
     write_inputs(tmp_path / "in")
-    for name in ("objects.jsonl", "table.parquet"):
+    for name in ("objects.jsonl", "table.parquet", "table.arrow", "array.json", "rows.csv", "rows.tsv.bz2"):
         (part,) = plan_parts(list_inputs([str(tmp_path / "in" / name)]), 10, "text", "name")
         assert [row.id for row in read_part(part, "text", "text", "name")] == [f"n{i}" for i in range(5)]
+
+
+@pytest.mark.parametrize("rows_per_part", [1, 2, 10])
+def test_rows_of_csv_may_have_line_ends_in_quotes_and_faulty_ones_are_rows(tmp_path, rows_per_part):
+    content = b'id,text\n\n7,"two\nlines, and ""quotes"""\n8,plain\n9,too,many\n\n10,\xff\n,no id\n11,"last"'
+    (tmp_path / "x.csv").write_bytes(content)
+    parts = plan_parts(list_inputs([str(tmp_path)]), rows_per_part, "text", "id")
+    rows = [row for part in parts for row in read_part(part, "text", "text", "id")]
+    assert [(row.id, row.value) for row in rows] == [
+        ("7", 'two\nlines, and "quotes"'), ("8", "plain"), ("x.csv:2", None), ("x.csv:3", None), ("", "no id"), ("11", "last"),
+    ]  # fmt: skip
+    assert rows[2].error == "has 3 fields, and the first line names 2" and rows[3].error == "'text' is not UTF-8"
+
+
+def test_cells_of_csv_are_numbers_where_rows_of_arrays_are_wanted(tmp_path):
+    (tmp_path / "x.csv").write_text('a,b\n1.5,"[1, 2]"\n,\nx,"[1, 2]"\n')
+    arrays = ArrayRows(a=((), "float32"), b=((2,), "int32"))
+    (part,) = plan_parts(list_inputs([str(tmp_path)]), 10, "", None, arrays)
+    rows = read_part(part, "arrays", "", None, arrays)
+    assert rows[0].value["a"] == 1.5 and rows[0].value["b"].tolist() == [1, 2]
+    assert "has none of the columns" in rows[1].error and "cannot be read as float32" in rows[2].error
+
+
+def test_quotes_that_cannot_be_right_are_named_with_their_line(tmp_path):
+    (tmp_path / "x.csv").write_text('text\ngood\n"bad" quote\n')
+    with pytest.raises(UserError, match="x.csv line 3: quotes that cannot be right"):
+        plan_parts(list_inputs([str(tmp_path)]), 10, "text", None)
+
+
+def test_tables_beside_pictures_are_no_inputs(tmp_path):
+    for name in ("a/1.png", "metadata.csv", "notes.txt", "more.parquet"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    assert [name for _, name, _ in list_inputs([str(tmp_path)], "image")] == ["a/1.png", "more.parquet"]
+    assert len(list_inputs([str(tmp_path)], "text")) == 4
+
+
+RESULTS = [
+    {"id": "a", "label": "cat", "index": 0, "probability": 0.7, "probabilities": [0.7, 0.3], "error": None},
+    {"id": "b", "label": None, "index": None, "probability": None, "probabilities": None, "error": 'no "picture", none'},
+    {"id": "c", "label": "dog, say", "index": 1, "probability": 0.9, "probabilities": [0.1, 0.9], "error": None},
+]
+
+
+def write_parts(runs, folder: Path) -> list[str]:
+    """What a classifier of two classes has written, in two parts."""
+    model = perceiver.load(runs["sentiment"])
+    model.task = replace(model.task, class_names=("cat", "dog, say"))
+    schema, names = output_schema("classify", model), ["part-00000.parquet", "part-00001.parquet"]
+    folder.mkdir()
+    for name, rows in zip(names, (RESULTS[:2], RESULTS[2:]), strict=True):
+        pq.write_table(pa.Table.from_pylist(rows, schema), folder / name)
+    return names
+
+
+def test_outputs_are_one_file_in_order_with_names_of_classes(runs, tmp_path):
+    names = write_parts(runs, tmp_path / "parts")
+    for suffix in (".csv", ".jsonl", ".parquet"):
+        assert join(str(tmp_path / "parts"), names, str(tmp_path / f"out{suffix}")) == 3
+    with open(tmp_path / "out.csv", newline="") as file:
+        first, second, third = csv.DictReader(file)
+    assert first == {
+        "id": "a", "label": "cat", "index": "0", "probability": "0.7", "probability_cat": "0.7", "probability_dog, say": "0.3", "error": "",
+    }  # fmt: skip
+    assert (second["error"], second["probability_cat"], third["label"]) == ('no "picture", none', "", "dog, say")
+    objects = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [row["probabilities"] for row in objects] == [{"cat": 0.7, "dog, say": 0.3}, None, {"cat": 0.1, "dog, say": 0.9}]
+    table = pq.read_table(tmp_path / "out.parquet").to_pylist()
+    assert table[2]["probabilities"] == {"cat": pytest.approx(0.1), "dog, say": pytest.approx(0.9)} and table[1]["probabilities"] is None
+    assert [row["id"] for row in table] == ["a", "b", "c"]
+
+
+def test_an_output_file_is_not_written_over(tmp_path):
+    (tmp_path / "out.csv").write_text("mine")
+    with pytest.raises(UserError, match=r"--output .*out.csv exists"):
+        check_new_file(str(tmp_path / "out.csv"))
+    check_new_file(str(tmp_path / "other.csv"))
 
 
 def test_rows_that_cannot_be_read_are_rows_with_an_error(tmp_path):
@@ -341,10 +436,9 @@ def test_parts_go_from_reader_to_actor_to_file_and_every_row_is_there(runs, tmp_
         (done,) = actor(_read(pa.table({"part": [json.dumps(to_plain([part])[0])]}), job)).to_pylist()
         assert (done["number"], done["rows"]) == (part.number, part.rows)
     summary = finish(parts, out)
-    assert (summary["rows"], summary["errors"]) == (23, 2)
+    assert (summary["rows"], summary["errors"]) == (43, 2)
     table = pa.concat_tables([pq.read_table(f"{out}/{part_name(part.number)}") for part in parts])
-    names = {"bad.jsonl": 3, "lines.txt": 5, "objects.jsonl": 5, "packed.jsonl.gz": 5, "table.parquet": 5}
-    assert table["id"].to_pylist() == [f"{name}:{i}" for name, count in names.items() for i in range(count)]
+    assert table["id"].to_pylist() == [f"{name}:{i}" for name in INPUT_FILES for i in range(3 if name == "bad.jsonl" else 5)]
     errors = [json.loads(line) for line in (tmp_path / "out" / "_errors.jsonl").read_text().splitlines()]
     assert [e["id"] for e in errors] == ["bad.jsonl:0", "bad.jsonl:1"] and "surrogate" in errors[0]["error"]
 
