@@ -5,7 +5,8 @@ import os
 import pytest
 
 from tests.faults.causes import FAULTS
-from tests.faults.disturb import Outcome, disturb
+from tests.faults.disturb import disturb
+from tests.faults.outcome import Outcome
 from tests.faults.soak import Look, growing, look, soak
 
 SOAK_MINUTES = float(os.environ.get("PERCEIVER_SOAK_MINUTES", "30"))
