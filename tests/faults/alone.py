@@ -96,7 +96,7 @@ class Child:
             _ = self.output  # or it would wait for room in the pipe
         return self.status is not None
 
-    def until(self, condition: Callable[[], bool], every: float = 0.002) -> bool:
+    def until(self, condition: Callable[[], bool], every: float = 0.03) -> bool:
         """Waits for a condition; whether it came before the process ended."""
         end = time.monotonic() + PATIENCE
         while not condition():
@@ -159,7 +159,7 @@ class Trained:
             parameter.data.fill_(float("nan"))
 
     def last(self) -> int:
-        return max((record["step"] for record in Run(self.run).metrics()), default=0)
+        return Run(self.run).last_step()
 
     def reach(self, step: int) -> bool:
         assert self.child is not None
@@ -187,7 +187,7 @@ def killed_while_writing(run: Trained) -> int | None:
     def writing() -> bool:
         return any(not (path / "checkpoint.json").exists() for path in run.run.glob("checkpoints/step-*"))
 
-    found = run.child.until(writing, every=0.0)
+    found = run.child.until(writing, every=0.001)
     time.sleep(run.rng.random() * 0.003)
     run.child.kill()
     return run.child.status if found else None
@@ -476,7 +476,7 @@ def prepare_killed(home: Path, name: str, rng: random.Random) -> Outcome:
     for _ in range(3):
         child = Child(lambda: prepare(root))
         files = rng.randrange(20)
-        child.until(lambda: len(list(root.rglob("*"))) > files if root.exists() else False, every=0.0)  # noqa: B023
+        child.until(lambda: len(list(root.rglob("*"))) > files if root.exists() else False, every=0.001)  # noqa: B023
         outcome.status = -signal.SIGKILL
         child.kill()
     child = Child(lambda: prepare(root))
@@ -504,7 +504,7 @@ def export_killed(home: Path, plain: Trained, rng: random.Random, name: str) -> 
     first = (target / "model.safetensors").read_bytes()
     inode = target.stat().st_ino
     child = Child(lambda: write(paths[-1]))
-    child.until(lambda: any(home.glob(".export*")), every=0.0)
+    child.until(lambda: any(home.glob(".export*")), every=0.001)
     time.sleep(rng.random() * 0.01)
     child.kill()
     outcome.status = child.status

@@ -58,7 +58,7 @@ class Disturbed:
         return self.jobs[-1]
 
     def _last(self) -> int:
-        return max((record["step"] for record in Run(self.run).metrics()), default=0)
+        return Run(self.run).last_step()
 
     def _reach(self, job: Job, step: int) -> None:
         job.wait_for_step(self.run, step, PATIENCE)
@@ -106,7 +106,7 @@ class Disturbed:
     def _alive(self, job: Job, since: float) -> None:
         assert job.process.poll() is None, f"the command ended with status {job.process.returncode}: {job.output.strip()[-300:]}"
         assert time.monotonic() - since < PATIENCE, f"no step within {PATIENCE:.0f} s"
-        time.sleep(0.1)
+        time.sleep(0.25)
 
     def _starts(self, job: Job) -> int:
         return len(re.findall(r"^(?:starting|continuing from step [\d,]+):", job.output, re.M))
