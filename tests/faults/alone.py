@@ -120,17 +120,19 @@ class Child:
 class Trained:
     """A run of one process, as often as it is started."""
 
-    def __init__(self, home: Path, name: str, rng: random.Random, stored: bool = False) -> None:
-        self.home, self.rng = home, rng
+    rows = 240
+
+    def __init__(self, home: Path, name: str, rng: random.Random, stored: bool = False, steps: int = STEPS) -> None:
+        self.home, self.rng, self.steps = home, rng, steps
         self.run, self.data = home / "runs" / name, home / "data"
         self.store = home / "store" if stored else None
         self.child: Child | None = None
         self.poisoned: int | None = None
         if not self.data.exists():
-            write_images(self.data, 240, 24)
+            write_images(self.data, self.rows, 24)
 
     def experiment(self) -> Experiment:
-        base = image_experiment(max_steps=STEPS, global_batch_size=4)
+        base = image_experiment(max_steps=self.steps, global_batch_size=4)
         encoder = replace(base.model.encoder, num_cross_attention_layers=1, num_self_attention_blocks=1)
         base = replace(base, model=replace(base.model, encoder=encoder))
         run = replace(base.run, name=self.run.name, log_every=1, val_every=40, checkpoint_every=EVERY, keep_checkpoints=3)
