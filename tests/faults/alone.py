@@ -128,6 +128,8 @@ class Trained:
         self.store = home / "store" if stored else None
         self.child: Child | None = None
         self.poisoned: int | None = None
+        self.seen = 0
+        """The last step on record before its records were changed."""
         if not self.data.exists():
             write_images(self.data, self.rows, 24)
 
@@ -243,6 +245,7 @@ def between(change: Callable[[Trained], None]) -> Cause:
     def cause(run: Trained) -> int:
         run.reach(max(run.last(), 3 * EVERY) + run.rng.randint(1, 12))
         run.child.kill()
+        run.seen = run.last()
         change(run)
         return run.child.status
 
@@ -423,7 +426,7 @@ def _cause(run: Trained, fault: AloneFault) -> Outcome | None:
     outcome = Outcome(fault.name, fault.how, run.run.name, 0, ALONE)
     said = len(run.child.output)
     outcome.status = fault.cause(run)
-    outcome.step = run.last()
+    outcome.step, run.seen = max(run.last(), run.seen), 0
     if outcome.status is None:
         if run.child.ended():
             run.start()
