@@ -378,7 +378,7 @@ def disturb_alone(home: Path, seconds: float, seed: int, only: list[str], outcom
                 waiting = [fault for fault in faults if fault.stored == stored]
                 while waiting and time.monotonic() < end:
                     number += 1
-                    found = _one_run(Trained(home, f"alone-{seed}-{number}", rng, stored), plain, waiting)
+                    found = _one_run(Trained(home, f"alone-{seed}-{number}", rng, stored), plain, waiting, end)
                     outcomes += found
                     for outcome in found:
                         print(outcome.line(), flush=True)
@@ -390,13 +390,13 @@ def disturb_alone(home: Path, seconds: float, seed: int, only: list[str], outcom
                 print(found[0].line(), flush=True)
 
 
-def _one_run(run: Trained, plain: Trained, waiting: list[AloneFault]) -> list[Outcome]:
-    """A run with faults as long as it has steps, and what came of each."""
+def _one_run(run: Trained, plain: Trained, waiting: list[AloneFault], end: float) -> list[Outcome]:
+    """A run with faults as long as it has steps and there is time, and what came of each."""
     outcomes: list[Outcome] = []
     wrong: list[str] = []
     run.start()
     try:
-        while waiting and run.last() < STEPS - 40:
+        while waiting and run.last() < STEPS - 40 and time.monotonic() < end:
             if outcome := _cause(run, waiting.pop(0)):
                 outcomes.append(outcome)
         if status := run.child.wait():
