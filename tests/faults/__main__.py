@@ -13,7 +13,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 import tests.conftest  # noqa: F401  # settings of Ray, before it is imported
-from tests.faults.alone import CAUSES, EXPORT, PREPARATION, disturb_alone
+from tests.faults.alone import EXPORT, PREPARATION, disturb_alone
+from tests.faults.alone_causes import CAUSES
 from tests.faults.causes import FAULTS
 from tests.faults.disturb import disturb
 from tests.faults.outcome import ALONE, RAY, Outcome

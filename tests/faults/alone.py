@@ -1,365 +1,31 @@
 """Faults of one process: trainings, preparations and exports without Ray, killed and damaged at random moments.
 
-The code is the one that workers run. Each start is a fork, which costs a moment, so that the same fault is caused many times.
+The code is the one that workers run. Each start is a fork, so that the same fault is caused many times.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 import os
 import random
-import resource
 import shutil
 import signal
-import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
-import torch
 
 import perceiver
-from perceiver.config import Experiment
-from perceiver.data.manifest import DamagedData, Manifest
 from perceiver.inference.export import export
-from perceiver.runs import Run
-from perceiver.tasks import build_task
-from perceiver.training.batches import read_here
-from perceiver.training.not_finite import NotFinite
-from perceiver.training.parallel import join_world
-from perceiver.training.run import Training, save_experiment
 from ray_jobs import preprocess
+from tests.faults.alone_causes import CAUSES, STEPS, AloneFault, Trained
+from tests.faults.forks import Child
 from tests.faults.invariants import differing
-from tests.faults.mounts import fill, read_only, small
+from tests.faults.mounts import small
 from tests.faults.outcome import ALONE, Outcome
 from tests.support import preparing
-from tests.support.small import Call, image_experiment, write_images
 
-STEPS, EVERY = 120, 5
-PATIENCE = 180.0
-STATUS = {NotFinite: 3, DamagedData: 4, OSError: 5}
-"""Exit status of a process by what ended it."""
-
-
-class Child:
-    """A function in a forked process. Its lines come through a pipe: full disks and limits of files do not stop them."""
-
-    def __init__(self, function: Callable[[], object], before: str = "") -> None:
-        self.status: int | None = None
-        self._output = before
-        sys.stdout.flush()
-        sys.stderr.flush()
-        self._pipe, written = os.pipe()
-        os.set_blocking(self._pipe, False)
-        self.pid = os.fork()
-        if self.pid == 0:
-            self._be(function, written)
-        os.close(written)
-
-    def _be(self, function: Callable[[], object], written: int) -> None:
-        status = 1
-        try:
-            os.dup2(written, 1)
-            os.dup2(written, 2)
-            logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
-            function()
-            status = 0
-        except BaseException as error:
-            status = next((number for kind, number in STATUS.items() if isinstance(error, kind)), 1)
-            logging.error("%s: %s", type(error).__name__, error, exc_info=error if status == 1 else None)
-        finally:
-            sys.stdout.flush()
-            os._exit(status)
-
-    @property
-    def output(self) -> str:
-        """What it has written, after what those before it have."""
-        while self._pipe is not None:
-            try:
-                new = os.read(self._pipe, 2**16)
-            except BlockingIOError:
-                break
-            if not new:
-                os.close(self._pipe)
-                self._pipe = None
-            self._output += new.decode(errors="replace")
-        return self._output
-
-    def ended(self) -> bool:
-        if self.status is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            if pid:
-                self.status = os.waitstatus_to_exitcode(status)
-            _ = self.output  # or it would wait for room in the pipe
-        return self.status is not None
-
-    def until(self, condition: Callable[[], bool], every: float = 0.03) -> bool:
-        """Waits for a condition; whether it came before the process ended."""
-        end = time.monotonic() + PATIENCE
-        while not condition():
-            if self.ended():
-                return condition()
-            assert time.monotonic() < end, f"nothing within {PATIENCE:.0f} s: {self.output[-300:]}"
-            time.sleep(every)
-        return True
-
-    def wait(self) -> int:
-        self.until(self.ended)
-        assert self.status is not None
-        return self.status
-
-    def kill(self) -> None:
-        if not self.ended():
-            os.kill(self.pid, signal.SIGKILL)
-            self.wait()
-
-
-class Trained:
-    """A run of one process, as often as it is started."""
-
-    rows = 240
-
-    def __init__(self, home: Path, name: str, rng: random.Random, stored: bool = False, steps: int = STEPS) -> None:
-        self.home, self.rng, self.steps = home, rng, steps
-        self.run, self.data = home / "runs" / name, home / "data"
-        self.store = home / "store" if stored else None
-        self.child: Child | None = None
-        self.poisoned: int | None = None
-        self.seen = 0
-        """The last step on record before its records were changed."""
-        if not self.data.exists():
-            write_images(self.data, self.rows, 24)
-
-    def experiment(self) -> Experiment:
-        base = image_experiment(max_steps=self.steps, global_batch_size=4)
-        encoder = replace(base.model.encoder, num_cross_attention_layers=1, num_self_attention_blocks=1)
-        base = replace(base, model=replace(base.model, encoder=encoder))
-        run = replace(base.run, name=self.run.name, log_every=1, val_every=40, checkpoint_every=EVERY, keep_checkpoints=3)
-        return replace(base, run=replace(run, storage=f"file://{self.store}") if self.store else run)
-
-    def start(self) -> Child:
-        self.child = Child(self._train, self.child.output if self.child else "")
-        return self.child
-
-    def _train(self) -> None:
-        torch.set_num_threads(1)
-        experiment, manifest = self.experiment(), Manifest.load(self.data)
-        if not self.run.exists() or not Run(self.run).exists:
-            self.run.mkdir(parents=True, exist_ok=True)
-            save_experiment(Run(self.run), experiment, manifest, str(self.data))
-        callbacks = [Call(after_step=self._poison)] if self.poisoned is not None else []
-        world = join_world(torch.device("cpu"))
-        training = Training(experiment, build_task(experiment), str(self.data), manifest, world, self.run, read_here, callbacks)
-        if callbacks:
-            self._model = training.state.model
-        training.run()
-
-    def _poison(self, step: int, result: object) -> None:
-        if step == self.poisoned:
-            parameter = next(self._model.parameters())
-            parameter.data.fill_(float("nan"))
-
-    def last(self) -> int:
-        return Run(self.run).last_step()
-
-    def reach(self, step: int) -> bool:
-        assert self.child is not None
-        return self.child.until(lambda: self.last() >= step)
-
-    def checkpoints(self) -> list[Path]:
-        return sorted(path.parent for path in self.run.glob("checkpoints/step-*/checkpoint.json"))
-
-
-Cause = Callable[[Trained], int | None]
-"""Causes a fault in a run that trains, and returns the status that its process ended with (None: there was nothing to do it to)."""
-
-
-def killed_at_any_step(run: Trained) -> int:
-    run.reach(run.last() + run.rng.randint(1, 20))
-    time.sleep(run.rng.random() * 0.02)
-    run.child.kill()
-    return run.child.status
-
-
-def killed_while_writing(run: Trained) -> int | None:
-    """When a checkpoint's folder is there and its marker is not yet."""
-    run.reach(run.last() + run.rng.randint(1, 10))
-
-    def writing() -> bool:
-        return any(not (path / "checkpoint.json").exists() for path in run.run.glob("checkpoints/step-*"))
-
-    found = run.child.until(writing, every=0.001)
-    time.sleep(run.rng.random() * 0.003)
-    run.child.kill()
-    return run.child.status if found else None
-
-
-def killed_while_starting(run: Trained) -> int:
-    run.reach(run.last() + 5)
-    run.child.kill()
-    run.start()
-    time.sleep(run.rng.random() * 0.4)
-    run.child.kill()
-    return run.child.status
-
-
-def disk_full(run: Trained) -> int | None:
-    """The run's folder lies on a file system of a few MiB, which something else fills; it is freed when the process has ended."""
-    if not os.path.ismount(run.home):
-        return None
-    run.reach(run.last() + run.rng.randint(1, 10))
-    path = fill(run.home)
-    try:
-        return run.child.wait()
-    finally:
-        path.unlink()
-
-
-def no_large_files(run: Trained) -> int:
-    run.reach(run.last() + run.rng.randint(1, 10))
-    resource.prlimit(run.child.pid, resource.RLIMIT_FSIZE, (1024, resource.RLIM_INFINITY))
-    return run.child.wait()
-
-
-def checkpoints_read_only(run: Trained) -> int | None:
-    run.reach(run.last() + run.rng.randint(EVERY + 1, 15))
-    with read_only(run.run / "checkpoints") as there:
-        return run.child.wait() if there else None
-
-
-def weights_become_nan(run: Trained) -> int:
-    run.child.kill()
-    run.poisoned = run.last() + run.rng.randint(4, 20)
-    try:
-        return run.start().wait()
-    finally:
-        run.poisoned = None
-
-
-def between(change: Callable[[Trained], None]) -> Cause:
-    """A change of files between two starts."""
-
-    def cause(run: Trained) -> int:
-        run.reach(max(run.last(), 3 * EVERY) + run.rng.randint(1, 12))
-        run.child.kill()
-        run.seen = run.last()
-        change(run)
-        return run.child.status
-
-    return cause
-
-
-def damaged(pattern: str, how: Callable[[Path, random.Random], None], all_of_them: bool = False) -> Cause:
-    """Damage to a file of the newest checkpoint, or of all."""
-
-    def change(run: Trained) -> None:
-        for checkpoint in run.checkpoints() if all_of_them else run.checkpoints()[-1:]:
-            how(run.rng.choice(sorted(checkpoint.glob(pattern))), run.rng)
-
-    return between(change)
-
-
-def cut(path: Path, rng: random.Random) -> None:
-    os.truncate(path, rng.randrange(path.stat().st_size))
-
-
-def flip(path: Path, rng: random.Random) -> None:
-    content = bytearray(path.read_bytes())
-    content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
-    path.write_bytes(content)
-
-
-def remove(path: Path, rng: random.Random) -> None:
-    path.unlink()
-
-
-def foreign(path: Path, rng: random.Random) -> None:
-    path.write_text(rng.choice(["", "{", "[]", "null", "{}", '{"step": "x"}', "[" * 5000]))
-
-
-def cut_the_last_record(run: Trained) -> None:
-    path = run.run / "metrics.jsonl"
-    os.truncate(path, path.stat().st_size - run.rng.randint(1, 60))
-
-
-def lost_machine(run: Trained) -> None:
-    """The run's folder, which lies on the machine, is gone; the object store has the run."""
-    shutil.rmtree(run.run)
-
-
-def shard(how: Callable[[Path, random.Random], None]) -> Cause:
-    """Damage to a shard of the training data between two starts; the next start ends, then the shard is as it was."""
-
-    def cause(run: Trained) -> int:
-        run.reach(run.last() + run.rng.randint(1, 12))
-        run.child.kill()
-        path = run.rng.choice(sorted(run.data.glob("train-*.parquet")))
-        before = path.read_bytes()
-        how(path, run.rng)
-        try:
-            return run.start().wait()
-        finally:
-            path.write_bytes(before)
-
-    return cause
-
-
-def manifest(run: Trained) -> int:
-    run.child.kill()
-    path = run.data / "manifest.json"
-    before = path.read_bytes()
-    foreign(path, run.rng)
-    try:
-        return run.start().wait()
-    finally:
-        path.write_bytes(before)
-
-
-@dataclass(frozen=True)
-class AloneFault:
-    """A fault of one process.
-
-    Args:
-        cause: does it; the status that the process ended with.
-        statuses: which are right.
-        says: what the output of this start or the next must hold.
-        stored: whether the run is kept in an object store.
-    """
-
-    name: str
-    how: str
-    cause: Cause
-    statuses: tuple[int, ...] = (-signal.SIGKILL,)
-    says: str = ""
-    stored: bool = False
-
-
-ASIDE = "is damaged and set aside"
-CAUSES = [
-    AloneFault("training killed", "SIGKILL at a random moment", killed_at_any_step),
-    AloneFault("training killed while it saves", "SIGKILL, a checkpoint half written", killed_while_writing),
-    AloneFault("training killed while it starts", "SIGKILL within 0.4 s", killed_while_starting),
-    AloneFault("training killed while it copies to a store", "SIGKILL, file:// store", killed_while_writing, stored=True),
-    AloneFault("machine lost, run in a store", "SIGKILL, local folder removed", between(lost_machine), stored=True),
-    AloneFault("disk full", "full tmpfs", disk_full, (5,), "No space left on device"),
-    AloneFault("files limited", "RLIMIT_FSIZE of 1 KiB", no_large_files, (5, 1), "File too large"),
-    AloneFault("checkpoints read-only", "folder mounted read-only", checkpoints_read_only, (5,), "Read-only file system"),
-    AloneFault("weights become NaN", "set in a step", weights_become_nan, (3,), "NotFinite"),
-    AloneFault("tensors of newest checkpoint cut", "at a random byte", damaged("*.safetensors", cut), says=ASIDE),
-    AloneFault("bit of newest checkpoint flipped", "a random one", damaged("*.safetensors", flip), says=ASIDE),
-    AloneFault("tensors of newest checkpoint gone", "file removed", damaged("*.safetensors", remove), says=ASIDE),
-    AloneFault("marker of newest checkpoint cut", "at a random byte", damaged("checkpoint.json", cut), says=ASIDE),
-    AloneFault("marker of newest checkpoint of another shape", "JSON or none", damaged("checkpoint.json", foreign), says=ASIDE),
-    AloneFault("all checkpoints damaged", "a flipped bit each", damaged("*.safetensors", flip, True), says=ASIDE),
-    AloneFault("last record cut", "metrics.jsonl", between(cut_the_last_record)),
-    AloneFault("shard cut", "then put right", shard(cut), (4,), ".parquet"),
-    AloneFault("bit of a shard flipped", "then put right", shard(flip), (4, 0), ".parquet"),
-    AloneFault("shard gone", "then put right", shard(remove), (4,), ".parquet"),
-    AloneFault("manifest of another shape", "then put right", manifest, (4,), "manifest.json"),
-]
+PREPARATION, EXPORT = "preparation killed", "export killed"
 
 
 def disturb_alone(home: Path, seconds: float, seed: int, only: list[str], outcomes: list[Outcome]) -> None:
@@ -450,9 +116,6 @@ def _resumed(output: str) -> int | None:
     if not lines or not lines[-1].endswith(")"):
         return None
     return 0 if lines[-1].startswith("starting") else int(lines[-1].split()[3].rstrip(":").replace(",", ""))
-
-
-PREPARATION, EXPORT = "preparation killed", "export killed"
 
 
 def prepare_killed(home: Path, name: str, rng: random.Random) -> Outcome:

@@ -19,7 +19,7 @@ import numpy as np
 
 import tests.conftest  # noqa: F401  # settings of Ray, before it is imported
 from perceiver.plots import color, frame, new_figure, plain, png
-from tests.faults.alone import Trained
+from tests.faults.alone_causes import Trained
 from tests.support.jobs import Job
 
 COMMAND = [
