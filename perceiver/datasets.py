@@ -16,7 +16,7 @@ from perceiver.data.manifest import MANIFEST, DamagedData, Manifest
 from perceiver.data.order import STREAM_BLOCKS
 from perceiver.data.rows import KINDS, ArrayRows
 from perceiver.data.shards import broken_files, read_block
-from perceiver.data.sources import is_path, is_shipped, mixture_sources, source_label
+from perceiver.data.sources import is_path, is_shipped, mixture_sources, resolve, source_label
 from perceiver.data.storage import list_folder, open_folder
 from perceiver.data.tokenizers import TOKENIZER, load_tokenizer, tokenizer_is_there
 from perceiver.experiments import command_words
@@ -51,13 +51,14 @@ class Dataset:
         """The data that was prepared for an experiment.
 
         Raises:
-            UserError: it is not prepared (then the sentence has the command that does it), was prepared with other
-                settings (and which), or does not fit the model.
+            UserError: it is not prepared (then the sentence has the command that does it, or why that cannot be done), was
+                prepared with other settings (and which), or does not fit the model.
         """
         experiment = with_tokenizer(experiment)
         settings = prepare_settings(experiment)
         folder = _folder(experiment, settings)
         if MANIFEST not in list_folder(folder):
+            check_sources(experiment)
             raise _not_prepared(experiment, settings)
         try:
             manifest = Manifest.load(folder)
@@ -81,7 +82,10 @@ class Dataset:
         readable = is_code(source) or (rows is not None and rows.prepared_by_training and is_path(source))
         if not at_once and not experiment.data.mixture and readable:
             at_once = MANIFEST not in list_folder(data_folder(experiment))
-        return None if at_once else cls.find(experiment)
+        if not at_once:
+            return cls.find(experiment)
+        check_sources(experiment)
+        return None
 
     @classmethod
     def find_prepared(cls, experiment: Experiment) -> Dataset | None:
@@ -105,6 +109,19 @@ class Dataset:
         splits = [(part.folder, part.manifest.splits["train"]) for part in self.parts]
         blocks = (read_block(folder, split, block) for folder, split in splits for block in range(split.num_blocks))
         return replace(experiment, task=experiment.task.measure(experiment.model, blocks))
+
+
+def check_sources(experiment: Experiment) -> None:
+    """Looks whether the local files of an experiment's data are there, and are what its task is made from.
+
+    Raises:
+        UserError: the first source that is not.
+    """
+    data, kind = experiment.data, task_kind(experiment)
+    alone = [replace(data, source=part.source, mixture=()) for part in mixture_sources(data)] if data.mixture else [data]
+    for part in alone:
+        if all("://" not in source and is_path(source) for source in (part.source, part.val_source) if source):
+            resolve(part, kind)
 
 
 def _not_prepared(experiment: Experiment, settings: dict[str, Any]) -> NotPrepared:

@@ -132,8 +132,15 @@ def check_precision(experiment: Experiment, gpu: bool) -> None:
         )
 
 
-def out_of_memory(experiment: Experiment, reason: str) -> str:
-    """What a worker whose device had no memory left says: what a step was expected to take, and what takes less."""
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory is full: that of a GPU, or of the machine."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def out_of_memory(experiment: Experiment, error: BaseException) -> str:
+    """What a worker without memory left says: what a step was expected to take, and what takes less."""
+    whose = "device" if isinstance(error, torch.OutOfMemoryError) else "machine"
+    reason = str(error).strip().partition("\n")[0] or type(error).__name__
     layout, step = layout_of(experiment), step_of(experiment)
     size, every = layout.micro_batch_size, layout.checkpoint_every
     less = [("--parallel.micro-batch-size", size // 2, replace(layout, micro_batch_size=size // 2))] if size > 1 else []
@@ -143,10 +150,10 @@ def out_of_memory(experiment: Experiment, reason: str) -> str:
     sizes = [(f"{field} {value}", step_memory(step, changed).total) for field, value, changed in less]
     changes = [f"{change} ({_size(needed)})" for change, needed in sizes if needed < now]
     return (
-        f"the device's memory is full ({reason.strip().partition(chr(10))[0]}). A step with a micro-batch of {size} was expected to take "
+        f"the {whose}'s memory is full ({reason}). A step with a micro-batch of {size} was expected to take "
         f"{_size(now)} of it: "
-        + (f"continue with {' or '.join(changes)}" if changes else "it takes more --workers, or devices with more memory")
-        + ", and see that no other program holds memory of the device"
+        + (f"continue with {' or '.join(changes)}" if changes else f"it takes more --workers, or {whose}s with more memory")
+        + f", and see that no other program holds memory of the {whose}"
     )
 
 

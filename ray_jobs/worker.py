@@ -32,7 +32,7 @@ from perceiver.training.remote_copy import RemoteCopy, fetch_run
 from perceiver.training.run import Training, build_state, evaluate
 from ray_jobs.ingest import DATA_CPUS, DataFault, read_with_ray
 from ray_jobs.logs import send_progress
-from ray_jobs.memory_check import out_of_memory
+from ray_jobs.memory_check import is_out_of_memory, out_of_memory
 from ray_jobs.messages import SIGN_OF_LIFE
 from ray_jobs.metrics_export import MetricsExport
 from ray_jobs.watch import Steps, reporting
@@ -85,13 +85,13 @@ def _train(config: dict[str, Any], experiment: Experiment, world: World, steps: 
         # Raised by all workers alike, and again at every restart: end the run instead of restarting it.
         if world.rank == 0:
             _note_failure(run, remote, True, str(error))
-    except torch.OutOfMemoryError as error:
-        # No failure of a machine: the next start would need as much.
-        _note_failure(run, remote, True, f"worker {world.rank}: {out_of_memory(experiment, str(error))}")
-        raise
-    except PROGRAM_FAULTS as error:
-        if not dist.is_initialized():
-            raise  # Ray has taken the group of workers down under this one, to start it again in another size
+    except Exception as error:
+        if is_out_of_memory(error):
+            # No failure of a machine: the next start would need as much.
+            _note_failure(run, remote, True, f"worker {world.rank}: {out_of_memory(experiment, error)}")
+            raise
+        if not isinstance(error, PROGRAM_FAULTS) or not dist.is_initialized():
+            raise  # without a group: Ray has taken the workers down under this one, to start them again in another number
         # A restart would only raise it again; but maybe one worker alone raised it, and the others wait for that one.
         lines = traceback.format_exception(error)
         _note_failure(run, remote, False, f"worker {world.rank}:\n{''.join(lines)}")

@@ -22,6 +22,8 @@ from perceiver.data.tables import parquet_rows
 
 PIECE_BYTES = 32 << 20
 """Input bytes of a piece, about: small files are taken together, large plain files and parquet files cut."""
+FAULTS_AT_ONCE = 10
+"""Faults of a piece that one message names, so that not each of them takes an attempt."""
 
 
 @dataclass(frozen=True)
@@ -71,13 +73,14 @@ def make_piece(job: Job, index: int, piece: Piece) -> dict[str, Any]:
     """Pass 1 for one piece: its files in the staging folder, and the note on it, which is also returned.
 
     Raises:
-        UserError: a fault in the input.
+        UserError: faults in the input, the first few together.
     """
-    problems, preparation = Problems(job.skip), job.preparation(job)
+    problems, preparation = Problems(job.skip, FAULTS_AT_ONCE), job.preparation(job)
     with ExitStack() as stack:
         writers = {split: PieceWriter(job, index, split, stack) for split in SPLITS}
         for span in piece.spans:
             preparation.add(span, problems, writers)
+        problems.end()
         counts = {split: writer.finish() for split, writer in writers.items()}
     note = {"splits": counts, "skipped": dict(problems.counts)}
     write_file(job.staging, _piece_note(index), json.dumps(note).encode())

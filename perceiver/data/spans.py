@@ -55,22 +55,48 @@ class Span:
         return self.file.compressed and not self.unpacked
 
 
-class Problems:
-    """What to do with faults: stop at the first, or count them by reason."""
+SHOWN = 3
+"""Faults of a kind that a message names."""
 
-    def __init__(self, skip: bool) -> None:
+
+class Problems:
+    """What to do with faults: count them by reason, or refuse them.
+
+    Args:
+        skip: count them.
+        most: number of faults that are refused together. Fewer ones are refused by `end`.
+    """
+
+    def __init__(self, skip: bool, most: int = 1) -> None:
         self.skip = skip
         self.counts: Counter[str] = Counter()
+        self._most = most
+        self._refused: list[tuple[str, str]] = []
 
     def report(self, reason: str, sentence: str) -> None:
         """A fault of a row or a file: the caller leaves it out.
 
         Raises:
-            UserError: faults are not to be skipped.
+            UserError: faults are not to be skipped, and there are enough of them.
         """
-        if not self.skip:
-            raise UserError(f"{sentence} (--data.on-error skip leaves out and counts such rows and files)")
         self.counts[reason] += 1
+        if self.skip:
+            return
+        self._refused.append((reason, sentence))
+        if len(self._refused) >= self._most:
+            self.end()
+
+    def end(self) -> None:
+        """Raises UserError where there were faults that are not to be skipped."""
+        found = self._refused
+        if not found:
+            return
+        text = found[0][1]
+        if len(found) > 1:
+            shown = [sentence for n, (reason, sentence) in enumerate(found) if [r for r, _ in found[:n]].count(reason) < SHOWN]
+            more = f"; {len(found) - len(shown)} more of these kinds" if len(shown) < len(found) else ""
+            text = f"{'at least ' if len(found) == self._most else ''}{len(found)} faults: {'; '.join(shown)}{more}"
+        raise UserError(f"{text} (--data.on-error skip leaves out and counts such rows and files)")
 
 
 class Unreadable(Exception):

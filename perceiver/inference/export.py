@@ -9,11 +9,14 @@ the files with their hashes: only what it lists is ever replaced by a later expo
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 import uuid
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,25 +70,49 @@ def export(trained: TrainedModel, folder: str | Path, format: str = "perceiver")
         weights = transformers.to_transformers(weights, trained.config)
     else:
         config = our_config(trained)
-    staged = target.with_name(f".export.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        staged.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written ({_reason(error)})") from error
-    try:
-        (staged / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-        save_file(weights, staged / WEIGHTS, metadata={"format": "pt"})
-        os.chmod(staged / WEIGHTS, (staged / CONFIG).stat().st_mode)  # save_file lets the owner alone read it
-        _write_tokenizer(trained.tokenizer, staged, format, config)
-        _write_listing(staged)
-        for path in staged.iterdir():
-            to_disk(path)
-        _put_in_place(staged, target)
+        with _staged(target) as staged:
+            (staged / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+            save_file(weights, staged / WEIGHTS, metadata={"format": "pt"})
+            os.chmod(staged / WEIGHTS, (staged / CONFIG).stat().st_mode)  # save_file lets the owner alone read it
+            _write_tokenizer(trained.tokenizer, staged, format, config)
+            _write_listing(staged)
+            for path in staged.iterdir():
+                to_disk(path)
+            _put_in_place(staged, target)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder} cannot be written ({_reason(error)})") from error
-    finally:
-        _remove_own(staged)
     return target
+
+
+@contextmanager
+def _staged(target: Path) -> Iterator[Path]:
+    """A new folder beside the target, locked as long as an export is at work on it. What exports that were killed have left is removed."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staged = target.with_name(f".export.{uuid.uuid4().hex[:8]}.tmp")
+    with ExitStack() as stack:
+        with ExitStack() as beginning:
+            # While one begins, no other one looks: it would find a folder that is not locked yet.
+            if _lock(target.parent, beginning, wait=True):
+                for left in target.parent.glob(".export.*.tmp"):
+                    with ExitStack() as looking:
+                        if _lock(left, looking, wait=False):
+                            _remove_own(left)
+            staged.mkdir()
+            _lock(staged, stack, wait=True)
+        stack.callback(_remove_own, staged)
+        yield staged
+
+
+def _lock(folder: Path, stack: ExitStack, wait: bool) -> bool:
+    """Locks a folder until the stack is left; False: another process has it, or the file system has no locks."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        stack.callback(os.close, descriptor)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:
+        return False
+    return True
 
 
 def _check_target(target: Path) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 from perceiver.config import DataConfig, ModelConfig, TaskConfig, UserError
 from perceiver.data.manifest import Manifest, Split
 from perceiver.data.rows import fixed_array, fixed_column
-from perceiver.data.tokenizers import load_tokenizer
+from perceiver.data.tokenizers import load_tokenizer, tokenizer_is_there
 from perceiver.generation.generate import generate
 from perceiver.generation.options import Sampling
 from perceiver.models import PerceiverARConfig
@@ -48,6 +48,16 @@ class CausalLM(NextToken[CausalLMConfig]):
 
     metric_directions = {"loss": "min", "bits_per_byte": "min", "perplexity": "min", "word_perplexity": "min"}
 
+    def check(self) -> None:
+        super().check()
+        if self.config.sample_tokens < 1 or not tokenizer_is_there(self.data.tokenizer):
+            return
+        length, most = len(self._prompt()), self.model_config.max_seq_len
+        if not 1 <= length <= most:
+            raise UserError(
+                f"--task.sample-prompt has {length:,} tokens and must have 1 to {most:,} (--task.sample-tokens 0 writes no sample)"
+            )
+
     def examples(self, block: pa.Table, split: Split, first_row: int, epoch: int, train: bool) -> pa.Table:
         """Windows "tokens" (T + 1 ids from the row's start on, plus the epoch's shift), and "length", how many are real.
 
@@ -77,7 +87,7 @@ class CausalLM(NextToken[CausalLMConfig]):
         if settings.sample_tokens < 1:
             return []
         tokenizer = load_tokenizer(self.data.tokenizer)
-        prompt = torch.from_numpy(tokenizer.encode(settings.sample_prompt).astype(np.int64))[None]
+        prompt = torch.from_numpy(self._prompt().astype(np.int64))[None]
         device = next(model.parameters()).device
         # One latent to begin with, or as many as the prompt is longer than the prefix can be.
         num_latents = max(1, prompt.shape[1] - (self.model_config.max_seq_len - self.model_config.max_latents))
@@ -89,6 +99,9 @@ class CausalLM(NextToken[CausalLMConfig]):
             sampling=Sampling(temperature=0.8, top_k=40, seed=0),
         )
         return [Sample("continuation", text=tokenizer.decode(ids[0].cpu().numpy()))]
+
+    def _prompt(self) -> np.ndarray:
+        return load_tokenizer(self.data.tokenizer).encode(self.config.sample_prompt)
 
     def guess(self, manifest: Manifest, trained_on: Manifest) -> Guess | None:
         return unigram_guess(manifest, ("loss", "bits_per_byte", "perplexity", "word_perplexity"))

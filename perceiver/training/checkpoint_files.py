@@ -188,7 +188,9 @@ def reader_of(path: Path) -> StorageReader:
     if any(path.glob(f"*{SUFFIX}")):
         return HuggingFaceStorageReader(str(path))
     if (path / OLD_METADATA).is_file():
-        return OldReader(str(path))
+        reader = OldReader(str(path))
+        reader.read_metadata()  # DCP would print a traceback of what this raises, and say something else
+        return reader
     raise DamagedCheckpoint(f"checkpoint {path.name} is damaged: {path} holds no weights")
 
 

@@ -46,7 +46,8 @@ class Recorder:
         self.folder.mkdir(parents=True, exist_ok=True)
         keep = [record for record in Run(folder).metrics() if record["step"] <= step]
         write_file(folder, METRICS, "".join(map(_line, keep)).encode())
-        self._board = Board(Run(folder).tensorboard_folder, step + 1 if step else None)
+        board = Run(folder).tensorboard_folder
+        self._board = Board(board, step + 1 if step or (board.is_dir() and any(board.iterdir())) else None)
         self._cut = False
         self._warned = False
 

@@ -232,6 +232,15 @@ def test_a_training_prepares_a_table_of_texts_by_itself(tmp_path, monkeypatch):
     assert found is not None and found.manifest == manifest and manifest.stats["labels"]["val"] == [1] * 5
 
 
+@pytest.mark.parametrize("preset", ["img-clf", "txt-clf", "clm-wikitext"])
+@pytest.mark.parametrize("source", ["nowhere", "nowhere/*.jsonl", "empty"])
+def test_a_source_that_is_not_there_is_answered_by_that_before_anything_starts(source, preset, tmp_path):
+    (tmp_path / "empty").mkdir()
+    words = [preset, "--data.source", f"{tmp_path}/{source}", "--data.root", str(tmp_path / "out")]
+    with pytest.raises(UserError, match="data.source .* (does not exist|matches no file|is a folder without files)"):
+        Dataset.find_early(parse_experiment(words, "ray_jobs.train"))
+
+
 @pytest.mark.parametrize("named", [True, False])
 def test_a_task_without_classes_takes_pictures_with_whatever_labels_they_have(named, tmp_path, monkeypatch):
     for label in ("red", "blue") if named else ("3", "11"):

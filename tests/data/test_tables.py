@@ -142,6 +142,19 @@ def test_a_fault_is_named_with_its_place_or_skipped_and_counted(tmp_path, name):
     assert sum(split.rows for split in manifest.splits.values()) >= 60
 
 
+def test_several_faults_are_named_together(tmp_path):
+    (tmp_path / "in").mkdir()
+    good = [{"text": f"good {i}", "label": i % 2} for i in range(60)]
+    write_jsonl(tmp_path / "in" / "a.jsonl", [*good, {"text": 1, "label": 0}, {"label": 0}, *[{"text": "x", "label": 7}] * 5])
+    (tmp_path / "in" / "b.csv").write_text('text,label\n"c",1,2\n')
+    with pytest.raises(UserError) as caught:
+        prepared(tmp_path, tmp_path / "in")
+    text = str(caught.value)
+    for part in ("8 faults: ", "a.jsonl line 61", "a.jsonl line 62", "a.jsonl line 65", "b.csv line 2", "2 more of these kinds"):
+        assert part in text, text
+    assert "line 66" not in text and text.count("--data.on-error skip") == 1
+
+
 def test_labels_may_be_texts_of_numbers_truth_values_and_whole_floats(tmp_path):
     values = [0, 1, "0", "1", False, True, 0.0, 1.0, "1.0", "negative", "positive"]
     write_jsonl(tmp_path / "a.jsonl", [{"text": f"text {i}", "label": value} for i, value in enumerate(values)])

@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +16,12 @@ from PIL import Image
 
 import perceiver
 from perceiver.config import UserError
+from perceiver.data.manifest import Manifest
 from perceiver.runs import Run
 from ray_jobs import preprocess
 from tests.support import preparing
 from tests.support.preparing import experiment, load_prepared, texts, write_idx, write_jsonl, write_parquet
+from tests.support.small import write_images
 from tests.support.trained import write_run
 
 FEW = settings(max_examples=12, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
@@ -168,3 +171,14 @@ def test_a_marker_reads_no_file_outside_of_its_checkpoint(name, tmp_path):
     (checkpoint / "checkpoint.json").write_text(json.dumps(marker))
     with pytest.raises(UserError):
         perceiver.load(run)
+
+
+@pytest.mark.parametrize("name", ["../outside.parquet", "/etc/passwd", "a/../../outside.parquet", ""])
+def test_a_manifest_reads_no_file_outside_of_its_folder(name, tmp_path):
+    manifest = write_images(tmp_path / "data")
+    split = manifest.splits["train"]
+    os.replace(tmp_path / "data" / split.shards[0].file, tmp_path / "outside.parquet")
+    shards = (replace(split.shards[0], file=name), *split.shards[1:])
+    replace(manifest, splits={**manifest.splits, "train": replace(split, shards=shards)}).save(tmp_path / "data")
+    with pytest.raises(UserError, match="the shards of its split train do not have"):
+        Manifest.load(tmp_path / "data")

@@ -13,15 +13,20 @@ from dataclasses import asdict
 from pathlib import Path
 
 import tests.conftest  # noqa: F401  # settings of Ray, before it is imported
+from tests.faults.alone import EXPORT, PREPARATION, disturb_alone
+from tests.faults.alone_causes import CAUSES
 from tests.faults.causes import FAULTS
-from tests.faults.disturb import Outcome, disturb
+from tests.faults.disturb import disturb
+from tests.faults.outcome import ALONE, RAY, Outcome
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
     parser.add_argument("--minutes", type=float, default=10, help="no further fault is caused after this time")
     parser.add_argument("--seed", type=int, default=0, help="of the order of faults and the steps they are caused at")
-    parser.add_argument("--only", nargs="*", default=[], choices=[fault.name for fault in FAULTS], help="these faults alone")
+    names = [fault.name for fault in (*FAULTS, *CAUSES)] + [PREPARATION, EXPORT]
+    parser.add_argument("--only", nargs="*", default=[], choices=names, help="these faults alone")
+    parser.add_argument("--alone", action="store_true", help="faults of one process without Ray, many a minute, in place of runs on Ray")
     parser.add_argument("--home", type=Path, help="where the runs are; default: a temporary folder, removed in the end")
     parser.add_argument("--out", type=Path, default=Path("faults.json"), help="the outcomes, as JSON")
     parser.add_argument("--table", type=Path, nargs="+", help="cause nothing, show the table of outcomes of before")
@@ -33,7 +38,11 @@ def main() -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # its runs end with it
     try:
         with tempfile.TemporaryDirectory(prefix="faults-") as temporary:
-            disturb(args.home or Path(temporary), args.minutes, args.seed, args.only, outcomes)
+            home = args.home or Path(temporary)
+            if args.alone:
+                disturb_alone(home / "alone", 60 * args.minutes, args.seed, args.only, outcomes)
+            else:
+                disturb(home, args.minutes, args.seed, args.only, outcomes)
     finally:
         args.out.write_text(json.dumps([asdict(outcome) for outcome in outcomes], indent=1))
     print(table(outcomes))
@@ -41,23 +50,21 @@ def main() -> int:
 
 
 def table(outcomes: list[Outcome]) -> str:
-    """Outcomes by fault, in Markdown."""
+    """Outcomes by place and fault, in Markdown."""
     lines = [
-        "| fault | how | times | survived | seconds to train again: median, max | steps redone: median, max |",
-        "|---|---|---|---|---|---|",
+        "| fault | how | where | times | survived | seconds to train again: median, max | steps redone: median, max |",
+        "|---|---|---|---|---|---|---|",
     ]
-    names = {fault.name: fault.how for fault in FAULTS}
-    for name, how in names.items():
-        ours = [outcome for outcome in outcomes if outcome.fault == name]
-        if not ours:
-            continue
+    kinds = dict.fromkeys((place, outcome.fault, outcome.how) for place in (RAY, ALONE) for outcome in outcomes if outcome.place == place)
+    for place, name, how in kinds:
+        ours = [outcome for outcome in outcomes if (outcome.place, outcome.fault) == (place, name)]
         well = [outcome for outcome in ours if not outcome.wrong and outcome.seconds is not None]
         seconds, redone = [o.seconds for o in well], [o.redone for o in well]
-        took = f"{statistics.median(seconds):.0f}, {max(seconds):.0f}" if well else "-"
+        took = f"{statistics.median(seconds):.1f}, {max(seconds):.1f}" if well else "-"
         again = f"{statistics.median(redone):.0f}, {max(redone)}" if well else "-"
-        lines.append(f"| {name} | {how} | {len(ours)} | {len(well)} | {took} | {again} |")
-    well = sum(not outcome.wrong for outcome in outcomes)
-    return "\n".join([*lines, f"| all | | {len(outcomes)} | {well} | | |"])
+        lines.append(f"| {name} | {how} | {place} | {len(ours)} | {len(well)} | {took} | {again} |")
+    well = sum(not outcome.wrong and outcome.seconds is not None for outcome in outcomes)
+    return "\n".join([*lines, f"| all | | | {len(outcomes)} | {well} | | |"])
 
 
 if __name__ == "__main__":

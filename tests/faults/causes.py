@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.faults.mounts import read_only
 from tests.support.jobs import Job
 
 WORKER, CONTROLLER, MAILBOX = "ray::RayTrainWorker", "ray::TrainController", "ray::_Mailbox"
@@ -100,6 +101,35 @@ def fill_the_disk(job: Job, run: Path, rng: random.Random) -> bool:
     return bool(workers)
 
 
+def fill_the_memory(job: Job, run: Path, rng: random.Random) -> bool:
+    """Lets one worker have no more memory than it has: what a full machine does to its next step."""
+    workers = processes(job, WORKER)
+    for pid in workers[:1]:
+        size = int((Path("/proc") / str(pid) / "statm").read_text().split()[0]) * resource.getpagesize()
+        resource.prlimit(pid, resource.RLIMIT_AS, (size, resource.RLIM_INFINITY))
+    return bool(workers)
+
+
+def while_it_saves(job: Job, run: Path, rng: random.Random) -> bool:
+    """Ends a worker when a checkpoint's folder is there and its marker is not yet."""
+    end = time.monotonic() + 60
+    while time.monotonic() < end and job.process.poll() is None:
+        if any(not (path / "checkpoint.json").exists() for path in run.glob("checkpoints/step-*")):
+            return kill_one(WORKER)(job, run, rng)
+        time.sleep(0.005)
+    return False
+
+
+def make_read_only(job: Job, run: Path, rng: random.Random) -> bool:
+    """Mounts the folder of checkpoints read-only until a worker has met it."""
+    workers = processes(job, WORKER)
+    with read_only(run / "checkpoints") as there:
+        end = time.monotonic() + 60
+        while there and processes(job, WORKER) == workers and time.monotonic() < end:
+            time.sleep(0.1)
+    return there and bool(workers)
+
+
 def newest(run: Path) -> Path | None:
     found = sorted(run.glob("checkpoints/step-*/checkpoint.json"))
     return found[-1].parent if len(found) > 1 else None
@@ -151,6 +181,9 @@ LOST = "the same command continues"
 FAULTS = [
     Fault("a worker killed", "SIGKILL", kill_one(WORKER), restarts=True),
     Fault("all workers killed", "SIGKILL", kill_all(WORKER), restarts=True),
+    Fault("a worker killed while it saves", "SIGKILL, a checkpoint half written", while_it_saves, restarts=True),
+    Fault("memory of a worker full", "RLIMIT_AS", fill_the_memory, 2, "memory is full"),
+    Fault("checkpoints read-only", "folder mounted read-only", make_read_only, restarts=True),
     Fault("data tasks killed", "SIGKILL to every process that reads", kill_data_tasks),
     Fault("message actor killed", "SIGKILL", kill_all(MAILBOX)),
     Fault("a worker stopped", "SIGSTOP", stop_a_worker, says="has not answered for", restarts=True),

@@ -5,41 +5,24 @@ import re
 import signal
 import time
 from collections import deque
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from perceiver.runs import Run
 from tests.faults.causes import FAULTS, Fault, send
 from tests.faults.invariants import broken
+from tests.faults.outcome import Outcome
 from tests.support.jobs import Job
 
-STEPS = 600
+STEPS = 300
 COMMAND = [
-    "quickstart", "--training.max-epochs", "None", "--training.max-steps", str(STEPS), "--training.global-batch-size", "32",
-    "--run.checkpoint-every", "20", "--run.val-every", "200", "--run.log-every", "1", "--run.val-batches", "4", "--workers", "2",
-    "--run.max-failures", "-1",
+    "quickstart", "--training.max-epochs", "None", "--training.max-steps", str(STEPS), "--training.global-batch-size", "8",
+    "--model.num-latents", "4", "--model.num-latent-channels", "32", "--model.input.num-frequency-bands", "4",
+    "--run.checkpoint-every", "10", "--run.val-every", "100", "--run.log-every", "1", "--run.val-batches", "4", "--workers", "2",
+    "--parallel.threads-per-worker", "1", "--run.max-failures", "-1",
 ]  # fmt: skip
+"""A light model: what a fault costs is to be seen, not what a step does."""
 PATIENCE = 240.0
 """Seconds within which a run must train again after a fault."""
-
-
-@dataclass
-class Outcome:
-    """What a fault did."""
-
-    fault: str
-    how: str
-    run: str
-    step: int
-    """The last on record when it was caused."""
-    seconds: float | None = None
-    """From the fault to the first new step; None: it did not come."""
-    redone: int = 0
-    """Steps that were taken again."""
-    status: int | None = None
-    """Exit status of the command, where it ended."""
-    wrong: list[str] = field(default_factory=list)
-    """What was not as it must be."""
 
 
 class Disturbed:
@@ -56,10 +39,10 @@ class Disturbed:
         wrong = ["the harness ended before the run could be compared"]
         try:
             job = self._start()
-            self._reach(job, rng.randint(20, 60))
-            while faults and time.monotonic() < end and self._last() < STEPS - 120:
+            self._reach(job, rng.randint(11, 30))
+            while faults and time.monotonic() < end and self._last() < STEPS - 60:
                 job = self._cause(faults.popleft(), job, rng)
-                self._reach(job, min(self._last() + rng.randint(10, 50), STEPS - 60))
+                self._reach(job, min(self._last() + rng.randint(5, 20), STEPS - 40))
             if status := job.wait(PATIENCE):
                 raise AssertionError(f"the run ended with status {status}")
             wrong = self._settled()
@@ -75,7 +58,7 @@ class Disturbed:
         return self.jobs[-1]
 
     def _last(self) -> int:
-        return max((record["step"] for record in Run(self.run).metrics()), default=0)
+        return Run(self.run).last_step()
 
     def _reach(self, job: Job, step: int) -> None:
         job.wait_for_step(self.run, step, PATIENCE)
@@ -123,7 +106,7 @@ class Disturbed:
     def _alive(self, job: Job, since: float) -> None:
         assert job.process.poll() is None, f"the command ended with status {job.process.returncode}: {job.output.strip()[-300:]}"
         assert time.monotonic() - since < PATIENCE, f"no step within {PATIENCE:.0f} s"
-        time.sleep(0.1)
+        time.sleep(0.25)
 
     def _starts(self, job: Job) -> int:
         return len(re.findall(r"^(?:starting|continuing from step [\d,]+):", job.output, re.M))
@@ -155,7 +138,7 @@ class Disturbed:
 
 def undisturbed(home: Path) -> Path:
     """The run that all others are compared with; its seconds of training are in its log."""
-    Job("ray_jobs.train", *COMMAND, "--name", "undisturbed", home=home).finish()
+    Job("ray_jobs.train", *COMMAND, "--name", "undisturbed", home=home).finish(600)
     return home / "runs" / "undisturbed"
 
 
@@ -178,10 +161,4 @@ def disturb(home: Path, minutes: float, seed: int, only: list[str], outcomes: li
             finally:
                 outcomes += run.outcomes
             for outcome in run.outcomes:
-                print(line(outcome), flush=True)
-
-
-def line(outcome: Outcome) -> str:
-    took = "-" if outcome.seconds is None else f"{outcome.seconds:.1f} s"
-    came = "; ".join(outcome.wrong) or "well"
-    return f"{outcome.run:12} {outcome.fault:32} step {outcome.step:4}  {took:>8}  redone {outcome.redone:3}  {came}"
+                print(outcome.line(), flush=True)

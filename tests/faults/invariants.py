@@ -1,6 +1,5 @@
 """What must hold of a disturbed run: it ends as an undisturbed one, and leaves nothing behind."""
 
-import fcntl
 from collections import Counter
 from pathlib import Path
 
@@ -8,11 +7,22 @@ import torch
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 from perceiver.checkpoints import list_checkpoints
+from perceiver.disk import is_locked
 from tests.support.jobs import Job, losses, weights
 
 
 def broken(run: Path, plain: Path, jobs: list[Job], outputs: list[str]) -> list[str]:
-    """The invariants that do not hold, each in a sentence; none: all hold."""
+    """The invariants that do not hold of a run on Ray, each in a sentence; none: all hold."""
+    found = differing(run, plain)
+    if any(job.pids("") for job in jobs):
+        found.append("processes are left")
+    if any("Traceback" in output for output in outputs):
+        found.append("a traceback was printed")
+    return found
+
+
+def differing(run: Path, plain: Path) -> list[str]:
+    """What a run's folder does not have as the undisturbed one has it, and what it has besides."""
     found = []
     one, other = (weights(list_checkpoints(folder / "checkpoints")[-1].path) for folder in (run, plain))
     if one.keys() != other.keys() or not all(torch.equal(one[name], other[name]) for name in one):
@@ -24,15 +34,8 @@ def broken(run: Path, plain: Path, jobs: list[Job], outputs: list[str]) -> list[
         found.append("TensorBoard has other steps than the undisturbed run, or some twice")
     if left := [path.name for path in run.rglob("*.tmp")]:
         found.append(f"temporary files are left: {', '.join(left)}")
-    if any(job.pids("") for job in jobs):
-        found.append("processes are left")
-    with open(run / ".lock") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            found.append("the run is still locked")
-    if any("Traceback" in output for output in outputs):
-        found.append("a traceback was printed")
+    if is_locked(run / ".lock"):
+        found.append("the run is still locked")
     return found
 
 

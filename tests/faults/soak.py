@@ -1,4 +1,4 @@
-"""`python -m tests.faults.soak --minutes 30`: a long training, whose processes must not grow.
+"""`python -m tests.faults.soak --minutes 30`: a long training, whose processes must not grow; with `--alone` in one process without Ray.
 
 Memory, open files and threads of every process of the run are looked at every few seconds; the slope over the second half of the time,
 when all that is made once is made, must be about nothing.
@@ -6,6 +6,7 @@ when all that is made once is made, must be about nothing.
 
 import argparse
 import json
+import random
 import signal
 import sys
 import tempfile
@@ -15,9 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
 
 import tests.conftest  # noqa: F401  # settings of Ray, before it is imported
+from perceiver.plots import color, frame, new_figure, plain, png
+from tests.faults.alone_causes import Trained
 from tests.support.jobs import Job
 
 COMMAND = [
@@ -71,6 +73,23 @@ def soak(minutes: float, home: Path) -> dict[str, list[Look]]:
     return looks
 
 
+def soak_alone(minutes: float, home: Path) -> dict[str, list[Look]]:
+    """The same of a training in one process: epochs, validations, checkpoints and records without end."""
+    run = Trained(home, "soak", random.Random(0), steps=10_000_000)
+    child, start = run.start(), time.monotonic()
+    looks: list[Look] = []
+    try:
+        while time.monotonic() - start < 60 * minutes:
+            assert not child.ended(), child.output
+            if seen := look(child.pid, time.monotonic() - start):
+                looks.append(seen)
+            time.sleep(EVERY)
+    finally:
+        child.kill()
+    print(f"{run.last():,} steps, {run.last() * run.experiment().training.global_batch_size / run.rows:,.0f} epochs")
+    return {"training": looks}
+
+
 def _name(pid: int) -> str:
     try:
         words = (Path("/proc") / str(pid) / "cmdline").read_text().split("\0")
@@ -100,24 +119,30 @@ def growing(looks: dict[str, list[Look]], minutes: float) -> list[str]:
 
 
 def plot(looks: dict[str, list[Look]], path: Path) -> None:
-    figure = Figure(figsize=(9, 9), layout="constrained")
+    figure = new_figure(1000, 1000, "What processes of a long training hold")
     for axes, quantity in zip(figure.subplots(len(QUANTITIES), sharex=True), QUANTITIES, strict=True):
-        for name, seen in sorted(looks.items()):
+        for n, (name, seen) in enumerate(sorted(looks.items())):
             if len(seen) >= 10:
-                axes.plot([entry.seconds / 60 for entry in seen], [getattr(entry, quantity) for entry in seen], label=name)
-        axes.set_ylabel({"memory": "memory (MiB)", "files": "open files"}.get(quantity, quantity))
-    axes.set_xlabel("minutes")
+                minutes, values = [entry.seconds / 60 for entry in seen], [getattr(entry, quantity) for entry in seen]
+                axes.plot(minutes, values, color=color(n), label=plain(name))
+        frame(
+            axes,
+            x="minutes" if quantity == QUANTITIES[-1] else "",
+            y={"memory": "memory (MiB)", "files": "open files"}.get(quantity, quantity),
+        )
+        axes.set_ylim(bottom=0)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize=6)
-    figure.savefig(path)
+    path.write_bytes(png(figure))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.faults.soak", description=__doc__)
     parser.add_argument("--minutes", type=float, default=30)
+    parser.add_argument("--alone", action="store_true", help="one process without Ray")
     parser.add_argument("--out", type=Path, default=Path("soak"), help="path of the plot (.png) and the numbers (.json), without suffix")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="soak-") as home:
-        looks = soak(args.minutes, Path(home))
+        looks = (soak_alone if args.alone else soak)(args.minutes, Path(home))
     plot(looks, args.out.with_suffix(".png"))
     args.out.with_suffix(".json").write_text(json.dumps({name: [vars(entry) for entry in seen] for name, seen in looks.items()}))
     found = growing(looks, args.minutes)

@@ -5,8 +5,9 @@ import os
 import pytest
 
 from tests.faults.causes import FAULTS
-from tests.faults.disturb import Outcome, disturb
-from tests.faults.soak import Look, growing, look, soak
+from tests.faults.disturb import disturb
+from tests.faults.outcome import Outcome
+from tests.faults.soak import Look, growing, look, soak, soak_alone
 
 SOAK_MINUTES = float(os.environ.get("PERCEIVER_SOAK_MINUTES", "30"))
 
@@ -19,8 +20,9 @@ def test_runs_survive_two_minutes_of_random_faults(tmp_path):
 
 
 @pytest.mark.long
-def test_no_process_of_a_long_training_grows(tmp_path):
-    assert not growing(soak(SOAK_MINUTES, tmp_path), SOAK_MINUTES)
+@pytest.mark.parametrize("run", [soak, soak_alone])
+def test_no_process_of_a_long_training_grows(run, tmp_path):
+    assert not growing(run(SOAK_MINUTES, tmp_path), SOAK_MINUTES)
 
 
 def test_a_process_that_grows_is_found_and_one_that_does_not_is_not():

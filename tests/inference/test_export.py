@@ -1,5 +1,6 @@
 """Exported models: written, read again, as transformers has them, and back."""
 
+import fcntl
 import json
 import os
 import time
@@ -170,6 +171,21 @@ def test_a_crash_leaves_the_old_export_or_the_new_one_or_none_that_loads(loaded,
             continue
         assert same_weights(model, loaded.model) or same_weights(model, new.model)
     assert same_weights(perceiver.load(out, device="cpu").model, new.model)
+
+
+def test_what_a_killed_export_left_is_removed_and_what_another_is_at_work_on_is_not(loaded, tmp_path):
+    for name in ("killed", "working", "foreign"):
+        folder = tmp_path / f".export.{name}.tmp"
+        folder.mkdir()
+        (folder / ("config.json" if name != "foreign" else "thesis.tex")).write_text("{")
+    descriptor = os.open(tmp_path / ".export.working.tmp", os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        export(loaded, tmp_path / "out")
+    finally:
+        os.close(descriptor)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".export.foreign.tmp", ".export.working.tmp", "out"]
+    assert (tmp_path / ".export.foreign.tmp" / "thesis.tex").exists()
 
 
 def test_exported_files_can_be_read_by_whom_the_umask_lets(loaded, tmp_path):

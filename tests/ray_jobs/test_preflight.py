@@ -3,10 +3,11 @@
 import re
 
 import pytest
+import torch
 
 from perceiver.config import UserError
 from ray_jobs.cli import parse_experiment
-from ray_jobs.memory_check import check_precision, out_of_memory
+from ray_jobs.memory_check import check_precision, is_out_of_memory, out_of_memory
 from ray_jobs.preflight import local_folder, plan_resources
 
 
@@ -97,11 +98,20 @@ def test_bf16_is_refused_where_a_gpu_has_no_units_for_it(monkeypatch, precision)
 ])  # fmt: skip
 def test_a_full_device_is_told_with_what_a_step_was_expected_to_take_and_what_takes_less(change, size, offered):
     experiment = parse_experiment(["img-clf-mnist", "--training.global-batch-size", "64", *change], "x")
-    said = out_of_memory(experiment, "CUDA out of memory. Tried to allocate 2 GiB.\nmore")
+    said = out_of_memory(experiment, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore"))
     assert f"a micro-batch of {size} was expected to take " in said and "more" not in said.partition(")")[0]
     assert [f for f in ("--parallel.micro-batch-size 32", "--parallel.activation-checkpointing 1", "--workers") if f in said] == offered
     sizes = [float(number) * {"GiB": 1024, "MiB": 1}[unit] for number, unit in re.findall(r"([\d.]+) (GiB|MiB)(?: of|\))", said)]
     assert all(less < sizes[0] for less in sizes[1:])
+
+
+def test_full_memory_is_known_by_its_error_and_says_whose_it_is():
+    experiment = parse_experiment(["img-clf-mnist"], "x")
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**55, dtype=torch.uint8)
+    for error, whose in ((caught.value, "machine"), (MemoryError(), "machine"), (torch.OutOfMemoryError("CUDA out of memory."), "device")):
+        assert is_out_of_memory(error) and f"the {whose}'s memory is full (" in out_of_memory(experiment, error)
+    assert not is_out_of_memory(RuntimeError("connection closed by peer"))
 
 
 @pytest.mark.parametrize(

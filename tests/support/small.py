@@ -1,6 +1,5 @@
 """Small prepared data sets and experiments, made in a moment and without Ray."""
 
-import hashlib
 import logging
 import os
 import sys
@@ -12,12 +11,13 @@ from typing import Any, NoReturn
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch.distributed as dist
 
 from perceiver.config import Cosine, DataConfig, Experiment, OptimConfig, RunConfig, TrainingConfig
-from perceiver.data.manifest import Manifest, Shard, Split, shard_name, stream_rows
+from perceiver.data.manifest import Manifest, Split, shard_name, stream_rows
 from perceiver.data.rows import fixed_column, rows_of
+from perceiver.data.shards import describe_shard, write_blocks
+from perceiver.data.storage import atomic_file
 from perceiver.models import (
     ClassOutput,
     DecoderConfig,
@@ -208,13 +208,10 @@ def _write(folder, name, kind, blocks, rows, row_length, lookahead, tokens) -> S
     folder.mkdir(parents=True, exist_ok=True)
     shards = []
     for first in range(0, len(blocks), SHARD):
-        file = shard_name(name, first // SHARD)
-        with pq.ParquetWriter(folder / file, rows_of(kind, row_length).schema) as writer:
-            for block in blocks[first : first + SHARD]:
-                writer.write_table(block.cast(rows_of(kind, row_length).schema), row_group_size=len(block))
-        content = (folder / file).read_bytes()
-        logical = sum(len(block) - lookahead for block in blocks[first : first + SHARD])
-        shards.append(Shard(file=file, rows=logical, bytes=len(content), sha256=hashlib.sha256(content).hexdigest()))
+        file, own = shard_name(name, first // SHARD), blocks[first : first + SHARD]
+        with atomic_file(folder, file) as target:
+            write_blocks(target, rows_of(kind, row_length), own)
+        shards.append(describe_shard(folder, file, sum(len(block) - lookahead for block in own)))
     return Split(
         name=name, kind=kind, rows=rows, tokens=tokens, bytes=tokens, words=tokens // 5, documents=1, row_length=row_length,
         rows_per_block=BLOCK, blocks_per_shard=SHARD, lookahead=lookahead, shards=tuple(shards),

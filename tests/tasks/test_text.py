@@ -214,6 +214,15 @@ def test_settings_that_cannot_be_are_refused():
         build_task(wrong).check()
 
 
+@pytest.mark.parametrize(("prompt", "length"), [("", 0), ("a prompt that is too long", 25)])
+def test_a_sample_prompt_that_cannot_be_continued_is_refused_before_anything_starts(prompt, length):
+    experiment = text_experiment()
+    task = replace(experiment.task, sample_prompt=prompt, sample_tokens=3)
+    with pytest.raises(UserError, match=f"--task.sample-prompt has {length} tokens and must have 1 to 16"):
+        build_task(replace(experiment, task=task)).check()
+    build_task(replace(experiment, task=replace(task, sample_tokens=0))).check()
+
+
 # ---------------------------------------------------------------------------------------------------- text classification
 
 

@@ -22,6 +22,7 @@ from perceiver.training.hooks import STATES, CallbackError
 from perceiver.training.parallel import join_world
 from perceiver.training.run import Training
 from ray_jobs.cli import parse_experiment
+from tests.faults.invariants import board
 from tests.support.small import Call, heard, image_experiment
 from tests.training.test_training import run
 
@@ -326,6 +327,22 @@ def test_records_that_cannot_be_written_are_one_warning_and_stop_no_step(images,
     assert len(warnings) == 1 and "No space left on device" in warnings[0]
     assert [r["step"] for r in Run(tmp_path / "run").metrics() if "loss" in r] == [1, 2, 3, 8, 9, 10, 11, 12]
     assert len(list((tmp_path / "run" / "tensorboard").iterdir())) == 2, "after an error a new file, as a cut one is read no further"
+
+
+@pytest.mark.parametrize("resumed", [0, 3])
+def test_a_run_that_starts_again_shows_each_step_once(resumed, tmp_path):
+    """Also one that had no checkpoint yet and starts over."""
+    for start in range(2):
+        first = resumed * start + 1
+        recorder = record.Recorder(tmp_path, first - 1, 10, "images", True)
+        for step in range(first, 6):
+            recorder.metrics(step, {"loss": 1.0})
+        recorder.close()
+        if not start:  # its name has the process and the second, which both starts share here
+            (path,) = (tmp_path / "tensorboard").iterdir()
+            path.rename(path.with_name("events.out.tfevents.0"))
+    assert board(tmp_path) == {("train/loss", step): 1 for step in range(1, 6)}
+    assert [entry["step"] for entry in Run(tmp_path).metrics()] == [1, 2, 3, 4, 5]
 
 
 def test_a_line_that_was_cut_off_does_not_take_the_next_one_along(tmp_path):
