@@ -168,12 +168,20 @@ def _checkpoints(trained: Run, remote: RemoteCopy | None) -> list[CheckpointInfo
 
 
 def in_its_order(experiment: Experiment, trained: Run) -> Experiment:
-    """The experiment with the order that a run of it began with, where the command names none: runs of versions before 0.2 had another."""
-    if not trained.exists:
-        return experiment
-    data, begun = experiment.data, trained.load(install_code=False)[0].data
+    """The experiment with the order that a run of it, or the run that it is forked from, began with, where the command names none.
+
+    Runs of versions before 0.2 had another.
+    """
+    data, training = experiment.data, experiment.training
     if data.lanes is not None or data.shuffle_window_blocks is not None:
         return experiment
+    if trained.exists:
+        of = trained
+    elif training.fork is not None and not training.fork_weights_only:
+        of = forked_run(training.fork, experiment.run.storage_path)[0]
+    else:
+        return experiment
+    begun = of.load(install_code=False)[0].data
     return replace(experiment, data=replace(data, lanes=begun.lanes, shuffle_window_blocks=begun.shuffle_window_blocks))
 
 
