@@ -221,11 +221,11 @@ def test_a_training_prepares_pictures_in_files_by_itself_and_no_named_data_set(t
         Dataset.find_early(named)
 
 
-@pytest.mark.parametrize("preset", ["img-clf", "txt-clf", "clm-wikitext"])
+@pytest.mark.parametrize("preset", ["img-clf", "txt-clf", "clm-wikitext", "clm-wikitext --data.prepare stream"])
 @pytest.mark.parametrize("source", ["nowhere", "nowhere/*.jsonl", "empty"])
 def test_a_source_that_is_not_there_is_answered_by_that_before_anything_starts(source, preset, tmp_path):
     (tmp_path / "empty").mkdir()
-    words = [preset, "--data.source", f"{tmp_path}/{source}", "--data.root", str(tmp_path / "out")]
+    words = [*preset.split(), "--data.source", f"{tmp_path}/{source}", "--data.root", str(tmp_path / "out")]
     with pytest.raises(UserError, match="data.source .* (does not exist|matches no file|is a folder without files)"):
         Dataset.find_early(parse_experiment(words, "ray_jobs.train"))
 
