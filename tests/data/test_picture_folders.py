@@ -232,11 +232,11 @@ def test_a_training_prepares_a_table_of_texts_by_itself(tmp_path, monkeypatch):
     assert found is not None and found.manifest == manifest and manifest.stats["labels"]["val"] == [1] * 5
 
 
-@pytest.mark.parametrize("preset", ["img-clf", "txt-clf", "clm-wikitext"])
+@pytest.mark.parametrize("preset", ["img-clf", "txt-clf", "clm-wikitext", "clm-wikitext --data.prepare stream"])
 @pytest.mark.parametrize("source", ["nowhere", "nowhere/*.jsonl", "empty"])
 def test_a_source_that_is_not_there_is_answered_by_that_before_anything_starts(source, preset, tmp_path):
     (tmp_path / "empty").mkdir()
-    words = [preset, "--data.source", f"{tmp_path}/{source}", "--data.root", str(tmp_path / "out")]
+    words = [*preset.split(), "--data.source", f"{tmp_path}/{source}", "--data.root", str(tmp_path / "out")]
     with pytest.raises(UserError, match="data.source .* (does not exist|matches no file|is a folder without files)"):
         Dataset.find_early(parse_experiment(words, "ray_jobs.train"))
 

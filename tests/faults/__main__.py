@@ -59,9 +59,9 @@ def table(outcomes: list[Outcome]) -> str:
     for place, name, how in kinds:
         ours = [outcome for outcome in outcomes if (outcome.place, outcome.fault) == (place, name)]
         well = [outcome for outcome in ours if not outcome.wrong and outcome.seconds is not None]
-        seconds, redone = [o.seconds for o in well], [o.redone for o in well]
+        seconds, redone = [o.seconds for o in well], [o.redone for o in well if o.redone is not None]
         took = f"{statistics.median(seconds):.1f}, {max(seconds):.1f}" if well else "-"
-        again = f"{statistics.median(redone):.0f}, {max(redone)}" if well else "-"
+        again = f"{statistics.median(redone):.0f}, {max(redone)}" if redone else "-"
         lines.append(f"| {name} | {how} | {place} | {len(ours)} | {len(well)} | {took} | {again} |")
     well = sum(not outcome.wrong and outcome.seconds is not None for outcome in outcomes)
     return "\n".join([*lines, f"| all | | | {len(outcomes)} | {well} | | |"])

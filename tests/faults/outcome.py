@@ -20,8 +20,8 @@ class Outcome:
     """Whether it was caused in a run on Ray or in a process that needs none."""
     seconds: float | None = None
     """From the fault to the first new step; None: it did not come."""
-    redone: int = 0
-    """Steps that were taken again."""
+    redone: int | None = None
+    """Steps that were taken again; None: there is nothing to count."""
     status: int | None = None
     """Exit status of the command, where it ended."""
     wrong: list[str] = field(default_factory=list)
@@ -29,5 +29,6 @@ class Outcome:
 
     def line(self) -> str:
         took = "-" if self.seconds is None else f"{self.seconds:.1f} s"
+        again = "-" if self.redone is None else str(self.redone)
         came = "; ".join(self.wrong) or "well"
-        return f"{self.run:14} {self.fault:42} step {self.step:4}  {took:>8}  redone {self.redone:3}  {came}"
+        return f"{self.run:14} {self.fault:42} step {self.step:4}  {took:>8}  redone {again:>3}  {came}"
