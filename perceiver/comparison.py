@@ -343,8 +343,13 @@ def _t_quantile(freedom: float) -> float:
 
 
 def _comparable(first: ComparedRun, second: ComparedRun) -> tuple[Evaluation, Evaluation] | None:
-    """Evaluations of two runs on the same data with what each example adds: that of the run's own data, and the latest checkpoint's."""
-    mine, others = ({each.digest: each for each in run.evaluations if each.has_examples} for run in (first, second))
+    """Evaluations of two runs on the same data with what each example adds: that of the run's own data, and the latest checkpoint's, and
+    of averaged weights only where there is no other.
+    """
+    mine, others = (
+        {each.digest: each for each in sorted(run.evaluations, key=lambda found: (not found.averaged, found.step)) if each.has_examples}
+        for run in (first, second)
+    )
     shared = sorted(mine.keys() & others.keys(), key=lambda found: (found != first.digest, found))
     return (mine[shared[0]], others[shared[0]]) if shared else None
 

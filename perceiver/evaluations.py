@@ -27,6 +27,8 @@ class Evaluation:
     """Of the checkpoint."""
     digest: str
     """Of the data."""
+    averaged: bool
+    """Whether its averaged weights were measured."""
     metrics: dict[str, float]
     """As it names them: val_loss, ..."""
 
@@ -87,7 +89,9 @@ def evaluations(run: Run) -> list[Evaluation]:
         try:
             content: dict[str, Any] = read_json(path)
             metrics = {str(name): float(value) for name, value in content["metrics"].items() if value is not None}
-            found.append(Evaluation(path, checkpoint_step(str(content["checkpoint"])), str(content["data"]["digest"]), metrics))
+            step, digest = checkpoint_step(str(content["checkpoint"])), str(content["data"]["digest"])
+            averaged = path.name == run.evaluation_file(step, digest, averaged=True).name
+            found.append(Evaluation(path, step, digest, averaged, metrics))
         except (UserError, KeyError, TypeError, ValueError, AttributeError):  # one that is damaged costs itself alone
             continue
     return found

@@ -194,7 +194,8 @@ def override(config: Config, args: Sequence[str], prog: str) -> Config:
 
 _BESIDES = {
     "ray_jobs.train": "Besides the fields: --seeds 5 or --seeds 0,1,7 (each seed is a run of its own, NAME-seed-N, and a table ends it); "
-    "--fork RUN[@STEP] and --fork-weights-only (a new run that begins as another was); --allow-changed-code; --trust-code; --verbose; "
+    "--fork RUN[@STEP] and --fork-weights-only (a new run that begins as another was); --write-config FILE.yaml (writes the "
+    "experiment as a file, and ends); --allow-changed-code; --trust-code; --verbose; "
     "--quiet. --workers 2..8 is elastic. --callbacks earlystop divergence adds callbacks (or yours, module:Class), whose fields are then "
     "--callbacks.0.patience, --callbacks.1.factor, ...: with --help after them all are listed."
 }

@@ -84,6 +84,8 @@ def _results(page: Page, runs: Sequence[ComparedRun], result: Mapping[str, Any])
 
 def _start(run: ComparedRun) -> str:
     """What a run began from, as its folder says."""
+    if (parent := run.run.parent()) is not None:
+        return str(parent)
     if not run.run.start_file.exists():
         return ""
     content = read_json(run.run.start_file)

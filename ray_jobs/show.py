@@ -54,7 +54,9 @@ def everything(run: Run) -> dict[str, Any]:
         "checkpoints": [
             {"step": each.step, "bytes": size_of([each.path]), "metrics": each.metrics} for each in read.checkpoints
         ],
-        "evaluations": [{"step": each.step, "data": each.digest, "metrics": each.metrics} for each in evaluations(run)],
+        "evaluations": [
+            {"step": each.step, "averaged": each.averaged, "data": each.digest, "metrics": each.metrics} for each in evaluations(run)
+        ],
         "code": sorted(run.code().files),
         "failure": (run.failure() or {}).get("reason"),
         "stopped": run.stopped(),
@@ -92,7 +94,10 @@ def _print(found: dict[str, Any], fields: bool) -> None:
     if found["evaluations"]:
         print()
         rows = [["evaluated", "data", "metrics"]]
-        rows += [[f"step {each['step']:,}", each["data"], _metrics(each["metrics"])] for each in found["evaluations"]]
+        rows += [
+            [f"step {each['step']:,}{' averaged' if each['averaged'] else ''}", each["data"], _metrics(each["metrics"])]
+            for each in found["evaluations"]
+        ]
         print_table(rows)
     if fields:
         print()

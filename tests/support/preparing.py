@@ -20,7 +20,7 @@ from perceiver.data.shards import read_block
 from perceiver.datasets import Dataset
 from perceiver.tasks import build_task
 from perceiver.training.batches import make_val_loaders, read_here
-from perceiver.training.checkpoint import load_model
+from perceiver.training.checkpoint import load_average, load_model
 from perceiver.training.parallel import join_world
 from perceiver.training.run import build_state, evaluate
 from ray_jobs import passes, streaming
@@ -42,11 +42,13 @@ def evaluating_here(monkeypatch) -> None:
     monkeypatch.setattr("ray_jobs.evaluate.plan_resources", lambda experiment: None)
 
 
-def _evaluate_here(experiment, data_folder, run_folder, resources, checkpoint, origin=None):
+def _evaluate_here(experiment, data_folder, run_folder, resources, checkpoint, origin=None, averaged=False):
     """What Ray's workers do for an evaluation."""
     task, world = build_task(experiment), join_world(torch.device("cpu"))
     model = build_state(experiment, task, world).model
     load_model(checkpoint, model)
+    if averaged:
+        load_average(checkpoint, model)
     loaders, examples = make_val_loaders(experiment, task, data_folder, Manifest.load(data_folder), numbered=True), {}
     metrics, sums, _ = evaluate(task, model, loaders, world, read_here, keep=examples.__setitem__)
     return {"metrics": metrics, "sums": {name: value.tolist() for name, value in sums.items()}, "examples": examples}
