@@ -87,7 +87,7 @@ def check_best_metric(experiment: Experiment, task: Task) -> None:
     sources = [source.name for source in mixture_sources(experiment.data)] if experiment.data.mixture else []
     names = [f"val_{name}" for name in task.metric_directions]
     if experiment.optim.ema_decay is not None:
-        names += map(averaged_metric, names)
+        names += [averaged_metric(name) for name in names]
     names += [f"{name}/{source}" for name in names for source in sources]
     metric = experiment.run.best_metric
     if metric not in names:
