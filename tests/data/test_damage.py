@@ -1,15 +1,18 @@
 """Damaged prepared data: found when a job begins or when it is read, named, and prepared again; never other content."""
 
+import hashlib
 import json
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from perceiver.config import UserError
 from perceiver.data import shards
-from perceiver.data.manifest import MANIFEST, DamagedData, Manifest
+from perceiver.data.manifest import MANIFEST, DamagedData, Manifest, Shard
 from perceiver.data.shards import describe_shard, read_block
 from ray_jobs import preprocess
 from tests.support import preparing
@@ -148,6 +151,24 @@ def test_a_damaged_manifest_stops_training_with_the_command_that_repairs_it(tmp_
     assert "preparing again" in lines[0] and content(folder) == expected
 
 
+def without_checksums(folder: Path, manifest: Manifest) -> Manifest:
+    """The same data as older versions wrote it."""
+
+    def rewritten(shard: Shard) -> Shard:
+        old = pq.ParquetFile(folder / shard.file)
+        groups = [old.read_row_group(i) for i in range(old.num_row_groups)]
+        with pq.ParquetWriter(folder / shard.file, groups[0].schema.remove_metadata()) as writer:
+            for group in groups:
+                writer.write_table(group.replace_schema_metadata(None), row_group_size=len(group))
+        content = (folder / shard.file).read_bytes()
+        return Shard(file=shard.file, rows=shard.rows, bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+
+    splits = {name: replace(split, shards=tuple(map(rewritten, split.shards))) for name, split in manifest.splits.items()}
+    old = replace(manifest, splits=splits)
+    old.save(folder)
+    return old
+
+
 def test_data_of_older_versions_without_checksums_is_read_and_keeps_its_digest(tmp_path):
     """They have neither hashes of footers nor a digest in the manifest."""
     for manifest in (
@@ -155,6 +176,7 @@ def test_data_of_older_versions_without_checksums_is_read_and_keeps_its_digest(t
         write_stream(tmp_path / "tokens", np.arange(999, dtype=np.uint16), np.arange(99, dtype=np.uint16)),
     ):
         folder = tmp_path / manifest.kind
+        manifest = without_checksums(folder, manifest)
         stored = json.loads((folder / MANIFEST).read_text())
         assert stored.pop("digest") == manifest.digest and "footer" not in json.dumps(stored)
         (folder / MANIFEST).write_text(json.dumps(stored))

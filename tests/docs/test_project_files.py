@@ -77,7 +77,7 @@ def test_a_run_records_the_version_and_its_length(tmp_path: Path):
     assert json.loads((tmp_path / "experiment.json").read_text()) == {
         "experiment": json.loads(json.dumps(to_dict(experiment))),
         "data": "abc",
-        "steps": 6 * 4,  # epochs of 100 rows in batches of 32
-        "flops_per_example": 375_700_608.0,
+        "steps": 12 * 2,  # epochs of 100 rows in batches of 64
+        "flops_per_example": 14_101_568.0,
         "version": perceiver.__version__,
     }

@@ -101,12 +101,14 @@ def test_the_jobs_themselves_exit_with_2_and_no_trace(job, tmp_path):
 
 
 def test_unprepared_data_is_an_error_with_the_command_that_prepares_it(tmp_path):
+    (tmp_path / "book.txt").write_text("Once upon a time.\n" * 20)
+    source = str(tmp_path / "book.txt")
     result = subprocess.run(
-        [sys.executable, "-m", "ray_jobs.train", "clm-wikitext-small", "--data.source", str(ROOT / "docs"), "--optim.lr", "2e-4"],
+        [sys.executable, "-m", "ray_jobs.train", "clm-wikitext-small", "--data.source", source, "--optim.lr", "2e-4"],
         cwd=ROOT, capture_output=True, text=True, timeout=120, env={"PATH": "", "PERCEIVER_HOME": str(tmp_path)},
     )  # fmt: skip
     assert result.returncode == 2
-    assert f"run `perceiver preprocess clm-wikitext-small --data.source {ROOT / 'docs'} --optim.lr 2e-4`" in result.stderr
+    assert f"run `perceiver preprocess clm-wikitext-small --data.source {source} --optim.lr 2e-4`" in result.stderr
 
 
 def test_evaluating_what_is_not_a_run_says_so(tmp_path):

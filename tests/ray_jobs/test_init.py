@@ -113,6 +113,7 @@ def test_of_a_run_it_says_what_it_was_trained_on(tmp_path, monkeypatch, capsys):
     run.folder.mkdir(parents=True)
     save_experiment(run, experiment, manifest, data_folder(experiment))
     assert json.loads((run.folder / "experiment.json").read_text())["data"] == manifest.digest
+    capsys.readouterr()
     assert data.main(["mine"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"mine: {source}, prepared in {data_folder(experiment)}"

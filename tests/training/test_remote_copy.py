@@ -122,7 +122,8 @@ def test_a_run_of_the_store_is_evaluated_by_its_uri_and_the_result_kept_there(im
     with logged() as said:
         metrics = evaluate_run(f"file://{store}/run/", "last")
     assert metrics["val_loss"] == pytest.approx([r["val_loss"] for r in Run(store / "run").metrics() if "val_loss" in r][-1])
-    (kept,) = (store / "run" / "evaluations").iterdir()
+    kept, examples = sorted((store / "run" / "evaluations").iterdir())
+    assert examples.name == f"{kept.stem}.npz"
     assert json.loads(kept.read_text())["metrics"] == metrics and said[-1] == f"  written to file://{kept}"
 
 

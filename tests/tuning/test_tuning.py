@@ -202,7 +202,8 @@ def test_a_sweep_does_not_write_into_a_folder_of_someone_else(tmp_path):
 
 def test_a_sweep_that_another_version_began_is_refused_in_a_sentence_that_says_so(tmp_path, capsys):
     """One of version 0.1.0: its settings are all the same, and its experiment was described otherwise."""
-    old = json.loads((ROOT / "tests/support/files/sweep-0.1.0.json").read_text())
+    old = sweep.describe(find_sweep("quickstart"))
+    old["experiment"] = json.loads((ROOT / "tests/support/files/sweep-0.1.0.json").read_text())["experiment"]
     write_json(tmp_path / "old" / "sweep.json", old)
     with pytest.raises(UserError, match="holds a sweep that version 0.1.0 began, and in version .* choose another --name"):
         sweep.run_sweep(find_sweep("quickstart"), tmp_path / "old")
