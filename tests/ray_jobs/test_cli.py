@@ -177,6 +177,10 @@ def test_a_run_of_a_version_with_another_order_keeps_it(tmp_path):
     run = Run(tmp_path / "run")
     run.save({"experiment": to_dict(begun), "data": "0"})
     assert in_its_order(experiment, run) == begun and check_run(begun, run) is None
+    fork = replace(experiment, training=replace(experiment.training, fork=str(run.folder)))
+    assert in_its_order(fork, Run(tmp_path / "new")).data == begun.data
+    afresh = replace(fork, training=replace(fork.training, fork_weights_only=True))
+    assert in_its_order(afresh, Run(tmp_path / "new")) == afresh
     other = replace(experiment, data=replace(experiment.data, lanes=4))
     with pytest.raises(UserError, match="data.lanes"):
         check_run(in_its_order(other, run), run)
