@@ -45,9 +45,11 @@ CURVE = "curve.png"
 """Picture of the training's curves."""
 PROVENANCE = "provenance.json"
 """The command that began it, the code, the packages and the machine; see `perceiver.provenance`."""
+TRACKERS = "trackers.json"
+"""Names of the run in trackers (MLflow, Weights & Biases)."""
 DIFFS = ("package.diff", "folder.diff")
 """Changes of the code that were not committed when it began: of this package's, and of the folder that the command was given in."""
-RECORDS = (EXPERIMENT, START, METRICS, RESULT, FAILURE, PROVENANCE, *DIFFS)
+RECORDS = (EXPERIMENT, START, METRICS, RESULT, FAILURE, PROVENANCE, TRACKERS, *DIFFS)
 PROGRESS = (METRICS, RESULT)
 """The records that say how far a run is."""
 RECORD_FOLDERS = (TENSORBOARD, SAMPLES)
@@ -150,6 +152,15 @@ class Run:
         return self.folder / next(name for name in DIFFS if name.startswith(code))
 
     @property
+    def trackers_file(self) -> Path:
+        return self.folder / TRACKERS
+
+    @property
+    def trackers_folder(self) -> Path:
+        """Files that trackers keep of it."""
+        return self.folder / "trackers"
+
+    @property
     def log_file(self) -> Path:
         """Its lines of progress, each with its time."""
         return self.folder / "log.txt"
@@ -167,7 +178,7 @@ class Run:
     @property
     def own_names(self) -> tuple[str, ...]:
         """Patterns of the names in its folder that this package gives, and nobody else."""
-        files = (self.log_file, self.not_finite_file, self.labels_file, self.tokenizer_file, self.ray_folder)
+        files = (self.log_file, self.not_finite_file, self.labels_file, self.tokenizer_file, self.ray_folder, self.trackers_folder)
         folders = (CHECKPOINTS, CODE, f"{CODE}-before-*", EVALUATIONS, *RECORD_FOLDERS)
         return (*RECORDS, *folders, CURVE, _LOCK, *(path.name for path in files))
 

@@ -87,6 +87,7 @@ def run(
     """
     experiment = with_tokenizer(experiment)
     check_experiment(experiment)
+    callbacks = tuple(callback.ready(f"callbacks.{number}.") for number, callback in enumerate(experiment.callbacks))
     trained = Run(local_folder("run.storage", experiment.run.storage_path) / experiment.run_name)
     remote = RemoteCopy.of(experiment.run, trained.folder)
     if remote is not None:
@@ -152,7 +153,7 @@ def run(
             if start is not None:
                 logger.info(f"{start} (names in {trained.start_file})")
             begun = resolved(experiment, fork.checkpoint if fork is not None else start.of_run if start is not None else None)
-            interrupted = driver.train(begun, data_folder, trained, resources, on_report, stop_at)
+            interrupted = driver.train(replace(begun, callbacks=callbacks), data_folder, trained, resources, on_report, stop_at)
         checkpoints = _checkpoints(trained, remote)
         result = trained.result()
         if result is None and interrupted:

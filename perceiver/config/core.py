@@ -220,9 +220,10 @@ def import_builtins() -> None:
     """Imports all modules of this package that define tasks, models and their parts, and callbacks, so that they are registered."""
     for room in ("tasks", "models"):
         package = importlib.import_module(f"{PACKAGE}.{room}")
-        for module in pkgutil.iter_modules(package.__path__):
-            importlib.import_module(f"{PACKAGE}.{room}.{module.name}")
-    importlib.import_module(f"{PACKAGE}.training.callbacks")
+        for found in pkgutil.iter_modules(package.__path__):
+            importlib.import_module(f"{PACKAGE}.{room}.{found.name}")
+    for module in ("callbacks", "mlflow_tracker", "wandb_tracker"):
+        importlib.import_module(f"{PACKAGE}.training.{module}")
 
 
 def subclasses(base: type[T]) -> dict[str, type[T]]:

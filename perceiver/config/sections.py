@@ -101,6 +101,17 @@ class CallbackConfig(Config):
         """The callback, a subclass of `perceiver.training.callbacks.Callback`: one on every worker, for every start of a run."""
         raise NotImplementedError(f"{type(self).__name__} needs a method build() that returns the callback")
 
+    def ready(self, where: str) -> CallbackConfig:
+        """Itself as workers get it, with what the environment of the command says. Called before workers start.
+
+        Args:
+            where: its place with a dot at its end, "callbacks.0.".
+
+        Raises:
+            UserError: it cannot work: a package or an account is missing, say.
+        """
+        return self
+
 
 class DataConfig(Config):
     """Where the data comes from, how it is prepared, and how it is shuffled."""

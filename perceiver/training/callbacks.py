@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from perceiver.tasks.base import Task
+    from perceiver.tasks.base import Sample, Task
     from perceiver.training.checkpoint import TrainState
     from perceiver.training.loop import StepResult
     from perceiver.training.parallel import World
@@ -127,6 +127,9 @@ class Callback:
 
     def after_validation(self, step: int, metrics: dict[str, float]) -> None:
         """After every validation, with its metrics (val_loss, ...; none where the data has no target): the same on all workers."""
+
+    def after_samples(self, step: int, samples: list[Sample]) -> None:
+        """After every validation, before `after_validation`, with what the task shows a person: the same on all workers."""
 
     def after_checkpoint(self, step: int, path: Path) -> None:
         """When a checkpoint is complete, some steps after it was begun and not on all workers at once."""

@@ -167,7 +167,9 @@ class Training:
                 others, _, _ = evaluate(self.task, model, self.val_feeds, self.world, self.read_all, limit)
             metrics |= {averaged_metric(name): value for name, value in others.items()}
         if metrics:
-            self.recorder.samples(self.state.step, self.task.samples(model, sums, split))
+            samples = self.task.samples(model, sums, split)
+            self.recorder.samples(self.state.step, samples)
+            self.callbacks.call("after_samples", self.state.step, samples)
         return metrics
 
     def _announce(self) -> None:

@@ -1,0 +1,158 @@
+"""MLflow as a callback: `--callbacks mlflow`. Needs the extra package mlflow."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from perceiver.config import CallbackConfig, UserError
+from perceiver.runs import Run
+from perceiver.training.callbacks import Callback
+from perceiver.training.tracking import TrackedRun, Tracker, Tracking, check_installed, note_of
+
+if TYPE_CHECKING:
+    import numpy as np
+
+ADDRESS = "MLFLOW_TRACKING_URI"
+"""Variable of the environment by which MLflow's own commands find their server."""
+SQLITE = "sqlite:///"
+LONGEST_VALUE = 6000
+"""Characters of a parameter that MLflow takes."""
+MOST_PARAMETERS = 100
+"""In one call, that MLflow takes."""
+STATUS = {"finished": "FINISHED", "failed": "FAILED", "paused": "KILLED"}
+
+
+class Mlflow(CallbackConfig):
+    """Sends parameters, metrics, samples and lineage to MLflow (extra: perceiver-ray[mlflow])."""
+
+    uri: str = ""
+    """Server or database: http://HOST:5000, sqlite:///FILE; "": $MLFLOW_TRACKING_URI, else the file mlflow.db beside the runs."""
+    experiment: str = ""
+    """Name of MLflow's experiment, which it is made with where there is none; "": the preset's."""
+
+    def check(self, where: str) -> None:
+        if self.uri and "://" not in self.uri and not self.uri.startswith(("databricks", "/")):
+            raise UserError(
+                f"--{where}uri is {self.uri!r} and must be http://HOST:PORT, sqlite:///FILE or another address that MLflow takes"
+            )
+
+    def ready(self, where: str) -> CallbackConfig:
+        check_installed("mlflow", where)
+        uri = self.uri or os.environ.get(ADDRESS, "")
+        if uri.startswith(SQLITE):  # seen from the folder of the command; a worker has another one
+            uri = SQLITE + str(Path(uri.removeprefix(SQLITE)).expanduser().absolute())
+        return replace(self, uri=uri)
+
+    def build(self) -> Callback:
+        return Tracking(_Mlflow(self))
+
+
+class _Mlflow(Tracker):
+    name = "mlflow"
+
+    def __init__(self, config: Mlflow) -> None:
+        self.config = config
+        self._sent: dict[str, int] = {}
+        """The last step of each metric that an earlier start has sent."""
+
+    def open(self, run: TrackedRun) -> str:
+        from mlflow import MlflowClient
+        from mlflow.entities import Param
+
+        storage = run.run.folder.parent
+        uri = self.config.uri or f"{SQLITE}{storage / 'mlflow.db'}"
+        self._client = client = MlflowClient(uri)
+        key = f"mlflow {uri.rpartition('@')[2]}"  # without the password of an address
+        there = self._find(run.note(key).get("id"))
+        parameters = {_plain(name): _short(value) for name, value in run.parameters.items()}
+        if there is None:
+            experiment = self._experiment(self.config.experiment or run.preset or run.name, uri, storage)
+            there = client.create_run(experiment, run_name=run.name, tags=self._tags(run, key))
+            run.save_note(key, {"id": there.info.run_id})
+        else:
+            client.update_run(there.info.run_id, status="RUNNING")
+            for name in there.data.metrics:
+                self._sent[name] = max(metric.step for metric in client.get_metric_history(there.info.run_id, name))
+        self._id = there.info.run_id
+        # Fields that are no part of a run's identity may have changed since it began; what MLflow has of one is never changed.
+        new = [Param(name, value) for name, value in parameters.items() if name not in there.data.params]
+        for first in range(0, len(new), MOST_PARAMETERS):
+            client.log_batch(self._id, params=new[first : first + MOST_PARAMETERS])
+        local = uri.startswith(SQLITE)
+        look = f"mlflow ui --backend-store-uri {shlex.quote(uri)}" if local else uri.rpartition("@")[2]
+        return f"run {self._id} of experiment {there.info.experiment_id} ({look})"
+
+    def _find(self, run_id: str | None) -> Any:
+        """The run of an earlier start; None: there is none, or it was deleted."""
+        from mlflow.exceptions import MlflowException
+
+        if run_id is None:
+            return None
+        try:
+            found = self._client.get_run(run_id)
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return None
+            raise
+        return found if found.info.lifecycle_stage == "active" else None
+
+    def _experiment(self, name: str, uri: str, storage: Path) -> str:
+        from mlflow.exceptions import MlflowException
+
+        client = self._client
+        if (found := client.get_experiment_by_name(name)) is not None:
+            return found.experiment_id
+        # Of a database without a server the place of files is the client's affair.
+        place = (storage / "mlflow-artifacts").as_uri() if uri.startswith(SQLITE) else None
+        try:
+            return client.create_experiment(name, artifact_location=place)
+        except MlflowException:  # another run has just made it
+            if (found := client.get_experiment_by_name(name)) is None:
+                raise
+            return found.experiment_id
+
+    def _tags(self, run: TrackedRun, key: str) -> dict[str, str]:
+        tags = {f"perceiver.{name}": value for name, value in run.tags.items()}
+        tags |= {f"perceiver.tag.{label}": "yes" for label in run.labels}
+        if "commit" in run.tags:
+            tags["mlflow.source.git.commit"] = run.tags["commit"]
+        if "command" in run.tags:
+            tags["mlflow.source.name"] = run.tags["command"]
+        if run.parent is not None and (parent := note_of(Run(Path(run.parent.folder)), key).get("id")):
+            tags["mlflow.parentRunId"] = parent
+        return tags
+
+    def has(self, name: str, step: int) -> bool:
+        return step <= self._sent.get(_plain(name), -1)
+
+    def metrics(self, step: int, values: dict[str, float], seconds: float) -> None:
+        from mlflow.entities import Metric
+
+        self._client.log_batch(self._id, metrics=[Metric(_plain(name), value, int(seconds * 1000), step) for name, value in values.items()])
+
+    def text(self, step: int, name: str, text: str) -> None:
+        self._client.log_text(self._id, text, f"samples/{_plain(name)}-{step:08d}.txt")
+
+    def image(self, step: int, name: str, image: np.ndarray) -> None:
+        self._client.log_image(self._id, image, f"samples/{_plain(name)}-{step:08d}.png")
+
+    def checkpoint(self, step: int, path: Path) -> None:
+        self._client.set_tag(self._id, "perceiver.checkpoint", str(path))
+
+    def close(self, status: str) -> None:
+        self._client.set_terminated(self._id, STATUS[status])
+
+
+def _plain(name: str) -> str:
+    """A name of the letters that MLflow takes."""
+    return re.sub(r"[^\w\-. /]", "_", name, flags=re.ASCII)
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= LONGEST_VALUE else f"{text[: LONGEST_VALUE - 3]}..."

@@ -1,0 +1,216 @@
+"""Trackers: what MLflow and Weights & Biases have of a run, once for every step; and that none of them stops a training."""
+
+import json
+import threading
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from perceiver.config import CallbackConfig, Experiment, UserError
+from perceiver.disk import write_json
+from perceiver.runs import Parent, Run
+from perceiver.training import tracking
+from perceiver.training.callbacks import Callback
+from perceiver.training.mlflow_tracker import Mlflow
+from perceiver.training.tracking import Tracker, Tracking
+from perceiver.training.wandb_tracker import Wandb
+from ray_jobs.cli import parse_experiment
+from tests.support.small import heard, image_experiment
+from tests.support.wandb_files import read_offline
+from tests.training.test_callbacks import same, train
+
+SENT: dict[str, list] = {}
+
+
+class Kept(Tracker):
+    """Keeps what it is sent, as a tracker's server does, and may be slow, or fail."""
+
+    name = "kept"
+
+    def __init__(self, config: "Keeping") -> None:
+        self.config, self.sent = config, SENT.setdefault(config.key, [])
+
+    def open(self, run):
+        if self.config.trouble == "closed":
+            raise OSError("no such host")
+        self.before = {(name, step) for name, step, _ in self.sent}
+        self.run = run
+        return "here"
+
+    def has(self, name, step):
+        return (name, step) in self.before
+
+    def metrics(self, step, values, seconds):
+        if self.config.trouble == "fails":
+            raise OSError("no answer")
+        if self.config.trouble == "slow":
+            assert WAIT.wait(20)
+        self.sent += [(name, step, value) for name, value in values.items()]
+
+    def text(self, step, name, text):
+        self.sent.append((name, step, text))
+
+    def image(self, step, name, image):
+        self.sent.append((name, step, image.shape))
+
+    def close(self, status):
+        self.sent.append(("status", -1, status))
+
+
+class Keeping(CallbackConfig):
+    """Sends records to a list."""
+
+    key: str = ""
+    trouble: str = ""
+
+    def build(self) -> Callback:
+        return Tracking(Kept(self))
+
+
+WAIT = threading.Event()
+
+
+@pytest.fixture(scope="module")
+def plain(images, tmp_path_factory) -> dict[str, np.ndarray]:
+    """Weights of a training without trackers."""
+    return train(tracked(), images, tmp_path_factory.mktemp("plain"))
+
+
+def tracked(*callbacks: CallbackConfig, **settings) -> Experiment:
+    made = image_experiment()
+    return replace(made, callbacks=callbacks, run=replace(made.run, **settings))
+
+
+def test_a_tracker_has_each_metric_and_sample_of_each_step_once_though_the_run_was_killed(plain, images, tmp_path):
+    train(tracked(Keeping(key="one")), images, tmp_path / "run", kill_at=8)
+    assert same(plain, train(tracked(Keeping(key="one")), images, tmp_path / "run"))
+    sent = SENT["one"]
+    assert [step for name, step, _ in sent if name == "loss"] == list(range(1, 13))
+    assert [step for name, step, _ in sent if name == "val_loss"] == [6, 12] == [step for name, step, _ in sent if name == "confusion"]
+    assert [value for name, _, value in sent if name == "status"] == ["failed", "finished"]
+    recorded = {record["step"]: record["loss"] for record in Run(tmp_path / "run").metrics() if "loss" in record}
+    assert {step: value for name, step, value in sent if name == "loss"} == recorded
+
+
+@pytest.mark.parametrize("trouble", ["closed", "fails"])
+def test_a_tracker_that_fails_is_one_warning_and_changes_no_bit(trouble, plain, images, tmp_path, monkeypatch):
+    monkeypatch.setattr(tracking, "RETRY_SECONDS", ())
+    with heard() as lines:
+        weights = train(tracked(Keeping(key=trouble, trouble=trouble)), images, tmp_path / "run")
+    assert same(weights, plain)
+    assert len([line for line in lines if "kept fails, training continues without it: OSError: no" in line]) == 1
+    assert len([line for line in lines if "records of this start were not sent" in line]) == 1
+
+
+def test_a_tracker_that_is_slow_holds_no_step_up_and_what_it_loses_is_counted(plain, images, tmp_path, monkeypatch):
+    monkeypatch.setattr(tracking, "MOST_WAITING", 5)
+    monkeypatch.setattr(tracking, "FINISH_SECONDS", 0.2)
+    WAIT.clear()
+    with heard() as lines:
+        weights = train(tracked(Keeping(key="slow", trouble="slow")), images, tmp_path / "run")
+    WAIT.set()
+    assert same(weights, plain)
+    assert Run(tmp_path / "run").result()["step"] == 12
+    assert any("did not take all records within" in line for line in lines)
+    lost = next(line for line in lines if "records of this start were not sent" in line)
+    assert int(lost.split(": ")[1].split()[0]) >= 10
+
+
+def test_only_the_first_worker_sends(tmp_path):
+    callback = Keeping(key="second").build()
+    callback.training = SimpleNamespace(world=SimpleNamespace(rank=1), run_folder=tmp_path)
+    callback.on_start(callback.training)
+    callback.after_log(1, {"loss": 1.0})
+    callback.on_end(1, {}, None)
+    assert SENT["second"] == []
+
+
+def test_what_a_tracker_is_told_has_configuration_place_and_lineage_and_no_address(tmp_path):
+    run = Run(tmp_path / "child")
+    run.save_start(Parent("base", str(tmp_path / "base"), 40, "0" * 16, True), {})
+    write_json(run.labels_file, {"tags": ["good"]})
+    write_json(run.provenance_file, {"command": ["perceiver", "train"], "data": "d", "code": {"package": {"commit": "c0ffee"}}})
+    told = tracking.describe_run(tracked(Mlflow(uri="http://me:secret@host")), run)
+    assert told.parameters["optim.lr"] == 5e-3 and told.parameters["optim.optimizer"] == "AdamW"
+    assert told.parameters["model.encoder.dropout"] == 0.1
+    assert "secret" not in json.dumps(told.parameters)
+    assert told.tags == {
+        "folder": str(run.folder), "parent": "base@40", "commit": "c0ffee", "command": "perceiver train", "data": "d",
+    }  # fmt: skip
+    assert told.labels == ("good",)
+
+
+def test_trackers_are_chosen_by_name_and_refused_before_workers_start_where_they_cannot_work(monkeypatch, tmp_path):
+    made = parse_experiment(["quickstart", "--callbacks", "mlflow", "wandb", "--callbacks.1.mode", "offline"], "x")
+    assert made.callbacks == (Mlflow(), Wandb(mode="offline"))
+    with pytest.raises(UserError, match=r"--callbacks.0.uri is 'host:5000' and must be http://HOST:PORT"):
+        Mlflow(uri="host:5000").check("callbacks.0.")
+    monkeypatch.setattr(tracking.importlib.util, "find_spec", lambda name: None)
+    for callback, name in ((Mlflow(), "mlflow"), (Wandb(), "wandb")):
+        with pytest.raises(UserError, match=rf"--callbacks.0 is {name}, which needs .* pip install 'perceiver-ray\[{name}\]'"):
+            callback.ready("callbacks.0.")
+    monkeypatch.setattr(tracking.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.chdir(tmp_path)
+    assert Mlflow(uri="sqlite:///my.db").ready("callbacks.0.").uri == f"sqlite:///{tmp_path / 'my.db'}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://host:5000")
+    assert Mlflow().ready("callbacks.0.").uri == "http://host:5000"
+    monkeypatch.setattr("perceiver.training.wandb_tracker._has_key", lambda: False)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    with pytest.raises(UserError, match="--callbacks.0.mode is online, but no key"):
+        Wandb().ready("callbacks.0.")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert Wandb().ready("callbacks.0.") == Wandb(project="perceiver", mode="offline")
+
+
+def test_mlflow_has_a_killed_run_as_one_with_one_point_a_step(images, tmp_path, monkeypatch):
+    pytest.importorskip("mlflow")
+    pytest.importorskip("sqlalchemy")
+    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+    from mlflow import MlflowClient
+
+    made = tracked(Mlflow())
+    folder = tmp_path / "runs" / "killed"
+    train(made, images, folder, kill_at=8)
+    train(made, images, folder)
+    child = tmp_path / "runs" / "child"
+    Run(child).save_start(Parent("killed", str(folder), 12, "0" * 16, True), {})
+    train(made, images, child)
+    client = MlflowClient(f"sqlite:///{tmp_path / 'runs' / 'mlflow.db'}")
+    (experiment,) = [found for found in client.search_experiments() if found.name == "quickstart"]
+    runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+    run = runs["killed"]
+    assert runs.keys() == {"killed", "child"} and run.info.status == "FINISHED"
+    assert runs["child"].data.tags["mlflow.parentRunId"] == run.info.run_id
+    assert runs["child"].data.tags["perceiver.parent"] == "killed@12"
+    records = [record for record in Run(folder).metrics() if "loss" in record]
+    history = client.get_metric_history(run.info.run_id, "loss")
+    assert [(point.step, point.value) for point in history] == [(record["step"], record["loss"]) for record in records]
+    assert [point.step for point in client.get_metric_history(run.info.run_id, "val_acc")] == [6, 12]
+    assert run.data.params["optim.lr"] == "0.005" and run.data.params["optim.schedule"] == "Cosine"
+    assert run.data.tags["perceiver.checkpoint"].endswith("step-00000012")
+    pictures = [file.path for file in client.list_artifacts(run.info.run_id, "samples")]
+    assert "samples/confusion-00000006.png" in pictures and "samples/confusion-00000012.png" in pictures
+
+
+def test_files_of_wandb_have_a_killed_run_under_one_id_with_one_point_a_step(images, tmp_path):
+    pytest.importorskip("wandb")
+    made = tracked(Wandb(mode="offline"))
+    train(made, images, tmp_path / "run", kill_at=8)
+    train(made, images, tmp_path / "run")
+    history, runs = read_offline(Run(tmp_path / "run").trackers_folder)
+    assert len(runs) >= 2 and len({run.run_id for run in runs}) == 1
+    assert [row["_step"] for row in history] == list(range(1, 13))
+    recorded = {record["step"]: record["loss"] for record in Run(tmp_path / "run").metrics() if "loss" in record}
+    assert {row["_step"]: row["loss"] for row in history} == recorded
+    assert [row["_step"] for row in history if "val_loss" in row] == [6, 12]
+    assert all(any(name.startswith("samples/confusion") for name in row) for row in history if "val_loss" in row)
+    config = {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in runs[0].config.update}
+    assert config["optim.lr"] == 0.005
+
+
+def test_notes_of_a_run_that_are_damaged_are_begun_anew(tmp_path):
+    run = Run(tmp_path)
+    run.trackers_file.write_text("{")
+    assert tracking.note_of(run, "kept") == {}
