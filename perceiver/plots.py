@@ -186,6 +186,32 @@ def compared_curves(curves: Mapping[str, Mapping[str, Sequence[tuple[float, floa
     return figure
 
 
+def range_curve(rates: np.ndarray, losses: np.ndarray, smoothed: np.ndarray, suggestion: float | None, title: str) -> Figure:
+    """Losses of a learning-rate range test over the rate, with the rate that is suggested.
+
+    Args:
+        rates: of each step, (steps,).
+        losses: of each step, (steps,).
+        smoothed: the same without noise, (steps,).
+        suggestion: a rate; None: there is none.
+        title: of the picture.
+    """
+    figure = new_figure(720, 400, title)
+    axes = figure.subplots()
+    axes.plot(rates, losses, color=GREY, linewidth=1, label="loss of a step")
+    axes.plot(rates, smoothed, color=color(0), linewidth=1.8, label="smoothed")
+    if suggestion is not None:
+        axes.axvline(suggestion, color="C3", linewidth=1, linestyle="--", label=f"falls fastest: {suggestion:.2e}")
+    frame(axes, x="learning rate (log scale)", y="loss")
+    log_scale(axes, "x")
+    # A loss that runs away would flatten all that comes before.
+    low, first = float(np.min(smoothed)), float(smoothed[0])
+    span = max(first - low, 0.05 * abs(first))
+    axes.set_ylim(low - 0.3 * span, first + 1.5 * span)
+    axes.legend(fontsize="small", frameon=False)
+    return figure
+
+
 def confusion_matrix(counts: np.ndarray, names: Sequence[str]) -> Figure:
     """A confusion matrix: rows are true classes, columns predicted ones; the colour is a cell's share of its row, the text its count.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import shutil
@@ -89,6 +90,54 @@ def differences_here(content: Mapping[str, Any]) -> list[str]:
         if commit is not None and commit != code["commit"]:
             found.append(f"code of the {name}: commit {commit[:12]} here, {code['commit'][:12]} there")
     return found
+
+
+def between(runs: Sequence[Run]) -> dict[str, list[str]]:
+    """In what the first run's record and those of the others differ, of code and main packages: by the name of each run that differs.
+
+    Runs without a record (of versions before 0.2) are left out, and all are where the first one has none.
+    """
+    contents = [_content(run) for run in runs]
+    if not runs or not contents[0]:
+        return {}
+    found = {}
+    for run, content in zip(runs[1:], contents[1:], strict=True):
+        if content and (lines := _differences(runs[0], contents[0], run, content)):
+            found[run.name] = lines
+    return found
+
+
+def _content(run: Run) -> dict[str, Any]:
+    try:
+        content = json.loads(run.provenance_file.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _differences(first: Run, one: Mapping[str, Any], run: Run, other: Mapping[str, Any]) -> list[str]:
+    lines = []
+    for name in ("package", "folder"):
+        here, there = other.get("code", {}).get(name, {}), one.get("code", {}).get(name, {})
+        if here.get("commit") != there.get("commit"):
+            commits = [str(code.get("commit", "in no repository"))[:12] for code in (here, there)]
+            lines.append(f"code of the {name} at commit {commits[0]}, not {commits[1]}")
+        elif _bytes(run.diff_file(name)) != _bytes(first.diff_file(name)):
+            lines.append(f"code of the {name} with other uncommitted changes ({run.diff_file(name)})")
+    packages = [content.get("packages", {}) for content in (other, one)]
+    lines += [
+        f"{name} {packages[0].get(name, 'absent')}, not {packages[1].get(name, 'absent')}"
+        for name in ("python", *MAIN)
+        if packages[0].get(name) != packages[1].get(name)
+    ]
+    return lines
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
 
 
 def _git(folder: Path) -> dict[str, Any] | None:

@@ -161,6 +161,11 @@ class Run:
         return self.folder / "trackers"
 
     @property
+    def profile_folder(self) -> Path:
+        """What the profiler found of some of its steps: a trace, and a table of operators."""
+        return self.folder / "profile"
+
+    @property
     def log_file(self) -> Path:
         """Its lines of progress, each with its time."""
         return self.folder / "log.txt"
@@ -178,9 +183,10 @@ class Run:
     @property
     def own_names(self) -> tuple[str, ...]:
         """Patterns of the names in its folder that this package gives, and nobody else."""
-        files = (self.log_file, self.not_finite_file, self.labels_file, self.tokenizer_file, self.ray_folder, self.trackers_folder)
+        files = (self.log_file, self.not_finite_file, self.labels_file, self.tokenizer_file, self.ray_folder)
+        others = (self.trackers_file, self.trackers_folder, self.profile_folder)
         folders = (CHECKPOINTS, CODE, f"{CODE}-before-*", EVALUATIONS, *RECORD_FOLDERS)
-        return (*RECORDS, *folders, CURVE, _LOCK, *(path.name for path in files))
+        return (*RECORDS, *folders, CURVE, _LOCK, *(path.name for path in (*files, *others)))
 
     @staticmethod
     def is_lock(name: str) -> bool:

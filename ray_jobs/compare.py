@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from perceiver import provenance
 from perceiver.comparison import (
     AXES,
     LABELS,
@@ -86,6 +87,7 @@ def compare(compared: Sequence[ComparedRun], metric: str, by: str | None = None,
         "runs": [_result(run, metric, price) for run in compared],
         "fields": different_fields(compared),
         "code": different_code(compared),
+        "provenance": provenance.between([run.run for run in compared]),
         "data": {run.name: run.digest for run in compared} if len({run.digest for run in compared}) > 1 else {},
         "versions": {run.name: run.version for run in compared} if len({run.version for run in compared}) > 1 else {},
         "paired": {
@@ -190,6 +192,8 @@ def _print_different(result: dict[str, Any], names: Sequence[str]) -> None:
         print_table([["run", *fields], *([name, *(values[i] for values in fields.values())] for i, name in enumerate(names))])
     for run, files in result["code"].items():
         print(f"code of {run} differs from {names[0]}'s: {', '.join(files)}")
+    for run, lines in result["provenance"].items():
+        print(f"{run} was begun with {'; '.join(lines)} (that of {names[0]})")
     if result["data"]:
         print("data differs: " + ", ".join(f"{run} {found}" for run, found in result["data"].items()))
     if result["versions"]:

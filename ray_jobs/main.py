@@ -47,6 +47,7 @@ COMMANDS = {
     "tokenizer": Command("prepare data", "train a SentencePiece tokenizer", "ray_jobs.train_tokenizer", job=True),
     "presets": Command("train", "list the experiments that come with the package", "perceiver.catalog"),
     "plan": Command("train", "memory, time and cost of a training, before it starts", "ray_jobs.plan", takes="preset"),
+    "lr-find": Command("train", "a learning rate to begin with, by a short test", "ray_jobs.lr_find", takes="preset"),
     "train": Command("train", "train an experiment, or continue it", "ray_jobs.train", job=True, takes="preset"),
     "runs": Command("train", "list the runs, and the command that continues each", "ray_jobs.runs", job=True),
     "reproduce": Command("train", "how a run was made; make it again and compare the bits", "ray_jobs.reproduce", job=True, takes="run"),

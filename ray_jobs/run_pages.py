@@ -13,6 +13,7 @@ from perceiver.disk import read_json
 from perceiver.evaluations import Evaluation
 from perceiver.pages import Page, color, heatmap
 from ray_jobs.compare import compare
+from ray_jobs.runs import in_lineage
 
 _SHOWN = 12
 """Steps of which samples are shown, at most: the first, the last, and others evenly between."""
@@ -33,6 +34,10 @@ def page_of_runs(runs: Sequence[ComparedRun], metric: str, title: str) -> Page:
     page = Page(title)
     result = compare(runs, metric)
     _results(page, runs, result)
+    if any(run.run.parent() for run in runs):
+        page.heading("Lineage")
+        rows = in_lineage([{"name": run.name, "parent": None if (p := run.run.parent()) is None else str(p)} for run in runs])
+        page.text("\n".join(f"{row['branch']}{row['name']}" + (f"   from {row['parent']}" if row["parent"] else "") for row in rows))
     page.heading("Curves")
     page.controls([LABELS[axis] for axis in AXES])
     names = dict.fromkeys(name for run in runs for record in run.records for name in record if name == "loss" or name.startswith("val_"))

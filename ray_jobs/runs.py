@@ -84,6 +84,8 @@ def _list(args: argparse.Namespace, folder: Path, condition: Condition | None) -
         runs = [run for run in runs if condition.matches(values(run))]
     if args.sort:
         runs = _sorted(runs, args.sort, args.reverse)
+    if not args.sort and not args.json:
+        runs = in_lineage(runs)
     if args.json:
         for run in runs:
             print(json.dumps(run))
@@ -97,7 +99,11 @@ def _list(args: argparse.Namespace, folder: Path, condition: Condition | None) -
             + "".join(f" with tag {tag}" for tag in args.tag)
         )
         return 0
-    print_table([columns, *(tuple(_cell(values(run).get(column)) for column in columns) for run in runs)])
+    rows = [tuple(_cell(values(run).get(column)) for column in columns) for run in runs]
+    if "name" in columns:
+        place = columns.index("name")
+        rows = [(*row[:place], run.get("branch", "") + row[place], *row[place + 1 :]) for run, row in zip(runs, rows, strict=True)]
+    print_table([columns, *rows])
     for run in runs:
         if run["reason"]:
             print(f"damaged {run['name']}: {run['reason']}")
@@ -106,6 +112,28 @@ def _list(args: argparse.Namespace, folder: Path, condition: Condition | None) -
     if args.watch is None and any(Run(folder / run["name"]).is_trial for run in runs):
         print("these are trials of a sweep: the command of the sweep continues those that it did not stop")
     return 0
+
+
+def in_lineage(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Runs in the order of their names, those that began from another one of them below it, with the lines of the tree as "branch"."""
+    names = {run["name"] for run in runs}
+    children: dict[str | None, list[dict[str, Any]]] = {}
+    for run in runs:
+        parent = str(run["parent"] or "").rpartition("@")[0]
+        children.setdefault(parent if parent in names and parent != run["name"] else None, []).append(run)
+    found: list[dict[str, Any]] = []
+
+    def add(parent: str | None, before: str) -> None:
+        own = children.pop(parent, [])
+        for place, run in enumerate(own):
+            last = place == len(own) - 1
+            found.append({**run, "branch": "" if parent is None else f"{before}{'└─ ' if last else '├─ '}"})
+            add(run["name"], "" if parent is None else f"{before}{'   ' if last else '│  '}")
+
+    add(None, "")
+    while children:  # names of runs that were removed and made anew may go round in a circle
+        add(next(iter(children)), "")
+    return found
 
 
 def named_runs(names: Iterable[str]) -> Iterator[Run]:

@@ -28,6 +28,7 @@ from perceiver.training.batches import make_val_loaders
 from perceiver.training.fork import Fork, check_extension, find_fork, is_extension, resolved
 from perceiver.training.init_from import Start, find_start, forked_run
 from perceiver.training.meters import duration
+from perceiver.training.profiling import check_profile
 from perceiver.training.remote_copy import RemoteCopy
 from perceiver.training.run import save_experiment, total_steps
 from ray_jobs.cli import Interrupted, main_entry, naming_words, parse_experiment, program
@@ -111,6 +112,7 @@ def run(
         check_validation(experiment, data_folder, manifest)
         check_data(trained, manifest)
         steps = total_steps(experiment, manifest.splits["train"].rows)
+        check_profile(experiment.run.profile, steps)
         if fork is not None:
             fork.check_data(manifest.digest, steps)
         if longer:
@@ -346,6 +348,8 @@ def report(
     newest = {path.stem.rpartition("-")[0]: path for path in sorted(trained.samples_folder.glob("*.png"))}
     pictures = ", ".join(str(path) for path in [trained.curve_file, *newest.values()])
     logger.info(f"  pictures:     {pictures}")
+    for trace in sorted(trained.profile_folder.glob("trace-*")):
+        logger.info(f"  profile:      {trace} (open it in https://ui.perfetto.dev); the operators that cost most stand beside it")
     logger.info(f"  evaluate:     python -m ray_jobs.evaluate {_place(experiment, trained)}")
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from perceiver.pages import Page, are_numbers, color, far_apart, parallel_coordinates
 from perceiver.runs import Run
+from tuning.pareto import LABELS, front_charts
 from tuning.trials import Trial
 
 STEPS = "optimizer step"
@@ -42,6 +43,12 @@ def page_of_sweep(folder: Path, trials: Sequence[Trial], settings: dict[str, Any
     for name in dict.fromkeys((metric, "loss")):
         if curves := _curves(trials, name):
             page.chart(curves, title=name, height=440)
+    if settings.get("against"):
+        label = LABELS[settings["against"]]
+        page.heading(f"{metric} against {label}")
+        page.chart(
+            front_charts(trials, settings), title="the line is what no finished trial beats", height=420, xaxis={"title": {"text": label}}
+        )
     done = [trial for trial in trials if trial["value"] is not None]
     if fields and done:
         page.heading("Fields and results")

@@ -11,6 +11,7 @@ from typing import Any
 from ray.tune import Callback, Stopper
 
 from perceiver.runs import Run
+from tuning.constraints import REFUSED
 from tuning.sweeps import Sweep
 from tuning.trial import FAILED, VALUES, run_name
 from tuning.trials import EVENTS, TRIALS, diverged, prune, read_trials
@@ -68,7 +69,7 @@ class Record(Callback):
             (run / VALUES).write_text(json.dumps(trial.config["values"]))
         self._write(trial, "end", failed=failed)
         if failed:
-            logger.info(f"{run.name} failed: {failed}")
+            logger.info(f"{run.name} {failed}" if failed.startswith(REFUSED) else f"{run.name} failed: {failed}")
         elif Run(run).status() != "finished":
             logger.info(f"{run.name} was stopped")
         if self._sweep.scheduler != "pbt":

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 import shlex
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +30,7 @@ from ray_jobs.cli import main_entry, program, refuse_empty
 from ray_jobs.run_pages import page_of_runs
 from ray_jobs.runs import named_runs
 from tuning.page import page_of_sweep, rank_correlations
+from tuning.pareto import draw_front, front_lines
 from tuning.sweeps import arguments
 from tuning.trials import SETTINGS, Trial, read_settings, read_trials
 
@@ -36,6 +39,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PAGE = "report.html"
+STATUSES = ("finished", "stopped", "diverged", "failed", "refused", "running")
 
 
 def main(argv: list[str]) -> int:
@@ -112,7 +116,11 @@ def table(trials: Sequence[Trial], settings: dict[str, Any]) -> list[str]:
         rows.append([str(place), trial["trial"], *measured, f"{trial['step']:,}", trial["status"], *shown])
     widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    lines += [f"{trial['trial']} {trial['status']}: {trial['reason']}" for trial in trials if trial["status"] in ("failed", "diverged")]
+    lines.append(counts(trials))
+    told = ("failed", "diverged", "refused")
+    lines += [f"{trial['trial']} {trial['status']}: {trial['reason']}" for trial in trials if trial["status"] in told]
+    if settings.get("against"):
+        lines += front_lines(trials, settings)
     if not trials or trials[0]["value"] is None:
         return [*lines, "no trial has a result"]
     text, better = gain(trials, settings)
@@ -122,6 +130,23 @@ def table(trials: Sequence[Trial], settings: dict[str, Any]) -> list[str]:
     name = f"{Path(trials[0]['run']).parents[1].name}-winner"
     lines.append(f"the winner at full length: {command(settings, trials[0], name, full_length=True)}")
     return lines
+
+
+def counts(trials: Sequence[Trial]) -> str:
+    """How many trials there are of each status, and of the failed ones for which kind of reason."""
+    found = Counter(trial["status"] for trial in trials)
+    parts = [f"{found[status]} {status}" for status in STATUSES if found[status]]
+    kinds = Counter(failure(trial["reason"]) for trial in trials if trial["status"] == "failed")
+    del kinds[""]
+    text = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
+    return f"{len(trials)} trials: {', '.join(parts)}" + (f" (of the failed ones {text})" if text else "")
+
+
+def failure(reason: str) -> str:
+    """The kind of a failure: "out of memory", "not finite", or "" for any other."""
+    if any(mark in reason for mark in ("out of memory", "DefaultCPUAllocator", "MemoryError")):
+        return "out of memory"
+    return "not finite" if re.search(r"\b(nan|infinite|not finite)\b", reason, re.IGNORECASE) else ""
 
 
 def gain(trials: Sequence[Trial], settings: dict[str, Any]) -> tuple[str, bool | None]:
@@ -168,9 +193,12 @@ def write(folder: Path) -> list[Trial]:
 
 def draw(trials: Sequence[Trial], settings: dict[str, Any]) -> Figure:
     """The sweep's picture: learning curves, values and times of its trials, each trial in one colour."""
-    heights = (500, 420, 110 + 24 * max(4, len(trials)))
+    against = (420,) if settings.get("against") else ()
+    heights = (500, 420, 110 + 24 * max(4, len(trials)), *against)
     figure = new_figure(960, sum(heights))
-    curves, values, times = figure.subplots(3, 1, height_ratios=heights)
+    curves, values, times, *rest = figure.subplots(len(heights), 1, height_ratios=heights)
+    for axes in rest:
+        draw_front(axes, trials, settings)
     learning_curves(curves, trials)
     parallel(values, trials, settings)
     schedule(times, trials)

@@ -12,6 +12,7 @@ import logging
 import os
 import random
 import shlex
+import shutil
 import time
 import warnings
 from dataclasses import dataclass, fields, replace
@@ -37,15 +38,18 @@ from ray_jobs.preflight import check_experiment, cluster_cores, wait_for_growth
 from ray_jobs.ray_env import connect, use_gpus
 from ray_jobs.train import check_free
 from tuning import report
+from tuning.constraints import COSTS
 from tuning.record import Record, StopDiverged
 from tuning.schedulers import scheduler, search, slot
 from tuning.spaces import DOMAINS, check_space, described
 from tuning.sweeps import SWEEPS, Sweep, check_sweep, find_sweep, trial_experiment
-from tuning.trial import run_trial
+from tuning.trial import VALUES, run_trial
 from tuning.trials import SETTINGS, TRIALS, prune
 
 logger = logging.getLogger("tuning.sweep")  # which __name__ is not where it is run as a program
 
+TUNE = "tune"
+"""In a sweep's folder: Ray Tune's state."""
 FIRST_VERSION = "0.1.0"
 """Of this package: its sweeps do not say which version began them."""
 OPTIONS = {
@@ -57,6 +61,7 @@ OPTIONS = {
     ),
     "metric": (str, "what is compared: a validation metric of the task"),
     "reports": (int, "validations of a whole training: the moments at which a scheduler can act"),
+    "against": (str, "what the report sets the metric against: parameters, flops, memory, seconds"),
     "keep": (int, "best trials whose checkpoints are kept"),
     "seed": (int, "seed of the samples (that of the trainings is training.seed)"),
 }
@@ -85,6 +90,10 @@ def main(argv: list[str]) -> int:
         help='what is varied, once for each field: "optim.lr=loguniform(1e-4,1e-2)"; domains: '
         f"{', '.join(DOMAINS)}. Or FILE.py:FUNCTION, which returns {{field: domain}}",
     )  # fmt: skip
+    parser.add_argument(
+        "--constraint", metavar="CONDITION", action="append", default=[],
+        help=f'what trials must keep to, refused before they train: "parameters<=2e6"; of {", ".join(COSTS)} and fields',
+    )  # fmt: skip
     parser.add_argument("--name", help="folder of the sweep; default: the sweep's name")
     parser.add_argument("--storage", help="folder of all sweeps; default: $PERCEIVER_HOME/sweeps")
     parser.add_argument("--concurrent", type=int, help="trials at once; default: as many as the cluster has room for")
@@ -94,7 +103,7 @@ def main(argv: list[str]) -> int:
     refuse_empty(args, ("sweep",))
     sweep = find_sweep(args.sweep, args.space)
     given = {option: getattr(args, option) for option in OPTIONS if getattr(args, option) is not None}
-    sweep = replace(sweep, **given, overrides=(*sweep.overrides, *overrides))
+    sweep = replace(sweep, **given, overrides=(*sweep.overrides, *overrides), constraints=(*sweep.constraints, *args.constraint))
     name = args.name or args.sweep.rpartition(":")[2].replace("_", "-")
     run_sweep(sweep, sweep_folder(args.storage, name), args.concurrent)
     return 0
@@ -191,6 +200,11 @@ def check_folder(sweep: Sweep, folder: Path) -> None:
                 "another experiment: choose another --name, or continue it with the version that began it"
             )
         changes = differences(flatten(there), flatten(wanted))
+        if changes and not any((folder / TRIALS).glob(f"*/{VALUES}")):
+            # It ended before its first trial: by a mistake in its space, say, which is mended now.
+            logger.info(f"no trial of the sweep in {folder} had begun: it is replaced ({'; '.join(changes)})")
+            shutil.rmtree(folder / TUNE, ignore_errors=True)
+            return
         if changes:
             raise UserError(f"{folder} holds another sweep ({'; '.join(changes)}): choose another --name, or the same settings")
 
@@ -199,6 +213,8 @@ def describe(sweep: Sweep) -> dict[str, Any]:
     """A sweep as JSON-ready data: what makes it the same sweep."""
     plain = {f.name: getattr(sweep, f.name) for f in fields(sweep) if f.name not in ("space", "points", "overrides")}
     space = {name: described(domain) for name, domain in sweep.space.items()}
+    # Sweeps of before these were there are the same without them.
+    plain = {name: value for name, value in plain.items() if value or name not in ("constraints", "against")}
     identity = sweep.experiment().identity
     return {**plain, "mode": sweep.mode, "space": space, "points": list(map(dict, sweep.points)), "default": sweep.default(),
             "experiment": digest(identity), "overrides": shlex.join(sweep.overrides)}  # fmt: skip
@@ -246,6 +262,7 @@ def fit(sweep: Sweep, folder: Path, base: Experiment, capacity: Capacity, steps:
         "reports": sweep.reports,
         "examples": examples,
         "population": sweep.scheduler == "pbt",
+        "constraints": list(sweep.constraints),
         "trials": str(folder / TRIALS),
     }
     trainable = tune.with_resources(
@@ -258,7 +275,7 @@ def fit(sweep: Sweep, folder: Path, base: Experiment, capacity: Capacity, steps:
     logging.getLogger("ray.tune.execution.tune_controller").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", message="Consider boosting PBT")
     random.seed(sweep.seed)  # Ray's population-based training draws from here
-    state = folder / "tune"
+    state = folder / TUNE
     if tune.Tuner.can_restore(str(state)):
         logger.info("continuing the sweep")
         tuner = tune.Tuner.restore(str(state), trainable=trainable, param_space=param_space(sweep), resume_unfinished=True)

@@ -22,8 +22,11 @@ from perceiver.experiments import field_words, find_experiment
 from perceiver.extensions import call, is_reference, load_object
 from perceiver.tasks import build_task
 from ray_jobs.cli import override
+from tuning.constraints import check_constraints
 from tuning.spaces import parse_space
 
+AGAINST = ("parameters", "flops", "memory", "seconds")
+"""What a metric can be set against."""
 Scheduler = Literal["fifo", "asha", "hyperband", "pbt"]
 
 
@@ -58,6 +61,10 @@ class Sweep:
     """pbt: share of a whole training between two exchanges."""
     keep: int = 3
     """Best trials whose checkpoints are kept."""
+    constraints: tuple[str, ...] = ()
+    """What trials must keep to, by parameters, flops, memory or fields ("parameters<=2e6"); others are refused before they train."""
+    against: str = ""
+    """What the metric is set against in the report: parameters, flops (of a whole training), memory or seconds; "": nothing."""
     seed: int = 0
     """Of the samples (the seed of the trainings is training.seed)."""
 
@@ -127,6 +134,9 @@ def check_sweep(sweep: Sweep) -> None:
     for name, share in {"grace": sweep.grace, "perturb": sweep.perturb}.items():
         if not 0 < share <= 1:
             raise UserError(f"{name} is {share:g} and must be above 0 and at most 1")
+    check_constraints(sweep.constraints, sweep.experiment())
+    if sweep.against and sweep.against not in AGAINST:
+        raise UserError(f"--against is {sweep.against!r} and must be one of {', '.join(AGAINST)}")
     if sweep.search == "optuna" and (sweep.has_grid or sweep.points):
         raise UserError("search is optuna, which draws its own samples: use no grid_search and no points, or search random")
     if sweep.scheduler == "pbt" and (sweep.search != "random" or sweep.trials < 2):

@@ -20,12 +20,13 @@ from perceiver.runs import Run
 from perceiver.training.run import total_steps
 from ray_jobs import train
 from ray_jobs.cli import JobFailed
-from ray_jobs.ray_env import quiet
+from ray_jobs.ray_env import quiet, use_gpus
+from tuning.constraints import costs, refuse
 from tuning.population import DonorLost, take_over
 from tuning.sweeps import trial_experiment
 
-VALUES, FAILED = "values.json", "failed.txt"
-"""In a trial's run folder: its values of the fields that are varied; why it failed."""
+VALUES, FAILED, COSTS = "values.json", "failed.txt", "costs.json"
+"""In a trial's run folder: its values of the fields that are varied; why it failed; what a whole training of it costs."""
 KEEP_ALL = 1_000_000
 
 
@@ -40,7 +41,7 @@ def run_trial(config: dict[str, Any], settings: dict[str, Any]) -> None:
     Args:
         config: {"values": {dotted field: value}}.
         settings: "experiment": what trials vary (plain data), "code": the source files that it needs,
-            "reports" and "examples" of a whole training, "population" (bool),
+            "reports" and "examples" of a whole training, "population" (bool), "constraints",
             "trials": folder of runs.
     """
     quiet()
@@ -77,6 +78,8 @@ def run_trial(config: dict[str, Any], settings: dict[str, Any]) -> None:
 
     try:
         experiment, steps = _experiment(from_dict(settings["experiment"]), values, name, settings)
+        write_json(run / COSTS, found := costs(experiment, steps, use_gpus(experiment.parallel)))
+        refuse(settings["constraints"], experiment, found)
         _continue_from_donor(run, experiment, values)
         try:
             metrics = train.run(experiment, on_report=report_saved)

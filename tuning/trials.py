@@ -13,8 +13,9 @@ import numpy as np
 from perceiver.checkpoints import best_of
 from perceiver.disk import read_json
 from perceiver.runs import SWEEP, Run
+from tuning.constraints import REFUSED
 from tuning.population import exchanges
-from tuning.trial import VALUES
+from tuning.trial import COSTS, VALUES
 
 Trial = dict[str, Any]
 
@@ -35,7 +36,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
 def read_trials(folder: Path) -> list[Trial]:
     """All trials of a sweep, best first: those with the metric by its best value, then the others.
 
-    Each has trial, status (finished, stopped, diverged, failed, running), reason, metric, value (its best), step and examples
+    Each has trial, status (finished, stopped, diverged, failed, refused, running), reason, metric, value (its best), step and examples
     reached, loss (the last), seconds (of running), spans (start and end times), values (of the fields that are varied).
     """
     settings = read_settings(folder)
@@ -61,6 +62,7 @@ def read_trials(folder: Path) -> list[Trial]:
                 "loss": next((r["loss"] for r in reversed(metrics) if "loss" in r), None),
                 "seconds": sum(end - start for start, end in spans),
                 "spans": spans, "values": json.loads(path.read_text()), "run": str(run), "exchanges": exchanges(run),
+                "costs": json.loads((run / COSTS).read_text()) if (run / COSTS).exists() else {},
             }
         )  # fmt: skip
     return sorted(trials, key=lambda t: (t["value"] is None, sign * (t["value"] or 0), t["trial"]))
@@ -70,7 +72,8 @@ def _status(run: Path, events: Sequence[dict], reports: Sequence[dict]) -> tuple
     if not events or events[-1]["event"] != "end":
         return "running", ""
     if events[-1]["failed"]:
-        return "failed", events[-1]["failed"]
+        reason = events[-1]["failed"]
+        return ("refused", reason.removeprefix(REFUSED)) if reason.startswith(REFUSED) else ("failed", reason)
     if Run(run).status() == "finished":
         return "finished", ""
     losses = [report["loss"] for report in reports if report["loss"] is not None]

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from perceiver.config.core import Config, UserError, spelled
 
@@ -46,6 +46,11 @@ def raw_metric(name: str) -> str:
 
 class OptimizerConfig(Config):
     """An optimizer: base class of all."""
+
+    sharded: ClassVar[bool] = True
+    """Whether it is the same optimizer when parameters are sharded over several workers."""
+    apart: ClassVar[bool] = False
+    """Whether the matrices of layers are in groups of their own, marked by "hidden"."""
 
     @abstractmethod
     def build(self, groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
@@ -136,10 +141,12 @@ class ParameterGroup:
     lr: float = 1.0
     decay: float | None = None
     freeze: bool = False
+    begin: int = 0
+    """The first step that changes them, counted from 1; 0: all do."""
 
     @classmethod
     def parse(cls, text: str) -> ParameterGroup:
-        """PATTERN:lr=0.1,decay=0,freeze with any of the three.
+        """PATTERN:lr=0.1,decay=0,from=500 or PATTERN:freeze with any of these.
 
         Raises:
             UserError: anything else.
@@ -151,6 +158,8 @@ class ParameterGroup:
                 name, equals, value = setting.strip().partition("=")
                 if (name, equals) == ("freeze", ""):
                     values["freeze"] = True
+                elif name == "from" and "begin" not in values and (step := int(value)) > 0:
+                    values["begin"] = step
                 elif name in ("lr", "decay") and name not in values and 0 <= (number := float(value)) < math.inf:
                     values[name] = number
                 else:
@@ -159,8 +168,8 @@ class ParameterGroup:
                 raise ValueError
         except ValueError:
             raise UserError(
-                f"--optim.groups has {text!r}: PATTERN:lr=FACTOR, PATTERN:decay=WEIGHT_DECAY and PATTERN:freeze are right, also together "
-                "('encoder.*:lr=0.1,decay=0')"
+                f"--optim.groups has {text!r}: PATTERN:lr=FACTOR, PATTERN:decay=WEIGHT_DECAY, PATTERN:from=STEP and PATTERN:freeze are "
+                "right, also together ('encoder.*:lr=0.1,decay=0')"
             ) from None
         return cls(pattern, **values)
 
@@ -169,11 +178,14 @@ class OptimConfig(Config):
     """Optimizer and learning-rate schedule."""
 
     optimizer: OptimizerConfig = AdamW()
-    """The optimizer: adamw, adam, sgd, lion, lamb, or a class of yours (module:Class)."""
+    """The optimizer: adamw, adam, sgd, lion, lamb, muon, adafactor, or a class of yours (module:Class)."""
     lr: float = 1e-3
     """Peak learning rate."""
     weight_decay: float = 0.01
     """Weight decay on matrices; biases, norms and embeddings of positions get none."""
+    weight_decay_end: float | None = None
+    """Weight decay of the last step, which is reached along half a cosine (arXiv 2104.14294); those of groups change by the same factor.
+    None: the same in all steps."""
     schedule: ScheduleConfig = Constant()
     """The learning rate after the warm-up: constant, linear, cosine, wsd, inversesquareroot, onecycle, warmrestarts, or a class of yours
     (module:Class)."""
@@ -182,8 +194,8 @@ class OptimConfig(Config):
     max_grad_norm: float | None = None
     """Clip the global gradient norm to this; None: no clipping."""
     groups: tuple[str, ...] = ()
-    """Parameters by their names, each as PATTERN:lr=FACTOR,decay=WEIGHT_DECAY,freeze with any of the three: 'encoder.*:lr=0.1'. Factors
-    multiply, and of weight decays the last counts."""
+    """Parameters by their names, each as PATTERN:lr=FACTOR,decay=WEIGHT_DECAY,from=STEP,freeze with any of these: 'encoder.*:lr=0.1'.
+    Factors multiply; of weight decays and first steps the last counts."""
     layer_decay: float | None = None
     """Each layer's learning rate as a multiple of the next one's (0.8, say); None: all the same."""
     ema_decay: float | None = None
@@ -197,6 +209,11 @@ class OptimConfig(Config):
             raise UserError(f"{where}warmup-steps is {self.warmup_steps} and must not be negative")
         if self.weight_decay < 0:
             raise UserError(f"{where}weight-decay is {self.weight_decay} and must not be negative")
+        if self.weight_decay_end is not None and (self.weight_decay_end < 0 or not self.weight_decay):
+            raise UserError(
+                f"--{spelled(where)}weight-decay-end is {self.weight_decay_end} and must not be negative, and "
+                f"--{spelled(where)}weight-decay, which it begins from, is {self.weight_decay} and must be above 0"
+            )
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
             raise UserError(f"{where}max-grad-norm is {self.max_grad_norm} and must be above 0, or None for no clipping")
         if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
@@ -219,6 +236,13 @@ class OptimConfig(Config):
         if step < self.warmup_steps:
             return self.lr * step / self.warmup_steps
         return self.lr * self.schedule.factor(step - self.warmup_steps, total_steps - self.warmup_steps)
+
+    def decay_factor(self, step: int, total_steps: int) -> float:
+        """The weight decay of step `step` (from 0) of `total_steps` as a multiple of `weight_decay`."""
+        if self.weight_decay_end is None:
+            return 1.0
+        end, progress = self.weight_decay_end / self.weight_decay, min(1.0, step / max(1, total_steps - 1))
+        return end + (1 - end) * 0.5 * (1 + math.cos(math.pi * progress))
 
     @classmethod
     def upgrade(cls, values: dict[str, Any]) -> dict[str, Any]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from perceiver.config.core import UserError, spelled
-from perceiver.config.optimization import Adam, OptimizerConfig
+from perceiver.config.optimization import Adam, AdamW, OptimizerConfig
 
 if TYPE_CHECKING:
     import torch
@@ -62,6 +62,58 @@ class Lamb(Adam):
 
         for group in optimizer.param_groups:  # counted there, where no checkpoint looks
             group["step"] = torch.tensor(float(step))
+
+
+class Muon(AdamW):
+    """Muon (https://kellerjordan.github.io/posts/muon): the matrices of layers take orthogonal steps, all else is left to AdamW, with whose
+    learning rates and weight decays it is used (arXiv 2502.16982). Each worker computes the steps of whole matrices.
+    """
+
+    apart: ClassVar[bool] = True
+    momentum: float = 0.95
+    """Share of the matrices' momentum that is kept."""
+    nesterov: bool = True
+    """Look ahead by the momentum."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of the products by which a step is made orthogonal; bf16 is faster on GPUs."""
+
+    def check(self, where: str) -> None:
+        super().check(where)
+        if not 0 <= self.momentum < 1:
+            raise UserError(f"--{spelled(where)}momentum is {self.momentum} and must be at least 0 and below 1")
+
+    def build(self, groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
+        import torch
+
+        from perceiver.config.muon import Muon as Implementation
+
+        precision = torch.bfloat16 if self.precision == "bf16" else torch.float32
+        return Implementation(
+            groups, momentum=self.momentum, nesterov=self.nesterov, precision=precision, lr=lr, betas=self.betas, eps=self.eps, fused=True
+        )
+
+
+class Adafactor(OptimizerConfig):
+    """Adafactor (arXiv 1804.04235): second moments of matrices by their rows and columns alone, and no first ones, so that its state is
+    small. On one worker: what it computes of a shard is not what it computes of the whole.
+    """
+
+    sharded: ClassVar[bool] = False
+    decay: float = 0.8
+    """The second moment of step n forgets 1 / n^decay."""
+    clip: float = 1.0
+    """Largest root mean square of a step, before the learning rate."""
+
+    def check(self, where: str) -> None:
+        if not 0 < self.decay <= 1:
+            raise UserError(f"--{spelled(where)}decay is {self.decay} and must be above 0 and at most 1")
+        if not self.clip > 0:
+            raise UserError(f"--{spelled(where)}clip is {self.clip} and must be above 0")
+
+    def build(self, groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
+        import torch
+
+        return torch.optim.Adafactor(groups, lr=lr, beta2_decay=-self.decay, d=self.clip)
 
 
 def _check_betas(betas: tuple[float, float], where: str) -> None:

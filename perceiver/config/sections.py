@@ -311,7 +311,15 @@ class RunConfig(Config):
     """Minutes without any progress of a worker (one line of code, one step) after which it is ended and the run restarts from its last
     checkpoint. A worker whose process does not answer at all is ended after one minute."""
 
+    profile: str | None = None
+    """Steps to profile on the first worker, FIRST..LAST counted from 1 (20..25): a trace for Perfetto and a table of the operators that
+    cost most, in the run's folder under profile."""
+    layer_grad_norms: bool = False
+    """Whether the gradient's norm of each layer is among the metrics, grad_norm/LAYER, at each line of progress."""
+
     def check(self, where: str) -> None:
+        if self.profile is not None:
+            profiled_steps(self.profile, f"--{where}profile")
         check_positive(self, where, "log_every", "val_every", "val_batches", "checkpoint_every", "keep_checkpoints", "keep_best")
         if not self.stall_minutes > 0:
             raise UserError(f"{spelled(where)}stall-minutes is {self.stall_minutes} and must be more than 0")
@@ -327,6 +335,22 @@ class RunConfig(Config):
     def remote_root(self) -> str | None:
         """The URI that runs are copied to; None: nowhere."""
         return self.storage if "://" in self.storage else None
+
+
+def profiled_steps(text: str, field: str = "--run.profile") -> tuple[int, int]:
+    """The first and the last step that FIRST..LAST, or a single number, names.
+
+    Raises:
+        UserError: it is neither, or names none.
+    """
+    first, dots, last = text.partition("..")
+    try:
+        steps = int(first), int(last if dots else first)
+    except ValueError:
+        steps = 0, 0
+    if not 1 <= steps[0] <= steps[1]:
+        raise UserError(f"{field} is {text!r} and must be FIRST..LAST, two steps counted from 1 (20..25)")
+    return steps
 
 
 class Experiment(Config):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,7 +17,8 @@ from perceiver.training.average import update_average
 from perceiver.training.batches import Batch
 from perceiver.training.callbacks import REQUESTS
 from perceiver.training.checkpoint import TrainState
-from perceiver.training.optim import set_learning_rate
+from perceiver.training.grad_norms import layer_grad_norms
+from perceiver.training.optim import set_step
 from perceiver.training.parallel import World
 
 if TYPE_CHECKING:
@@ -36,6 +37,8 @@ class StepResult:
     """This worker's other sums, as `Task.loss` gives them: float64."""
     grad_norm: Tensor
     lr: float
+    layer_norms: dict[str, Tensor] = field(default_factory=dict)
+    """Norm of each layer's gradient before clipping, by its name; empty where nobody asked."""
     requests: frozenset[str] = frozenset()
     """What callbacks on any worker have asked for, as all workers know at this step."""
     skipped: bool = False
@@ -53,6 +56,8 @@ def fit(
     after_step: Callable[[StepResult], bool | None],
     requests: Callable[[], Collection[str]] = lambda: (),
     skip: bool = False,
+    layer_norms: Callable[[int], bool] = lambda step: False,
+    rate: Callable[[int, int], float] | None = None,
 ) -> None:
     """Trains: one optimizer step per item of `batches`, which is the step's list of micro-batches.
 
@@ -63,14 +68,16 @@ def fit(
         after_step: called after every step; True ends the training. The same on all workers.
         requests: called before every step on each worker, whose requests travel with the number of targets: to agree takes no
             communication of its own.
+        rate: the learning rate by the step (from 0) and their number; None: as `optim` says.
+        layer_norms: whether a step (from 1) is to have the norm of each layer's gradient. The same on all workers.
         skip: leave model and optimizer as they are where loss or gradient are not finite; all workers then wait for each step's end.
     """
     parameters = [p for p in state.model.parameters() if p.requires_grad]
     max_norm = optim.max_grad_norm or float("inf")
     for micro_batches in batches:
         seed_step(seed, state.step, world.rank)
-        lr = optim.learning_rate(state.step, total_steps)
-        set_learning_rate(state.optimizer, lr)
+        lr = (rate or optim.learning_rate)(state.step, total_steps)
+        set_step(state.optimizer, optim, state.step, total_steps, lr)
         optim.optimizer.before_step(state.optimizer, state.step)
         targets = torch.stack([task.num_targets(batch) for batch in micro_batches]).sum()
         targets, asked = world.all_sum(torch.stack([targets, targets.new_full((), _code(requests()))])).unbind()
@@ -84,6 +91,7 @@ def fit(
             (part * (world.size / targets.clamp(min=1))).backward()
             loss_sum += part.detach()
             add_to(sums, parts)
+        norms = layer_grad_norms(state.model) if layer_norms(state.step + 1) else {}
         grad_norm = nn.utils.clip_grad_norm_(parameters, max_norm)
         skipped = skip and not _all_finite(loss_sum, grad_norm, world)
         if not skipped:
@@ -92,7 +100,7 @@ def fit(
                 update_average(state.average, state.model, optim.ema_decay, state.step)
         state.optimizer.zero_grad()
         state.step += 1
-        if after_step(StepResult(loss_sum, targets, sums, grad_norm, lr, agreed.requests(), skipped)):
+        if after_step(StepResult(loss_sum, targets, sums, grad_norm, lr, norms, agreed.requests(), skipped)):
             return
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,6 +13,8 @@ from perceiver.config import OptimConfig, UserError
 
 FACTOR = "lr_factor"
 """In a group of parameters: its learning rate as a multiple of the step's."""
+BEGIN, DECAY, HIDDEN = "begin", "decay", "hidden"
+"""In groups that need it: the first step that changes them, from 1; the weight decay that a schedule begins from; see `OptimizerConfig`."""
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
@@ -19,33 +22,46 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
 
     Weights of linear layers and token embeddings (which are output matrices, too) decay; biases, norms, learned latents,
     queries and position embeddings do not, unless a group says otherwise. The learning rate is a tensor-free number set every step by
-    `set_learning_rate`.
+    `set_step`.
     """
     decaying = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
     decaying |= {id(p) for name, p in model.named_parameters() if name.endswith("txt_embedding.weight")}
     depths = _layer_factors(model, config.layer_decay)
-    groups: dict[tuple[bool, float, float], list[nn.Parameter]] = {}
+    layers = model.layers() if config.optimizer.apart else ()  # type: ignore[operator]
+    hidden = {id(module.weight) for layer in layers for module in layer.modules() if isinstance(module, nn.Linear)}
+    groups: dict[tuple[bool, float, float, int, bool], list[nn.Parameter]] = {}
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     for decays in (True, False):
         for name, parameter in trainable:
             if (id(parameter) in decaying) is not decays:
                 continue
-            factor, decay = depths.get(name, 1.0), config.weight_decay if decays else 0.0
+            factor, decay, begin = depths.get(name, 1.0), config.weight_decay if decays else 0.0, 0
             for group in config.parsed_groups:
                 if fnmatchcase(name, group.pattern):
                     factor *= group.lr
                     decay = decay if group.decay is None else group.decay
-            groups.setdefault((decays, factor, decay), []).append(parameter)
+                    begin = group.begin or begin
+            groups.setdefault((decays, factor, decay, begin, id(parameter) in hidden), []).append(parameter)
     if not groups:
         raise UserError("--optim.groups freezes all of the model's parameters: leave some to be trained")
-    made = [{"params": params, "weight_decay": decay, FACTOR: factor} for (_, factor, decay), params in groups.items()]
+    made: list[dict[str, Any]] = []
+    for (_, factor, decay, begin, is_hidden), params in groups.items():
+        made.append({"params": params, "weight_decay": decay, FACTOR: factor})
+        made[-1] |= {BEGIN: begin} if begin else {}
+        made[-1] |= {DECAY: decay} if config.weight_decay_end is not None else {}
+        made[-1] |= {HIDDEN: is_hidden} if config.optimizer.apart else {}
     return config.optimizer.build(made, config.lr)
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Sets the learning rate of all groups of parameters."""
+def set_step(optimizer: torch.optim.Optimizer, config: OptimConfig, step: int, total_steps: int, lr: float) -> None:
+    """Sets the learning rates and weight decays of all groups of parameters for step `step` (from 0), whose learning rate is `lr`.
+
+    Where a group is not to learn yet its rate is 0, with which no optimizer changes a weight; its moments are gathered meanwhile.
+    """
     for group in optimizer.param_groups:
-        group["lr"] = lr * group.get(FACTOR, 1.0)
+        group["lr"] = lr * group.get(FACTOR, 1.0) if step + 1 >= group.get(BEGIN, 0) else 0.0
+        if DECAY in group:
+            group["weight_decay"] = group[DECAY] * config.decay_factor(step, total_steps)
 
 
 def freeze(model: nn.Module, config: OptimConfig) -> None:

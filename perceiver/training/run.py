@@ -32,6 +32,7 @@ from perceiver.training.meters import Meter
 from perceiver.training.not_finite import Finiteness
 from perceiver.training.optim import build_optimizer, freeze
 from perceiver.training.parallel import World, build_sharded
+from perceiver.training.profiling import Profiler
 from perceiver.training.record import Recorder
 from perceiver.training.remote_copy import RemoteCopy
 
@@ -99,7 +100,8 @@ class Training:
         if resumed is None:
             self._begin()
         self.view = TrainingView(experiment, task, self.state, world, run_folder, self.total_steps)
-        self.callbacks = Callbacks(self.view, callbacks, experiment.callbacks)
+        profiler = [Profiler(experiment.run.profile)] if experiment.run.profile is not None else []
+        self.callbacks = Callbacks(self.view, [*callbacks, *profiler], experiment.callbacks)
         saved = read_states(resumed.path) if resumed else {}
         self.callbacks.load_states(saved.get("callbacks", ()))
         self.stopped: str | None = saved.get("stopped")
@@ -193,6 +195,7 @@ class Training:
             fit(
                 experiment.optim, experiment.training.seed, self.task, self.state, batches, self.world, self.total_steps,
                 self._after_step, self.view.take_requests, experiment.training.skip_not_finite > 0,
+                lambda step: experiment.run.layer_grad_norms and step % experiment.run.log_every == 0,
             )  # fmt: skip
         finally:
             batches.close()
@@ -243,6 +246,7 @@ class Training:
         norm = result.grad_norm
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         metrics = {**self._losses(), "lr": result.lr, "grad_norm": norm.item()}
+        metrics |= {f"grad_norm/{name}": value.item() for name, value in result.layer_norms.items()}
         self.finiteness.check(self.state.step, metrics["loss"], metrics["grad_norm"])
         metrics |= self.meter.report(self.state.step)
         metrics["checkpoint_seconds"] = self.checkpointer.blocked_seconds

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from perceiver.config import (
+    Adafactor,
     Constant,
     Cosine,
     Experiment,
@@ -16,6 +17,7 @@ from perceiver.config import (
     Lamb,
     Linear,
     Lion,
+    Muon,
     OneCycle,
     OptimConfig,
     OptimizerConfig,
@@ -29,7 +31,7 @@ from perceiver.config import (
 from perceiver.data.manifest import Manifest
 from perceiver.tasks import build_task
 from perceiver.training.batches import read_here
-from perceiver.training.optim import FACTOR, build_optimizer, check_groups
+from perceiver.training.optim import FACTOR, HIDDEN, build_optimizer, check_groups, set_step
 from perceiver.training.parallel import join_world
 from perceiver.training.run import Training
 from ray_jobs.cli import parse_experiment
@@ -38,8 +40,8 @@ from tests.support.small import image_experiment
 from tests.training import test_parallel
 from tests.training.test_parallel import losses, make_data
 
-OPTIMIZERS = {"sgd": (Sgd(nesterov=True), 0.05), "lion": (Lion(), 3e-4), "lamb": (Lamb(), 3e-2)}
-TOLERANCE = {"sgd": 2e-5, "lion": 2e-3, "lamb": 2e-5}
+OPTIMIZERS = {"sgd": (Sgd(nesterov=True), 0.05), "lion": (Lion(), 3e-4), "lamb": (Lamb(), 3e-2), "muon": (Muon(), 3e-3)}
+TOLERANCE = {"sgd": 2e-5, "lion": 2e-3, "lamb": 2e-5, "muon": 2e-5}
 """Relative, for every loss of the run. Of Lion: where a momentum is near 0, the order of sums decides its sign, and a step's direction."""
 
 
@@ -55,9 +57,9 @@ def with_optim(**fields) -> Experiment:
     return replace(made, optim=replace(made.optim, **fields))
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", [*OPTIMIZERS, "adafactor"])
 def test_a_training_continues_bit_for_bit_with_every_optimizer(name, images, tmp_path):
-    optimizer, lr = OPTIMIZERS[name]
+    optimizer, lr = OPTIMIZERS.get(name, (Adafactor(), 1e-2))
     made = with_optim(optimizer=optimizer, lr=lr)
     whole = train(made, images, tmp_path / "whole")
     train(made, images, tmp_path / "run", stop_at=7)
@@ -121,6 +123,11 @@ def test_every_schedule_and_optimizer_is_chosen_by_its_name_and_checked():
         (["--optim.schedule", "warmrestarts", "--optim.schedule.growth", "0.5"], "growth is 0.5 and must be at least 1"),
         (["--optim.optimizer", "sgd", "--optim.optimizer.momentum", "1"], "momentum is 1.0 and must be at least 0"),
         (["--optim.optimizer", "lion", "--optim.optimizer.betas", "1", "0.9"], "--optim.optimizer.betas is"),
+        (["--optim.optimizer", "muon", "--optim.optimizer.momentum", "1"], "--optim.optimizer.momentum is 1.0"),
+        (["--optim.optimizer", "adafactor"], "--optim.optimizer adafactor trains on one worker, and --workers is 2: give --workers 1"),
+        (["--optim.weight-decay-end", "-1"], "--optim.weight-decay-end is -1.0 and must not be negative"),
+        (["--optim.weight-decay", "0", "--optim.weight-decay-end", "0.1"], "--optim.weight-decay, which it begins from, is 0.0"),
+        (["--optim.groups", "encoder.*:from=0"], "--optim.groups has 'encoder.*:from=0'"),
         (["--optim.layer-decay", "0"], "--optim.layer-decay is 0.0"),
         (["--optim.groups", "encoder.*"], "--optim.groups has 'encoder.*'"),
         (["--optim.groups", "encoder.*:lr=x"], "--optim.groups has 'encoder.*:lr=x'"),
@@ -173,3 +180,46 @@ def test_frozen_weights_stay_and_others_learn_and_a_factor_of_one_changes_no_bit
     for name, values in frozen.items():
         assert np.array_equal(values, begun[name]) is name.startswith("encoder."), name
     assert all(np.array_equal(plain[name], same[name]) for name in plain)
+
+
+def test_muon_moves_the_matrices_of_layers_and_nothing_else():
+    made = with_optim(optimizer=Muon())
+    model = build_task(made).build_model()
+    groups = build_optimizer(model, made.optim).param_groups
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    hidden = {names[id(p)] for group in groups if group[HIDDEN] for p in group["params"]}
+    inside = {id(p) for layer in model.layers() for p in layer.parameters()}
+    assert hidden == {name for name, p in model.named_parameters() if id(p) in inside and p.ndim == 2}
+    assert sum(len(group["params"]) for group in groups) == len(names) > len(hidden) > 10
+
+
+def test_a_step_of_muon_is_orthogonal_and_as_long_as_its_rate_says():
+    weight = torch.nn.Parameter(torch.zeros(8, 24))
+    optimizer = Muon(momentum=0.0).build([{"params": [weight], "weight_decay": 0.0, HIDDEN: True}], lr=0.5)
+    weight.grad = torch.randn(8, 24, generator=torch.Generator().manual_seed(0))
+    optimizer.step()
+    values = torch.linalg.svdvals(weight.detach()) / (0.5 * 0.2 * 24**0.5)
+    assert values.min() > 0.6 and values.max() < 1.3
+    assert torch.equal(torch.sign((weight.detach() * weight.grad).sum()), torch.tensor(-1.0))
+
+
+def test_weights_of_a_group_learn_from_its_first_step_on(images, tmp_path):
+    begun = train(with_optim(groups=("*:lr=0,decay=0",)), images, tmp_path / "begun")
+    made = with_optim(groups=("encoder.*:from=7",))
+    before = train(made, images, tmp_path / "run", stop_at=6)
+    after = train(made, images, tmp_path / "run")
+    for name, values in begun.items():
+        assert np.array_equal(values, before[name]) is name.startswith("encoder."), name
+        assert not np.array_equal(values, after[name]), name
+
+
+def test_weight_decay_goes_along_half_a_cosine_to_its_end():
+    made = with_optim(weight_decay=0.2, weight_decay_end=0.1, groups=("*.bias:decay=0.4",))
+    assert [made.optim.decay_factor(step, 101) for step in (0, 50, 100, 200)] == pytest.approx([1.0, 0.75, 0.5, 0.5])
+    optimizer = build_optimizer(build_task(made).build_model(), made.optim)
+    before = [group["weight_decay"] for group in optimizer.param_groups]
+    for _ in range(2):  # a step that is set again is the same step
+        set_step(optimizer, made.optim, 50, 101, 1.0)
+        assert [group["weight_decay"] for group in optimizer.param_groups] == pytest.approx([0.75 * decay for decay in before])
+    assert sorted(set(before)) == [0.0, 0.2, 0.4]
+    assert OptimConfig().decay_factor(50, 101) == 1.0

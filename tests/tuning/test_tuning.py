@@ -205,6 +205,7 @@ def test_a_sweep_that_another_version_began_is_refused_in_a_sentence_that_says_s
     old = sweep.describe(find_sweep("quickstart"))
     old["experiment"] = json.loads((ROOT / "tests/support/files/sweep-0.1.0.json").read_text())["experiment"]
     write_json(tmp_path / "old" / "sweep.json", old)
+    write_json(tmp_path / "old" / "trials" / "trial-0" / "values.json", {})
     with pytest.raises(UserError, match="holds a sweep that version 0.1.0 began, and in version .* choose another --name"):
         sweep.run_sweep(find_sweep("quickstart"), tmp_path / "old")
     write_json(tmp_path / "old" / "sweep.json", {**old, "trials": 99})

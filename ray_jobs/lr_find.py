@@ -1,0 +1,92 @@
+"""`perceiver lr-find EXPERIMENT [--field value ...]`: a learning-rate range test, as a picture with the rate to begin with.
+
+A short training in this process, without Ray, whose learning rate grows from --from to --to; it ends where the loss runs away. Nothing
+of it is kept but the picture. The data has to be prepared (`perceiver preprocess EXPERIMENT`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from perceiver.config import UserError
+from perceiver.data.storage import write_file
+from perceiver.datasets import Dataset, with_prepared_tokenizer, with_tokenizer
+from perceiver.plots import png, range_curve
+from perceiver.terminal import summary
+from perceiver.training.lr_range import FEWEST, device_of, range_test
+from perceiver.training.parallel import choose_arithmetic, join_world
+from ray_jobs.cli import main_entry, naming_words, parse_experiment, program
+from ray_jobs.logs import show_progress
+from ray_jobs.preflight import check_experiment
+
+logger = logging.getLogger("ray_jobs.lr_find")  # which __name__ is not where it is run as a program
+
+
+def main(argv: list[str]) -> int:
+    argv = show_progress(argv)
+    parser = argparse.ArgumentParser(
+        prog=program("ray_jobs.lr_find"), description=summary(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False, add_help=False,
+    )  # fmt: skip
+    parser.add_argument("--from", dest="low", type=float, default=1e-6, metavar="RATE", help="first learning rate (%(default)g)")
+    parser.add_argument("--to", dest="high", type=float, default=1.0, metavar="RATE", help="last learning rate (%(default)g)")
+    parser.add_argument("--steps", type=int, default=100, help="optimizer steps, at most (%(default)s)")
+    parser.add_argument("--out", metavar="FILE", help="the picture; default: lr-find-NAME.png here")
+    own, rest = parser.parse_known_args(argv)
+    if not rest or "-h" in rest or "--help" in rest:
+        print(parser.format_help())
+    experiment = with_tokenizer(parse_experiment(rest, "ray_jobs.lr_find"))
+    if not 0 < own.low < own.high:
+        raise UserError(f"--from is {own.low:g} and --to {own.high:g}: the first rate must be above 0 and below the last")
+    if own.steps < FEWEST:
+        raise UserError(f"--steps is {own.steps} and must be at least {FEWEST}")
+    path = Path(own.out or f"lr-find-{experiment.run_name}.png").expanduser()
+    if path.suffix != ".png" or not path.absolute().parent.is_dir():
+        raise UserError(f"--out is {path} and must be a .png file in a folder that exists")
+    check_experiment(experiment)
+    with naming_words(rest):
+        dataset = Dataset.find(experiment)
+    experiment = with_prepared_tokenizer(dataset.measured(), dataset.folder, dataset.manifest)
+    if experiment.parallel.threads_per_worker:
+        torch.set_num_threads(experiment.parallel.threads_per_worker)
+    device = device_of(experiment)
+    choose_arithmetic(experiment.training, device)
+    every = max(1, own.steps // 10)
+
+    def on_step(step: int, rate: float, loss: float) -> None:
+        if step % every == 0 or step == 1:
+            logger.info(f"step {step:,}/{own.steps:,}  lr {rate:.2e}  loss {loss:.4f}")
+
+    found = range_test(experiment, dataset.folder, dataset.manifest, join_world(device), own.low, own.high, own.steps, on_step)
+    if found.diverged:
+        logger.info(f"ended at step {len(found.rates):,}, learning rate {found.rates[-1]:.2e}: the loss runs away")
+    picture = range_curve(found.rates, found.losses, found.smoothed, found.suggestion, f"learning-rate range test of {experiment.run_name}")
+    write_file(path.absolute().parent, path.name, png(picture))
+    print(f"picture: {path.absolute()}")
+    if found.suggestion is None:
+        print("no suggestion: the loss has not fallen; try more --steps, or another --from and --to")
+        return 1
+    print(f"the loss falls fastest at {found.suggestion:.2e} and is lowest at {found.lowest:.2e}")
+    words = [*program("ray_jobs.train").split(), *_without(rest, "--optim.lr"), "--optim.lr", f"{found.suggestion:.2g}"]
+    print(f"to train with it: {shlex.join(words)}")
+    return 0
+
+
+def _without(words: Sequence[str], flag: str) -> list[str]:
+    """Words of a command line without an option and its value."""
+    kept, skip = [], False
+    for word in words:
+        if not skip and word.partition("=")[0] != flag:
+            kept.append(word)
+        skip = not skip and word == flag
+    return kept
+
+
+if __name__ == "__main__":
+    main_entry(main)
