@@ -186,13 +186,14 @@ def compared_curves(curves: Mapping[str, Mapping[str, Sequence[tuple[float, floa
     return figure
 
 
-def range_curve(rates: np.ndarray, losses: np.ndarray, smoothed: np.ndarray, suggestion: float | None, title: str) -> Figure:
+def range_curve(rates: np.ndarray, losses: np.ndarray, smoothed: np.ndarray, lowest: float, suggestion: float | None, title: str) -> Figure:
     """Losses of a learning-rate range test over the rate, with the rate that is suggested.
 
     Args:
         rates: of each step, (steps,).
         losses: of each step, (steps,).
         smoothed: the same without noise, (steps,).
+        lowest: the rate at which the smoothed loss is lowest.
         suggestion: a rate; None: there is none.
         title: of the picture.
     """
@@ -200,8 +201,9 @@ def range_curve(rates: np.ndarray, losses: np.ndarray, smoothed: np.ndarray, sug
     axes = figure.subplots()
     axes.plot(rates, losses, color=GREY, linewidth=1, label="loss of a step")
     axes.plot(rates, smoothed, color=color(0), linewidth=1.8, label="smoothed")
+    axes.axvline(lowest, color=GREY, linewidth=1, linestyle=":", label=f"lowest: {lowest:.2e}")
     if suggestion is not None:
-        axes.axvline(suggestion, color="C3", linewidth=1, linestyle="--", label=f"falls fastest: {suggestion:.2e}")
+        axes.axvline(suggestion, color="C3", linewidth=1, linestyle="--", label=f"to begin with: {suggestion:.2e}")
     frame(axes, x="learning rate (log scale)", y="loss")
     log_scale(axes, "x")
     # A loss that runs away would flatten all that comes before.

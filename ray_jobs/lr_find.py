@@ -66,13 +66,15 @@ def main(argv: list[str]) -> int:
     found = range_test(experiment, dataset.folder, dataset.manifest, join_world(device), own.low, own.high, own.steps, on_step)
     if found.diverged:
         logger.info(f"ended at step {len(found.rates):,}, learning rate {found.rates[-1]:.2e}: the loss runs away")
-    picture = range_curve(found.rates, found.losses, found.smoothed, found.suggestion, f"learning-rate range test of {experiment.run_name}")
+    picture = range_curve(
+        found.rates, found.losses, found.smoothed, found.lowest, found.suggestion, f"learning-rate range test of {experiment.run_name}"
+    )
     write_file(path.absolute().parent, path.name, png(picture))
     print(f"picture: {path.absolute()}")
     if found.suggestion is None:
         print("no suggestion: the loss has not fallen; try more --steps, or another --from and --to")
         return 1
-    print(f"the loss falls fastest at {found.suggestion:.2e} and is lowest at {found.lowest:.2e}")
+    print(f"the loss is lowest at learning rate {found.lowest:.2e}; a third of it, {found.suggestion:.2e}, is one to begin with")
     words = [*program("ray_jobs.train").split(), *_without(rest, "--optim.lr"), "--optim.lr", f"{found.suggestion:.2g}"]
     print(f"to train with it: {shlex.join(words)}")
     return 0

@@ -13,7 +13,7 @@ import torch
 
 from perceiver import provenance
 from perceiver.checkpoints import CheckpointInfo, best_of
-from perceiver.config import Experiment, UserError, differences, home
+from perceiver.config import CallbackConfig, Experiment, UserError, differences, home
 from perceiver.data.components import Component
 from perceiver.data.manifest import Manifest
 from perceiver.data.storage import write_file
@@ -88,7 +88,7 @@ def run(
     """
     experiment = with_tokenizer(experiment)
     check_experiment(experiment)
-    callbacks = tuple(callback.ready(f"callbacks.{number}.") for number, callback in enumerate(experiment.callbacks))
+    callbacks = ready_callbacks(experiment)
     trained = Run(local_folder("run.storage", experiment.run.storage_path) / experiment.run_name)
     remote = RemoteCopy.of(experiment.run, trained.folder)
     if remote is not None:
@@ -164,6 +164,15 @@ def run(
             return {"step": checkpoints[-1].step, **checkpoints[-1].metrics}
         report(experiment, trained, checkpoints, result, dataset.parts, time.monotonic() - started)
         return result
+
+
+def ready_callbacks(experiment: Experiment) -> tuple[CallbackConfig, ...]:
+    """The experiment's callbacks as workers get them.
+
+    Raises:
+        UserError: one of them cannot work here.
+    """
+    return tuple(callback.ready(f"callbacks.{number}.") for number, callback in enumerate(experiment.callbacks))
 
 
 def _checkpoints(trained: Run, remote: RemoteCopy | None) -> list[CheckpointInfo]:

@@ -36,7 +36,7 @@ from ray_jobs.ingest import DATA_CPUS
 from ray_jobs.logs import show_progress
 from ray_jobs.preflight import check_experiment, cluster_cores, wait_for_growth
 from ray_jobs.ray_env import connect, use_gpus
-from ray_jobs.train import check_free
+from ray_jobs.train import check_free, ready_callbacks
 from tuning import report
 from tuning.constraints import COSTS
 from tuning.record import Record, StopDiverged
@@ -133,6 +133,7 @@ def run_sweep(sweep: Sweep, folder: Path, concurrent: int | None = None) -> list
         raise UserError(f"--concurrent is {concurrent} and must be at least 1")
     base = with_tokenizer(sweep.experiment())
     check_experiment(base)
+    ready_callbacks(base)
     check_folder(sweep, folder)
     dataset = Dataset.find_early(base)
     # Ray Train frees what the workers of a stopped trial held by way of the dashboard's state service.
@@ -257,7 +258,7 @@ def fit(sweep: Sweep, folder: Path, base: Experiment, capacity: Capacity, steps:
     examples = steps * base.training.global_batch_size
     parallel = replace(base.parallel, cpus_per_worker=capacity.cpus_per_worker, threads_per_worker=capacity.threads_per_worker)
     settings = {
-        "experiment": to_dict(replace(base, parallel=parallel)),
+        "experiment": to_dict(replace(base, parallel=parallel, callbacks=ready_callbacks(base))),
         "code": dict(code_of(base).files),
         "reports": sweep.reports,
         "examples": examples,

@@ -27,6 +27,8 @@ class Muon(torch.optim.AdamW):
     momentum, computes the direction and keeps its own shard, so that the number of workers changes nothing but the order of sums.
     """
 
+    param_groups: list[dict[str, Any]]
+
     def __init__(self, groups: list[dict[str, Any]], *, momentum: float, nesterov: bool, precision: torch.dtype, **settings: Any) -> None:
         super().__init__(groups, **settings)
         self._momentum, self._nesterov, self._precision = momentum, nesterov, precision

@@ -1,6 +1,6 @@
 """Learning-rate range test (Smith, arXiv 1506.01186): a short training whose learning rate grows until the loss does.
 
-The loss falls fastest at rates that are large enough to learn and small enough to be stable; where it grows, rates are too large.
+The loss falls as long as rates are small enough to be stable; where it begins to grow they are too large.
 """
 
 from __future__ import annotations
@@ -50,19 +50,18 @@ class RangeTest:
 
     @property
     def suggestion(self) -> float | None:
-        """The rate at which the smoothed loss falls fastest over the rate's logarithm, up to where it is lowest; None: it never fell."""
-        if len(self.rates) < FEWEST:
-            return None
+        """A third of `lowest`, which is the lower end of the range that the paper takes from such a test; None: the loss never fell.
+
+        Where the loss falls fastest says less: the first weights of a model's output are often far off, and any small rate mends them.
+        """
         smoothed = self.smoothed
-        lowest = int(smoothed.argmin())
-        if lowest < 3 or not smoothed[lowest] < smoothed[0] - 0.01 * abs(smoothed[0]):
+        if len(self.rates) < FEWEST or not smoothed.min() < smoothed[0] - 0.01 * abs(smoothed[0]):
             return None
-        slopes = np.gradient(smoothed, np.log(self.rates))[: lowest + 1]
-        return float(self.rates[int(slopes.argmin())])
+        return self.lowest / 3
 
     @property
     def lowest(self) -> float:
-        """The rate at which the smoothed loss is lowest: larger ones do not pay."""
+        """The rate at which the smoothed loss is lowest, the largest of use."""
         return float(self.rates[int(self.smoothed.argmin())])
 
 

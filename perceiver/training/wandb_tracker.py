@@ -35,7 +35,7 @@ class Wandb(CallbackConfig):
 
     def ready(self, where: str) -> CallbackConfig:
         check_installed("wandb", where)
-        mode = self.mode or os.environ.get("WANDB_MODE") or "online"
+        mode: Any = self.mode or os.environ.get("WANDB_MODE") or "online"
         if mode not in MODES:
             raise UserError(f"WANDB_MODE is {mode!r} and must be one of {', '.join(MODES)}")
         if mode == "online" and not _has_key():

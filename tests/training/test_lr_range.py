@@ -22,19 +22,19 @@ def test_rates_grow_by_the_same_multiple_from_the_first_to_the_last():
     assert [rate(step) for step in range(7)] == pytest.approx([1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0])
 
 
-def test_the_rate_where_the_loss_falls_fastest_is_suggested():
+def test_a_third_of_the_rate_with_the_lowest_loss_is_suggested():
     rates = np.geomspace(1e-6, 1, 121)
-    falling = 2 - 1 / (1 + np.exp(-4 * np.log10(rates / 1e-3)))  # steepest at 1e-3
+    falling = 2 - 1 / (1 + np.exp(-4 * np.log10(rates / 1e-3)))
     growing = np.where(rates > 3e-2, 30 * (np.log10(rates / 3e-2)) ** 2, 0)
     noise = np.random.default_rng(0).normal(0, 0.02, 121)
     found = RangeTest(rates, falling + growing + noise, True)
-    assert 5e-4 < found.suggestion < 2e-3 and 5e-3 < found.lowest < 5e-2
+    assert 5e-3 < found.lowest < 5e-2 and found.suggestion == pytest.approx(found.lowest / 3)
     assert RangeTest(rates, 2 + noise / 10 + growing, True).suggestion is None, "a loss that never falls suggests nothing"
     assert RangeTest(rates[:5], falling[:5], True).suggestion is None
     broken = found.losses.copy()
     broken[-1] = math.nan
     assert RangeTest(rates, broken, True).suggestion == pytest.approx(found.suggestion)
-    assert range_curve(rates, broken, RangeTest(rates, broken, True).smoothed, found.suggestion, "x").axes
+    assert range_curve(rates, broken, RangeTest(rates, broken, True).smoothed, found.lowest, found.suggestion, "x").axes
 
 
 def test_a_test_ends_where_the_loss_runs_away_and_learns_on_the_way(images):
