@@ -51,9 +51,6 @@ def check_experiment(experiment: Experiment) -> None:
     check_best_metric(experiment, task)
     check_model(experiment.model)
     task.check()
-    if experiment.parallel.workers > 1 and not experiment.optim.optimizer.sharded:
-        name = type(experiment.optim.optimizer).__name__.lower()
-        raise UserError(f"--optim.optimizer {name} trains on one worker, and --workers is {experiment.parallel.workers}: give --workers 1")
     if experiment.optim.groups:
         with torch.device("meta"):
             check_groups(task.build_model(), experiment.optim)

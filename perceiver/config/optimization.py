@@ -47,8 +47,6 @@ def raw_metric(name: str) -> str:
 class OptimizerConfig(Config):
     """An optimizer: base class of all."""
 
-    sharded: ClassVar[bool] = True
-    """Whether it is the same optimizer when parameters are sharded over several workers."""
     apart: ClassVar[bool] = False
     """Whether the matrices of layers are in groups of their own, marked by "hidden"."""
 
@@ -178,7 +176,7 @@ class OptimConfig(Config):
     """Optimizer and learning-rate schedule."""
 
     optimizer: OptimizerConfig = AdamW()
-    """The optimizer: adamw, adam, sgd, lion, lamb, muon, adafactor, or a class of yours (module:Class)."""
+    """The optimizer: adamw, adam, sgd, lion, lamb, muon, or a class of yours (module:Class)."""
     lr: float = 1e-3
     """Peak learning rate."""
     weight_decay: float = 0.01

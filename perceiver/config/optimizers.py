@@ -93,29 +93,6 @@ class Muon(AdamW):
         )
 
 
-class Adafactor(OptimizerConfig):
-    """Adafactor (arXiv 1804.04235): second moments of matrices by their rows and columns alone, and no first ones, so that its state is
-    small. On one worker: what it computes of a shard is not what it computes of the whole.
-    """
-
-    sharded: ClassVar[bool] = False
-    decay: float = 0.8
-    """The second moment of step n forgets 1 / n^decay."""
-    clip: float = 1.0
-    """Largest root mean square of a step, before the learning rate."""
-
-    def check(self, where: str) -> None:
-        if not 0 < self.decay <= 1:
-            raise UserError(f"--{spelled(where)}decay is {self.decay} and must be above 0 and at most 1")
-        if not self.clip > 0:
-            raise UserError(f"--{spelled(where)}clip is {self.clip} and must be above 0")
-
-    def build(self, groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
-        import torch
-
-        return torch.optim.Adafactor(groups, lr=lr, beta2_decay=-self.decay, d=self.clip)
-
-
 def _check_betas(betas: tuple[float, float], where: str) -> None:
     if not all(0 <= beta < 1 for beta in betas):
         raise UserError(f"--{spelled(where)}betas is {betas} and both must be at least 0 and below 1")
