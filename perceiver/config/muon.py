@@ -33,6 +33,10 @@ class Muon(torch.optim.AdamW):
         super().__init__(groups, **settings)
         self._momentum, self._nesterov, self._precision = momentum, nesterov, precision
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # AdamW's own would bring states of old versions up to date, and expects moments of all parameters.
+        torch.optim.Optimizer.__setstate__(self, state)
+
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         groups = self.param_groups
