@@ -29,6 +29,7 @@ from perceiver.terminal import summary
 from ray_jobs.cli import main_entry, program, refuse_empty
 from ray_jobs.run_pages import page_of_runs
 from ray_jobs.runs import named_runs
+from tuning.constraints import COSTS
 from tuning.page import page_of_sweep, rank_correlations
 from tuning.pareto import draw_front, front_lines
 from tuning.sweeps import arguments
@@ -176,8 +177,10 @@ def write(folder: Path) -> list[Trial]:
         return trials
     fields = sorted({field for trial in trials for field in trial["values"]})
     columns = ("trial", "status", "reason", "metric", "value", "best_step", "step", "examples", "loss", "seconds", "run")
+    known = [name for name in COSTS if any(name in trial["costs"] for trial in trials)]
     rows = [
         {name: trial[name] for name in columns}
+        | {name: trial["costs"].get(name) for name in known}
         | {field: trial["values"].get(field) for field in fields}
         | {"command": command(settings, trial, trial["trial"])}
         for trial in trials

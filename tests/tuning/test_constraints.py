@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from types import SimpleNamespace
 
+import pyarrow.parquet as pq
 import pytest
 from ray import tune
 
@@ -94,6 +95,7 @@ def test_a_sweep_against_its_costs_has_the_picture_and_the_chart(folder):  # noq
     assert report.draw(trials, settings).axes[-1].get_xlabel() == "FLOPs of a whole training"
     assert any("not beaten in val_loss against FLOPs of a whole training: trial-0" in line for line in report.table(trials, settings))
     assert "against FLOPs of a whole training" in (folder / "report.html").read_text()
+    assert pq.read_table(folder / "results.parquet")["flops"].to_pylist() == [1e9] * 4
 
 
 def test_a_sweep_whose_space_was_mended_before_its_first_trial_is_replaced(tmp_path):
