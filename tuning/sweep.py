@@ -53,7 +53,7 @@ OPTIONS = {
     "search": (str, "how samples are drawn: random, or optuna (an extra package)"),
     "scheduler": (
         str,
-        "fifo: all trials run to the end; asha, hyperband: losing ones are stopped early; pbt: they take over winners' weights",
+        "fifo: all trials run to the end; asha, hyperband: bad ones are stopped early; pbt: bad ones take over good ones' weights",
     ),
     "metric": (str, "what is compared: a validation metric of the task"),
     "reports": (int, "validations of a whole training: the moments at which a scheduler can act"),
