@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 class ModelConfig(Config):
     """A model: base class of all. Any architecture will do, Perceiver or not."""
 
+    encoder_fields: ClassVar[tuple[str, ...]] = ()
+    """Of a model whose encoder can start from another model's (`training.init-encoder-from`): how the names of the fields begin
+    that say what its encoder is. The names of the encoder's weights then begin with "encoder."; (): it has none of its own."""
+
     @abstractmethod
     def build(self) -> nn.Module:
         """The model on the current default device, "meta" when it is to be sharded: then no weight has a value yet.
