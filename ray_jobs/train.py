@@ -137,7 +137,7 @@ def run(
     finished = None if longer else check_run(experiment, trained)
     if finished is not None:
         logger.info(f"run {experiment.run_name} is finished: {_summary(finished, {})}")
-        logger.info(f"evaluate it: python -m ray_jobs.evaluate {_place(experiment, trained)}; another training needs another --run.name")
+        logger.info(f"evaluate it: {program('ray_jobs.evaluate')} {_place(experiment, trained)}; another training needs another --run.name")
         return finished
     checkpoints = _checkpoints(trained, remote)
     fork = check_fork(experiment, trained, checkpoints)
@@ -383,7 +383,7 @@ def report(
     newest = {path.stem.rpartition("-")[0]: path for path in sorted(trained.samples_folder.glob("*.png"))}
     pictures = ", ".join(str(path) for path in [trained.curve_file, *newest.values()])
     logger.info(f"  pictures:     {pictures}")
-    logger.info(f"  evaluate:     python -m ray_jobs.evaluate {_place(experiment, trained)}")
+    logger.info(f"  evaluate:     {program('ray_jobs.evaluate')} {_place(experiment, trained)}")
 
 
 def _place(experiment: Experiment, trained: Run) -> str:
