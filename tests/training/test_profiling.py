@@ -3,6 +3,7 @@
 import gzip
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -59,24 +60,26 @@ def test_steps_to_profile_that_are_none_are_refused_before_the_training():
         check_profile("20..25", 19)
 
 
-def test_norms_of_layers_are_those_of_the_whole_gradient_on_one_worker_and_two(plain, images, tmp_path):
-    made = with_run(layer_grad_norms=True, log_every=4)
-    assert same(plain, train(made, images, tmp_path / "one"))
+def check_norms(folder: Path) -> None:
+    """At each fourth step all norms together are that of the whole gradient; other records have none."""
     found = []
-    for folder in ("one", "two"):
-        if folder == "two":
-            run(
-                replace(made, model=replace(made.model, encoder=replace(made.model.encoder, dropout=0.0))),
-                images,
-                tmp_path / folder,
-                world=2,
-            )
-        for record in Run(tmp_path / folder).metrics():
-            norms = {name: value for name, value in record.items() if name.startswith("grad_norm/")}
-            if "loss" in record and record["step"] % 4 == 0:
-                assert {"grad_norm/decoder.cross_attention", "grad_norm/rest"} <= norms.keys() and len(norms) == 5
-                assert sum(value**2 for value in norms.values()) ** 0.5 == pytest.approx(record["grad_norm"], rel=1e-5)
-                found.append(record["step"])
-            else:
-                assert not norms
-    assert found == [4, 8, 12] * 2
+    for record in Run(folder).metrics():
+        norms = {name: value for name, value in record.items() if name.startswith("grad_norm/")}
+        if "loss" in record and record["step"] % 4 == 0:
+            assert {"grad_norm/decoder.cross_attention", "grad_norm/rest"} <= norms.keys() and len(norms) == 5
+            assert sum(value**2 for value in norms.values()) ** 0.5 == pytest.approx(record["grad_norm"], rel=1e-5)
+            found.append(record["step"])
+        else:
+            assert not norms
+    assert found == [4, 8, 12]
+
+
+def test_norms_of_layers_are_together_that_of_the_whole_gradient(plain, images, tmp_path):
+    assert same(plain, train(with_run(layer_grad_norms=True, log_every=4), images, tmp_path))
+    check_norms(tmp_path)
+
+
+@pytest.mark.slow
+def test_norms_of_layers_are_those_of_all_workers_together(images, tmp_path):
+    run(with_run(layer_grad_norms=True, log_every=4), images, tmp_path / "two", world=2)
+    check_norms(tmp_path / "two")
