@@ -291,7 +291,7 @@ def _finish(
         source=fingerprint,
         stats=stats,
         image_shape=job.columns.image_shape,
-        columns=None if job.arrays is None else job.arrays.to_json(),
+        columns=None if job.arrays is None or not job.rows.has_columns else job.arrays.to_json(),
         num_classes=None if job.columns.label is None else max(len(counts) for counts in histograms.values()),
     )
     keep = {shard["file"] for notes in shards.values() for shard in notes}

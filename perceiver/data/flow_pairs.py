@@ -93,7 +93,9 @@ def pairs_of(flow: str, there: Mapping[str, object]) -> list[Pair]:
     if match := _THINGS.match(flow):
         top, scene, time, side, number = match[1] or "", match[2], match[3], match[4], match[5]
         other = f"{int(number) + (1 if time == 'future' else -1):0{len(number)}d}"
-        found = [(f"{top}frames_{p}pass/{scene}/{side}/{number}", f"{top}frames_{p}pass/{scene}/{side}/{other}") for p in ("clean", "final")]
+        found = [
+            (f"{top}frames_{p}pass/{scene}/{side}/{number}", f"{top}frames_{p}pass/{scene}/{side}/{other}") for p in ("clean", "final")
+        ]
         return _there(found, flow, there, f"{top}{scene}")
     stem = name.rpartition(".")[0]
     parts = folder.split("/")

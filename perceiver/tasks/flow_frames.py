@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+_LEAST_SHARE = 0.01
+"""Of what a scaled pixel is made from that must be known."""
 Flows = Callable[[Tensor], Tensor]
 """(B, 2, h, w, 3) uint8 -> flow in pixels (B, h, w, 2)."""
 
@@ -97,16 +99,19 @@ def scaled_frames(pair: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def scale_flow(flow: Tensor, size: tuple[int, int]) -> Tensor:
-    """A flow (H, W, 2) of frames that are scaled to h x w, in their pixels: (h, w, 2). NaN stays NaN: then the nearest is taken."""
+    """A flow (H, W, 2) of frames that are scaled to h x w, in their pixels: (h, w, 2).
+
+    Where some of it is not known (NaN) a pixel has the mean of what is known about it, and is NaN where nothing is.
+    """
     height, width = flow.shape[:2]
     if (height, width) == tuple(size):
         return flow
-    values = flow.permute(2, 0, 1)[None]
-    if flow.isnan().any():
-        found = F.interpolate(values, size, mode="nearest-exact")
-    else:
-        found = F.interpolate(values, size, mode="bilinear", align_corners=False, antialias=True)
-    return found[0].permute(1, 2, 0) * torch.tensor([size[1] / width, size[0] / height], device=flow.device)
+    known = ~flow.isnan().any(-1, keepdim=True)
+    values = torch.cat([torch.where(known, flow, 0.0), known.to(flow.dtype)], -1).permute(2, 0, 1)[None]
+    found = F.interpolate(values, size, mode="bilinear", align_corners=False, antialias=True)[0].permute(1, 2, 0)
+    share = found[..., 2:]
+    mean = torch.where(share > _LEAST_SHARE, found[..., :2] / share, torch.nan)
+    return mean * torch.tensor([size[1] / width, size[0] / height], device=flow.device)
 
 
 def _filled(pair: Tensor, size: tuple[int, int]) -> Tensor:

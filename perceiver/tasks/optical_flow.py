@@ -119,7 +119,7 @@ class OpticalFlow(Task[OpticalFlowConfig, PerceiverIOConfig]):
         assert isinstance(flow, FlowInput)
         if flow.num_patch_input_channels != _CHANNELS:
             raise UserError(
-                f"model.input.num-patch-input-channels is {flow.num_patch_input_channels} and must be {_CHANNELS}: 3 x 3 pixels of 3 colours"
+                f"model.input.num-patch-input-channels is {flow.num_patch_input_channels} and must be {_CHANNELS}: 3 x 3 pixels in colour"
             )
         if not 0 <= self.config.patch_min_overlap < min(self.size):
             raise UserError(
