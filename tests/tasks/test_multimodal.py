@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+import perceiver
 from perceiver.config import UserError
 from perceiver.data.made_video import CLASSES, SAMPLES, SoundingShapes
 from perceiver.inference.trained import TrainedModel
@@ -147,6 +148,15 @@ def test_new_videos_come_out_whole_without_their_class() -> None:
     np.testing.assert_allclose(found["probabilities"].sum(1), 1, rtol=1e-5)
     with pytest.raises(UserError, match="the rows have no audio"):
         trained.predict(rows().select(["video"]))
+
+
+def test_an_exported_model_says_the_same(tmp_path) -> None:
+    settings = experiment()
+    trained = TrainedModel(model=build_model(settings.model, seed=0).eval(), config=settings.model, task=settings.task)
+    again = perceiver.load(trained.export(tmp_path / "out"), device="cpu")
+    given = rows().select(["video", "audio"]).slice(0, 2)
+    for name, values in trained.predict(given).items():
+        np.testing.assert_array_equal(again.predict(given)[name], values)
 
 
 @pytest.mark.parametrize(
