@@ -86,9 +86,9 @@ def pairs_of(flow: str, there: Mapping[str, object]) -> list[Pair]:
         top, which, stem, number = match[1] or "", match[2], match[3], match[4]
         if which == "noc" and f"{top}flow_occ/{stem}_{number}.png" in there:
             return []  # the same with less of it
-        after = f"{int(number) + 1:0{len(number)}d}"
+        following = f"{int(number) + 1:0{len(number)}d}"
         tops = (top, top.replace("hd1k_flow_gt", "hd1k_input"))
-        found = [(f"{t}{frames}/{stem}_{number}", f"{t}{frames}/{stem}_{after}") for t in tops for frames in _KITTI_FRAMES]
+        found = [(f"{t}{frames}/{stem}_{number}", f"{t}{frames}/{stem}_{following}") for t in tops for frames in _KITTI_FRAMES]
         return _there(found, flow, there)[:1]
     if match := _THINGS.match(flow):
         top, scene, time, side, number = match[1] or "", match[2], match[3], match[4], match[5]
@@ -99,7 +99,8 @@ def pairs_of(flow: str, there: Mapping[str, object]) -> list[Pair]:
         return _there(found, flow, there, f"{top}{scene}")
     stem = name.rpartition(".")[0]
     parts = folder.split("/")
-    if "flow" in parts and (after := _next(stem)):
+    after = _next(stem)
+    if "flow" in parts and after:
         at = len(parts) - 1 - parts[::-1].index("flow")
 
         def inside(name: str) -> str:
@@ -113,7 +114,7 @@ def pairs_of(flow: str, there: Mapping[str, object]) -> list[Pair]:
     if match := re.match(r"^(.*?)([-_])(?:flow|gt)$", stem):
         found = [(f"{prefix}{match[1]}{match[2]}img{i}", f"{prefix}{match[1]}{match[2]}img{i + 1}") for i in (1, 0)]
         return _there(found, flow, there)[:1]
-    return _there([(prefix + stem, prefix + after)], flow, there) if (after := _next(stem)) else []
+    return _there([(prefix + stem, prefix + after)], flow, there) if after else []
 
 
 def consecutive(names: Iterable[str]) -> list[tuple[str, str]]:

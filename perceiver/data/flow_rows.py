@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 from perceiver.data.flow_pairs import flow_files
 from perceiver.data.row_kind import RowKind
@@ -25,8 +25,8 @@ class FlowRows(ArrayRows):
     has_columns = False
     takes_code = True
     made_from = "pairs of frames"
-    new_rows = "frames"
-    formats = ("flow",)
+    new_rows: ClassVar[Literal["text", "image", "arrays", "frames"]] = "frames"
+    formats: ClassVar[tuple[str, ...]] = ("flow",)
     expected = "frames with .flo, .pfm or 16-bit .png files of their optical flow (Flying Chairs, MPI Sintel, KITTI, FlyingThings3D)"
 
     def __init__(self) -> None:

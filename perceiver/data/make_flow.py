@@ -108,7 +108,7 @@ def row_of_example(example: Any) -> dict[str, Any]:
     if occluded is not None and np.shape(occluded) != flow.shape[:2]:
         raise BadExample("other shape", f"occluded has shape {np.shape(occluded)} and must have {flow.shape[:2]}")
     packed = b"" if occluded is None else np.packbits(np.asarray(occluded, bool)).tobytes()
-    return _row(*(as_png(frame) for frame in frames), flow, packed)
+    return _row(as_png(frames[0]), as_png(frames[1]), flow, packed)
 
 
 def _row(first: bytes, second: bytes, flow: np.ndarray, occluded: bytes) -> dict[str, Any]:

@@ -4,40 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
-from torch import nn
 
 from perceiver.config import UserError
-
-
-@torch.no_grad()
-def flows(model: nn.Module, task: Any, pairs: Sequence[Any], device: torch.device, batch_size: int = 4) -> list[np.ndarray]:
-    """The flow of pairs of frames, each float32 (height, width, 2); for the arguments see `TrainedModel.flow`.
-
-    Raises:
-        UserError: a pair that is none, a frame that cannot be read, or two of different sizes.
-    """
-    from perceiver.inference.images import pixels_of
-    from perceiver.tasks.optical_flow import rgb
-
-    if batch_size < 1:
-        raise UserError(f"batch_size is {batch_size} and must be at least 1")
-    found = []
-    for pair in pairs:
-        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
-            raise UserError("frames must be two images, or a list of pairs of images")
-        first, second = (rgb(pixels_of(frame)) for frame in pair)
-        if first.shape != second.shape:
-            sizes = " and ".join(f"{frame.shape[1]} x {frame.shape[0]}" for frame in (first, second))
-            raise UserError(f"the two frames have {sizes} pixels and must have one size")
-        frames = torch.from_numpy(np.stack([first, second])).to(device)
-        found.append(task.whole_flows(model, [frames], batch_size)[0].float().cpu().numpy())
-    return found
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -52,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _run(args: argparse.Namespace) -> Any:
+def _run(args: argparse.Namespace) -> Iterator[str]:
     if len(args.frames) < 2:
         raise UserError(f"{args.frames[0]} is one frame, and a flow is from one to the next: give at least two, in order")
     stems = [Path(frame).stem for frame in args.frames[:-1]]

@@ -207,11 +207,9 @@ class TrainedModel:
             frames: two images of one size (`ImageLike`), or a list of such pairs, which gives a list.
             batch_size: frames, or parts of large ones, computed at once.
         """
-        from perceiver.inference.flow import flows
-
         self._require("flow")
         pairs = frames if isinstance(frames, list) else [frames]
-        found = flows(self.model, self.task.build(self.config, self.data, self.seed), pairs, self.device, batch_size)
+        found = measure.flows(self.model, self.task.build(self.config, self.data, self.seed), pairs, self.device, batch_size)
         return found if isinstance(frames, list) else found[0]
 
     def predict(self, rows: Any, *, batch_size: int = 16) -> dict[str, np.ndarray]:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.transforms.v2 import functional as colours
 
 NUMBERS = 32
 """Uniform numbers that one pair takes."""
@@ -17,7 +16,7 @@ NUMBERS = 32
 
 @dataclass(frozen=True, kw_only=True)
 class Augmentation:
-    """How much training pairs are changed; see the fields of `perceiver.tasks.optical_flow.OpticalFlowConfig`."""
+    """How much training pairs are changed; see the fields of the same names of the task."""
 
     brightness: float = 0.0
     contrast: float = 0.0
@@ -98,6 +97,8 @@ def _colours(frames: Tensor, how: Augmentation, drawn: list[float]) -> Tensor:
 
 
 def _changed(images: Tensor, how: Augmentation, drawn: list[float]) -> Tensor:
+    from torchvision.transforms.v2 import functional as colours  # here, as it loads torch's compiler
+
     signed = [2 * number - 1 for number in drawn]
     images = colours.adjust_brightness(images, 1 + how.brightness * signed[0])
     images = colours.adjust_contrast(images, 1 + how.contrast * signed[1])

@@ -14,7 +14,7 @@ from perceiver.config.core import spelled
 from perceiver.costs.flops import training_flops
 from perceiver.costs.memory import has_formulas
 from perceiver.data.flow_rows import FlowRows
-from perceiver.data.images import decode_image
+from perceiver.data.images import decode_image, rgb
 from perceiver.data.manifest import Split
 from perceiver.data.order import uniforms
 from perceiver.models import FlowInput, FlowOutput, PerceiverIOConfig
@@ -273,11 +273,6 @@ class OpticalFlow(Task[OpticalFlowConfig, PerceiverIOConfig]):
             "sizes": torch.tensor(self.size).repeat(size, 1),
             "labels": torch.zeros(size, dtype=torch.int64),
         }
-
-
-def rgb(image: np.ndarray) -> np.ndarray:
-    """(height, width, 1 or 3) with three colours."""
-    return np.repeat(image, 3, 2) if image.shape[2] == 1 else image
 
 
 def _measured(error: Tensor, truth: Tensor, known: Tensor, occluded: Tensor) -> dict[str, Tensor]:
