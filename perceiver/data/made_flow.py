@@ -9,17 +9,17 @@ import numpy as np
 
 from perceiver.data.examples import Example, ExampleSource
 
-HEIGHT, WIDTH = 32, 48
-FASTEST = 2.5
+HEIGHT, WIDTH = 24, 32
+FASTEST = 2.0
 """Pixels that the ground or a shape moves along each axis, at most."""
-_SHAPES = 3
+_SHAPES = 2
 _TURN = 0.06
 """Radians that a shape turns, at most."""
 _PARTS = 8
 
 
 class MovingShapes(ExampleSource):
-    """Pairs of frames of 32 x 48 pixels, their exact flow, and what is hidden in the second one."""
+    """Pairs of frames of 24 x 32 pixels, their exact flow, and what is hidden in the second one."""
 
     def __init__(self, train: int = 4096, val: int = 256) -> None:
         self.sizes = {"train": train, "val": val}
@@ -104,7 +104,7 @@ def _layer(rng: np.random.Generator, height: int, width: int, fastest: float, gr
     texture = _texture(rng, height, width)
     shift, turn = rng.uniform(-fastest, fastest, 2), 0.0 if ground else rng.uniform(-_TURN, _TURN)
     center = rng.uniform([0, 0], [width, height])
-    half = None if ground else rng.uniform(0.12, 0.3, 2) * height
+    half = None if ground else rng.uniform(0.15, 0.35, 2) * height
     return _Layer(texture, shift, turn, center, half, bool(rng.integers(2)))
 
 

@@ -46,7 +46,7 @@ def multimodal_small() -> Experiment:
     return Experiment(
         preset="multimodal-small",
         task=MultimodalAutoencodingConfig(
-            class_names=made_video.CLASSES, asked_video=512, asked_audio=16, label_weight=0.05, video_weight=1.0
+            class_names=made_video.CLASSES, asked_video=256, asked_audio=16, label_weight=0.05, video_weight=1.0
         ),
         model=PerceiverIOConfig(
             num_latents=48,
@@ -79,6 +79,6 @@ def multimodal_small() -> Experiment:
         ),
         data=DataConfig(source="perceiver.data.made_video:SoundingShapes"),
         optim=OptimConfig(lr=2e-3, schedule=Cosine(), warmup_steps=50, max_grad_norm=1.0),
-        training=TrainingConfig(global_batch_size=32, max_epochs=20),
-        run=RunConfig(log_every=50, val_every=256, checkpoint_every=256, best_metric="val_loss"),
+        training=TrainingConfig(global_batch_size=16, max_epochs=10),
+        run=RunConfig(log_every=50, val_every=512, checkpoint_every=512, best_metric="val_loss"),
     )

@@ -27,7 +27,7 @@ COUNT = 5
 
 def experiment(**task):
     base = presets.PRESETS["optical-flow-small"]()
-    input = replace(base.model.input, num_patch_hidden_channels=8, num_frequency_bands=4)
+    input = replace(base.model.input, image_shape=(32, 48), num_patch_hidden_channels=8, num_frequency_bands=4)
     encoder = replace(base.model.encoder, num_self_attention_layers_per_block=1)
     model = replace(base.model, num_latents=8, num_latent_channels=16, input=input, encoder=encoder)
     return replace(base, task=replace(base.task, **task), model=model)
