@@ -28,7 +28,7 @@ CATALOG: dict[str, tuple[str, str, int]] = {
     "img-ar-imagenet64": ("ImageGeneration", "", 780_660_995),
     "img-clf-imagenet": ("ImageClassification", "imagenet", 48_440_627),
     "optical-flow": ("OpticalFlow", "", 41_057_134),
-    "optical-flow-small": ("OpticalFlow", "perceiver.data.made_flow:MovingShapes", 352_318),
+    "optical-flow-small": ("OpticalFlow", "perceiver.data.made_flow:MovingShapes", 331_358),
     "multimodal-kinetics": ("MultimodalAutoencoding", "", 19_858_855),
     "multimodal-small": ("MultimodalAutoencoding", "perceiver.data.made_video:SoundingShapes", 335_775),
     "tables": ("Tables", "", 102_922),
