@@ -120,8 +120,10 @@ class MultimodalAdapter(nn.Module):
             part = adapter(part.to(dtype) if isinstance(part, Tensor) and part.is_floating_point() else part)
             adapted, mask = part if isinstance(part, tuple) else (part, None)
             adapted = adapted.to(dtype)
-            adapted = torch.cat([adapted, self.own[name].expand(*adapted.shape[:2], -1)], dim=-1)
-            share = self.masked[name]
+            own, share = self.own[name], self.masked[name]
+            if share == 0 and name in self.hidden and self.training:  # all parameters have a gradient, as resumed optimizers expect
+                own = own + 0 * self.hidden[name].sum()
+            adapted = torch.cat([adapted, own.expand(*adapted.shape[:2], -1)], dim=-1)
             if share == 1 or share > 0 and self.training:
                 hide = torch.rand(adapted.shape[:2], device=adapted.device) < share
                 adapted = torch.where(hide[..., None], self.hidden[name], adapted)
