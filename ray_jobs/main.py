@@ -61,6 +61,7 @@ COMMANDS = {
     "evaluate": Command("train", "metrics of a run over its whole validation set", "ray_jobs.evaluate", job=True, takes="run"),
     "generate": Command("use a model", "continue a text", _INFERENCE, ("--action", "generate"), takes="run"),
     "play": Command("use a model", "continue a performance, as a MIDI file", "perceiver.inference.play", takes="run"),
+    "flow": Command("use a model", "optical flow of frames, as files and pictures", "perceiver.inference.flow", takes="run"),
     "fill-mask": Command("use a model", "fill in masked words", _INFERENCE, ("--action", "fill_mask"), takes="run"),
     "predict": Command("use a model", "apply a model to many inputs", "ray_jobs.predict", job=True, takes="run"),
     "export": Command("use a model", "write a model as files to keep or share", "ray_jobs.export", job=True, takes="run"),

@@ -82,7 +82,7 @@ def make_job(experiment: Experiment, settings: dict[str, Any], folder: str, fing
         blocks_per_shard=data.blocks_per_shard,
         tokenizer=load_tokenizer(data.tokenizer) if rows.is_text else None,
         document_marks=settings.get("document_marks", ""),
-        arrays=ArrayRows.from_json(settings["columns"]) if "columns" in settings else None,
+        arrays=ArrayRows.from_json(settings["columns"]) if "columns" in settings else rows.stored_columns(),
         long_texts=data.long_texts,
     )
 

@@ -1,11 +1,12 @@
 """`python -m ray_jobs.predict RUN --input FILES --output OUTPUT [--mode MODE]`: a trained model on many inputs, on Ray
 Data.
 
-Modes: classify, fill-mask, embed (mean of the latents), score (loss of each document), generate, and predict: what a
+Modes: classify, flow, fill-mask, embed (mean of the latents), score (loss of each document), generate, and predict: what a
 task of your own says of rows of arrays. Inputs are lines of .txt files, objects of .jsonl or .json files, rows of .csv, .tsv,
-.parquet and .arrow files, or image files. OUTPUT is a file (.csv, .jsonl or .parquet) with exactly one row for each input row,
-in order, with its id, or a folder, which gets such rows as several parquet files, and _errors.jsonl with the rows that could
-not be computed. A job that was stopped continues when it is started again: parts that are written are not computed again.
+.parquet and .arrow files, image files, or, for flow, pairs of frames: img1 and img2 of a name, else neighbouring numbers. OUTPUT is a
+file (.csv, .jsonl or .parquet) with exactly one row for each input row, in order, with its id, or a folder, which gets such rows as several
+parquet files, and _errors.jsonl with the rows that could not be computed. A job that was stopped continues when it is started again: parts
+that are written are not computed again.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from perceiver.config import ParallelConfig, UserError, differences, flatten
 from perceiver.data.rows import KINDS, ArrayRows
 from perceiver.data.storage import atomic_file, list_folder, open_folder, read_file, remove_folder, write_file
 from perceiver.generation.options import add_generation_options, given_generation_options
+from perceiver.inference.frames import FRAMES
 from perceiver.inference.joined import join, suffix_of
 from perceiver.inference.load import Description, describe
 from perceiver.inference.parts import Part, from_plain, list_inputs, plan_parts, read_part, to_plain
@@ -143,8 +145,8 @@ def parse(argv: list[str]) -> tuple[PredictJob, str, Placement, Description]:
         can = ", ".join(name for name, mode in MODES.items() if mode.ability in model.abilities)
         raise UserError(f"--mode is {options.mode}, but {model.name} can only {can}")
     kind = KINDS[model.task.kind].new_rows if model.task else "image" if args.column == "image" else "text"
-    arrays = model.rows if kind == "arrays" else None
-    if kind == "arrays":
+    arrays = {"arrays": model.rows, "frames": FRAMES}.get(kind)
+    if kind in ("arrays", "frames"):
         if args.column is not None:
             raise UserError(f"--column is {args.column}, but {model.name} reads rows of arrays, each column by its name: leave it out")
         if arrays is None:
@@ -155,7 +157,7 @@ def parse(argv: list[str]) -> tuple[PredictJob, str, Placement, Description]:
         checkpoint=model.checkpoint,
         inputs=tuple(map(_absolute, args.input)),
         kind=kind,
-        column=args.column or {"arrays": "", "text": model.data.text_column}.get(kind, kind),
+        column=args.column or {"arrays": "", "frames": "", "text": model.data.text_column}.get(kind, kind),
         id_column=args.id_column,
         rows_per_part=args.rows_per_part,
         precision=args.precision,

@@ -159,7 +159,7 @@ def _nothing_to_do(experiment: Experiment, folder: str, manifest: Manifest) -> M
 
 def _fingerprint(experiment: Experiment, source: Source) -> dict[str, Any]:
     """What the source is: of files names, sizes and hashes; of the hub names, sizes and its revision; of code what stands for it."""
-    paths = [p for f in source.files for p in (f.path, f.labels_path) if p is not None]
+    paths = [p for f in source.files for p in (f.path, f.labels_path, *f.beside) if p is not None]
     local = [p for p in paths if "://" not in p]
     hashes = _hashes(local, experiment.data.root_path)
 
@@ -174,6 +174,8 @@ def _fingerprint(experiment: Experiment, source: Source) -> dict[str, Any]:
             result["label"] = file.label
         if file.labels_path is not None:
             result["labels_sha256"] = hashes.get(file.labels_path)
+        if file.beside:
+            result["beside_sha256"] = [hashes.get(path) for path in file.beside]
         return result
 
     result = {**(source.origin or {}), "files": [entry(file) for file in source.files]}
@@ -289,7 +291,7 @@ def _finish(
         source=fingerprint,
         stats=stats,
         image_shape=job.columns.image_shape,
-        columns=None if job.arrays is None else job.arrays.to_json(),
+        columns=None if job.arrays is None or not job.rows.has_columns else job.arrays.to_json(),
         num_classes=None if job.columns.label is None else max(len(counts) for counts in histograms.values()),
     )
     keep = {shard["file"] for notes in shards.values() for shard in notes}
@@ -310,7 +312,7 @@ def _summary(folder: str, manifest: Manifest, source: Source, seconds: float) ->
         if manifest.image_shape is not None:
             height, width, channels = manifest.image_shape
             parts.append(f"images of {height} x {width} x {channels}")
-        elif manifest.columns is not None:
+        elif manifest.columns is not None or not split.tokens:
             parts.append(f"{split.bytes:,} bytes")
         else:
             parts += [

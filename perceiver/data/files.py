@@ -20,7 +20,7 @@ from perceiver.config import UserError
 from perceiver.data.rows import KINDS
 from perceiver.data.storage import open_folder
 
-Format = Literal["text", "wikitext", "jsonl", "csv", "arrow", "parquet", "wikitext-rows", "idx", "picture", "tar", "midi"]
+Format = Literal["text", "wikitext", "jsonl", "csv", "arrow", "parquet", "wikitext-rows", "idx", "picture", "tar", "midi", "flow"]
 FORMATS: dict[str, Format] = {
     ".txt": "text", ".raw": "wikitext", ".tokens": "wikitext", ".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl",
     ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".arrow": "arrow", ".feather": "arrow",
@@ -61,6 +61,8 @@ class InputFile:
     """The class of a picture, where its folder or a table beside it says it."""
     group: str | None = None
     """The group that a picture belongs to, where a table beside it says it."""
+    beside: tuple[str, ...] = ()
+    """Other files that are read with it: the frames of an optical flow."""
     encoding: str = "utf-8"
     """Of text; other than UTF-8 it is converted while it is read."""
 

@@ -98,6 +98,11 @@ def fitted(image: np.ndarray, size: int, num_channels: int) -> np.ndarray:
     return np.asarray(ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC)).reshape(size, size, num_channels)
 
 
+def rgb(image: np.ndarray) -> np.ndarray:
+    """(height, width, 1 or 3) with three colours."""
+    return np.repeat(image, 3, 2) if image.shape[2] == 1 else image
+
+
 class BadImage(ValueError):
     """A picture that cannot be read, or not without guessing: the message is the reason."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import pyarrow as pa
 
@@ -34,7 +34,7 @@ class RowKind(ABC):
     """The same for a person."""
     made_from: ClassVar[str] = "documents"
     """What its rows are made from, in the plural."""
-    new_rows: ClassVar[Literal["text", "image", "arrays"]] = "text"
+    new_rows: ClassVar[Literal["text", "image", "arrays", "frames"]] = "text"
     """What a row of new input holds, where a trained model is applied."""
     prepared_by_training: ClassVar[bool] = False
     """Whether a training (or a sweep) makes them of files by itself, where they are not made yet; else it names the command."""
@@ -65,6 +65,22 @@ class RowKind(ABC):
             UserError: that is not enough.
         """
         return cls()
+
+    @classmethod
+    def found(cls, listed: list[tuple[str, str, int]], label: str, what: str) -> list[Any] | None:
+        """The files of a source (`perceiver.data.files.Found`) where several belong to a row; None: each is read by itself.
+
+        Args:
+            listed: path, path inside the source, and bytes of all its files.
+            label: what messages and the manifest call the source.
+            what: how the source was given.
+        """
+        return None
+
+    @classmethod
+    def stored_columns(cls) -> Any:
+        """The columns of its rows as `perceiver.data.rows.ArrayRows`, where they are arrays and always the same; else None."""
+        return None
 
     @property
     @abstractmethod

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -155,8 +155,8 @@ class ArrayRows(RowKind):
     prepared_by_training = True
     has_columns = True
     made_from = "examples"
-    new_rows = "arrays"
-    formats = ("parquet", "jsonl")
+    new_rows: ClassVar[Literal["text", "image", "arrays", "frames"]] = "arrays"
+    formats: ClassVar[tuple[str, ...]] = ("parquet", "jsonl")
     expected = ".parquet or .jsonl, .json (.gz or not), with the task's columns"
 
     def __init__(self, **columns: tuple[tuple[int, ...], str]) -> None:

@@ -233,6 +233,9 @@ def _find(source: str, kind: str, field: str, label_column: str, group_column: s
         return _hub_files(_Hub(repository=name, config=config or None), source, kind)
     root, pattern = split_glob(source)
     label = _short(str(root)).rpartition("/")[2] if pattern else _short(source)
+    together = KINDS[kind].found(list_files(source, field, NAMED), label, f"{field} {source}")
+    if together is not None:
+        return together, None
     if KINDS[kind].new_rows == "image":
         pictures = picture_folder(list_files(source, field, NAMED), label, f"{field} {source}", label_column, group_column)
         if pictures:

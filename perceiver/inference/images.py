@@ -76,6 +76,15 @@ def _image(value: Any, config: ImageInput, crop: int | None) -> np.ndarray:
     return pixels
 
 
+def pixels_of(value: ImageLike) -> np.ndarray:
+    """An image of any size as uint8 (height, width, 1 or 3).
+
+    Raises:
+        UserError: it is none.
+    """
+    return _pixels(value)[0]
+
+
 def _with_channels(pixels: np.ndarray, channels: int) -> np.ndarray:
     """Grey as colour, or colour as grey (ITU-R 601 luma, as Pillow converts)."""
     if pixels.shape[-1] == 3 and channels == 1:

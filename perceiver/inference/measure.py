@@ -1,4 +1,4 @@
-"""What a trained model says of whole inputs: classes, embeddings, losses.
+"""What a trained model says of whole inputs: classes, embeddings, flows, losses.
 
 Shapes: B inputs, L latents, D channels of a latent.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,9 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from perceiver.config import UserError
+from perceiver.data.images import rgb
 from perceiver.data.tokenizers import Tokenizer
 from perceiver.generation.masks import with_marks
 from perceiver.generation.texts import check_text, pad_left
+from perceiver.inference.images import pixels_of
 
 IGNORE_INDEX = -100
 
@@ -86,6 +89,28 @@ def embed_causal(model: nn.Module, rows: Sequence[np.ndarray], pool: bool) -> li
     hidden = model(ids, ids.shape[1] - num_latents, pad_mask, return_hidden=True).float().cpu().numpy()
     latents = [hidden[i, -min(len(row), num_latents) :] for i, row in enumerate(rows)]
     return [latent.mean(0) for latent in latents] if pool else latents
+
+
+@torch.no_grad()
+def flows(model: nn.Module, task: Any, pairs: Sequence[Any], device: torch.device, batch_size: int = 4) -> list[np.ndarray]:
+    """The flow of pairs of frames, each float32 (height, width, 2); for the arguments see `perceiver.inference.trained.TrainedModel.flow`.
+
+    Raises:
+        UserError: a pair that is none, a frame that cannot be read, or two of different sizes.
+    """
+    if batch_size < 1:
+        raise UserError(f"batch_size is {batch_size} and must be at least 1")
+    found = []
+    for pair in pairs:
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+            raise UserError("frames must be two images, or a list of pairs of images")
+        first, second = (rgb(pixels_of(frame)) for frame in pair)
+        if first.shape != second.shape:
+            sizes = " and ".join(f"{frame.shape[1]} x {frame.shape[0]}" for frame in (first, second))
+            raise UserError(f"the two frames have {sizes} pixels and must have one size")
+        frames = torch.from_numpy(np.stack([first, second])).to(device)
+        found.append(task.whole_flows(model, [frames], batch_size)[0].float().cpu().numpy())
+    return found
 
 
 @torch.no_grad()

@@ -26,6 +26,7 @@ from perceiver.data.spans import Problems, Span, Unreadable, chunks
 from perceiver.data.storage import open_folder
 from perceiver.data.tables import NotJson, parse_json
 from perceiver.inference.csv_parts import csv_cuts, csv_rows_of
+from perceiver.inference.frames import FRAMES, frame_cuts, frames_rows, image_row
 from perceiver.inference.rows import Kind, Row, Wanted, checked_row
 
 _CHUNK = 8 << 20
@@ -76,7 +77,7 @@ def list_inputs(inputs: Sequence[str], kind: Kind | None = None) -> list[tuple[s
         else:
             raise UserError(f"--input {given} does not exist: give files or folders")
     known = {item for item in found if _suffix(item[0]) in (*_LINES, *_TABLES, *_IMAGES)}
-    if kind == "image" and any(_suffix(path) in _IMAGES for path, _, _ in known):
+    if kind in ("image", "frames") and any(_suffix(path) in _IMAGES for path, _, _ in known):
         known = {item for item in known if _suffix(item[0]) not in (*_LINES, *_CSV)}
     readable = sorted(known, key=lambda item: (item[1], item[0]))
     if not readable:
@@ -102,6 +103,9 @@ def plan_parts(
     """
     cuts: list[dict[str, Any]] = []
     images = [(path, name) for path, name, _ in files if _suffix(path) in _IMAGES]
+    if arrays == FRAMES:
+        cuts += frame_cuts({name: path for path, name in images}, rows_per_part)
+        images = []
     for i in range(0, len(images), rows_per_part):
         paths, names = zip(*images[i : i + rows_per_part], strict=True)
         cuts.append({"paths": paths, "names": names, "rows": len(paths)})
@@ -141,8 +145,10 @@ def read_part(part: Part, kind: Kind, column: str, id_column: str | None, arrays
         UserError: the file has changed since it was cut.
     """
     suffix, wanted = _suffix(part.paths[0]), Wanted(kind, column, id_column, arrays)
-    if suffix in _IMAGES:
-        rows = [_image_row(path, name, wanted) for path, name in zip(part.paths, part.names, strict=True)]
+    if suffix in _IMAGES and arrays == FRAMES:
+        rows = frames_rows(part.paths, part.names)
+    elif suffix in _IMAGES:
+        rows = [image_row(path, name, wanted) for path, name in zip(part.paths, part.names, strict=True)]
     elif suffix == ".parquet":
         rows = _parquet_part(part, wanted)
     elif suffix in _ARROW:
@@ -276,7 +282,7 @@ def _check_columns(name: str, there: Sequence[str], columns: Sequence[str], id_c
         raise UserError(f"{name} has none of the columns {', '.join(arrays.columns)} (it has: {', '.join(there)})")
 
 
-# ------------------------------------------------------------------------------------------------------ parquet, images
+# -------------------------------------------------------------------------------------------------------------- parquet
 
 
 def _parquet_rows(path: str, name: str, columns: Sequence[str], id_column: str | None, arrays: ArrayRows | None) -> int:
@@ -352,14 +358,3 @@ def _cell(value: pa.Scalar) -> Any:
     if numbers is not None and pa.types.is_primitive(numbers.type) and not numbers.null_count:
         return numbers.to_numpy(zero_copy_only=False)
     return value.as_py()
-
-
-def _image_row(path: str, name: str, wanted: Wanted) -> Row:
-    if wanted.kind != "image":
-        return Row(name, None, "an image file is no row of arrays" if wanted.kind == "arrays" else "an image file is no text")
-    filesystem, inner = open_folder(path)
-    try:
-        with filesystem.open_input_stream(inner, compression=None) as source:
-            return Row(name, source.read())
-    except OSError as error:
-        return Row(name, None, f"cannot be read ({error})")

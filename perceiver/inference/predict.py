@@ -92,6 +92,11 @@ def _generate(model: TrainedModel, values: list[Any], options: PredictOptions, p
     return [(text,) for text in texts]
 
 
+def _flow(model: TrainedModel, values: list[Any], options: PredictOptions, places: list[str]) -> list[tuple]:
+    found = model.flow([(value["first"], value["second"]) for value in values], batch_size=options.batch_size)
+    return [(*flow.shape[:2], flow.reshape(-1)) for flow in found]
+
+
 def _predict(model: TrainedModel, values: list[Any], options: PredictOptions, places: list[str]) -> list[tuple]:
     results, wanted = model.predict(values, batch_size=len(values)), model.predictor.example
     for name, example in wanted.items():
@@ -114,6 +119,7 @@ MODES: dict[str, Mode] = {
         _classify,
     ),
     "fill-mask": Mode("fill_mask", (("texts", pa.list_(pa.string())), ("probabilities", pa.list_(pa.float32()))), _fill_mask),
+    "flow": Mode("flow", (("height", pa.int32()), ("width", pa.int32()), ("flow", pa.list_(pa.float32()))), _flow),
     "embed": Mode("embed", (("embedding", pa.list_(pa.float32())),), _embed),
     "score": Mode("score", (("loss", pa.float64()), ("bits_per_byte", pa.float64()), ("tokens", pa.int64())), _score),
     "generate": Mode("generate", (("text", pa.string()),), _generate),

@@ -1,7 +1,7 @@
 """Input rows of batch inference: what a row holds, or what is wrong with it, and rows as tables that can be sent.
 
-A row is a text, an image, or some of the arrays that a task reads (their targets may be missing). A row that cannot be read is a row
-all the same: it has an error in place of its value.
+A row is a text, an image, two frames, or some of the arrays that a task reads (their targets may be missing). A row that cannot be read
+is a row all the same: it has an error in place of its value.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import pyarrow as pa
 from perceiver.config import UserError
 from perceiver.data.rows import ArrayRows, Column
 
-Kind = Literal["text", "image", "arrays"]
+Kind = Literal["text", "image", "arrays", "frames"]
 
 
 @dataclass(frozen=True)

@@ -200,6 +200,18 @@ class TrainedModel:
         names = self.class_names
         return _map(lambda batch: measure.classify(self.model, *self._inputs(batch), names), inputs, batch_size)
 
+    def flow(self, frames: Any, *, batch_size: int = 4) -> Any:
+        """How the pixels of a frame move until the next one: float32 (height, width, 2), pixels to the right and down.
+
+        Args:
+            frames: two images of one size (`ImageLike`), or a list of such pairs, which gives a list.
+            batch_size: frames, or parts of large ones, computed at once.
+        """
+        self._require("flow")
+        pairs = frames if isinstance(frames, list) else [frames]
+        found = measure.flows(self.model, self.task.build(self.config, self.data, self.seed), pairs, self.device, batch_size)
+        return found if isinstance(frames, list) else found[0]
+
     def predict(self, rows: Any, *, batch_size: int = 16) -> dict[str, np.ndarray]:
         """What the task says of rows of arrays (`Task.predict`): an array for each of its names, with as many rows as came in.
 

@@ -176,6 +176,13 @@ def _check_types(config: Any, name: str, file: Path) -> None:
                 raise UserError(f"{file} describes no model that can be: {place} is {value!r:.60}")
             _check_types(value, place, file)
             continue
+        if default == ():  # of any length, and of what only the class knows
+            if not isinstance(value, tuple):
+                raise UserError(f"{file} describes no model that can be: {place} is {value!r:.60}")
+            for number, part in enumerate(value):
+                if is_dataclass(part) and not isinstance(part, type):
+                    _check_types(part, f"{place}.{number}", file)
+            continue
         values, one = (value, default[0]) if isinstance(default, tuple) else ((value,), default)
         fits = isinstance(values, tuple) and (not isinstance(default, tuple) or len(values) == len(default))
         for v in values if fits else ():

@@ -7,15 +7,20 @@ from perceiver.config import ModelConfig, UserError, differences
 from perceiver.interop.comparison import resolved_architecture
 from perceiver.interop.names import Rules, StateDict, rename
 from perceiver.models import (
+    AudioInput,
+    AutoencoderOutput,
+    ClassInput,
     ClassOutput,
     DecoderConfig,
     EncoderConfig,
     FlowInput,
     FlowOutput,
     ImageInput,
+    MultimodalInput,
     PerceiverIOConfig,
     TextInput,
     TextOutput,
+    VideoInput,
 )
 
 _TRANSFORMERS_LAYER: Rules = (
@@ -28,6 +33,19 @@ _TRANSFORMERS_LAYER: Rules = (
     (r"layernorm\.", "mlp.norm."),
     (r"mlp\.dense1\.", "mlp.widen."),
     (r"mlp\.dense2\.", "mlp.narrow."),
+)
+_PARTS = (("image", "video"), ("audio", "audio"), ("label", "label"))
+"""Their names of the parts of a multimodal model, and ours."""
+_MULTIMODAL: Rules = (
+    *((rf"perceiver\.input_preprocessor\.padding\.{their}$", f"encoder.input_adapter.own.{ours}") for their, ours in _PARTS),
+    *((rf"perceiver\.input_preprocessor\.mask\.{their}$", f"encoder.input_adapter.hidden.{ours}") for their, ours in _PARTS),
+    *((rf"perceiver\.decoder\.padding\.{their}$", f"decoder.queries.own.{ours}") for their, ours in _PARTS),
+    *(
+        (rf"perceiver\.output_postprocessor\.modalities\.{their}\.classifier\.", f"decoder.output.outputs.{ours}.")
+        for their, ours in _PARTS
+    ),
+    (r"perceiver\.decoder\.modalities\.label\.decoder\.output_position_encodings\.position_embeddings$", "decoder.queries.label"),
+    (r"perceiver\.decoder\.decoder\.final_layer\.", "decoder.output.shared."),
 )
 _TRANSFORMERS: Rules = (
     (r"perceiver\.embeddings\.latents$", "encoder.latents"),
@@ -46,7 +64,9 @@ _TRANSFORMERS_DEFAULTS: dict[str, Any] = {
     "num_self_attention_heads": 8, "num_cross_attention_heads": 8, "qk_channels": None, "v_channels": None,
     "cross_attention_shape_for_attention": "kv", "self_attention_widening_factor": 1, "cross_attention_widening_factor": 1,
     "hidden_act": "gelu", "attention_probs_dropout_prob": 0.1, "initializer_range": 0.02, "use_query_residual": True,
-    "vocab_size": 262, "max_position_embeddings": 2048, "train_size": (368, 496), "num_labels": 2,
+    "vocab_size": 262, "max_position_embeddings": 2048, "train_size": (368, 496), "num_labels": 2, "num_frames": 16, "image_size": 56,
+    "audio_samples_per_frame": 1920, "samples_per_patch": 16, "output_shape": (1, 16, 224, 224), "output_num_channels": 512,
+    "_label_trainable_num_channels": 1024,
 }  # fmt: skip
 """What a config.json leaves out (transformers writes only what differs from these)."""
 
@@ -57,7 +77,8 @@ def from_transformers(state_dict: StateDict, config: ModelConfig) -> StateDict:
     Raises:
         UserError: a name that such a model does not have.
     """
-    renamed = rename(state_dict, _TRANSFORMERS, _TRANSFORMERS_LAYER, "transformers")
+    several = isinstance(config, PerceiverIOConfig) and isinstance(config.output, AutoencoderOutput)
+    renamed = rename(state_dict, (*_MULTIMODAL, *_TRANSFORMERS) if several else _TRANSFORMERS, _TRANSFORMERS_LAYER, "transformers")
     is_self_attention = re.compile(r"(encoder\.self_attention_1\.\d+\.)q_norm\.")
     return {is_self_attention.sub(r"\1norm.", name): tensor for name, tensor in renamed.items()}
 
@@ -66,8 +87,8 @@ def config_from_transformers(config: dict[str, Any], architecture: str | None = 
     """A transformers PerceiverConfig (its config.json) as our model configuration.
 
     Args:
-        architecture: class of the model, one of PerceiverForMaskedLM, PerceiverForImageClassificationFourier and
-            PerceiverForOpticalFlow; None: what the config says.
+        architecture: class of the model, one of PerceiverForMaskedLM, PerceiverForImageClassificationFourier, PerceiverForOpticalFlow
+            and PerceiverForMultimodalAutoencoding; None: what the config says.
 
     Raises:
         UserError: another architecture, or settings that these models do not have.
@@ -78,8 +99,8 @@ def config_from_transformers(config: dict[str, Any], architecture: str | None = 
     c = _TRANSFORMERS_DEFAULTS | config
     if c["hidden_act"] != "gelu" or c["cross_attention_shape_for_attention"] != "kv" or not c["use_query_residual"]:
         raise UserError("a transformers Perceiver must have hidden_act gelu, query residuals and attention shaped by kv")
-    output: TextOutput | ClassOutput | FlowOutput
-    input_config: TextInput | ImageInput | FlowInput
+    output: TextOutput | ClassOutput | FlowOutput | AutoencoderOutput
+    input_config: TextInput | ImageInput | FlowInput | MultimodalInput
     dropout, d_latents = c["attention_probs_dropout_prob"], c["d_latents"]
     decoder: dict[str, Any] = {"num_cross_attention_heads": 1}
     # These models fix what their configuration does not say: image sizes and bands, the heads and widths of decoders.
@@ -98,10 +119,14 @@ def config_from_transformers(config: dict[str, Any], architecture: str | None = 
             kv_channels, output = 322, FlowOutput()
             decoder |= {"num_cross_attention_qk_channels": d_latents, "num_cross_attention_v_channels": d_latents}
             decoder |= {"cross_attention_residual": False}
+        case "PerceiverForMultimodalAutoencoding":
+            input_config, output = _multimodal(c)
+            kv_channels = input_config.adapted_channels()
+            decoder |= {"num_cross_attention_qk_channels": d_latents, "cross_attention_residual": False}
         case _:
             raise UserError(
                 f"a transformers Perceiver of class {architecture} cannot be read: only PerceiverForMaskedLM, "
-                "PerceiverForImageClassificationFourier and PerceiverForOpticalFlow"
+                "PerceiverForImageClassificationFourier, PerceiverForOpticalFlow and PerceiverForMultimodalAutoencoding"
             )
     return PerceiverIOConfig(
         num_latents=c["num_latents"],
@@ -126,6 +151,39 @@ def config_from_transformers(config: dict[str, Any], architecture: str | None = 
     )
 
 
+def _multimodal(c: dict[str, Any]) -> tuple[MultimodalInput, AutoencoderOutput]:
+    """Input and output of a multimodal model.
+
+    Raises:
+        UserError: videos that are not 4 times as high and wide as image_size says.
+    """
+    frames, side, samples = c["num_frames"], c["image_size"], c["num_frames"] * c["audio_samples_per_frame"]
+    shape = tuple(c["output_shape"])[1:]
+    if shape != (frames, 4 * side, 4 * side):
+        raise UserError(f"output_shape is {list(c['output_shape'])} and must be {[1, frames, 4 * side, 4 * side]} for image_size {side}")
+    classes, group = c["num_labels"], c["samples_per_patch"]
+    given = MultimodalInput(
+        names=("audio", "video", "label"),
+        inputs=(
+            AudioInput(num_samples=samples, group=group, resolution=samples),
+            VideoInput(video_shape=(*shape, 3)),
+            ClassInput(num_classes=classes),
+        ),
+        masked=(0.0, 0.0, 1.0),
+    )
+    output = AutoencoderOutput(
+        video_shape=(*shape, 3),
+        video_resolution=(frames, side, side),
+        num_samples=samples,
+        group=group,
+        audio_resolution=samples,
+        num_classes=classes,
+        num_label_channels=c["_label_trainable_num_channels"],
+        num_decoded_channels=c["output_num_channels"],
+    )
+    return given, output
+
+
 _TO_TRANSFORMERS_LAYER: Rules = (
     (r"(?:q_)?norm\.", "attention.self.layernorm1."),
     (r"kv_norm\.", "attention.self.layernorm2."),
@@ -142,7 +200,19 @@ _TO_TRANSFORMERS_LAYER: Rules = (
 def to_transformers(state_dict: StateDict, config: PerceiverIOConfig) -> StateDict:
     """The inverse of `from_transformers`: our weights under the names of transformers."""
     decoder = "perceiver.decoder." if isinstance(config.output, TextOutput) else "perceiver.decoder.decoder."
+    several: Rules = (
+        *((rf"encoder\.input_adapter\.own\.{ours}$", f"perceiver.input_preprocessor.padding.{their}") for their, ours in _PARTS),
+        *((rf"encoder\.input_adapter\.hidden\.{ours}$", f"perceiver.input_preprocessor.mask.{their}") for their, ours in _PARTS),
+        *((rf"decoder\.queries\.own\.{ours}$", f"perceiver.decoder.padding.{their}") for their, ours in _PARTS),
+        *(
+            (rf"decoder\.output\.outputs\.{ours}\.", f"perceiver.output_postprocessor.modalities.{their}.classifier.")
+            for their, ours in _PARTS
+        ),
+        (r"decoder\.queries\.label$", "perceiver.decoder.modalities.label.decoder.output_position_encodings.position_embeddings"),
+        (r"decoder\.output\.shared\.", "perceiver.decoder.decoder.final_layer."),
+    )
     rules: Rules = (
+        *(several if isinstance(config.output, AutoencoderOutput) else ()),
         (r"encoder\.latents$", "perceiver.embeddings.latents"),
         (r"encoder\.input_adapter\.txt_embedding\.", "perceiver.input_preprocessor.embeddings."),
         (r"encoder\.input_adapter\.pos_embedding\.", "perceiver.input_preprocessor.position_embeddings."),
@@ -191,6 +261,20 @@ def config_to_transformers(config: ModelConfig) -> dict[str, Any]:
         case FlowInput(image_shape=image_shape), FlowOutput():
             architecture = "PerceiverForOpticalFlow"
             common["train_size"] = list(image_shape)
+        case MultimodalInput(), AutoencoderOutput() as output:
+            architecture = "PerceiverForMultimodalAutoencoding"
+            frames = output.video_shape[0]
+            common |= {
+                "num_frames": frames,
+                "image_size": output.video_resolution[1],
+                "audio_samples_per_frame": output.num_samples // frames,
+                "samples_per_patch": output.group,
+                "output_shape": [1, *output.video_shape[:3]],
+                "output_num_channels": output.num_decoded_channels,
+                "_label_trainable_num_channels": output.num_label_channels,
+                "id2label": {str(i): f"LABEL_{i}" for i in range(output.num_classes)},
+                "label2id": {f"LABEL_{i}": i for i in range(output.num_classes)},
+            }
         case _:
             raise UserError(
                 f"transformers has no Perceiver from {type(config.input).__name__} to {type(config.output).__name__} that is built as ours"

@@ -8,11 +8,12 @@ from perceiver.config import ModelConfig, UserError
 from perceiver.config.core import check_nodes
 from perceiver.models.array_input import ArrayInput
 from perceiver.models.array_outputs import ArrayOutput, EmbeddingOutput, HeadsOutput
+from perceiver.models.autoencoder_output import AutoencoderOutput
 from perceiver.models.encoder_decoder import DecoderConfig, EncoderConfig
 from perceiver.models.event_input import EventInput
 from perceiver.models.grid_inputs import AudioInput, StemInput, VideoInput
 from perceiver.models.inputs import FlowInput, ImageInput, InputConfig, TextInput
-from perceiver.models.multimodal_input import MultimodalInput
+from perceiver.models.multimodal_input import ClassInput, MultimodalInput
 from perceiver.models.outputs import ClassOutput, FlowOutput, ModelSizes, OutputConfig, OutputQueries, TextOutput, ValueOutput
 from perceiver.models.perceiver_ar import PerceiverAR, PerceiverARCache, PerceiverARConfig
 from perceiver.models.perceiver_io import PerceiverIO, PerceiverIOConfig
@@ -22,6 +23,8 @@ __all__ = [
     "ArrayInput",
     "ArrayOutput",
     "AudioInput",
+    "AutoencoderOutput",
+    "ClassInput",
     "ClassOutput",
     "DecoderConfig",
     "EmbeddingOutput",

@@ -28,6 +28,8 @@ class AudioInput(InputConfig):
     """Samples of an input position."""
     num_frequency_bands: int = 192
     """Fourier bands of the time."""
+    resolution: int | None = None
+    """Points of time that have features of their own: the highest frequency is half of it; None: the input positions."""
 
     def build(self) -> nn.Module:
         return AudioAdapter(self)
@@ -53,7 +55,12 @@ class AudioAdapter(GridAdapter):
     """Samples in groups, with positions."""
 
     def __init__(self, config: AudioInput) -> None:
-        super().__init__((config.num_positions(),), config.num_frequency_bands, config.group)
+        super().__init__(
+            (config.num_positions(),),
+            config.num_frequency_bands,
+            config.group,
+            None if config.resolution is None else (config.resolution,),
+        )
         self.group = config.group
 
     def points(self, x: Tensor) -> Tensor:

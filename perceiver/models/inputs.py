@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from perceiver.config.core import Config, UserError, spelled
 from perceiver.models.checks import check_sizes
-from perceiver.models.position import fourier_features
+from perceiver.models.position import fine_features, fourier_features, grid_points
 
 
 class InputConfig(Config):
@@ -182,17 +182,23 @@ class GridAdapter(nn.Module):
 
     position_encoding: Tensor
 
-    def __init__(self, shape: tuple[int, ...], num_frequency_bands: int, num_point_channels: int) -> None:
+    def __init__(
+        self, shape: tuple[int, ...], num_frequency_bands: int, num_point_channels: int, resolution: tuple[int, ...] | None = None
+    ) -> None:
         super().__init__()
-        self.shape = tuple(shape)
+        self.shape, self.resolution = tuple(shape), resolution
         self.num_frequency_bands = num_frequency_bands
         self.num_channels = num_point_channels + len(shape) * (2 * num_frequency_bands + 1)
-        self.register_buffer("position_encoding", fourier_features(self.shape, num_frequency_bands), persistent=False)
+        self.register_buffer("position_encoding", self._table(None), persistent=False)
 
     def reset_buffers(self) -> None:
         """Computes the position table anew, in place (after `to_empty`)."""
-        table = fourier_features(self.shape, self.num_frequency_bands, self.position_encoding.device)
-        self.position_encoding.copy_(table)
+        self.position_encoding.copy_(self._table(self.position_encoding.device))
+
+    def _table(self, device: torch.device | None) -> Tensor:
+        if self.resolution is None:
+            return fourier_features(self.shape, self.num_frequency_bands, device)
+        return fine_features(grid_points(self.shape, device), self.resolution, self.num_frequency_bands)
 
     def with_positions(self, points: Tensor) -> Tensor:
         """(B, N, point channels) -> (B, N, channels): the points' channels, then their position's."""

@@ -16,6 +16,42 @@ from perceiver.models.checks import check_sizes
 from perceiver.models.inputs import InputConfig
 
 
+class ClassInput(InputConfig):
+    """A class as one input position, of one channel for each class. A batch holds the numbers of the classes (B,), -1 for none."""
+
+    has_cost_formulas: ClassVar[bool] = False
+
+    num_classes: int = 700
+    """Number of classes."""
+
+    def build(self) -> nn.Module:
+        return ClassAdapter(self.num_classes)
+
+    def adapted_channels(self) -> int:
+        return self.num_classes
+
+    def num_positions(self) -> int:
+        return 1
+
+    def check(self, where: str) -> None:
+        check_sizes(self, where)
+
+
+class ClassAdapter(nn.Module):
+    """Numbers of classes (B,) to (B, 1, classes): 1 for the class, 0 else."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+
+    def reset_buffers(self) -> None:
+        """Nothing: there are none."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = torch.zeros(len(x), 1, self.num_classes, device=x.device)
+        return found.scatter_(2, x.clamp(min=0)[:, None, None], (x >= 0).float()[:, None, None])
+
+
 class MultimodalInput(InputConfig):
     """Named inputs, each filled up to common channels by a learned vector of its own. A batch holds a mapping by these names."""
 
@@ -71,7 +107,8 @@ class MultimodalAdapter(nn.Module):
         self.own = nn.ParameterDict(
             {name: nn.Parameter(torch.empty(1, channels - part.adapted_channels())) for name, part in parts.items()}
         )
-        self.hidden = nn.ParameterDict({name: nn.Parameter(torch.empty(1, channels)) for name, share in self.masked.items() if share > 0})
+        hidden = config.names if config.masked else ()  # also where the share is 0, as published models have them
+        self.hidden = nn.ParameterDict({name: nn.Parameter(torch.empty(1, channels)) for name in hidden})
 
     def reset_buffers(self) -> None:
         """Nothing of its own: those of the parts are computed by themselves."""
@@ -82,8 +119,11 @@ class MultimodalAdapter(nn.Module):
             dtype, part = self.own[name].dtype, x[name]
             part = adapter(part.to(dtype) if isinstance(part, Tensor) and part.is_floating_point() else part)
             adapted, mask = part if isinstance(part, tuple) else (part, None)
-            adapted = torch.cat([adapted, self.own[name].expand(*adapted.shape[:2], -1)], dim=-1)
-            share = self.masked[name]
+            adapted = adapted.to(dtype)
+            own, share = self.own[name], self.masked[name]
+            if share == 0 and name in self.hidden and self.training:  # all parameters have a gradient, as resumed optimizers expect
+                own = own + 0 * self.hidden[name].sum()
+            adapted = torch.cat([adapted, own.expand(*adapted.shape[:2], -1)], dim=-1)
             if share == 1 or share > 0 and self.training:
                 hide = torch.rand(adapted.shape[:2], device=adapted.device) < share
                 adapted = torch.where(hide[..., None], self.hidden[name], adapted)

@@ -52,6 +52,8 @@ class OutputConfig(Config):
 
     head_per_query: ClassVar[bool] = True
     """Whether the head answers each query by itself, so that queries can be decoded in parts with their head."""
+    head_takes_input: ClassVar[bool] = False
+    """Whether the head is given the model's input besides, which says how many queries are whose."""
     has_cost_formulas: ClassVar[bool] = True
     """Whether the package's closed formulas for FLOPs and memory hold; otherwise steps are counted."""
 

@@ -269,18 +269,18 @@ class PerceiverDecoder(nn.Module):
         """Draws all parameters, as in the whole model."""
         _initialize(self, self.config, seed, prefix="decoder")
 
-    def forward(self, queries: Tensor, latents: Tensor, tied_matrix: Tensor | None = None) -> Tensor:
-        """queries (B or 1, M, channels), latents (B, L, D) -> (B, M, outputs); tied_matrix (outputs, channels)."""
+    def forward(self, queries: Tensor, latents: Tensor, tied_matrix: Tensor | None = None, x: Any = None) -> Tensor:
+        """queries (B or 1, M, channels), latents (B, L, D) -> (B, M, outputs); tied_matrix (outputs, channels); x: the model's input."""
         size = self.config.decoder.query_chunk
         if size is None or queries.shape[1] <= size:
-            return self._finish(self._decode(queries, latents, tied_matrix))
+            return self._finish(self._decode(queries, latents, tied_matrix), x)
         parts = []
         for part in queries.split(size, dim=1):
             if torch.is_grad_enabled():
                 parts.append(checkpoint(self._decode, part, latents, tied_matrix, use_reentrant=False))
             else:
                 parts.append(self._decode(part, latents, tied_matrix))
-        return self._finish(torch.cat(parts, dim=1))
+        return self._finish(torch.cat(parts, dim=1), x)
 
     def _decode(self, queries: Tensor, latents: Tensor, tied_matrix: Tensor | None) -> Tensor:
         """All that is done to each query by itself."""
@@ -289,9 +289,11 @@ class PerceiverDecoder(nn.Module):
             return F.linear(x, tied_matrix, self.output_bias)
         return self.output(x) if self.config.output.head_per_query else x
 
-    def _finish(self, decoded: Tensor) -> Any:
+    def _finish(self, decoded: Tensor, x: Any) -> Any:
         """What is done to all queries together."""
-        return decoded if self.output is None or self.config.output.head_per_query else self.output(decoded)
+        if self.output is None or self.config.output.head_per_query:
+            return decoded
+        return self.output(decoded, x) if self.config.output.head_takes_input else self.output(decoded)
 
 
 class PerceiverIO(nn.Module):
@@ -345,7 +347,7 @@ class PerceiverIO(nn.Module):
             adapted, pad_mask = self.encoder.adapt(x, pad_mask)
             latents = self.encoder(adapted, pad_mask)
         output = self.config.output
-        decoded = self.decoder(output.ask(self.decoder.queries, x, adapted, positions), latents, self._tied_matrix())
+        decoded = self.decoder(output.ask(self.decoder.queries, x, adapted, positions), latents, self._tied_matrix(), x)
         return output.answer(decoded, self.config)
 
     def _tied_matrix(self) -> Tensor | None:

@@ -34,9 +34,13 @@ def fourier_features(shape: tuple[int, ...], num_bands: int, device: torch.devic
         (points, axes * (2 * num_bands + 1)), points in row-major order; channels: the coordinates, then the sines of
         all axes, then the cosines.
     """
+    return coordinate_features(grid_points(shape, device), shape, num_bands)
+
+
+def grid_points(shape: tuple[int, ...], device: torch.device | None = None) -> Tensor:
+    """The points of a grid in row-major order, from -1 to 1 along each axis: (points, axes)."""
     axes = [torch.linspace(-1.0, 1.0, steps=size, device=device) for size in shape]
-    grid = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, -2)
-    return coordinate_features(grid, shape, num_bands)
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, -2)
 
 
 def coordinate_features(coordinates: Tensor, resolution: tuple[float, ...], num_bands: int) -> Tensor:
@@ -54,6 +58,15 @@ def coordinate_features(coordinates: Tensor, resolution: tuple[float, ...], num_
         frequencies = torch.linspace(1.0, size / 2.0, num_bands, device=coordinates.device)
         angles.append(torch.pi * coordinates[..., axis, None] * frequencies)
     angle = torch.cat(angles, dim=-1)
+    return torch.cat([coordinates, angle.sin(), angle.cos()], dim=-1)
+
+
+def fine_features(coordinates: Tensor, resolution: tuple[float, ...], num_bands: int) -> Tensor:
+    """`coordinate_features` multiplied in the order of the published multimodal model, on which the sines of its angles (up to tens of
+    thousands) depend in float32.
+    """
+    frequencies = [torch.linspace(1.0, size / 2.0, num_bands, device=coordinates.device) for size in resolution]
+    angle = torch.pi * torch.cat([coordinates[..., axis, None] * found for axis, found in enumerate(frequencies)], dim=-1)
     return torch.cat([coordinates, angle.sin(), angle.cos()], dim=-1)
 
 

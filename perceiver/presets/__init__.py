@@ -8,7 +8,9 @@ from collections.abc import Callable
 
 from perceiver.config import Experiment
 from perceiver.presets.arrays import forecast_seasons, points_shapes
-from perceiver.presets.images import img_clf, img_clf_imagenet, img_clf_mnist, optical_flow, quickstart
+from perceiver.presets.flow import optical_flow, optical_flow_small
+from perceiver.presets.images import img_clf, img_clf_imagenet, img_clf_mnist, quickstart
+from perceiver.presets.multimodal import multimodal_kinetics, multimodal_small
 from perceiver.presets.music import sam_giantmidi, sam_maestro, sam_small
 from perceiver.presets.sequences import copy_131072, copy_small, img_ar_imagenet64, img_ar_mnist
 from perceiver.presets.tables import tables
@@ -50,6 +52,9 @@ PRESETS: dict[str, Callable[[], Experiment]] = {
         img_ar_imagenet64,
         img_clf_imagenet,
         optical_flow,
+        optical_flow_small,
+        multimodal_kinetics,
+        multimodal_small,
         tables,
         forecast_seasons,
         points_shapes,

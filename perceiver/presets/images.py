@@ -1,18 +1,15 @@
-"""Experiments on images and frames."""
+"""Experiments on images."""
 
 from perceiver.config import Cosine, DataConfig, Experiment, OptimConfig, ParallelConfig, RunConfig, TrainingConfig
 from perceiver.models import (
     ClassOutput,
     DecoderConfig,
     EncoderConfig,
-    FlowInput,
-    FlowOutput,
     ImageInput,
     PerceiverIOConfig,
     StemInput,
 )
 from perceiver.tasks.image_classification import ImageClassificationConfig
-from perceiver.tasks.optical_flow import OpticalFlowConfig
 
 
 def quickstart() -> Experiment:
@@ -105,28 +102,6 @@ def img_clf_imagenet() -> Experiment:
         ),
         data=DataConfig(source="imagenet"),
         training=TrainingConfig(global_batch_size=1024, max_epochs=110, precision="bf16"),
-    )
-
-
-def optical_flow() -> Experiment:
-    """Optical flow on pairs of frames (Perceiver IO paper, Section 4.2; optical-flow-perceiver)."""
-    return Experiment(
-        preset="optical-flow",
-        task=OpticalFlowConfig(),
-        model=PerceiverIOConfig(
-            num_latents=2048,
-            num_latent_channels=512,
-            input=FlowInput(),
-            encoder=EncoderConfig(num_cross_attention_heads=1, num_self_attention_heads=16, num_self_attention_layers_per_block=24),
-            decoder=DecoderConfig(
-                num_cross_attention_heads=1,
-                num_cross_attention_qk_channels=512,
-                num_cross_attention_v_channels=512,
-                cross_attention_residual=False,
-            ),
-            output=FlowOutput(),
-        ),
-        data=DataConfig(source="flow"),
     )
 
 

@@ -298,7 +298,7 @@ def test_a_damaged_export_is_one_sentence(tmp_path):
 # --------------------------------------------------------------------------------------------------------- transformers
 
 
-@pytest.mark.parametrize("preset", ["mlm-imdb", "img-clf-imagenet", "optical-flow"])
+@pytest.mark.parametrize("preset", ["mlm-imdb", "img-clf-imagenet", "optical-flow", "multimodal-kinetics"])
 def test_the_official_architectures_can_be_written_as_transformers_has_them(preset):
     config = PRESETS[preset]().model
     written = transformers.config_to_transformers(config)

@@ -162,6 +162,12 @@ OFFICIAL = {
         "num_self_attends_per_block": 24, "num_self_attention_heads": 16, "num_cross_attention_heads": 1,
         "qk_channels": None, "v_channels": None, "train_size": [368, 496],
     }),
+    "multimodal-perceiver": ("multimodal-kinetics", {
+        "architectures": ["PerceiverForMultimodalAutoencoding"], "d_latents": 512, "d_model": 704, "num_latents": 784, "num_blocks": 1,
+        "num_self_attends_per_block": 8, "num_self_attention_heads": 8, "num_cross_attention_heads": 1, "qk_channels": None,
+        "v_channels": None, "num_frames": 16, "image_size": 56, "audio_samples_per_frame": 1920, "samples_per_patch": 16,
+        "output_shape": [1, 16, 224, 224], "id2label": {str(i): str(i) for i in range(700)},
+    }),
 }  # fmt: skip
 
 
@@ -237,12 +243,32 @@ def test_the_official_optical_flow_model_gives_the_same_flow(transformers, tmp_p
     torch.testing.assert_close(flow, expected, atol=1e-5, rtol=1e-4)
 
 
+def test_the_official_multimodal_model_says_the_same_of_any_points(transformers, tmp_path):
+    theirs, ours = official(
+        transformers, "PerceiverForMultimodalAutoencoding", tmp_path, True, d_model=405, num_blocks=1, num_frames=2, image_size=4,
+        audio_samples_per_frame=64, output_shape=[1, 2, 16, 16], output_num_channels=24, num_labels=5,
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    video, audio = torch.rand(2, 2, 16, 16, 3, generator=generator), torch.rand(2, 128, generator=generator) * 2 - 1
+    points = {"video": torch.tensor([0, 3, 100, 511]), "audio": torch.tensor([7, 1])}
+    inputs = {"image": video.permute(0, 1, 4, 2, 3), "audio": audio[..., None], "label": torch.zeros(2, 5)}
+    with torch.no_grad():
+        asked = {"image": points["video"], "audio": points["audio"], "label": None}
+        expected = theirs(inputs=inputs, subsampled_output_points=asked).logits
+        x = {"video": video, "audio": audio, "label": torch.full((2,), -1), "asked_video": points["video"], "asked_audio": points["audio"]}
+        said = ours(x)
+    for name, their in (("video", "image"), ("audio", "audio"), ("label", "label")):
+        torch.testing.assert_close(said[name].flatten(1), expected[their].flatten(1), atol=1e-5, rtol=1e-4)
+    back = pretrained.transformers.to_transformers(ours.state_dict(), ours.config)
+    assert all(torch.equal(back[name], tensor) for name, tensor in theirs.state_dict().items())
+
+
 def test_another_kind_of_model_of_transformers_is_refused(transformers, tmp_path):
     transformers.PerceiverConfig(**SMALL).save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text()) | {"architectures": ["PerceiverForMultimodalAutoencoding"]}
+    config = json.loads((tmp_path / "config.json").read_text()) | {"architectures": ["PerceiverForSequenceClassification"]}
     (tmp_path / "config.json").write_text(json.dumps(config))
     save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
-    with pytest.raises(UserError, match="PerceiverForMultimodalAutoencoding cannot be read"):
+    with pytest.raises(UserError, match="PerceiverForSequenceClassification cannot be read"):
         read_pretrained(tmp_path)
 
 

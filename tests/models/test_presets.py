@@ -18,6 +18,7 @@ PUBLISHED = {
     "sam-giantmidi": 134_840_832,
     "img-clf-imagenet": 48_440_627,
     "optical-flow": 41_057_134,
+    "multimodal-kinetics": 19_858_855,
 }
 
 
