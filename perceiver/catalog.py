@@ -31,6 +31,8 @@ CATALOG: dict[str, tuple[str, str, int]] = {
     "tables": ("Tables", "", 102_922),
     "forecast-seasons": ("Forecasting", "perceiver.data.made:Seasons", 108_676),
     "points-shapes": ("PointClouds", "perceiver.data.made:Shapes", 129_494),
+    "audio-clf-small": ("AudioClassification", "perceiver.data.made_sounds:Sounds", 193_796),
+    "audio-clf-esc50": ("AudioClassification", "", 2_629_284),
     "img-clf": ("ImageClassification", "", 197_348),
     "txt-clf": ("TextClassification", "", 403_392),
 }

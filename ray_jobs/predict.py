@@ -3,7 +3,7 @@ Data.
 
 Modes: classify, fill-mask, embed (mean of the latents), score (loss of each document), generate, and predict: what a
 task of your own says of rows of arrays. Inputs are lines of .txt files, objects of .jsonl or .json files, rows of .csv, .tsv,
-.parquet and .arrow files, or image files. OUTPUT is a file (.csv, .jsonl or .parquet) with exactly one row for each input row,
+.parquet and .arrow files, or image or sound files. OUTPUT is a file (.csv, .jsonl or .parquet) with exactly one row for each input row,
 in order, with its id, or a folder, which gets such rows as several parquet files, and _errors.jsonl with the rows that could
 not be computed. A job that was stopped continues when it is started again: parts that are written are not computed again.
 """

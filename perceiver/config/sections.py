@@ -71,6 +71,10 @@ class TaskConfig(Config):
             UserError: they are not.
         """
 
+    def prepared_settings(self, model: ModelConfig) -> dict[str, Any]:
+        """What of the task and its model decides how rows are prepared, besides what their kind says: "row_length", "sample_rate"."""
+        return {}
+
     def completed(self, experiment: Experiment) -> Experiment:
         """The experiment with what its command line left open and the schema of its data tells: sizes, names of classes.
 
@@ -119,6 +123,8 @@ class DataConfig(Config):
     """Of data with classes, hold out the same share of every class; False: rows of small hash, whatever their class."""
     group_column: str | None = None
     """Column (a patient, an author) whose rows of one value are all held out for validation or all trained on."""
+    val_fold: int | None = None
+    """Of sounds whose table has a column fold: the fold that is held out for validation; None: the greatest."""
     text_column: str = "text"
     """Column of tables (.jsonl, .json, .csv, .tsv, .arrow, .parquet) that holds the text."""
     label_column: str = "label"

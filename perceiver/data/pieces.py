@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
-from perceiver.data import make_arrays, make_documents, make_images, make_streams  # noqa: F401  (they make themselves known)
+from perceiver.data import make_arrays, make_documents, make_images, make_sounds, make_streams  # noqa: F401  (they make themselves known)
 from perceiver.data.examples import ExamplePart
 from perceiver.data.files import UNCUT, InputFile
 from perceiver.data.manifest import SPLITS
@@ -61,7 +61,7 @@ def _spans(file: InputFile, piece_bytes: int) -> Iterator[tuple[Span, int]]:
         for first in range(0, max(rows, 1), step):
             stop = min(first + step, rows)
             yield Span(file, first, stop), size * (stop - first) // max(rows, 1)
-    elif file.format in ("idx", "midi", "picture") or file.format in UNCUT or file.compressed:
+    elif file.format in ("idx", "midi", "picture", "sound") or file.format in UNCUT or file.compressed:
         yield Span(file, 0, file.size), file.size
     else:
         step = -(-piece_bytes // SECTION) * SECTION

@@ -132,7 +132,7 @@ class PieceWriter:
     def __init__(self, job: Job, index: int, split: str, stack: ExitStack) -> None:
         self._job, self._stack, self._name = job, stack, f"piece-{index:06d}-{split}"
         self._files: dict[str, BinaryIO] = {}
-        self._counts = dict.fromkeys((*COUNTS, "empty", "long", "all_tokens"), 0)
+        self._counts = dict.fromkeys((*COUNTS, "empty", "long", "all_tokens", "cut", "filled"), 0)
         self._histogram = np.zeros(0, np.int64)
         self._examples: list[dict[str, Any]] = []
         self._tables: pa.RecordBatchWriter | None = None

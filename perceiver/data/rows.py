@@ -4,6 +4,7 @@
 - "tokens":    tokens fixed_size_list<uint16>[T]: the token stream of all documents, cut end to end; 0 after its end
 - "events":    tokens fixed_size_list<uint16>[T]: the events of performances, each filled up to whole rows (see `midi.py`)
 - "documents": tokens list<uint16>, at most `row_length` ids; label int32
+- "sounds":    audio fixed_size_list<int16>[samples], one channel; label int32
 - "arrays":    named columns of fixed shapes, in any number, which the task names
 """
 
@@ -56,6 +57,26 @@ class ImageRows(_LongRows):
     @property
     def bytes_per_row(self) -> int:
         return self.row_length
+
+
+class SoundRows(_LongRows):
+    """Sounds of one rate and length with their labels."""
+
+    kind = "sounds"
+    has_labels = prepared_by_training = True
+    made_from = "sounds"
+    new_rows = "audio"
+    formats = ("sound",)
+    expected = ".wav, .flac, .ogg, .mp3 or .aiff files in folders of classes, or named with their classes in a table among them"
+
+    @property
+    def schema(self) -> pa.Schema:
+        audio = pa.list_(pa.field("element", pa.int16(), nullable=False), self.row_length)
+        return pa.schema([pa.field("audio", audio, nullable=False), _LABEL])
+
+    @property
+    def bytes_per_row(self) -> int:
+        return 2 * self.row_length
 
 
 class _StreamRows(_LongRows):

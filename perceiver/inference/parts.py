@@ -1,7 +1,7 @@
 """Input files of batch inference, of any size, cut into parts, the same parts at every call; their rows, each with an id.
 
-Rows are the lines of .txt files, the objects of .jsonl (.json, .ndjson), the rows of .csv, .tsv, .parquet and .arrow, and image files (a
-file a row). Files of lines and rows of text may be packed (.gz, .bz2, .zst).
+Rows are the lines of .txt files, the objects of .jsonl (.json, .ndjson), the rows of .csv, .tsv, .parquet and .arrow, and image and sound
+files (a file a row). Files of lines and rows of text may be packed (.gz, .bz2, .zst).
 """
 
 from __future__ import annotations
@@ -32,7 +32,11 @@ _CHUNK = 8 << 20
 _LINES = (".txt", ".jsonl", ".json", ".ndjson")
 _CSV, _ARROW = (".csv", ".tsv"), (".arrow", ".feather")
 _TABLES = (*_CSV, ".parquet", *_ARROW)
+_SOUNDS = (".wav", ".flac", ".ogg", ".mp3", ".aiff", ".aif")
 _IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+_MEDIA = (*_IMAGES, *_SOUNDS)
+"""Endings of files that are a row each."""
+_WANTED = {"arrays": "row of arrays", "text": "text", "image": "image", "audio": "sound"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +60,7 @@ class Part:
 def list_inputs(inputs: Sequence[str], kind: Kind | None = None) -> list[tuple[str, str, int]]:
     """(path, name, bytes) of all input files: of files as they are, of folders all readable files in them, sorted.
 
-    Where images are wanted, tables beside the images of a folder, which say their classes, are none.
+    Where images or sounds are wanted, tables beside those of a folder, which say their classes, are none.
 
     Raises:
         UserError: a path that is not there, or nothing to read.
@@ -75,12 +79,12 @@ def list_inputs(inputs: Sequence[str], kind: Kind | None = None) -> list[tuple[s
                     found.append((prefix + file.path, name, file.size))
         else:
             raise UserError(f"--input {given} does not exist: give files or folders")
-    known = {item for item in found if _suffix(item[0]) in (*_LINES, *_TABLES, *_IMAGES)}
-    if kind == "image" and any(_suffix(path) in _IMAGES for path, _, _ in known):
+    known = {item for item in found if _suffix(item[0]) in (*_LINES, *_TABLES, *_MEDIA)}
+    if kind in ("image", "audio") and any(_suffix(path) in _MEDIA for path, _, _ in known):
         known = {item for item in known if _suffix(item[0]) not in (*_LINES, *_CSV)}
     readable = sorted(known, key=lambda item: (item[1], item[0]))
     if not readable:
-        raise UserError(f"--input has no file that can be read: {', '.join((*_LINES, *_TABLES, *_IMAGES))}")
+        raise UserError(f"--input has no file that can be read: {', '.join((*_LINES, *_TABLES, *_MEDIA))}")
     if len({name for _, name, _ in readable}) < len(readable):
         raise UserError("--input has two files of the same name: rows of both would have the same ids")
     return readable
@@ -101,7 +105,7 @@ def plan_parts(
         UserError: a file that is damaged or lacks the column.
     """
     cuts: list[dict[str, Any]] = []
-    images = [(path, name) for path, name, _ in files if _suffix(path) in _IMAGES]
+    images = [(path, name) for path, name, _ in files if _suffix(path) in _MEDIA]
     for i in range(0, len(images), rows_per_part):
         paths, names = zip(*images[i : i + rows_per_part], strict=True)
         cuts.append({"paths": paths, "names": names, "rows": len(paths)})
@@ -141,8 +145,8 @@ def read_part(part: Part, kind: Kind, column: str, id_column: str | None, arrays
         UserError: the file has changed since it was cut.
     """
     suffix, wanted = _suffix(part.paths[0]), Wanted(kind, column, id_column, arrays)
-    if suffix in _IMAGES:
-        rows = [_image_row(path, name, wanted) for path, name in zip(part.paths, part.names, strict=True)]
+    if suffix in _MEDIA:
+        rows = [_media_row(path, name, wanted) for path, name in zip(part.paths, part.names, strict=True)]
     elif suffix == ".parquet":
         rows = _parquet_part(part, wanted)
     elif suffix in _ARROW:
@@ -354,9 +358,10 @@ def _cell(value: pa.Scalar) -> Any:
     return value.as_py()
 
 
-def _image_row(path: str, name: str, wanted: Wanted) -> Row:
-    if wanted.kind != "image":
-        return Row(name, None, "an image file is no row of arrays" if wanted.kind == "arrays" else "an image file is no text")
+def _media_row(path: str, name: str, wanted: Wanted) -> Row:
+    what = "a sound file" if _suffix(path) in _SOUNDS else "an image file"
+    if what != {"image": "an image file", "audio": "a sound file"}.get(wanted.kind):
+        return Row(name, None, f"{what} is no {_WANTED[wanted.kind]}")
     filesystem, inner = open_folder(path)
     try:
         with filesystem.open_input_stream(inner, compression=None) as source:

@@ -12,6 +12,7 @@ from perceiver.models.encoder_decoder import DecoderConfig, EncoderConfig
 from perceiver.models.event_input import EventInput
 from perceiver.models.grid_inputs import AudioInput, StemInput, VideoInput
 from perceiver.models.inputs import FlowInput, ImageInput, InputConfig, TextInput
+from perceiver.models.mel_input import LogMelInput
 from perceiver.models.multimodal_input import MultimodalInput
 from perceiver.models.outputs import ClassOutput, FlowOutput, ModelSizes, OutputConfig, OutputQueries, TextOutput, ValueOutput
 from perceiver.models.perceiver_ar import PerceiverAR, PerceiverARCache, PerceiverARConfig
@@ -32,6 +33,7 @@ __all__ = [
     "HeadsOutput",
     "ImageInput",
     "InputConfig",
+    "LogMelInput",
     "ModelSizes",
     "MultimodalInput",
     "OutputConfig",

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from perceiver.config import Experiment
 from perceiver.presets.arrays import forecast_seasons, points_shapes
+from perceiver.presets.audio import audio_clf_esc50, audio_clf_small
 from perceiver.presets.images import img_clf, img_clf_imagenet, img_clf_mnist, optical_flow, quickstart
 from perceiver.presets.music import sam_giantmidi, sam_maestro, sam_small
 from perceiver.presets.sequences import copy_131072, copy_small, img_ar_imagenet64, img_ar_mnist
@@ -53,6 +54,8 @@ PRESETS: dict[str, Callable[[], Experiment]] = {
         tables,
         forecast_seasons,
         points_shapes,
+        audio_clf_small,
+        audio_clf_esc50,
         img_clf,
         txt_clf,
     )
