@@ -49,7 +49,7 @@ def make_job(experiment: Experiment, settings: dict[str, Any], folder: str, fing
     """
     data, kind = experiment.data, settings["kind"]
     rows, shape = KINDS[kind], None
-    if rows.new_rows == "image":
+    if rows.one_shape:
         shape = _first_image_shape(source, skip=data.on_error == "skip")
         if data.image_size is not None or all(file.format in ("picture", "tar") for file in source.files):
             shape = stored_shape(experiment, shape)
@@ -83,7 +83,7 @@ def make_job(experiment: Experiment, settings: dict[str, Any], folder: str, fing
         blocks_per_shard=data.blocks_per_shard,
         tokenizer=load_tokenizer(data.tokenizer) if rows.is_text else None,
         document_marks=settings.get("document_marks", ""),
-        arrays=ArrayRows.from_json(settings["columns"]) if "columns" in settings else None,
+        arrays=ArrayRows.from_json(settings["columns"]) if "columns" in settings else rows.stored_arrays,
         long_texts=data.long_texts,
     )
 

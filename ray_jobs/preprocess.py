@@ -292,7 +292,7 @@ def _finish(
         source=fingerprint,
         stats=stats,
         image_shape=job.columns.image_shape,
-        columns=None if job.arrays is None else job.arrays.to_json(),
+        columns=job.arrays.to_json() if job.arrays is not None and KINDS[job.kind].has_columns else None,
         num_classes=None if job.columns.label is None else max(len(counts) for counts in histograms.values()),
     )
     keep = {shard["file"] for notes in shards.values() for shard in notes}
@@ -315,6 +315,8 @@ def _summary(folder: str, manifest: Manifest, source: Source, seconds: float) ->
             parts.append(f"images of {height} x {width} x {channels}")
         elif manifest.columns is not None:
             parts.append(f"{split.bytes:,} bytes")
+        elif KINDS[manifest.kind].keeps_photos:
+            parts.append(f"{split.bytes:,} bytes of encoded images")
         elif rate := manifest.settings.get("sample_rate"):
             parts.append(f"sounds of {split.row_length / rate:g} s at {rate:,} Hz")
         else:

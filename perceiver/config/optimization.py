@@ -175,8 +175,8 @@ class OptimConfig(Config):
     weight_decay: float = 0.01
     """Weight decay on matrices; biases, norms and embeddings of positions get none."""
     schedule: ScheduleConfig = Constant()
-    """The learning rate after the warm-up: constant, linear, cosine, wsd, inversesquareroot, onecycle, warmrestarts, or a class of yours
-    (module:Class)."""
+    """The learning rate after the warm-up: constant, linear, cosine, flatcosine, wsd, inversesquareroot, onecycle, warmrestarts, or a
+    class of yours (module:Class)."""
     warmup_steps: int = 0
     """Steps over which the learning rate rises linearly from 0."""
     max_grad_norm: float | None = None

@@ -91,7 +91,7 @@ class Split:
     @property
     def bytes_per_row(self) -> int:
         """Bytes of a row in memory, about."""
-        return self.stored.bytes_per_row or 2 * self.tokens // max(self.rows, 1) + 8
+        return self.stored.bytes_per_row or (2 * self.tokens or self.bytes) // max(self.rows, 1) + 8
 
     @property
     def stored(self) -> RowKind:

@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
-from perceiver.data import make_arrays, make_documents, make_images, make_sounds, make_streams  # noqa: F401  (they make themselves known)
+from perceiver.data import make_arrays, make_documents, make_images, make_photos, make_sounds, make_streams  # noqa: F401  (they make themselves known)
 from perceiver.data.examples import ExamplePart
 from perceiver.data.files import UNCUT, InputFile
 from perceiver.data.manifest import SPLITS

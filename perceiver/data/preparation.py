@@ -137,8 +137,10 @@ class PieceWriter:
         self._examples: list[dict[str, Any]] = []
         self._tables: pa.RecordBatchWriter | None = None
 
-    def add_example(self, example: dict[str, Any], content: bytes, digest: np.ndarray | None) -> None:
-        """A row of arrays."""
+    def add_example(self, example: dict[str, Any], content: bytes, digest: np.ndarray | None, label: int | None = None) -> None:
+        """A row of arrays; the label, where it has one, is counted."""
+        if label is not None:
+            self._count(np.array([label]))
         for name, count in (("rows", 1), ("documents", 1), ("bytes", len(content))):
             self._counts[name] += count
         if digest is not None:

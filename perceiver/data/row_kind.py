@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import pyarrow as pa
 
@@ -46,6 +46,12 @@ class RowKind(ABC):
     """It can be read from files as they are, without being prepared before."""
     takes_code: ClassVar[bool] = True
     """It can be made from examples that a function of the user's yields."""
+    one_shape: ClassVar[bool] = False
+    """All its rows are images of one shape, which the manifest has."""
+    keeps_photos: ClassVar[bool] = False
+    """Its rows are pictures of any size, scaled and normalised as the published ImageNet models want it."""
+    stored_arrays: ClassVar[Any] = None
+    """Its columns as an `ArrayRows`, where they go through a preparation as those of arrays do."""
     takes_unlabelled: ClassVar[bool] = False
     """A source's files without labels are its training split, where there are such."""
     has_columns: ClassVar[bool] = False

@@ -4,6 +4,7 @@
 - "tokens":    tokens fixed_size_list<uint16>[T]: the token stream of all documents, cut end to end; 0 after its end
 - "events":    tokens fixed_size_list<uint16>[T]: the events of performances, each filled up to whole rows (see `midi.py`)
 - "documents": tokens list<uint16>, at most `row_length` ids; label int32
+- "photos":    image  binary: pictures of any size as their files are (JPEG, PNG, ...); label int32
 - "sounds":    audio fixed_size_list<int16>[samples], one channel; label int32
 - "arrays":    named columns of fixed shapes, in any number, which the task names
 """
@@ -41,7 +42,7 @@ class ImageRows(_LongRows):
     """Images of one shape with their labels."""
 
     kind = "images"
-    has_labels = True
+    has_labels = one_shape = True
     prepared_by_training = True
     made_from = "images"
     new_rows = "image"
@@ -302,6 +303,26 @@ class ArrayRows(RowKind):
             name: np.zeros(column.shape, column.dtype) if column.is_number else empty[column.dtype] for name, column in self.columns.items()
         }
         return self.table([example] * num_rows, "zeros")
+
+
+class PhotoRows(RowKind):
+    """Pictures of any size, encoded, with their labels."""
+
+    kind = "photos"
+    has_labels = prepared_by_training = keeps_photos = True
+    made_from = "images"
+    new_rows = "image"
+    takes_code = False
+    formats = ("parquet", "arrow", "tar")
+    expected = "folders of pictures, .parquet or .arrow with pictures, or .tar (WebDataset)"
+    stored_arrays = ArrayRows(image=((), "binary"), label=((), "int32"))
+
+    @property
+    def schema(self) -> pa.Schema:
+        return self.stored_arrays.schema
+
+    def numbers_in_parquet(self) -> bool | list[str]:
+        return ["label"]
 
 
 def _arrow_type(column: Column) -> pa.DataType:

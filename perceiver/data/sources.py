@@ -36,6 +36,7 @@ class _Hub:
 NAMED: dict[str, _Hub | Path] = {
     "mnist-mini": SHIPPED,
     "mnist": _Hub(repository="ylecun/mnist"),
+    "imagenet": _Hub(repository="ILSVRC/imagenet-1k", marks={"train": "train", "validation": "val"}),
     "wikitext-103-raw": _Hub(repository="Salesforce/wikitext", config="wikitext-103-raw-v1", format="wikitext-rows"),
     "wikitext-2-raw": _Hub(repository="Salesforce/wikitext", config="wikitext-2-raw-v1", format="wikitext-rows"),
     "wikitext-2": _Hub(repository="Salesforce/wikitext", config="wikitext-2-v1", format="wikitext-rows"),

@@ -6,13 +6,16 @@ from typing import Any
 from perceiver.config import ModelConfig, UserError, differences
 from perceiver.interop.comparison import resolved_architecture
 from perceiver.interop.names import Rules, StateDict, rename
+from perceiver.interop.stems import FROM_TRANSFORMERS, TO_TRANSFORMERS, with_kernels, with_norm, without_norm
 from perceiver.models import (
     ClassOutput,
+    ConvolutionInput,
     DecoderConfig,
     EncoderConfig,
     FlowInput,
     FlowOutput,
     ImageInput,
+    LearnedPositionInput,
     PerceiverIOConfig,
     TextInput,
     TextOutput,
@@ -30,6 +33,7 @@ _TRANSFORMERS_LAYER: Rules = (
     (r"mlp\.dense2\.", "mlp.narrow."),
 )
 _TRANSFORMERS: Rules = (
+    *FROM_TRANSFORMERS,
     (r"perceiver\.embeddings\.latents$", "encoder.latents"),
     (r"perceiver\.input_preprocessor\.embeddings\.", "encoder.input_adapter.txt_embedding."),
     (r"perceiver\.input_preprocessor\.position_embeddings\.", "encoder.input_adapter.pos_embedding."),
@@ -46,7 +50,7 @@ _TRANSFORMERS_DEFAULTS: dict[str, Any] = {
     "num_self_attention_heads": 8, "num_cross_attention_heads": 8, "qk_channels": None, "v_channels": None,
     "cross_attention_shape_for_attention": "kv", "self_attention_widening_factor": 1, "cross_attention_widening_factor": 1,
     "hidden_act": "gelu", "attention_probs_dropout_prob": 0.1, "initializer_range": 0.02, "use_query_residual": True,
-    "vocab_size": 262, "max_position_embeddings": 2048, "train_size": (368, 496), "num_labels": 2,
+    "vocab_size": 262, "max_position_embeddings": 2048, "train_size": (368, 496), "num_labels": 2, "image_size": 56,
 }  # fmt: skip
 """What a config.json leaves out (transformers writes only what differs from these)."""
 
@@ -57,7 +61,7 @@ def from_transformers(state_dict: StateDict, config: ModelConfig) -> StateDict:
     Raises:
         UserError: a name that such a model does not have.
     """
-    renamed = rename(state_dict, _TRANSFORMERS, _TRANSFORMERS_LAYER, "transformers")
+    renamed = rename(without_norm(state_dict), _TRANSFORMERS, _TRANSFORMERS_LAYER, "transformers")
     is_self_attention = re.compile(r"(encoder\.self_attention_1\.\d+\.)q_norm\.")
     return {is_self_attention.sub(r"\1norm.", name): tensor for name, tensor in renamed.items()}
 
@@ -66,8 +70,8 @@ def config_from_transformers(config: dict[str, Any], architecture: str | None = 
     """A transformers PerceiverConfig (its config.json) as our model configuration.
 
     Args:
-        architecture: class of the model, one of PerceiverForMaskedLM, PerceiverForImageClassificationFourier and
-            PerceiverForOpticalFlow; None: what the config says.
+        architecture: class of the model, one of PerceiverForMaskedLM, PerceiverForImageClassificationFourier, ...Learned and
+            ...ConvProcessing, and PerceiverForOpticalFlow; None: what the config says.
 
     Raises:
         UserError: another architecture, or settings that these models do not have.
@@ -93,6 +97,12 @@ def config_from_transformers(config: dict[str, Any], architecture: str | None = 
         case "PerceiverForImageClassificationFourier":
             input_config = ImageInput(image_shape=(224, 224, 3), num_frequency_bands=64)
             kv_channels, output = 261, ClassOutput(num_classes=c["num_labels"], num_query_channels=d_latents)
+        case "PerceiverForImageClassificationLearned":
+            input_config = LearnedPositionInput(image_shape=(c["image_size"], c["image_size"], 3))
+            kv_channels, output = 512, ClassOutput(num_classes=c["num_labels"], num_query_channels=d_latents)
+        case "PerceiverForImageClassificationConvProcessing":
+            input_config = ConvolutionInput(image_shape=(224, 224, 3))
+            kv_channels, output = 322, ClassOutput(num_classes=c["num_labels"], num_query_channels=d_latents)
         case "PerceiverForOpticalFlow":
             input_config = FlowInput(image_shape=tuple(c["train_size"]))
             kv_channels, output = 322, FlowOutput()
@@ -101,7 +111,7 @@ def config_from_transformers(config: dict[str, Any], architecture: str | None = 
         case _:
             raise UserError(
                 f"a transformers Perceiver of class {architecture} cannot be read: only PerceiverForMaskedLM, "
-                "PerceiverForImageClassificationFourier and PerceiverForOpticalFlow"
+                "PerceiverForImageClassificationFourier, ...Learned and ...ConvProcessing, and PerceiverForOpticalFlow"
             )
     return PerceiverIOConfig(
         num_latents=c["num_latents"],
@@ -143,6 +153,7 @@ def to_transformers(state_dict: StateDict, config: PerceiverIOConfig) -> StateDi
     """The inverse of `from_transformers`: our weights under the names of transformers."""
     decoder = "perceiver.decoder." if isinstance(config.output, TextOutput) else "perceiver.decoder.decoder."
     rules: Rules = (
+        *TO_TRANSFORMERS,
         (r"encoder\.latents$", "perceiver.embeddings.latents"),
         (r"encoder\.input_adapter\.txt_embedding\.", "perceiver.input_preprocessor.embeddings."),
         (r"encoder\.input_adapter\.pos_embedding\.", "perceiver.input_preprocessor.position_embeddings."),
@@ -154,7 +165,8 @@ def to_transformers(state_dict: StateDict, config: PerceiverIOConfig) -> StateDi
         (r"decoder\.output\.", f"{decoder}final_layer."),
         (r"decoder\.output_bias$", "embedding_decoder.bias"),
     )
-    return rename(state_dict, rules, _TO_TRANSFORMERS_LAYER, "this project")
+    renamed = with_norm(rename(state_dict, rules, _TO_TRANSFORMERS_LAYER, "this project"))
+    return with_kernels(renamed) if isinstance(config.input, LearnedPositionInput) else renamed
 
 
 def config_to_transformers(config: ModelConfig) -> dict[str, Any]:
@@ -184,8 +196,11 @@ def config_to_transformers(config: ModelConfig) -> dict[str, Any]:
         case TextInput(vocab_size=vocab_size, max_seq_len=max_seq_len), TextOutput():
             architecture = "PerceiverForMaskedLM"
             common |= {"vocab_size": vocab_size, "max_position_embeddings": max_seq_len}
-        case ImageInput(), ClassOutput(num_classes=num_classes):
-            architecture = "PerceiverForImageClassificationFourier"
+        case ImageInput(image_shape=image_shape), ClassOutput(num_classes=num_classes):
+            suffix = {LearnedPositionInput: "Learned", ConvolutionInput: "ConvProcessing"}.get(type(config.input), "Fourier")
+            architecture = f"PerceiverForImageClassification{suffix}"
+            if suffix == "Learned":
+                common["image_size"] = image_shape[0]
             common["id2label"] = {str(i): f"LABEL_{i}" for i in range(num_classes)}
             common["label2id"] = {f"LABEL_{i}": i for i in range(num_classes)}
         case FlowInput(image_shape=image_shape), FlowOutput():

@@ -17,6 +17,8 @@ from perceiver.models.multimodal_input import MultimodalInput
 from perceiver.models.outputs import ClassOutput, FlowOutput, ModelSizes, OutputConfig, OutputQueries, TextOutput, ValueOutput
 from perceiver.models.perceiver_ar import PerceiverAR, PerceiverARCache, PerceiverARConfig
 from perceiver.models.perceiver_io import PerceiverIO, PerceiverIOConfig
+from perceiver.models.published_stems import ConvolutionInput, LearnedPositionInput
+from perceiver.models.resampler import Resampler
 from perceiver.models.table_input import TableInput
 
 __all__ = [
@@ -24,6 +26,7 @@ __all__ = [
     "ArrayOutput",
     "AudioInput",
     "ClassOutput",
+    "ConvolutionInput",
     "DecoderConfig",
     "EmbeddingOutput",
     "EncoderConfig",
@@ -33,6 +36,7 @@ __all__ = [
     "HeadsOutput",
     "ImageInput",
     "InputConfig",
+    "LearnedPositionInput",
     "LogMelInput",
     "ModelSizes",
     "MultimodalInput",
@@ -43,6 +47,7 @@ __all__ = [
     "PerceiverARConfig",
     "PerceiverIO",
     "PerceiverIOConfig",
+    "Resampler",
     "StemInput",
     "TableInput",
     "TextInput",

@@ -12,7 +12,7 @@ from perceiver.presets.audio import audio_clf_esc50, audio_clf_small
 from perceiver.presets.images import img_clf, img_clf_imagenet, img_clf_mnist, optical_flow, quickstart
 from perceiver.presets.music import sam_giantmidi, sam_maestro, sam_small
 from perceiver.presets.sequences import copy_131072, copy_small, img_ar_imagenet64, img_ar_mnist
-from perceiver.presets.tables import tables
+from perceiver.presets.tables import table_heads, tables
 from perceiver.presets.text import (
     clm_c4,
     clm_c4_small,
@@ -52,6 +52,7 @@ PRESETS: dict[str, Callable[[], Experiment]] = {
         img_clf_imagenet,
         optical_flow,
         tables,
+        table_heads,
         forecast_seasons,
         points_shapes,
         audio_clf_small,
