@@ -143,3 +143,20 @@ def test_data_says_rates_lengths_and_classes_and_its_command_is_right(tmp_path):
     assert "sounds: 20, 0.50 to 0.50 s, half of them at most 0.50 s" in lines and "rates: 8,000 Hz (20); channels: 1 (20)" in lines
     assert "classes in val: dog (2), rain (2)" in lines and lines[-1].endswith("--data.label-column category")
     assert "classes in all (a part is held out for validation): high (8), low (8)" in look(str(folder_of_classes(tmp_path / "in")))
+
+
+def test_a_folder_of_new_sounds_is_classified_a_file_a_row(tmp_path):
+    from perceiver.inference.parts import list_inputs, plan_parts, read_part
+    from perceiver.inference.predict import PredictOptions, predict_rows
+    from perceiver.inference.trained import TrainedModel
+    from perceiver.models import build_model
+
+    folder = esc50(tmp_path / "esc")
+    (folder / "audio" / "z.wav").write_bytes(b"no sound")
+    chosen = parse_experiment(["audio-clf-small", "--data.source", str(folder), "--data.label-column", "category"], "ray_jobs.train")
+    trained = TrainedModel(model=build_model(chosen.model, 0).eval(), config=chosen.model, task=chosen.task)
+    parts = plan_parts(list_inputs([str(folder)], "audio"), 8, "audio", None)
+    tables = [predict_rows(trained, read_part(part, "audio", "audio", None), PredictOptions(mode="classify")) for part in parts]
+    rows = [row for table in tables for row in table.to_pylist()]
+    assert len(rows) == 21 and rows[0]["id"] == "audio/1-0-A-0.wav" and rows[0]["label"] in ("dog", "rain")
+    assert "no sound that can be read" in rows[-1]["error"] and all(row["error"] is None for row in rows[:-1])

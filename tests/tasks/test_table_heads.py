@@ -64,7 +64,12 @@ def test_heads_come_from_the_columns_of_the_file(file: Path) -> None:
     assert [type(head) for head in output.heads[1:]] == [ValueOutput, ValueOutput]
     assert [part.loss for part in chosen.task.parts] == ["classes", "mse", "labels"] and chosen.task.parts[0].class_names[0] == "cat"
     assert from_dict(to_dict(chosen)) == chosen
-    check_task(chosen)
+
+
+def test_it_keeps_the_contract_of_tasks(file: Path, table) -> None:
+    chosen, _, rows, _ = ready(file, table)
+    numbers = pa.array(np.arange(ROWS))
+    check_task(chosen, rows.append_column("row", numbers).append_column("epoch", pa.array(np.zeros(ROWS, np.int64))))
 
 
 def test_moments_of_each_target_are_those_of_the_training_split(file: Path, table) -> None:
