@@ -1,6 +1,6 @@
 """A training step of models of each newer input and output beside plain PyTorch (nn.MultiheadAttention) on the same work, in one run.
 
-    python benchmarks/block_time.py [--repeats 9]
+    python -m benchmarks.block_time [--repeats 9]
 
 The plain twin has the same adapter, sizes and heads, and its attention is nn.MultiheadAttention. Printed are the median milliseconds of
 forward and backward of both, in turns, on one thread, and the megabytes that each keeps for its backward pass.

@@ -1,6 +1,6 @@
 """Images a second of the data path of img-clf-imagenet on one core, beside torchvision's ImageFolder and DataLoader on the same work.
 
-    python benchmarks/image_path.py [FOLDER] [--images 400] [--repeats 3]
+    python -m benchmarks.image_path [FOLDER] [--images 400] [--repeats 3]
 
 Work: decode, random part scaled to 224 x 224, mirror, RandAugment (4 operations, magnitude 5), a batch of 64 uint8 images. Ours: what a
 data task does (shards read, rows in the order of the epoch, `Task.decode`) and the worker's `collate`. Theirs: ImageFolder with

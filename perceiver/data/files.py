@@ -17,6 +17,7 @@ from typing import Literal
 import pyarrow.fs as pafs
 
 from perceiver.config import UserError
+from perceiver.data import media_rows  # noqa: F401  (its kinds make themselves known)
 from perceiver.data.rows import KINDS
 from perceiver.data.storage import open_folder
 

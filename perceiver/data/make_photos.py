@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 import pyarrow as pa
 
+from perceiver.data.media_rows import PhotoRows
 from perceiver.data.preparation import PieceWriter, Preparation, ShardParts, content_hashes, splits_of
 from perceiver.data.read_photos import read_photos
-from perceiver.data.rows import PhotoRows
 from perceiver.data.spans import Problems, Span
 
 

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from perceiver.config import UserError, digest
+from perceiver.data import media_rows  # noqa: F401  (its kinds make themselves known)
 from perceiver.data.rows import KINDS, ArrayRows, RowKind, rows_of
 from perceiver.data.storage import read_file, write_file
 

@@ -4,9 +4,8 @@
 - "tokens":    tokens fixed_size_list<uint16>[T]: the token stream of all documents, cut end to end; 0 after its end
 - "events":    tokens fixed_size_list<uint16>[T]: the events of performances, each filled up to whole rows (see `midi.py`)
 - "documents": tokens list<uint16>, at most `row_length` ids; label int32
-- "photos":    image  binary: pictures of any size as their files are (JPEG, PNG, ...); label int32
-- "sounds":    audio fixed_size_list<int16>[samples], one channel; label int32
 - "arrays":    named columns of fixed shapes, in any number, which the task names
+- "photos", "sounds": see `media_rows.py`
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ DTYPES = ("float32", "float16", "int8", "int16", "int32", "int64", "uint8", "uin
 """Types of a column's numbers; "string" and "binary" stand alone in a row, with shape ()."""
 
 
-class _LongRows(RowKind):
+class LongRows(RowKind):
     """Rows of which one column has a length that the data set sets."""
 
     def __init__(self, row_length: int) -> None:
@@ -38,7 +37,7 @@ class _LongRows(RowKind):
         return cls(row_length)
 
 
-class ImageRows(_LongRows):
+class ImageRows(LongRows):
     """Images of one shape with their labels."""
 
     kind = "images"
@@ -53,34 +52,14 @@ class ImageRows(_LongRows):
     @property
     def schema(self) -> pa.Schema:
         image = pa.list_(pa.field("element", pa.uint8(), nullable=False), self.row_length)
-        return pa.schema([pa.field("image", image, nullable=False), _LABEL])
+        return pa.schema([pa.field("image", image, nullable=False), LABEL])
 
     @property
     def bytes_per_row(self) -> int:
         return self.row_length
 
 
-class SoundRows(_LongRows):
-    """Sounds of one rate and length with their labels."""
-
-    kind = "sounds"
-    has_labels = prepared_by_training = True
-    made_from = "sounds"
-    new_rows = "audio"
-    formats = ("sound",)
-    expected = ".wav, .flac, .ogg, .mp3 or .aiff files in folders of classes, or named with their classes in a table among them"
-
-    @property
-    def schema(self) -> pa.Schema:
-        audio = pa.list_(pa.field("element", pa.int16(), nullable=False), self.row_length)
-        return pa.schema([pa.field("audio", audio, nullable=False), _LABEL])
-
-    @property
-    def bytes_per_row(self) -> int:
-        return 2 * self.row_length
-
-
-class _StreamRows(_LongRows):
+class _StreamRows(LongRows):
     """A stream of ids, cut into rows of equal length."""
 
     lookahead = 1
@@ -118,7 +97,7 @@ class EventRows(_StreamRows):
     expected = ".mid or .midi files"
 
 
-class DocumentRows(_LongRows):
+class DocumentRows(LongRows):
     """Documents of at most the given number of token ids, with their labels."""
 
     kind = "documents"
@@ -132,11 +111,12 @@ class DocumentRows(_LongRows):
 
     @property
     def schema(self) -> pa.Schema:
-        return pa.schema([pa.field("tokens", pa.list_(_TOKEN), nullable=False), _LABEL])
+        return pa.schema([pa.field("tokens", pa.list_(_TOKEN), nullable=False), LABEL])
 
 
 _TOKEN = pa.field("element", pa.uint16(), nullable=False)
-_LABEL = pa.field("label", pa.int32(), nullable=False)
+LABEL = pa.field("label", pa.int32(), nullable=False)
+"""The column with the class of a row."""
 
 
 @dataclass(frozen=True)
@@ -303,26 +283,6 @@ class ArrayRows(RowKind):
             name: np.zeros(column.shape, column.dtype) if column.is_number else empty[column.dtype] for name, column in self.columns.items()
         }
         return self.table([example] * num_rows, "zeros")
-
-
-class PhotoRows(RowKind):
-    """Pictures of any size, encoded, with their labels."""
-
-    kind = "photos"
-    has_labels = prepared_by_training = keeps_photos = True
-    made_from = "images"
-    new_rows = "image"
-    takes_code = False
-    formats = ("parquet", "arrow", "tar")
-    expected = "folders of pictures, .parquet or .arrow with pictures, or .tar (WebDataset)"
-    stored_arrays = ArrayRows(image=((), "binary"), label=((), "int32"))
-
-    @property
-    def schema(self) -> pa.Schema:
-        return self.stored_arrays.schema
-
-    def numbers_in_parquet(self) -> bool | list[str]:
-        return ["label"]
 
 
 def _arrow_type(column: Column) -> pa.DataType:
