@@ -87,6 +87,10 @@ class ConvolutionInput(ImageInput):
     def num_positions(self) -> int:
         return math.prod(self.grid())
 
+    @property
+    def factorable(self) -> bool:
+        return False  # 64 channels of the convolution are not few: keys and values of its few positions cost less
+
     def check(self, where: str) -> None:
         super().check(where)
         if self.image_shape != (0, 0, 0) and min(self.grid()) < 1:
@@ -115,12 +119,8 @@ class ConvolutionAdapter(nn.Module):
         """Computes the position table anew, in place (after `to_empty`)."""
         self.position_encoding.copy_(self._table(self.position_encoding.device))
 
-    def points(self, x: Tensor) -> Tensor:
-        """images (B, height, width, colours) -> (B, N, channels of the convolution)."""
-        x = F.max_pool2d(self.convolution(x.permute(0, 3, 1, 2)).relu(), 3, stride=2)
-        return x.flatten(2).transpose(1, 2)
-
     def forward(self, x: Tensor) -> Tensor:
         """images (B, height, width, colours) -> (B, N, channels)."""
-        points = self.points(x)
+        x = F.max_pool2d(self.convolution(x.permute(0, 3, 1, 2)).relu(), 3, stride=2)
+        points = x.flatten(2).transpose(1, 2)
         return torch.cat([points, self.position_encoding.to(points.dtype).expand(len(points), -1, -1)], dim=-1)
