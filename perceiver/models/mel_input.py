@@ -126,12 +126,11 @@ class LogMelAdapter(GridAdapter):
         if not samples.is_floating_point():
             samples = samples.float() / FULL_SCALE
         # In float32 whatever the model computes in: half precision has neither the range of a power nor a transform.
-        with torch.autocast(samples.device.type, enabled=False):
-            spectrum = torch.stft(
-                samples.float(), config.fft_size, config.hop, config.window, self.window.float(), pad_mode="constant", return_complex=True
-            )
-            power = spectrum.abs().square()[..., : config.num_frames].transpose(1, 2)
-            return (power @ self.filters.float() + FLOOR).log()
+        spectrum = torch.stft(
+            samples.float(), config.fft_size, config.hop, config.window, self.window.float(), pad_mode="constant", return_complex=True
+        )
+        power = spectrum.abs().square()[..., : config.num_frames].transpose(1, 2)
+        return (power @ self.filters.float() + FLOOR).log()
 
     def points(self, x: Any) -> Tensor:
         """(B, samples), or a mapping with masks, -> (B, N, P)."""

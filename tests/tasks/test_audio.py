@@ -158,3 +158,15 @@ def test_settings_that_do_not_fit_are_named() -> None:
     with pytest.raises(UserError, match=r"task.num-masks is 1, which needs a model with a LogMelInput, not AudioInput"):
         build_task(replace(base, task=replace(base.task, num_masks=1), model=replace(base.model, input=AudioInput(num_samples=SAMPLES))))
     assert "audio-clf-esc50" in PRESETS
+
+
+def test_a_step_is_counted_whatever_the_input() -> None:
+    """What a step costs is known before a training, by running it where there are shapes alone."""
+    base = experiment()
+    for given, masks in (
+        (base.model.input, 0),
+        (base.model.input, 2),
+        (AudioInput(num_samples=SAMPLES, group=80, num_frequency_bands=8), 0),
+    ):
+        task = build_task(replace(base, task=replace(base.task, num_masks=masks), model=replace(base.model, input=given)))
+        assert task.flops_per_example() > 1e6

@@ -219,6 +219,10 @@ def test_mixing_depends_on_step_and_row_and_not_on_the_rows_beside_a_pair():
     assert not torch.equal(whole["images"], task.collate(table(8), 8, None, True, 4)["images"])
 
 
+def test_a_step_is_counted() -> None:
+    assert build_task(experiment(mixup=0.2, label_smoothing=0.1)).counted_step.flops_per_example() > 1e5
+
+
 def test_the_published_schedule_is_flat_and_then_a_cosine():
     factors = [FlatCosine().factor(step, 100) for step in (0, 49, 50, 75, 100)]
     assert factors == pytest.approx([1, 1, 1, 0.5, 0])
