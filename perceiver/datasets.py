@@ -215,6 +215,7 @@ def _settings(experiment: Experiment) -> dict[str, Any]:
     settings |= _held_out_settings(data, kind)
     if KINDS[kind].has_labels:
         settings |= _label_settings(experiment)
+    settings |= experiment.task.prepared_settings(experiment.model)
     if KINDS[kind].has_columns:
         return settings | {"columns": array_rows(experiment).to_json()}
     if not KINDS[kind].is_text and not KINDS[kind].is_stream:
@@ -249,6 +250,8 @@ def _held_out_settings(data: DataConfig, kind: str) -> dict[str, Any]:
             f"--data.group-column is {data.group_column}, and --data.prepare stream reads no columns but the text: leave one out"
         )
     found: dict[str, Any] = {} if data.group_column is None else {"group_column": data.group_column}
+    if data.val_fold is not None:
+        found["val_fold"] = data.val_fold
     return found if data.stratify or not KINDS[kind].has_labels else {**found, "stratify": False}
 
 
@@ -259,7 +262,7 @@ def _label_settings(experiment: Experiment) -> dict[str, Any]:
     usual = next((field.default for field in fields(task) if field.name == "class_names"), None)
     if (names := getattr(task, "class_names", None)) and names != usual:
         found["class_names"] = list(names)
-    if KINDS[experiment.task.kind].new_rows != "image":
+    if KINDS[experiment.task.kind].new_rows not in ("image", "audio"):
         return found
     if experiment.data.label_column != "label":
         found["label_column"] = experiment.data.label_column

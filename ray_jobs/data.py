@@ -15,6 +15,7 @@ from perceiver.config import DataConfig, UserError
 from perceiver.data.files import format_of, list_files
 from perceiver.data.labels import class_order, label_counts, picture_sizes
 from perceiver.data.picture_folders import picture_folder
+from perceiver.data.sound_lengths import MOST_LOOKED_AT, sound_infos
 from perceiver.data.sources import NAMED, Source, is_path, resolve
 from perceiver.data.survey import LENGTHS, TableSurvey, label_column, survey_columns, survey_texts, table_rows, text_column
 from perceiver.datasets import Dataset
@@ -123,6 +124,8 @@ def find(source: str, text: str | None = None, label: str | None = None) -> Foun
     if pictures or (not single and picture_folder(listed, "data", source, label or "label")):
         return _pictures(lines, source, label or "label")
     given = ["--data.source", source]
+    if "sound" in formats:
+        return _sounds(lines, source, label)
     if "midi" in formats:
         return Found([*lines, f"{formats['midi']:,} MIDI files"], "sam-small", given, prepared_first=True)
     if formats.keys() & set(_TABLES):
@@ -132,7 +135,7 @@ def find(source: str, text: str | None = None, label: str | None = None) -> Foun
         size = sum(file.size for file in texts)
         what = f"{len(texts):,} files of text without classes, {size:,} bytes"
         return Found([*lines, what], "clm-wikitext-small", given, prepared_first=True)
-    raise UserError(f"{source} has no pictures, texts, tables or MIDI files")
+    raise UserError(f"{source} has no pictures, sounds, texts, tables or MIDI files")
 
 
 def _pictures(lines: list[str], source: str, label: str) -> Found:
@@ -143,6 +146,33 @@ def _pictures(lines: list[str], source: str, label: str) -> Found:
     grey = sum(count for shape, count in sizes.items() if shape[2] == 1)
     lines = [*lines, f"pictures: {size}; {grey:,} grey, {sum(sizes.values()) - grey:,} in colour", *_classes(found, label)]
     return Found(lines, "img-clf", ["--data.source", source, *(["--data.label-column", label] if label != "label" else [])])
+
+
+def _sounds(lines: list[str], source: str, label: str | None) -> Found:
+    """Rates, lengths, channels and classes of sounds. In a table whose classes stand under another name, that of ESC-50 is tried, too."""
+    given = [label] if label else ["label", "category", "class"]
+    for column in given:
+        try:
+            found = resolve(DataConfig(source=source, label_column=column, val_fraction=0.1), "sounds")
+            break
+        except UserError:
+            if column == given[-1]:
+                raise
+    infos = list(sound_infos(found, skip=True))
+    if not infos:
+        raise UserError(f"{source} has no sound that can be read, such as {found.files[0].name}")
+    seconds = sorted(info.seconds for info in infos)
+    rates = ", ".join(f"{rate:,} Hz ({count:,})" for rate, count in Counter(info.rate for info in infos).most_common(_SHOWN))
+    channels = ", ".join(f"{number} ({count:,})" for number, count in Counter(info.channels for info in infos).most_common())
+    lines += [
+        f"sounds: {len(found.files):,}, {seconds[0]:.2f} to {seconds[-1]:.2f} s, half of them at most {seconds[len(seconds) // 2]:.2f} s",
+        f"rates: {rates}; channels: {channels}",
+        *_classes(found, column),
+    ]
+    if unread := len(found.files[:: max(1, -(-len(found.files) // MOST_LOOKED_AT))]) - len(infos):
+        lines.append(f"{unread:,} of them cannot be read: --data.on-error skip leaves them out")
+    words = ["--data.source", source, *(["--data.label-column", column] if column != "label" else [])]
+    return Found(lines, "audio-clf-small", words)
 
 
 def _classes(found: Source, label: str) -> list[str]:

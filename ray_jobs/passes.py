@@ -49,7 +49,7 @@ def make_job(experiment: Experiment, settings: dict[str, Any], folder: str, fing
     """
     data, kind = experiment.data, settings["kind"]
     rows, shape = KINDS[kind], None
-    if rows.new_rows == "image":
+    if rows.one_shape:
         shape = _first_image_shape(source, skip=data.on_error == "skip")
         if data.image_size is not None or all(file.format in ("picture", "tar") for file in source.files):
             shape = stored_shape(experiment, shape)
@@ -65,6 +65,7 @@ def make_job(experiment: Experiment, settings: dict[str, Any], folder: str, fing
         group=data.group_column,
         image_shape=shape,
         fit_images=data.image_size is not None,
+        sample_rate=settings.get("sample_rate"),
     )
     attempt: dict[str, Any] = {"settings": settings, "source": fingerprint, "on_error": data.on_error}
     if source.parts:
@@ -111,9 +112,9 @@ def _check_groups(column: str, source: Source, kind: str) -> None:
         raise UserError(f"--data.group-column is {column}, and {KINDS[kind].made_from} have no columns: leave it out")
     for file in source.files:
         table = file.format in ("csv", "jsonl", "parquet", "arrow")
-        if not table and not (file.format == "picture" and file.group is not None):
+        if not table and not (file.format in ("picture", "sound") and file.group is not None):
             what = "a table (.csv, .tsv, .jsonl, .parquet, .arrow)"
-            pictures = " or pictures named in metadata.csv" if KINDS[kind].new_rows == "image" else ""
+            pictures = f" or {KINDS[kind].made_from} named in metadata.csv" if KINDS[kind].new_rows in ("image", "audio") else ""
             raise UserError(f"--data.group-column is {column}, and {file.name} has no columns: it needs {what}{pictures}")
 
 

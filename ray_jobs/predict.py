@@ -3,10 +3,10 @@ Data.
 
 Modes: classify, flow, fill-mask, embed (mean of the latents), score (loss of each document), generate, and predict: what a
 task of your own says of rows of arrays. Inputs are lines of .txt files, objects of .jsonl or .json files, rows of .csv, .tsv,
-.parquet and .arrow files, image files, or, for flow, pairs of frames: img1 and img2 of a name, else neighbouring numbers. OUTPUT is a
-file (.csv, .jsonl or .parquet) with exactly one row for each input row, in order, with its id, or a folder, which gets such rows as several
-parquet files, and _errors.jsonl with the rows that could not be computed. A job that was stopped continues when it is started again: parts
-that are written are not computed again.
+.parquet and .arrow files, image or sound files, or, for flow, pairs of frames: img1 and img2 of a name, else neighbouring numbers. OUTPUT
+is a file (.csv, .jsonl or .parquet) with exactly one row for each input row, in order, with its id, or a folder, which gets such rows as
+several parquet files, and _errors.jsonl with the rows that could not be computed. A job that was stopped continues when it is started
+again: parts that are written are not computed again.
 """
 
 from __future__ import annotations

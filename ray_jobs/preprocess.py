@@ -83,7 +83,7 @@ def prepare(experiment: Experiment, piece_bytes: int = PIECE_BYTES) -> Manifest:
     if old is not None:
         _refuse_changed_source(experiment, folder, old, fingerprint)
         return _nothing_to_do(experiment, folder, old)
-    if not all(file.format == "picture" for file in source.files):  # of pictures the same ones are counted
+    if not all(file.format in ("picture", "sound") for file in source.files):  # of pictures the same ones are counted
         _refuse_same_files(fingerprint)
     check_repeatable(source.parts)
     job = make_job(experiment, settings, folder, fingerprint, source)
@@ -277,6 +277,9 @@ def _finish(
     }
     if any(found["texts"] for found in long.values()):
         stats["long_texts"] = {name: {**found, "lost": found["tokens"] - splits[name].tokens} for name, found in long.items()}
+    fitted = {name: {what: sum(note["splits"][name][what] for note in notes) for what in ("cut", "filled")} for name in shards}
+    if any(sum(found.values()) for found in fitted.values()):
+        stats["fitted"] = fitted
     if job.columns.label is not None:
         stats["labels"] = {name: counts.tolist() for name, counts in histograms.items()}
     elif "train" in histograms and (num_ids := job.rows.num_ids if job.tokenizer is None else job.tokenizer.vocab_size):
@@ -312,6 +315,10 @@ def _summary(folder: str, manifest: Manifest, source: Source, seconds: float) ->
         if manifest.image_shape is not None:
             height, width, channels = manifest.image_shape
             parts.append(f"images of {height} x {width} x {channels}")
+        elif KINDS[manifest.kind].keeps_photos:
+            parts.append(f"{split.bytes:,} bytes of encoded images")
+        elif rate := manifest.settings.get("sample_rate"):
+            parts.append(f"sounds of {split.row_length / rate:g} s at {rate:,} Hz")
         elif manifest.columns is not None or not split.tokens:
             parts.append(f"{split.bytes:,} bytes")
         else:
@@ -342,6 +349,9 @@ def _summary(folder: str, manifest: Manifest, source: Source, seconds: float) ->
             became = lost if found["lost"] else "they are split"
             length, documents = manifest.splits[name].row_length, manifest.splits[name].documents
             logger.info(f"  long: {found['texts']:,} of {documents:,} {name} documents have more than {length:,} tokens: {became}")
+    for name, found in manifest.stats.get("fitted", {}).items():
+        length = manifest.splits[name].row_length / manifest.settings["sample_rate"]
+        logger.info(f"  {name}: {found['cut']:,} cut to their middle {length:g} s, {found['filled']:,} filled up with silence")
     if manifest.stats.get("skipped"):
         logger.info(f"  {_skipped(manifest)}")
     if source.ignored:

@@ -20,7 +20,7 @@ from perceiver.config.core import (
 )
 from perceiver.config.optimization import Adam, AdamW, Constant, Cosine, OptimConfig, OptimizerConfig, ScheduleConfig
 from perceiver.config.optimizers import Lamb, Lion, Muon, Sgd
-from perceiver.config.schedules import InverseSquareRoot, Linear, OneCycle, WarmRestarts, Wsd
+from perceiver.config.schedules import FlatCosine, InverseSquareRoot, Linear, OneCycle, WarmRestarts, Wsd
 from perceiver.config.sections import (
     CallbackConfig,
     DataConfig,
@@ -42,6 +42,7 @@ __all__ = [
     "Cosine",
     "DataConfig",
     "Experiment",
+    "FlatCosine",
     "InverseSquareRoot",
     "Lamb",
     "Linear",

@@ -185,8 +185,8 @@ class OptimConfig(Config):
     """Weight decay of the last step, which is reached along half a cosine (arXiv 2104.14294); those of groups change by the same factor.
     None: the same in all steps."""
     schedule: ScheduleConfig = Constant()
-    """The learning rate after the warm-up: constant, linear, cosine, wsd, inversesquareroot, onecycle, warmrestarts, or a class of yours
-    (module:Class)."""
+    """The learning rate after the warm-up: constant, linear, cosine, flatcosine, wsd, inversesquareroot, onecycle, warmrestarts, or a
+    class of yours (module:Class)."""
     warmup_steps: int = 0
     """Steps over which the learning rate rises linearly from 0."""
     max_grad_norm: float | None = None

@@ -44,6 +44,20 @@ class Wsd(ScheduleConfig):
         return 1 - (1 - self.min_lr_fraction) * min(1.0, max(0.0, progress))
 
 
+class FlatCosine(ScheduleConfig):
+    """The peak, then half a cosine down to 0 at the last step (the ImageNet recipe of Perceiver IO)."""
+
+    flat_fraction: float = 0.5
+    """Share of the steps at the peak."""
+
+    def check(self, where: str) -> None:
+        _check_fraction(where, "flat-fraction", self.flat_fraction)
+
+    def factor(self, step: int, total_steps: int) -> float:
+        flat = round(self.flat_fraction * total_steps)
+        return _cosine(1.0, 0.0, min(1.0, max(0.0, (step - flat) / max(1, total_steps - flat))))
+
+
 class InverseSquareRoot(ScheduleConfig):
     """The peak divided by the square root of the steps (arXiv 1706.03762), whatever the length."""
 

@@ -75,6 +75,10 @@ class TaskConfig(Config):
             UserError: they are not.
         """
 
+    def prepared_settings(self, model: ModelConfig) -> dict[str, Any]:
+        """What of the task and its model decides how rows are prepared, besides what their kind says: "row_length", "sample_rate"."""
+        return {}
+
     def completed(self, experiment: Experiment) -> Experiment:
         """The experiment with what its command line left open and the schema of its data tells: sizes, names of classes.
 
@@ -135,6 +139,8 @@ class DataConfig(Config):
     class."""
     group_column: str | None = None
     """Column, such as a patient or an author, whose rows with one value stay together: all for validation or all for training."""
+    val_fold: int | None = None
+    """Fold that is held out for validation, of sounds whose table has a column fold; None: the greatest."""
     text_column: str = "text"
     """Column of tables (.jsonl, .json, .csv, .tsv, .arrow, .parquet) that holds the text."""
     label_column: str = "label"

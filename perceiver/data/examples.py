@@ -39,6 +39,9 @@ class ExampleSource(ABC):
     splits: ClassVar[tuple[str, ...]] = ("train", "val")
     """Splits that it has. Without "val", `data.val_fraction` of the examples is held out, by a hash of their content."""
 
+    class_names: ClassVar[tuple[str, ...]] = ()
+    """Names of the classes that its labels are numbers of, for models whose number of classes is that of the data."""
+
     def parts(self, split: str) -> int:
         """In how many parts a split is read. The same examples in the same order give the same data set in any number of parts."""
         return 1

@@ -17,14 +17,16 @@ from typing import Literal
 import pyarrow.fs as pafs
 
 from perceiver.config import UserError
+from perceiver.data import media_rows  # noqa: F401  (its kinds make themselves known)
 from perceiver.data.rows import KINDS
 from perceiver.data.storage import open_folder
 
-Format = Literal["text", "wikitext", "jsonl", "csv", "arrow", "parquet", "wikitext-rows", "idx", "picture", "tar", "midi", "flow"]
+Format = Literal["text", "wikitext", "jsonl", "csv", "arrow", "parquet", "wikitext-rows", "idx", "picture", "tar", "midi", "flow", "sound"]
 FORMATS: dict[str, Format] = {
     ".txt": "text", ".raw": "wikitext", ".tokens": "wikitext", ".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl",
     ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".arrow": "arrow", ".feather": "arrow",
     ".mid": "midi", ".midi": "midi", ".tar": "tar",
+    **dict.fromkeys((".wav", ".flac", ".ogg", ".mp3", ".aiff", ".aif"), "sound"),
     **dict.fromkeys((".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"), "picture"),
 }  # fmt: skip
 PACKINGS = (".gz", ".bz2", ".zst")
@@ -58,9 +60,9 @@ class InputFile:
     labels_path: str | None = None
     """The labels that belong to an idx file of images."""
     label: str | None = None
-    """The class of a picture, where its folder or a table beside it says it."""
+    """The class of a picture or sound, where its folder or a table beside it says it."""
     group: str | None = None
-    """The group that a picture belongs to, where a table beside it says it."""
+    """The group that a picture or sound belongs to, where a table beside it says it."""
     beside: tuple[str, ...] = ()
     """Other files that are read with it: the frames of an optical flow."""
     encoding: str = "utf-8"
@@ -248,7 +250,7 @@ def format_of(path: str) -> Format | None:
     if re.search(r"idx[13]-ubyte$|\.idx[13]?$|^(train|t10k)-(images|labels)", bare):
         return "idx"
     form = FORMATS.get(Path(bare).suffix)
-    return None if form in ("parquet", "arrow", "midi", "picture", "tar") and bare != name else form
+    return None if form in ("parquet", "arrow", "midi", "picture", "tar", "sound") and bare != name else form
 
 
 def _labels_paths(path: str) -> list[str]:

@@ -72,7 +72,7 @@ def class_order(labels: Counter[str]) -> tuple[str, ...]:
 
 def _labels(file: InputFile, column: str) -> Iterator[Any]:
     span, nothing = Span(file, 0, sys.maxsize if file.format in ("parquet", "arrow") else file.size), Problems(skip=True)
-    if file.format == "picture":
+    if file.format in ("picture", "sound"):
         yield file.label
     elif file.format == "tar":
         yield from (label for _, _, label in tar_pictures(file, column))

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from perceiver.config import UserError, digest
-from perceiver.data import flow_rows  # noqa: F401  (it makes itself known)
+from perceiver.data import flow_rows, media_rows  # noqa: F401  (their kinds make themselves known)
 from perceiver.data.rows import KINDS, ArrayRows, RowKind, rows_of
 from perceiver.data.storage import read_file, write_file
 
@@ -92,7 +92,7 @@ class Split:
     @property
     def bytes_per_row(self) -> int:
         """Bytes of a row in memory, about."""
-        return self.stored.bytes_per_row or 2 * self.tokens // max(self.rows, 1) + 8
+        return self.stored.bytes_per_row or (2 * self.tokens or self.bytes) // max(self.rows, 1) + 8
 
     @property
     def stored(self) -> RowKind:
@@ -125,6 +125,7 @@ class Manifest:
     the splits are different files; "empty_documents": how many documents have no ids, by split, where there are any;
     "held_out": "by class" or "by group", where validation was chosen so; "repeated": how many rows have the content of another one
     ("by class"); "groups": how many there are ("by group");
+    "fitted": how many sounds were cut, and how many filled up with silence, by split;
     "long_texts": how many documents are longer than a row, by split, tokens of all, and how many of these are lost.
     """
     image_shape: tuple[int, int, int] | None = None

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from perceiver.config import UserError
-from perceiver.data.files import MARKS, Found, InputFile, format_of
+from perceiver.data.files import MARKS, Format, Found, InputFile, format_of
 from perceiver.data.storage import open_folder
 
 _TABLES = ("metadata.csv", "metadata.jsonl")
@@ -39,9 +39,8 @@ def picture_folder(listed: Listed, label: str, what: str, label_column: str, gro
         if format_of(path) not in ("csv", "jsonl"):
             return []
         folder, _, name = path.rpartition("/")
-        return _in_table(name, _rows(path, name), folder, _there(folder), label, what, label_column, group_column)
+        return _in_table(name, rows_of_table(path, name), folder, _there(folder), label, what, label_column, group_column)
     tables = [item for item in listed if item[1].rpartition("/")[2].lower() in _TABLES]
-    pictures = [item for item in listed if format_of(item[0]) == "picture"]
     found = []
     for path, inner, _ in tables:
         folder = inner.rpartition("/")[0]
@@ -49,20 +48,36 @@ def picture_folder(listed: Listed, label: str, what: str, label_column: str, gro
         inside = {name.removeprefix(prefix): (place, size) for place, name, size in listed if name.startswith(prefix)}
         named = f"{label}/{prefix}".rstrip("/")
         found += _in_table(
-            inner, _rows(path, inner), path.rpartition("/")[0], inside, named, what, label_column, group_column, _mark(f"{prefix}x/x")
+            inner,
+            rows_of_table(path, inner),
+            path.rpartition("/")[0],
+            inside,
+            named,
+            what,
+            label_column,
+            group_column,
+            _mark(f"{prefix}x/x"),
         )
     if tables:
         return found
-    for path, inner, size in pictures:
-        parts = inner.split("/")
-        if len(parts) > 1 and not (len(parts) == 2 and _mark_of_all(pictures)):
-            file = InputFile(path=path, name=f"{label}/{inner}", format="picture", size=size, label=parts[-2])
-            found.append(Found(file, _mark(inner)))
+    found, pictures = class_folders(listed, label, "picture"), [item for item in listed if format_of(item[0]) == "picture"]
     if pictures and not found and not any(format_of(path) in ("idx", "parquet", "arrow", "tar") for path, _, _ in listed):
         raise UserError(
             f"{what} has pictures without a class, such as {pictures[0][1]}: put those of each class into a folder of its name, or "
             f"add metadata.csv with the columns file_name and {label_column}"
         )
+    return found
+
+
+def class_folders(listed: Listed, label: str, form: Format) -> list[Found]:
+    """The files of a format that lie in a folder which is their class; none where all of them lie in folders of splits alone."""
+    files = [item for item in listed if format_of(item[0]) == form]
+    splits_alone, found = _mark_of_all(files), []
+    for path, inner, size in files:
+        parts = inner.split("/")
+        if len(parts) > 1 and not (len(parts) == 2 and splits_alone):
+            file = InputFile(path=path, name=f"{label}/{inner}", format=form, size=size, label=parts[-2])
+            found.append(Found(file, _mark(inner)))
     return found
 
 
@@ -78,7 +93,8 @@ def _mark_of_all(pictures: Listed) -> bool:
     return all(inner.count("/") == 1 for _, inner, _ in pictures) and all(name in MARKS for name in folders)
 
 
-def _rows(path: str, name: str) -> Iterator[dict[str, Any]]:
+def rows_of_table(path: str, name: str) -> Iterator[dict[str, Any]]:
+    """The rows of a table (.csv, .jsonl) beside files, as mappings. Raises UserError where it cannot be read."""
     filesystem, inner = open_folder(path)
     try:
         with filesystem.open_input_stream(inner) as source:
@@ -88,7 +104,7 @@ def _rows(path: str, name: str) -> Iterator[dict[str, Any]]:
         else:
             yield from (json.loads(line) for line in text.splitlines() if line.strip())
     except (OSError, ValueError, csv.Error) as error:
-        raise UserError(f"{name} cannot be read as a table of pictures ({str(error).splitlines()[0]})") from None
+        raise UserError(f"{name} cannot be read as a table ({str(error).splitlines()[0]})") from None
 
 
 def _in_table(

@@ -11,7 +11,15 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
-from perceiver.data import make_arrays, make_documents, make_flow, make_images, make_streams  # noqa: F401  (they make themselves known)
+from perceiver.data import (  # noqa: F401  (they make themselves known)
+    make_arrays,
+    make_documents,
+    make_flow,
+    make_images,
+    make_photos,
+    make_sounds,
+    make_streams,
+)
 from perceiver.data.examples import ExamplePart
 from perceiver.data.files import UNCUT, InputFile
 from perceiver.data.manifest import SPLITS
@@ -61,7 +69,7 @@ def _spans(file: InputFile, piece_bytes: int) -> Iterator[tuple[Span, int]]:
         for first in range(0, max(rows, 1), step):
             stop = min(first + step, rows)
             yield Span(file, first, stop), size * (stop - first) // max(rows, 1)
-    elif file.format in ("idx", "midi", "picture", "flow") or file.format in UNCUT or file.compressed:
+    elif file.format in ("idx", "midi", "picture", "flow", "sound") or file.format in UNCUT or file.compressed:
         yield Span(file, 0, file.size), file.size
     else:
         step = -(-piece_bytes // SECTION) * SECTION

@@ -132,13 +132,15 @@ class PieceWriter:
     def __init__(self, job: Job, index: int, split: str, stack: ExitStack) -> None:
         self._job, self._stack, self._name = job, stack, f"piece-{index:06d}-{split}"
         self._files: dict[str, BinaryIO] = {}
-        self._counts = dict.fromkeys((*COUNTS, "empty", "long", "all_tokens"), 0)
+        self._counts = dict.fromkeys((*COUNTS, "empty", "long", "all_tokens", "cut", "filled"), 0)
         self._histogram = np.zeros(0, np.int64)
         self._examples: list[dict[str, Any]] = []
         self._tables: pa.RecordBatchWriter | None = None
 
-    def add_example(self, example: dict[str, Any], content: bytes, digest: np.ndarray | None) -> None:
-        """A row of arrays."""
+    def add_example(self, example: dict[str, Any], content: bytes, digest: np.ndarray | None, label: int | None = None) -> None:
+        """A row of arrays; the label, where it has one, is counted."""
+        if label is not None:
+            self._count(np.array([label]))
         for name, count in (("rows", 1), ("documents", 1), ("bytes", len(content))):
             self._counts[name] += count
         if digest is not None:

@@ -95,7 +95,7 @@ def _read_pictures(span: Span, columns: Columns, problems: Problems) -> Iterator
     pixels: list[np.ndarray] = []
     labels: list[int] = []
     groups: list[bytes] | None = [] if columns.group else None
-    for place, data, label in _pictures(file, columns.label or ""):
+    for place, data, label in pictures_of(file, columns.label or ""):
         try:
             image = _with_shape(decode_image(data), columns)
             number = label_of(label, columns)
@@ -116,7 +116,7 @@ def _read_pictures(span: Span, columns: Columns, problems: Problems) -> Iterator
         yield Images(np.stack(pixels), np.array(labels, np.int64), groups)
 
 
-def _pictures(file: InputFile, label_column: str) -> Iterator[tuple[str, bytes, Any]]:
+def pictures_of(file: InputFile, label_column: str) -> Iterator[tuple[str, bytes, Any]]:
     """What messages call each picture, its bytes, its label."""
     if file.format == "tar":
         yield from tar_pictures(file, label_column)
@@ -187,7 +187,7 @@ def image_shape(file: InputFile, skip: bool = False) -> tuple[int, int, int]:
             height, width = parse_idx(head, 3, file.name, head_only=True)
             return height, width, 1
         if file.format in ("picture", "tar"):
-            for place, data, _ in _pictures(file, ""):
+            for place, data, _ in pictures_of(file, ""):
                 try:
                     return decode_image(data).shape
                 except BadImage as error:

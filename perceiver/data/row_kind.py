@@ -34,7 +34,7 @@ class RowKind(ABC):
     """The same for a person."""
     made_from: ClassVar[str] = "documents"
     """What its rows are made from, in the plural."""
-    new_rows: ClassVar[Literal["text", "image", "arrays", "frames"]] = "text"
+    new_rows: ClassVar[Literal["text", "image", "audio", "arrays", "frames"]] = "text"
     """What a row of new input holds, where a trained model is applied."""
     prepared_by_training: ClassVar[bool] = False
     """Whether a training (or a sweep) makes them of files by itself, where they are not made yet; else it names the command."""
@@ -46,6 +46,10 @@ class RowKind(ABC):
     """It can be read from files as they are, without being prepared before."""
     takes_code: ClassVar[bool] = True
     """It can be made from examples that a function of the user's yields."""
+    one_shape: ClassVar[bool] = False
+    """All its rows are images of one shape, which the manifest has."""
+    keeps_photos: ClassVar[bool] = False
+    """Its rows are pictures of any size, scaled and normalised as the published ImageNet models want it."""
     takes_unlabelled: ClassVar[bool] = False
     """A source's files without labels are its training split, where there are such."""
     has_columns: ClassVar[bool] = False

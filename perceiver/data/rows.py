@@ -5,6 +5,7 @@
 - "events":    tokens fixed_size_list<uint16>[T]: the events of performances, each filled up to whole rows (see `midi.py`)
 - "documents": tokens list<uint16>, at most `row_length` ids; label int32
 - "arrays":    named columns of fixed shapes, in any number, which the task names
+- "photos", "sounds": see `media_rows.py`
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ DTYPES = ("float32", "float16", "int8", "int16", "int32", "int64", "uint8", "uin
 """Types of a column's numbers; "string" and "binary" stand alone in a row, with shape ()."""
 
 
-class _LongRows(RowKind):
+class LongRows(RowKind):
     """Rows of which one column has a length that the data set sets."""
 
     def __init__(self, row_length: int) -> None:
@@ -36,11 +37,11 @@ class _LongRows(RowKind):
         return cls(row_length)
 
 
-class ImageRows(_LongRows):
+class ImageRows(LongRows):
     """Images of one shape with their labels."""
 
     kind = "images"
-    has_labels = True
+    has_labels = one_shape = True
     prepared_by_training = True
     made_from = "images"
     new_rows = "image"
@@ -51,14 +52,14 @@ class ImageRows(_LongRows):
     @property
     def schema(self) -> pa.Schema:
         image = pa.list_(pa.field("element", pa.uint8(), nullable=False), self.row_length)
-        return pa.schema([pa.field("image", image, nullable=False), _LABEL])
+        return pa.schema([pa.field("image", image, nullable=False), LABEL])
 
     @property
     def bytes_per_row(self) -> int:
         return self.row_length
 
 
-class _StreamRows(_LongRows):
+class _StreamRows(LongRows):
     """A stream of ids, cut into rows of equal length."""
 
     lookahead = 1
@@ -96,7 +97,7 @@ class EventRows(_StreamRows):
     expected = ".mid or .midi files"
 
 
-class DocumentRows(_LongRows):
+class DocumentRows(LongRows):
     """Documents of at most the given number of token ids, with their labels."""
 
     kind = "documents"
@@ -110,11 +111,12 @@ class DocumentRows(_LongRows):
 
     @property
     def schema(self) -> pa.Schema:
-        return pa.schema([pa.field("tokens", pa.list_(_TOKEN), nullable=False), _LABEL])
+        return pa.schema([pa.field("tokens", pa.list_(_TOKEN), nullable=False), LABEL])
 
 
 _TOKEN = pa.field("element", pa.uint16(), nullable=False)
-_LABEL = pa.field("label", pa.int32(), nullable=False)
+LABEL = pa.field("label", pa.int32(), nullable=False)
+"""The column with the class of a row."""
 
 
 @dataclass(frozen=True)

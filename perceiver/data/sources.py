@@ -13,6 +13,7 @@ from perceiver.data.files import MARKS, UNCUT, Format, Found, InputFile, files_o
 from perceiver.data.picture_folders import picture_folder
 from perceiver.data.read_tables import is_json_array
 from perceiver.data.rows import KINDS
+from perceiver.data.sound_folders import sound_folder
 from perceiver.data.storage import open_folder
 
 _UTF_8 = ("utf-8", "utf8")
@@ -35,6 +36,7 @@ class _Hub:
 NAMED: dict[str, _Hub | Path] = {
     "mnist-mini": SHIPPED,
     "mnist": _Hub(repository="ylecun/mnist"),
+    "imagenet": _Hub(repository="ILSVRC/imagenet-1k", marks={"train": "train", "validation": "val"}),
     "wikitext-103-raw": _Hub(repository="Salesforce/wikitext", config="wikitext-103-raw-v1", format="wikitext-rows"),
     "wikitext-2-raw": _Hub(repository="Salesforce/wikitext", config="wikitext-2-raw-v1", format="wikitext-rows"),
     "wikitext-2": _Hub(repository="Salesforce/wikitext", config="wikitext-2-v1", format="wikitext-rows"),
@@ -148,12 +150,12 @@ def resolve(data: DataConfig, kind: str) -> Source:
     ignored: list[str] = []
     origin = None
     if data.source:
-        train, val, ignored, origin = _resolved(data.source, kind, "data.source", data.label_column, data.group_column)
+        train, val, ignored, origin = _resolved(data.source, kind, "data.source", data)
         if not train:
             what = "examples" if is_code(data.source) else "files"
             raise UserError(f"data.source {data.source} has no {what} to train on, only {', '.join(f.name for f in val)}")
     if data.val_source:
-        unmarked, marked, more, _ = _resolved(data.val_source, kind, "data.val_source", data.label_column, data.group_column)
+        unmarked, marked, more, _ = _resolved(data.val_source, kind, "data.val_source", data)
         ignored += [f.name for f in val] + more + ([f.name for f in unmarked] if marked else [])
         val = marked or unmarked
     if not val and data.val_fraction <= 0:
@@ -164,7 +166,7 @@ def resolve(data: DataConfig, kind: str) -> Source:
         if isinstance(file, InputFile) and (same := by_place.get(real_place(file.path))) is not None:
             raise UserError(same_file(same.name, file.name))
     inputs = [*(replace(f, split="train" if val else "hash") for f in train), *(replace(f, split="val") for f in val)]
-    if KINDS[kind].new_rows != "image":
+    if KINDS[kind].new_rows not in ("image", "audio"):
         inputs = [_encoded(f, data) for f in inputs]
     return Source(
         files=tuple(f for f in inputs if isinstance(f, InputFile)),
@@ -190,9 +192,7 @@ def _encoded(file: InputFile | ExamplePart, data: DataConfig) -> InputFile | Exa
     return replace(file, encoding=data.encoding) if text and data.encoding.lower() not in _UTF_8 else file
 
 
-def _resolved(
-    source: str, kind: str, field: str, label_column: str, group_column: str | None
-) -> tuple[list[Any], list[Any], list[str], dict[str, Any] | None]:
+def _resolved(source: str, kind: str, field: str, data: DataConfig) -> tuple[list[Any], list[Any], list[str], dict[str, Any] | None]:
     """What there is for training, for validation, names of what is for neither, and where on the hub it comes from."""
     if is_code(source):
         if not KINDS[kind].takes_code:
@@ -200,7 +200,7 @@ def _resolved(
                 f"{field} {source} is code, but {kind} are made from {KINDS[kind].expected}: a task of your own can read arrays"
             )
         return *find_parts(source, field), [], None
-    found, origin = _find(source, kind, field, label_column, group_column)
+    found, origin = _find(source, kind, field, data)
     return *_assign(found, kind), origin
 
 
@@ -222,7 +222,7 @@ def _assign(found: list[Found], kind: str) -> tuple[list[InputFile], list[InputF
     return train, val, [item.file.name for item in found if item.file.path not in used]
 
 
-def _find(source: str, kind: str, field: str, label_column: str, group_column: str | None) -> tuple[list[Found], dict[str, Any] | None]:
+def _find(source: str, kind: str, field: str, data: DataConfig) -> tuple[list[Found], dict[str, Any] | None]:
     named = NAMED.get(source)
     if isinstance(named, Path):
         return files_of(str(named), source, kind, field, NAMED), None
@@ -237,9 +237,12 @@ def _find(source: str, kind: str, field: str, label_column: str, group_column: s
     if together is not None:
         return together, None
     if KINDS[kind].new_rows == "image":
-        pictures = picture_folder(list_files(source, field, NAMED), label, f"{field} {source}", label_column, group_column)
+        pictures = picture_folder(list_files(source, field, NAMED), label, f"{field} {source}", data.label_column, data.group_column)
         if pictures:
             return pictures, None
+    if KINDS[kind].new_rows == "audio":
+        listed = list_files(source, field, NAMED)
+        return sound_folder(listed, label, f"{field} {source}", data.label_column, data.group_column, data.val_fold), None
     return files_of(source, label, kind, field, NAMED), None
 
 

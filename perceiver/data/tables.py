@@ -43,6 +43,8 @@ class Columns:
     """Of what is stored."""
     fit_images: bool = False
     """Scale and cut images to that shape (`perceiver.data.images.fitted`)."""
+    sample_rate: int | None = None
+    """Samples a second of sounds as they are stored."""
 
 
 def parquet_rows(file: InputFile) -> tuple[int, int]:

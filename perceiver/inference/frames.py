@@ -1,8 +1,9 @@
-"""Image files as input rows of batch inference: each by itself, or two frames that follow each other."""
+"""Image and sound files as input rows of batch inference: each by itself, or two frames that follow each other."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import PurePosixPath
 from typing import Any
 
 from perceiver.config import UserError
@@ -11,6 +12,9 @@ from perceiver.data.rows import ArrayRows
 from perceiver.data.storage import open_folder
 from perceiver.inference.rows import Row, Wanted
 
+SOUNDS = (".wav", ".flac", ".ogg", ".mp3", ".aiff", ".aif")
+IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+_WANTED = {"arrays": "row of arrays", "text": "text", "image": "image", "audio": "sound", "frames": "pair of frames"}
 FRAMES = ArrayRows(first=((), "binary"), second=((), "binary"))
 """What a row of two frames has: image files."""
 
@@ -32,7 +36,7 @@ def frame_cuts(paths: Mapping[str, str], rows_per_part: int) -> Iterator[dict[st
 def frames_rows(paths: Sequence[str], names: Sequence[str]) -> list[Row]:
     """The rows of such a part, each with the id of its first frame."""
     wanted = Wanted("image", "", None)
-    found = [image_row(path, name, wanted) for path, name in zip(paths, names, strict=True)]
+    found = [media_row(path, name, wanted) for path, name in zip(paths, names, strict=True)]
     rows = []
     for first, second in zip(found[::2], found[1::2], strict=True):
         error = first.error or (second.error and f"{second.id} {second.error}")
@@ -40,10 +44,11 @@ def frames_rows(paths: Sequence[str], names: Sequence[str]) -> list[Row]:
     return rows
 
 
-def image_row(path: str, name: str, wanted: Wanted) -> Row:
-    """An image file as a row."""
-    if wanted.kind != "image":
-        return Row(name, None, "an image file is no row of arrays" if wanted.kind == "arrays" else "an image file is no text")
+def media_row(path: str, name: str, wanted: Wanted) -> Row:
+    """An image or sound file as a row."""
+    what = "a sound file" if PurePosixPath(path).suffix.lower() in SOUNDS else "an image file"
+    if what != {"image": "an image file", "audio": "a sound file"}.get(wanted.kind):
+        return Row(name, None, f"{what} is no {_WANTED[wanted.kind]}")
     filesystem, inner = open_folder(path)
     try:
         with filesystem.open_input_stream(inner, compression=None) as source:

@@ -10,14 +10,22 @@ import numpy as np
 import torch
 
 from perceiver.config import UserError
-from perceiver.data.images import BadImage, decode_image, fitted, picture_pixels, random_crop, scale
+from perceiver.data.images import (
+    IMAGENET_DEVIATION,
+    IMAGENET_MEAN,
+    BadImage,
+    decode_image,
+    fitted,
+    framed,
+    picture_pixels,
+    random_crop,
+    scale,
+)
 from perceiver.models import ImageInput
 
 ImageLike = Any
 """An image: a path, the bytes of a PNG or JPEG file, an array or tensor (height, width[, channels]) of uint8,
 or a Pillow image. Several: a list of them, or an array or tensor (images, height, width, channels)."""
-
-_IMAGENET_MEAN, _IMAGENET_DEVIATION = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
 
 
 def images_of(
@@ -52,14 +60,8 @@ def photo(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
     Returns:
         float32 (height, width, 3).
     """
-    from PIL import Image
-
-    pixels = _with_channels(pixels, 3)
-    side = int(0.875 * min(pixels.shape[:2]))
-    top, left = (pixels.shape[0] - side) // 2, (pixels.shape[1] - side) // 2
-    middle = Image.fromarray(pixels[top : top + side, left : left + side])
-    scaled = np.asarray(middle.resize((width, height), Image.Resampling.BICUBIC), np.float32) / 255
-    return (scaled - _IMAGENET_MEAN) / _IMAGENET_DEVIATION
+    scaled = framed(_with_channels(pixels, 3), height, width).astype(np.float32) / 255
+    return (scaled - IMAGENET_MEAN) / IMAGENET_DEVIATION
 
 
 def _image(value: Any, config: ImageInput, crop: int | None) -> np.ndarray:

@@ -153,7 +153,7 @@ def load_run(run: Run, checkpoint: str, device: torch.device, trust_code: bool =
     }
     return TrainedModel(
         model=model, config=experiment.model, task=experiment.task, data=data, seed=experiment.training.seed, tokenizer=tokenizer,
-        name=run.name, provenance=provenance,
+        photos=KINDS[experiment.task.kind].keeps_photos, name=run.name, provenance=provenance,
     )  # fmt: skip
 
 
@@ -232,7 +232,7 @@ def load_published(source: str | Path, folder: Path | None, device: torch.device
     pretrained = read_pretrained(source)
     published = read_json(folder / CONFIG) if folder is not None and (folder / CONFIG).is_file() else {}
     task = task_of(pretrained.config)
-    photos = published.get("architectures") == ["PerceiverForImageClassificationFourier"]
+    photos = (published.get("architectures") or [""])[0].startswith("PerceiverForImageClassification")
     if getattr(task, "class_names", ()) is None and (labels := published.get("id2label")):
         with in_one_sentence((folder or Path()) / CONFIG):
             names: dict[str, Any] = {"class_names": tuple(str(labels[key]) for key in sorted(labels, key=int))}

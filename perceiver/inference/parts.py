@@ -1,7 +1,7 @@
 """Input files of batch inference, of any size, cut into parts, the same parts at every call; their rows, each with an id.
 
-Rows are the lines of .txt files, the objects of .jsonl (.json, .ndjson), the rows of .csv, .tsv, .parquet and .arrow, and image files (a
-file a row). Files of lines and rows of text may be packed (.gz, .bz2, .zst).
+Rows are the lines of .txt files, the objects of .jsonl (.json, .ndjson), the rows of .csv, .tsv, .parquet and .arrow, and image and sound
+files (a file a row). Files of lines and rows of text may be packed (.gz, .bz2, .zst).
 """
 
 from __future__ import annotations
@@ -26,14 +26,15 @@ from perceiver.data.spans import Problems, Span, Unreadable, chunks
 from perceiver.data.storage import open_folder
 from perceiver.data.tables import NotJson, parse_json
 from perceiver.inference.csv_parts import csv_cuts, csv_rows_of
-from perceiver.inference.frames import FRAMES, frame_cuts, frames_rows, image_row
+from perceiver.inference.frames import FRAMES, IMAGES, SOUNDS, frame_cuts, frames_rows, media_row
 from perceiver.inference.rows import Kind, Row, Wanted, checked_row
 
 _CHUNK = 8 << 20
 _LINES = (".txt", ".jsonl", ".json", ".ndjson")
 _CSV, _ARROW = (".csv", ".tsv"), (".arrow", ".feather")
 _TABLES = (*_CSV, ".parquet", *_ARROW)
-_IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+_MEDIA = (*IMAGES, *SOUNDS)
+"""Endings of files that are a row each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +58,7 @@ class Part:
 def list_inputs(inputs: Sequence[str], kind: Kind | None = None) -> list[tuple[str, str, int]]:
     """(path, name, bytes) of all input files: of files as they are, of folders all readable files in them, sorted.
 
-    Where images are wanted, tables beside the images of a folder, which say their classes, are none.
+    Where images or sounds are wanted, tables beside those of a folder, which say their classes, are none.
 
     Raises:
         UserError: a path that is not there, or nothing to read.
@@ -76,12 +77,12 @@ def list_inputs(inputs: Sequence[str], kind: Kind | None = None) -> list[tuple[s
                     found.append((prefix + file.path, name, file.size))
         else:
             raise UserError(f"--input {given} does not exist: give files or folders")
-    known = {item for item in found if _suffix(item[0]) in (*_LINES, *_TABLES, *_IMAGES)}
-    if kind in ("image", "frames") and any(_suffix(path) in _IMAGES for path, _, _ in known):
+    known = {item for item in found if _suffix(item[0]) in (*_LINES, *_TABLES, *_MEDIA)}
+    if kind in ("image", "audio", "frames") and any(_suffix(path) in _MEDIA for path, _, _ in known):
         known = {item for item in known if _suffix(item[0]) not in (*_LINES, *_CSV)}
     readable = sorted(known, key=lambda item: (item[1], item[0]))
     if not readable:
-        raise UserError(f"--input has no file that can be read: {', '.join((*_LINES, *_TABLES, *_IMAGES))}")
+        raise UserError(f"--input has no file that can be read: {', '.join((*_LINES, *_TABLES, *_MEDIA))}")
     if len({name for _, name, _ in readable}) < len(readable):
         raise UserError("--input has two files of the same name: rows of both would have the same ids")
     return readable
@@ -102,9 +103,9 @@ def plan_parts(
         UserError: a file that is damaged or lacks the column.
     """
     cuts: list[dict[str, Any]] = []
-    images = [(path, name) for path, name, _ in files if _suffix(path) in _IMAGES]
+    images = [(path, name) for path, name, _ in files if _suffix(path) in _MEDIA]
     if arrays == FRAMES:
-        cuts += frame_cuts({name: path for path, name in images}, rows_per_part)
+        cuts += frame_cuts({name: path for path, name in images if _suffix(path) in IMAGES}, rows_per_part)
         images = []
     for i in range(0, len(images), rows_per_part):
         paths, names = zip(*images[i : i + rows_per_part], strict=True)
@@ -145,10 +146,10 @@ def read_part(part: Part, kind: Kind, column: str, id_column: str | None, arrays
         UserError: the file has changed since it was cut.
     """
     suffix, wanted = _suffix(part.paths[0]), Wanted(kind, column, id_column, arrays)
-    if suffix in _IMAGES and arrays == FRAMES:
+    if suffix in IMAGES and arrays == FRAMES:
         rows = frames_rows(part.paths, part.names)
-    elif suffix in _IMAGES:
-        rows = [image_row(path, name, wanted) for path, name in zip(part.paths, part.names, strict=True)]
+    elif suffix in _MEDIA:
+        rows = [media_row(path, name, wanted) for path, name in zip(part.paths, part.names, strict=True)]
     elif suffix == ".parquet":
         rows = _parquet_part(part, wanted)
     elif suffix in _ARROW:

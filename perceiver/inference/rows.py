@@ -1,7 +1,7 @@
 """Input rows of batch inference: what a row holds, or what is wrong with it, and rows as tables that can be sent.
 
-A row is a text, an image, two frames, or some of the arrays that a task reads (their targets may be missing). A row that cannot be read
-is a row all the same: it has an error in place of its value.
+A row is a text, an image, a sound, two frames, or some of the arrays that a task reads (their targets may be missing). A row that cannot
+be read is a row all the same: it has an error in place of its value.
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ import pyarrow as pa
 from perceiver.config import UserError
 from perceiver.data.rows import ArrayRows, Column
 
-Kind = Literal["text", "image", "arrays", "frames"]
+Kind = Literal["text", "image", "audio", "arrays", "frames"]
+
+
+_NEEDED = {"text": "text", "image": "the bytes of an image", "audio": "the bytes of a sound"}
 
 
 @dataclass(frozen=True)
@@ -60,11 +63,11 @@ def checked_row(values: dict[str, Any], given: Any, place: str, wanted: Wanted) 
     if wanted.arrays is not None:
         return _arrays_row(values, identity, place, wanted.arrays)
     value = values[column]
-    if kind == "image" and isinstance(value, dict):
+    if kind in ("image", "audio") and isinstance(value, dict):
         value = value.get("bytes")
     if not isinstance(value, str if kind == "text" else bytes):
         what = "is missing or null" if value is None else f"is {type(value).__name__}"
-        return Row(identity, None, f"{column!r} {what}, not {'text' if kind == 'text' else 'the bytes of an image'}", place)
+        return Row(identity, None, f"{column!r} {what}, not {_NEEDED[kind]}", place)
     return Row(identity, value, None, place)
 
 

@@ -15,6 +15,7 @@ from torch import nn
 from perceiver.config import DataConfig, ModelConfig, TaskConfig, UserError, subclasses, type_name
 from perceiver.config.core import import_builtins, is_builtin
 from perceiver.data.midi import FROM_NOTHING, midi_file
+from perceiver.data.row_kind import KINDS
 from perceiver.data.tokenizers import Tokenizer
 from perceiver.generation.continuations import generate_text, stream_text
 from perceiver.generation.generate import generate, new_seed
@@ -24,6 +25,7 @@ from perceiver.generation.texts import check_text, pad_right
 from perceiver.inference import measure
 from perceiver.inference.images import ImageLike, images_of
 from perceiver.inference.predictor import Predictor
+from perceiver.inference.sounds import SoundLike, sounds_of
 from perceiver.models import ClassOutput, ImageInput, PerceiverARConfig, PerceiverIOConfig, TextInput
 
 Result = TypeVar("Result")
@@ -194,8 +196,8 @@ class TrainedModel:
         tokenizer = self._require("fill_mask")
         return _map(lambda texts: fill_masks(self.model, tokenizer, texts, top_k), text, batch_size)
 
-    def classify(self, inputs: str | ImageLike | Sequence[str | ImageLike], *, batch_size: int = 16) -> Any:
-        """The class of a text or image, or of several: `Classification`."""
+    def classify(self, inputs: str | ImageLike | SoundLike | Sequence[Any], *, batch_size: int = 16) -> Any:
+        """The class of a text, image or sound, or of several: `Classification`."""
         self._require("classify")
         names = self.class_names
         return _map(lambda batch: measure.classify(self.model, *self._inputs(batch), names), inputs, batch_size)
@@ -231,8 +233,8 @@ class TrainedModel:
         """
         return Predictor(self.model, self.task.build(self.config, self.data, self.seed), self.device, self.name)
 
-    def embed(self, inputs: str | ImageLike | Sequence[str | ImageLike], *, pool: bool = True, batch_size: int = 16) -> Any:
-        """Latents of a text or image as a float32 vector (channels,): their mean; with `pool=False` all (latents,
+    def embed(self, inputs: str | ImageLike | SoundLike | Sequence[Any], *, pool: bool = True, batch_size: int = 16) -> Any:
+        """Latents of a text, image or sound as a float32 vector (channels,): their mean; with `pool=False` all (latents,
         channels).
 
         Of a causal language model: the final latents of the last max_latents tokens.
@@ -260,9 +262,12 @@ class TrainedModel:
             raise UserError("the text is empty: there is nothing to embed")
         return measure.embed_causal(self.model, rows, pool)
 
-    def _inputs(self, batch: Sequence[Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _inputs(self, batch: Sequence[Any]) -> tuple[Any, torch.Tensor | None]:
         """Inputs of a Perceiver IO model, and where they are padding."""
         assert isinstance(self.config, PerceiverIOConfig)
+        if KINDS[self.task.kind].new_rows == "audio":
+            stored = self.task.prepared_settings(self.config)
+            return torch.from_numpy(sounds_of(batch, stored["sample_rate"], stored["row_length"])).to(self.device), None
         if isinstance(self.config.input, ImageInput):
             crop = getattr(self.task, "random_crop", None)
             pixels = images_of(batch, self.config.input, crop, self.photos, self.data.image_size)

@@ -235,6 +235,8 @@ def check_weights(weights: Mapping[str, Tensor], file: Path | str) -> None:
         UserError: names the first that is not.
     """
     for name, tensor in weights.items():
+        if name.endswith(".num_batches_tracked"):  # a count that batch normalisation keeps, of training alone
+            continue
         if not tensor.is_floating_point():
             kind = str(tensor.dtype).removeprefix("torch.")
             raise UserError(f"weight {name} of {file} has values of type {kind}, but weights are floating-point numbers")

@@ -6,16 +6,19 @@ from typing import Any
 from perceiver.config import ModelConfig, UserError, differences
 from perceiver.interop.comparison import resolved_architecture
 from perceiver.interop.names import Rules, StateDict, rename
+from perceiver.interop.stems import FROM_TRANSFORMERS, TO_TRANSFORMERS, with_kernels, with_norm, without_norm
 from perceiver.models import (
     AudioInput,
     AutoencoderOutput,
     ClassInput,
     ClassOutput,
+    ConvolutionInput,
     DecoderConfig,
     EncoderConfig,
     FlowInput,
     FlowOutput,
     ImageInput,
+    LearnedPositionInput,
     MultimodalInput,
     PerceiverIOConfig,
     TextInput,
@@ -48,6 +51,7 @@ _MULTIMODAL: Rules = (
     (r"perceiver\.decoder\.decoder\.final_layer\.", "decoder.output.shared."),
 )
 _TRANSFORMERS: Rules = (
+    *FROM_TRANSFORMERS,
     (r"perceiver\.embeddings\.latents$", "encoder.latents"),
     (r"perceiver\.input_preprocessor\.embeddings\.", "encoder.input_adapter.txt_embedding."),
     (r"perceiver\.input_preprocessor\.position_embeddings\.", "encoder.input_adapter.pos_embedding."),
@@ -78,7 +82,8 @@ def from_transformers(state_dict: StateDict, config: ModelConfig) -> StateDict:
         UserError: a name that such a model does not have.
     """
     several = isinstance(config, PerceiverIOConfig) and isinstance(config.output, AutoencoderOutput)
-    renamed = rename(state_dict, (*_MULTIMODAL, *_TRANSFORMERS) if several else _TRANSFORMERS, _TRANSFORMERS_LAYER, "transformers")
+    rules = (*_MULTIMODAL, *_TRANSFORMERS) if several else _TRANSFORMERS
+    renamed = rename(without_norm(state_dict), rules, _TRANSFORMERS_LAYER, "transformers")
     is_self_attention = re.compile(r"(encoder\.self_attention_1\.\d+\.)q_norm\.")
     return {is_self_attention.sub(r"\1norm.", name): tensor for name, tensor in renamed.items()}
 
@@ -87,8 +92,8 @@ def config_from_transformers(config: dict[str, Any], architecture: str | None = 
     """A transformers PerceiverConfig (its config.json) as our model configuration.
 
     Args:
-        architecture: class of the model, one of PerceiverForMaskedLM, PerceiverForImageClassificationFourier, PerceiverForOpticalFlow
-            and PerceiverForMultimodalAutoencoding; None: what the config says.
+        architecture: class of the model, one of PerceiverForMaskedLM, PerceiverForImageClassificationFourier, ...Learned and
+            ...ConvProcessing, PerceiverForOpticalFlow and PerceiverForMultimodalAutoencoding; None: what the config says.
 
     Raises:
         UserError: another architecture, or settings that these models do not have.
@@ -114,6 +119,12 @@ def config_from_transformers(config: dict[str, Any], architecture: str | None = 
         case "PerceiverForImageClassificationFourier":
             input_config = ImageInput(image_shape=(224, 224, 3), num_frequency_bands=64)
             kv_channels, output = 261, ClassOutput(num_classes=c["num_labels"], num_query_channels=d_latents)
+        case "PerceiverForImageClassificationLearned":
+            input_config = LearnedPositionInput(image_shape=(c["image_size"], c["image_size"], 3))
+            kv_channels, output = 512, ClassOutput(num_classes=c["num_labels"], num_query_channels=d_latents)
+        case "PerceiverForImageClassificationConvProcessing":
+            input_config = ConvolutionInput(image_shape=(224, 224, 3))
+            kv_channels, output = 322, ClassOutput(num_classes=c["num_labels"], num_query_channels=d_latents)
         case "PerceiverForOpticalFlow":
             input_config = FlowInput(image_shape=tuple(c["train_size"]))
             kv_channels, output = 322, FlowOutput()
@@ -126,7 +137,8 @@ def config_from_transformers(config: dict[str, Any], architecture: str | None = 
         case _:
             raise UserError(
                 f"a transformers Perceiver of class {architecture} cannot be read: only PerceiverForMaskedLM, "
-                "PerceiverForImageClassificationFourier, PerceiverForOpticalFlow and PerceiverForMultimodalAutoencoding"
+                "PerceiverForImageClassificationFourier, ...Learned and ...ConvProcessing, PerceiverForOpticalFlow and "
+                "PerceiverForMultimodalAutoencoding"
             )
     return PerceiverIOConfig(
         num_latents=c["num_latents"],
@@ -213,6 +225,7 @@ def to_transformers(state_dict: StateDict, config: PerceiverIOConfig) -> StateDi
     )
     rules: Rules = (
         *(several if isinstance(config.output, AutoencoderOutput) else ()),
+        *TO_TRANSFORMERS,
         (r"encoder\.latents$", "perceiver.embeddings.latents"),
         (r"encoder\.input_adapter\.txt_embedding\.", "perceiver.input_preprocessor.embeddings."),
         (r"encoder\.input_adapter\.pos_embedding\.", "perceiver.input_preprocessor.position_embeddings."),
@@ -224,7 +237,8 @@ def to_transformers(state_dict: StateDict, config: PerceiverIOConfig) -> StateDi
         (r"decoder\.output\.", f"{decoder}final_layer."),
         (r"decoder\.output_bias$", "embedding_decoder.bias"),
     )
-    return rename(state_dict, rules, _TO_TRANSFORMERS_LAYER, "this project")
+    renamed = with_norm(rename(state_dict, rules, _TO_TRANSFORMERS_LAYER, "this project"))
+    return with_kernels(renamed) if isinstance(config.input, LearnedPositionInput) else renamed
 
 
 def config_to_transformers(config: ModelConfig) -> dict[str, Any]:
@@ -254,8 +268,11 @@ def config_to_transformers(config: ModelConfig) -> dict[str, Any]:
         case TextInput(vocab_size=vocab_size, max_seq_len=max_seq_len), TextOutput():
             architecture = "PerceiverForMaskedLM"
             common |= {"vocab_size": vocab_size, "max_position_embeddings": max_seq_len}
-        case ImageInput(), ClassOutput(num_classes=num_classes):
-            architecture = "PerceiverForImageClassificationFourier"
+        case ImageInput(image_shape=image_shape), ClassOutput(num_classes=num_classes):
+            suffix = {LearnedPositionInput: "Learned", ConvolutionInput: "ConvProcessing"}.get(type(config.input), "Fourier")
+            architecture = f"PerceiverForImageClassification{suffix}"
+            if suffix == "Learned":
+                common["image_size"] = image_shape[0]
             common["id2label"] = {str(i): f"LABEL_{i}" for i in range(num_classes)}
             common["label2id"] = {f"LABEL_{i}": i for i in range(num_classes)}
         case FlowInput(image_shape=image_shape), FlowOutput():

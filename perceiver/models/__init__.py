@@ -13,10 +13,13 @@ from perceiver.models.encoder_decoder import DecoderConfig, EncoderConfig
 from perceiver.models.event_input import EventInput
 from perceiver.models.grid_inputs import AudioInput, StemInput, VideoInput
 from perceiver.models.inputs import FlowInput, ImageInput, InputConfig, TextInput
+from perceiver.models.mel_input import LogMelInput
 from perceiver.models.multimodal_input import ClassInput, MultimodalInput
 from perceiver.models.outputs import ClassOutput, FlowOutput, ModelSizes, OutputConfig, OutputQueries, TextOutput, ValueOutput
 from perceiver.models.perceiver_ar import PerceiverAR, PerceiverARCache, PerceiverARConfig
 from perceiver.models.perceiver_io import PerceiverIO, PerceiverIOConfig
+from perceiver.models.published_stems import ConvolutionInput, LearnedPositionInput
+from perceiver.models.resampler import Resampler
 from perceiver.models.table_input import TableInput
 
 __all__ = [
@@ -26,6 +29,7 @@ __all__ = [
     "AutoencoderOutput",
     "ClassInput",
     "ClassOutput",
+    "ConvolutionInput",
     "DecoderConfig",
     "EmbeddingOutput",
     "EncoderConfig",
@@ -35,6 +39,8 @@ __all__ = [
     "HeadsOutput",
     "ImageInput",
     "InputConfig",
+    "LearnedPositionInput",
+    "LogMelInput",
     "ModelSizes",
     "MultimodalInput",
     "OutputConfig",
@@ -44,6 +50,7 @@ __all__ = [
     "PerceiverARConfig",
     "PerceiverIO",
     "PerceiverIOConfig",
+    "Resampler",
     "StemInput",
     "TableInput",
     "TextInput",

@@ -16,9 +16,12 @@ from perceiver.config.core import UserError, spelled
 from perceiver.models.checks import check_sizes
 from perceiver.models.inputs import GridAdapter, ImageInput, InputConfig
 
+FULL_SCALE = 32767.0
+"""Value of a 16-bit sample of 1."""
+
 
 class AudioInput(InputConfig):
-    """Raw samples in groups: each group is an input position. A batch holds (B, samples)."""
+    """Raw samples in groups: each group is an input position. A batch holds (B, samples), floats from -1 to 1 or int16."""
 
     has_cost_formulas: ClassVar[bool] = False
 
@@ -65,6 +68,8 @@ class AudioAdapter(GridAdapter):
 
     def points(self, x: Tensor) -> Tensor:
         """(B, samples) -> (B, N, group)."""
+        if not x.is_floating_point():
+            x = x.float() / FULL_SCALE
         return x.unflatten(1, (-1, self.group))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -206,9 +206,10 @@ class PerceiverEncoder(nn.Module):
         element_size = self.latents.element_size()
         if self.factored and factored_attention.is_cheaper(self.num_query_heads, self.cross_channels, element_size):
             norm = self.cross_attention_1.kv_norm
-            return FactoredInput.of(self.input_adapter.points(x), self.input_adapter.position_encoding, norm.eps), pad_mask
+            points = self.input_adapter.points(x).to(self.latents.dtype)
+            return FactoredInput.of(points, self.input_adapter.position_encoding, norm.eps), pad_mask
         adapted = self.input_adapter(x)
-        return adapted if isinstance(adapted, tuple) else (adapted, pad_mask)
+        return adapted if isinstance(adapted, tuple) else (adapted.to(self.latents.dtype), pad_mask)
 
     def forward(self, adapted: Tensor | FactoredInput, pad_mask: Tensor | None = None) -> Tensor:
         """adapted input of N positions, pad_mask (B, N), True = padding -> latents (B, L, D).

@@ -8,12 +8,13 @@ from collections.abc import Callable
 
 from perceiver.config import Experiment
 from perceiver.presets.arrays import forecast_seasons, points_shapes
+from perceiver.presets.audio import audio_clf_esc50, audio_clf_small
 from perceiver.presets.flow import optical_flow, optical_flow_small
 from perceiver.presets.images import img_clf, img_clf_imagenet, img_clf_mnist, quickstart
 from perceiver.presets.multimodal import multimodal_kinetics, multimodal_small
 from perceiver.presets.music import sam_giantmidi, sam_maestro, sam_small
 from perceiver.presets.sequences import copy_131072, copy_small, img_ar_imagenet64, img_ar_mnist
-from perceiver.presets.tables import tables
+from perceiver.presets.tables import table_heads, tables
 from perceiver.presets.text import (
     clm_c4,
     clm_c4_small,
@@ -56,8 +57,11 @@ PRESETS: dict[str, Callable[[], Experiment]] = {
         multimodal_kinetics,
         multimodal_small,
         tables,
+        table_heads,
         forecast_seasons,
         points_shapes,
+        audio_clf_small,
+        audio_clf_esc50,
         img_clf,
         txt_clf,
     )

@@ -1,6 +1,6 @@
 """Experiments on images."""
 
-from perceiver.config import Cosine, DataConfig, Experiment, OptimConfig, ParallelConfig, RunConfig, TrainingConfig
+from perceiver.config import Cosine, DataConfig, Experiment, FlatCosine, Lamb, OptimConfig, ParallelConfig, RunConfig, TrainingConfig
 from perceiver.models import (
     ClassOutput,
     DecoderConfig,
@@ -10,6 +10,7 @@ from perceiver.models import (
     StemInput,
 )
 from perceiver.tasks.image_classification import ImageClassificationConfig
+from perceiver.tasks.photo_classification import PhotoClassificationConfig
 
 
 def quickstart() -> Experiment:
@@ -84,10 +85,10 @@ def img_clf() -> Experiment:
 
 
 def img_clf_imagenet() -> Experiment:
-    """ImageNet classifier with 2D Fourier features (Perceiver IO paper, Section 4.4; vision-perceiver-fourier)."""
+    """ImageNet classifier with 2D Fourier features (Perceiver IO paper, Section 4.4; vision-perceiver-fourier), by the published recipe."""
     return Experiment(
         preset="img-clf-imagenet",
-        task=ImageClassificationConfig(),
+        task=PhotoClassificationConfig(randaugment_ops=4, randaugment_magnitude=5, mixup=0.2, cutmix=0.2, label_smoothing=0.1),
         model=PerceiverIOConfig(
             num_latents=512,
             num_latent_channels=1024,
@@ -101,7 +102,16 @@ def img_clf_imagenet() -> Experiment:
             output=ClassOutput(num_classes=1000, num_query_channels=1024),
         ),
         data=DataConfig(source="imagenet"),
+        optim=OptimConfig(
+            optimizer=Lamb(),
+            lr=2e-3,  # 5e-4 for each 256 examples of a batch
+            weight_decay=0.1,
+            schedule=FlatCosine(),
+            max_grad_norm=10.0,
+            groups=("encoder.latents:decay=0.1", "decoder.queries:decay=0.1"),
+        ),
         training=TrainingConfig(global_batch_size=1024, max_epochs=110, precision="bf16"),
+        run=RunConfig(val_every=1251, checkpoint_every=1251, best_metric="val_acc"),
     )
 
 

@@ -1,8 +1,17 @@
 """Experiments on a user's own tables of numbers."""
 
+from dataclasses import replace
+
 from perceiver.config import Cosine, DataConfig, Experiment, OptimConfig, RunConfig, TrainingConfig
 from perceiver.models import ClassOutput, DecoderConfig, EncoderConfig, PerceiverIOConfig, TableInput
+from perceiver.tasks.table_heads import TableHeadsConfig
 from perceiver.tasks.tables import TablesConfig
+
+
+def table_heads() -> Experiment:
+    """Several columns of your own table at once: --data.source FILE.parquet --task.heads A=classes B=mse*0.5."""
+    base = tables()
+    return replace(base, preset="table-heads", task=TableHeadsConfig())
 
 
 def tables() -> Experiment:

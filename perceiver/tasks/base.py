@@ -111,6 +111,17 @@ class Task(ABC, Generic[C, M]):
         """
         return block.slice(0, block.num_rows - split.lookahead)
 
+    def decode(self, rows: pa.Table, split: Split, train: bool) -> pa.Table:
+        """Turns chosen examples into what `collate` takes: for work that is worth its time only for rows that are used. Runs in data
+        tasks, in parallel.
+
+        Args:
+            rows: examples with "row" and "epoch", as of `collate`; also none.
+            split: that they are of.
+            train: random choices may be made, which depend on (seed, epoch, row) alone.
+        """
+        return rows
+
     def arrange(self, rows: pa.Table) -> pa.Table:
         """A worker's rows of one step in the order in which they are cut into micro-batches. Any order gives the same step."""
         return rows

@@ -43,7 +43,12 @@ def with_classes(experiment: Experiment) -> Experiment:
     data = experiment.data
     if not data.source or data.mixture:
         raise UserError(f"{experiment.preset}: name the data with the classes, --data.source PATH")
-    counts = label_counts(resolve(data, task.kind), data.label_column, "train")
+    source = resolve(data, task.kind)
+    if source.parts and (said := tuple(getattr(source.parts[0].target, "class_names", ()))):
+        named: dict[str, Any] = {"class_names": said}
+        output = replace(model.output, num_classes=len(said))
+        return replace(experiment, model=replace(model, output=output), task=replace(task, **named))
+    counts = label_counts(source, data.label_column, "train")
     given = tuple(getattr(task, "class_names", None) or ())
     if missing := [name for name in given if name not in counts]:
         raise UserError(f"--task.class-names has {missing[0]!r}, which no training label is (there are: {_listed(counts)})")
@@ -53,7 +58,7 @@ def with_classes(experiment: Experiment) -> Experiment:
     left = {name: count for name, count in counts.items() if name not in names}
     logger.info(f"classes: {_listed({name: counts[name] for name in names})}" + (f"; not chosen: {_listed(left)}" if left else ""))
     output = replace(model.output, num_classes=len(names))
-    named: dict[str, Any] = {"class_names": names}
+    named = {"class_names": names}
     return replace(experiment, model=replace(model, output=output), task=replace(task, **named))
 
 

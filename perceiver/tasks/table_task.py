@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from dataclasses import replace
+from typing import Any, Literal, Self
 
 import numpy as np
 import pyarrow as pa
@@ -11,10 +12,12 @@ import torch
 from torch import Tensor
 
 from perceiver.config import DataConfig, ModelConfig, TaskConfig, UserError
+from perceiver.data.labels import MOST_CLASSES
 from perceiver.data.manifest import Split
 from perceiver.data.rows import ArrayRows
+from perceiver.data.table_schema import TableSchema
 from perceiver.models import PerceiverIOConfig, TableInput
-from perceiver.models.table_input import shape_of
+from perceiver.models.table_input import shape_of, text_of
 from perceiver.tasks.base import IGNORE_INDEX, Batch, Task, loss_of_sources, padded
 
 
@@ -61,6 +64,38 @@ class TableSettings(TaskConfig):
     def num_targets(self) -> int:
         """Numbers to predict in a row."""
         return sum(math.prod(shape_of(text)) for text in self.target_shapes)
+
+    def loss_for(self, schema: TableSchema, targets: tuple[str, ...]) -> Any:
+        """The loss of targets, where it is auto that which suits them."""
+        if self.loss != "auto":
+            return self.loss
+        first = targets[0]
+        return "classes" if len(targets) == 1 and (schema.is_text(first) or schema.is_whole(first)) else "mse"
+
+    def with_targets(self, schema: TableSchema) -> tuple[Self, int]:
+        """With the targets' shapes and classes, and the number of outputs."""
+        if self.loss != "classes":
+            shapes = [schema.shape(name, "--task.targets") for name in self.targets]
+            texts = tuple(text_of(shape) for shape in shapes)
+            return replace(self, target_shapes=texts), sum(map(math.prod, shapes)) * self.outputs_per_target
+        name = self.targets[0]
+        if len(self.targets) > 1:
+            raise UserError(
+                f"--task.targets names {len(self.targets)} columns and task.loss is classes, which takes one: or labels, mse, ..."
+            )
+        if schema.is_text(name):
+            classes = tuple(schema.distinct(name))
+            return replace(self, target_shapes=(text_of(()),), class_names=classes), len(classes)
+        if schema.shape(name, "--task.targets") != ():
+            raise UserError(f"--task.targets names {name!r}, which holds lists: task.loss classes takes one class a row")
+        values = schema.distinct(name)
+        if not values or min(values) < 0 or max(values) >= MOST_CLASSES or any(value != int(value) for value in values):
+            found = f"{min(values):g} .. {max(values):g}" if values else "nothing"
+            raise UserError(
+                f"--task.targets names {name!r} with {found}, and classes are whole numbers from 0 to {MOST_CLASSES - 1:,}: for a quantity "
+                "give --task.loss mse"
+            )
+        return replace(self, target_shapes=(text_of(()),)), int(max(values)) + 1
 
     def rows(self, model: ModelConfig, data: DataConfig) -> ArrayRows:
         table = input_of(model)

@@ -108,7 +108,8 @@ class SplitLoader(Loader):
     task_type = ReadTask
 
     def read(self, unit: ReadTask) -> pa.Table:
-        return read_unit(self.folder, self.split, self.order, unit, self.task.examples, self.train)
+        rows = read_unit(self.folder, self.split, self.order, unit, self.task.examples, self.train)
+        return self.task.decode(rows, self.split, self.train)
 
     def plan(self, rank: int, world: int, start: int, stop: int) -> Iterator[ReadTask]:
         return plan(self.order, rank, world, start, stop)
@@ -117,7 +118,7 @@ class SplitLoader(Loader):
         return rank_batches(self.order, rank, world, start, stop, tables)
 
     def empty_rows(self) -> pa.Table:
-        return empty_rows(self.folder, self.split, self.task.examples)
+        return self.task.decode(empty_rows(self.folder, self.split, self.task.examples), self.split, False)
 
     def collate(self, rows: pa.Table, size: int, step: int) -> Batch:
         batch = super().collate(rows, size, step)

@@ -48,5 +48,5 @@ def test_of_texts_without_classes_it_offers_a_language_model(tmp_path):
 
 def test_nothing_that_is_known_is_named(tmp_path):
     (tmp_path / "a.xyz").write_text("?")
-    with pytest.raises(UserError, match="has no pictures, texts, tables or MIDI files"):
+    with pytest.raises(UserError, match="has no pictures, sounds, texts, tables or MIDI files"):
         look(str(tmp_path))
