@@ -132,7 +132,11 @@ class DataConfig(Config):
     encoding: str = "utf-8"
     """Encoding of text files, .csv and .jsonl: utf-8, utf-16, latin-1, or another that Python knows."""
     tokenizer: str = "bytes"
-    """"bytes" (UTF-8, 262 ids), or the path of a SentencePiece model."""
+    """"bytes" (UTF-8, 262 ids), the path of a SentencePiece model or of a tokenizer.json (Hugging Face), or that of a model on the hub
+    (hub:NAME or hub:NAME@REVISION)."""
+    special_tokens: Literal["text", "tokens"] = "text"
+    """What the name of a special token in a text, such as [MASK] or <|im_end|>, is: text like any other; or that token, for texts that
+    were written with them."""
     prepare: Literal["shards", "stream"] = "shards"
     """shards: all text becomes ids before the training; stream: training text does while training, and only the files' sizes are
     looked at before (language models; validation data are shards all the same)."""
@@ -359,7 +363,7 @@ class Experiment(Config):
         for name in self.task.measured:
             del tree["task"][name]
         if self.data.tokenizer != "bytes":  # where its file lies is nobody's identity; the data's hash has its content
-            tree["data"]["tokenizer"] = "sentencepiece"
+            tree["data"]["tokenizer"] = "of a file"
         # A class of this package is itself wherever it stands.
         return {
             name: value.partition(":")[2] if name.rpartition(".")[2] == "type" and is_builtin(value) else value
@@ -371,16 +375,19 @@ class Experiment(Config):
 
 
 class TokenizerTraining(Config):
-    """Training of a SentencePiece model (`ray_jobs.train_tokenizer`)."""
+    """Training of a tokenizer (`ray_jobs.train_tokenizer`): OUT that ends in .json is a tokenizer.json of Hugging Face's library, any
+    other a SentencePiece model.
+    """
 
     data: DataConfig
     """The text: source, text_column, on_error; what val_source and val_fraction hold out for validation is left out."""
     vocab_size: int = 32_000
-    """Number of ids, 256 single bytes and 7 special pieces among them."""
-    model_type: Literal["unigram", "bpe"] = "unigram"
-    """Unigram language model (arXiv 1804.10959), or byte pair encoding."""
+    """Number of ids, those of single bytes (or letters) and of special pieces among them."""
+    model_type: Literal["unigram", "bpe", "wordpiece"] = "unigram"
+    """Unigram language model (arXiv 1804.10959); byte pair encoding, in a .json of bytes as GPT-2's; or, in a .json alone, WordPiece as
+    BERT's."""
     character_coverage: float = 0.9995
-    """Share of the sample's characters that may get pieces of their own; the others are written as bytes."""
+    """Share of the sample's characters that may get pieces of their own; the others are written as bytes (of WordPiece: are unknown)."""
     sample_megabytes: int = 100
     """Text that the pieces are learned from, at most; the trainer takes about 25 times as much memory."""
     read_megabytes: int = 2_000

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from perceiver.config import DataConfig, Experiment, ModelConfig, TaskConfig, UserError
 from perceiver.data.manifest import Split
-from perceiver.data.tokenizers import load_tokenizer
+from perceiver.data.tokenizers import load_tokenizer, missing
 from perceiver.models import ClassOutput, PerceiverIOConfig, TextInput
 from perceiver.tasks.base import IGNORE_INDEX, Batch, Task, padded
 from perceiver.tasks.classification import Classification, with_classes
@@ -57,7 +57,7 @@ class TextClassification(Classification[TextClassificationConfig]):
         super().check()
         tokenizer = load_tokenizer(self.data.tokenizer)
         if tokenizer.cls_id is None or tokenizer.sep_id is None:
-            raise UserError(f"data.tokenizer {self.data.tokenizer} has no tokens [CLS] and [SEP]")
+            raise missing(self.data, tokenizer, "tokens for the begin and the end of a text", "[CLS] and [SEP], or <s> and </s>")
 
     def arrange(self, rows: pa.Table) -> pa.Table:
         """Sorted by length where `group_by_length` is on, so that micro-batches need little padding."""

@@ -17,7 +17,8 @@ from perceiver.config.optimization import averaged_metric
 from perceiver.costs.devices import peak_flops
 from perceiver.data.components import Component, weighted
 from perceiver.data.manifest import Manifest, Split
-from perceiver.data.storage import read_file, write_file
+from perceiver.data.storage import list_folder, read_file, write_file
+from perceiver.data.tokenizers import kept_file
 from perceiver.runs import Run
 from perceiver.tasks import build_task
 from perceiver.training.average import averaged, begin_average
@@ -348,7 +349,8 @@ def save_experiment(run: Run, experiment: Experiment, manifest: Manifest, data_f
     of this package, a copy of the data's tokenizer.
     """
     if (manifest.tokenizer or {}).get("sha256") is not None:
-        name = run.tokenizer_file.name
+        name = kept_file(list_folder(data_folder))
+        assert name is not None  # or the data were not whole
         write_file(run.folder, name, read_file(data_folder, name))
     content = {
         "experiment": to_dict(experiment),
