@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import zip_longest
 from typing import Any
 
 import pyarrow.fs as pafs
@@ -21,7 +23,7 @@ from perceiver.data.storage import list_folder, open_folder
 from perceiver.data.tokenizers import kept_file, tokenizer_is_there, tokenizer_of
 from perceiver.experiments import command_words
 
-_READING_ONLY = ("shuffle_window_blocks", "lanes")
+_READING_ONLY = ("shuffle_window_blocks", "lanes", "balance")
 """Fields of the data's configuration that preparation does not depend on."""
 
 
@@ -106,9 +108,16 @@ class Dataset:
         experiment = self.experiment
         if not experiment.task.measured:
             return experiment
+        task = experiment.task.counted(train_counts([part.manifest for part in self.parts]))
         splits = [(part.folder, part.manifest.splits["train"]) for part in self.parts]
         blocks = (read_block(folder, split, block) for folder, split in splits for block in range(split.num_blocks))
-        return replace(experiment, task=experiment.task.measure(experiment.model, blocks))
+        return replace(experiment, task=task.measure(experiment.model, blocks))
+
+
+def train_counts(manifests: Sequence[Manifest]) -> list[int]:
+    """How often each class occurs in the training splits together; empty where rows have none."""
+    found = [manifest.stats.get("labels", {}).get("train", []) for manifest in manifests]
+    return [sum(column) for column in zip_longest(*found, fillvalue=0)]
 
 
 def check_sources(experiment: Experiment) -> None:

@@ -8,7 +8,7 @@ Presets (`perceiver/presets/`) are functions that return an `Experiment` and sho
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from perceiver.config.core import Config, UserError, check_folder_name, check_positive, flatten, home, is_builtin, spelled, to_dict
@@ -83,6 +83,10 @@ class TaskConfig(Config):
         """The settings with their `measured` fields filled in from all rows of the training split."""
         return self
 
+    def counted(self, counts: Sequence[int]) -> TaskConfig:
+        """The settings with what follows from how often each class occurs in the training split, where rows have one."""
+        return self
+
     @abstractmethod
     def build(self, model: ModelConfig, data: DataConfig, seed: int) -> Task[Any, Any]:
         """The task for one model and one kind of data, a subclass of `perceiver.tasks.base.Task`; `seed` is that of all random choices.
@@ -152,6 +156,9 @@ class DataConfig(Config):
     lanes: int | None = None
     """Largest number of positions in the epoch's order that a global batch takes its rows from; None: as many as the global batch has
     rows, up to 512 (see docs/data.md)."""
+    balance: int | None = None
+    """Draw training rows of all classes equally often, rows of rare ones again and of frequent ones not all in an epoch; the number is how
+    often a row may come in an epoch at most (10, say). None: each row once."""
     root: str = ""
     """Folder that prepared data sets are written to and found in; "": $PERCEIVER_HOME/data."""
 
@@ -164,6 +171,8 @@ class DataConfig(Config):
         if not 0 <= self.val_fraction < 1:
             raise UserError(f"{where}val-fraction is {self.val_fraction} and must be at least 0 and below 1")
         check_positive(self, where, "image_size")
+        if self.balance is not None and self.balance < 2:
+            raise UserError(f"--{where}balance is {self.balance} and must be at least 2, or left out: rows of rare classes come again")
         self.check_encoding(where)
 
     def check_encoding(self, where: str = "data.") -> None:

@@ -23,6 +23,7 @@ from perceiver.data.sources import resolve
 from perceiver.models import ClassOutput, ImageInput, PerceiverIOConfig
 from perceiver.plots import captioned, pixels
 from perceiver.tasks.base import IGNORE_INDEX, Batch, Sample, Task, padded
+from perceiver.tasks.class_settings import ClassSettings
 from perceiver.tasks.classification import Classification, with_classes
 from perceiver.tasks.distortion import distorted
 
@@ -36,7 +37,7 @@ _MISTAKES = 24
 """Pictures of a validation that got a wrong class which are shown, at most."""
 
 
-class ImageClassificationConfig(TaskConfig):
+class ImageClassificationConfig(ClassSettings):
     """A class per image."""
 
     kind: ClassVar[str] = "images"
@@ -54,6 +55,7 @@ class ImageClassificationConfig(TaskConfig):
     """Training images are moved at random by at most this share of their width and height."""
 
     def check(self, where: str) -> None:
+        super().check(where)
         for name, most in (("random_rotation", 180), ("random_scaling", 0.9), ("random_shift", 1)):
             if not 0 <= (value := getattr(self, name)) <= most:
                 raise UserError(f"{spelled(where + name)} is {value} and must be from 0 to {most}")

@@ -99,8 +99,9 @@ class TablesConfig(TableSettings):
                 targets.add(np.eye(targets.size)[class_numbers(self, block)])
             else:
                 targets.add(flat(arrays, self.targets, block.num_rows))
+        task = self.counted(targets.mean) if self.loss == "classes" else self
         return replace(
-            self,
+            task,
             input_mean=tuple(value for moments in inputs for value in moments.mean.tolist()),
             input_scale=tuple(value for moments in inputs for value in moments.scale.tolist()),
             target_mean=tuple(targets.mean.tolist()),

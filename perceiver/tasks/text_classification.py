@@ -15,10 +15,11 @@ from perceiver.data.manifest import Split
 from perceiver.data.tokenizers import load_tokenizer, missing
 from perceiver.models import ClassOutput, PerceiverIOConfig, TextInput
 from perceiver.tasks.base import IGNORE_INDEX, Batch, Task, padded
+from perceiver.tasks.class_settings import ClassSettings
 from perceiver.tasks.classification import Classification, with_classes
 
 
-class TextClassificationConfig(TaskConfig):
+class TextClassificationConfig(ClassSettings):
     """A class per document."""
 
     kind: ClassVar[str] = "documents"

@@ -15,6 +15,7 @@ import perceiver
 from perceiver.config import Experiment, to_dict
 from perceiver.config.optimization import averaged_metric
 from perceiver.costs.devices import peak_flops
+from perceiver.data.balance import BalancedOrder, described
 from perceiver.data.components import Component, weighted
 from perceiver.data.manifest import Manifest, Split
 from perceiver.data.storage import list_folder, read_file, write_file
@@ -172,6 +173,10 @@ class Training:
         return metrics
 
     def _announce(self) -> None:
+        order = self.train_feed.order
+        if isinstance(order, BalancedOrder):
+            names = getattr(self.task, "class_names", None)
+            self.recorder.say(f"balanced classes: {described(np.bincount(order.copies.labels).tolist(), names, order.copies.most)}")
         step, epoch = self.state.step, self.train_feed.order.steps_per_epoch
         begin = f"continuing from step {step:,}" if step else "starting"
         workers = f"{self.world.size} worker{'s' if self.world.size > 1 else ''} ({self.world.device.type})"
