@@ -270,6 +270,8 @@ def _label_settings(experiment: Experiment) -> dict[str, Any]:
     usual = next((field.default for field in fields(task) if field.name == "class_names"), None)
     if (names := getattr(task, "class_names", None)) and names != usual:
         found["class_names"] = list(names)
+    if left_out := getattr(task, "leave_out", ()):
+        found["leave_out"] = sorted(left_out)
     if KINDS[experiment.task.kind].new_rows != "image":
         return found
     if experiment.data.label_column != "label":

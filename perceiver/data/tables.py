@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from perceiver.data.files import InputFile
 from perceiver.data.spans import (
+    LEFT_OUT,
     SLAB,
     Problems,
     Span,
@@ -37,6 +38,8 @@ class Columns:
     """None: labels are not needed."""
     num_classes: int = 0
     class_names: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
+    """Labels whose rows are not taken."""
     group: str | None = None
     """Column whose rows of one value are of one split."""
     image_shape: tuple[int, int, int] | None = None
@@ -105,6 +108,15 @@ def group_of(value: Any, column: str) -> bytes:
 class BadLabel(Exception):
     """A value that is no label."""
 
+    reason = "bad label"
+    """How it is counted."""
+
+
+class LeftOut(BadLabel):
+    """The label of a class that was left out by the choice of others (`task.class_names`): no fault."""
+
+    reason = LEFT_OUT
+
 
 def label_of(value: Any, columns: Columns) -> int:
     """A label as a class number: a number, also as text ("1", as .csv files have it), a truth value, or the name of a class.
@@ -112,6 +124,8 @@ def label_of(value: Any, columns: Columns) -> int:
     Raises:
         BadLabel: neither.
     """
+    if columns.left_out and label_text(value) in columns.left_out:
+        raise LeftOut(f"label {reprlib.repr(value)} is none of the chosen classes")
     if (text := label_text(value)) in columns.class_names:
         return columns.class_names.index(text)
     if isinstance(value, str) and value in columns.class_names:
@@ -123,10 +137,12 @@ def label_of(value: Any, columns: Columns) -> int:
     if isinstance(value, float) and math.isfinite(value) and not value.is_integer():
         raise BadLabel(f"label {value!r} is no class: classes are whole numbers or names; real numbers are for a regression")
     whole = isinstance(value, (int, np.integer)) or (isinstance(value, float) and value.is_integer())
-    if whole and 0 <= value < columns.num_classes:
+    numbers_are_names = bool(columns.class_names) and all(name.removeprefix("-").isdecimal() for name in columns.class_names)
+    if whole and 0 <= value < columns.num_classes and not numbers_are_names:
         return int(value)
-    names = f" or {', '.join(columns.class_names)}" if columns.class_names else ""
-    raise BadLabel(f"label {reprlib.repr(value)} must be 0 .. {columns.num_classes - 1}{names}")
+    wanted = [] if numbers_are_names else [f"0 .. {columns.num_classes - 1}"]
+    wanted += [", ".join(columns.class_names)] if columns.class_names else []
+    raise BadLabel(f"label {reprlib.repr(value)} must be {' or '.join(wanted)}")
 
 
 def label_text(value: Any) -> str:
@@ -153,7 +169,7 @@ def labels_of(span: Span, table: pa.Table, first: int, keep: list[bool], columns
             try:
                 result[i] = label_of(value, columns)
             except BadLabel as error:
-                problems.report("bad label", f"{span.file.name} row {first + i:,}: {error}")
+                problems.report(error.reason, f"{span.file.name} row {first + i:,}: {error}")
                 keep[i] = False
     return result
 

@@ -23,6 +23,8 @@ class ClassSettings(TaskConfig):
     class_weights: tuple[str, ...] = ()
     """Weights of the classes in the training loss: "balanced", or a number for each class in their order; none: all are 1. balanced: rows
     of the training split / (classes * rows of the class), so that each class counts alike. Validation is not weighted."""
+    leave_out: tuple[str, ...] = ()
+    """Labels whose rows are not used (they are counted). Set where the classes are looked up in the data and class-names chooses some."""
     measured_weights: tuple[float, ...] = ()
     """The balanced weights, set by the training."""
 

@@ -56,6 +56,8 @@ def with_classes(experiment: Experiment) -> Experiment:
     logger.info(f"classes: {_listed({name: counts[name] for name in names})}" + (f"; not chosen: {_listed(left)}" if left else ""))
     output = replace(model.output, num_classes=len(names))
     named: dict[str, Any] = {"class_names": names}
+    if left and isinstance(task, ClassSettings):
+        named["leave_out"] = tuple(sorted(left))
     return replace(experiment, model=replace(model, output=output), task=replace(task, **named))
 
 

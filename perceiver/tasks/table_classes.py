@@ -61,6 +61,8 @@ def class_numbers(config: TableSettings, rows: pa.Table) -> np.ndarray:
         found = column.to_numpy()
     wrong = (found < 0) | (found >= num_classes if num_classes else False)
     if wrong.any():
-        value = column[int(wrong.argmax())].as_py()
-        raise UserError(f"column {config.targets[0]!r} has {value!r}, which is none of the {num_classes} classes of the training data")
+        place = int(wrong.argmax())
+        where = f" in row {rows['row'][place].as_py():,} of its split" if "row" in rows.column_names else ""
+        found_value = f"column {config.targets[0]!r} has {column[place].as_py()!r}{where}"
+        raise UserError(f"{found_value}, which is none of the {num_classes} classes of the training data")
     return found
