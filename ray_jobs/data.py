@@ -169,7 +169,7 @@ def _pictures(lines: list[str], source: str, label: str) -> Found:
     classes = class_counts(found, label)
     lines = [*lines, *_classes(classes)]
     words = ["--data.source", source, *(["--data.label-column", label] if label != "label" else [])]
-    return Found(lines, "img-clf", words, facts=Facts(classes=classes, pictures=found, label=label))
+    return Found(lines, "img-clf", words, facts=Facts(classes=dict(classes), pictures=found, label=label))
 
 
 def class_counts(found: Source, label: str) -> dict[str, Counter[str]]:

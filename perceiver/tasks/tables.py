@@ -99,7 +99,7 @@ class TablesConfig(TableSettings):
                 targets.add(np.eye(targets.size)[class_numbers(self, block)])
             else:
                 targets.add(flat(arrays, self.targets, block.num_rows))
-        task = self.counted(targets.mean) if self.loss == "classes" else self
+        task: Any = self.counted(targets.mean) if self.loss == "classes" else self
         return replace(
             task,
             input_mean=tuple(value for moments in inputs for value in moments.mean.tolist()),
