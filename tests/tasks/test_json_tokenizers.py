@@ -10,10 +10,11 @@ from perceiver.config import UserError
 from perceiver.data.storage import list_folder
 from perceiver.data.train_huggingface import train_huggingface
 from perceiver.datasets import Dataset, with_prepared_tokenizer
+from perceiver.runs import Run
 from perceiver.tasks import build_task
 from perceiver.training.batches import read_here
 from perceiver.training.parallel import join_world
-from perceiver.training.run import Training
+from perceiver.training.run import Training, save_experiment
 from ray_jobs.preprocess import prepare
 from tests.data.test_huggingface_tokenizer import TEXTS, config_of, gpt2_like
 from tests.support.preparing import serially, write_jsonl
@@ -52,6 +53,7 @@ def trained(experiment, monkeypatch, tmp_path):
     folder = tmp_path / "runs" / "run"
     training = Training(experiment, build_task(experiment), dataset.folder, manifest, join_world(torch.device("cpu")), folder, read_here)
     training.run()
+    save_experiment(Run(folder), experiment, manifest, dataset.folder)
     assert (folder / "tokenizer.json").read_bytes() == open(experiment.data.tokenizer, "rb").read()
     return perceiver.load(str(folder), device="cpu")
 
