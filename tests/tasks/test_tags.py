@@ -12,12 +12,13 @@ import perceiver
 from perceiver.config import UserError
 from perceiver.data.tables import BadLabel, Columns, label_of
 from perceiver.datasets import Dataset, data_folder
+from perceiver.runs import Run
 from perceiver.tasks import build_task
 from perceiver.tasks.base import IGNORE_INDEX
 from perceiver.training.batches import make_train_loader, read_here
 from perceiver.training.loop import validate
 from perceiver.training.parallel import join_world
-from perceiver.training.run import Training
+from perceiver.training.run import Training, save_experiment
 from ray_jobs.cli import parse_experiment
 from ray_jobs.preprocess import prepare
 from tests.data.test_picture_folders import picture
@@ -111,6 +112,7 @@ def trained(chosen, manifest, tmp_path):
     chosen = dataset.measured()
     training = Training(chosen, build_task(chosen), dataset.folder, manifest, join_world(torch.device("cpu")), folder, read_here)
     metrics = training.run()
+    save_experiment(Run(folder), chosen, manifest, dataset.folder)
     assert metrics.keys() >= {"val_loss", "val_acc", "val_f1", "val_auroc", "val_ap"}
     assert "one" in next((folder / "samples").glob("classes-*.txt")).read_text()
     return perceiver.load(str(folder), device="cpu")
