@@ -203,6 +203,8 @@ def _table(lines: list[str], source: str, text: str | None, label: str | None) -
     found = survey_columns(files)
     if not found.rows:
         raise UserError(f"{source} has no rows")
+    if (image := found.columns.get("image")) is not None and image.types.keys() & {"dict", "bytes"}:
+        return _pictures([*lines, f"{found.rows:,} rows"], source, label or "label")
     for given, name in (("--text-column", text), ("--label-column", label)):
         if name is not None and name not in found.columns:
             raise UserError(f"{given} is {name!r}, which {source} does not have (it has: {', '.join(found.columns)})")
