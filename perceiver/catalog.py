@@ -33,6 +33,8 @@ CATALOG: dict[str, tuple[str, str, int]] = {
     "points-shapes": ("PointClouds", "perceiver.data.made:Shapes", 129_494),
     "img-clf": ("ImageClassification", "", 197_348),
     "txt-clf": ("TextClassification", "", 403_392),
+    "img-tags": ("ImageTags", "", 197_348),
+    "txt-tags": ("TextTags", "", 403_392),
 }
 """Task, source of the data, and number of the model's parameters, by the preset's name."""
 

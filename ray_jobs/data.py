@@ -17,7 +17,7 @@ from perceiver.data.files import format_of, list_files
 from perceiver.data.labels import class_order, label_counts, picture_sizes
 from perceiver.data.picture_folders import picture_folder
 from perceiver.data.sources import NAMED, Source, is_path, resolve
-from perceiver.data.survey import LENGTHS, TableSurvey, label_column, survey_columns, survey_texts, table_rows, text_column
+from perceiver.data.survey import LENGTHS, TableSurvey, label_column, labels_column, survey_columns, survey_texts, table_rows, text_column
 from perceiver.datasets import Dataset
 from perceiver.runs import Run
 from ray_jobs.cli import main_entry, program, refuse_empty
@@ -203,6 +203,8 @@ def _table(lines: list[str], source: str, text: str | None, label: str | None) -
     found = survey_columns(files)
     if not found.rows:
         raise UserError(f"{source} has no rows")
+    if (image := found.columns.get("image")) is not None and image.types.keys() & {"dict", "bytes"}:
+        return _pictures([*lines, f"{found.rows:,} rows"], source, label or "label")
     for given, name in (("--text-column", text), ("--label-column", label)):
         if name is not None and name not in found.columns:
             raise UserError(f"{given} is {name!r}, which {source} does not have (it has: {', '.join(found.columns)})")
@@ -219,6 +221,10 @@ def _table(lines: list[str], source: str, text: str | None, label: str | None) -
     survey_texts(found, (row[text] for file in files for row in table_rows(file) if isinstance(row.get(text), str)), _CONTEXT)
     lines += _texts(found, text)
     words = ["--data.source", source, *(["--data.text-column", text] if text != "text" else [])]
+    if (tags := labels_column(found) if label is None else label) is not None and (counts := found.columns[tags].labels):
+        lines.append(f"labels in {tags!r}, any number a row: {_counts({name: counts[name] for name in class_order(counts)})}")
+        words += ["--data.label-column", tags] if tags != "label" else []
+        return Found(lines, "txt-tags", words, facts=Facts(survey=found, files=files, text=text, classes={"rows": counts}))
     label = label or label_column(found, text)
     facts = Facts(survey=found, files=files, text=text, label=label)
     if label is None:

@@ -62,6 +62,7 @@ def make_job(experiment: Experiment, settings: dict[str, Any], folder: str, fing
         label=data.label_column if rows.has_labels else None,
         num_classes=num_classes,
         class_names=class_names,
+        tags=rows.has_tags,
         left_out=tuple(getattr(experiment.task, "leave_out", ())),
         group=data.group_column,
         image_shape=shape,

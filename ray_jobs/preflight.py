@@ -86,7 +86,7 @@ def local_folder(field: str, path: str) -> Path:
 def check_balance(experiment: Experiment, task: Task) -> None:
     """Raises UserError where classes are to be balanced, but there are none."""
     if experiment.data.balance is not None and task.class_column is None:
-        raise UserError(f"--data.balance is {experiment.data.balance}, but {experiment.preset} has no classes: leave it out")
+        raise UserError(f"--data.balance is {experiment.data.balance}, but {experiment.preset} has no one class for each row: leave it out")
 
 
 def check_best_metric(experiment: Experiment, task: Task) -> None:

@@ -53,6 +53,8 @@ class TaskConfig(Config):
     """Of a task that reads a stream of text, the ids around each document: "eos" (one after it) or "cls-sep"."""
     abilities: ClassVar[tuple[str, ...]] = ("predict",)
     """Methods of `perceiver.inference.trained.TrainedModel` that its models have; a batch of rows is given to the first by default."""
+    several_classes: ClassVar[bool] = False
+    """Of a task with classes, whether an example has any number of them and not one."""
     takes_any: ClassVar[bool] = False
     """Whether `of_model` takes every model of a class: such a task is asked after those that take some."""
 
@@ -131,7 +133,7 @@ class DataConfig(Config):
     text_column: str = "text"
     """Column of tables (.jsonl, .json, .csv, .tsv, .arrow, .parquet) that holds the text."""
     label_column: str = "label"
-    """Column that holds the label, for classification."""
+    """Column that holds the label, for classification; of rows with any number of classes a list, or names separated by | or ;."""
     image_size: int | None = None
     """Pictures are scaled until their shorter side has this many pixels, and the square in their middle is cut out; None: they are taken
     as they are, and all must have one size."""

@@ -6,8 +6,8 @@ import json
 import math
 import reprlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -38,6 +38,8 @@ class Columns:
     """None: labels are not needed."""
     num_classes: int = 0
     class_names: tuple[str, ...] = ()
+    tags: bool = False
+    """Any number of classes a row."""
     left_out: tuple[str, ...] = ()
     """Labels whose rows are not taken."""
     group: str | None = None
@@ -118,12 +120,38 @@ class LeftOut(BadLabel):
     reason = LEFT_OUT
 
 
-def label_of(value: Any, columns: Columns) -> int:
-    """A label as a class number: a number, also as text ("1", as .csv files have it), a truth value, or the name of a class.
+def tag_values(value: Any) -> list[Any]:
+    """The labels of a row with any number of them: a list, or names separated by | or ;.
 
     Raises:
         BadLabel: neither.
     """
+    if isinstance(value, str) and value.startswith("["):
+        with suppress(NotJson):
+            value = parse_json(value)
+    if isinstance(value, str):
+        return [name for word in value.split("|") for part in word.split(";") if (name := part.strip())]
+    if isinstance(value, (list, tuple, np.ndarray)):
+        return list(value)
+    if isinstance(value, (int, float, np.integer)) and not (isinstance(value, float) and math.isnan(value)):
+        return [value]
+    raise BadLabel(f"{reprlib.repr(value)} is no list of labels")
+
+
+def label_of(value: Any, columns: Columns) -> Any:
+    """A label as a class number: a number, also as text ("1", as .csv files have it), a truth value, or the name of a class.
+
+    Of rows with any number of classes 1 or 0 for each class, int64 (classes,).
+
+    Raises:
+        BadLabel: neither.
+    """
+    if columns.tags:
+        found, one = np.zeros(columns.num_classes, np.int64), replace(columns, tags=False)
+        for label in tag_values(value):
+            with suppress(LeftOut):
+                found[label_of(label, one)] = 1
+        return found
     if columns.left_out and label_text(value) in columns.left_out:
         raise LeftOut(f"label {reprlib.repr(value)} is none of the chosen classes")
     if (text := label_text(value)) in columns.class_names:
@@ -163,7 +191,7 @@ def _number_or_text(text: str) -> float | str:
 
 def labels_of(span: Span, table: pa.Table, first: int, keep: list[bool], columns: Columns, problems: Problems) -> np.ndarray:
     """The label column as class numbers; rows with a faulty label are taken out of `keep`."""
-    result = np.zeros(table.num_rows, np.int64)
+    result = np.zeros((table.num_rows, columns.num_classes) if columns.tags else table.num_rows, np.int64)
     for i, value in enumerate(table.column(columns.label).to_pylist()):
         if keep[i]:
             try:

@@ -197,8 +197,8 @@ class TrainedModel:
     def classify(self, inputs: str | ImageLike | Sequence[str | ImageLike], *, batch_size: int = 16) -> Any:
         """The class of a text or image, or of several: `Classification`."""
         self._require("classify")
-        names = self.class_names
-        return _map(lambda batch: measure.classify(self.model, *self._inputs(batch), names), inputs, batch_size)
+        names, several = self.class_names, self.task.several_classes
+        return _map(lambda batch: measure.classify(self.model, *self._inputs(batch), names, several), inputs, batch_size)
 
     def predict(self, rows: Any, *, batch_size: int = 16) -> dict[str, np.ndarray]:
         """What the task says of rows of arrays (`Task.predict`): an array for each of its names, with as many rows as came in.

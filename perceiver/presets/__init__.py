@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from perceiver.config import Experiment
 from perceiver.presets.arrays import forecast_seasons, points_shapes
-from perceiver.presets.images import img_clf, img_clf_imagenet, img_clf_mnist, optical_flow, quickstart
+from perceiver.presets.images import img_clf, img_clf_imagenet, img_clf_mnist, img_tags, optical_flow, quickstart
 from perceiver.presets.music import sam_giantmidi, sam_maestro, sam_small
 from perceiver.presets.sequences import copy_131072, copy_small, img_ar_imagenet64, img_ar_mnist
 from perceiver.presets.tables import tables
@@ -24,6 +24,7 @@ from perceiver.presets.text import (
     txt_clf_imdb_all_small,
     txt_clf_imdb_decoder,
     txt_clf_imdb_decoder_small,
+    txt_tags,
 )
 
 PRESETS: dict[str, Callable[[], Experiment]] = {
@@ -55,5 +56,7 @@ PRESETS: dict[str, Callable[[], Experiment]] = {
         points_shapes,
         img_clf,
         txt_clf,
+        img_tags,
+        txt_tags,
     )
 }

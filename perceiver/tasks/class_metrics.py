@@ -129,7 +129,11 @@ def mean_f1(hits: np.ndarray, said: np.ndarray, there: np.ndarray) -> float:
 
 def class_table(confusion: np.ndarray, names: tuple[str, ...]) -> list[str]:
     """Lines with recall, precision and F1 of each class."""
-    hits, said, there = np.diag(confusion), confusion.sum(0), confusion.sum(1)
+    return tag_table(np.diag(confusion), confusion.sum(0), confusion.sum(1), names)
+
+
+def tag_table(hits: np.ndarray, said: np.ndarray, there: np.ndarray, names: tuple[str, ...]) -> list[str]:
+    """The same from how often each class was right, was said, and is there: (classes,) each."""
     width = max(5, *(len(name) for name in names))
     lines = [f"{'class':<{width}} {'examples':>9} {'recall':>7} {'precision':>9} {'F1':>7}"]
     for name, hit, all_said, all_there in zip(names, hits, said, there, strict=True):

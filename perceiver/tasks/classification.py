@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from perceiver.data.sources import resolve
 from perceiver.models import ClassOutput, PerceiverIOConfig
 from perceiver.plots import confusion_matrix, pixels
 from perceiver.tasks import class_metrics
-from perceiver.tasks.base import IGNORE_INDEX, Batch, C, Guess, Sample, Task, loss_of_sources, of_examples
+from perceiver.tasks.base import IGNORE_INDEX, Batch, C, Guess, Sample, Task, loss_of_sources, of_examples, padded
 from perceiver.tasks.class_settings import ClassSettings
 
 logger = logging.getLogger(__name__)
@@ -45,7 +46,7 @@ def with_classes(experiment: Experiment) -> Experiment:
     data = experiment.data
     if not data.source or data.mixture:
         raise UserError(f"{experiment.preset}: name the data with the classes, --data.source PATH")
-    counts = label_counts(resolve(data, task.kind), data.label_column, "train")
+    counts = label_counts(resolve(data, task.kind), data.label_column, "train", task.several_classes)
     given = tuple(getattr(task, "class_names", None) or ())
     if missing := [name for name in given if name not in counts]:
         raise UserError(f"--task.class-names has {missing[0]!r}, which no training label is (there are: {_listed(counts)})")
@@ -120,6 +121,14 @@ class Classification(Task[C, PerceiverIOConfig]):
         if self._weights_there is None or self._weights_there.device != device:
             self._weights_there = torch.tensor(weights, dtype=torch.float32, device=device)
         return self._weights_there
+
+    def labels(self, rows: pa.Table, size: int) -> Tensor:
+        """The class of each row, (size,) int64; IGNORE_INDEX for those that are missing."""
+        return padded(rows["label"].to_numpy().astype(np.int64), size, IGNORE_INDEX)
+
+    def dummy_labels(self, size: int) -> Tensor:
+        """Labels to count with."""
+        return torch.zeros(size, dtype=torch.int64)
 
     def observe(self, batch: Batch, logits: Tensor) -> None:
         """Looks at what the model says of a batch of a validation; what it keeps is for `samples`."""

@@ -151,8 +151,7 @@ class ImageClassification(Classification[ImageClassificationConfig]):
         if crop is not None:
             places = uniforms(seed, epochs, numbers, 2)
             images = random_crop(images, crop, places if train else np.full_like(places, 0.5))
-        labels = rows["label"].to_numpy().astype(np.int64)
-        return {"images": padded(images, size), "labels": padded(labels, size, IGNORE_INDEX)}
+        return {"images": padded(images, size), "labels": self.labels(rows, size)}
 
     def observe(self, batch: Batch, logits: Tensor) -> None:
         """Keeps the first pictures of a validation that got a wrong class (of those that this worker sees)."""
@@ -174,7 +173,7 @@ class ImageClassification(Classification[ImageClassificationConfig]):
     def dummy_batch(self, size: int) -> Batch:
         image = self.model_config.input
         assert isinstance(image, ImageInput)  # or the task were not built
-        return {"images": torch.zeros(size, *image.image_shape, dtype=torch.uint8), "labels": torch.zeros(size, dtype=torch.int64)}
+        return {"images": torch.zeros(size, *image.image_shape, dtype=torch.uint8), "labels": self.dummy_labels(size)}
 
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
         return model(batch["images"].float() / 127.5 - 1)

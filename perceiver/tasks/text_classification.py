@@ -14,7 +14,7 @@ from perceiver.config import DataConfig, Experiment, ModelConfig, TaskConfig, Us
 from perceiver.data.manifest import Split
 from perceiver.data.tokenizers import load_tokenizer, missing
 from perceiver.models import ClassOutput, PerceiverIOConfig, TextInput
-from perceiver.tasks.base import IGNORE_INDEX, Batch, Task, padded
+from perceiver.tasks.base import Batch, Task
 from perceiver.tasks.class_settings import ClassSettings
 from perceiver.tasks.classification import Classification, with_classes
 
@@ -78,8 +78,7 @@ class TextClassification(Classification[TextClassificationConfig]):
         ends = np.full(size, longest + 1)
         ends[:num] = lengths + 1
         ids[np.arange(size), ends] = tokenizer.sep_id
-        labels = rows["label"].to_numpy().astype(np.int64)
-        batch = {"ids": torch.from_numpy(ids), "labels": padded(labels, size, IGNORE_INDEX)}
+        batch = {"ids": torch.from_numpy(ids), "labels": self.labels(rows, size)}
         pad_mask = np.arange(longest + 2) > ends[:, None]
         if pad_mask.any():
             batch["pad_mask"] = torch.from_numpy(pad_mask)
@@ -89,7 +88,7 @@ class TextClassification(Classification[TextClassificationConfig]):
         text = self.model_config.input
         assert isinstance(text, TextInput)  # or the task were not built
         shape = (size, text.max_seq_len)
-        batch = {"ids": torch.zeros(shape, dtype=torch.int64), "labels": torch.zeros(size, dtype=torch.int64)}
+        batch = {"ids": torch.zeros(shape, dtype=torch.int64), "labels": self.dummy_labels(size)}
         return {**batch, "pad_mask": torch.zeros(shape, dtype=torch.bool)}
 
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:

@@ -281,7 +281,7 @@ def balanced(loader: SplitLoader, most: int) -> SplitLoader:
     """
     task = loader.task
     if task.class_column is None:
-        raise UserError(f"--data.balance is {most}, but {type(task).__name__} has no classes: leave it out")
+        raise UserError(f"--data.balance is {most}, but {type(task).__name__} has no one class for each row: leave it out")
     classes = read_classes(loader.folder, loader.split, task.class_column, task.classes)
     return replace(loader, order=BalancedOrder(**vars(loader.order), copies=Copies(classes, most)))
 

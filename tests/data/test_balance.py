@@ -124,7 +124,7 @@ def test_what_cannot_be_balanced_is_said(tmp_path):
     experiment = text_experiment()
     manifest = write_stream(tmp_path, np.arange(400, dtype=np.uint16) % 50, np.arange(100, dtype=np.uint16) % 50)
     chosen = replace(experiment, data=replace(experiment.data, balance=4))
-    with pytest.raises(UserError, match="--data.balance is 4, but CausalLM has no classes: leave it out"):
+    with pytest.raises(UserError, match="--data.balance is 4, but CausalLM has no one class for each row: leave it out"):
         make_train_loader(chosen, build_task(chosen), str(tmp_path), manifest)
     with pytest.raises(UserError, match="--data.balance is 1 and must be at least 2"):
         replace(experiment.data, balance=1).check("data.")
