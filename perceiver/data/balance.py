@@ -13,12 +13,13 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from perceiver.config import UserError
 from perceiver.data.manifest import DamagedData, Split
 from perceiver.data.order import Order
 from perceiver.data.storage import open_folder
@@ -150,6 +151,26 @@ def read_classes(folder: str, split: Split, column: str, classes: Callable[[pa.T
             raise DamagedData(f"{folder}/{shard.file} is damaged ({(str(error).splitlines() or [''])[0]})") from None
         found.append(classes(table))
     return np.concatenate(found).astype(np.int32)
+
+
+class HasClasses(Protocol):
+    """A task whose rows may have one class each."""
+
+    class_column: str | None
+
+    def classes(self, rows: pa.Table) -> np.ndarray: ...
+
+
+def balanced(order: Order, folder: str, split: Split, task: HasClasses, most: int) -> BalancedOrder:
+    """The order of a split with classes drawn equally often, and no row more than `most` times an epoch.
+
+    Raises:
+        UserError: the task has no classes, or a shard cannot be read.
+    """
+    if task.class_column is None:
+        raise UserError(f"--data.balance is {most}, but {type(task).__name__} has no one class for each row: leave it out")
+    classes = read_classes(folder, split, task.class_column, task.classes)
+    return BalancedOrder(**vars(order), copies=Copies(classes, most))
 
 
 def described(counts: Sequence[int], names: Sequence[str] | None, most: int) -> str:

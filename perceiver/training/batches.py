@@ -15,8 +15,8 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from perceiver.config import DataConfig, Experiment, TrainingConfig, UserError
-from perceiver.data.balance import BalancedOrder, Copies, read_classes
+from perceiver.config import DataConfig, Experiment, TrainingConfig
+from perceiver.data.balance import balanced
 from perceiver.data.chunks import Chunks, no_tokens, open_chunks
 from perceiver.data.components import Component, components
 from perceiver.data.manifest import Manifest, Split
@@ -269,21 +269,8 @@ def _part_loader(
         size = max(1, min(lanes, -(-split.num_blocks // window_blocks)))
     loader = _make_loader(task, part.folder, split, True, training.seed, size, lanes, window_blocks, micro_batch_size)
     if data.balance is not None:
-        loader = balanced(loader, data.balance)
+        loader = replace(loader, order=balanced(loader.order, part.folder, split, task, data.balance))
     return StreamLoader(**vars(loader), chunks=open_chunks(data, source, part.manifest)) if stream else loader
-
-
-def balanced(loader: SplitLoader, most: int) -> SplitLoader:
-    """The loader with classes drawn equally often, and no row more than `most` times an epoch.
-
-    Raises:
-        UserError: the task has no classes, or a shard cannot be read.
-    """
-    task = loader.task
-    if task.class_column is None:
-        raise UserError(f"--data.balance is {most}, but {type(task).__name__} has no one class for each row: leave it out")
-    classes = read_classes(loader.folder, loader.split, task.class_column, task.classes)
-    return replace(loader, order=BalancedOrder(**vars(loader.order), copies=Copies(classes, most)))
 
 
 def make_val_loaders(
