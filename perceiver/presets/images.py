@@ -13,9 +13,8 @@ from perceiver.models import (
     PerceiverIOConfig,
     StemInput,
 )
-from perceiver.tasks.image_classification import ImageClassificationConfig
+from perceiver.tasks.image_classification import ImageClassificationConfig, ImageTagsConfig
 from perceiver.tasks.optical_flow import OpticalFlowConfig
-from perceiver.tasks.tags import ImageTagsConfig
 
 
 def quickstart() -> Experiment:

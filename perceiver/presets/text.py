@@ -13,8 +13,7 @@ from perceiver.models import (
 )
 from perceiver.tasks.causal_lm import CausalLMConfig
 from perceiver.tasks.masked_lm import MaskedLMConfig
-from perceiver.tasks.tags import TextTagsConfig
-from perceiver.tasks.text_classification import TextClassificationConfig
+from perceiver.tasks.text_classification import TextClassificationConfig, TextTagsConfig
 
 
 def mlm_imdb() -> Experiment:

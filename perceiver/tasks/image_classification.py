@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from dataclasses import replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -26,6 +26,7 @@ from perceiver.tasks.base import IGNORE_INDEX, Batch, Sample, Task, padded
 from perceiver.tasks.class_settings import ClassSettings
 from perceiver.tasks.classification import Classification, with_classes
 from perceiver.tasks.distortion import distorted
+from perceiver.tasks.tags import Tags
 
 logger = logging.getLogger(__name__)
 
@@ -177,3 +178,23 @@ class ImageClassification(Classification[ImageClassificationConfig]):
 
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
         return model(batch["images"].float() / 127.5 - 1)
+
+
+class ImageTagsConfig(ImageClassificationConfig):
+    """Any number of classes per image."""
+
+    kind: ClassVar[str] = "tagged-images"
+    several_classes: ClassVar[bool] = True
+
+    @classmethod
+    def of_model(cls, model: ModelConfig) -> TaskConfig | None:
+        return None
+
+    def build(self, model: ModelConfig, data: DataConfig, seed: int) -> Task[Any, Any]:
+        if not isinstance(model, PerceiverIOConfig) or not isinstance(model.input, ImageInput):
+            raise UserError("classes of images need a Perceiver IO model with an ImageInput")
+        return ImageTags(self, model, data, seed)
+
+
+class ImageTags(Tags[ImageTagsConfig], ImageClassification):  # type: ignore[misc]
+    """Images with any number of classes each."""

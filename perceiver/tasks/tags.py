@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -11,49 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from perceiver.config import DataConfig, ModelConfig, TaskConfig, UserError
+from perceiver.config import UserError
 from perceiver.data.manifest import Manifest, Split
-from perceiver.models import ClassOutput, ImageInput, PerceiverIOConfig, TextInput
+from perceiver.models import ClassOutput
 from perceiver.tasks.base import IGNORE_INDEX, Batch, Guess, Sample, Task, loss_of_sources, of_examples, padded
 from perceiver.tasks.class_metrics import MOST_RANKED, area_metrics, constant_scores, mean_f1, score_counts, tag_table
 from perceiver.tasks.class_settings import ClassSettings
 from perceiver.tasks.classification import Classification
-from perceiver.tasks.image_classification import ImageClassification, ImageClassificationConfig
-from perceiver.tasks.text_classification import TextClassification, TextClassificationConfig
 
 S = TypeVar("S", bound=ClassSettings)
-
-
-class ImageTagsConfig(ImageClassificationConfig):
-    """Any number of classes per image."""
-
-    kind: ClassVar[str] = "tagged-images"
-    several_classes: ClassVar[bool] = True
-
-    @classmethod
-    def of_model(cls, model: ModelConfig) -> TaskConfig | None:
-        return None
-
-    def build(self, model: ModelConfig, data: DataConfig, seed: int) -> Task[Any, Any]:
-        if not isinstance(model, PerceiverIOConfig) or not isinstance(model.input, ImageInput):
-            raise UserError("classes of images need a Perceiver IO model with an ImageInput")
-        return ImageTags(self, model, data, seed)
-
-
-class TextTagsConfig(TextClassificationConfig):
-    """Any number of classes per text."""
-
-    kind: ClassVar[str] = "tagged-documents"
-    several_classes: ClassVar[bool] = True
-
-    @classmethod
-    def of_model(cls, model: ModelConfig) -> TaskConfig | None:
-        return None
-
-    def build(self, model: ModelConfig, data: DataConfig, seed: int) -> Task[Any, Any]:
-        if not isinstance(model, PerceiverIOConfig) or not isinstance(model.input, TextInput):
-            raise UserError("classes of texts need a Perceiver IO model with a TextInput")
-        return TextTags(self, model, data, seed)
 
 
 class Tags(Classification[S]):
@@ -132,11 +98,3 @@ class Tags(Classification[S]):
             sums["scores"] = constant_scores(there, float(rows))
             means |= dict.fromkeys(area_metrics(sums), "one answer to all")
         return Guess(sums, means)
-
-
-class ImageTags(Tags[ImageTagsConfig], ImageClassification):  # type: ignore[misc]
-    """Images with any number of classes each."""
-
-
-class TextTags(Tags[TextTagsConfig], TextClassification):  # type: ignore[misc]
-    """Texts with any number of classes each."""

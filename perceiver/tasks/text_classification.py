@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +17,7 @@ from perceiver.models import ClassOutput, PerceiverIOConfig, TextInput
 from perceiver.tasks.base import Batch, Task
 from perceiver.tasks.class_settings import ClassSettings
 from perceiver.tasks.classification import Classification, with_classes
+from perceiver.tasks.tags import Tags
 
 
 class TextClassificationConfig(ClassSettings):
@@ -98,3 +99,23 @@ class TextClassification(Classification[TextClassificationConfig]):
 def _lengths(rows: pa.Table) -> np.ndarray:
     """Ids of each document: int64 (n,)."""
     return pc.list_value_length(rows["tokens"]).to_numpy().astype(np.int64)
+
+
+class TextTagsConfig(TextClassificationConfig):
+    """Any number of classes per text."""
+
+    kind: ClassVar[str] = "tagged-documents"
+    several_classes: ClassVar[bool] = True
+
+    @classmethod
+    def of_model(cls, model: ModelConfig) -> TaskConfig | None:
+        return None
+
+    def build(self, model: ModelConfig, data: DataConfig, seed: int) -> Task[Any, Any]:
+        if not isinstance(model, PerceiverIOConfig) or not isinstance(model.input, TextInput):
+            raise UserError("classes of texts need a Perceiver IO model with a TextInput")
+        return TextTags(self, model, data, seed)
+
+
+class TextTags(Tags[TextTagsConfig], TextClassification):  # type: ignore[misc]
+    """Texts with any number of classes each."""

@@ -144,7 +144,7 @@ def test_pictures_with_a_table_of_labels(tmp_path, monkeypatch):
 
 
 def test_the_loss_is_torchs_and_metrics_are_those_of_all_scores():
-    from perceiver.tasks.tags import TextTagsConfig
+    from perceiver.tasks.text_classification import TextTagsConfig
 
     base = classification_experiment()
     output = replace(base.model.output, num_classes=3)
