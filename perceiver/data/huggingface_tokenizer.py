@@ -205,10 +205,10 @@ def hub_file(name: str) -> str:
     what = f"data.tokenizer is hub:{name}"
     try:
         return hf_hub_download(model, TOKENIZER_JSON, revision=revision or None)
-    except LocalEntryNotFoundError as error:  # before EntryNotFoundError, of which it is a kind
+    except LocalEntryNotFoundError:  # before EntryNotFoundError, of which it is a kind
         raise UserError(
-            f"{what}: the hub cannot be reached and it was not fetched before ({_first_line(error)}); fetch it where there is a network, "
-            f"or give the path of its {TOKENIZER_JSON}"
+            f"{what}: the hub cannot be reached and it was not fetched before: fetch it where there is a network, or give the path of its "
+            f"{TOKENIZER_JSON}"
         ) from None
     except RevisionNotFoundError:
         raise UserError(f"{what}: the model has no revision {revision!r}") from None
