@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -46,7 +46,7 @@ class ImageRows(_LongRows):
     made_from = "images"
     new_rows = "image"
     takes_code = False
-    formats = ("idx", "parquet", "arrow", "tar")
+    formats: ClassVar[tuple[str, ...]] = ("idx", "parquet", "arrow", "tar")
     expected = "idx files (train-images-idx3-ubyte and its labels, .gz or not), .parquet, .arrow, .tar (WebDataset), or folders of pictures"
 
     @property

@@ -74,7 +74,7 @@ class Classification(Task[C, PerceiverIOConfig]):
         "loss": "min", "acc": "max", "f1": "max", "recall": "max", "auroc": "max", "ap": "max", "top5": "max",
     }  # fmt: skip
 
-    class_column = "label"
+    class_column: str | None = "label"
     _weights_there: Tensor | None = None
     """The weights of classes on the device that was asked for last."""
 

@@ -68,8 +68,8 @@ class Tags(Classification[S]):
         return found | area_metrics(sums)
 
     def details(self, sums: dict[str, np.ndarray]) -> list[str]:
-        counts = [np.asarray(sums[name]) for name in ("hits", "said", "there")]
-        return tag_table(*counts, self.names_of(len(counts[0])))
+        hits, said, there = (np.asarray(sums[name]) for name in ("hits", "said", "there"))
+        return tag_table(hits, said, there, self.names_of(len(hits)))
 
     def samples(self, model: nn.Module, sums: dict[str, np.ndarray], split: Split) -> list[Sample]:
         return [Sample("classes", text="\n".join(self.details(sums)))]
