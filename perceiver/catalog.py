@@ -39,6 +39,8 @@ CATALOG: dict[str, tuple[str, str, int]] = {
     "audio-clf-esc50": ("AudioClassification", "", 2_629_284),
     "img-clf": ("ImageClassification", "", 197_348),
     "txt-clf": ("TextClassification", "", 403_392),
+    "img-tags": ("ImageTags", "", 197_348),
+    "txt-tags": ("TextTags", "", 403_392),
 }
 """Task, source of the data, and number of the model's parameters, by the preset's name."""
 

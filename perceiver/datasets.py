@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import zip_longest
 from typing import Any
 
 import pyarrow.fs as pafs
@@ -18,10 +20,10 @@ from perceiver.data.rows import KINDS, ArrayRows
 from perceiver.data.shards import broken_files, read_block
 from perceiver.data.sources import is_path, is_shipped, mixture_sources, resolve, source_label
 from perceiver.data.storage import list_folder, open_folder
-from perceiver.data.tokenizers import TOKENIZER, load_tokenizer, tokenizer_is_there
+from perceiver.data.tokenizers import kept_file, tokenizer_is_there, tokenizer_of
 from perceiver.experiments import command_words
 
-_READING_ONLY = ("shuffle_window_blocks", "lanes")
+_READING_ONLY = ("shuffle_window_blocks", "lanes", "balance")
 """Fields of the data's configuration that preparation does not depend on."""
 
 
@@ -106,9 +108,16 @@ class Dataset:
         experiment = self.experiment
         if not experiment.task.measured:
             return experiment
+        task = experiment.task.counted(train_counts([part.manifest for part in self.parts]))
         splits = [(part.folder, part.manifest.splits["train"]) for part in self.parts]
         blocks = (read_block(folder, split, block) for folder, split in splits for block in range(split.num_blocks))
-        return replace(experiment, task=experiment.task.measure(experiment.model, blocks))
+        return replace(experiment, task=task.measure(experiment.model, blocks))
+
+
+def train_counts(manifests: Sequence[Manifest]) -> list[int]:
+    """How often each class occurs in the training splits together; empty where rows have none."""
+    found = [manifest.stats.get("labels", {}).get("train", []) for manifest in manifests]
+    return [sum(column) for column in zip_longest(*found, fillvalue=0)]
 
 
 def check_sources(experiment: Experiment) -> None:
@@ -183,7 +192,7 @@ def prepare_settings(experiment: Experiment) -> dict[str, Any]:
     if not KINDS[settings["kind"]].is_text:
         return settings
     name, (_, vocab_size) = experiment.data.tokenizer, text_limits(experiment)
-    tokenizer = load_tokenizer(name)
+    tokenizer = tokenizer_of(experiment.data)
     if tokenizer.vocab_size > vocab_size:
         raise UserError(f"data.tokenizer {name} has {tokenizer.vocab_size} ids, but the model's vocab_size is {vocab_size}")
     return settings | {"tokenizer": tokenizer.fingerprint}
@@ -230,6 +239,8 @@ def _settings(experiment: Experiment) -> dict[str, Any]:
     if not KINDS[kind].is_text:
         return settings | {"row_length": max_seq_len}
     settings |= {"text_column": data.text_column}
+    if data.special_tokens != "text":
+        settings |= {"special_tokens": data.special_tokens}
     if data.encoding.lower() not in ("utf-8", "utf8"):
         settings |= {"encoding": data.encoding}
     if KINDS[kind].has_labels:
@@ -262,6 +273,8 @@ def _label_settings(experiment: Experiment) -> dict[str, Any]:
     usual = next((field.default for field in fields(task) if field.name == "class_names"), None)
     if (names := getattr(task, "class_names", None)) and names != usual:
         found["class_names"] = list(names)
+    if left_out := getattr(task, "leave_out", ()):
+        found["leave_out"] = sorted(left_out)
     if KINDS[experiment.task.kind].new_rows not in ("image", "audio"):
         return found
     if experiment.data.label_column != "label":
@@ -302,25 +315,25 @@ def with_tokenizer(experiment: Experiment) -> Experiment:
     if not needs_tokenizer(experiment) or tokenizer_is_there(data.tokenizer):
         return experiment
     settings = _settings(experiment)
-    found = [
-        f"{data.root_path.rstrip('/')}/{name}"
-        for name, other in _others(experiment, settings)
-        if TOKENIZER in list_folder(f"{data.root_path.rstrip('/')}/{name}")
-        and {**other.settings, "tokenizer": None} == {**settings, "tokenizer": None}
-    ]
+    found = []
+    for name, other in _others(experiment, settings):
+        folder = f"{data.root_path.rstrip('/')}/{name}"
+        kept = kept_file(list_folder(folder))
+        if kept is not None and {**other.settings, "tokenizer": None} == {**settings, "tokenizer": None}:
+            found.append(f"{folder}/{kept}")
     if len(found) > 1:
         raise UserError(
             f"data.tokenizer is {data.tokenizer}, which is not there, and data was prepared with {len(found)} others: give "
-            f"--data.tokenizer {' or '.join(f'{folder}/{TOKENIZER}' for folder in found)}"
+            f"--data.tokenizer {' or '.join(found)}"
         )
-    return replace(experiment, data=replace(data, tokenizer=f"{found[0]}/{TOKENIZER}")) if found else experiment
+    return replace(experiment, data=replace(data, tokenizer=found[0])) if found else experiment
 
 
 def with_prepared_tokenizer(experiment: Experiment, folder: str, manifest: Manifest) -> Experiment:
     """The experiment with the copy of its tokenizer that lies beside its shards, where all workers read."""
     if (manifest.tokenizer or {}).get("sha256") is None:
         return experiment
-    return replace(experiment, data=replace(experiment.data, tokenizer=f"{folder}/{TOKENIZER}"))
+    return replace(experiment, data=replace(experiment.data, tokenizer=f"{folder}/{kept_file(list_folder(folder))}"))
 
 
 def data_folder(experiment: Experiment) -> str:

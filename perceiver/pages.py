@@ -23,6 +23,8 @@ th { cursor: pointer; background: #f5f5f5; user-select: none } th.up::after { co
 td.number { text-align: right; font-variant-numeric: tabular-nums } pre { white-space: pre-wrap; font-size: .85em; margin: .2em 0 }
 .strip { display: flex; gap: 1em; overflow-x: auto; padding-bottom: .5em } .strip figure { margin: 0; flex: 0 0 auto; max-width: 420px }
 .strip img { max-width: 420px; image-rendering: auto; border: 1px solid #ddd } figcaption { font-size: .8em; color: #666 }
+.sheet { display: flex; flex-wrap: wrap; gap: .7em } .sheet figure { margin: 0; width: 116px }
+.sheet figcaption { overflow-wrap: anywhere } .sheet img { border: 1px solid #ddd; max-width: 112px }
 .controls { font-size: .9em; margin: .5em 0; display: flex; gap: 2em } .chart { min-height: 120px }
 """
 _SCRIPT = """
@@ -134,6 +136,15 @@ class Page:
                 shown = f"<pre>{html.escape(content)}</pre>"
             figures.append(f"<figure>{shown}<figcaption>{html.escape(caption)}</figcaption></figure>")
         self._parts.append(f'<div class="strip">{"".join(figures)}</div>')
+
+    def sheet(self, items: Sequence[tuple[str, bytes]]) -> None:
+        """Small PNG pictures in rows, each with a line below it."""
+        figures = "".join(
+            f'<figure><img alt="{html.escape(caption)}" src="data:image/png;base64,{base64.b64encode(content).decode()}">'
+            f"<figcaption>{html.escape(caption)}</figcaption></figure>"
+            for caption, content in items
+        )
+        self._parts.append(f'<div class="sheet">{figures}</div>')
 
     def render(self) -> str:
         """The whole file."""

@@ -183,7 +183,7 @@ class Run:
     @property
     def own_names(self) -> tuple[str, ...]:
         """Patterns of the names in its folder that this package gives, and nobody else."""
-        files = (self.log_file, self.not_finite_file, self.labels_file, self.tokenizer_file, self.ray_folder)
+        files = (self.log_file, self.not_finite_file, self.labels_file, *self.tokenizer_files, self.ray_folder)
         others = (self.trackers_file, self.trackers_folder, self.profile_folder)
         folders = (CHECKPOINTS, CODE, f"{CODE}-before-*", EVALUATIONS, *RECORD_FOLDERS)
         return (*RECORDS, *folders, CURVE, _LOCK, *(path.name for path in (*files, *others)))
@@ -205,11 +205,17 @@ class Run:
 
     @property
     def tokenizer_file(self) -> Path:
-        """Copy of the SentencePiece model of its data, if that has one."""
-        # Here and not above: the list of runs takes neither NumPy nor Arrow.
-        from perceiver.data.tokenizers import TOKENIZER
+        """Copy of the file of its data's tokenizer, if that has one."""
+        files = self.tokenizer_files
+        return next((file for file in files if file.is_file()), files[0])
 
-        return self.folder / TOKENIZER
+    @property
+    def tokenizer_files(self) -> tuple[Path, ...]:
+        """Where that may be: its name is that of its format."""
+        # Here and not above: the list of runs takes neither NumPy nor Arrow.
+        from perceiver.data.tokenizer_base import TOKENIZER_FILES
+
+        return tuple(self.folder / name for name in TOKENIZER_FILES)
 
     @property
     def curve_file(self) -> Path:

@@ -1,5 +1,5 @@
-"""`perceiver data SOURCE [--text-column NAME] [--label-column NAME]`: what data holds, before anything is prepared, and the command that
-trains on it. `perceiver data RUN`: what a run was trained on.
+"""`perceiver data SOURCE [--text-column NAME] [--label-column NAME] [--html FILE]`: what data holds, before anything is prepared,
+and the command that trains on it. `perceiver data RUN`: what a run was trained on.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ import reprlib
 import shlex
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
 from perceiver.config import DataConfig, UserError
 from perceiver.data.files import format_of, list_files
@@ -17,10 +18,11 @@ from perceiver.data.labels import class_order, label_counts, picture_sizes
 from perceiver.data.picture_folders import picture_folder
 from perceiver.data.sound_lengths import MOST_LOOKED_AT, sound_infos
 from perceiver.data.sources import NAMED, Source, is_path, resolve
-from perceiver.data.survey import LENGTHS, TableSurvey, label_column, survey_columns, survey_texts, table_rows, text_column
+from perceiver.data.survey import LENGTHS, TableSurvey, label_column, labels_column, survey_columns, survey_texts, table_rows, text_column
 from perceiver.datasets import Dataset
 from perceiver.runs import Run
 from ray_jobs.cli import main_entry, program, refuse_empty
+from ray_jobs.data_page import Facts, page_of
 
 _TABLES = ("csv", "jsonl", "parquet", "arrow")
 _CONTEXT = 254
@@ -48,6 +50,8 @@ class Found:
     """Whether the data has to be prepared by a command of its own."""
     open: str = ""
     """What the user has to add, if anything."""
+    facts: Facts = field(default_factory=Facts)
+    """What a page shows besides."""
 
     @property
     def commands(self) -> list[str]:
@@ -65,11 +69,31 @@ def main(argv: list[str]) -> int:
     parser.add_argument("source", help="a file, a folder or a glob; or a run")
     parser.add_argument("--text-column", help="column with the text (default: text, or the one with the most text)")
     parser.add_argument("--label-column", help="column with the class (default: label, or one that has few different values)")
+    parser.add_argument("--html", help="file to write a page to: the same, with charts, examples and pictures")
     args = parser.parse_args(argv)
     refuse_empty(args, ("source",))
     run = Run.find(args.source) if is_path(args.source) or "/" not in args.source else None
+    if args.html is not None:
+        write_page(args.source, args.html, args.text_column, args.label_column, run is not None)
+        return 0
     print("\n".join(of_run(run) if run is not None else look(args.source, args.text_column, args.label_column)))
     return 0
+
+
+def write_page(source: str, file: str, text: str | None = None, label: str | None = None, is_run: bool = False) -> None:
+    """Writes what a source holds to an HTML file, and says where.
+
+    Raises:
+        UserError: see `find`; or the file cannot be written, or the source is a run.
+    """
+    if is_run:
+        raise UserError(f"--html is {file}, and {source} is a run: `perceiver show {source} --html {file}` makes its page")
+    found = find(source, text, label)
+    try:
+        Path(file).write_text(page_of(source, found.lines, found.commands, found.facts), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--html is {file}, which cannot be written ({error.strerror or error})") from None
+    print("\n".join([*found.lines, "", *found.commands, "", f"page: {file}"]))
 
 
 def look(source: str, text: str | None = None, label: str | None = None) -> list[str]:
@@ -144,8 +168,11 @@ def _pictures(lines: list[str], source: str, label: str) -> Found:
     sides = sorted({shape[:2] for shape in sizes}, key=lambda side: side[0] * side[1])
     size = f"{sides[0][0]} x {sides[0][1]}" + (f" to {sides[-1][0]} x {sides[-1][1]}, {len(sides):,} sizes" if len(sides) > 1 else "")
     grey = sum(count for shape, count in sizes.items() if shape[2] == 1)
-    lines = [*lines, f"pictures: {size}; {grey:,} grey, {sum(sizes.values()) - grey:,} in colour", *_classes(found, label)]
-    return Found(lines, "img-clf", ["--data.source", source, *(["--data.label-column", label] if label != "label" else [])])
+    lines = [*lines, f"pictures: {size}; {grey:,} grey, {sum(sizes.values()) - grey:,} in colour"]
+    classes = class_counts(found, label)
+    lines = [*lines, *_classes(classes)]
+    words = ["--data.source", source, *(["--data.label-column", label] if label != "label" else [])]
+    return Found(lines, "img-clf", words, facts=Facts(classes=dict(classes), pictures=found, label=label))
 
 
 def _sounds(lines: list[str], source: str, label: str | None) -> Found:
@@ -164,25 +191,33 @@ def _sounds(lines: list[str], source: str, label: str | None) -> Found:
     seconds = sorted(info.seconds for info in infos)
     rates = ", ".join(f"{rate:,} Hz ({count:,})" for rate, count in Counter(info.rate for info in infos).most_common(_SHOWN))
     channels = ", ".join(f"{number} ({count:,})" for number, count in Counter(info.channels for info in infos).most_common())
+    classes = class_counts(found, column)
     lines += [
         f"sounds: {len(found.files):,}, {seconds[0]:.2f} to {seconds[-1]:.2f} s, half of them at most {seconds[len(seconds) // 2]:.2f} s",
         f"rates: {rates}; channels: {channels}",
-        *_classes(found, column),
+        *_classes(classes),
     ]
     if unread := len(found.files[:: max(1, -(-len(found.files) // MOST_LOOKED_AT))]) - len(infos):
         lines.append(f"{unread:,} of them cannot be read: --data.on-error skip leaves them out")
     words = ["--data.source", source, *(["--data.label-column", column] if column != "label" else [])]
-    return Found(lines, "audio-clf-small", words)
+    return Found(lines, "audio-clf-small", words, facts=Facts(classes=dict(classes)))
 
 
-def _classes(found: Source, label: str) -> list[str]:
+def class_counts(found: Source, label: str) -> dict[str, Counter[str]]:
+    """How often each label occurs, by split: "train", "val", or "all" where validation is held out of them."""
+    train = label_counts(found, label, "train")
+    splits = dict.fromkeys(file.split for file in found.inputs)
+    return {
+        "all" if split == "hash" else split: train if split in ("train", "hash") else label_counts(found, label, split) for split in splits
+    }
+
+
+def _classes(classes: Mapping[str, Counter[str]]) -> list[str]:
     """The labels of each split."""
     lines = []
-    splits = dict.fromkeys(file.split for file in found.inputs)
-    train = label_counts(found, label, "train")
-    for split in splits:
-        counts = train if split in ("train", "hash") else label_counts(found, label, split)
-        name = "all (a part is held out for validation)" if split == "hash" else split
+    train = classes.get("train", classes.get("all", Counter()))
+    for split, counts in classes.items():
+        name = "all (a part is held out for validation)" if split == "all" else split
         lines.append(f"classes in {name}: {_counts({key: counts[key] for key in class_order(counts)})}")
         if new := sorted(counts.keys() - train.keys()):
             lines.append(f"  not in train: {', '.join(new)}")
@@ -199,6 +234,8 @@ def _table(lines: list[str], source: str, text: str | None, label: str | None) -
     found = survey_columns(files)
     if not found.rows:
         raise UserError(f"{source} has no rows")
+    if (image := found.columns.get("image")) is not None and image.types.keys() & {"dict", "bytes"}:
+        return _pictures([*lines, f"{found.rows:,} rows"], source, label or "label")
     for given, name in (("--text-column", text), ("--label-column", label)):
         if name is not None and name not in found.columns:
             raise UserError(f"{given} is {name!r}, which {source} does not have (it has: {', '.join(found.columns)})")
@@ -211,17 +248,24 @@ def _table(lines: list[str], source: str, text: str | None, label: str | None) -
         lines.append(f"  ... {len(found.columns):,} in all")
     text = text or text_column(found)
     if text is None:
-        return Found(lines, "tables", ["--data.source", source], open=" --task.targets COLUMN")
+        return Found(lines, "tables", ["--data.source", source], open=" --task.targets COLUMN", facts=Facts(survey=found, files=files))
     survey_texts(found, (row[text] for file in files for row in table_rows(file) if isinstance(row.get(text), str)), _CONTEXT)
     lines += _texts(found, text)
     words = ["--data.source", source, *(["--data.text-column", text] if text != "text" else [])]
+    if (tags := labels_column(found) if label is None else label) is not None and (counts := found.columns[tags].labels):
+        lines.append(f"labels in {tags!r}, any number a row: {_counts({name: counts[name] for name in class_order(counts)})}")
+        words += ["--data.label-column", tags] if tags != "label" else []
+        return Found(lines, "txt-tags", words, facts=Facts(survey=found, files=files, text=text, classes={"rows": counts}))
     label = label or label_column(found, text)
+    facts = Facts(survey=found, files=files, text=text, label=label)
     if label is None:
-        return Found([*lines, "no column has few different values: no classes"], "clm-wikitext-small", words, prepared_first=True)
+        lines = [*lines, "no column has few different values: no classes"]
+        return Found(lines, "clm-wikitext-small", words, prepared_first=True, facts=facts)
     values = found.columns[label].values
     if values is not None:
         lines.append(f"classes in {label!r}: {_counts({name: values[name] for name in class_order(values)})}")
-    return Found(lines, "txt-clf", [*words, *(["--data.label-column", label] if label != "label" else [])])
+        facts.classes["rows"] = values
+    return Found(lines, "txt-clf", [*words, *(["--data.label-column", label] if label != "label" else [])], facts=facts)
 
 
 def _texts(found: TableSurvey, column: str) -> list[str]:

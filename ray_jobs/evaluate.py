@@ -29,6 +29,9 @@ from ray_jobs.preflight import check_experiment, plan_resources
 
 logger = logging.getLogger("ray_jobs.evaluate")  # which __name__ is not where it is run as a program
 
+MOST_LINES = 31
+"""Lines of a table of classes that are shown, at most: all of them are in the run's samples."""
+
 
 def main(argv: list[str]) -> int:
     argv = show_progress(argv)
@@ -121,7 +124,7 @@ def evaluate_run(
         copy_file(path.parent, path.name, there)
         copy_file(path.parent, apart.name, there)
         where = f"{there}/{path.name}"
-    _print_table(found, chosen, content, baselines, where)
+    _print_table(found, chosen, content, baselines, where, task.details(result["sums"]) if len(parts) == 1 else [])
     return result["metrics"]
 
 
@@ -138,13 +141,17 @@ def _trained_on(trained: Experiment) -> Manifest | None:
         return None
 
 
-def _print_table(run: Run, chosen: CheckpointInfo, content: dict[str, Any], baselines: dict[str, Baseline], where: str) -> None:
+def _print_table(
+    run: Run, chosen: CheckpointInfo, content: dict[str, Any], baselines: dict[str, Baseline], where: str, details: list[str]
+) -> None:
     targets = int(content["sums"]["targets"])
     logger.info(f"{run.name}, step {chosen.step:,}, on {content['data']['source']}: {targets:,} targets")
     width = max(22, 2 + max(map(len, content["metrics"])))  # names of a mixture's sources may be long
     for name, value in content["metrics"].items():
         beside = f"  ({baselines[name]})" if name in baselines else ""
         logger.info(f"  {name:<{width}}{value:>12.4f}{beside}")
+    for line in details[:MOST_LINES]:
+        logger.info(f"  {line}")
     logger.info(f"  written to {where}")
 
 

@@ -44,7 +44,7 @@ COMMANDS = {
         job=True,
         takes="preset",
     ),
-    "tokenizer": Command("prepare data", "train a SentencePiece tokenizer", "ray_jobs.train_tokenizer", job=True),
+    "tokenizer": Command("prepare data", "train a tokenizer (SentencePiece, or a tokenizer.json)", "ray_jobs.train_tokenizer", job=True),
     "presets": Command("train", "list the experiments that come with the package", "perceiver.catalog"),
     "plan": Command("train", "memory, time and cost of a training, before it starts", "ray_jobs.plan", takes="preset"),
     "lr-find": Command("train", "a learning rate to begin with, by a short test", "ray_jobs.lr_find", takes="preset"),

@@ -31,7 +31,7 @@ from perceiver.data.storage import (
     write_file,
 )
 from perceiver.data.tables import Columns
-from perceiver.data.tokenizers import load_tokenizer
+from perceiver.data.tokenizers import tokenizer_of
 from perceiver.datasets import check_image_shape, stored_shape
 from perceiver.disk import locked
 
@@ -62,6 +62,8 @@ def make_job(experiment: Experiment, settings: dict[str, Any], folder: str, fing
         label=data.label_column if rows.has_labels else None,
         num_classes=num_classes,
         class_names=class_names,
+        tags=rows.has_tags,
+        left_out=tuple(getattr(experiment.task, "leave_out", ())),
         group=data.group_column,
         image_shape=shape,
         fit_images=data.image_size is not None,
@@ -81,7 +83,7 @@ def make_job(experiment: Experiment, settings: dict[str, Any], folder: str, fing
         row_length=settings.get("row_length", 0) if shape is None else shape[0] * shape[1] * shape[2],
         rows_per_block=data.rows_per_block,
         blocks_per_shard=data.blocks_per_shard,
-        tokenizer=load_tokenizer(data.tokenizer) if rows.is_text else None,
+        tokenizer=tokenizer_of(data) if rows.is_text else None,
         document_marks=settings.get("document_marks", ""),
         arrays=ArrayRows.from_json(settings["columns"]) if "columns" in settings else rows.stored_columns(),
         long_texts=data.long_texts,

@@ -14,7 +14,8 @@ from perceiver.config import Experiment, UserError
 from perceiver.costs.devices import DEVICES, GIB, Device
 from perceiver.costs.flops import num_parameters
 from perceiver.costs.memory import Memory, Traffic, most_of_each, step_memory, step_traffic
-from perceiver.datasets import Dataset, with_tokenizer
+from perceiver.data.balance import described
+from perceiver.datasets import Dataset, train_counts, with_tokenizer
 from perceiver.models import PerceiverARConfig
 from perceiver.tasks import build_task
 from perceiver.terminal import summary
@@ -107,6 +108,19 @@ def _steps(experiment: Experiment) -> int | None:
     return total_steps(experiment, manifest.splits["train"].rows)
 
 
+def _balance(experiment: Experiment) -> str | None:
+    """What becomes of each class where they are balanced, as far as the data is prepared."""
+    most = experiment.data.balance
+    if most is None:
+        return None
+    try:
+        counts = train_counts([part.manifest for part in Dataset.find(experiment).parts])
+    except UserError:
+        counts = []
+    names = getattr(experiment.task, "class_names", None)
+    return described(counts, names, most) if counts else f"as equal as no row more than {most} times an epoch allows"
+
+
 def lines(plan: Plan, experiment: Experiment, device: Device, name: str, mfu: float) -> Iterator[str]:
     """The plan for a person."""
     parallel, layout = experiment.parallel, layout_of(experiment)
@@ -118,6 +132,8 @@ def lines(plan: Plan, experiment: Experiment, device: Device, name: str, mfu: fl
         f"{share(experiment):,} examples a worker, {layout.accumulated} micro-batch{'es' if layout.accumulated > 1 else ''} of "
         f"{plan.micro_batch}"
     )
+    if (balance := _balance(experiment)) is not None:
+        yield f"  classes of an epoch {balance}"
     every = parallel.activation_checkpointing
     yield (
         f"  layout             {layout.shards} shards x {parallel.replicas} replicas; recomputed: "

@@ -49,6 +49,7 @@ def check_experiment(experiment: Experiment) -> None:
     if experiment.data.mixture:
         mixture_sources(experiment.data)
     check_best_metric(experiment, task)
+    check_balance(experiment, task)
     check_model(experiment.model)
     task.check()
     if experiment.optim.groups:
@@ -80,6 +81,12 @@ def local_folder(field: str, path: str) -> Path:
     except OSError as error:
         raise UserError(f"--{field} is {path!r}, but {there} cannot be written to: {error.strerror}") from None
     return folder
+
+
+def check_balance(experiment: Experiment, task: Task) -> None:
+    """Raises UserError where classes are to be balanced, but there are none."""
+    if experiment.data.balance is not None and task.class_column is None:
+        raise UserError(f"--data.balance is {experiment.data.balance}, but {experiment.preset} has no one class for each row: leave it out")
 
 
 def check_best_metric(experiment: Experiment, task: Task) -> None:

@@ -31,7 +31,7 @@ from perceiver.data.storage import (
     remove_file,
     write_file,
 )
-from perceiver.data.tokenizers import TOKENIZER, SentencePieceTokenizer, load_tokenizer
+from perceiver.data.tokenizers import keep_tokenizer, load_tokenizer
 from perceiver.datasets import check_fits, data_folder, prepare_settings, task_kind, with_tokenizer
 from ray_jobs.cli import main_entry, parse_experiment
 from ray_jobs.logs import show_progress
@@ -119,8 +119,7 @@ def _prepare_mixture(experiment: Experiment, piece_bytes: int) -> Manifest:
             parts.append(Component(part.name, part.share, data_folder(alone), manifest))
     manifest = mixture_manifest(settings, parts)
     if _whole_or_removed(folder) != manifest:
-        if isinstance(tokenizer := load_tokenizer(experiment.data.tokenizer), SentencePieceTokenizer):
-            write_file(folder, TOKENIZER, tokenizer.model)
+        keep_tokenizer(load_tokenizer(experiment.data.tokenizer), folder)
         manifest.save(folder)
     logger.info(f"mixture of {' and '.join(f'{part.share:.1%} {part.name}' for part in parts)}: {folder}")
     return manifest
@@ -301,8 +300,7 @@ def _finish(
     for name in list_folder(job.folder):
         if name not in keep:
             remove_file(job.folder, name)
-    if isinstance(job.tokenizer, SentencePieceTokenizer):
-        write_file(job.folder, TOKENIZER, job.tokenizer.model)
+    keep_tokenizer(job.tokenizer, job.folder)
     manifest.save(job.folder)
     remove_staging(job.folder)
     return manifest

@@ -15,8 +15,7 @@ from perceiver.data.pieces import PIECE_BYTES, cut_pieces
 from perceiver.data.preparation import Job
 from perceiver.data.prepare import make_split
 from perceiver.data.sources import Source
-from perceiver.data.storage import write_file
-from perceiver.data.tokenizers import TOKENIZER, SentencePieceTokenizer
+from perceiver.data.tokenizers import keep_tokenizer
 from perceiver.datasets import prepare_settings
 from ray_jobs.passes import held, in_parallel, make_job, remove_staging, run_pieces, run_shards
 
@@ -58,8 +57,7 @@ def prepare_stream(experiment: Experiment, source: Source, folder: str) -> Manif
             tokenizer=settings["tokenizer"],
             source={**known, "stream": described},
         )
-        if isinstance(job.tokenizer, SentencePieceTokenizer):
-            write_file(folder, TOKENIZER, job.tokenizer.model)
+        keep_tokenizer(job.tokenizer, folder)
         manifest.save(folder)
         remove_staging(folder)
     total = sum(size.bytes for size in sizes)

@@ -242,7 +242,7 @@ def check_run(experiment: Experiment, trained: Run) -> dict[str, float] | None:
         UserError: a run of another experiment; names the differences.
     """
     if not trained.exists:
-        names = (*RECORDS, *RECORD_FOLDERS, CHECKPOINTS, CURVE, trained.tokenizer_file.name)
+        names = (*RECORDS, *RECORD_FOLDERS, CHECKPOINTS, CURVE, *(path.name for path in trained.tokenizer_files))
         check_free(trained.folder, EXPERIMENT, "--run.name", names)
         return None
     old, _ = trained.load(install_code=False)

@@ -1,4 +1,6 @@
-"""`python -m ray_jobs.train_tokenizer OUT --data.source SOURCE [--vocab-size N] [--field value ...]`: a SentencePiece model.
+"""`python -m ray_jobs.train_tokenizer OUT --data.source SOURCE [--vocab-size N] [--field value ...]`: a tokenizer.
+
+A SentencePiece model, or where OUT ends in .json a tokenizer.json of Hugging Face's library.
 
 Learned from a sample of the documents of anything that `ray_jobs.preprocess` can read; written to the file OUT.
 """
@@ -18,7 +20,8 @@ from perceiver.data.pieces import Piece, cut_pieces
 from perceiver.data.sources import resolve
 from perceiver.data.storage import open_folder, write_file
 from perceiver.data.tables import Columns
-from perceiver.data.tokenizers import SentencePieceTokenizer
+from perceiver.data.tokenizers import load_tokenizer
+from perceiver.data.train_huggingface import train_huggingface
 from perceiver.data.train_tokenizer import Sample, check_training, choose_pieces, sample_piece, train_sentencepiece
 from ray_jobs.cli import main_entry, override
 from ray_jobs.logs import show_progress
@@ -27,6 +30,8 @@ logger = logging.getLogger("ray_jobs.train_tokenizer")  # which __name__ is not 
 
 USED = ("source", "val_source", "val_fraction", "text_column", "encoding", "on_error")
 """Fields of the data's configuration that a tokenizer is made from."""
+JSON = ".json"
+"""Ends the name of a file that is to be a tokenizer.json."""
 ROWS_SENT = 1024
 """Documents that a task sends at once."""
 
@@ -69,10 +74,10 @@ def train(out: str, config: TokenizerTraining) -> None:
     if not texts:
         raise UserError(f"data.source {config.data.source} has no text to train on: everything in it is empty or was skipped")
     logger.info(f"learning {config.vocab_size:,} pieces from {len(texts):,} documents, {sample.size / 1e6:.1f} MB (one thread)")
-    model = train_sentencepiece(texts, config)
+    model = train_huggingface(texts, config) if out.endswith(JSON) else train_sentencepiece(texts, config)
     folder, name = place(out)
     write_file(folder, name, model)
-    tokenizer = SentencePieceTokenizer(model, name)
+    tokenizer = load_tokenizer(out)
     ids = sum(len(tokenizer.encode(text)) for text in texts[:100])
     size = sum(len(text.encode()) for text in texts[:100])
     sha256 = hashlib.sha256(model).hexdigest()
@@ -87,6 +92,8 @@ def check(out: str, config: TokenizerTraining) -> None:
         UserError: a field that cannot be right or has no part in this.
     """
     check_training(config)
+    if config.model_type == "wordpiece" and not out.endswith(JSON):
+        raise UserError(f"model-type is wordpiece, which SentencePiece has not, and OUT is {out}: it must end in {JSON}")
     if not config.data.source:
         raise UserError("data.source is empty: name a data set or your own files (see docs/data.md)")
     if not out.strip():

@@ -40,6 +40,8 @@ from ray_jobs.watch import Steps, reporting
 logger = logging.getLogger(__name__)
 PROGRAM_FAULTS = (TypeError, ValueError, KeyError, IndexError, AttributeError, AssertionError, ImportError, NotImplementedError)
 """Faults of the program or its files; what a lost worker or a broken connection raises is none of them."""
+MOST_KEPT = 1 << 16
+"""Numbers of a sum that an evaluation keeps, at most: longer ones, such as counts of scores, serve its metrics alone."""
 DATA_PATIENCE = 600.0
 """Seconds without data after which a worker gives up (the run then restarts from its last checkpoint)."""
 
@@ -139,7 +141,7 @@ def _evaluate(config: dict[str, Any], experiment: Experiment, world: World) -> N
         ray.get(config["messages"].put.remote({"fault": _with_repair(error, experiment)}))
         raise
     if world.rank == 0:
-        counts = {name: value.tolist() for name, value in sums.items()}
+        counts = {name: value.tolist() for name, value in sums.items() if value.size <= MOST_KEPT}
         ray.get(config["messages"].put.remote({"metrics": metrics, "sums": counts, "examples": examples}))
 
 

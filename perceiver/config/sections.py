@@ -8,7 +8,7 @@ Presets (`perceiver/presets/`) are functions that return an `Experiment` and sho
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from perceiver.config.core import Config, UserError, check_folder_name, check_positive, flatten, home, is_builtin, spelled, to_dict
@@ -53,6 +53,8 @@ class TaskConfig(Config):
     """Of a task that reads a stream of text, the ids around each document: "eos" (one after it) or "cls-sep"."""
     abilities: ClassVar[tuple[str, ...]] = ("predict",)
     """Methods of `perceiver.inference.trained.TrainedModel` that its models have; a batch of rows is given to the first by default."""
+    several_classes: ClassVar[bool] = False
+    """Of a task with classes, whether an example has any number of them and not one."""
     takes_any: ClassVar[bool] = False
     """Whether `of_model` takes every model of a class: such a task is asked after those that take some."""
 
@@ -89,6 +91,10 @@ class TaskConfig(Config):
 
     def measure(self, model: ModelConfig, blocks: Iterator[pa.Table]) -> TaskConfig:
         """The settings with their `measured` fields filled in from all rows of the training split."""
+        return self
+
+    def counted(self, counts: Sequence[int]) -> TaskConfig:
+        """The settings with what follows from how often each class occurs in the training split, where rows have one."""
         return self
 
     @abstractmethod
@@ -144,7 +150,7 @@ class DataConfig(Config):
     text_column: str = "text"
     """Column of tables (.jsonl, .json, .csv, .tsv, .arrow, .parquet) that holds the text."""
     label_column: str = "label"
-    """Column that holds the label, for classification."""
+    """Column that holds the label, for classification; of rows with any number of classes a list, or names separated by | or ;."""
     image_size: int | None = None
     """Pictures are scaled until their shorter side has this many pixels, and the square in their middle is cut out; None: they are taken
     as they are, and all must have one size."""
@@ -154,7 +160,11 @@ class DataConfig(Config):
     encoding: str = "utf-8"
     """Encoding of text files, .csv and .jsonl: utf-8, utf-16, latin-1, or another that Python knows."""
     tokenizer: str = "bytes"
-    """"bytes" (UTF-8, 262 ids), or the path of a SentencePiece model."""
+    """"bytes" (UTF-8, 262 ids), the path of a SentencePiece model or of a tokenizer.json (Hugging Face), or that of a model on the hub
+    (hub:NAME or hub:NAME@REVISION)."""
+    special_tokens: Literal["text", "tokens"] = "text"
+    """What the name of a special token in a text, such as [MASK] or <|im_end|>, is: text like any other; or that token, for texts that
+    were written with them."""
     prepare: Literal["shards", "stream"] = "shards"
     """shards: all text becomes ids before the training; stream: training text does while training, and only the files' sizes are
     looked at before (language models; validation data are shards all the same)."""
@@ -170,6 +180,9 @@ class DataConfig(Config):
     lanes: int | None = None
     """Largest number of positions in the epoch's order that a global batch takes its rows from; None: as many as the global batch has
     rows, up to 512 (see docs/data.md)."""
+    balance: int | None = None
+    """Draw training rows of all classes equally often, rows of rare ones again and of frequent ones not all in an epoch; the number is how
+    often a row may come in an epoch at most (10, say). None: each row once."""
     root: str = ""
     """Folder that prepared data sets are written to and found in; "": $PERCEIVER_HOME/data."""
 
@@ -182,6 +195,8 @@ class DataConfig(Config):
         if not 0 <= self.val_fraction < 1:
             raise UserError(f"{where}val-fraction is {self.val_fraction} and must be at least 0 and below 1")
         check_positive(self, where, "image_size")
+        if self.balance is not None and self.balance < 2:
+            raise UserError(f"--{where}balance is {self.balance} and must be at least 2, or left out: rows of rare classes come again")
         self.check_encoding(where)
 
     def check_encoding(self, where: str = "data.") -> None:
@@ -408,7 +423,7 @@ class Experiment(Config):
         for name in self.task.measured:
             del tree["task"][name]
         if self.data.tokenizer != "bytes":  # where its file lies is nobody's identity; the data's hash has its content
-            tree["data"]["tokenizer"] = "sentencepiece"
+            tree["data"]["tokenizer"] = "of a file"
         # A class of this package is itself wherever it stands.
         return {
             name: value.partition(":")[2] if name.rpartition(".")[2] == "type" and is_builtin(value) else value
@@ -420,16 +435,19 @@ class Experiment(Config):
 
 
 class TokenizerTraining(Config):
-    """Training of a SentencePiece model (`ray_jobs.train_tokenizer`)."""
+    """Training of a tokenizer (`ray_jobs.train_tokenizer`): OUT that ends in .json is a tokenizer.json of Hugging Face's library, any
+    other a SentencePiece model.
+    """
 
     data: DataConfig
     """The text: source, text_column, on_error; what val_source and val_fraction hold out for validation is left out."""
     vocab_size: int = 32_000
-    """Number of ids, 256 single bytes and 7 special pieces among them."""
-    model_type: Literal["unigram", "bpe"] = "unigram"
-    """Unigram language model (arXiv 1804.10959), or byte pair encoding."""
+    """Number of ids, those of single bytes (or letters) and of special pieces among them."""
+    model_type: Literal["unigram", "bpe", "wordpiece"] = "unigram"
+    """Unigram language model (arXiv 1804.10959); byte pair encoding, in a .json of bytes as GPT-2's; or, in a .json alone, WordPiece as
+    BERT's."""
     character_coverage: float = 0.9995
-    """Share of the sample's characters that may get pieces of their own; the others are written as bytes."""
+    """Share of the sample's characters that may get pieces of their own; the others are written as bytes (of WordPiece: are unknown)."""
     sample_megabytes: int = 100
     """Text that the pieces are learned from, at most; the trainer takes about 25 times as much memory."""
     read_megabytes: int = 2_000

@@ -25,7 +25,7 @@ from perceiver.data.sources import Source, resolve
 from perceiver.data.spans import Problems, Span, Unreadable, chunks
 from perceiver.data.tables import Columns, parquet_rows
 from perceiver.data.text import join_documents
-from perceiver.data.tokenizers import load_tokenizer
+from perceiver.data.tokenizers import tokenizer_of
 
 MARGIN = 0.02
 """A chunk is larger by this share than a chunk of the sample's ids per byte would have to be, so that few fall short."""
@@ -178,7 +178,7 @@ def open_chunks(data: DataConfig, source: str, manifest: Manifest) -> Chunks:
     job = Job(
         kind="tokens", folder="", staging="", columns=Columns(text=data.text_column, label=None), skip=data.on_error == "skip",
         val_fraction=0.0, row_length=split.row_length, rows_per_block=split.rows_per_block,
-        blocks_per_shard=split.blocks_per_shard, tokenizer=load_tokenizer(data.tokenizer),
+        blocks_per_shard=split.blocks_per_shard, tokenizer=tokenizer_of(data),
         document_marks=manifest.settings["document_marks"],
     )  # fmt: skip
     assert manifest.stream is not None  # it is of a source that is streamed

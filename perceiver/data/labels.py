@@ -22,7 +22,7 @@ from perceiver.data.read_tars import tar_pictures
 from perceiver.data.sources import Source
 from perceiver.data.spans import Problems, Span, Unreadable, chunks
 from perceiver.data.storage import open_folder
-from perceiver.data.tables import label_text
+from perceiver.data.tables import BadLabel, label_text, tag_values
 
 MOST_CLASSES = 10_000
 """Different labels that are taken for classes at most."""
@@ -30,8 +30,11 @@ MOST_LOOKED_AT = 2000
 """Pictures whose sizes are looked up, evenly drawn from all."""
 
 
-def label_counts(source: Source, label_column: str, split: str | None = None) -> Counter[str]:
+def label_counts(source: Source, label_column: str, split: str | None = None, several: bool = False) -> Counter[str]:
     """How often each label occurs, by its text (`label_text`), in the files of a split (None: of all).
+
+    Args:
+        several: each row has any number of them.
 
     Raises:
         UserError: a file that cannot be read, labels that are no classes.
@@ -43,14 +46,17 @@ def label_counts(source: Source, label_column: str, split: str | None = None) ->
         if isinstance(file, ExamplePart):
             raise UserError("--model.output.num-classes is 0, and classes are looked up in files, not in what code yields: give the number")
         try:
-            for value in _labels(file, label_column):
+            for value in _each(file, label_column, several):
                 if isinstance(value, float) and math.isfinite(value) and not value.is_integer():
                     raise UserError(
                         f"{file.name} has label {value!r} in --data.label-column {label_column}, and classes are whole numbers or names: "
                         "for quantities train the preset tables"
                     )
                 if isinstance(value, (list, dict)):
-                    raise UserError(f"{file.name} has a {type(value).__name__} as a label, and each row has one class")
+                    raise UserError(
+                        f"{file.name} has a {type(value).__name__} as a label, and each row has one class: the presets img-tags and "
+                        "txt-tags take lists of labels"
+                    )
                 if value is not None:
                     counts[label_text(value)] += 1
         except Unreadable as error:
@@ -61,6 +67,18 @@ def label_counts(source: Source, label_column: str, split: str | None = None) ->
                 f"{next(iter(counts))!r}: name the column with the class"
             )
     return counts
+
+
+def _each(file: InputFile, column: str, several: bool) -> Iterator[Any]:
+    """The labels of a file, one by one; those that are none are left to the preparation, which names their rows."""
+    for value in _labels(file, column):
+        if not several:
+            yield value
+            continue
+        try:
+            yield from tag_values(value)
+        except BadLabel:
+            continue
 
 
 def class_order(labels: Counter[str]) -> tuple[str, ...]:

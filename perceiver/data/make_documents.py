@@ -10,9 +10,9 @@ import numpy as np
 import pyarrow as pa
 
 from perceiver.config import UserError
-from perceiver.data.preparation import Job, PieceWriter, Preparation, ShardParts, content_hashes, splits_of
+from perceiver.data.preparation import Job, PieceWriter, Preparation, ShardParts, content_hashes, splits_of, strata
 from perceiver.data.read_documents import Documents, read_documents
-from perceiver.data.rows import DocumentRows
+from perceiver.data.rows import DocumentRows, TaggedDocumentRows
 from perceiver.data.spans import Problems, Span
 from perceiver.data.text import count_words, split_long, truncate
 
@@ -55,7 +55,7 @@ def keyed(job: Job, span: Span, problems: Problems) -> Iterator[tuple[np.ndarray
     """See `Preparation.keyed`."""
     for documents in read_documents(span, job.columns, problems):
         keys = content_hashes(documents.groups or [text.encode() for text in documents.texts])
-        yield keys, np.zeros(len(keys), np.int64) if documents.labels is None else documents.labels
+        yield keys, np.zeros(len(keys), np.int64) if documents.labels is None else strata(documents.labels)
 
 
 class DocumentPreparation(Preparation):
@@ -80,12 +80,17 @@ class DocumentPreparation(Preparation):
                 )
             if self.job.long_texts == "split":
                 parts, lengths = split_long(part.lengths, limit)
-                ids, labels = part.ids, np.repeat(labels, parts)
+                ids, labels = part.ids, np.repeat(labels, parts, axis=0)
             else:
                 ids, lengths = truncate(part.ids, part.lengths, limit)
             counts = {"rows": len(lengths), "tokens": len(ids), "long": int(np.count_nonzero(is_long)), "all_tokens": len(part.ids)}
             writers[part.split].add(ids, part.counts | counts, labels, lengths, part.hashes)
 
     def block(self, shard: ShardParts, first: int, num: int) -> pa.Table:
-        labels = pa.array(shard.read("labels", np.int32, first, first + num))
-        return pa.table({"tokens": shard.read_lists(first, first + num), "label": labels})
+        return pa.table({"tokens": shard.read_lists(first, first + num), **shard.labels(first, num)})
+
+
+class TaggedDocumentPreparation(DocumentPreparation):
+    """The same with any number of classes each."""
+
+    kind = TaggedDocumentRows.kind

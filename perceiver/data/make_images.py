@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 import pyarrow as pa
 
-from perceiver.data.preparation import PieceWriter, Preparation, ShardParts, content_hashes, splits_of
+from perceiver.data.preparation import PieceWriter, Preparation, ShardParts, content_hashes, splits_of, strata
 from perceiver.data.read_images import read_images
-from perceiver.data.rows import ImageRows, fixed_column
+from perceiver.data.rows import ImageRows, TaggedImageRows, fixed_column
 from perceiver.data.spans import Problems, Span
 
 
@@ -20,7 +20,7 @@ class ImagePreparation(Preparation):
 
     def keyed(self, span: Span, problems: Problems) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for images in read_images(span, self.job.columns, problems):
-            yield content_hashes(images.groups or [image.tobytes() for image in images.pixels]), images.labels
+            yield content_hashes(images.groups or [image.tobytes() for image in images.pixels]), strata(images.labels)
 
     def add(self, span: Span, problems: Problems, writers: Mapping[str, PieceWriter]) -> None:
         for images in read_images(span, self.job.columns, problems):
@@ -36,5 +36,10 @@ class ImagePreparation(Preparation):
 
     def block(self, shard: ShardParts, first: int, num: int) -> pa.Table:
         pixels = shard.read("values", np.uint8, first, first + num, width=self.job.row_length)
-        labels = pa.array(shard.read("labels", np.int32, first, first + num))
-        return pa.table({"image": fixed_column(pixels.reshape(num, -1)), "label": labels})
+        return pa.table({"image": fixed_column(pixels.reshape(num, -1)), **shard.labels(first, num)})
+
+
+class TaggedImagePreparation(ImagePreparation):
+    """The same with any number of classes each."""
+
+    kind = TaggedImageRows.kind

@@ -165,17 +165,29 @@ class Order:
 
     def window_permutation(self, epoch: int, window: int) -> np.ndarray:
         """Permutation of a window's rows, counted in the order of its blocks."""
-        blocks = self.window_blocks_of(epoch, window)
-        size = sum(self.block_rows(int(block)) for block in blocks)
+        size = int(self.block_sizes(epoch, self.window_blocks_of(epoch, window)).sum())
         return np.random.Generator(np.random.Philox([*_key(self.seed, epoch), window])).permutation(size)
 
     def window_rows(self, epoch: int, window: int) -> np.ndarray:
         """Row numbers of a window, in the order of positions: int64."""
+        return self.block_order_rows(epoch, window)[self.window_permutation(epoch, window)]
+
+    def block_order_rows(self, epoch: int, window: int) -> np.ndarray:
+        """Row numbers of a window in the order of its blocks, as `window_permutation` counts them: int64."""
         blocks = self.window_blocks_of(epoch, window)
-        rows = np.concatenate(
+        return np.concatenate(
             [np.arange(block * self.rows_per_block, block * self.rows_per_block + self.block_rows(block)) for block in map(int, blocks)]
         )
-        return rows[self.window_permutation(epoch, window)]
+
+    def choose(self, epoch: int, window: int, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Which rows stand at places of a window, counted in its blocks as they are stored, and the "epoch" that each one's random
+        choices depend on: int64 (n,) each.
+        """
+        return self.window_permutation(epoch, window)[places], np.full(len(places), epoch, np.int64)
+
+    def block_sizes(self, epoch: int, blocks: np.ndarray) -> np.ndarray:
+        """How many rows of an epoch come from each of some blocks: int64."""
+        return np.where(blocks == self.num_blocks - 1, self.block_rows(self.num_blocks - 1), self.rows_per_block)
 
     def block_rows(self, block: int) -> int:
         return min(self.rows_per_block, self.rows - block * self.rows_per_block)
@@ -190,9 +202,7 @@ class Order:
 def _block_permutation(order: Order, epoch: int) -> tuple[np.ndarray, np.ndarray]:
     """Blocks in the order of an epoch, and the first position of each (with the number of rows at the end)."""
     permutation = np.random.Generator(np.random.Philox([*_key(order.seed, epoch), 2**63])).permutation(order.num_blocks)
-    sizes = np.full(order.num_blocks, order.rows_per_block, np.int64)
-    sizes[permutation == order.num_blocks - 1] = order.block_rows(order.num_blocks - 1)
-    return permutation, np.concatenate([[0], np.cumsum(sizes)])
+    return permutation, np.concatenate([[0], np.cumsum(order.block_sizes(epoch, permutation))])
 
 
 def _key(seed: int, epoch: int) -> list[int]:

@@ -177,7 +177,10 @@ class PieceWriter:
             self._write("lengths", lengths.astype(np.int32))
         if hashes is not None:
             self._write("hashes", hashes)
-        self._count(values if labels is None else labels)
+        if labels is not None and labels.ndim == 2:  # several classes a row: how often each is there
+            self._histogram = np.pad(self._histogram, (0, labels.shape[1] - len(self._histogram))) + labels.sum(0)
+        else:
+            self._count(values if labels is None else labels)
 
     def _count(self, values: np.ndarray) -> None:
         if len(values):
@@ -215,6 +218,16 @@ class ShardParts:
             data = read_range(self._job.staging, f"{name}.{part}", low * size, high * size)
             found.append(np.frombuffer(data, dtype))
         return np.concatenate(found) if found else np.empty(0, dtype)
+
+    def labels(self, first: int, num: int) -> dict[str, pa.Array]:
+        """The column of labels of rows first .. first + num - 1 of a shard, by its name."""
+        if not self._job.rows.has_tags:
+            return {"label": pa.array(self.read("labels", np.int32, first, first + num))}
+        width = self._job.columns.num_classes
+        values = self.read("labels", np.int32, first, first + num, width=width).astype(np.uint8)
+        offsets = pa.array(np.arange(num + 1, dtype=np.int32) * width)
+        item = pa.list_(pa.field("element", pa.uint8(), nullable=False))
+        return {"labels": pa.ListArray.from_arrays(offsets, pa.array(values), type=item)}
 
     def read_lists(self, start: int, stop: int) -> pa.ListArray:
         """Rows start .. stop - 1 of a shard as lists of ids."""
@@ -254,6 +267,11 @@ class ShardParts:
 def rows_at_once(rows: ArrayRows) -> int:
     """Rows of a batch in the files of pieces: all batches but the last have this number."""
     return max(1, min(_MOST_ROWS, _BATCH_BYTES // rows.bytes_per_row))
+
+
+def strata(labels: np.ndarray) -> np.ndarray:
+    """What rows are held out by (`Preparation.keyed`): their class; rows of several classes are all alike. int64 (n,)."""
+    return labels if labels.ndim == 1 else np.zeros(len(labels), np.int64)
 
 
 def content_hashes(contents: Sequence[bytes]) -> np.ndarray:

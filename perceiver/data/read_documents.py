@@ -271,7 +271,7 @@ def _text_of(row: Mapping[str, Any], columns: Columns, fault: Callable[[str, str
     except (TypeError, AttributeError):
         fault("wrong type", f"field {columns.text!r} is no text")
     except BadLabel as error:
-        fault("bad label", str(error))
+        fault(error.reason, str(error))
     except NoGroup as error:
         fault("no group", str(error))
     return None

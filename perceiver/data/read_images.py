@@ -85,7 +85,7 @@ def _read_idx(span: Span, columns: Columns, problems: Problems) -> Iterator[Imag
         except BadLabel as error:
             good[chosen] = False
             for i in np.flatnonzero(chosen):
-                problems.report("bad label", f"{file.name} image {i:,}: {error}")
+                problems.report(error.reason, f"{file.name} image {i:,}: {error}")
     yield Images(images[good], numbers[good])
 
 
@@ -106,7 +106,7 @@ def _read_pictures(span: Span, columns: Columns, problems: Problems) -> Iterator
         except BadImage as error:
             problems.report("bad image", f"{place}: {error}")
         except BadLabel as error:
-            problems.report("bad label", f"{place}: {error}")
+            problems.report(error.reason, f"{place}: {error}")
         except NoGroup as error:
             problems.report("no group", f"{place}: {error}")
         if len(pixels) == _MOST_PICTURES:

@@ -28,6 +28,8 @@ class RowKind(ABC):
     """Made from text, with a tokenizer."""
     has_labels: ClassVar[bool] = False
     """Each row has a class number."""
+    has_tags: ClassVar[bool] = False
+    """These are several of any number: 1 or 0 for each class."""
     formats: ClassVar[tuple[str, ...]]
     """Formats of files that it can be made from."""
     expected: ClassVar[str]

@@ -4,6 +4,7 @@
 - "tokens":    tokens fixed_size_list<uint16>[T]: the token stream of all documents, cut end to end; 0 after its end
 - "events":    tokens fixed_size_list<uint16>[T]: the events of performances, each filled up to whole rows (see `midi.py`)
 - "documents": tokens list<uint16>, at most `row_length` ids; label int32
+- "tagged-images", "tagged-documents": the same with labels list<uint8> in place of label: 1 or 0 for each class
 - "arrays":    named columns of fixed shapes, in any number, which the task names
 - "photos", "sounds": see `media_rows.py`
 """
@@ -46,7 +47,7 @@ class ImageRows(LongRows):
     made_from = "images"
     new_rows = "image"
     takes_code = False
-    formats = ("idx", "parquet", "arrow", "tar")
+    formats: ClassVar[tuple[str, ...]] = ("idx", "parquet", "arrow", "tar")
     expected = "idx files (train-images-idx3-ubyte and its labels, .gz or not), .parquet, .arrow, .tar (WebDataset), or folders of pictures"
 
     @property
@@ -57,6 +58,19 @@ class ImageRows(LongRows):
     @property
     def bytes_per_row(self) -> int:
         return self.row_length
+
+
+class TaggedImageRows(ImageRows):
+    """Images of one shape with any number of classes each."""
+
+    kind = "tagged-images"
+    has_tags = True
+    formats = ("parquet", "arrow", "tar")
+    expected = ".parquet, .arrow, .tar (WebDataset), or pictures beside metadata.csv or metadata.jsonl, with several labels a row"
+
+    @property
+    def schema(self) -> pa.Schema:
+        return super().schema.remove(1).append(_TAGS)
 
 
 class _StreamRows(LongRows):
@@ -114,9 +128,21 @@ class DocumentRows(LongRows):
         return pa.schema([pa.field("tokens", pa.list_(_TOKEN), nullable=False), LABEL])
 
 
+class TaggedDocumentRows(DocumentRows):
+    """Documents with any number of classes each."""
+
+    kind = "tagged-documents"
+    has_tags = True
+
+    @property
+    def schema(self) -> pa.Schema:
+        return super().schema.remove(1).append(_TAGS)
+
+
 _TOKEN = pa.field("element", pa.uint16(), nullable=False)
 LABEL = pa.field("label", pa.int32(), nullable=False)
 """The column with the class of a row."""
+_TAGS = pa.field("labels", pa.list_(pa.field("element", pa.uint8(), nullable=False)), nullable=False)
 
 
 @dataclass(frozen=True)

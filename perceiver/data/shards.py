@@ -24,7 +24,7 @@ from perceiver.config import UserError
 from perceiver.data.manifest import MANIFEST, DamagedData, Manifest, Shard, Split
 from perceiver.data.row_kind import RowKind
 from perceiver.data.storage import file_hash, list_folder, open_folder
-from perceiver.data.tokenizers import TOKENIZER
+from perceiver.data.tokenizer_base import TOKENIZER, TOKENIZER_FILES
 
 BLOCK_CHECKS = b"block_crc32"
 """Key of a shard's footer: crc32 of the bytes of each block, 8 hexadecimal digits each."""
@@ -215,8 +215,10 @@ def broken_files(folder: str | Path, manifest: Manifest) -> list[str]:
         else:
             broken += [f"../{part['folder']}/{name}" for name in broken_files(path, other)]
     wanted = (manifest.tokenizer or {}).get("sha256")
-    if wanted and (TOKENIZER not in there or file_hash(folder, TOKENIZER)[1] != wanted):
-        broken.append(TOKENIZER)
+    if wanted:
+        kept = next((name for name in TOKENIZER_FILES if name in there), TOKENIZER)
+        if kept not in there or file_hash(folder, kept)[1] != wanted:
+            broken.append(kept)
     return broken
 
 

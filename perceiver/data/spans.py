@@ -59,6 +59,10 @@ SHOWN = 3
 """Faults of a kind that a message names."""
 
 
+LEFT_OUT = "class left out"
+"""Reason of what is left out by the user's choice, which is counted and never refused."""
+
+
 class Problems:
     """What to do with faults: count them by reason, or refuse them.
 
@@ -80,7 +84,7 @@ class Problems:
             UserError: faults are not to be skipped, and there are enough of them.
         """
         self.counts[reason] += 1
-        if self.skip:
+        if self.skip or reason == LEFT_OUT:
             return
         self._refused.append((reason, sentence))
         if len(self._refused) >= self._most:

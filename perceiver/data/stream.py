@@ -33,10 +33,10 @@ def read_unit(
         tables.append(table)
         rows.append(np.arange(first_row, first_row + table.num_rows))
     wanted = unit.kept() - order.window_start(unit.epoch, unit.window)
-    chosen = order.window_permutation(unit.epoch, unit.window)[wanted]
+    chosen, epochs = order.choose(unit.epoch, unit.window, wanted)
     result = pa.concat_tables(tables).combine_chunks().take(pa.array(chosen))
     result = result.append_column("row", pa.array(np.concatenate(rows)[chosen]))
-    return result.append_column("epoch", pa.array(np.full(len(chosen), unit.epoch, np.int64)))
+    return result.append_column("epoch", pa.array(epochs))
 
 
 def empty_rows(folder: str, split: Split, examples: Examples, read: Callable[[str, Split, int], pa.Table] = read_block) -> pa.Table:

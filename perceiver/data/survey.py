@@ -18,7 +18,7 @@ from perceiver.data.tables import label_text, open_parquet
 
 LENGTHS = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 """Upper ends of the histogram of lengths, in bytes of UTF-8; longer texts come last."""
-_LABEL_NAMES = ("label", "labels", "class", "category", "target", "sentiment", "stars", "rating", "y")
+_LABEL_NAMES = ("label", "labels", "tags", "class", "category", "target", "sentiment", "stars", "rating", "y")
 _MOST_VALUES = 1000
 """Different values of a column that are counted; a column with more is no label."""
 
@@ -30,6 +30,8 @@ class ColumnSurvey:
     types: Counter[str] = field(default_factory=Counter)
     values: Counter[str] | None = field(default_factory=Counter)
     """How often each value occurs; None: too many different ones, or values that are no labels."""
+    labels: Counter[str] = field(default_factory=Counter)
+    """How often each label occurs in lists of labels."""
     text_bytes: int = 0
     example: Any = None
 
@@ -40,6 +42,8 @@ class ColumnSurvey:
             self.example = value
         if isinstance(value, str):
             self.text_bytes += len(value.encode(errors="replace"))
+        if isinstance(value, list) and len(self.labels) <= _MOST_VALUES:
+            self.labels.update(label_text(each) for each in value if isinstance(each, (str, int)) and len(str(each)) <= 200)
         if self.values is None or value is None or value == "":
             return
         if isinstance(value, (list, dict, bytes)) or (isinstance(value, str) and len(value) > 200):
@@ -122,6 +126,12 @@ def text_column(found: TableSurvey) -> str | None:
         return "text"
     name = max(found.columns, key=lambda each: found.columns[each].text_bytes, default=None)
     return name if name is not None and found.columns[name].text_bytes else None
+
+
+def labels_column(found: TableSurvey) -> str | None:
+    """The column that lists of labels most likely stand in: one of a usual name, else the first of lists with few different values."""
+    candidates = [name for name, column in found.columns.items() if 2 <= len(column.labels) <= max(2, found.rows // 3)]
+    return next((name for name in candidates if name.lower() in _LABEL_NAMES), next(iter(candidates), None))
 
 
 def label_column(found: TableSurvey, text: str | None) -> str | None:

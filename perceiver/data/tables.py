@@ -6,8 +6,8 @@ import json
 import math
 import reprlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from perceiver.data.files import InputFile
 from perceiver.data.spans import (
+    LEFT_OUT,
     SLAB,
     Problems,
     Span,
@@ -37,6 +38,10 @@ class Columns:
     """None: labels are not needed."""
     num_classes: int = 0
     class_names: tuple[str, ...] = ()
+    tags: bool = False
+    """Any number of classes a row."""
+    left_out: tuple[str, ...] = ()
+    """Labels whose rows are not taken."""
     group: str | None = None
     """Column whose rows of one value are of one split."""
     image_shape: tuple[int, int, int] | None = None
@@ -107,13 +112,50 @@ def group_of(value: Any, column: str) -> bytes:
 class BadLabel(Exception):
     """A value that is no label."""
 
+    reason = "bad label"
+    """How it is counted."""
 
-def label_of(value: Any, columns: Columns) -> int:
-    """A label as a class number: a number, also as text ("1", as .csv files have it), a truth value, or the name of a class.
+
+class LeftOut(BadLabel):
+    """The label of a class that was left out by the choice of others (`task.class_names`): no fault."""
+
+    reason = LEFT_OUT
+
+
+def tag_values(value: Any) -> list[Any]:
+    """The labels of a row with any number of them: a list, or names separated by | or ;.
 
     Raises:
         BadLabel: neither.
     """
+    if isinstance(value, str) and value.startswith("["):
+        with suppress(NotJson):
+            value = parse_json(value)
+    if isinstance(value, str):
+        return [name for word in value.split("|") for part in word.split(";") if (name := part.strip())]
+    if isinstance(value, (list, tuple, np.ndarray)):
+        return list(value)
+    if isinstance(value, (int, float, np.integer)) and not (isinstance(value, float) and math.isnan(value)):
+        return [value]
+    raise BadLabel(f"{reprlib.repr(value)} is no list of labels")
+
+
+def label_of(value: Any, columns: Columns) -> Any:
+    """A label as a class number: a number, also as text ("1", as .csv files have it), a truth value, or the name of a class.
+
+    Of rows with any number of classes 1 or 0 for each class, int64 (classes,).
+
+    Raises:
+        BadLabel: neither.
+    """
+    if columns.tags:
+        found, one = np.zeros(columns.num_classes, np.int64), replace(columns, tags=False)
+        for label in tag_values(value):
+            with suppress(LeftOut):
+                found[label_of(label, one)] = 1
+        return found
+    if columns.left_out and label_text(value) in columns.left_out:
+        raise LeftOut(f"label {reprlib.repr(value)} is none of the chosen classes")
     if (text := label_text(value)) in columns.class_names:
         return columns.class_names.index(text)
     if isinstance(value, str) and value in columns.class_names:
@@ -125,10 +167,12 @@ def label_of(value: Any, columns: Columns) -> int:
     if isinstance(value, float) and math.isfinite(value) and not value.is_integer():
         raise BadLabel(f"label {value!r} is no class: classes are whole numbers or names; real numbers are for a regression")
     whole = isinstance(value, (int, np.integer)) or (isinstance(value, float) and value.is_integer())
-    if whole and 0 <= value < columns.num_classes:
+    numbers_are_names = bool(columns.class_names) and all(name.removeprefix("-").isdecimal() for name in columns.class_names)
+    if whole and 0 <= value < columns.num_classes and not numbers_are_names:
         return int(value)
-    names = f" or {', '.join(columns.class_names)}" if columns.class_names else ""
-    raise BadLabel(f"label {reprlib.repr(value)} must be 0 .. {columns.num_classes - 1}{names}")
+    wanted = [] if numbers_are_names else [f"0 .. {columns.num_classes - 1}"]
+    wanted += [", ".join(columns.class_names)] if columns.class_names else []
+    raise BadLabel(f"label {reprlib.repr(value)} must be {' or '.join(wanted)}")
 
 
 def label_text(value: Any) -> str:
@@ -149,13 +193,13 @@ def _number_or_text(text: str) -> float | str:
 
 def labels_of(span: Span, table: pa.Table, first: int, keep: list[bool], columns: Columns, problems: Problems) -> np.ndarray:
     """The label column as class numbers; rows with a faulty label are taken out of `keep`."""
-    result = np.zeros(table.num_rows, np.int64)
+    result = np.zeros((table.num_rows, columns.num_classes) if columns.tags else table.num_rows, np.int64)
     for i, value in enumerate(table.column(columns.label).to_pylist()):
         if keep[i]:
             try:
                 result[i] = label_of(value, columns)
             except BadLabel as error:
-                problems.report("bad label", f"{span.file.name} row {first + i:,}: {error}")
+                problems.report(error.reason, f"{span.file.name} row {first + i:,}: {error}")
                 keep[i] = False
     return result
 

@@ -10,7 +10,7 @@ import string
 import numpy as np
 
 from perceiver.data.order import uniforms
-from perceiver.data.tokenizers import WordTable
+from perceiver.data.tokenizer_base import WordTable
 
 IGNORE = -100
 """Label of positions without a target."""
@@ -116,7 +116,7 @@ def _word_starts(flags: np.ndarray) -> np.ndarray:
     starts = np.ones(flags.shape, bool)
     here, before = flags[:, 1:], flags[:, :-1]
     blank_begins = (here & WordTable.STARTS_BLANK != 0) & (before & WordTable.ALL_BLANK == 0)
-    np.logical_or(before & WordTable.SPECIAL != 0, blank_begins, out=starts[:, 1:])
+    np.logical_or(before & (WordTable.SPECIAL | WordTable.ENDS_WORD) != 0, blank_begins, out=starts[:, 1:])
     return starts & (flags & WordTable.SPECIAL == 0)
 
 

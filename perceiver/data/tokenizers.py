@@ -1,11 +1,10 @@
-"""Tokenizers: UTF-8 bytes (the Perceiver's), and SentencePiece models. Ids are uint16 arrays."""
+"""Tokenizers: UTF-8 bytes (the Perceiver's), SentencePiece models, and how any is found by its name. Ids are uint16 arrays."""
 
 from __future__ import annotations
 
 import hashlib
 import string
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import lru_cache
 from itertools import chain
 from typing import Any
@@ -13,78 +12,26 @@ from typing import Any
 import numpy as np
 import pyarrow.fs as pafs
 
-from perceiver.config import UserError
-from perceiver.data.storage import open_folder, read_file
+from perceiver.config import DataConfig, UserError
+from perceiver.data.huggingface_tokenizer import HuggingFaceTokenizer, hub_file
+from perceiver.data.storage import open_folder, read_file, write_file
+from perceiver.data.tokenizer_base import MOST_IDS, TOKENIZER, TOKENIZER_FILES, TOKENIZER_JSON, Tokenizer, WordTable
 
 BLANK = "\u2581"
 """How SentencePiece writes a space."""
-TOKENIZER = "tokenizer.model"
-"""Copy of the SentencePiece model in a prepared data set and in a run."""
+HUB = "hub:"
+"""Begins the name of a tokenizer on the hub."""
 
 PAD, BOS, EOS, MASK, CLS, SEP = range(6)
 _SPECIAL = ("[PAD]", "[BOS]", "[EOS]", "[MASK]", "[CLS]", "[SEP]")
 _OFFSET = len(_SPECIAL)
 
 
-class WordTable:
-    """What each id says about words: bits in `flags`, uint8 (vocab_size,). White space belongs to the word after it."""
-
-    SPECIAL = np.uint8(1)
-    """The id belongs to no word."""
-    STARTS_BLANK = np.uint8(2)
-    """Its text starts with white space."""
-    ALL_BLANK = np.uint8(4)
-    """Its text is white space only."""
-
-    def __init__(self, special: np.ndarray, starts_blank: np.ndarray, all_blank: np.ndarray) -> None:
-        """From three boolean arrays (vocab_size,)."""
-        bits = zip((self.SPECIAL, self.STARTS_BLANK, self.ALL_BLANK), (special, starts_blank, all_blank), strict=True)
-        self.flags = np.bitwise_or.reduce([np.where(has, bit, np.uint8(0)) for bit, has in bits])
-        self.special = special
-
-
-class Tokenizer(ABC):
-    """Text to ids and back."""
-
-    vocab_size: int
-    pad_id: int | None
-    bos_id: int | None
-    eos_id: int | None
-    """Also marks the end of a document in a stream."""
-    mask_id: int | None
-    cls_id: int | None
-    sep_id: int | None
-    fingerprint: dict[str, Any]
-    """Kind, vocabulary size and hash of the model (None for bytes), not its file's name: equal models are one tokenizer."""
-    words: WordTable
-
-    @abstractmethod
-    def encode_batch(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Ids of all texts without special ones, joined: uint16 (sum of lengths,); lengths: int64 (len(texts),)."""
-
-    @abstractmethod
-    def decode(self, ids: np.ndarray, skip_special: bool = True) -> str:
-        """Text of ids. Special ids are left out, or written by name. Bytes that are no UTF-8 become U+FFFD."""
-
-    def encode(self, text: str, special: bool = False) -> np.ndarray:
-        """Ids of a text, uint16; `special`: between [CLS] and [SEP]."""
-        ids, _ = self.encode_batch([text])
-        return np.concatenate([[self.cls_id], ids, [self.sep_id]]).astype(np.uint16) if special else ids
-
-    def encode_rest(self, text: str) -> np.ndarray:
-        """Ids of a text that continues another, uint16."""
-        return self.encode(text)
-
-    def decode_batch(self, ids: np.ndarray, lengths: np.ndarray, skip_special: bool = True) -> list[str]:
-        """Texts of joined ids, the inverse of `encode_batch`."""
-        ends = np.cumsum(lengths)
-        return [self.decode(ids[end - n : end], skip_special) for n, end in zip(lengths, ends, strict=True)]
-
-
 class ByteTokenizer(Tokenizer):
     """UTF-8 bytes: byte b has id b + 6; 0 .. 5 are [PAD] [BOS] [EOS] [MASK] [CLS] [SEP] (Perceiver IO, Section 4.1)."""
 
     vocab_size = 256 + _OFFSET
+    special_names = _SPECIAL
     pad_id, bos_id, eos_id, mask_id, cls_id, sep_id = PAD, BOS, EOS, MASK, CLS, SEP
     fingerprint = {"name": "bytes", "vocab_size": vocab_size, "sha256": None}
 
@@ -101,6 +48,9 @@ class ByteTokenizer(Tokenizer):
         encoded = [text.encode() for text in texts]
         lengths = np.fromiter(map(len, encoded), np.int64, len(encoded))
         return self.encode_bytes(b"".join(encoded)), lengths
+
+    def reading_special(self) -> Tokenizer:
+        return _MarkedBytes()
 
     def encode_with_special(self, text: str) -> np.ndarray:
         """Like `encode`, but names of special ids in the text ("[MASK]") become these ids. For prompts."""
@@ -133,6 +83,18 @@ class ByteTokenizer(Tokenizer):
         return _text(result)
 
 
+class _MarkedBytes(ByteTokenizer):
+    """Bytes, with special tokens read by their names."""
+
+    def encode_batch(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        ids = [self._plain.encode_with_special(text) for text in texts]
+        return np.concatenate([np.zeros(0, np.uint16), *ids]), np.fromiter(map(len, ids), np.int64, len(ids))
+
+    @property
+    def _plain(self) -> ByteTokenizer:
+        return _byte_tokenizer()
+
+
 def _text(data: np.ndarray) -> str:
     return data.tobytes().decode("utf-8", errors="replace")
 
@@ -142,6 +104,8 @@ class SentencePieceTokenizer(Tokenizer):
 
     Pickles with its model, so that tasks on other machines need no file.
     """
+
+    file = TOKENIZER
 
     def __init__(self, model: bytes, name: str) -> None:
         """Raises UserError where `model` is not a SentencePiece model or has more than 65,536 ids."""
@@ -156,7 +120,7 @@ class SentencePieceTokenizer(Tokenizer):
         if not loaded:
             raise UserError(f"data.tokenizer {name} is not a SentencePiece model")
         self.vocab_size = processor.vocab_size()
-        if self.vocab_size > 2**16:
+        if self.vocab_size > MOST_IDS:
             raise UserError(f"data.tokenizer {name} has {self.vocab_size} ids; at most 65,536 can be stored")
         self.fingerprint = {
             "name": "sentencepiece",
@@ -215,22 +179,65 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 def load_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer of `data.tokenizer`: "bytes", or the path or URI of a SentencePiece model.
+    """The tokenizer of `data.tokenizer`: "bytes"; the path or URI of a SentencePiece model, of a tokenizer.json or of a folder with one;
+    or that of a model on the hub, "hub:NAME" or "hub:NAME@REVISION".
 
     Raises:
-        UserError: there is no such file, or it is no SentencePiece model.
+        UserError: there is no such file, it is no tokenizer, or the hub cannot be reached and it was not fetched before.
     """
     if name == "bytes":
         return _byte_tokenizer()
-    info = _file_info(name)
+    path = hub_file(name.removeprefix(HUB)) if name.startswith(HUB) else _path_of(name)
+    info = _file_info(path)
     if info.type != pafs.FileType.File:
-        raise UserError(f'data.tokenizer is {name}: it must be "bytes" or the path of a SentencePiece model, which is not there')
-    return _load_sentencepiece(name, info.size, info.mtime_ns)
+        hint = f" (one on the hub: {HUB}{name})" if name.count("/") == 1 and not name.endswith((".model", ".json")) else ""
+        raise UserError(
+            f'data.tokenizer is {name}: it must be "bytes" or the path of a SentencePiece model or a {TOKENIZER_JSON}, '
+            f"which is not there{hint}"
+        )
+    return _load(path, name if name.startswith(HUB) else path.rpartition("/")[2], info.size, info.mtime_ns)
+
+
+def tokenizer_of(data: DataConfig) -> Tokenizer:
+    """The tokenizer by which the texts of an experiment become ids: `data.tokenizer`, as `data.special_tokens` says.
+
+    Raises:
+        UserError: see `load_tokenizer`; or it cannot read special tokens in a text.
+    """
+    tokenizer = load_tokenizer(data.tokenizer)
+    return tokenizer.reading_special() if data.special_tokens == "tokens" else tokenizer
 
 
 def tokenizer_is_there(name: str) -> bool:
     """Whether `load_tokenizer` would find its file."""
-    return name == "bytes" or _file_info(name).type == pafs.FileType.File
+    if name.startswith(HUB):
+        try:
+            return bool(hub_file(name.removeprefix(HUB)))
+        except UserError:
+            return False
+    return name == "bytes" or _file_info(_path_of(name)).type == pafs.FileType.File
+
+
+def kept_file(names: Collection[str]) -> str | None:
+    """Of the names of a folder's files that of its tokenizer; None where there is none."""
+    return next((name for name in TOKENIZER_FILES if name in names), None)
+
+
+def keep_tokenizer(tokenizer: Tokenizer | None, folder: Any) -> None:
+    """Writes a tokenizer's file, where it has one, into a folder (a path or URI)."""
+    if tokenizer is not None and tokenizer.file is not None:
+        write_file(folder, tokenizer.file, tokenizer.model)
+
+
+def missing(data: DataConfig, tokenizer: Tokenizer, what: str, names: str) -> UserError:
+    """The error that a tokenizer lacks a special token: what is missing, how it is usually named, and what there is."""
+    there = ", ".join(tokenizer.special_names[:12]) or "none"
+    return UserError(f"data.tokenizer {data.tokenizer} has no {what} ({names}); its special tokens: {there}")
+
+
+def _path_of(name: str) -> str:
+    """The file that a path or URI names: a folder's tokenizer.json."""
+    return f"{name.rstrip('/')}/{TOKENIZER_JSON}" if _file_info(name).type == pafs.FileType.Directory else name
 
 
 def _file_info(name: str) -> pafs.FileInfo:
@@ -244,6 +251,9 @@ def _byte_tokenizer() -> ByteTokenizer:
 
 
 @lru_cache(maxsize=4)
-def _load_sentencepiece(name: str, size: int, mtime_ns: int) -> SentencePieceTokenizer:
-    folder, _, file = name.rpartition("/")
-    return SentencePieceTokenizer(read_file(folder or ("/" if name.startswith("/") else "."), file), file)
+def _load(path: str, name: str, size: int, mtime_ns: int) -> Tokenizer:
+    folder, _, file = path.rpartition("/")
+    model = read_file(folder or ("/" if path.startswith("/") else "."), file)
+    if model.lstrip()[:1] == b"{":
+        return HuggingFaceTokenizer(model, name)
+    return SentencePieceTokenizer(model, name)

@@ -1,7 +1,7 @@
 """Trained models as folders of files that last: config.json, model.safetensors and the tokenizer; and the hub.
 
 A folder in our format has `config.json` with the model's and the task's configuration, `model.safetensors` with our
-weight names, and `tokenizer.model` where the tokenizer is a SentencePiece model. Nothing in it is pickled. The format
+weight names, and the tokenizer's `tokenizer.model` (SentencePiece) or `tokenizer.json`, if it has one. Nothing in it is pickled. The format
 of transformers has its own config.json and weight names, for those models that it has too. In both, `export.json` lists
 the files with their hashes: only what it lists is ever replaced by a later export.
 """
@@ -24,7 +24,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from perceiver.config import UserError, to_dict
-from perceiver.data.tokenizers import TOKENIZER, ByteTokenizer, SentencePieceTokenizer, Tokenizer
+from perceiver.data.tokenizer_base import TOKENIZER_FILES, Tokenizer
+from perceiver.data.tokenizers import ByteTokenizer, keep_tokenizer
 from perceiver.disk import to_disk
 from perceiver.interop import transformers
 from perceiver.interop.pretrained import check_weights
@@ -201,7 +202,7 @@ def _remove_own(folder: Path) -> None:
     if not folder.is_dir():
         return
     listed = _listed(folder)
-    unlisted = {CONFIG, WEIGHTS, TOKENIZER, _TOKENIZER_CONFIG, LISTING} if not listed else set()  # an export that did not get so far
+    unlisted = {CONFIG, WEIGHTS, *TOKENIZER_FILES, _TOKENIZER_CONFIG, LISTING} if not listed else set()  # an export that did not get so far
     for path in list(folder.iterdir()):
         if _is_own(path, listed) or path.name in unlisted:
             path.unlink()
@@ -217,7 +218,8 @@ def our_config(trained: TrainedModel) -> dict[str, Any]:
         "format_version": FORMAT_VERSION,
         "model": to_dict(trained.config),
         "task": to_dict(trained.task),
-        "tokenizer": None if tokenizer is None else "bytes" if isinstance(tokenizer, ByteTokenizer) else TOKENIZER,
+        "tokenizer": None if tokenizer is None else tokenizer.file or "bytes",
+        **({} if trained.data.special_tokens == "text" else {"special_tokens": trained.data.special_tokens}),
         "photos": trained.photos,
         "name": trained.name,
         "provenance": trained.provenance,
@@ -241,8 +243,11 @@ def read_config(folder: Path) -> dict[str, Any] | None:
     for name, kind in (("model", dict), ("task", dict), ("photos", bool), ("name", str), ("provenance", dict)):
         if not isinstance(config.get(name), kind):
             raise UserError(f"{folder / CONFIG} is damaged: {name!r} must be {_JSON_TYPES[kind]}, not {_shown(config.get(name))}")
-    if config.get("tokenizer") not in (None, "bytes", TOKENIZER):
-        raise UserError(f"{folder / CONFIG} is damaged: 'tokenizer' must be null, bytes or {TOKENIZER}, not {_shown(config['tokenizer'])}")
+    if config.get("tokenizer") not in (None, "bytes", *TOKENIZER_FILES):
+        known = " or ".join(TOKENIZER_FILES)
+        raise UserError(f"{folder / CONFIG} is damaged: 'tokenizer' must be null, bytes, {known}, not {_shown(config['tokenizer'])}")
+    if config.get("special_tokens", "text") not in ("text", "tokens"):
+        raise UserError(f"{folder / CONFIG} is damaged: 'special_tokens' must be text or tokens, not {_shown(config['special_tokens'])}")
     return config
 
 
@@ -299,8 +304,8 @@ def _write_tokenizer(tokenizer: Tokenizer | None, folder: Path, format: str, con
     if format == "transformers" and isinstance(tokenizer, ByteTokenizer):
         settings = {"tokenizer_class": "PerceiverTokenizer", "model_max_length": config["max_position_embeddings"]}
         (folder / _TOKENIZER_CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
-    elif isinstance(tokenizer, SentencePieceTokenizer):
-        (folder / TOKENIZER).write_bytes(tokenizer.model)
+    else:
+        keep_tokenizer(tokenizer, folder)
 
 
 def _transformers_config(trained: TrainedModel) -> dict[str, Any]:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from perceiver.config import DataConfig, ModelConfig, TaskConfig, UserError, home, load_tree
 from perceiver.config.optimization import AVERAGED, averaged_of
 from perceiver.data.rows import KINDS, ArrayRows
-from perceiver.data.tokenizers import TOKENIZER, Tokenizer, load_tokenizer
+from perceiver.data.tokenizer_base import TOKENIZER_FILES, Tokenizer
+from perceiver.data.tokenizers import tokenizer_of
 from perceiver.inference.export import CONFIG, WEIGHTS, download, read_config
 from perceiver.inference.trained import TrainedModel, task_of
 from perceiver.interop.pretrained import (
@@ -142,7 +143,7 @@ def load_run(run: Run, checkpoint: str, device: torch.device, trust_code: bool =
     copy, data = run.tokenizer_file, experiment.data
     if copy.is_file():
         data = replace(data, tokenizer=str(copy))
-    tokenizer = tokenizer_of(experiment.model, data.tokenizer) if KINDS[experiment.task.kind].is_text else None
+    tokenizer = model_tokenizer(experiment.model, data) if KINDS[experiment.task.kind].is_text else None
     provenance = {
         "run": run.name,
         "preset": experiment.preset,
@@ -171,8 +172,9 @@ def load_export(folder: Path, device: torch.device) -> TrainedModel:
     model = _filled(fitting_model(model_config, header_of(path), path), read_tensors(path), device)
     tokenizer, data = config["tokenizer"], DataConfig()
     if tokenizer is not None:
-        data = replace(data, tokenizer=str(folder / TOKENIZER) if tokenizer == TOKENIZER else tokenizer)
-        tokenizer = tokenizer_of(model_config, data.tokenizer)
+        data = replace(data, tokenizer=str(folder / tokenizer) if tokenizer in TOKENIZER_FILES else tokenizer)
+        data = replace(data, special_tokens=config.get("special_tokens", data.special_tokens))
+        tokenizer = model_tokenizer(model_config, data)
     return TrainedModel(
         model=model, config=model_config, task=task, data=data, tokenizer=tokenizer, photos=config["photos"], name=config["name"],
         provenance=config["provenance"],
@@ -201,7 +203,7 @@ def empty_model(config: ModelConfig, device: torch.device) -> nn.Module:
     return model
 
 
-def tokenizer_of(config: ModelConfig, name: str) -> Tokenizer | None:
+def model_tokenizer(config: ModelConfig, data: DataConfig) -> Tokenizer | None:
     """The tokenizer of a model that reads text; None for the others.
 
     Raises:
@@ -211,9 +213,9 @@ def tokenizer_of(config: ModelConfig, name: str) -> Tokenizer | None:
     if limits is None:
         return None
     _, vocab_size = limits
-    tokenizer = load_tokenizer(name)
+    tokenizer = tokenizer_of(data)
     if tokenizer.vocab_size > vocab_size:
-        raise UserError(f"tokenizer {name} has {tokenizer.vocab_size} ids, but the model's vocab_size is {vocab_size}")
+        raise UserError(f"tokenizer {data.tokenizer} has {tokenizer.vocab_size} ids, but the model's vocab_size is {vocab_size}")
     return tokenizer
 
 
@@ -239,7 +241,7 @@ def load_published(source: str | Path, folder: Path | None, device: torch.device
             task = replace(task, **names)
     shapes = {name: tuple(tensor.shape) for name, tensor in pretrained.weights.items()}
     model = _filled(fitting_model(pretrained.config, shapes, source), pretrained.weights, device)
-    tokenizer = tokenizer_of(pretrained.config, "bytes")
+    tokenizer = model_tokenizer(pretrained.config, DataConfig())
     name = Path(pretrained.origin).name
     return TrainedModel(
         model=model, config=pretrained.config, task=task, tokenizer=tokenizer, photos=photos, name=name, provenance={"origin": name}
@@ -256,7 +258,7 @@ def _load_other(source: str | Path, device: torch.device) -> TrainedModel:
         raise _nothing(source)
     folder = download(str(source), [CONFIG])
     if read_config(folder) is not None:
-        return load_export(download(str(source), [CONFIG, WEIGHTS, TOKENIZER]), device)
+        return load_export(download(str(source), [CONFIG, WEIGHTS, *TOKENIZER_FILES]), device)
     return load_published(str(source), folder, device)
 
 

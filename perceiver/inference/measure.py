@@ -30,8 +30,11 @@ class Classification:
     """The class of an input."""
 
     label: str
+    """Its name; of a model of any number of classes an input the names of all of probability above 0.5, separated by |."""
     index: int
+    """Of the likeliest class."""
     probability: float
+    """The same."""
     probabilities: tuple[float, ...]
     """Of all classes, in their order."""
 
@@ -55,7 +58,9 @@ def document_rows(tokenizer: Tokenizer, texts: Sequence[str], max_seq_len: int) 
 
 
 @torch.no_grad()
-def classify(model: nn.Module, x: Tensor, pad_mask: Tensor | None, class_names: Sequence[str]) -> list[Classification]:
+def classify(
+    model: nn.Module, x: Tensor, pad_mask: Tensor | None, class_names: Sequence[str], several: bool = False
+) -> list[Classification]:
     """Classes of inputs.
 
     Args:
@@ -63,10 +68,16 @@ def classify(model: nn.Module, x: Tensor, pad_mask: Tensor | None, class_names: 
         x: ids (B, N) or images (B, H, W, C) in [-1, 1].
         pad_mask: (B, N), True = padding.
         class_names: in the order of the classes.
+        several: an input has any number of them: those of a probability above 0.5.
     """
-    probabilities = model(x, pad_mask).float().softmax(-1).cpu()
+    logits = model(x, pad_mask).float()
+    probabilities = (logits.sigmoid() if several else logits.softmax(-1)).cpu()
     best = probabilities.argmax(-1).tolist()
-    return [Classification(class_names[i], i, row[i], tuple(row)) for i, row in zip(best, probabilities.tolist(), strict=True)]
+    rows = list(zip(best, probabilities.tolist(), strict=True))
+    if several:
+        labels = ["|".join(name for name, value in zip(class_names, row, strict=True) if value > 0.5) for _, row in rows]
+        return [Classification(label, i, row[i], tuple(row)) for label, (i, row) in zip(labels, rows, strict=True)]
+    return [Classification(class_names[i], i, row[i], tuple(row)) for i, row in rows]
 
 
 @torch.no_grad()

@@ -199,8 +199,8 @@ class TrainedModel:
     def classify(self, inputs: str | ImageLike | SoundLike | Sequence[Any], *, batch_size: int = 16) -> Any:
         """The class of a text, image or sound, or of several: `Classification`."""
         self._require("classify")
-        names = self.class_names
-        return _map(lambda batch: measure.classify(self.model, *self._inputs(batch), names), inputs, batch_size)
+        names, several = self.class_names, self.task.several_classes
+        return _map(lambda batch: measure.classify(self.model, *self._inputs(batch), names, several), inputs, batch_size)
 
     def flow(self, frames: Any, *, batch_size: int = 4) -> Any:
         """How the pixels of a frame move until the next one: float32 (height, width, 2), pixels to the right and down.

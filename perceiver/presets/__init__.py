@@ -10,7 +10,7 @@ from perceiver.config import Experiment
 from perceiver.presets.arrays import forecast_seasons, points_shapes
 from perceiver.presets.audio import audio_clf_esc50, audio_clf_small
 from perceiver.presets.flow import optical_flow, optical_flow_small
-from perceiver.presets.images import img_clf, img_clf_imagenet, img_clf_mnist, quickstart
+from perceiver.presets.images import img_clf, img_clf_imagenet, img_clf_mnist, img_tags, quickstart
 from perceiver.presets.multimodal import multimodal_kinetics, multimodal_small
 from perceiver.presets.music import sam_giantmidi, sam_maestro, sam_small
 from perceiver.presets.sequences import copy_131072, copy_small, img_ar_imagenet64, img_ar_mnist
@@ -27,6 +27,7 @@ from perceiver.presets.text import (
     txt_clf_imdb_all_small,
     txt_clf_imdb_decoder,
     txt_clf_imdb_decoder_small,
+    txt_tags,
 )
 
 PRESETS: dict[str, Callable[[], Experiment]] = {
@@ -64,5 +65,7 @@ PRESETS: dict[str, Callable[[], Experiment]] = {
         audio_clf_esc50,
         img_clf,
         txt_clf,
+        img_tags,
+        txt_tags,
     )
 }

@@ -1,5 +1,7 @@
 """Experiments on images."""
 
+from dataclasses import replace
+
 from perceiver.config import Cosine, DataConfig, Experiment, FlatCosine, Lamb, OptimConfig, ParallelConfig, RunConfig, TrainingConfig
 from perceiver.models import (
     ClassOutput,
@@ -9,7 +11,7 @@ from perceiver.models import (
     PerceiverIOConfig,
     StemInput,
 )
-from perceiver.tasks.image_classification import ImageClassificationConfig
+from perceiver.tasks.image_classification import ImageClassificationConfig, ImageTagsConfig
 from perceiver.tasks.photo_classification import PhotoClassificationConfig
 
 
@@ -82,6 +84,12 @@ def img_clf() -> Experiment:
         training=TrainingConfig(global_batch_size=32, max_epochs=20),
         run=RunConfig(log_every=50, val_every=250, checkpoint_every=250),
     )
+
+
+def img_tags() -> Experiment:
+    """Any number of classes for each of your own pictures: --data.source FOLDER with metadata.csv, labels separated by |."""
+    base = img_clf()
+    return replace(base, preset="img-tags", task=ImageTagsConfig())
 
 
 def img_clf_imagenet() -> Experiment:

@@ -13,7 +13,7 @@ from perceiver.models import (
 )
 from perceiver.tasks.causal_lm import CausalLMConfig
 from perceiver.tasks.masked_lm import MaskedLMConfig
-from perceiver.tasks.text_classification import TextClassificationConfig
+from perceiver.tasks.text_classification import TextClassificationConfig, TextTagsConfig
 
 
 def mlm_imdb() -> Experiment:
@@ -109,6 +109,12 @@ def txt_clf() -> Experiment:
         training=replace(base.training, max_epochs=10),
         run=replace(base.run, val_every=250, checkpoint_every=250),
     )
+
+
+def txt_tags() -> Experiment:
+    """Any number of classes for each of your own texts: --data.source FILE.jsonl, whose label column holds lists."""
+    base = txt_clf()
+    return replace(base, preset="txt-tags", task=TextTagsConfig(class_names=()))
 
 
 def clm_wikitext() -> Experiment:

@@ -191,6 +191,17 @@ class Task(ABC, Generic[C, M]):
         """What to show a person after a validation. Called on all ranks together (the model may be sharded)."""
         return []
 
+    class_column: str | None = None
+    """Column of prepared rows that the class of a row follows from, of a task with classes; None: there is none."""
+
+    def classes(self, rows: pa.Table) -> np.ndarray:
+        """The class of each row, from the column `class_column`: int (n,)."""
+        return rows[self.class_column].to_numpy()
+
+    def details(self, sums: dict[str, np.ndarray]) -> list[str]:
+        """Lines that say more than `metrics` of a whole pass, such as a table of classes."""
+        return []
+
     def check(self) -> None:
         """Checks what the configuration alone tells about the task; the model's own checks are elsewhere.
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,7 +22,9 @@ from perceiver.data.manifest import Manifest, Split
 from perceiver.data.sources import resolve
 from perceiver.models import ClassOutput, PerceiverIOConfig
 from perceiver.plots import confusion_matrix, pixels
-from perceiver.tasks.base import IGNORE_INDEX, Batch, C, Guess, Sample, Task, loss_of_sources, of_examples
+from perceiver.tasks import class_metrics
+from perceiver.tasks.base import IGNORE_INDEX, Batch, C, Guess, Sample, Task, loss_of_sources, of_examples, padded
+from perceiver.tasks.class_settings import ClassSettings
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +51,7 @@ def with_classes(experiment: Experiment) -> Experiment:
         named: dict[str, Any] = {"class_names": said}
         output = replace(model.output, num_classes=len(said))
         return replace(experiment, model=replace(model, output=output), task=replace(task, **named))
-    counts = label_counts(source, data.label_column, "train")
+    counts = label_counts(source, data.label_column, "train", task.several_classes)
     given = tuple(getattr(task, "class_names", None) or ())
     if missing := [name for name in given if name not in counts]:
         raise UserError(f"--task.class-names has {missing[0]!r}, which no training label is (there are: {_listed(counts)})")
@@ -59,6 +62,8 @@ def with_classes(experiment: Experiment) -> Experiment:
     logger.info(f"classes: {_listed({name: counts[name] for name in names})}" + (f"; not chosen: {_listed(left)}" if left else ""))
     output = replace(model.output, num_classes=len(names))
     named = {"class_names": names}
+    if left and isinstance(task, ClassSettings):
+        named["leave_out"] = tuple(sorted(left))
     return replace(experiment, model=replace(model, output=output), task=replace(task, **named))
 
 
@@ -70,7 +75,13 @@ def _listed(counts: Mapping[str, int]) -> str:
 class Classification(Task[C, PerceiverIOConfig]):
     """A class per example: a batch's "labels" are (B,), and `logits` are (B, classes)."""
 
-    metric_directions = {"loss": "min", "acc": "max"}
+    metric_directions = {
+        "loss": "min", "acc": "max", "f1": "max", "recall": "max", "auroc": "max", "ap": "max", "top5": "max",
+    }  # fmt: skip
+
+    class_column: str | None = "label"
+    _weights_there: Tensor | None = None
+    """The weights of classes on the device that was asked for last."""
 
     @property
     def class_names(self) -> tuple[str, ...] | None:
@@ -91,19 +102,38 @@ class Classification(Task[C, PerceiverIOConfig]):
             raise UserError("model.output.num-classes is 0, as many as the data has, which only a command line looks up: give the number")
         if names is not None and len(names) != output.num_classes:
             raise UserError(f"task.class-names has {len(names)} names but model.output.num-classes is {output.num_classes}")
+        if isinstance(self.config, ClassSettings):
+            self.config.check_weights(output.num_classes)
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         labels = batch["labels"]
         logits = self.logits(model, batch).float()
         each = F.cross_entropy(logits, labels, reduction="none", ignore_index=IGNORE_INDEX)
         if torch.is_grad_enabled():
+            if (weights := self._weights(logits.device)) is not None:
+                each = each * weights[labels.clamp(min=0)]
             return each.sum(), loss_of_sources(each, batch)
         self.observe(batch, logits)
         valid = labels != IGNORE_INDEX
-        num_classes = logits.shape[-1]
-        pairs = labels[valid] * num_classes + logits.argmax(-1)[valid]
-        confusion = torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
-        return each.sum(), {"confusion": confusion, **of_examples(each, valid, logits.argmax(-1) == labels)}
+        sums = class_metrics.class_sums(logits, labels, valid)
+        return each.sum(), {**sums, **of_examples(each, valid, logits.argmax(-1) == labels)}
+
+    def _weights(self, device: torch.device) -> Tensor | None:
+        """The weight of each class in the training loss, (classes,) float32; None: all are 1."""
+        weights = self.config.weights() if isinstance(self.config, ClassSettings) else None
+        if weights is None:
+            return None
+        if self._weights_there is None or self._weights_there.device != device:
+            self._weights_there = torch.tensor(weights, dtype=torch.float32, device=device)
+        return self._weights_there
+
+    def labels(self, rows: pa.Table, size: int) -> Tensor:
+        """The class of each row, (size,) int64; IGNORE_INDEX for those that are missing."""
+        return padded(rows["label"].to_numpy().astype(np.int64), size, IGNORE_INDEX)
+
+    def dummy_labels(self, size: int) -> Tensor:
+        """Labels to count with."""
+        return torch.zeros(size, dtype=torch.int64)
 
     def observe(self, batch: Batch, logits: Tensor) -> None:
         """Looks at what the model says of a batch of a validation; what it keeps is for `samples`."""
@@ -113,13 +143,19 @@ class Classification(Task[C, PerceiverIOConfig]):
         return self.class_names or tuple(str(i) for i in range(num_classes))
 
     def metrics(self, sums: dict[str, np.ndarray], split: Split) -> dict[str, float]:
-        confusion = sums["confusion"]
-        return {**super().metrics(sums, split), "acc": float(np.trace(confusion) / max(confusion.sum(), 1))}
+        return {**super().metrics(sums, split), **class_metrics.class_metrics(sums)}
+
+    def details(self, sums: dict[str, np.ndarray]) -> list[str]:
+        if "confusion" not in sums:  # of very many classes it is not kept
+            return []
+        confusion = np.asarray(sums["confusion"])
+        return class_metrics.class_table(confusion, self.names_of(len(confusion)))
 
     def samples(self, model: nn.Module, sums: dict[str, np.ndarray], split: Split) -> list[Sample]:
         confusion = sums["confusion"]
         names = self.names_of(len(confusion))
-        return [Sample("confusion", image=pixels(confusion_matrix(confusion, names)))] if len(names) <= 100 else []
+        classes = Sample("classes", text="\n".join(self.details(sums)))
+        return [classes, *([Sample("confusion", image=pixels(confusion_matrix(confusion, names)))] if len(names) <= 100 else [])]
 
     def guess(self, manifest: Manifest, trained_on: Manifest) -> Guess | None:
         """Answering each example with the frequencies of the training labels (plus one each), so always with the same class."""
@@ -137,11 +173,17 @@ class Classification(Task[C, PerceiverIOConfig]):
         confusion[:, most] = answers
         loss = -(answers * np.log(counts / counts.sum())).sum()
         names = self.class_names
-        means = {
-            "loss": "answering with the training labels' frequencies",
-            "acc": f"always answering {repr(names[most]) if names else most}",
-        }
-        return Guess({"loss": loss, "targets": answers.sum(), "confusion": confusion}, means)
+        always = f"always answering {repr(names[most]) if names else most}"
+        means = {"loss": "answering with the training labels' frequencies", "acc": always, "f1": always, "recall": always}
+        sums = {"loss": loss, "targets": answers.sum(), "confusion": confusion}
+        if num_classes > class_metrics.TOP:
+            commonest = np.argsort(-counts, kind="stable")[: class_metrics.TOP]
+            sums["top5"], means["top5"] = answers[commonest].sum(), f"always answering the {class_metrics.TOP} commonest"
+        if num_classes <= class_metrics.MOST_RANKED:
+            columns = answers[1:] if num_classes == 2 else answers
+            sums["scores"] = class_metrics.constant_scores(columns, answers.sum())
+            means |= dict.fromkeys(class_metrics.area_metrics(sums), "one answer to all")
+        return Guess(sums, means)
 
     def flops_per_example(self) -> float:
         """At the model's greatest input length."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from dataclasses import replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -23,8 +23,10 @@ from perceiver.data.sources import resolve
 from perceiver.models import ClassOutput, ImageInput, PerceiverIOConfig
 from perceiver.plots import captioned, pixels
 from perceiver.tasks.base import IGNORE_INDEX, Batch, Sample, Task, padded
+from perceiver.tasks.class_settings import ClassSettings
 from perceiver.tasks.classification import Classification, with_classes
 from perceiver.tasks.distortion import distorted
+from perceiver.tasks.tags import Tags
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +38,7 @@ _MISTAKES = 24
 """Pictures of a validation that got a wrong class which are shown, at most."""
 
 
-class ImageClassificationConfig(TaskConfig):
+class ImageClassificationConfig(ClassSettings):
     """A class per image."""
 
     kind: ClassVar[str] = "images"
@@ -54,6 +56,7 @@ class ImageClassificationConfig(TaskConfig):
     """Training images are moved at random by at most this share of their width and height."""
 
     def check(self, where: str) -> None:
+        super().check(where)
         for name, most in (("random_rotation", 180), ("random_scaling", 0.9), ("random_shift", 1)):
             if not 0 <= (value := getattr(self, name)) <= most:
                 raise UserError(f"{spelled(where + name)} is {value} and must be from 0 to {most}")
@@ -149,8 +152,7 @@ class ImageClassification(Classification[ImageClassificationConfig]):
         if crop is not None:
             places = uniforms(seed, epochs, numbers, 2)
             images = random_crop(images, crop, places if train else np.full_like(places, 0.5))
-        labels = rows["label"].to_numpy().astype(np.int64)
-        return {"images": padded(images, size), "labels": padded(labels, size, IGNORE_INDEX)}
+        return {"images": padded(images, size), "labels": self.labels(rows, size)}
 
     def observe(self, batch: Batch, logits: Tensor) -> None:
         """Keeps the first pictures of a validation that got a wrong class (of those that this worker sees)."""
@@ -172,7 +174,27 @@ class ImageClassification(Classification[ImageClassificationConfig]):
     def dummy_batch(self, size: int) -> Batch:
         image = self.model_config.input
         assert isinstance(image, ImageInput)  # or the task were not built
-        return {"images": torch.zeros(size, *image.image_shape, dtype=torch.uint8), "labels": torch.zeros(size, dtype=torch.int64)}
+        return {"images": torch.zeros(size, *image.image_shape, dtype=torch.uint8), "labels": self.dummy_labels(size)}
 
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
         return model(batch["images"].float() / 127.5 - 1)
+
+
+class ImageTagsConfig(ImageClassificationConfig):
+    """Any number of classes per image."""
+
+    kind: ClassVar[str] = "tagged-images"
+    several_classes: ClassVar[bool] = True
+
+    @classmethod
+    def of_model(cls, model: ModelConfig) -> TaskConfig | None:
+        return None
+
+    def build(self, model: ModelConfig, data: DataConfig, seed: int) -> Task[Any, Any]:
+        if not isinstance(model, PerceiverIOConfig) or not isinstance(model.input, ImageInput):
+            raise UserError("classes of images need a Perceiver IO model with an ImageInput")
+        return ImageTags(self, model, data, seed)
+
+
+class ImageTags(Tags[ImageTagsConfig], ImageClassification):  # type: ignore[misc]
+    """Images with any number of classes each."""

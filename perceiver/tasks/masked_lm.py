@@ -20,7 +20,7 @@ from perceiver.data.manifest import Manifest, Split
 from perceiver.data.order import VALIDATION_SEED
 from perceiver.data.rows import fixed_array
 from perceiver.data.text import mask_words
-from perceiver.data.tokenizers import Tokenizer, load_tokenizer
+from perceiver.data.tokenizers import Tokenizer, load_tokenizer, missing
 from perceiver.generation.masks import MARKS, encode_masked, fill_masks
 from perceiver.models import PerceiverIOConfig, TextInput, TextOutput
 from perceiver.tasks.base import IGNORE_INDEX, Batch, Guess, Sample, Task, loss_of_sources, of_examples, padded, unigram_guess
@@ -74,7 +74,7 @@ class MaskedLM(Task[MaskedLMConfig, PerceiverIOConfig]):
         if not 1 <= settings.sample_predictions <= self._input.vocab_size:
             raise UserError(f"task.sample-predictions is {settings.sample_predictions} and must be at least 1")
         if self._tokenizer.mask_id is None:
-            raise UserError(f"data.tokenizer {self.data.tokenizer} has no mask token ({' or '.join(MARKS)})")
+            raise missing(self.data, self._tokenizer, "mask token", " or ".join(MARKS))
         for text in settings.sample_texts:
             encode_masked(self._tokenizer, with_masks(text, self._tokenizer), self._input.max_seq_len)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -13,10 +14,11 @@ from perceiver.data.manifest import Split
 from perceiver.data.rows import ArrayRows
 from perceiver.models import ArrayInput, PerceiverIOConfig
 from perceiver.tasks.base import IGNORE_INDEX, Batch, Task, padded
+from perceiver.tasks.class_settings import ClassSettings
 from perceiver.tasks.classification import Classification
 
 
-class PointCloudsConfig(TaskConfig):
+class PointCloudsConfig(ClassSettings):
     """The class of each point cloud: rows have "points" (points, axes), from -1 to 1, and "label"."""
 
     class_names: tuple[str, ...] | None = None
@@ -25,6 +27,15 @@ class PointCloudsConfig(TaskConfig):
     def rows(self, model: ModelConfig, data: DataConfig) -> ArrayRows:
         given = _input(model)
         return ArrayRows(points=((given.max_positions, given.num_features), "float32"), label=((), "int64"))
+
+    def measure(self, model: ModelConfig, blocks: Iterator[pa.Table]) -> TaskConfig:
+        if not self.class_weights:
+            return self
+        output = getattr(model, "output", None)
+        counts = np.zeros(getattr(output, "num_classes", 0), np.int64)
+        for block in blocks:
+            counts += np.bincount(block["label"].to_numpy(), minlength=len(counts))[: len(counts)]
+        return self.counted(counts.tolist())
 
     def build(self, model: ModelConfig, data: DataConfig, seed: int) -> Task[Any, Any]:
         _input(model)

@@ -10,13 +10,20 @@ from perceiver.config import UserError
 from perceiver.data.manifest import Split
 from perceiver.tasks.base import IGNORE_INDEX, Batch, padded
 from perceiver.tasks.classification import Classification
-from perceiver.tasks.table_task import TableSettings, TableTask, mean_f1
+from perceiver.tasks.table_task import TableSettings, TableTask
 
 
 class TableClassification(TableTask, Classification[TableSettings]):
     """A class per row, beside always answering the commonest class of the training split."""
 
-    metric_directions = {"loss": "min", "acc": "max", "f1": "max", "baseline_acc": "max"}
+    metric_directions = {**Classification.metric_directions, "baseline_acc": "max"}
+
+    @property
+    def class_column(self) -> str | None:  # type: ignore[override]
+        return self.config.targets[0]
+
+    def classes(self, rows: pa.Table) -> np.ndarray:
+        return class_numbers(self.config, rows)
 
     def collate(self, rows: pa.Table, size: int, split: Split, train: bool, step: int) -> Batch:
         batch = {"inputs": self.inputs(rows, size)}
@@ -30,7 +37,7 @@ class TableClassification(TableTask, Classification[TableSettings]):
 
     def metrics(self, sums: dict[str, np.ndarray], split: Split) -> dict[str, float]:
         confusion = sums["confusion"].astype(np.float64)
-        found = {**super().metrics(sums, split), "f1": mean_f1(np.diag(confusion), confusion.sum(0), confusion.sum(1))}
+        found = super().metrics(sums, split)
         if self.config.target_mean:
             found["baseline_acc"] = float(confusion.sum(1)[int(np.argmax(self.config.target_mean))] / max(confusion.sum(), 1))
         return found
@@ -54,6 +61,8 @@ def class_numbers(config: TableSettings, rows: pa.Table) -> np.ndarray:
         found = column.to_numpy()
     wrong = (found < 0) | (found >= num_classes if num_classes else False)
     if wrong.any():
-        value = column[int(wrong.argmax())].as_py()
-        raise UserError(f"column {config.targets[0]!r} has {value!r}, which is none of the {num_classes} classes of the training data")
+        place = int(wrong.argmax())
+        where = f" in row {rows['row'][place].as_py():,} of its split" if "row" in rows.column_names else ""
+        found_value = f"column {config.targets[0]!r} has {column[place].as_py()!r}{where}"
+        raise UserError(f"{found_value}, which is none of the {num_classes} classes of the training data")
     return found

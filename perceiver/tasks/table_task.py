@@ -11,7 +11,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from perceiver.config import DataConfig, ModelConfig, TaskConfig, UserError
+from perceiver.config import DataConfig, ModelConfig, UserError
 from perceiver.data.labels import MOST_CLASSES
 from perceiver.data.manifest import Split
 from perceiver.data.rows import ArrayRows
@@ -19,12 +19,13 @@ from perceiver.data.table_schema import TableSchema
 from perceiver.models import PerceiverIOConfig, TableInput
 from perceiver.models.table_input import shape_of, text_of
 from perceiver.tasks.base import IGNORE_INDEX, Batch, Task, loss_of_sources, padded
+from perceiver.tasks.class_settings import ClassSettings
 
 
-class TableSettings(TaskConfig):
+class TableSettings(ClassSettings):
     """Classes, labels or numbers from the columns of a table."""
 
-    measured = ("input_mean", "input_scale", "target_mean", "target_scale")
+    measured = ("input_mean", "input_scale", "target_mean", "target_scale", *ClassSettings.measured)
 
     targets: tuple[str, ...] = ()
     """Columns to predict, separated by spaces or commas."""
@@ -49,6 +50,9 @@ class TableSettings(TaskConfig):
     """Standard deviation of the same."""
 
     def check(self, where: str) -> None:
+        super().check(where)
+        if self.class_weights and self.loss not in ("auto", "classes"):
+            raise UserError(f"--{where}class-weights is given, but {where}loss is {self.loss}, which has no classes: leave it out")
         if not self.huber > 0:
             raise UserError(f"{where}huber is {self.huber} and must be above 0")
         ascending = all(low < high for low, high in zip(self.quantiles, self.quantiles[1:], strict=False))
@@ -150,9 +154,3 @@ class NumberTargets(TableTask):
 def losses_of_sources(each: Tensor, given: Tensor, batch: Batch) -> dict[str, Tensor]:
     """The sums of a mixture's sources from losses (B, targets), of which some are of targets that are not there."""
     return loss_of_sources(each, {**batch, "labels": torch.where(given, 0, IGNORE_INDEX)})
-
-
-def mean_f1(hits: np.ndarray, said: np.ndarray, right: np.ndarray) -> float:
-    """The mean over classes of F1; of classes that neither are there nor were said there is none."""
-    both = said.astype(np.float64) + right
-    return float(np.mean(2 * hits[both > 0] / both[both > 0])) if (both > 0).any() else 0.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -12,13 +12,15 @@ from torch import Tensor, nn
 
 from perceiver.config import DataConfig, Experiment, ModelConfig, TaskConfig, UserError
 from perceiver.data.manifest import Split
-from perceiver.data.tokenizers import load_tokenizer
+from perceiver.data.tokenizers import load_tokenizer, missing
 from perceiver.models import ClassOutput, PerceiverIOConfig, TextInput
-from perceiver.tasks.base import IGNORE_INDEX, Batch, Task, padded
+from perceiver.tasks.base import Batch, Task
+from perceiver.tasks.class_settings import ClassSettings
 from perceiver.tasks.classification import Classification, with_classes
+from perceiver.tasks.tags import Tags
 
 
-class TextClassificationConfig(TaskConfig):
+class TextClassificationConfig(ClassSettings):
     """A class per document."""
 
     kind: ClassVar[str] = "documents"
@@ -57,7 +59,7 @@ class TextClassification(Classification[TextClassificationConfig]):
         super().check()
         tokenizer = load_tokenizer(self.data.tokenizer)
         if tokenizer.cls_id is None or tokenizer.sep_id is None:
-            raise UserError(f"data.tokenizer {self.data.tokenizer} has no tokens [CLS] and [SEP]")
+            raise missing(self.data, tokenizer, "tokens for the begin and the end of a text", "[CLS] and [SEP], or <s> and </s>")
 
     def arrange(self, rows: pa.Table) -> pa.Table:
         """Sorted by length where `group_by_length` is on, so that micro-batches need little padding."""
@@ -77,8 +79,7 @@ class TextClassification(Classification[TextClassificationConfig]):
         ends = np.full(size, longest + 1)
         ends[:num] = lengths + 1
         ids[np.arange(size), ends] = tokenizer.sep_id
-        labels = rows["label"].to_numpy().astype(np.int64)
-        batch = {"ids": torch.from_numpy(ids), "labels": padded(labels, size, IGNORE_INDEX)}
+        batch = {"ids": torch.from_numpy(ids), "labels": self.labels(rows, size)}
         pad_mask = np.arange(longest + 2) > ends[:, None]
         if pad_mask.any():
             batch["pad_mask"] = torch.from_numpy(pad_mask)
@@ -88,7 +89,7 @@ class TextClassification(Classification[TextClassificationConfig]):
         text = self.model_config.input
         assert isinstance(text, TextInput)  # or the task were not built
         shape = (size, text.max_seq_len)
-        batch = {"ids": torch.zeros(shape, dtype=torch.int64), "labels": torch.zeros(size, dtype=torch.int64)}
+        batch = {"ids": torch.zeros(shape, dtype=torch.int64), "labels": self.dummy_labels(size)}
         return {**batch, "pad_mask": torch.zeros(shape, dtype=torch.bool)}
 
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -98,3 +99,23 @@ class TextClassification(Classification[TextClassificationConfig]):
 def _lengths(rows: pa.Table) -> np.ndarray:
     """Ids of each document: int64 (n,)."""
     return pc.list_value_length(rows["tokens"]).to_numpy().astype(np.int64)
+
+
+class TextTagsConfig(TextClassificationConfig):
+    """Any number of classes per text."""
+
+    kind: ClassVar[str] = "tagged-documents"
+    several_classes: ClassVar[bool] = True
+
+    @classmethod
+    def of_model(cls, model: ModelConfig) -> TaskConfig | None:
+        return None
+
+    def build(self, model: ModelConfig, data: DataConfig, seed: int) -> Task[Any, Any]:
+        if not isinstance(model, PerceiverIOConfig) or not isinstance(model.input, TextInput):
+            raise UserError("classes of texts need a Perceiver IO model with a TextInput")
+        return TextTags(self, model, data, seed)
+
+
+class TextTags(Tags[TextTagsConfig], TextClassification):  # type: ignore[misc]
+    """Texts with any number of classes each."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from perceiver.config import DataConfig, Experiment, TrainingConfig
+from perceiver.data.balance import balanced
 from perceiver.data.chunks import Chunks, no_tokens, open_chunks
 from perceiver.data.components import Component, components
 from perceiver.data.manifest import Manifest, Split
@@ -268,6 +269,8 @@ def _part_loader(
     if part.name:
         size = max(1, min(lanes, -(-split.num_blocks // window_blocks)))
     loader = _make_loader(task, part.folder, split, True, training.seed, size, lanes, window_blocks, micro_batch_size)
+    if data.balance is not None:
+        loader = replace(loader, order=balanced(loader.order, part.folder, split, task, data.balance))
     return StreamLoader(**vars(loader), chunks=open_chunks(data, source, part.manifest)) if stream else loader
 
 

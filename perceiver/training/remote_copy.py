@@ -41,7 +41,7 @@ class RemoteCopy:
     def __init__(self, root: str, folder: Path) -> None:
         self.uri = f"{root.rstrip('/')}/{folder.name}"
         self.folder = folder
-        self._records = (*RECORDS, Run(folder).tokenizer_file.name)
+        self._records = (*RECORDS, *(path.name for path in Run(folder).tokenizer_files))
         self._sent: dict[str, tuple[int, int]] = {}
 
     @classmethod

@@ -15,9 +15,11 @@ import perceiver
 from perceiver.config import Experiment, to_dict
 from perceiver.config.optimization import averaged_metric
 from perceiver.costs.devices import peak_flops
+from perceiver.data.balance import BalancedOrder, described
 from perceiver.data.components import Component, weighted
 from perceiver.data.manifest import Manifest, Split
-from perceiver.data.storage import read_file, write_file
+from perceiver.data.storage import list_folder, read_file, write_file
+from perceiver.data.tokenizers import kept_file
 from perceiver.runs import Run
 from perceiver.tasks import build_task
 from perceiver.training.average import averaged, begin_average
@@ -175,6 +177,10 @@ class Training:
         return metrics
 
     def _announce(self) -> None:
+        order = self.train_feed.order
+        if isinstance(order, BalancedOrder):
+            names = getattr(self.task, "class_names", None)
+            self.recorder.say(f"balanced classes: {described(np.bincount(order.copies.labels).tolist(), names, order.copies.most)}")
         step, epoch = self.state.step, self.train_feed.order.steps_per_epoch
         begin = f"continuing from step {step:,}" if step else "starting"
         workers = f"{self.world.size} worker{'s' if self.world.size > 1 else ''} ({self.world.device.type})"
@@ -354,7 +360,8 @@ def save_experiment(run: Run, experiment: Experiment, manifest: Manifest, data_f
     of this package, a copy of the data's tokenizer.
     """
     if (manifest.tokenizer or {}).get("sha256") is not None:
-        name = run.tokenizer_file.name
+        name = kept_file(list_folder(data_folder))
+        assert name is not None  # or the data were not whole
         write_file(run.folder, name, read_file(data_folder, name))
     content = {
         "experiment": to_dict(experiment),

@@ -156,10 +156,14 @@ def test_pictures_without_classes_are_refused(tmp_path, monkeypatch):
 def test_class_names_choose_and_order(tmp_path, monkeypatch):
     folder = split_folder(tmp_path / "in")
     picture(folder / "train" / "green" / "1.png", "red", 77)
-    first, manifest = prepared(tmp_path, folder, monkeypatch, "--task.class-names", "red", "blue", "--data.on-error", "skip")
-    assert first.task.class_names == ("red", "blue") and manifest.stats["skipped"] == {"bad label": 1}
+    first, manifest = prepared(tmp_path, folder, monkeypatch, "--task.class-names", "red", "blue")
+    assert first.task.class_names == ("red", "blue") and first.task.leave_out == ("green",)
+    assert manifest.stats["skipped"] == {"class left out": 1}, "which is no fault"
     images, labels = rows(first, manifest, "val")
     assert tuple(images[labels == 0][0, 4, 4]) == COLOURS["red"]
+    picture(folder / "val" / "pink" / "1.png", "red", 78)
+    with pytest.raises(UserError, match=r"in/val/pink/1\.png: label 'pink' must be .*red, blue"):
+        prepared(tmp_path / "again", folder, monkeypatch, "--task.class-names", "red", "blue")
     second = replace(first, task=replace(first.task, class_names=("blue", "red")))
     assert data_folder(second) != data_folder(first)
     with pytest.raises(UserError, match="--task.class-names has 'pink', which no training label is .*blue"):

@@ -5,6 +5,7 @@ import csv
 import gzip
 import io
 import json
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -14,6 +15,8 @@ import pytest
 
 from perceiver.config import UserError
 from perceiver.data.manifest import MANIFEST, Manifest
+from perceiver.data.spans import Problems
+from perceiver.data.tables import BadLabel, Columns, LeftOut, label_of
 from ray_jobs import preprocess
 from tests.support.preparing import content, experiment, load_prepared, rows_of, serially, texts, write_jsonl
 
@@ -199,3 +202,21 @@ def test_an_encoding_that_does_not_exist_is_refused_before_anything_is_read(tmp_
     for name in ("nonsense", "base64"):
         with pytest.raises(UserError, match=f"--data.encoding is '{name}', which Python does not know"):
             prepared(tmp_path, tmp_path / "a.csv", encoding=name)
+
+
+def test_a_number_is_no_place_among_classes_that_are_numbers():
+    columns = Columns(text="text", label="label", num_classes=2, class_names=("3", "4"))
+    assert [label_of(value, columns) for value in (3, "4", 4.0)] == [0, 1, 1]
+    with pytest.raises(BadLabel, match="label 1 must be 3, 4"):
+        label_of(1, columns)
+    assert label_of(1, replace(columns, class_names=("no", "yes"))) == 1
+
+
+def test_a_class_that_is_left_out_is_counted_and_never_refused():
+    columns = Columns(text="text", label="label", num_classes=2, class_names=("no", "yes"), left_out=("maybe",))
+    with pytest.raises(LeftOut):
+        label_of("maybe", columns)
+    problems = Problems(skip=False)
+    problems.report(LeftOut.reason, "x")
+    problems.end()
+    assert problems.counts == {"class left out": 1}

@@ -1,14 +1,24 @@
 """`perceiver data`: what it says of pictures, tables and texts, and that its commands are right."""
 
+import base64
 import csv
+import io
+import json
+import re
 import shlex
+import tarfile
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from perceiver.config import UserError
 from ray_jobs.cli import parse_experiment
-from ray_jobs.data import look
+from ray_jobs.data import look, main
 from tests.data.test_picture_folders import picture, split_folder
+from tests.support.preparing import write_idx
 
 
 def command(lines, name):
@@ -41,6 +51,15 @@ def test_of_a_table_it_says_columns_labels_lengths_and_duplicates(tmp_path):
         look(str(tmp_path / "in.csv"), label="star")
 
 
+def test_of_lists_of_labels_it_offers_any_number_of_classes(tmp_path):
+    rows = [{"text": "a quiet evening", "tags": [["cat"], ["cat", "dog"], []][i % 3]} for i in range(12)]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines = look(str(tmp_path / "in.jsonl"))
+    assert "labels in 'tags', any number a row: cat (8), dog (4)" in lines
+    chosen = command(lines, "train")
+    assert chosen.preset == "txt-tags" and chosen.task.class_names == ("cat", "dog")
+
+
 def test_of_texts_without_classes_it_offers_a_language_model(tmp_path):
     (tmp_path / "a.txt").write_text("a quiet evening")
     assert command(look(str(tmp_path)), "prepare").preset == "clm-wikitext-small"
@@ -50,3 +69,66 @@ def test_nothing_that_is_known_is_named(tmp_path):
     (tmp_path / "a.xyz").write_text("?")
     with pytest.raises(UserError, match="has no pictures, sounds, texts, tables or MIDI files"):
         look(str(tmp_path))
+
+
+def test_a_page_shows_classes_lengths_columns_and_examples_and_loads_nothing(tmp_path, capsys):
+    with open(tmp_path / "in.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["review", "stars"])
+        writer.writerows([f"text <b>{i}</b> " + "a" * 700, 1 + i % 3] for i in range(12))
+    assert main([str(tmp_path / "in.csv"), "--html", str(tmp_path / "page.html")]) == 0
+    assert f"page: {tmp_path / 'page.html'}" in capsys.readouterr().out
+    page = (tmp_path / "page.html").read_text()
+    charts = json.loads(re.search(r'id="charts">(.*?)</script>', page)[1].replace("<\\/", "</"))
+    assert charts[0]["data"][0]["x"] == ["1", "2", "3"] and charts[0]["data"][0]["y"] == [4, 4, 4]
+    assert sum(charts[1]["data"][0]["y"]) == 12
+    assert "text &lt;b&gt;0&lt;/b&gt;" in page and "<b>0</b>" not in page.partition('id="charts"')[0]
+    assert "row 11" in page, "examples of every class are shown"
+    assert not re.search(r'(src|href)="https?:', page.partition("<script>")[0])
+    with pytest.raises(UserError, match="--html is .*/none/x.html, which cannot be written"):
+        main([str(tmp_path / "in.csv"), "--html", str(tmp_path / "none" / "x.html")])
+
+
+@pytest.mark.parametrize("kind", ["folders", "idx", "parquet", "tar"])
+def test_a_page_of_pictures_has_a_sheet_with_every_class(tmp_path, kind):
+    folder = tmp_path / "in"
+    if kind == "folders":
+        split_folder(folder)
+        (folder / "train" / "red" / "broken.png").write_bytes(b"no picture")
+        names = {"blue", "red"}
+    else:
+        names = set("0123456789" if kind == "idx" else "012")
+        write_pictures(folder, kind)
+    assert main([str(folder), "--html", str(tmp_path / "page.html")]) == 0
+    page = (tmp_path / "page.html").read_text()
+    captions = re.findall(r"<figcaption>(\w+): [^<]*</figcaption>", page)
+    assert set(captions) == names and 2 <= len(captions) <= 36
+    for data in re.findall(r"data:image/png;base64,([^\"]+)", page):
+        image = Image.open(io.BytesIO(base64.b64decode(data)))
+        assert max(image.size) <= 112
+
+
+def write_pictures(folder, kind):
+    """Pictures of three classes in one file (or two)."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    pictures = [rng.integers(0, 255, (8, 8), np.uint8) for _ in range(12)]
+    if kind == "idx":
+        write_idx(folder, "train", 100)
+        write_idx(folder, "t10k", 20, seed=1)
+        return
+    files = []
+    for image in pictures:
+        out = io.BytesIO()
+        Image.fromarray(image).save(out, "PNG")
+        files.append(out.getvalue())
+    if kind == "parquet":
+        rows = [{"image": {"bytes": data, "path": None}, "label": i % 3} for i, data in enumerate(files)]
+        pq.write_table(pa.Table.from_pylist(rows), folder / "train.parquet")
+        return
+    with tarfile.open(folder / "train-000.tar", "w") as archive:
+        for i, data in enumerate(files):
+            for name, content in ((f"{i:03d}.png", data), (f"{i:03d}.cls", str(i % 3).encode())):
+                entry = tarfile.TarInfo(name)
+                entry.size = len(content)
+                archive.addfile(entry, io.BytesIO(content))

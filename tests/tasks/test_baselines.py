@@ -49,7 +49,9 @@ def lopsided(tmp_path, monkeypatch):
 def test_a_classifiers_baseline_answers_the_most_frequent_class_of_the_training_split(lopsided):
     chosen, manifest = lopsided
     found = build_task(chosen).baselines(components(data_folder(chosen), manifest))
-    assert found.keys() == {"val_acc", "val_loss"}
+    assert found.keys() == {f"val_{name}" for name in ("acc", "loss", "f1", "recall", "auroc", "ap")}
+    assert (found["val_auroc"].value, found["val_recall"].value) == (0.5, 0.5)
+    assert found["val_ap"].value == pytest.approx(6 / 18) and found["val_f1"].value == pytest.approx(0.25)
     assert found["val_acc"].value == pytest.approx(6 / 18) and found["val_acc"].means == "always answering 'positive'"
     frequencies = np.array([11, 31]) / 42  # one more of each class
     assert found["val_loss"].value == pytest.approx(-(12 * math.log(frequencies[0]) + 6 * math.log(frequencies[1])) / 18)

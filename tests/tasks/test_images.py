@@ -104,7 +104,7 @@ def test_pictures_that_got_a_wrong_class_are_shown_once():
         task.loss(model, batch)
     assert [(int(image.max()), label, guess) for image, label, guess, _ in task._mistakes] == [(1, 1, 0), (2, 2, 1)]
     sums = {"confusion": np.eye(3)}
-    assert [sample.name for sample in task.samples(model, sums, None)] == ["confusion", "mistakes"]
-    assert [sample.name for sample in task.samples(model, sums, None)] == ["confusion"]  # a new pass begins with none
+    assert [sample.name for sample in task.samples(model, sums, None)] == ["classes", "confusion", "mistakes"]
+    assert [sample.name for sample in task.samples(model, sums, None)] == ["classes", "confusion"]  # a new pass begins with none
     task.loss(model, batch)
     assert not task._mistakes  # training keeps nothing
