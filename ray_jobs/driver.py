@@ -7,6 +7,7 @@ import shutil
 import signal
 import threading
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from perceiver.training.remote_copy import RemoteCopy
 from ray_jobs.cli import JobFailed
 from ray_jobs.messages import Messages
 from ray_jobs.preflight import Resources
+from ray_jobs.read_ahead import DataShare
 from ray_jobs.rendezvous import Network
 from ray_jobs.worker import evaluate_worker, train_worker
 
@@ -131,6 +133,7 @@ def _fit(
                 "data_folder": data_folder,
                 "run_folder": str(trained.folder),
                 "threads": resources.threads_per_worker,
+                "data_share": asdict(DataShare(others=_held_by_others(), cpus_per_worker=resources.cpus_per_worker)),
                 "messages": messages.actor,
                 **settings,
             },
@@ -159,6 +162,11 @@ def _fit(
         except ray.exceptions.RayError as error:
             raise TrainingFailed(_describe_controller(error)) from error
     return messages.interrupted
+
+
+def _held_by_others() -> float:
+    """CPUs that other jobs of the cluster, and this process, hold."""
+    return max(0.0, ray.cluster_resources().get("CPU", 0.0) - ray.available_resources().get("CPU", 0.0))
 
 
 def run_until_interrupted(fit: Callable[[], Any], messages: Messages) -> None:

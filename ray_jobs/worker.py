@@ -7,6 +7,7 @@ import os
 import time
 import traceback
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from perceiver.datasets import preprocess_command
 from perceiver.extensions import Code
 from perceiver.runs import Run
 from perceiver.tasks import build_task
-from perceiver.training.batches import make_val_loaders
+from perceiver.training.batches import ReadAll, make_val_loaders
 from perceiver.training.callbacks import Callback
 from perceiver.training.checkpoint import load_average, load_model
 from perceiver.training.hooks import CallbackError
@@ -30,11 +31,12 @@ from perceiver.training.not_finite import NotFinite
 from perceiver.training.parallel import World, choose_arithmetic, join_world
 from perceiver.training.remote_copy import RemoteCopy, fetch_run
 from perceiver.training.run import Training, build_state, evaluate
-from ray_jobs.ingest import DATA_CPUS, DataFault, read_with_ray
+from ray_jobs.ingest import DataFault, read_with_ray
 from ray_jobs.logs import send_progress
 from ray_jobs.memory_check import is_out_of_memory, out_of_memory
 from ray_jobs.messages import SIGN_OF_LIFE
 from ray_jobs.metrics_export import MetricsExport
+from ray_jobs.read_ahead import DATA_CPUS, DataShare
 from ray_jobs.watch import Steps, reporting
 
 logger = logging.getLogger(__name__)
@@ -68,7 +70,7 @@ def _train(config: dict[str, Any], experiment: Experiment, world: World, steps: 
             Manifest.load(data_folder),
             world,
             run.folder,
-            read_with_ray,
+            _reader(config, world),
             [Reports(mailbox), MetricsExport(run.name), DataPatience(), Notice(), Interruption(mailbox), steps],
             config["stop_at"],
         )
@@ -134,13 +136,18 @@ def _evaluate(config: dict[str, Any], experiment: Experiment, world: World) -> N
         load_average(checkpoint, model)
     examples: dict[str, dict[str, Any]] = {}
     try:
-        metrics, sums, _ = evaluate(task, model, loaders, world, read_with_ray, keep=examples.__setitem__)
+        metrics, sums, _ = evaluate(task, model, loaders, world, _reader(config, world), keep=examples.__setitem__)
     except DataFault as error:
         ray.get(config["messages"].put.remote({"fault": _with_repair(error, experiment)}))
         raise
     if world.rank == 0:
         counts = {name: value.tolist() for name, value in sums.items()}
         ray.get(config["messages"].put.remote({"metrics": metrics, "sums": counts, "examples": examples}))
+
+
+def _reader(config: dict[str, Any], world: World) -> ReadAll:
+    """Reads by Ray Data tasks, within this worker's share of the cluster."""
+    return partial(read_with_ray, share=DataShare(**config["data_share"]), workers=world.size)
 
 
 def _enter(config: dict[str, Any]) -> tuple[Experiment, World]:

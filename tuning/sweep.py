@@ -31,10 +31,10 @@ from perceiver.terminal import summary
 from perceiver.training.meters import duration
 from perceiver.training.run import total_steps
 from ray_jobs.cli import main_entry, program, refuse_empty
-from ray_jobs.ingest import DATA_CPUS
 from ray_jobs.logs import show_progress
 from ray_jobs.preflight import check_experiment, cluster_cores, wait_for_growth
 from ray_jobs.ray_env import connect, use_gpus
+from ray_jobs.read_ahead import DATA_CPUS
 from ray_jobs.train import check_free
 from tuning import report
 from tuning.record import Record, StopDiverged

@@ -6,7 +6,7 @@ import queue
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -31,6 +31,7 @@ from perceiver.data.order import (
     plan,
     worker_slots,
 )
+from perceiver.data.pieces import Piece
 from perceiver.data.sources import mixture_sources
 from perceiver.data.stream import empty_rows, rank_batches, read_unit
 
@@ -75,6 +76,18 @@ class Loader(ABC):
     @abstractmethod
     def row_bytes(self) -> int:
         """Bytes of what a row is made from, about."""
+
+    def pieces(self) -> tuple[Sequence[Piece], ...]:
+        """The parts of a source's files that blocks are read from, where these are not prepared: one list a data set."""
+        return ()
+
+    def pieces_of(self, unit: Any) -> tuple[int, Sequence[int]]:
+        """Which of them a unit is read from: number of the list, numbers in it."""
+        return 0, ()
+
+    def with_pieces(self, pieces: Sequence[Sequence[Piece]]) -> Loader:
+        """A loader that reads these instead, one list for each of `pieces()`."""
+        return self
 
     def micro_batches(self, world: int) -> tuple[int, int]:
         """Number of micro-batches in a worker's share of a step, and examples of each."""
@@ -145,6 +158,16 @@ class StreamLoader(SplitLoader):
     def empty_rows(self) -> pa.Table:
         return empty_rows(self.folder, self.split, self.task.examples, lambda *_: no_tokens(self.split.row_length))
 
+    def pieces(self) -> tuple[Sequence[Piece], ...]:
+        return (self.chunks.pieces,)
+
+    def pieces_of(self, unit: ReadTask) -> tuple[int, Sequence[int]]:
+        return 0, self.order.window_blocks_of(unit.epoch, unit.window).tolist()
+
+    def with_pieces(self, pieces: Sequence[Sequence[Piece]]) -> Loader:
+        (own,) = pieces
+        return replace(self, chunks=replace(self.chunks, pieces=own))
+
     @property
     def row_bytes(self) -> int:
         """Bytes of text that a row is made from, about."""
@@ -185,6 +208,15 @@ class MixtureLoader(Loader):
     @property
     def row_bytes(self) -> int:
         return max(loader.row_bytes for loader in self.loaders)
+
+    def pieces(self) -> tuple[Sequence[Piece], ...]:
+        return tuple(next(iter(loader.pieces()), ()) for loader in self.loaders)
+
+    def pieces_of(self, unit: MixtureReadTask) -> tuple[int, Sequence[int]]:
+        return unit.source, self.loaders[unit.source].pieces_of(unit.unit)[1]
+
+    def with_pieces(self, pieces: Sequence[Sequence[Piece]]) -> Loader:
+        return replace(self, loaders=tuple(loader.with_pieces([own]) for loader, own in zip(self.loaders, pieces, strict=True)))
 
 
 ReadAll = Callable[[Loader, Iterator[Any]], Iterable[pa.Table]]
@@ -350,3 +382,6 @@ class Prefetch:
             self._queue.put(self._END)
         except BaseException as error:  # handed to the consumer, who raises it
             self._queue.put(error)
+        finally:  # what the source holds open (reads ahead) ends here, not when somebody happens to drop it
+            if hasattr(self._source, "close"):
+                self._source.close()
