@@ -51,9 +51,9 @@ from perceiver.models import PerceiverARConfig, attend, build_model
 from perceiver.presets import PRESETS
 from perceiver.tasks import build_task, chunked_loss
 from perceiver.tasks.base import Batch
-from perceiver.training.batches import Prefetch
 from perceiver.training.loop import StepResult, fit
 from perceiver.training.parallel import World, join_world
+from perceiver.training.prefetch import Prefetch
 from perceiver.training.run import build_state
 
 RATE_SIZE = 8192

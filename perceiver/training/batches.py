@@ -1,10 +1,7 @@
-"""A worker's batches: rows collated, cut into micro-batches, made ahead of time in a thread, moved to the device."""
+"""A worker's batches: rows collated, cut into micro-batches."""
 
 from __future__ import annotations
 
-import queue
-import threading
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -316,72 +313,3 @@ def make_val_loaders(
         loader = make_loader(task, part.folder, part.manifest.splits["val"], False, data=data, training=training, micro_batch_size=most)
         loaders.append((part, replace(loader, numbered=numbered)))
     return loaders
-
-
-class Prefetch:
-    """Iterates over `source` in a thread, `depth` items ahead, and measures the seconds its consumer waited.
-
-    An error in the source is raised at the consumer. `close` ends the thread at its next item. After every
-    `STALL_SECONDS` of waiting for one item, `stalled` is called with the seconds waited.
-    """
-
-    _END = object()
-    STALL_SECONDS = 30.0
-
-    def __init__(
-        self,
-        source: Iterable[list[Batch]],
-        device: torch.device,
-        depth: int = 2,
-        stalled: Callable[[float], None] = lambda seconds: None,
-    ) -> None:
-        self.wait_seconds = 0.0
-        self._stalled = stalled
-        self._source = source
-        self._device = device
-        self._queue: queue.Queue[Any] = queue.Queue(maxsize=depth)
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._fill, name="prefetch", daemon=True)
-        self._thread.start()
-
-    def __iter__(self) -> Iterator[list[Batch]]:
-        while True:
-            start = time.perf_counter()
-            item = self._next(start)
-            self.wait_seconds += time.perf_counter() - start
-            if item is self._END:
-                return
-            if isinstance(item, BaseException):
-                raise item
-            yield [{k: v.to(self._device, non_blocking=True) for k, v in batch.items()} for batch in item]
-
-    def _next(self, start: float) -> Any:
-        while True:
-            try:
-                return self._queue.get(timeout=self.STALL_SECONDS)
-            except queue.Empty:
-                self._stalled(time.perf_counter() - start)
-
-    def close(self) -> None:
-        """Ends the thread; what it had made is dropped."""
-        self._stopped.set()
-        while self._thread.is_alive():
-            try:
-                self._queue.get(timeout=0.05)
-            except queue.Empty:
-                continue
-
-    def _fill(self) -> None:
-        try:
-            for item in self._source:
-                if self._device.type == "cuda":
-                    item = [{k: v.pin_memory() for k, v in batch.items()} for batch in item]
-                self._queue.put(item)
-                if self._stopped.is_set():
-                    break
-            self._queue.put(self._END)
-        except BaseException as error:  # handed to the consumer, who raises it
-            self._queue.put(error)
-        finally:  # what the source holds open (reads ahead) ends here, not when somebody happens to drop it
-            if hasattr(self._source, "close"):
-                self._source.close()
