@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -22,6 +23,7 @@ from perceiver.extensions import code_of
 from perceiver.runs import Run
 from perceiver.training.remote_copy import RemoteCopy
 from ray_jobs.cli import JobFailed
+from ray_jobs.first_step import start_early
 from ray_jobs.messages import Messages
 from ray_jobs.preflight import Resources
 from ray_jobs.read_ahead import DataShare
@@ -44,10 +46,12 @@ def train(
     resources: Resources,
     on_report: Callable[[dict[str, float]], None] | None = None,
     stop_at: int | None = None,
+    begun: float | None = None,
 ) -> bool:
     """Trains an experiment on Ray Train workers until it is finished, or to step `stop_at`.
 
     `on_report` is called in this process, in a thread, with the metrics of each validation.
+    `begun`: when the command began, in seconds since the epoch.
     Workers that die are replaced, and training continues from the last checkpoint, `run.max_failures` times.
     At a first SIGINT or SIGTERM the workers save a checkpoint and end; a second one ends them at once.
 
@@ -64,10 +68,9 @@ def train(
     if remote is not None:
         remote.forget_failure()
     failed, interrupted = None, False
+    settings = {"stop_at": stop_at, "begun": begun or time.time()}
     try:
-        interrupted = _fit(
-            train_worker, experiment, data_folder, trained, resources, {"stop_at": stop_at}, on_report, run_until_interrupted
-        )
+        interrupted = _fit(train_worker, experiment, data_folder, trained, resources, settings, on_report, run_until_interrupted)
     except TrainingFailed as error:
         failed = error
     if remote is not None:
@@ -124,6 +127,8 @@ def _fit(
     experiment = with_prepared_tokenizer(experiment, data_folder, Manifest.load(data_folder))
     shutil.rmtree(trained.ray_folder, ignore_errors=True)
     stall = 60 * experiment.run.stall_minutes
+    share = DataShare(others=_held_by_others(), cpus_per_worker=resources.cpus_per_worker)
+    early = start_early(share.here(resources.workers).tasks * resources.workers)
     with Messages(lambda: _why_no_workers(resources), on_report, stall=stall) as messages:
         trainer = TorchTrainer(
             function,
@@ -133,7 +138,8 @@ def _fit(
                 "data_folder": data_folder,
                 "run_folder": str(trained.folder),
                 "threads": resources.threads_per_worker,
-                "data_share": asdict(DataShare(others=_held_by_others(), cpus_per_worker=resources.cpus_per_worker)),
+                "data_share": asdict(share),
+                "asked_for": time.time(),
                 "messages": messages.actor,
                 **settings,
             },
@@ -161,6 +167,10 @@ def _fit(
             raise TrainingFailed(_describe(error)) from error
         except ray.exceptions.RayError as error:
             raise TrainingFailed(_describe_controller(error)) from error
+        finally:
+            if messages.lost is None:
+                for ref in early:
+                    ray.cancel(ref)
     return messages.interrupted
 
 

@@ -30,6 +30,12 @@ class _Mailbox:
     def __init__(self) -> None:
         self._items: list[Item] = []
         self._interrupted = False
+        self._started = 0
+
+    def start(self) -> int:
+        """Counts a start of the workers; which one it is, the first: 1."""
+        self._started += 1
+        return self._started
 
     def put(self, item: Item) -> None:
         self._items.append(item)

@@ -30,6 +30,7 @@ from perceiver.training.init_from import Start, find_start, forked_run
 from perceiver.training.meters import duration
 from perceiver.training.remote_copy import RemoteCopy
 from perceiver.training.run import save_experiment, total_steps
+from ray_jobs import BEGUN
 from ray_jobs.cli import Interrupted, main_entry, naming_words, parse_experiment, program
 from ray_jobs.logs import log_file, show_progress
 from ray_jobs.memory_check import check_memory, check_precision
@@ -85,6 +86,7 @@ def run(
         TrainingFailed: workers failed too often.
         Interrupted: a signal (Ctrl-C, SIGTERM) came while it trained; a checkpoint is saved.
     """
+    asked_at = BEGUN if argv is not None else time.time()
     experiment = with_tokenizer(experiment)
     check_experiment(experiment)
     trained = Run(local_folder("run.storage", experiment.run.storage_path) / experiment.run_name)
@@ -152,7 +154,7 @@ def run(
             if start is not None:
                 logger.info(f"{start} (names in {trained.start_file})")
             begun = resolved(experiment, fork.checkpoint if fork is not None else start.of_run if start is not None else None)
-            interrupted = driver.train(begun, data_folder, trained, resources, on_report, stop_at)
+            interrupted = driver.train(begun, data_folder, trained, resources, on_report, stop_at, asked_at)
         checkpoints = _checkpoints(trained, remote)
         result = trained.result()
         if result is None and interrupted:

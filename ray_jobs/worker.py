@@ -31,6 +31,7 @@ from perceiver.training.not_finite import NotFinite
 from perceiver.training.parallel import World, choose_arithmetic, join_world
 from perceiver.training.remote_copy import RemoteCopy, fetch_run
 from perceiver.training.run import Training, build_state, evaluate
+from ray_jobs.first_step import Begun, FirstStep
 from ray_jobs.ingest import DataFault, read_with_ray
 from ray_jobs.logs import send_progress
 from ray_jobs.memory_check import is_out_of_memory, out_of_memory
@@ -47,6 +48,7 @@ DATA_PATIENCE = 600.0
 
 
 def train_worker(config: dict[str, Any]) -> None:
+    entered = time.time()
     Code(config["code"]).install()
     run = Run(Path(config["run_folder"]))
     remote = RemoteCopy.of(from_dict(config["experiment"]).run, run.folder)
@@ -57,10 +59,13 @@ def train_worker(config: dict[str, Any]) -> None:
     experiment, world = _enter(config)
     steps = Steps()
     with _reporting(config, world, steps):
-        _train(config, experiment, world, steps, run, remote)
+        first = FirstStep(Begun(config["begun"], config["asked_for"]), entered, config["messages"])
+        _train(config, experiment, world, steps, run, remote, first)
 
 
-def _train(config: dict[str, Any], experiment: Experiment, world: World, steps: Steps, run: Run, remote: RemoteCopy | None) -> None:
+def _train(
+    config: dict[str, Any], experiment: Experiment, world: World, steps: Steps, run: Run, remote: RemoteCopy | None, first: FirstStep
+) -> None:
     data_folder, mailbox = config["data_folder"], config["messages"]
     try:
         training = Training(
@@ -71,7 +76,7 @@ def _train(config: dict[str, Any], experiment: Experiment, world: World, steps: 
             world,
             run.folder,
             _reader(config, world),
-            [Reports(mailbox), MetricsExport(run.name), DataPatience(), Notice(), Interruption(mailbox), steps],
+            [Reports(mailbox), MetricsExport(run.name), DataPatience(), Notice(), Interruption(mailbox), steps, first],
             config["stop_at"],
         )
         training.run()
