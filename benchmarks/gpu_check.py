@@ -214,7 +214,7 @@ def report_step(
     if steps.peak_bytes:
         layout = Layout(
             micro_batch_size=size, accumulated=1, shards=1, precision=experiment.training.precision,
-            checkpoint_every=experiment.parallel.activation_checkpointing, cpu_offload=False, cuda=True,
+            checkpoint_every=experiment.parallel.recompute_every, cpu_offload=False, cuda=True,
         )  # fmt: skip
         planned = step_memory(build_task(experiment).step(), layout).total
         ratio = steps.peak_bytes / planned

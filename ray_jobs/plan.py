@@ -22,6 +22,7 @@ from perceiver.training.run import total_steps
 from ray_jobs.cli import main_entry, parse_experiment, program
 from ray_jobs.memory_check import largest, layout_of, share, step_of, usable
 from ray_jobs.preflight import check_experiment
+from ray_jobs.recomputation import describe, resolve
 
 FACTORS = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"))
 
@@ -118,11 +119,7 @@ def lines(plan: Plan, experiment: Experiment, device: Device, name: str, mfu: fl
         f"{share(experiment):,} examples a worker, {layout.accumulated} micro-batch{'es' if layout.accumulated > 1 else ''} of "
         f"{plan.micro_batch}"
     )
-    every = parallel.activation_checkpointing
-    yield (
-        f"  layout             {layout.shards} shards x {parallel.replicas} replicas; recomputed: "
-        f"{'every layer' if every == 1 else f'one in {every} layers' if every else 'no layer'}"
-    )
+    yield (f"  layout             {layout.shards} shards x {parallel.replicas} replicas; recomputed: {describe(parallel.recompute_every)}")
     yield "  memory of a GPU     at its fullest moment    at most of this kind"
     for field in fields(Memory):
         now, most = (getattr(memory, field.name) / GIB for memory in (plan.memory, plan.most))
@@ -197,6 +194,9 @@ def main(argv: list[str]) -> int:
     name = "unknown GPU" if own.device_memory and own.device_flops else own.device
     experiment = with_tokenizer(parse_experiment(rest, "ray_jobs.plan"))
     check_experiment(experiment)
+    experiment, chosen = resolve(experiment, usable(device.memory))
+    if chosen is not None:
+        print(chosen)
     plan = make_plan(experiment, device, own.mfu)
     print("\n".join(lines(plan, experiment, device, name, own.mfu)))
     return 0

@@ -33,8 +33,9 @@ from perceiver.training.run import save_experiment, total_steps
 from ray_jobs import BEGUN
 from ray_jobs.cli import Interrupted, main_entry, naming_words, parse_experiment, program
 from ray_jobs.logs import log_file, show_progress
-from ray_jobs.memory_check import check_memory, check_precision
+from ray_jobs.memory_check import check_precision
 from ray_jobs.preflight import check_experiment, local_folder, plan_resources
+from ray_jobs.recomputation import fit_memory
 from ray_jobs.seeds import parse_seeds, replicate, take_seeds, train_seeds
 
 logger = logging.getLogger("ray_jobs.train")  # which __name__ is not where it is run as a program
@@ -131,7 +132,7 @@ def run(
         with connect(experiment.parallel):
             resources = plan_resources(experiment)
             check_precision(experiment, resources.gpu)
-            check_memory(experiment, resources.gpu)
+            experiment, chosen = fit_memory(experiment, resources.gpu)
             if dataset is None:
                 prepare(experiment)
                 dataset = Dataset.find(experiment)
@@ -149,6 +150,8 @@ def run(
             if remote is not None:
                 remote.send_records()
             logger.info(f"run {experiment.run_name} in {trained.folder}" + (f", kept in {remote.uri}" if remote is not None else ""))
+            if chosen is not None:
+                logger.info(chosen)
             if fork is not None:
                 logger.info(f"forked from {fork.origin}: its weights, optimizer and place in the order (noted in {trained.start_file})")
             if start is not None:
