@@ -28,6 +28,7 @@ from ray_jobs.messages import Messages
 from ray_jobs.preflight import Resources
 from ray_jobs.read_ahead import DataShare
 from ray_jobs.rendezvous import Network
+from ray_jobs.scale import poll_seconds
 from ray_jobs.worker import evaluate_worker, train_worker
 
 
@@ -123,6 +124,8 @@ def _fit(
     if resources.min_workers:
         # After the loss of a node Ray first counts on what it had: it must not wait a minute for that.
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "20")
+    if (seconds := poll_seconds(resources.workers)) > 2:  # Ray's own interval, at which 512 workers would be asked 256 times a second
+        os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", f"{seconds:g}")
     # What Ray keeps of a run is rebuilt by every start: our own checkpoints say where to continue.
     experiment = with_prepared_tokenizer(experiment, data_folder, Manifest.load(data_folder))
     shutil.rmtree(trained.ray_folder, ignore_errors=True)

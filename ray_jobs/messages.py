@@ -21,6 +21,8 @@ SIGN_OF_LIFE = ""
 """What a worker says when it begins: nobody waits for it any more."""
 START_PATIENCE = 60.0
 """Seconds without a sign of the workers after which the driver says what they may be waiting for."""
+PUMP_EVERY = 0.5
+"""Seconds between two looks of the driver for what has come."""
 LOST_PATIENCE = 60.0
 """Seconds without an answer of Ray after which the cluster is lost."""
 
@@ -40,6 +42,9 @@ class _Mailbox:
     def put(self, item: Item) -> None:
         self._items.append(item)
 
+    def put_all(self, items: list[Item]) -> None:
+        self._items += items
+
     def take(self) -> list[Item]:
         items, self._items = self._items, []
         return items
@@ -58,7 +63,7 @@ class Messages:
         self,
         why_silent: Callable[[], str],
         on_report: Callable[[dict[str, float]], None] | None = None,
-        every: float = 0.5,
+        every: float = PUMP_EVERY,
         stall: float = 1800.0,
     ) -> None:
         # On this node: losing another machine must not lose the run's messages. Its process may be lost and is then replaced.

@@ -31,12 +31,14 @@ from perceiver.training.not_finite import NotFinite
 from perceiver.training.parallel import World, choose_arithmetic, join_world
 from perceiver.training.remote_copy import RemoteCopy, fetch_run
 from perceiver.training.run import Training, build_state, evaluate
+from ray_jobs.collector import beats_to
 from ray_jobs.first_step import Begun, FirstStep
 from ray_jobs.ingest import DataFault, read_with_ray
 from ray_jobs.logs import send_progress
 from ray_jobs.memory_check import is_out_of_memory, out_of_memory
 from ray_jobs.messages import SIGN_OF_LIFE
 from ray_jobs.metrics_export import MetricsExport
+from ray_jobs.ray_env import draining_nodes
 from ray_jobs.read_ahead import DATA_CPUS, DataShare
 from ray_jobs.watch import Steps, reporting
 
@@ -171,7 +173,8 @@ def _enter(config: dict[str, Any]) -> tuple[Experiment, World]:
 
 def _reporting(config: dict[str, Any], world: World, steps: Steps) -> AbstractContextManager[None]:
     """Lets the driver know what this worker does, until it has done it."""
-    put, node = config["messages"].put, ray.get_runtime_context().get_node_id()
+    node = ray.get_runtime_context().get_node_id()
+    put = beats_to(config["messages"], world).put
     return reporting(lambda beat: put.remote(beat), world.rank, node, ray.util.get_node_ip_address(), steps)
 
 
@@ -224,19 +227,29 @@ class Interruption(Callback):
 
 class Notice(Callback):
     """Asks for a checkpoint when a machine of this run is about to be taken away (a spot machine's notice, or anything else that
-    drains a node of Ray): once for every machine. Ray answers when all workers ask.
+    drains a node of Ray): once for every machine.
+
+    One worker looks whether any node is being drained; only then all of them ask Ray Train, which answers when all do.
     """
 
     EVERY = 5.0
-    """Seconds between two questions."""
+    """Seconds between two looks."""
+    LONG = 60.0
+    """Seconds for which all ask because of a node; it may be none of this run's."""
 
     def __init__(self) -> None:
         self._known: set[str] = set()
+        self._seen: dict[str, float] = {}
         self._next = time.monotonic() + self.EVERY
 
     def after_step(self, step: int, result: StepResult) -> None:
-        if self.training.world.rank == 0 and time.monotonic() >= self._next:
-            self._next = time.monotonic() + self.EVERY
+        now = time.monotonic()
+        if self.training.world.rank > 0 or now < self._next:
+            return
+        self._next = now + self.EVERY
+        for node in draining_nodes():
+            self._seen.setdefault(node, now)
+        if any(node not in self._known and now - since < self.LONG for node, since in self._seen.items()):
             self.training.meet()
 
     def on_meeting(self, step: int) -> None:
