@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 import pyarrow as pa
@@ -82,7 +82,7 @@ class Loader(ABC):
         """Which of them a unit is read from: number of the list, numbers in it."""
         return 0, ()
 
-    def with_pieces(self, pieces: Sequence[Sequence[Piece]]) -> Loader:
+    def with_pieces(self, pieces: Sequence[Sequence[Piece]]) -> Self:
         """A loader that reads these instead, one list for each of `pieces()`."""
         return self
 
@@ -161,7 +161,7 @@ class StreamLoader(SplitLoader):
     def pieces_of(self, unit: ReadTask) -> tuple[int, Sequence[int]]:
         return 0, self.order.window_blocks_of(unit.epoch, unit.window).tolist()
 
-    def with_pieces(self, pieces: Sequence[Sequence[Piece]]) -> Loader:
+    def with_pieces(self, pieces: Sequence[Sequence[Piece]]) -> Self:
         (own,) = pieces
         return replace(self, chunks=replace(self.chunks, pieces=own))
 
@@ -212,7 +212,7 @@ class MixtureLoader(Loader):
     def pieces_of(self, unit: MixtureReadTask) -> tuple[int, Sequence[int]]:
         return unit.source, self.loaders[unit.source].pieces_of(unit.unit)[1]
 
-    def with_pieces(self, pieces: Sequence[Sequence[Piece]]) -> Loader:
+    def with_pieces(self, pieces: Sequence[Sequence[Piece]]) -> Self:
         return replace(self, loaders=tuple(loader.with_pieces([own]) for loader, own in zip(self.loaders, pieces, strict=True)))
 
 
