@@ -127,12 +127,12 @@ def picture(found: list[Scale], title: str) -> bytes:
         right.plot(gpus, [s.step.total for s in chosen], marker="o", color=color(number), label=f"step, {name}")
         right.plot(gpus, [s.step.traffic for s in chosen], marker="x", ls="--", color=color(number), label=f"traffic, {name}")
     right.plot([s.workers for s in found], [s.step.computing for s in found], color="0.4", ls=":", label="computing")
-    frame(left, "throughput of a GPU", "GPUs", "units per second")
+    frame(left, "throughput of a GPU", "GPUs", "tokens or examples per second")
     frame(right, "a step", "GPUs", "seconds")
     log_scale(left, "x")
     log_scale(right, "x", "y")
-    for axes in (left, right):
-        axes.legend(fontsize="small")
+    left.legend(fontsize="small", loc="lower left")
+    right.legend(fontsize="small", loc="upper center")
     return png(figure)
 
 

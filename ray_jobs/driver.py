@@ -131,7 +131,8 @@ def _fit(
     shutil.rmtree(trained.ray_folder, ignore_errors=True)
     stall = 60 * experiment.run.stall_minutes
     share = DataShare(others=_held_by_others(), cpus_per_worker=resources.cpus_per_worker)
-    early = start_early(share.here(resources.workers).tasks * resources.workers)
+    # An elastic run starts with as many workers as find room: nothing may be in their way.
+    early = [] if resources.min_workers else start_early(share.slots(resources.workers, ray.cluster_resources().get("CPU", 0.0)))
     with Messages(lambda: _why_no_workers(resources), on_report, stall=stall) as messages:
         trainer = TorchTrainer(
             function,

@@ -18,6 +18,7 @@ from ray.train.v2._internal.constants import (
 
 from perceiver.training.callbacks import Callback
 from perceiver.training.loop import StepResult
+from ray_jobs.ingest import warm_up
 from ray_jobs.read_ahead import DATA_CPUS
 
 logger = logging.getLogger(__name__)
@@ -37,13 +38,9 @@ def start_early(tasks: int) -> list[ray.ObjectRef]:
     # A process serves tasks of one environment alone: these have that of the tasks which Ray Train's workers start.
     variables = get_env_vars_to_propagate()
     variables.setdefault(RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR, DEFAULT_RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_VALUE)
-    task = ray.remote(num_cpus=DATA_CPUS, max_retries=0)(_import)
+    task = ray.remote(num_cpus=DATA_CPUS, max_retries=0)(warm_up)
     task = task.options(scheduling_strategy="SPREAD", runtime_env={"env_vars": variables})
     return [task.remote() for _ in range(min(tasks, MOST_PROCESSES))]
-
-
-def _import() -> None:
-    import ray_jobs.ingest  # noqa: F401
 
 
 @dataclass(frozen=True)

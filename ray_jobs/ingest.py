@@ -66,6 +66,11 @@ def read_with_ray(loader: Loader, units: Iterator[Any], share: DataShare | None 
             yield table
 
 
+def warm_up() -> None:
+    """Loads what a data task needs into the process that this runs in, as a task."""
+    import perceiver.tasks  # noqa: F401
+
+
 class Bounded(BackpressurePolicy):  # type: ignore[misc]  # Ray's types are not followed
     """Starts the tasks of an execution within its limit, which its context holds; the only rule of such an execution."""
 

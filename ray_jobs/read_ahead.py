@@ -62,9 +62,13 @@ class DataShare:
             store: bytes of the cluster's object store.
         """
         room = min(MOST_BYTES, int(store * STORE_SHARE / workers))
-        free = max(0.0, cpus - self.others - workers * self.cpus_per_worker)
-        slots = math.floor(free / DATA_CPUS / workers + 1e-6)
+        slots = self.slots(workers, cpus) // workers
         return ReadAhead(tasks=max(1, min(slots, room // TASK_BYTES)), bytes=room)
+
+    def slots(self, workers: int, cpus: float) -> int:
+        """Data tasks of all workers together that find a free CPU."""
+        free = cpus - self.others - workers * self.cpus_per_worker
+        return max(0, math.floor(free / DATA_CPUS + 1e-6))
 
     def here(self, workers: int) -> ReadAhead:
         """A worker's limits in the cluster as it is now."""

@@ -90,7 +90,7 @@ def simulate(
     """The experiment with its own number of workers and replicas.
 
     Args:
-        mfu: share of the device's peak that one device alone reaches, without traffic.
+        mfu: share of the device's peak that one device alone reaches, without traffic and without recomputing.
         row_bytes: bytes of a stored row.
         read_ratio: rows read for each row that is needed (`perceiver.data.reading.read_ratio`).
     """
@@ -98,7 +98,10 @@ def simulate(
     layout, step, workers = layout_of(experiment), step_of(experiment), experiment.parallel.workers
     batch, nodes = training.global_batch_size, -(-workers // cluster.gpus_per_node)
     peak = getattr(device, PEAKS[training.precision])
-    time = step_time(step, layout, parallel.replicas, batch * task.flops_per_example() / (workers * peak * mfu), cluster)
+    num_layers, every = len(step.units(1)) - 1, parallel.recompute_every
+    recomputed = -(-num_layers // every) / num_layers if every else 0.0  # share of the layers: another forward pass, a third of the work
+    computing = batch * task.flops_per_example() * (1 + recomputed / 3) / (workers * peak * mfu)
+    time = step_time(step, layout, parallel.replicas, computing, cluster)
     size = 4.0 * sum(part.size + 2 * part.trained for part in step.units(1))
     checkpoint = checkpoint_time(size, workers, cluster)
     starting = IMPORTS + workers / ACTORS_PER_SECOND + NCCL_SECONDS + NCCL_SECONDS_PER_WORKER * workers
