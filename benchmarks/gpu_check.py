@@ -51,9 +51,9 @@ from perceiver.models import PerceiverARConfig, attend, build_model
 from perceiver.presets import PRESETS
 from perceiver.tasks import build_task, chunked_loss
 from perceiver.tasks.base import Batch
-from perceiver.training.batches import Prefetch
 from perceiver.training.loop import StepResult, fit
 from perceiver.training.parallel import World, join_world
+from perceiver.training.prefetch import Prefetch
 from perceiver.training.run import build_state
 
 RATE_SIZE = 8192
@@ -214,7 +214,7 @@ def report_step(
     if steps.peak_bytes:
         layout = Layout(
             micro_batch_size=size, accumulated=1, shards=1, precision=experiment.training.precision,
-            checkpoint_every=experiment.parallel.activation_checkpointing, cpu_offload=False, cuda=True,
+            checkpoint_every=experiment.parallel.recompute_every, cpu_offload=False, cuda=True,
         )  # fmt: skip
         planned = step_memory(build_task(experiment).step(), layout).total
         ratio = steps.peak_bytes / planned

@@ -7,10 +7,10 @@ With many workers eight of them stand for all. With --mixture the rows are those
 """
 
 import argparse
-from collections.abc import Iterator
 
-from perceiver.data.mixture import Mixture, mixture_plan
-from perceiver.data.order import Order, ReadTask, lanes_and_window, plan
+from perceiver.data.mixture import Mixture
+from perceiver.data.order import Order, lanes_and_window
+from perceiver.data.reading import read_ratio
 
 BLOCK, ROW_BYTES = 256, 2_056
 
@@ -31,31 +31,13 @@ def main() -> None:
             made: Order | Mixture = Mixture(orders=each, shares=tuple(args.mixture), global_batch_size=args.batch)
         else:
             made = order(args.rows, args.batch, lanes, window)
-        figures = [ratio(made, workers, args.steps) for workers in args.workers]
+        figures = [read_ratio(made, workers, args.steps) for workers in args.workers]
         mark = "   (what a training takes)" if (lanes, window) == chosen else ""
         print(f"{lanes:>5} x {window:<6}" + "".join(f"{figure:>9.2f}" for figure in figures) + mark, flush=True)
 
 
 def order(rows: int, batch: int, lanes: int, window: int) -> Order:
     return Order(rows=rows, rows_per_block=BLOCK, global_batch_size=batch, window_blocks=window, max_lanes=lanes, seed=0)
-
-
-def ratio(made: Order | Mixture, workers: int, steps: int) -> float:
-    ranks = sorted({rank * (workers - 1) // 7 for rank in range(8)})
-    read = needed = 0
-    for rank in ranks:
-        for of, task, rows in tasks(made, rank, workers, steps):
-            read += BLOCK * len(of.window_blocks_of(task.epoch, task.window))
-            needed += rows
-    return read / needed
-
-
-def tasks(made: Order | Mixture, rank: int, workers: int, steps: int) -> Iterator[tuple[Order, ReadTask, int]]:
-    if isinstance(made, Mixture):
-        for part in mixture_plan(made, rank, workers, 0, steps):
-            yield made.orders[part.source], part.unit, part.num_rows
-    else:
-        yield from ((made, task, task.num_rows) for task in plan(made, rank, workers, 0, steps))
 
 
 if __name__ == "__main__":

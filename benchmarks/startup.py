@@ -1,10 +1,14 @@
-"""Time and peak memory of commands that only look something up, against `python -c "import numpy"`.
+"""Time and peak memory of commands that only look something up, against `python -c "import numpy"`; or time to a first step.
 
     python -m benchmarks.startup [--repeats 7] [--out benchmarks/results/startup_2_cores.json]
+    python -m benchmarks.startup --train [--repeats 3] [--tree FOLDER ...]
 
 Rounds of all commands follow each other, so that all of them see the same machine; the first round only warms the file cache, and
 makes the help that is kept. Prints the median and least time, the processor's time (which others on the machine do not stretch) and
 the peak memory of each. The list of runs has 20, made for the occasion.
+
+With --train it is `perceiver train quickstart` from the command to the first step's metrics, on prepared data, alternately with the code
+of each tree; and how much of the first step's time was waiting for its batch.
 """
 
 import argparse
@@ -40,7 +44,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--repeats", type=int, default=7, help="rounds that count (%(default)s)")
     parser.add_argument("--out", type=Path, help="file for the results, as JSON")
+    parser.add_argument("--train", action="store_true", help="measure the way to a training's first step")
+    parser.add_argument("--preset", default="quickstart", help="what is trained (%(default)s)")
+    parser.add_argument("--tree", type=Path, nargs="+", default=[Path.cwd()], help="folders with the code (this one)")
     args = parser.parse_args()
+    if args.train:
+        first_steps(args.preset, args.tree, args.repeats, args.out)
+        return
     # In a process of its own: a process counts as its own peak what the one that starts it has in memory at that moment.
     experiment = subprocess.run([sys.executable, "-c", EXPERIMENT], capture_output=True, text=True, check=True).stdout
     with tempfile.TemporaryDirectory() as home:
@@ -61,6 +71,42 @@ def main() -> None:
     if args.out:
         machine = {"cpus": os.cpu_count(), "python": platform.python_version(), "load_at_end": round(os.getloadavg()[0], 1)}
         args.out.write_text(json.dumps({"machine": machine, "repeats": args.repeats, "commands": results}, indent=1) + "\n")
+
+
+def first_steps(preset: str, trees: list[Path], repeats: int, out: Path | None) -> None:
+    """Prints and writes the seconds to the first step, by tree."""
+    found: dict[str, list[dict[str, float]]] = {str(tree): [] for tree in trees}
+    with tempfile.TemporaryDirectory() as home:
+        for number in range(repeats + 1):  # the first one prepares the data and warms the file cache
+            for tree in trees:
+                environment = {**os.environ, "PERCEIVER_HOME": home, "PYTHONPATH": str(tree)}
+                measured = first_step(preset, f"{tree.name}-{number}", tree, environment, Path(home) / "runs")
+                if number:
+                    found[str(tree)].append(measured)
+                    print(f"{tree}: " + "  ".join(f"{key} {value:.2f}" for key, value in measured.items()), flush=True)
+    results = {tree: {key: statistics.median(one[key] for one in all_of) for key in all_of[0]} for tree, all_of in found.items()}
+    for tree, medians in results.items():
+        print(f"{tree}, median of {repeats}: " + "  ".join(f"{key} {value:.2f}" for key, value in medians.items()))
+    if out:
+        machine = {"cpus": os.cpu_count(), "load_at_end": round(os.getloadavg()[0], 1)}
+        out.write_text(
+            json.dumps({"machine": machine, "preset": preset, "medians": list(results.values()), "all": list(found.values())}, indent=1)
+        )
+
+
+def first_step(preset: str, name: str, tree: Path, environment: dict[str, str], runs: Path) -> dict[str, float]:
+    """Seconds from a command to its first step's metrics, and what that step waited for."""
+    words = [*COMMAND, "train", preset, "--name", name, "--training.max-steps", "3", "--run.log-every", "1", "--run.val-batches", "1"]
+    metrics, started = runs / name / "metrics.jsonl", time.perf_counter()
+    process = subprocess.Popen(words, env=environment, cwd=tree, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while not (metrics.exists() and metrics.read_text().strip()):
+        if process.poll() is not None and not metrics.exists():
+            raise SystemExit(f"the training ended without a step: {process.stderr.read()[-500:] if process.stderr else ''}")
+        time.sleep(0.02)
+    seconds = time.perf_counter() - started
+    process.communicate()
+    first = json.loads(metrics.read_text().splitlines()[0])
+    return {"first_step_s": seconds, "its_seconds": first["step_seconds"], "waiting_s": first["step_seconds"] * first["data_wait"]}
 
 
 def measure(words: list[str], environment: dict[str, str]) -> tuple[float, float, float]:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import ray
 
 from perceiver.config import ParallelConfig, UserError
-from ray_jobs.ingest import DATA_CPUS
 from ray_jobs.preflight import cluster_cores, wait_for_growth
 from ray_jobs.ray_env import use_gpus
+from ray_jobs.read_ahead import DATA_CPUS
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,9 @@ import os
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +23,12 @@ from perceiver.extensions import code_of
 from perceiver.runs import Run
 from perceiver.training.remote_copy import RemoteCopy
 from ray_jobs.cli import JobFailed
+from ray_jobs.first_step import start_early
 from ray_jobs.messages import Messages
 from ray_jobs.preflight import Resources
+from ray_jobs.read_ahead import DataShare
 from ray_jobs.rendezvous import Network
+from ray_jobs.scale import poll_seconds
 from ray_jobs.worker import evaluate_worker, train_worker
 
 
@@ -42,10 +47,12 @@ def train(
     resources: Resources,
     on_report: Callable[[dict[str, float]], None] | None = None,
     stop_at: int | None = None,
+    begun: float | None = None,
 ) -> bool:
     """Trains an experiment on Ray Train workers until it is finished, or to step `stop_at`.
 
     `on_report` is called in this process, in a thread, with the metrics of each validation.
+    `begun`: when the command began, in seconds since the epoch.
     Workers that die are replaced, and training continues from the last checkpoint, `run.max_failures` times.
     At a first SIGINT or SIGTERM the workers save a checkpoint and end; a second one ends them at once.
 
@@ -62,10 +69,9 @@ def train(
     if remote is not None:
         remote.forget_failure()
     failed, interrupted = None, False
+    settings = {"stop_at": stop_at, "begun": begun or time.time()}
     try:
-        interrupted = _fit(
-            train_worker, experiment, data_folder, trained, resources, {"stop_at": stop_at}, on_report, run_until_interrupted
-        )
+        interrupted = _fit(train_worker, experiment, data_folder, trained, resources, settings, on_report, run_until_interrupted)
     except TrainingFailed as error:
         failed = error
     if remote is not None:
@@ -118,10 +124,15 @@ def _fit(
     if resources.min_workers:
         # After the loss of a node Ray first counts on what it had: it must not wait a minute for that.
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "20")
+    if (seconds := poll_seconds(resources.workers)) > 2:  # Ray's own interval, at which 512 workers would be asked 256 times a second
+        os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", f"{seconds:g}")
     # What Ray keeps of a run is rebuilt by every start: our own checkpoints say where to continue.
     experiment = with_prepared_tokenizer(experiment, data_folder, Manifest.load(data_folder))
     shutil.rmtree(trained.ray_folder, ignore_errors=True)
     stall = 60 * experiment.run.stall_minutes
+    share = DataShare(others=_held_by_others(), cpus_per_worker=resources.cpus_per_worker)
+    # An elastic run starts with as many workers as find room: nothing may be in their way.
+    early = [] if resources.min_workers else start_early(share.slots(resources.workers, ray.cluster_resources().get("CPU", 0.0)))
     with Messages(lambda: _why_no_workers(resources), on_report, stall=stall) as messages:
         trainer = TorchTrainer(
             function,
@@ -131,6 +142,8 @@ def _fit(
                 "data_folder": data_folder,
                 "run_folder": str(trained.folder),
                 "threads": resources.threads_per_worker,
+                "data_share": asdict(share),
+                "asked_for": time.time(),
                 "messages": messages.actor,
                 **settings,
             },
@@ -158,7 +171,16 @@ def _fit(
             raise TrainingFailed(_describe(error)) from error
         except ray.exceptions.RayError as error:
             raise TrainingFailed(_describe_controller(error)) from error
+        finally:
+            if messages.lost is None:
+                for ref in early:
+                    ray.cancel(ref)
     return messages.interrupted
+
+
+def _held_by_others() -> float:
+    """CPUs that other jobs of the cluster, and this process, hold."""
+    return max(0.0, ray.cluster_resources().get("CPU", 0.0) - ray.available_resources().get("CPU", 0.0))
 
 
 def run_until_interrupted(fit: Callable[[], Any], messages: Messages) -> None:

@@ -44,7 +44,7 @@ def layout_of(experiment: Experiment, cuda: bool = True) -> Layout:
         accumulated=count,
         shards=parallel.workers // parallel.replicas,
         precision=experiment.training.precision,
-        checkpoint_every=parallel.activation_checkpointing,
+        checkpoint_every=parallel.recompute_every,
         cpu_offload=parallel.cpu_offload,
         cuda=cuda,
         averaged=experiment.optim.ema_decay is not None,
@@ -100,26 +100,32 @@ def _what_would(experiment: Experiment, limit: float, cuda: bool) -> str:
     return "it takes devices with more memory, or a smaller model"
 
 
-def check_memory(experiment: Experiment, gpu: bool) -> None:
-    """Checks a training in the joined cluster: against parallel.device-memory-gib, else the GPUs' memory, else that of the nodes.
+def memory_limit(experiment: Experiment, gpu: bool) -> tuple[Experiment, float | None, str]:
+    """What a step may take in the joined cluster: parallel.device-memory-gib, else the GPUs' memory, else that of the nodes.
 
-    An elastic run is checked with its least workers, of which each holds the most. On GPUs whose memory nobody knows nothing is
-    checked.
-
-    Raises:
-        UserError: see `check_fits`.
+    Returns:
+        The experiment with as few workers as it may have (an elastic run's least, of which each holds the most); the bytes of a worker,
+        None where nobody knows the memory of the GPUs; and whose they are, for a message.
     """
     given, least, suffix = experiment.parallel.device_memory_gib, experiment.parallel.min_workers, ""
     if least is not None:
         experiment = replace(experiment, parallel=replace(experiment.parallel, workers=least, min_workers=None))
         suffix = f" (where parallel.min-workers, {least}, are all there are)"
-    if gpu:
-        memory = given * GIB if given else _gpu_memory()
-        if memory is not None:
-            check_fits(experiment, usable(memory), where=f"a GPU of {_size(memory)}{suffix}")
-    else:
-        limit = given * GIB if given else _node_memory(experiment.parallel.workers)
-        check_fits(experiment, limit, cuda=False, where=f"each worker{suffix}")
+    if not gpu:
+        return experiment, given * GIB if given else _node_memory(experiment.parallel.workers), f"each worker{suffix}"
+    memory = given * GIB if given else _gpu_memory()
+    return experiment, memory and usable(memory), f"a GPU of {_size(memory or 0)}{suffix}"
+
+
+def check_memory(experiment: Experiment, gpu: bool) -> None:
+    """Checks a training in the joined cluster; see `memory_limit`.
+
+    Raises:
+        UserError: see `check_fits`.
+    """
+    experiment, limit, where = memory_limit(experiment, gpu)
+    if limit is not None:
+        check_fits(experiment, limit, gpu, where)
 
 
 def check_precision(experiment: Experiment, gpu: bool) -> None:

@@ -21,6 +21,8 @@ SIGN_OF_LIFE = ""
 """What a worker says when it begins: nobody waits for it any more."""
 START_PATIENCE = 60.0
 """Seconds without a sign of the workers after which the driver says what they may be waiting for."""
+PUMP_EVERY = 0.5
+"""Seconds between two looks of the driver for what has come."""
 LOST_PATIENCE = 60.0
 """Seconds without an answer of Ray after which the cluster is lost."""
 
@@ -30,9 +32,18 @@ class _Mailbox:
     def __init__(self) -> None:
         self._items: list[Item] = []
         self._interrupted = False
+        self._started = 0
+
+    def start(self) -> int:
+        """Counts a start of the workers; which one it is, the first: 1."""
+        self._started += 1
+        return self._started
 
     def put(self, item: Item) -> None:
         self._items.append(item)
+
+    def put_all(self, items: list[Item]) -> None:
+        self._items += items
 
     def take(self) -> list[Item]:
         items, self._items = self._items, []
@@ -52,7 +63,7 @@ class Messages:
         self,
         why_silent: Callable[[], str],
         on_report: Callable[[dict[str, float]], None] | None = None,
-        every: float = 0.5,
+        every: float = PUMP_EVERY,
         stall: float = 1800.0,
     ) -> None:
         # On this node: losing another machine must not lose the run's messages. Its process may be lost and is then replaced.

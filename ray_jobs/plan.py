@@ -14,6 +14,7 @@ from perceiver.config import Experiment, UserError
 from perceiver.costs.devices import DEVICES, GIB, Device
 from perceiver.costs.flops import num_parameters
 from perceiver.costs.memory import Memory, Traffic, most_of_each, step_memory, step_traffic
+from perceiver.costs.scale import GB, Cluster, step_time
 from perceiver.data.balance import described
 from perceiver.datasets import Dataset, train_counts, with_tokenizer
 from perceiver.models import PerceiverARConfig
@@ -23,6 +24,8 @@ from perceiver.training.run import total_steps
 from ray_jobs.cli import main_entry, parse_experiment, program
 from ray_jobs.memory_check import largest, layout_of, share, step_of, usable
 from ray_jobs.preflight import check_experiment
+from ray_jobs.recomputation import describe, resolve
+from ray_jobs.scale import plan_lines
 
 FACTORS = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""), (1e-3, "m"), (1e-6, "µ"))
 
@@ -53,6 +56,7 @@ class Plan:
     checkpoint: float
     """Of all workers together."""
     seconds_per_step: float
+    """Of computation."""
 
     @property
     def flops_per_step(self) -> float:
@@ -121,7 +125,7 @@ def _balance(experiment: Experiment) -> str | None:
     return described(counts, names, most) if counts else f"as equal as no row more than {most} times an epoch allows"
 
 
-def lines(plan: Plan, experiment: Experiment, device: Device, name: str, mfu: float) -> Iterator[str]:
+def lines(plan: Plan, experiment: Experiment, device: Device, name: str, mfu: float, cluster: Cluster) -> Iterator[str]:
     """The plan for a person."""
     parallel, layout = experiment.parallel, layout_of(experiment)
     yield f"{experiment.preset} on {parallel.workers} x {name} ({device.memory / GIB:.1f} GiB), {experiment.training.precision}"
@@ -134,11 +138,7 @@ def lines(plan: Plan, experiment: Experiment, device: Device, name: str, mfu: fl
     )
     if (balance := _balance(experiment)) is not None:
         yield f"  classes of an epoch {balance}"
-    every = parallel.activation_checkpointing
-    yield (
-        f"  layout             {layout.shards} shards x {parallel.replicas} replicas; recomputed: "
-        f"{'every layer' if every == 1 else f'one in {every} layers' if every else 'no layer'}"
-    )
+    yield (f"  layout             {layout.shards} shards x {parallel.replicas} replicas; recomputed: {describe(parallel.recompute_every)}")
     yield "  memory of a GPU     at its fullest moment    at most of this kind"
     divisor, size = (GIB, "GiB") if plan.memory.total >= GIB / 2 else (2.0**20, "MiB")
     for field in fields(Memory):
@@ -158,10 +158,13 @@ def lines(plan: Plan, experiment: Experiment, device: Device, name: str, mfu: fl
         f"  at {mfu:.0%} MFU         {_si(plan.seconds_per_step)}s per step, "
         f"{plan.units_per_step / plan.seconds_per_step:,.0f} {plan.unit}/s in all"
     )
+    time = step_time(step_of(experiment), layout, parallel.replicas, plan.seconds_per_step, cluster)
+    if parallel.workers > 1:
+        yield from plan_lines(time, cluster, plan.units_per_step, plan.unit)
     if plan.steps is None:
         yield "  whole training     unknown before the data is prepared (or give --training.max-steps)"
         return
-    hours = plan.steps * plan.seconds_per_step / 3600
+    hours = plan.steps * time.total / 3600
     yield (
         f"  whole training     {plan.steps:,} steps, {plan.steps * plan.units_per_step:,.0f} {plan.unit}, "
         f"{_si(plan.steps * plan.flops_per_step)}FLOP: {hours:,.1f} hours, {hours * parallel.workers:,.0f} GPU-hours"
@@ -205,17 +208,32 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--device-memory", type=float, metavar="GIB", help="memory of another kind of GPU, in GiB")
     parser.add_argument("--device-flops", type=float, metavar="TFLOPS", help="its dense peak in the precision of the training")
     parser.add_argument("--mfu", type=float, default=0.4, help="share of the peak that is reached (%(default)s)")
+    whole = Cluster()
+    parser.add_argument("--gpus-per-node", type=int, default=whole.gpus_per_node, help="GPUs of a machine (%(default)s)")
+    parser.add_argument(
+        "--node-link", type=float, default=whole.intra_node / GB, metavar="GB/S", help="a GPU gets from others of its machine (%(default)g)"
+    )
+    parser.add_argument(
+        "--network", type=float, default=whole.inter_node / GB, metavar="GB/S", help="a machine gets from others (%(default)g: 400 Gbit/s)"
+    )
     own, rest = parser.parse_known_args(argv)
     if not rest or rest[0] in ("-h", "--help"):
         print(parser.format_help())
     if not 0 < own.mfu <= 1:
         raise UserError(f"--mfu is {own.mfu} and must be above 0 and at most 1")
+    for option, value in (("--gpus-per-node", own.gpus_per_node), ("--node-link", own.node_link), ("--network", own.network)):
+        if not value > 0:
+            raise UserError(f"{option} is {value:g} and must be above 0")
+    cluster = Cluster(gpus_per_node=own.gpus_per_node, intra_node=own.node_link * GB, inter_node=own.network * GB)
     device = find_device(own.device, own.device_memory, own.device_flops)
     name = "unknown GPU" if own.device_memory and own.device_flops else own.device
     experiment = with_tokenizer(parse_experiment(rest, "ray_jobs.plan"))
     check_experiment(experiment)
+    experiment, chosen = resolve(experiment, usable(device.memory))
+    if chosen is not None:
+        print(chosen)
     plan = make_plan(experiment, device, own.mfu)
-    print("\n".join(lines(plan, experiment, device, name, own.mfu)))
+    print("\n".join(lines(plan, experiment, device, name, own.mfu, cluster)))
     return 0
 
 

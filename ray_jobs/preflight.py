@@ -21,8 +21,8 @@ from perceiver.models import check_model
 from perceiver.tasks import Task, build_task
 from perceiver.tasks.check import check_task
 from perceiver.training.optim import check_groups
-from ray_jobs.ingest import DATA_CPUS
 from ray_jobs.ray_env import use_gpus
+from ray_jobs.read_ahead import DATA_CPUS
 
 
 @dataclass(frozen=True)

@@ -168,3 +168,11 @@ def _reason(error: Exception) -> str:
     if "auth" in text.lower() or "token" in text.lower():
         return f"{text} (set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or ~/.ray/auth_token to the cluster's token)"
     return f"{text} (is it running, and the address right?)"
+
+
+def draining_nodes() -> list[str]:
+    """Ids of the cluster's nodes that are being drained; none where Ray does not answer."""
+    try:
+        return list(ray._private.state.state.get_draining_nodes())
+    except ray.exceptions.RayError:
+        return []

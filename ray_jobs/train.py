@@ -32,12 +32,14 @@ from perceiver.training.meters import duration
 from perceiver.training.profiling import check_profile
 from perceiver.training.remote_copy import RemoteCopy
 from perceiver.training.run import save_experiment, total_steps
+from ray_jobs import BEGUN
 from ray_jobs.capacity import ONE, Capacity, most_at_once
 from ray_jobs.cli import Interrupted, main_entry, naming_words, parse_experiment, program
 from ray_jobs.logs import log_file, show_progress
-from ray_jobs.memory_check import check_memory, check_precision
+from ray_jobs.memory_check import check_precision
 from ray_jobs.preflight import check_experiment, local_folder, plan_resources
 from ray_jobs.ray_env import joining
+from ray_jobs.recomputation import fit_memory
 from ray_jobs.seeds import Processes, parse_seeds, replicate, run_of, take_seeds, train_seeds
 
 logger = logging.getLogger("ray_jobs.train")  # which __name__ is not where it is run as a program
@@ -124,6 +126,7 @@ def run(
         TrainingFailed: workers failed too often.
         Interrupted: a signal (Ctrl-C, SIGTERM) came while it trained; a checkpoint is saved.
     """
+    asked_at = BEGUN if argv is not None else time.time()
     experiment = with_tokenizer(experiment)
     check_experiment(experiment)
     callbacks = ready_callbacks(experiment)
@@ -170,7 +173,7 @@ def run(
         with connect(experiment.parallel):
             resources = plan_resources(experiment)
             check_precision(experiment, resources.gpu)
-            check_memory(experiment, resources.gpu)
+            experiment, chosen = fit_memory(experiment, resources.gpu)
             if dataset is None:
                 prepare(experiment)
                 dataset = Dataset.find(experiment)
@@ -188,12 +191,15 @@ def run(
             if remote is not None:
                 remote.send_records()
             logger.info(f"run {experiment.run_name} in {trained.folder}" + (f", kept in {remote.uri}" if remote is not None else ""))
+            if chosen is not None:
+                logger.info(chosen)
             if fork is not None:
                 logger.info(f"forked from {fork.origin}: its weights, optimizer and place in the order (noted in {trained.start_file})")
             if start is not None:
                 logger.info(f"{start} (names in {trained.start_file})")
             begun = resolved(experiment, fork.checkpoint if fork is not None else start.of_run if start is not None else None)
-            interrupted = driver.train(replace(begun, callbacks=callbacks), data_folder, trained, resources, on_report, stop_at)
+            started_with = replace(begun, callbacks=callbacks)
+            interrupted = driver.train(started_with, data_folder, trained, resources, on_report, stop_at, asked_at)
         checkpoints = _checkpoints(trained, remote)
         result = trained.result()
         if result is None and interrupted:

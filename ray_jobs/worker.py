@@ -7,6 +7,7 @@ import os
 import time
 import traceback
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from perceiver.datasets import preprocess_command
 from perceiver.extensions import Code
 from perceiver.runs import Run
 from perceiver.tasks import build_task
-from perceiver.training.batches import make_val_loaders
+from perceiver.training.batches import ReadAll, make_val_loaders
 from perceiver.training.callbacks import Callback
 from perceiver.training.checkpoint import load_average, load_model
 from perceiver.training.hooks import CallbackError
@@ -30,11 +31,15 @@ from perceiver.training.not_finite import NotFinite
 from perceiver.training.parallel import World, choose_arithmetic, join_world
 from perceiver.training.remote_copy import RemoteCopy, fetch_run
 from perceiver.training.run import Training, build_state, evaluate
-from ray_jobs.ingest import DATA_CPUS, DataFault, read_with_ray
+from ray_jobs.collector import beats_to
+from ray_jobs.first_step import Begun, FirstStep
+from ray_jobs.ingest import DataFault, read_with_ray
 from ray_jobs.logs import send_progress
 from ray_jobs.memory_check import is_out_of_memory, out_of_memory
 from ray_jobs.messages import SIGN_OF_LIFE
 from ray_jobs.metrics_export import MetricsExport
+from ray_jobs.ray_env import draining_nodes
+from ray_jobs.read_ahead import DATA_CPUS, DataShare
 from ray_jobs.watch import Steps, reporting
 
 logger = logging.getLogger(__name__)
@@ -47,6 +52,7 @@ DATA_PATIENCE = 600.0
 
 
 def train_worker(config: dict[str, Any]) -> None:
+    entered = time.time()
     Code(config["code"]).install()
     run = Run(Path(config["run_folder"]))
     remote = RemoteCopy.of(from_dict(config["experiment"]).run, run.folder)
@@ -57,10 +63,13 @@ def train_worker(config: dict[str, Any]) -> None:
     experiment, world = _enter(config)
     steps = Steps()
     with _reporting(config, world, steps):
-        _train(config, experiment, world, steps, run, remote)
+        first = FirstStep(Begun(config["begun"], config["asked_for"]), entered, config["messages"])
+        _train(config, experiment, world, steps, run, remote, first)
 
 
-def _train(config: dict[str, Any], experiment: Experiment, world: World, steps: Steps, run: Run, remote: RemoteCopy | None) -> None:
+def _train(
+    config: dict[str, Any], experiment: Experiment, world: World, steps: Steps, run: Run, remote: RemoteCopy | None, first: FirstStep
+) -> None:
     data_folder, mailbox = config["data_folder"], config["messages"]
     try:
         training = Training(
@@ -70,8 +79,8 @@ def _train(config: dict[str, Any], experiment: Experiment, world: World, steps: 
             Manifest.load(data_folder),
             world,
             run.folder,
-            read_with_ray,
-            [Reports(mailbox), MetricsExport(run.name), DataPatience(), Notice(), Interruption(mailbox), steps],
+            _reader(config, world),
+            [Reports(mailbox), MetricsExport(run.name), DataPatience(), Notice(), Interruption(mailbox), steps, first],
             config["stop_at"],
         )
         training.run()
@@ -136,13 +145,18 @@ def _evaluate(config: dict[str, Any], experiment: Experiment, world: World) -> N
         load_average(checkpoint, model)
     examples: dict[str, dict[str, Any]] = {}
     try:
-        metrics, sums, _ = evaluate(task, model, loaders, world, read_with_ray, keep=examples.__setitem__)
+        metrics, sums, _ = evaluate(task, model, loaders, world, _reader(config, world), keep=examples.__setitem__)
     except DataFault as error:
         ray.get(config["messages"].put.remote({"fault": _with_repair(error, experiment)}))
         raise
     if world.rank == 0:
         counts = {name: value.tolist() for name, value in sums.items() if value.size <= MOST_KEPT}
         ray.get(config["messages"].put.remote({"metrics": metrics, "sums": counts, "examples": examples}))
+
+
+def _reader(config: dict[str, Any], world: World) -> ReadAll:
+    """Reads by Ray Data tasks, within this worker's share of the cluster."""
+    return partial(read_with_ray, share=DataShare(**config["data_share"]), workers=world.size)
 
 
 def _enter(config: dict[str, Any]) -> tuple[Experiment, World]:
@@ -161,7 +175,8 @@ def _enter(config: dict[str, Any]) -> tuple[Experiment, World]:
 
 def _reporting(config: dict[str, Any], world: World, steps: Steps) -> AbstractContextManager[None]:
     """Lets the driver know what this worker does, until it has done it."""
-    put, node = config["messages"].put, ray.get_runtime_context().get_node_id()
+    node = ray.get_runtime_context().get_node_id()
+    put = beats_to(config["messages"], world).put
     return reporting(lambda beat: put.remote(beat), world.rank, node, ray.util.get_node_ip_address(), steps)
 
 
@@ -214,19 +229,29 @@ class Interruption(Callback):
 
 class Notice(Callback):
     """Asks for a checkpoint when a machine of this run is about to be taken away (a spot machine's notice, or anything else that
-    drains a node of Ray): once for every machine. Ray answers when all workers ask.
+    drains a node of Ray): once for every machine.
+
+    One worker looks whether any node is being drained; only then all of them ask Ray Train, which answers when all do.
     """
 
     EVERY = 5.0
-    """Seconds between two questions."""
+    """Seconds between two looks."""
+    LONG = 60.0
+    """Seconds for which all ask because of a node; it may be none of this run's."""
 
     def __init__(self) -> None:
         self._known: set[str] = set()
+        self._seen: dict[str, float] = {}
         self._next = time.monotonic() + self.EVERY
 
     def after_step(self, step: int, result: StepResult) -> None:
-        if self.training.world.rank == 0 and time.monotonic() >= self._next:
-            self._next = time.monotonic() + self.EVERY
+        now = time.monotonic()
+        if self.training.world.rank > 0 or now < self._next:
+            return
+        self._next = now + self.EVERY
+        for node in draining_nodes():
+            self._seen.setdefault(node, now)
+        if any(node not in self._known and now - since < self.LONG for node, since in self._seen.items()):
             self.training.meet()
 
     def on_meeting(self, step: int) -> None:

@@ -270,8 +270,8 @@ class ParallelConfig(Config):
     """Copies of the model: each is sharded over workers / replicas neighbours (HSDP: one a node, say); 1: over all workers."""
     micro_batch_size: int | None = None
     """Examples that a worker computes at once; its share of the global batch is accumulated from such parts. None: all at once."""
-    activation_checkpointing: int = 0
-    """Recompute every n-th layer in the backward pass to save memory; 0: none, 1: all."""
+    activation_checkpointing: int | Literal["auto"] = 0
+    """Recompute every n-th layer in the backward pass to save memory; 0: none, 1: all; auto: as few as the memory plan says that fit."""
     cpu_offload: bool = False
     """Keep parameters, gradients and optimizer state in the host's memory and update them there (no effect on CPUs)."""
     compile: bool = False
@@ -290,14 +290,20 @@ class ParallelConfig(Config):
     address: str | None = None
     """Ray cluster to join; None: the one this process runs in, else $RAY_ADDRESS, else a new local one."""
 
+    @property
+    def recompute_every(self) -> int:
+        """`activation_checkpointing` as a number; of auto, which a training replaces before it starts, 0."""
+        return 0 if self.activation_checkpointing == "auto" else self.activation_checkpointing
+
     def check(self, where: str) -> None:
         check_positive(self, where, "workers", "min_workers", "replicas", "micro_batch_size", "threads_per_worker")
         for name in ("cpus_per_worker", "device_memory_gib"):
             if (value := getattr(self, name)) is not None and not value > 0:
                 raise UserError(f"{spelled(where + name)} is {value} and must be above 0, or None for what is found")
-        for name in ("activation_checkpointing", "wait_minutes"):
-            if (value := getattr(self, name)) < 0:
-                raise UserError(f"{spelled(where + name)} is {value} and must not be negative")
+        if self.recompute_every < 0:
+            raise UserError(f"{spelled(where)}activation-checkpointing is {self.recompute_every} and must be auto or not negative")
+        if self.wait_minutes < 0:
+            raise UserError(f"{spelled(where)}wait-minutes is {self.wait_minutes} and must not be negative")
         if self.workers % self.replicas:
             raise UserError(f"{where}replicas is {self.replicas} and must divide {where}workers ({self.workers})")
         if self.min_workers is not None:

@@ -7,8 +7,11 @@ is dropped, and a chunk that falls short begins again. So its rows depend on not
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import lru_cache
+from itertools import chain
+from typing import Any, overload
 
 import numpy as np
 import pyarrow as pa
@@ -52,7 +55,7 @@ class Chunks:
     job: Job
     rows: int
     """Rows of a chunk."""
-    pieces: tuple[Piece, ...]
+    pieces: Sequence[Piece]
 
     def read(self, folder: str, split: Split, block: int) -> pa.Table:
         """A chunk as a block of a shard: its rows, and one more for the windows that begin in the last, (rows + 1) x T ids.
@@ -62,11 +65,37 @@ class Chunks:
         Raises:
             UserError: a fault in the input.
         """
-        for piece in (*self.pieces[block::-1], *self.pieces[block + 1 :]):
-            ids = chunk_ids(self.job, piece)
+        for number in chain(range(block, -1, -1), range(block + 1, len(self.pieces))):
+            ids = chunk_ids(self.job, self.pieces[number])
             if len(ids):
                 return pa.table({"tokens": fixed_column(np.resize(ids, (self.rows + 1, self.job.row_length)))})
         raise UserError("the source has no text: everything in it is empty or was skipped")
+
+
+class SomePieces(Sequence[Piece]):
+    """A few of a source's chunks: those that a data task reads. The others are fetched where one of them is asked for after all.
+
+    Args:
+        count: of all chunks.
+        there: the few, by their number.
+        fetch: gives all of them.
+    """
+
+    def __init__(self, count: int, there: Mapping[int, Piece], fetch: Callable[[], Sequence[Piece]]) -> None:
+        self._count, self._there, self._fetch = count, there, fetch
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, number: int) -> Piece: ...
+
+    @overload
+    def __getitem__(self, number: slice) -> Sequence[Piece]: ...
+
+    def __getitem__(self, number: int | slice) -> Piece | Sequence[Piece]:
+        found = self._there.get(number) if isinstance(number, int) else None
+        return self._fetch()[number] if found is None else found
 
 
 def measure(file: InputFile) -> Size:
@@ -202,7 +231,12 @@ def hold_out(pieces: list[Piece], fraction: float) -> tuple[list[Piece], list[Pi
 
 def marked(piece: Piece, split: str) -> Piece:
     """A piece with all of its documents in one split."""
-    return Piece(tuple(replace(span, file=replace(span.file, split=split)) for span in piece.spans), piece.size)
+    return Piece(tuple(replace(span, file=_marked_file(span.file, split)) for span in piece.spans), piece.size)
+
+
+@lru_cache(maxsize=4096)  # one for all chunks of a file: large sources have hundreds of thousands of them
+def _marked_file(file: InputFile, split: str) -> InputFile:
+    return replace(file, split=split)
 
 
 def no_tokens(row_length: int) -> pa.Table:

@@ -33,6 +33,8 @@ class NextTokenConfig(TaskConfig):
     """Shift all window boundaries by a random offset each epoch (training only)."""
     min_seq_len: int | None = None
     """Windows are cut to a random length from here to max_seq_len in training, all of a step to the same; None: not cut."""
+    seq_len_multiple: int = 1
+    """Random lengths are rounded down to multiples of it (not below min_seq_len): with 64 a GPU's kernels fit, and few lengths differ."""
     val_stride: int | None = None
     """Validation scores the last max_latents targets of windows that start this number of tokens apart; None: max_seq_len (windows
     do not overlap); max_latents: every target is scored once, those of a text's beginning with the text there is before them."""
@@ -107,6 +109,12 @@ class NextToken(Autoregressive[S]):
                 f"to model.max-seq-len ({model.max_seq_len})"
             )
 
+        if (multiple := self.config.seq_len_multiple) != 1 and not (shortest is not None and 1 < multiple <= model.max_seq_len):
+            raise UserError(
+                f"task.seq-len-multiple is {multiple} and must be 1 where task.min-seq-len is None, and else from 1 to "
+                f"model.max-seq-len ({model.max_seq_len})"
+            )
+
     def collate(self, rows: pa.Table, size: int, split: Split, train: bool, step: int) -> Batch:
         """ids (B, T) int64, labels (B, max_latents) int64; where needed pad_mask (B, T) bool, prefix_keep (B, K) int64.
 
@@ -169,14 +177,18 @@ class NextToken(Autoregressive[S]):
     @property
     def _mean_length(self) -> int:
         longest = self.model_config.max_seq_len
-        return (longest + (self.config.min_seq_len or longest)) // 2
+        return int(self._rounded(np.arange(self.config.min_seq_len or longest, longest + 1)).mean())
 
     def _length(self, step: int) -> int:
-        """Length of a step's windows, uniform from min_seq_len to max_seq_len: the same for all its examples and workers."""
+        """Length of a step's windows, uniform from min_seq_len to max_seq_len, then rounded: the same for all its examples and workers."""
         longest = self.model_config.max_seq_len
         shortest = self.config.min_seq_len or longest
         drawn = uniforms(self.seed, 0, np.array([step]), 1, stream=LENGTHS)[0, 0]
-        return shortest + int(drawn * (longest + 1 - shortest))
+        return int(self._rounded(np.array([shortest + int(drawn * (longest + 1 - shortest))]))[0])
+
+    def _rounded(self, lengths: np.ndarray) -> np.ndarray:
+        """Lengths as windows have them."""
+        return np.maximum(self.config.min_seq_len or 0, lengths - lengths % self.config.seq_len_multiple)
 
     def _shift(self, epoch: int, length: int) -> int:
         """The epoch's shift of window boundaries, 0 .. length - 1; none in the first epoch."""

@@ -54,8 +54,7 @@ class TablesConfig(TableSettings):
 
     def measure(self, model: ModelConfig, blocks: Iterator[pa.Table]) -> TaskConfig:
         number = _num_classes(model) if self.loss == "classes" else self.num_targets
-        found = measured([self], [number], model, self.rows(model, DataConfig()), blocks)[0]
-        return found.counted(found.target_mean) if self.loss == "classes" else found
+        return measured([self], [number], model, self.rows(model, DataConfig()), blocks)[0]
 
     def build(self, model: ModelConfig, data: DataConfig, seed: int) -> Task[Any, Any]:
         if not isinstance(model, PerceiverIOConfig) or not isinstance(model.input, TableInput):

@@ -1,14 +1,11 @@
-"""A worker's batches: rows collated, cut into micro-batches, made ahead of time in a thread, moved to the device."""
+"""A worker's batches: rows collated, cut into micro-batches."""
 
 from __future__ import annotations
 
-import queue
-import threading
-import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 import pyarrow as pa
@@ -32,6 +29,7 @@ from perceiver.data.order import (
     plan,
     worker_slots,
 )
+from perceiver.data.pieces import Piece
 from perceiver.data.sources import mixture_sources
 from perceiver.data.stream import empty_rows, rank_batches, read_unit
 
@@ -76,6 +74,18 @@ class Loader(ABC):
     @abstractmethod
     def row_bytes(self) -> int:
         """Bytes of what a row is made from, about."""
+
+    def pieces(self) -> tuple[Sequence[Piece], ...]:
+        """The parts of a source's files that blocks are read from, where these are not prepared: one list a data set."""
+        return ()
+
+    def pieces_of(self, unit: Any) -> tuple[int, Sequence[int]]:
+        """Which of them a unit is read from: number of the list, numbers in it."""
+        return 0, ()
+
+    def with_pieces(self, pieces: Sequence[Sequence[Piece]]) -> Self:
+        """A loader that reads these instead, one list for each of `pieces()`."""
+        return self
 
     def micro_batches(self, world: int) -> tuple[int, int]:
         """Number of micro-batches in a worker's share of a step, and examples of each."""
@@ -147,6 +157,16 @@ class StreamLoader(SplitLoader):
     def empty_rows(self) -> pa.Table:
         return empty_rows(self.folder, self.split, self.task.examples, lambda *_: no_tokens(self.split.row_length))
 
+    def pieces(self) -> tuple[Sequence[Piece], ...]:
+        return (self.chunks.pieces,)
+
+    def pieces_of(self, unit: ReadTask) -> tuple[int, Sequence[int]]:
+        return 0, self.order.window_blocks_of(unit.epoch, unit.window).tolist()
+
+    def with_pieces(self, pieces: Sequence[Sequence[Piece]]) -> Self:
+        (own,) = pieces
+        return replace(self, chunks=replace(self.chunks, pieces=own))
+
     @property
     def row_bytes(self) -> int:
         """Bytes of text that a row is made from, about."""
@@ -187,6 +207,15 @@ class MixtureLoader(Loader):
     @property
     def row_bytes(self) -> int:
         return max(loader.row_bytes for loader in self.loaders)
+
+    def pieces(self) -> tuple[Sequence[Piece], ...]:
+        return tuple(next(iter(loader.pieces()), ()) for loader in self.loaders)
+
+    def pieces_of(self, unit: MixtureReadTask) -> tuple[int, Sequence[int]]:
+        return unit.source, self.loaders[unit.source].pieces_of(unit.unit)[1]
+
+    def with_pieces(self, pieces: Sequence[Sequence[Piece]]) -> Self:
+        return replace(self, loaders=tuple(loader.with_pieces([own]) for loader, own in zip(self.loaders, pieces, strict=True)))
 
 
 ReadAll = Callable[[Loader, Iterator[Any]], Iterable[pa.Table]]
@@ -288,69 +317,3 @@ def make_val_loaders(
         loader = make_loader(task, part.folder, part.manifest.splits["val"], False, data=data, training=training, micro_batch_size=most)
         loaders.append((part, replace(loader, numbered=numbered)))
     return loaders
-
-
-class Prefetch:
-    """Iterates over `source` in a thread, `depth` items ahead, and measures the seconds its consumer waited.
-
-    An error in the source is raised at the consumer. `close` ends the thread at its next item. After every
-    `STALL_SECONDS` of waiting for one item, `stalled` is called with the seconds waited.
-    """
-
-    _END = object()
-    STALL_SECONDS = 30.0
-
-    def __init__(
-        self,
-        source: Iterable[list[Batch]],
-        device: torch.device,
-        depth: int = 2,
-        stalled: Callable[[float], None] = lambda seconds: None,
-    ) -> None:
-        self.wait_seconds = 0.0
-        self._stalled = stalled
-        self._source = source
-        self._device = device
-        self._queue: queue.Queue[Any] = queue.Queue(maxsize=depth)
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._fill, name="prefetch", daemon=True)
-        self._thread.start()
-
-    def __iter__(self) -> Iterator[list[Batch]]:
-        while True:
-            start = time.perf_counter()
-            item = self._next(start)
-            self.wait_seconds += time.perf_counter() - start
-            if item is self._END:
-                return
-            if isinstance(item, BaseException):
-                raise item
-            yield [{k: v.to(self._device, non_blocking=True) for k, v in batch.items()} for batch in item]
-
-    def _next(self, start: float) -> Any:
-        while True:
-            try:
-                return self._queue.get(timeout=self.STALL_SECONDS)
-            except queue.Empty:
-                self._stalled(time.perf_counter() - start)
-
-    def close(self) -> None:
-        """Ends the thread; what it had made is dropped."""
-        self._stopped.set()
-        while self._thread.is_alive():
-            try:
-                self._queue.get(timeout=0.05)
-            except queue.Empty:
-                continue
-
-    def _fill(self) -> None:
-        try:
-            for item in self._source:
-                if self._device.type == "cuda":
-                    item = [{k: v.pin_memory() for k, v in batch.items()} for batch in item]
-                self._queue.put(item)
-                if self._stopped.is_set():
-                    break
-            self._queue.put(self._END)
-        except BaseException as error:  # handed to the consumer, who raises it
-            self._queue.put(error)

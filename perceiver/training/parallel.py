@@ -105,7 +105,7 @@ def build_sharded(
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     offload = CPUOffloadPolicy(pin_memory=world.device.type == "cuda") if parallel.cpu_offload else OffloadPolicy()
     for number, layer in enumerate(layers):
-        if parallel.activation_checkpointing and number % parallel.activation_checkpointing == 0:
+        if parallel.recompute_every and number % parallel.recompute_every == 0:
             checkpoint(layer)
         if parallel.compile:
             layer.compile()

@@ -23,7 +23,7 @@ from perceiver.data.tokenizers import kept_file
 from perceiver.runs import Run
 from perceiver.tasks import build_task
 from perceiver.training.average import averaged, begin_average
-from perceiver.training.batches import Loader, Prefetch, ReadAll, make_train_loader, make_val_loaders
+from perceiver.training.batches import Loader, ReadAll, make_train_loader, make_val_loaders, read_here
 from perceiver.training.callbacks import MEET, PAUSE, SAVE, STOP, Callback, TrainingView
 from perceiver.training.checkpoint import Checkpointer, TrainState
 from perceiver.training.fork import find_fork
@@ -34,6 +34,7 @@ from perceiver.training.meters import Meter
 from perceiver.training.not_finite import Finiteness
 from perceiver.training.optim import build_optimizer, freeze
 from perceiver.training.parallel import World, build_sharded
+from perceiver.training.prefetch import HeadStart, Prefetch
 from perceiver.training.profiling import Profiler
 from perceiver.training.record import Recorder
 from perceiver.training.remote_copy import RemoteCopy
@@ -82,10 +83,15 @@ class Training:
         self.train_feed = make_train_loader(experiment, task, data_folder, manifest)
         self.val_feeds = make_val_loaders(experiment, task, data_folder, manifest)
         self.total_steps = total_steps(experiment, self.train_feed.split.rows)
-        self.state = build_state(experiment, task, world)
         self.remote = RemoteCopy.of(experiment.run, run_folder)
         if self.remote is not None:
             self.remote.fetch()
+        self.head_start = HeadStart(self.train_feed, read_all, world)
+        if read_all is not read_here and experiment.training.fork is None:
+            checkpoints = Run(run_folder).checkpoints()
+            begin = checkpoints[-1].step if checkpoints else 0
+            self.head_start.begin(begin, max(begin, min(self.total_steps, stop_at or self.total_steps)))
+        self.state = build_state(experiment, task, world)
         self.checkpointer = Checkpointer(
             Run(run_folder).checkpoints_folder,
             experiment.run.keep_checkpoints,
@@ -154,6 +160,7 @@ class Training:
             self.checkpointer.close()
             metrics = self._finish()
         except BaseException as error:
+            self.head_start.close()
             self.callbacks.end(self.state.step, self.val_metrics, error)
             raise
         self.callbacks.end(self.state.step, self.val_metrics, None)
@@ -191,11 +198,7 @@ class Training:
 
     def _train(self) -> None:
         step, experiment = self.state.step, self.experiment
-        batches = Prefetch(
-            self.train_feed.steps(self.read_all, self.world.rank, self.world.size, step, self.stop_step),
-            self.world.device,
-            stalled=lambda seconds: self.callbacks.call("while_waiting", seconds),
-        )
+        batches = self.head_start.take(step, self.stop_step, lambda seconds: self.callbacks.call("while_waiting", seconds))
         self.meter = Meter(wait_seconds=lambda: batches.wait_seconds, step=step, **self.meter_settings)
         try:
             fit(

@@ -82,14 +82,31 @@ def test_a_training_hears_of_each_machine_once(monkeypatch):
     assert saved == [1, 3] and len(lines) == 2
 
 
-def test_the_first_worker_asks_for_notices_every_few_seconds_whatever_the_steps_take(monkeypatch):
+def test_all_workers_ask_only_where_a_node_is_drained_and_not_for_ever_where_it_is_none_of_theirs(monkeypatch):
     from ray_jobs import worker
 
-    now, asked = [100.0], []
+    now, looks, asked, draining = [100.0], [], [], []
     monkeypatch.setattr(worker.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(worker, "draining_nodes", lambda: looks.append(now[0]) or draining)
     notice = worker.Notice()
     notice.training = SimpleNamespace(meet=lambda: asked.append(now[0]), world=SimpleNamespace(rank=0))
-    for step in range(40):
-        now[0] += 0.5
-        notice.after_step(step, None)
-    assert asked == [105.0, 110.0, 115.0, 120.0]
+
+    def steps(number):
+        for step in range(number):
+            now[0] += 0.5
+            notice.after_step(step, None)
+
+    steps(40)
+    assert looks == [105.0, 110.0, 115.0, 120.0] and asked == []
+    draining.append("of another job")
+    steps(1000)
+    assert asked[0] == 125.0 and asked[-1] < 125.0 + notice.LONG and len(asked) == 12
+    draining.append("a")
+    del asked[:]
+    steps(10)
+    assert len(asked) == 1
+    monkeypatch.setattr("ray.train.get_preemption_info", lambda: SimpleNamespace(preempted_node_ids=["a"]))
+    notice.training.save = lambda: None
+    notice.on_meeting(0)
+    steps(20)
+    assert len(asked) == 1  # it is known

@@ -4,11 +4,14 @@ import gzip
 from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
+from ray import cloudpickle
 
 from perceiver.config import DataConfig, UserError
 from perceiver.data.chunks import Size, chunks_of, cut_chunks, measure, open_chunks
+from perceiver.data.pieces import Piece
 from perceiver.data.read_documents import read_documents
 from perceiver.data.sources import resolve
 from perceiver.data.spans import Problems, Span
@@ -16,7 +19,9 @@ from perceiver.data.tables import Columns
 from perceiver.datasets import data_folder
 from perceiver.tasks import build_task
 from perceiver.training.batches import make_train_loader, read_here
+from ray_jobs.ingest import _item, _read, _Rest
 from ray_jobs.preprocess import prepare
+from ray_jobs.shipping import Shipped
 from tests.support.logged import logged
 from tests.support.preparing import experiment, load_prepared, serially, texts, write_jsonl, write_parquet
 from tests.support.small import text_experiment
@@ -218,3 +223,38 @@ def test_what_cannot_be_streamed_is_named(tmp_path, monkeypatch):
         prepare(streamed(tmp_path / "data", tmp_path))
     with pytest.raises(UserError, match="language models alone"):
         prepare(experiment("txt-clf-imdb-all", tmp_path / "data", tmp_path, prepare="stream"))
+
+
+def test_a_data_task_is_sent_its_own_byte_ranges_and_reads_the_same_rows(prepared, monkeypatch):
+    loader = loader_of(prepared)
+    units = list(loader.plan(0, 1, 0, 3))
+    fetched = []
+    monkeypatch.setattr("ray_jobs.ingest.ray.put", lambda value: value)
+    monkeypatch.setattr("ray_jobs.ingest.ray.get", lambda value: fetched.append(value) or value)
+    rest = _Rest(loader.pieces())
+    shipped = Shipped(loader.with_pieces([()]))
+    whole = len(cloudpickle.dumps(loader.pieces()))
+    for unit in units:
+        item = _item(loader, unit)
+        assert len(cloudpickle.loads(item["pieces"])[1]) == 1 and len(item["pieces"]) < whole / 5
+        (table,) = _read(pa.Table.from_pylist([item]), shipped, rest)
+        assert table.equals(loader.read(unit))
+    assert not fetched
+
+
+def test_a_task_whose_chunk_begins_no_document_gets_the_others(prepared, monkeypatch):
+    loader = loader_of(prepared)
+    unit = next(loader.plan(0, 1, 0, 3))
+    (block,) = loader.pieces_of(unit)[1]
+    pieces = list(loader.pieces()[0])
+    pieces[block] = Piece((), 0)  # nothing begins in it
+    changed = loader.with_pieces([pieces])
+    monkeypatch.setattr("ray_jobs.ingest.ray.put", lambda value: value)
+    monkeypatch.setattr("ray_jobs.ingest.ray.get", lambda value: value)
+    (table,) = _read(pa.Table.from_pylist([_item(changed, unit)]), Shipped(changed.with_pieces([()])), _Rest(changed.pieces()))
+    assert table.equals(changed.read(unit))
+
+
+def test_chunks_of_a_file_share_what_they_say_of_it(prepared):
+    files = {id(span.file): span.file for piece in loader_of(prepared).pieces()[0] for span in piece.spans}
+    assert len(files) == len({file.path for file in files.values()})

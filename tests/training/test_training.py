@@ -301,7 +301,7 @@ def test_prefix_dropout_depends_on_seed_epoch_and_row_alone(stream):
 def test_data_that_does_not_come_is_noticed():
     import threading
 
-    from perceiver.training.batches import Prefetch
+    from perceiver.training.prefetch import Prefetch
 
     class Impatient(Prefetch):
         STALL_SECONDS = 0.05

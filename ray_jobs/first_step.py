@@ -1,0 +1,84 @@
+"""What passes between a command and the first step of its training: processes that are started early, and where the seconds went."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.data._internal.cluster_autoscaler import get_or_create_autoscaling_coordinator
+from ray.data._internal.stats import get_or_create_stats_actor
+from ray.train.v2._internal.constants import (
+    DEFAULT_RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_VALUE,
+    RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR,
+    get_env_vars_to_propagate,
+)
+
+from perceiver.training.callbacks import Callback
+from perceiver.training.loop import StepResult
+from ray_jobs.ingest import warm_up
+from ray_jobs.read_ahead import DATA_CPUS
+
+logger = logging.getLogger(__name__)
+MOST_PROCESSES = 16
+"""That are started early: the others start when there is more to read."""
+
+
+def start_early(tasks: int) -> list[ray.ObjectRef]:
+    """Starts what the first reads need beside the workers, which start at the same time: processes of data tasks with their imports,
+    and the two actors that Ray Data has in every cluster.
+
+    Returns:
+        What the caller cancels when the training has ended: a full cluster may not have run it.
+    """
+    get_or_create_stats_actor()
+    get_or_create_autoscaling_coordinator()
+    # A process serves tasks of one environment alone: these have that of the tasks which Ray Train's workers start.
+    variables = get_env_vars_to_propagate()
+    variables.setdefault(RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR, DEFAULT_RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_VALUE)
+    task = ray.remote(num_cpus=DATA_CPUS, max_retries=0)(warm_up)
+    task = task.options(scheduling_strategy="SPREAD", runtime_env={"env_vars": variables})
+    return [task.remote() for _ in range(min(tasks, MOST_PROCESSES))]
+
+
+@dataclass(frozen=True)
+class Begun:
+    """When what happened, in seconds since the epoch, by the clock of the machine where it did."""
+
+    command: float
+    workers: float
+    """When the workers were asked for."""
+
+
+class FirstStep(Callback):
+    """Says after the first step how long it took to come to it, where it is not that of workers which replace others."""
+
+    def __init__(self, begun: Begun, entered: float, mailbox: Any) -> None:
+        self._begun, self._entered, self._built = begun, entered, entered
+        self._mailbox = mailbox
+        self._start: ray.ObjectRef | None = None
+
+    def on_start(self, training: Any) -> None:
+        self._built = time.time()
+        if training.world.rank == 0:
+            self._start = self._mailbox.start.remote()
+
+    def after_step(self, step: int, result: StepResult) -> None:
+        start, self._start = self._start, None
+        if start is None or not ray.wait([start], timeout=0)[0] or not _is_first(start):
+            return
+        begun, now = self._begun, time.time()
+        logger.info(
+            f"first step after {now - begun.command:.1f} s: {begun.workers - begun.command:.1f} until Ray was there and all was checked, "
+            f"{self._entered - begun.workers:.1f} until the workers ran, {self._built - self._entered:.1f} for model and checkpoint, "
+            f"{now - self._built:.1f} for the first batch and the step"
+        )
+
+
+def _is_first(start: ray.ObjectRef) -> bool:
+    try:
+        return bool(ray.get(start) == 1)
+    except ray.exceptions.RayError:  # the mailbox was lost, and with it the count
+        return False
