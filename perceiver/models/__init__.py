@@ -10,12 +10,13 @@ from perceiver.models.array_input import ArrayInput
 from perceiver.models.array_outputs import ArrayOutput, EmbeddingOutput, HeadsOutput
 from perceiver.models.encoder_decoder import DecoderConfig, EncoderConfig
 from perceiver.models.event_input import EventInput
+from perceiver.models.feature_input import FeatureInput
 from perceiver.models.grid_inputs import AudioInput, StemInput, VideoInput
 from perceiver.models.inputs import FlowInput, ImageInput, InputConfig, TextInput
 from perceiver.models.multimodal_input import MultimodalInput
 from perceiver.models.outputs import ClassOutput, FlowOutput, ModelSizes, OutputConfig, OutputQueries, TextOutput, ValueOutput
 from perceiver.models.perceiver_ar import PerceiverAR, PerceiverARCache, PerceiverARConfig
-from perceiver.models.perceiver_io import PerceiverIO, PerceiverIOConfig
+from perceiver.models.perceiver_io import PerceiverEncoder, PerceiverIO, PerceiverIOConfig
 from perceiver.models.table_input import TableInput
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "EmbeddingOutput",
     "EncoderConfig",
     "EventInput",
+    "FeatureInput",
     "FlowInput",
     "FlowOutput",
     "HeadsOutput",
@@ -39,6 +41,7 @@ __all__ = [
     "PerceiverAR",
     "PerceiverARCache",
     "PerceiverARConfig",
+    "PerceiverEncoder",
     "PerceiverIO",
     "PerceiverIOConfig",
     "StemInput",

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from perceiver.config.core import UserError, spelled
 from perceiver.models.checks import check_sizes
 from perceiver.models.inputs import GridAdapter, ImageInput, InputConfig
+from perceiver.models.tensor_shapes import Shape
 
 
 class AudioInput(InputConfig):
@@ -37,6 +38,9 @@ class AudioInput(InputConfig):
 
     def num_positions(self) -> int:
         return self.num_samples // self.group
+
+    def batch_shape(self) -> Shape:
+        return "B", self.num_samples
 
     @property
     def factorable(self) -> bool:
@@ -89,6 +93,9 @@ class VideoInput(InputConfig):
 
     def num_positions(self) -> int:
         return math.prod(self.grid())
+
+    def batch_shape(self) -> Shape:
+        return "B", *self.video_shape
 
     @property
     def factorable(self) -> bool:
