@@ -91,12 +91,9 @@ def __getattr__(name: str) -> Any:
     of installed packages.
     """
     if name == "__version__":
-        from importlib.metadata import PackageNotFoundError, version
+        from perceiver.version import installed_version
 
-        try:
-            value: Any = version("perceiver-ray")
-        except PackageNotFoundError:
-            value = "unknown"
+        value: Any = installed_version()
     elif name == "TrainedModel":
         from perceiver.inference.trained import TrainedModel as value
     elif name in ("Experiment", "UserError"):

@@ -143,7 +143,8 @@ def serve(settings: ServeSettings, args: argparse.Namespace, model: Description)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: stop.set())
         try:
-            ray_serve.run(build(settings, model), name="perceiver", route_prefix="/")
+            logs = {"log_level": "WARNING", "enable_access_log": False}
+            ray_serve.run(build(settings, model), name="perceiver", route_prefix="/", logging_config=logs)
             shown = settings.interface
             what = f"{shown.mode} of {shown.name}, checkpoint {shown.checkpoint}"
             logger.info(f"serving {what}, at http://{args.host}:{args.port} (POST /predict; a page to try it at /); Ctrl-C ends it")

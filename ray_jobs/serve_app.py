@@ -28,7 +28,7 @@ from ray_jobs.shipping import Shipped
 
 logger = logging.getLogger("ray.serve")
 
-TOKEN = "PERCEIVER_SERVE_TOKEN"  # noqa: S105 (the name of a variable)
+VARIABLE = "PERCEIVER_SERVE_TOKEN"
 """Environment variable with the token that requests must bring."""
 MODEL = "model"
 """Name of the deployment that has the model."""
@@ -185,8 +185,8 @@ class Gateway:
     def __init__(self, settings: ServeSettings, handle: DeploymentHandle) -> None:
         token_hash = settings.token_hash
         if token_hash is None and settings.needs_token:
-            if not (token := os.environ.get(TOKEN, "").strip()):
-                raise UserError(f"there is no token: set ${TOKEN} where the application runs")
+            if not (token := os.environ.get(VARIABLE, "").strip()):
+                raise UserError(f"there is no token: set ${VARIABLE} where the application runs")
             token_hash = hashed(token)
         self._app = build_app(RayBackend(handle), settings.interface, token_hash)
 

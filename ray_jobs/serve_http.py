@@ -11,6 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, create_model
 from starlette.exceptions import HTTPException
+from starlette.routing import Route
 
 from perceiver.config import UserError
 from perceiver.inference.served import Interface
@@ -143,7 +144,7 @@ def build_app(backend: Backend, interface: Interface, token_hash: str | None) ->
 
     @app.exception_handler(HTTPException)
     async def other(request: Request, error: HTTPException) -> JSONResponse:
-        there = [f"{'/'.join(sorted(route.methods))} {route.path}" for route in app.routes if getattr(route, "methods", None)]
+        there = [f"{'/'.join(sorted(route.methods))} {route.path}" for route in app.routes if isinstance(route, Route) and route.methods]
         return _error(error.status_code, f"there is no {request.method} {request.url.path} here: there are {', '.join(there)}")
 
     return app

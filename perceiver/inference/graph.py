@@ -6,6 +6,7 @@ import contextlib
 import io
 import logging
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,13 +76,25 @@ def write_graph(trained: TrainedModel, folder: Path) -> None:
         raise UserError(f"{trained.name} cannot be written as ONNX ({_first_line(error)})") from error
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     for size, length in ((1, 4), (3, 9)):
-        given = _examples(trained, shapes, size, length)
-        with torch.no_grad():
-            wanted = module(*given).numpy()
-        (found,) = session.run([OUTPUT], {name: tensor.numpy() for name, tensor in zip(names, given, strict=True)})
-        difference = float(np.abs(found - wanted).max()) if found.shape == wanted.shape else float("inf")
-        if not difference <= TOLERANCE * max(1.0, float(np.abs(wanted).max())):
-            raise UserError(f"the graph of {trained.name} gives other outputs than the model (by {difference:.3g}): it is not written")
+        check_agreement(
+            trained.name, module, lambda given: session.run([OUTPUT], given)[0], names, _examples(trained, shapes, size, length)
+        )
+
+
+@torch.no_grad()
+def check_agreement(
+    name: str, module: nn.Module, graph: Callable[[dict[str, np.ndarray]], np.ndarray], names: list[str], given: tuple[Tensor, ...]
+) -> None:
+    """Compares what a graph gives for some inputs with what the module gives.
+
+    Raises:
+        UserError: they differ by more than the tolerance.
+    """
+    wanted = module(*given).numpy()
+    found = graph({input_name: tensor.numpy() for input_name, tensor in zip(names, given, strict=True)})
+    difference = float(np.abs(found - wanted).max()) if found.shape == wanted.shape else float("inf")
+    if not difference <= TOLERANCE * max(1.0, float(np.abs(wanted).max())):
+        raise UserError(f"the graph of {name} gives other outputs than the model (by {difference:.3g}): it is not written")
 
 
 def _module_and_shapes(trained: TrainedModel) -> tuple[nn.Module, list[Shape]]:

@@ -1,5 +1,6 @@
 """The files for Slurm and SkyPilot: what the script does with programs that stand in for theirs, and what the task file says."""
 
+import re
 import shutil
 import stat
 import subprocess
@@ -16,7 +17,7 @@ STANDINS = {
     "scontrol": 'if [ "$1" = show ]; then printf "node7\\nnode8\\n"; else echo "$@" >> "$LOG"; fi',
     "srun": 'shift; echo "address $RAY_ADDRESS" >> "$LOG"; "$@"; exit 1',  # its own status is that of a node that was ended
     "ray": 'echo "ray $*" >> "$LOG"; if [ "$1" = symmetric-run ]; then while [ "$1" != -- ]; do shift; done; shift; "$@"; else mkdir -p ~/.ray; echo x > ~/.ray/auth_token; fi',  # noqa: E501
-    "perceiver": 'printf "perceiver"; printf " <%s>" "$@"; echo; echo "command $*" >> "$LOG"; trap "exit 0" TERM; sleep "${PLAY:-0}" & wait $!; exit "${STATUS:-0}"',  # noqa: E501
+    "perceiver": 'printf "perceiver"; printf " <%s>" "$@"; echo; echo "command $*" >> "$LOG"; exit "${STATUS:-0}"',  # noqa: E501
 }
 
 
@@ -61,11 +62,16 @@ def test_the_status_is_the_commands_own(slurm, status):
     assert result.returncode == status and "requeue" not in log
 
 
-def test_before_the_allocation_ends_the_command_is_asked_to_stop_and_the_job_is_queued_again(slurm):
-    ends = str(int(time.time()) + 3)
-    result, log = slurm("train", "quickstart", SLURM_JOB_END_TIME=ends, PERCEIVER_NOTICE_SECONDS="2", PLAY="30")
+def test_before_the_allocation_ends_the_command_is_asked_to_stop_and_the_job_is_queued_again(slurm, tmp_path):
+    standin = tmp_path / "env/bin/timeout"  # as if the time were over
+    standin.write_text('#!/bin/sh\necho "timeout $*" >> "$LOG"\nexit 124\n')
+    standin.chmod(0o755)
+    ends = int(time.time()) + 100_000
+    result, log = slurm("train", "quickstart", SLURM_JOB_END_TIME=str(ends), PERCEIVER_NOTICE_SECONDS="5000")
     assert result.returncode == 124 and "requeue 31234" in log
-    result, log = slurm("train", "quickstart", SLURM_JOB_END_TIME=ends)
+    (seconds,) = re.findall(r"^timeout --signal=TERM (\d+) perceiver train quickstart$", log, flags=re.M)
+    assert 0 < int(seconds) <= 95_000
+    result, log = slurm("train", "quickstart", SLURM_JOB_END_TIME=str(ends), PERCEIVER_NOTICE_SECONDS="200000")
     assert result.returncode == 2 and "ask for more --time" in result.stderr and not log
 
 
