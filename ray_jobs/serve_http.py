@@ -94,13 +94,14 @@ def build_app(backend: Backend, interface: Interface, token_hash: str | None) ->
 
     @app.get("/", include_in_schema=False)
     async def page() -> HTMLResponse:
-        return HTMLResponse(PAGE.replace("{{interface}}", json.dumps(interface.to_json()).replace("<", "\\u003c")))
+        told = interface.to_json() if token_hash is None else None
+        return HTMLResponse(PAGE.replace("{{interface}}", json.dumps(told).replace("<", "\\u003c")))
 
     @app.get("/health")
     async def health() -> JSONResponse:
         if not await backend.ready():
             return _error(503, "no model is ready yet", {"Retry-After": "1"})
-        return JSONResponse({"status": "ok", "model": interface.name, "checkpoint": interface.checkpoint})
+        return JSONResponse({"status": "ok"})
 
     @app.get("/model")
     async def model() -> JSONResponse:

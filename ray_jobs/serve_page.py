@@ -17,33 +17,48 @@ button { font: inherit; margin: .8rem .5rem 0 0; padding: .3rem 1rem; }
 </style>
 </head>
 <body>
-<h1 id="name"></h1>
-<p id="what"></p>
+<h1 id="name">Perceiver</h1>
+<p id="what">Give the server's token to see what is served here.</p>
+<label for="token">Token, if the server wants one</label><input type="password" id="token" autocomplete="off">
 <div id="image-part" hidden><label for="file">Image</label><input type="file" id="file" accept="image/*"></div>
 <div id="text-part"><label for="text" id="text-label">Text</label><textarea id="text"></textarea></div>
 <div id="options-part" hidden><label for="options">Options (JSON)</label><input id="options" value="{}"></div>
-<label for="token">Token, if the server wants one</label><input type="password" id="token" autocomplete="off">
 <button id="go">Predict</button><button id="stream" hidden>Stream</button>
 <pre id="answer" aria-live="polite"></pre>
 <script>
 "use strict";
-const model = {{interface}};
+let model = {{interface}};  // null: the server tells it only to those who have the token
+let fields = [], kind = "text";
 const of = id => document.getElementById(id);
-const fields = Object.keys(model.row).filter(name => name !== "id");
-const kind = model.row[fields[0]];
-of("name").textContent = model.model;
-of("what").textContent = `checkpoint ${model.checkpoint}, mode ${model.mode}`;
-of("image-part").hidden = kind !== "image";
-of("text-part").hidden = kind === "image";
-of("options-part").hidden = model.options.length === 0;
-of("options").placeholder = model.options.join(", ");
-of("stream").hidden = model.mode !== "generate";
-if (kind === "arrays") {
-  of("text-label").textContent = "Row (JSON)";
-  of("text").value = JSON.stringify(Object.fromEntries(fields.map(name => [name, []])));
+function setUp() {
+  fields = Object.keys(model.row).filter(name => name !== "id");
+  kind = model.row[fields[0]];
+  of("name").textContent = model.model;
+  of("what").textContent = `checkpoint ${model.checkpoint}, mode ${model.mode}`;
+  of("image-part").hidden = kind !== "image";
+  of("text-part").hidden = kind === "image";
+  of("options-part").hidden = model.options.length === 0;
+  of("options").placeholder = model.options.join(", ");
+  of("stream").hidden = model.mode !== "generate";
+  if (kind === "arrays") {
+    of("text-label").textContent = "Row (JSON)";
+    of("text").value = JSON.stringify(Object.fromEntries(fields.map(name => [name, []])));
+  }
 }
+if (model) setUp();
+of("token").onchange = async () => {
+  try {
+    const reply = await fetch("model", {headers: {Authorization: `Bearer ${of("token").value}`}});
+    const found = await reply.json();
+    if (!reply.ok) { show(found.error, true); return; }
+    model = found;
+    setUp();
+    show("");
+  } catch (error) { show(String(error), true); }
+};
 function show(text, bad) { of("answer").textContent = text; of("answer").className = bad ? "error" : ""; }
 async function row() {
+  if (!model) throw "give the token first";
   if (kind === "arrays") return JSON.parse(of("text").value);
   if (kind !== "image") return {[fields[0]]: of("text").value};
   const bytes = new Uint8Array(await of("file").files[0].arrayBuffer());

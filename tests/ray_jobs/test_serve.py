@@ -5,7 +5,9 @@ import base64
 import io
 import json
 import os
+import shutil
 import signal
+import subprocess
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +24,7 @@ from perceiver.inference.predict import PredictOptions, predict_rows
 from perceiver.inference.rows import Row
 from perceiver.inference.served import ServedModel, interface_of, mode_of
 from ray_jobs import serve
+from tests.conftest import ROOT
 from tests.support.jobs import Job
 from tests.support.trained import write_run
 
@@ -195,7 +198,9 @@ def test_without_the_token_nothing_is_told_but_health_and_the_page(runs):
             for reply in (web.post("/predict", json=body, headers=headers), web.get("/model", headers=headers)):
                 assert reply.status_code == 401 and "Authorization: Bearer TOKEN" in reply.json()["error"]
         assert web.post("/predict", json=body, headers=KNOWN).status_code == 200
-        assert web.get("/health").status_code == web.get("/").status_code == 200
+        assert web.get("/model", headers=KNOWN).json()["model"] == "sentiment"
+        open_to_all = web.get("/health").text, web.get("/").text
+    assert open_to_all[0] == '{"status":"ok"}' and "let model = null;" in open_to_all[1] and "sentiment" not in open_to_all[1]
 
 
 def test_without_a_token_only_this_machine_by_name_is_answered(runs):
@@ -237,6 +242,22 @@ def test_the_page_loads_nothing_from_elsewhere(runs):
     with client(runs["causal"]) as web:
         page = web.get("/").text
     assert "http" not in page.replace("http-equiv", "") and "src=" not in page and '"mode": "generate"' in page
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="the page's script is run by node")
+@pytest.mark.parametrize("token", [None, TOKEN])
+def test_the_page_shows_answers_and_streams(runs, token):
+    with client(runs["causal"], token) as web:
+        page, interface = web.get("/").text, web.get("/model", headers=KNOWN).json()
+    stream = 'data: {"text": "a b"}\n\ndata: {"text": "c"}\n\ndata: {"done": true}\n\n'
+    given = json.dumps([page, {"model": interface, "predict": {"rows": [{"id": "0", "text": "x"}]}, "stream": stream}])
+    script = ROOT / "tests/support/files/serve_page.mjs"
+    shown = json.loads(subprocess.run(["node", script], input=given, capture_output=True, text=True, check=True).stdout)
+    assert shown["sent"][1:] == [
+        ["predict", "Bearer secret", {"rows": [{"text": "abc"}], "options": {"seed": 1}}],
+        ["stream", "Bearer secret", {"text": "abc", "options": {"seed": 1}}],
+    ]
+    assert shown["name"] == "causal" and '"text": "x"' in shown["predicted"] and shown["streamed"] == "a bc" and not shown["bad"]
 
 
 def test_what_is_served_is_described(runs):
