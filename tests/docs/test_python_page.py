@@ -46,7 +46,7 @@ def test_the_page_runs_word_for_word(tmp_path, monkeypatch, capsys):
         exec(compile(block, "docs/python.md", "exec"), names)
     said = capsys.readouterr().out
     assert "optim.lr is -1.0 and must be above 0" in said
-    assert re.search(r"^<first step 30: ImageClassification by PerceiverIO, [\d,]+ parameters, float32 on cpu>$", said, flags=re.M)
+    assert re.search(r"^<first step 20: ImageClassification by PerceiverIO, [\d,]+ parameters, float32 on cpu>$", said, flags=re.M)
     assert "takes a tensor of shape (B, 28, 28, 1), not (2, 1, 28, 28)" in said
     assert names["run"].result()["val_acc"] == names["model"].evaluate()["val_acc"]
     config = names["model"].config
@@ -76,7 +76,7 @@ def test_the_page_runs_on_ray(tmp_path):
     script = tmp_path / "page.py"
     code = "".join(BLOCKS[:4])
     script.write_text("if __name__ == '__main__':\n" + "".join(f"    {line}\n" for line in code.splitlines()))
-    assert "<first step 30" in Job(str(script), home=tmp_path, PYTHONPATH=str(ROOT)).finish(200)
+    assert "<first step 20" in Job(str(script), home=tmp_path, PYTHONPATH=str(ROOT)).finish(200)
 
 
 @pytest.mark.slow
