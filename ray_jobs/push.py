@@ -15,7 +15,7 @@ from perceiver.config import UserError
 from perceiver.inference.card import CARD, check_license
 from perceiver.inference.export import FORMATS, read_config, upload
 from perceiver.interop.pretrained import is_hub_name
-from perceiver.terminal import summary
+from perceiver.terminal import add_checkpoint_option, add_trust_option, summary
 from ray_jobs.cli import main_entry, program, refuse_empty
 
 
@@ -23,8 +23,8 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog=program("ray_jobs.push"), description=summary(__doc__).partition("\n\n")[0])
     parser.add_argument("run", help="folder or name of a run, or an exported folder, which is uploaded as it is")
     parser.add_argument("name", help="OWNER/NAME on the hub")
-    parser.add_argument("--checkpoint", default="best", help="best (default), last, or a step; best:ema and so on are averaged weights")
-    parser.add_argument("--trust-code", action="store_true", help="run code that the run brings and that was never run from this account")
+    add_checkpoint_option(parser)
+    add_trust_option(parser)
     parser.add_argument("--format", choices=FORMATS, default=FORMATS[0], help="as of `perceiver export`")
     parser.add_argument("--license", help="license of the weights, for the card: apache-2.0, mit, other, ... (default: none is stated)")
     parser.add_argument("--public", action="store_true", help="a new repository is public, not private")

@@ -22,6 +22,7 @@ from perceiver.generation.options import add_generation_options, given_generatio
 from perceiver.inference.load import Description, describe
 from perceiver.inference.predict import MODES, PredictOptions
 from perceiver.inference.served import OPTIONS, mode_of
+from perceiver.terminal import add_checkpoint_option, add_trust_option
 from ray_jobs.cli import JobFailed, main_entry, program, refuse_empty
 from ray_jobs.logs import show_progress
 
@@ -52,8 +53,8 @@ def parse(argv: list[str]) -> tuple[ServeSettings, argparse.Namespace, Descripti
     parser = argparse.ArgumentParser(prog=program("ray_jobs.serve"), description=(__doc__ or "").partition("\n\n")[2])
     parser.add_argument("run", help="folder or name of a run, or an exported folder")
     parser.add_argument("--mode", choices=MODES, help="what to compute (default: what the model's task is for)")
-    parser.add_argument("--checkpoint", default="best", help="best (default), last, or a step; best:ema and so on are averaged weights")
-    parser.add_argument("--trust-code", action="store_true", help="run code that the run brings and that was never run from this account")
+    add_checkpoint_option(parser)
+    add_trust_option(parser)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0: all of the machine's (%(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="port to listen at (%(default)s)")
     parser.add_argument("--token-file", help="file with the token that requests must bring (default: $PERCEIVER_SERVE_TOKEN)")
