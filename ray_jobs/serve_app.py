@@ -208,7 +208,7 @@ def build(settings: ServeSettings, model: Description, cores: int | None = None)
         ModelReplica,
         name=MODEL,
         num_replicas=settings.replicas,
-        ray_actor_options={"num_cpus": 1, "num_gpus": 1 if gpu else 0},
+        ray_actor_options={"num_cpus": 1, **({"num_gpus": 1} if gpu else {})},
         max_ongoing_requests=4 * settings.options.batch_size,
         max_queued_requests=QUEUED,
         health_check_period_s=2,

@@ -328,7 +328,7 @@ def test_a_replica_killed_under_load_loses_nothing(tmp_path):
     run = write_run(tmp_path / "runs" / "tiny", "sentiment")
     job = Job("ray_jobs.serve", str(run), "--replicas", "2", "--port", "18431", home=tmp_path)
     try:
-        end = time.monotonic() + 120
+        end = time.monotonic() + 180
         while "serving classify" not in job.output:
             assert job.process.poll() is None and time.monotonic() < end, job.output
             time.sleep(0.2)
