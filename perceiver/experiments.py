@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from perceiver.catalog import CATALOG
-from perceiver.config import Config, Experiment, UserError, flatten, nearest, spelled, to_dict
+from perceiver.config import Config, Experiment, UserError, check_tree, flatten, nearest, spelled, to_dict
 from perceiver.config.core import is_builtin
-from perceiver.config_files import read_experiment_file
+from perceiver.config_files import ExperimentFile, read_experiment_file
 from perceiver.extensions import call, check_trust, code_of, code_of_file, installed_experiments, is_reference, load_object, trust
 from perceiver.runs import Run
 
@@ -53,6 +53,24 @@ def find_experiment(name: str, trust_code: bool = False) -> Experiment:
         _check_sources(experiment, path, trust_code)
         return replace(experiment, run=replace(experiment.run, name=path.absolute().name, storage=_storage(experiment, path)))
     return _read_file(path)
+
+
+def changed_experiment(name: str, fields: Mapping[str, Any]) -> Experiment:
+    """The experiment of a name with some fields changed, as a command line names them: {"optim.lr": 1e-3}.
+
+    Raises:
+        UserError: there is no such experiment or field (names the nearest), or a value does not fit.
+    """
+    base, changes = find_experiment(name), dict[str, Any]()
+    for field, value in fields.items():
+        *place, last = field.replace("-", "_").split(".")
+        node = changes
+        for step in place:
+            node = node.setdefault(step, {})
+        node[last] = to_dict(value) if isinstance(value, Config) else list(value) if isinstance(value, tuple) else value
+    changed = ExperimentFile(Path(name), changes, {}).experiment(base)
+    check_tree(changed)
+    return changed
 
 
 def check_name(name: str) -> None:

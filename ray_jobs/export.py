@@ -1,4 +1,4 @@
-"""`python -m ray_jobs.export RUN --out FOLDER [--format perceiver|transformers] [--upload OWNER/NAME]`: a model as
+"""`python -m ray_jobs.export RUN --out FOLDER [--format perceiver|transformers|onnx] [--upload OWNER/NAME]`: a model as
 files that last.
 
 Needs no Ray: it stands here with the other jobs so that a cluster can run it where the checkpoints lie.
@@ -20,13 +20,16 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", required=True, help="folder to write: a new one, or one that holds an earlier export and nothing else")
     add_checkpoint_option(parser)
     add_trust_option(parser)
-    parser.add_argument("--format", choices=FORMATS, default=FORMATS[0], help="ours (default), or that of transformers")
+    parser.add_argument(
+        "--format", choices=FORMATS, default=FORMATS[0], help="ours (default), that of transformers, or ours with an ONNX graph"
+    )
+    parser.add_argument("--license", help="license of the weights, for the card: apache-2.0, mit, other, ... (default: none is stated)")
     parser.add_argument("--upload", metavar="OWNER/NAME", help="upload the folder to the Hugging Face hub under this name")
     parser.add_argument("--public", action="store_true", help="a repository made by --upload is public, not private")
     args = parser.parse_args(argv)
     refuse_empty(args, ("run",))
     trained = perceiver.load(args.run, args.checkpoint, device="cpu", trust_code=args.trust_code)
-    folder = trained.export(args.out, format=args.format)
+    folder = trained.export(args.out, format=args.format, license=args.license)
     size = sum(file.stat().st_size for file in folder.iterdir())
     print(f"{trained.name} written to {folder} ({size / 2**20:,.1f} MiB, format {args.format})", flush=True)
     if args.upload:

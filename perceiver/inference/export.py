@@ -3,7 +3,7 @@
 A folder in our format has `config.json` with the model's and the task's configuration, `model.safetensors` with our
 weight names, and the tokenizer's `tokenizer.model` (SentencePiece) or `tokenizer.json`, if it has one. Nothing in it is pickled. The format
 of transformers has its own config.json and weight names, for those models that it has too. In both, `export.json` lists
-the files with their hashes: only what it lists is ever replaced by a later export.
+the files with their hashes: only what it lists is ever replaced by a later export. All have a model card, README.md.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from perceiver.config import UserError, to_dict
 from perceiver.data.tokenizer_base import TOKENIZER_FILES, Tokenizer
 from perceiver.data.tokenizers import ByteTokenizer, keep_tokenizer
 from perceiver.disk import to_disk
+from perceiver.inference.card import CARD, card
+from perceiver.inference.graph import GRAPHS, write_graph
 from perceiver.interop import transformers
 from perceiver.interop.pretrained import check_weights
 from perceiver.models import ImageInput, PerceiverIOConfig
@@ -36,17 +38,19 @@ if TYPE_CHECKING:
 
 CONFIG, WEIGHTS, LISTING = "config.json", "model.safetensors", "export.json"
 FORMAT, FORMAT_VERSION = "perceiver", 1
-FORMATS = ("perceiver", "transformers")
+FORMATS = ("perceiver", "transformers", "onnx")
 _LISTING_FORMAT, _TOKENIZER_CONFIG = "perceiver export", "tokenizer_config.json"
 
 
-def export(trained: TrainedModel, folder: str | Path, format: str = "perceiver") -> Path:
+def export(trained: TrainedModel, folder: str | Path, format: str = "perceiver", license: str | None = None) -> Path:
     """Writes a model to a folder, which appears whole or not at all.
 
     Args:
         folder: must not exist yet, be empty, or hold an earlier export (unchanged, and nothing else), which is replaced:
             in one step where the file system can exchange two folders.
-        format: "perceiver" (loads with `perceiver.load`), or "transformers" (loads with its `from_pretrained`).
+        format: "perceiver" (loads with `perceiver.load`), "transformers" (loads with its `from_pretrained`), or "onnx": as "perceiver",
+            and besides a graph for ONNX runtimes, whose outputs have been compared (`perceiver.inference.graph`).
+        license: of the weights, for the card (README.md), as the Hugging Face hub names it; None: the card states none.
 
     Returns:
         The folder.
@@ -71,12 +75,16 @@ def export(trained: TrainedModel, folder: str | Path, format: str = "perceiver")
         weights = transformers.to_transformers(weights, trained.config)
     else:
         config = our_config(trained)
+    described = card(trained, license)
     try:
         with _staged(target) as staged:
             (staged / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
             save_file(weights, staged / WEIGHTS, metadata={"format": "pt"})
             os.chmod(staged / WEIGHTS, (staged / CONFIG).stat().st_mode)  # save_file lets the owner alone read it
             _write_tokenizer(trained.tokenizer, staged, format, config)
+            (staged / CARD).write_text(described)
+            if format == "onnx":
+                write_graph(trained, staged)
             _write_listing(staged)
             for path in staged.iterdir():
                 to_disk(path)
@@ -202,7 +210,8 @@ def _remove_own(folder: Path) -> None:
     if not folder.is_dir():
         return
     listed = _listed(folder)
-    unlisted = {CONFIG, WEIGHTS, *TOKENIZER_FILES, _TOKENIZER_CONFIG, LISTING} if not listed else set()  # an export that did not get so far
+    # Of an export that did not get so far as to list its files.
+    unlisted = {CONFIG, WEIGHTS, *TOKENIZER_FILES, _TOKENIZER_CONFIG, LISTING, CARD, *GRAPHS} if not listed else set()
     for path in list(folder.iterdir()):
         if _is_own(path, listed) or path.name in unlisted:
             path.unlink()

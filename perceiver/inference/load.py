@@ -10,13 +10,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from perceiver.config import DataConfig, ModelConfig, TaskConfig, UserError, home, load_tree
+from perceiver.config import DataConfig, ModelConfig, TaskConfig, UserError, home, load_tree, subclasses, type_name
+from perceiver.config.core import import_builtins, is_builtin
 from perceiver.config.optimization import AVERAGED, averaged_of
 from perceiver.data.rows import KINDS, ArrayRows
 from perceiver.data.tokenizer_base import TOKENIZER_FILES, Tokenizer
 from perceiver.data.tokenizers import tokenizer_of
+from perceiver.inference.card import source_of
 from perceiver.inference.export import CONFIG, WEIGHTS, download, read_config
-from perceiver.inference.trained import TrainedModel, task_of
+from perceiver.inference.trained import TrainedModel
 from perceiver.interop.pretrained import (
     fitting_model,
     header_of,
@@ -37,7 +39,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def load(
-    source: str | Path,
+    source: str | Path | Run,
     checkpoint: str = "best",
     *,
     device: str = "auto",
@@ -47,7 +49,7 @@ def load(
     """A trained model, in this process and on one device.
 
     Args:
-        source: folder of a run, name of a run among those of $PERCEIVER_HOME, a folder that `export` wrote, a folder or
+        source: a run, its folder, its name among those of $PERCEIVER_HOME, a folder that `export` wrote, a folder or
             file with published weights (of transformers or krasserm/perceiver-io), or a name on the Hugging Face hub.
         checkpoint: of a run: "best" (by the run's own metric), "last" or a step; with ":ema" after it, the averaged weights.
         device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1", ...
@@ -58,6 +60,7 @@ def load(
     Raises:
         UserError: there is no such model; says where it was looked for.
     """
+    source = source.folder if isinstance(source, Run) else source
     _check_source(source)
     target = _device(device)
     if precision not in DTYPES:
@@ -151,11 +154,22 @@ def load_run(run: Run, checkpoint: str, device: torch.device, trust_code: bool =
         **({"weights": "averaged"} if averaged_of(str(checkpoint))[1] else {}),
         "metrics": chosen.metrics,
         "data": digest,
+        "source": source_of(experiment.data),
+        **({"started_from": started} if (started := _beginning(run)) else {}),
     }
     return TrainedModel(
         model=model, config=experiment.model, task=experiment.task, data=data, seed=experiment.training.seed, tokenizer=tokenizer,
-        photos=KINDS[experiment.task.kind].keeps_photos, name=run.name, provenance=provenance,
+        photos=KINDS[experiment.task.kind].keeps_photos, name=run.name, provenance=provenance, experiment=replace(experiment, data=data),
     )  # fmt: skip
+
+
+def _beginning(run: Run) -> str | None:
+    """What a run's weights began from, without places on this machine; None: from random weights."""
+    if (parent := run.parent()) is not None:
+        return f"run {parent.name}, step {parent.step}"
+    content = read_json(run.start_file) if run.start_file.is_file() else {}
+    origin = content.get("origin")
+    return f"weights {Path(origin).name}" if isinstance(origin, str) and origin else None
 
 
 def load_export(folder: Path, device: torch.device) -> TrainedModel:
@@ -246,6 +260,21 @@ def load_published(source: str | Path, folder: Path | None, device: torch.device
     return TrainedModel(
         model=model, config=pretrained.config, task=task, tokenizer=tokenizer, photos=photos, name=name, provenance={"origin": name}
     )
+
+
+def task_of(config: ModelConfig) -> TaskConfig:
+    """The task that a model without one was made for, as the tasks themselves say; this package's are asked first.
+
+    Raises:
+        UserError: none of those that are known.
+    """
+    import_builtins()
+    for task in sorted(subclasses(TaskConfig).values(), key=lambda cls: (not is_builtin(type_name(cls)), cls.takes_any)):
+        if (found := task.of_model(config)) is not None:
+            return found
+    ends = [type(end).__name__ for name in ("input", "output") if (end := getattr(config, name, None)) is not None]
+    what = f"from {' to '.join(ends)}" if ends else f"of type {type(config).__name__}"
+    raise UserError(f"a model {what} cannot be used here yet")
 
 
 def _load_other(source: str | Path, device: torch.device) -> TrainedModel:

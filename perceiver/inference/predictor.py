@@ -55,6 +55,19 @@ class Predictor:
             joined[name] = np.concatenate([batch[name] for batch in batches])
         return joined
 
+    def embed(self, rows: Any, pool: bool, batch_size: int) -> np.ndarray:
+        """The latents that the model's encoder makes of rows while the task predicts: see `TrainedModel.embed`."""
+        encoder = getattr(self.model, "encoder", None)
+        if encoder is None:
+            raise UserError(f"{self.name} cannot embed: its model, a {type(self.model).__name__}, has no encoder")
+        latents: list[Tensor] = []
+        hook = encoder.register_forward_hook(lambda module, given, found: latents.append(found.mean(1) if pool else found))
+        try:
+            self.predict(rows, batch_size)
+        finally:
+            hook.remove()
+        return torch.cat(latents).float().cpu().numpy()
+
     @cached_property
     def example(self) -> dict[str, np.ndarray]:
         """What the task says of one row of zeros: it tells the names, types and shapes of all its predictions."""

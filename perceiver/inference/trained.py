@@ -12,8 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from perceiver.config import DataConfig, ModelConfig, TaskConfig, UserError, subclasses, type_name
-from perceiver.config.core import import_builtins, is_builtin
+from perceiver.config import DataConfig, Experiment, ModelConfig, TaskConfig, UserError
 from perceiver.data.midi import FROM_NOTHING, midi_file
 from perceiver.data.row_kind import KINDS
 from perceiver.data.tokenizers import Tokenizer
@@ -27,11 +26,12 @@ from perceiver.inference.images import ImageLike, images_of
 from perceiver.inference.predictor import Predictor
 from perceiver.inference.sounds import SoundLike, sounds_of
 from perceiver.models import ClassOutput, ImageInput, PerceiverARConfig, PerceiverIOConfig, TextInput
+from perceiver.models.attention_maps import recorded_maps
 
 Result = TypeVar("Result")
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, repr=False)
 class TrainedModel:
     """A model with its weights, its task and its tokenizer, ready for use in one process.
 
@@ -54,6 +54,16 @@ class TrainedModel:
     """What messages call it."""
     provenance: dict[str, Any] = field(default_factory=dict)
     """Where the weights come from: goes into exports."""
+    experiment: Experiment | None = None
+    """What it was trained by, of a run's model; None of all others."""
+
+    def __repr__(self) -> str:
+        """One line: what it is, its size, and where."""
+        parameters = list(self.model.parameters())
+        step = f" step {self.provenance['step']}" if "step" in self.provenance else ""
+        task, dtype = type(self.task).__name__.removesuffix("Config"), str(parameters[0].dtype).removeprefix("torch.")
+        size = sum(parameter.numel() for parameter in parameters)
+        return f"<{self.name}{step}: {task} by {type(self.model).__name__}, {size:,} parameters, {dtype} on {self.device}>"
 
     @property
     def device(self) -> torch.device:
@@ -214,15 +224,54 @@ class TrainedModel:
         found = measure.flows(self.model, self.task.build(self.config, self.data, self.seed), pairs, self.device, batch_size)
         return found if isinstance(frames, list) else found[0]
 
-    def predict(self, rows: Any, *, batch_size: int = 16) -> dict[str, np.ndarray]:
-        """What the task says of rows of arrays (`Task.predict`): an array for each of its names, with as many rows as came in.
+    def predict(self, rows: Any, *, batch_size: int = 16, **options: Any) -> Any:
+        """What the model was trained for, on new inputs.
+
+        Of a task on rows of arrays what it says of them (`Task.predict`): an array for each of its names, (rows, ...). Of any other task
+        what its first ability gives: `classify` of a classifier, `fill_mask` of a masked language model, `generate` of a causal one.
 
         Args:
             rows: a pyarrow table, a list of mappings, or one mapping of arrays whose first dimension is the rows. Of the columns that
-                the task reads, those are needed that its `predict` uses: targets may be missing.
+                the task reads, those are needed that its `predict` uses: targets may be missing. Of other tasks one input or a list.
+            batch_size: inputs computed at once.
+            options: of the method of another task.
         """
+        if "predict" not in self.abilities and self.abilities and self.abilities[0] != "play":
+            return getattr(self, self.abilities[0])(rows, batch_size=batch_size, **options)
         self._require("predict")
+        if options:
+            raise UserError(f"predict has no {next(iter(options))} for {self.name}: it takes rows and batch_size")
         return self.predictor.predict(rows, batch_size)
+
+    def evaluate(self, *, batches: int | None = None) -> dict[str, float]:
+        """Metrics over the validation data of the model's run, computed in this process: those of `perceiver evaluate`.
+
+        Args:
+            batches: number of global batches, from the start of the validation order; None: all.
+
+        Returns:
+            The metrics by name, such as val_loss and val_acc.
+
+        Raises:
+            UserError: the model is of no run, or the run's data is not prepared here.
+        """
+        from perceiver.inference.evaluate import evaluate
+
+        return evaluate(self, batches)
+
+    def attention(self, inputs: Any, *, layer: int = 0) -> np.ndarray:
+        """Which inputs each latent reads: the weights of the cross-attention to the input, float32 (B, heads, latents, inputs).
+
+        Over the inputs they add up to 1; padding has 0. For text an input is a token (of a causal model at most max_seq_len of them: the
+        last), for images a pixel or patch, row by row.
+
+        Args:
+            inputs: a text or an image, a list of them, rows of arrays as for `predict`, or a tensor (B, ...) as the model takes it.
+            layer: number of the cross-attention layer, from 0, of models with repeated cross-attention.
+        """
+        with recorded_maps(self.model, layer) as maps:
+            self._pass(inputs)
+        return maps[0].cpu().numpy()
 
     @cached_property
     def predictor(self) -> Predictor:
@@ -233,12 +282,15 @@ class TrainedModel:
         """
         return Predictor(self.model, self.task.build(self.config, self.data, self.seed), self.device, self.name)
 
-    def embed(self, inputs: str | ImageLike | SoundLike | Sequence[Any], *, pool: bool = True, batch_size: int = 16) -> Any:
+    def embed(self, inputs: Any, *, pool: bool = True, batch_size: int = 16) -> Any:
         """Latents of a text, image or sound as a float32 vector (channels,): their mean; with `pool=False` all (latents,
-        channels).
+        channels). A list gives a list.
 
-        Of a causal language model: the final latents of the last max_latents tokens.
+        Of a causal language model: the final latents of the last max_latents tokens. Of rows of arrays, as for `predict`: an array
+        (rows, channels), or (rows, latents, channels).
         """
+        if "predict" in self.abilities:
+            return self.predictor.embed(inputs, pool, batch_size)
         self._require("embed")
         return _map(lambda batch: list(self._embed(batch, pool)), inputs, batch_size)
 
@@ -247,11 +299,11 @@ class TrainedModel:
         tokenizer = self._require("score")
         return _map(lambda texts: measure.score(self.model, tokenizer, texts, batch_size), text, batch_size)
 
-    def export(self, folder: str | Path, *, format: str = "perceiver") -> Path:
+    def export(self, folder: str | Path, *, format: str = "perceiver", license: str | None = None) -> Path:
         """Writes the model to a folder; see `perceiver.inference.export.export`."""
         from perceiver.inference.export import export
 
-        return export(self, folder, format)
+        return export(self, folder, format, license)
 
     def _embed(self, batch: Sequence[Any], pool: bool) -> Sequence[np.ndarray]:
         if not isinstance(self.config, PerceiverARConfig):
@@ -261,6 +313,21 @@ class TrainedModel:
         if not all(map(len, rows)):
             raise UserError("the text is empty: there is nothing to embed")
         return measure.embed_causal(self.model, rows, pool)
+
+    @torch.no_grad()
+    def _pass(self, inputs: Any) -> None:
+        """One forward pass of the encoder, or of a causal model, over all inputs."""
+        if isinstance(inputs, torch.Tensor):
+            self.model(inputs.to(self.device))
+        elif "predict" in self.abilities:
+            table = self.predictor.table(inputs)
+            self.predictor.predict(table, max(1, table.num_rows))
+        else:
+            batch = list(inputs) if isinstance(inputs, (list, tuple)) or getattr(inputs, "ndim", 0) == 4 else [inputs]
+            if isinstance(self.config, PerceiverARConfig):
+                self._embed(batch, pool=True)
+            else:
+                self.model.encode(*self._inputs(batch))  # type: ignore[operator]
 
     def _inputs(self, batch: Sequence[Any]) -> tuple[Any, torch.Tensor | None]:
         """Inputs of a Perceiver IO model, and where they are padding."""
@@ -286,21 +353,6 @@ class TrainedModel:
             can = ", ".join(self.abilities) or "none of these"
             raise UserError(f"{self.name} cannot {ability}: its task is {task}, which can {can}")
         return self.tokenizer  # type: ignore[return-value]
-
-
-def task_of(config: ModelConfig) -> TaskConfig:
-    """The task that a model without one was made for, as the tasks themselves say; this package's are asked first.
-
-    Raises:
-        UserError: none of those that are known.
-    """
-    import_builtins()
-    for task in sorted(subclasses(TaskConfig).values(), key=lambda cls: (not is_builtin(type_name(cls)), cls.takes_any)):
-        if (found := task.of_model(config)) is not None:
-            return found
-    ends = [type(end).__name__ for name in ("input", "output") if (end := getattr(config, name, None)) is not None]
-    what = f"from {' to '.join(ends)}" if ends else f"of type {type(config).__name__}"
-    raise UserError(f"a model {what} cannot be used here yet")
 
 
 def _map(function: Callable[[Sequence[Any]], Sequence[Result]], inputs: Any, batch_size: int) -> Any:

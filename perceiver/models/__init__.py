@@ -11,13 +11,14 @@ from perceiver.models.array_outputs import ArrayOutput, EmbeddingOutput, HeadsOu
 from perceiver.models.autoencoder_output import AutoencoderOutput
 from perceiver.models.encoder_decoder import DecoderConfig, EncoderConfig
 from perceiver.models.event_input import EventInput
+from perceiver.models.feature_input import FeatureInput
 from perceiver.models.grid_inputs import AudioInput, StemInput, VideoInput
 from perceiver.models.inputs import FlowInput, ImageInput, InputConfig, TextInput
 from perceiver.models.mel_input import LogMelInput
 from perceiver.models.multimodal_input import ClassInput, MultimodalInput
 from perceiver.models.outputs import ClassOutput, FlowOutput, ModelSizes, OutputConfig, OutputQueries, TextOutput, ValueOutput
 from perceiver.models.perceiver_ar import PerceiverAR, PerceiverARCache, PerceiverARConfig
-from perceiver.models.perceiver_io import PerceiverIO, PerceiverIOConfig
+from perceiver.models.perceiver_io import PerceiverEncoder, PerceiverIO, PerceiverIOConfig
 from perceiver.models.published_stems import ConvolutionInput, LearnedPositionInput
 from perceiver.models.resampler import Resampler
 from perceiver.models.table_input import TableInput
@@ -34,6 +35,7 @@ __all__ = [
     "EmbeddingOutput",
     "EncoderConfig",
     "EventInput",
+    "FeatureInput",
     "FlowInput",
     "FlowOutput",
     "HeadsOutput",
@@ -48,6 +50,7 @@ __all__ = [
     "PerceiverAR",
     "PerceiverARCache",
     "PerceiverARConfig",
+    "PerceiverEncoder",
     "PerceiverIO",
     "PerceiverIOConfig",
     "Resampler",

@@ -15,6 +15,7 @@ from perceiver.config.core import UserError, spelled
 from perceiver.models.checks import check_sizes
 from perceiver.models.inputs import InputConfig
 from perceiver.models.position import coordinate_features, fourier_features, rotation
+from perceiver.models.tensor_shapes import Shape, Size
 
 
 class ArrayInput(InputConfig):
@@ -55,6 +56,10 @@ class ArrayInput(InputConfig):
 
     def qk_channels(self, num_latent_channels: int) -> int:
         return num_latent_channels
+
+    def batch_shape(self) -> Shape:
+        positions: Size = self.num_positions() if self.grid else ("N", self.max_positions) if self.positions == "learned" else "N"
+        return "B", positions, self.num_features
 
     def adapting_flops(self, num_positions: int) -> float:
         return 2.0 * num_positions * self.num_features * self.num_channels

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from perceiver.config.core import UserError, spelled
 from perceiver.models.checks import check_sizes
 from perceiver.models.inputs import GridAdapter, ImageInput, InputConfig
+from perceiver.models.tensor_shapes import Shape
 
 FULL_SCALE = 32767.0
 """Value of a 16-bit sample of 1."""
@@ -42,6 +43,9 @@ class AudioInput(InputConfig):
 
     def num_positions(self) -> int:
         return self.num_samples // self.group
+
+    def batch_shape(self) -> Shape:
+        return "B", self.num_samples
 
     @property
     def factorable(self) -> bool:
@@ -101,6 +105,9 @@ class VideoInput(InputConfig):
 
     def num_positions(self) -> int:
         return math.prod(self.grid())
+
+    def batch_shape(self) -> Shape:
+        return "B", *self.video_shape
 
     @property
     def factorable(self) -> bool:

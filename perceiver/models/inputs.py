@@ -8,7 +8,7 @@ Shapes: B batch, N input positions, C channels of an input position.
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from perceiver.config.core import Config, UserError, spelled
 from perceiver.models.checks import check_sizes
 from perceiver.models.position import fine_features, fourier_features, grid_points
+from perceiver.models.tensor_shapes import Shape, check_tensor
 
 
 class InputConfig(Config):
@@ -49,6 +50,20 @@ class InputConfig(Config):
     def text_limits(self) -> tuple[int, int] | None:
         """Of text: the longest input in tokens and the number of ids; None for anything else."""
         return None
+
+    def batch_shape(self) -> Shape | None:
+        """Shape of the tensor that the adapter takes; None: it is not checked."""
+        return None
+
+    def check_batch(self, x: Any) -> None:
+        """Looks whether a batch is one that the adapter takes.
+
+        Raises:
+            UserError: a tensor of another shape; the sentence has both shapes.
+        """
+        shape = self.batch_shape()
+        if shape is not None:
+            check_tensor(x, shape, f"a model with {type(self).__name__} takes", whole_numbers=self.text_limits() is not None)
 
     def adapting_flops(self, num_positions: int) -> float:
         """FLOPs of the adapter's own products for one example of `num_positions` positions."""
@@ -87,6 +102,9 @@ class TextInput(InputConfig):
     def text_limits(self) -> tuple[int, int]:
         return self.max_seq_len, self.vocab_size
 
+    def batch_shape(self) -> Shape:
+        return "B", ("N", self.max_seq_len)
+
     def check(self, where: str) -> None:
         check_sizes(self, where)
 
@@ -109,6 +127,9 @@ class ImageInput(InputConfig):
     def num_positions(self) -> int:
         height, width, _ = self.image_shape
         return height * width
+
+    def batch_shape(self) -> Shape:
+        return "B", *self.image_shape
 
     @property
     def factorable(self) -> bool:
@@ -141,6 +162,9 @@ class FlowInput(InputConfig):
     def num_positions(self) -> int:
         height, width = self.image_shape
         return height * width
+
+    def batch_shape(self) -> Shape:
+        return "B", 2, self.num_patch_input_channels, *self.image_shape
 
     def adapting_flops(self, num_positions: int) -> float:
         return 2.0 * num_positions * 2 * self.num_patch_input_channels * self.num_patch_hidden_channels

@@ -24,6 +24,7 @@ from perceiver.models.initialize import initialize, initialized
 from perceiver.models.inputs import TextAdapter
 from perceiver.models.position import rotation, token_positions
 from perceiver.models.shapes import AttentionChannels
+from perceiver.models.tensor_shapes import check_tensor
 
 
 class PerceiverARConfig(ModelConfig):
@@ -238,8 +239,13 @@ class PerceiverAR(nn.Module):
         prefix_keep: Tensor | None,
         cache: PerceiverARCache | None,
     ) -> Tensor:
+        check_tensor(x, ("B", ("N", self.config.max_seq_len)), "a Perceiver AR takes", whole_numbers=True)
         num_latents = x.shape[1] - prefix_len
-        assert 0 < num_latents <= self.config.max_latents and prefix_len <= self.config.max_seq_len - num_latents
+        if not 0 < num_latents <= self.config.max_latents:
+            raise UserError(
+                f"prefix_len is {prefix_len} for {x.shape[1]} tokens, which leaves {num_latents} latents: there must be 1 to "
+                f"{self.config.max_latents}"
+            )
         positions = token_positions(x, pad_mask)
         if prefix_keep is not None:
             # Indices are chosen before embedding, so that nothing is computed for positions that are left out.

@@ -24,6 +24,7 @@ from perceiver.models.inputs import InputConfig, TextInput
 from perceiver.models.local_init import LocalInit
 from perceiver.models.outputs import OutputConfig, OutputQueries, TextOutput
 from perceiver.models.shapes import AttentionChannels
+from perceiver.models.tensor_shapes import check_tensor
 
 
 class PerceiverIOConfig(ModelConfig):
@@ -132,7 +133,7 @@ def reset_parts(module: nn.Module) -> None:
 
 
 class PerceiverEncoder(nn.Module):
-    """Input to latents: block i is self-attention, preceded by cross-attention to the input in the first few blocks.
+    """Input to latents, also by itself: block i is self-attention, preceded by cross-attention to the input in the first few blocks.
 
     `PerceiverEncoder(config, seed=0)` has the initial weights of the encoder of `PerceiverIO(config, seed)`.
     `cross_attention_n` and `self_attention_n` are the second set of weights, which all later layers or blocks share;
@@ -200,7 +201,12 @@ class PerceiverEncoder(nn.Module):
         reset_parts(self)
 
     def adapt(self, x: Any, pad_mask: Tensor | None = None) -> tuple[Tensor | FactoredInput, Tensor | None]:
-        """The input as keys and values are made from it, and its mask of padding: the given one, or the adapter's own."""
+        """The input as keys and values are made from it, and its mask of padding: the given one, or the adapter's own.
+
+        Raises:
+            UserError: a tensor of another shape than the input's (`InputConfig.batch_shape`).
+        """
+        self.config.input.check_batch(x)
         if isinstance(x, Tensor) and x.is_floating_point():
             x = x.to(self.latents.dtype)
         element_size = self.latents.element_size()
@@ -215,7 +221,15 @@ class PerceiverEncoder(nn.Module):
         """adapted input of N positions, pad_mask (B, N), True = padding -> latents (B, L, D).
 
         A row that is padding throughout attends to all of it: finite, and nothing that should be used.
+
+        Raises:
+            UserError: a tensor of another shape.
         """
+        if isinstance(adapted, Tensor):
+            check_tensor(adapted, ("B", "N", self.cross_channels.kv_channels), "the encoder takes")
+        if pad_mask is not None:
+            positions = adapted if isinstance(adapted, Tensor) else adapted.pixels
+            check_tensor(pad_mask, tuple(positions.shape[:2]), "pad_mask of this input must be")
         mask = None
         if pad_mask is not None:
             mask = (~pad_mask | pad_mask.all(dim=1, keepdim=True))[:, None, None]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from perceiver.config.core import UserError, spelled
 from perceiver.models.checks import check_sizes
 from perceiver.models.inputs import InputConfig
+from perceiver.models.tensor_shapes import Shape
 
 SCALAR = "scalar"
 """Shape of a column that has one number a row."""
@@ -59,6 +60,9 @@ class TableInput(InputConfig):
 
     def num_positions(self) -> int:
         return sum(positions for positions, _ in self.sizes())
+
+    def batch_shape(self) -> Shape:
+        return "B", sum(positions * channels for positions, channels in self.sizes())
 
     def qk_channels(self, num_latent_channels: int) -> int:
         return num_latent_channels

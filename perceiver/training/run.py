@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import nn
 
-import perceiver
 from perceiver.config import Experiment, to_dict
 from perceiver.config.optimization import averaged_metric
 from perceiver.costs.devices import peak_flops
@@ -38,6 +37,7 @@ from perceiver.training.prefetch import HeadStart, Prefetch
 from perceiver.training.profiling import Profiler
 from perceiver.training.record import Recorder
 from perceiver.training.remote_copy import RemoteCopy
+from perceiver.version import installed_version
 
 if TYPE_CHECKING:
     from perceiver.tasks.base import Task
@@ -371,6 +371,6 @@ def save_experiment(run: Run, experiment: Experiment, manifest: Manifest, data_f
         "data": manifest.digest,
         "steps": total_steps(experiment, manifest.splits["train"].rows),
         "flops_per_example": build_task(experiment).flops_per_example(),
-        "version": perceiver.__version__,
+        "version": installed_version(),
     }
     run.save(content)

@@ -20,7 +20,8 @@ from tests.support.cluster_files import CLUSTER, LAUNCHERS, RAY, REQUIREMENTS, R
 
 def version_problems(requirements: str, project: dict, containerfile: str) -> list[str]:
     versions, problems = pins(requirements), []
-    wanted = [*project["dependencies"], *project["optional-dependencies"]["tune"]]
+    extras = project["optional-dependencies"]
+    wanted = [*project["dependencies"], *extras["tune"], *extras["serve"]]
     for requirement in map(Requirement, wanted):
         version = versions.get(normal(requirement.name))
         if version is None or not requirement.specifier.contains(version):
@@ -47,7 +48,7 @@ def test_versions_agree_with_the_project():
 
 def test_version_check_finds_what_disagrees():
     requirements, project, containerfile = version_inputs()
-    other = requirements.replace(f"ray[data,default,train,tune]=={RAY}", "ray[data,default,train,tune]==2.9.0")
+    other = requirements.replace(f"ray[data,default,serve,train,tune]=={RAY}", "ray[data,default,serve,train,tune]==2.9.0")
     assert any("pyproject wants ray" in problem for problem in version_problems(other, project, containerfile))
     assert "the image's base is of another Ray" in version_problems(other, project, containerfile)
     assert "the image runs as root" in version_problems(requirements, project, containerfile + "\nUSER root\n")

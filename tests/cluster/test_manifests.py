@@ -4,6 +4,7 @@ Each check is a function that lists problems, so that it can also be shown to fi
 """
 
 import gzip
+import importlib
 import json
 import re
 
@@ -22,7 +23,8 @@ def schema_errors(document: dict) -> list[str]:
 
 
 def ray_spec(document: dict) -> dict:
-    return document["spec"] if document["kind"] == "RayCluster" else document["spec"]["rayClusterSpec"]
+    spec = document["spec"]
+    return {"RayCluster": spec, "RayJob": spec.get("rayClusterSpec"), "RayService": spec.get("rayClusterConfig")}[document["kind"]]
 
 
 def manifest_problems(document: dict) -> list[str]:
@@ -134,7 +136,7 @@ def test_manifests_agree_in_what_they_share():
         assert {key: spec[key] for key in spec if key != "workerGroupSpecs"} == {
             key: first[key] for key in first if key != "workerGroupSpecs"
         }
-        for group in spec["workerGroupSpecs"]:
+        for group in spec["workerGroupSpecs"] if manifest(name)["kind"] != "RayService" else []:  # whose workers have a token besides
             same = [g for g in first["workerGroupSpecs"] if g["groupName"] == group["groupName"]]
             assert [g["template"] for g in same] == [group["template"]]
 
@@ -167,3 +169,20 @@ def test_job_runs_a_module_and_preset_that_exist_and_its_cluster_has_the_gpus(na
     assert ("--parallel.wait-minutes" in words) == (words[2] != "ray_jobs.preprocess")
     if not (ROOT / f"{words[2].replace('.', '/')}.py").exists():
         pytest.skip(f"{words[2]} is not written yet")
+
+
+def test_service_is_an_application_that_ray_serve_takes_and_its_workers_have_the_token():
+    from ray.serve.schema import ServeDeploySchema
+
+    document = manifest("rayservice.yaml")
+    config = ServeDeploySchema.model_validate(yaml.safe_load(document["spec"]["serveConfigV2"]))
+    (application,) = config.applications
+    module, _, name = application.import_path.partition(":")
+    assert callable(getattr(importlib.import_module(module), name))
+    (group,) = ray_spec(document)["workerGroupSpecs"]
+    (container,) = group["template"]["spec"]["containers"]
+    gpus = group["maxReplicas"] * int(container["resources"]["limits"]["nvidia.com/gpu"])
+    assert application.args["replicas"] == gpus and application.args["device"] == "cuda"
+    tokens = [v["valueFrom"]["secretKeyRef"] for v in container["env"] if v["name"] == "PERCEIVER_SERVE_TOKEN"]
+    assert tokens == [{"name": "perceiver-serve", "key": "token"}]
+    assert config.http_options.port in [port["containerPort"] for port in container["ports"]]

@@ -13,6 +13,7 @@ ARROWS = {
     "perceiver.config": set(),
     "perceiver.catalog": set(),
     "perceiver.terminal": set(),
+    "perceiver.version": set(),
     "perceiver.plots": set(),
     "perceiver.pages": set(),
     "perceiver.config_files": {"perceiver.config", "perceiver.disk"},
@@ -42,7 +43,7 @@ ARROWS = {
     "perceiver.interop": {"perceiver.config", "perceiver.models"},
     "perceiver.training": {
         "perceiver.checkpoints", "perceiver.config", "perceiver.costs", "perceiver.data", "perceiver.disk", "perceiver.extensions",
-        "perceiver.models", "perceiver.interop", "perceiver.runs", "perceiver.tasks",
+        "perceiver.models", "perceiver.interop", "perceiver.runs", "perceiver.tasks", "perceiver.version",
     },
     "perceiver.inference": {
         "perceiver.config", "perceiver.models", "perceiver.data", "perceiver.datasets", "perceiver.disk", "perceiver.generation",

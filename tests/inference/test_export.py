@@ -84,7 +84,8 @@ def test_an_earlier_export_is_replaced_whatever_its_format(loaded, tmp_path):
     loaded.export(tmp_path / "link")
     assert (tmp_path / "link").is_symlink()
     (tmp_path / "empty").mkdir()
-    assert sorted(p.name for p in loaded.export(tmp_path / "empty").iterdir()) == ["config.json", "export.json", "model.safetensors"]
+    written = sorted(p.name for p in loaded.export(tmp_path / "empty").iterdir())
+    assert written == ["README.md", "config.json", "export.json", "model.safetensors"]
 
 
 @pytest.mark.parametrize(
@@ -95,10 +96,13 @@ def test_an_earlier_export_is_replaced_whatever_its_format(loaded, tmp_path):
         (lambda out: (out / "notes").mkdir(), "notes"),
         (lambda out: (out / "config.json").write_text("{}"), "config.json"),
         (lambda out: (out / "model.safetensors").write_bytes(b"mine"), "model.safetensors"),
-        (lambda out: (out / "export.json").unlink(), "config.json, model.safetensors"),
-        (lambda out: (out / "export.json").write_text("[" * 100_000), "config.json, export.json"),
-        (lambda out: (out / "export.json").write_text('{"format": "perceiver export", "files": {"config.json": 3}}'), "config.json"),
-        (lambda out: [(out / "a").write_text("a"), (out / "export.json").rename(out / "model.safetensors")], "a, config.json"),
+        (lambda out: (out / "export.json").unlink(), "README.md, config.json, model.safetensors"),
+        (lambda out: (out / "export.json").write_text("[" * 100_000), "README.md, config.json, export.json"),
+        (
+            lambda out: (out / "export.json").write_text('{"format": "perceiver export", "files": {"config.json": 3}}'),
+            "README.md, config.json",
+        ),
+        (lambda out: [(out / "a").write_text("a"), (out / "export.json").rename(out / "model.safetensors")], "README.md, a, config.json"),
     ],
 )
 def test_a_folder_with_anything_else_in_it_is_left_as_it_is(loaded, tmp_path, spoil, named):
@@ -195,7 +199,7 @@ def test_exported_files_can_be_read_by_whom_the_umask_lets(loaded, tmp_path):
     finally:
         os.umask(before)
     assert {path.name: oct(path.stat().st_mode & 0o777) for path in out.iterdir()} == dict.fromkeys(
-        ("config.json", "export.json", "model.safetensors"), "0o640"
+        ("README.md", "config.json", "export.json", "model.safetensors"), "0o640"
     )
     assert out.stat().st_mode & 0o777 == 0o750
 
@@ -277,8 +281,8 @@ def test_constants_that_no_weight_bounds_are_refused_before_they_are_built(tmp_p
 
 def test_what_cannot_be_exported_or_uploaded_is_one_sentence(loaded, tmp_path):
     (tmp_path / "mine").mkdir()
-    with pytest.raises(UserError, match="format is 'onnx'"):
-        loaded.export(tmp_path / "out", format="onnx")
+    with pytest.raises(UserError, match="format is 'gguf'"):
+        loaded.export(tmp_path / "out", format="gguf")
     with pytest.raises(UserError, match="holds no exported model"):
         upload(tmp_path / "mine", "me/model")
 
