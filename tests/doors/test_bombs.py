@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from perceiver.checkpoints import DamagedCheckpoint, parse_marker
@@ -18,6 +19,7 @@ from perceiver.config.core import digest
 from perceiver.data import spans, storage
 from perceiver.data.manifest import DamagedData, Manifest
 from perceiver.evaluations import Evaluation
+from perceiver.interop.pretrained import read_lightning, read_tensors
 from ray_jobs import preprocess
 from ray_jobs.submit import read_environment
 from tests.support import preparing
@@ -155,6 +157,18 @@ def test_examples_that_claim_more_than_there_is_are_refused(tmp_path):
         archive.writestr("loss.npy", header.getvalue())
     with pytest.raises(UserError, match="e.npz is damaged"):
         Evaluation(tmp_path / "e.json", 1, "", False, {}).examples()
+
+
+@pytest.mark.parametrize("name", ["weights.bin", "model.ckpt"])
+def test_weights_that_unpack_to_more_than_they_are_are_not_loaded(name, tmp_path):
+    path = tmp_path / name
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", b"\x80\x02}.")
+        archive.writestr("archive/data/0", ENDLESS)
+    with pytest.raises(UserError, match="is not loaded: it unpacks from .* to 25,165,8.. bytes"):
+        (read_lightning if name.endswith("ckpt") else read_tensors)(path)
+    torch.save({"weight": torch.zeros(300_000)}, path)
+    assert name.endswith("ckpt") or read_tensors(path)["weight"].numel() == 300_000
 
 
 @pytest.mark.parametrize(
