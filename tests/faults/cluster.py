@@ -17,7 +17,7 @@ from tests.support.jobs import Job
 
 EVERY = 0.5
 """Seconds between two looks."""
-OWN = ("PlacementGroupCleaner", "_StatsActor", "StatsManager", "DatasetStats")
+OWN = ("PlacementGroupCleaner", "_AutoscalingCoordinatorActor", "_StatsActor", "StatsManager", "DatasetStats")
 """Actors by which Ray keeps account of a cluster, not of a run."""
 
 
