@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from zipfile import BadZipFile
+from zipfile import BadZipFile, ZipFile
 
 from perceiver.checkpoints import checkpoint_step
 from perceiver.config import UserError
@@ -15,6 +15,9 @@ from perceiver.runs import Run
 
 if TYPE_CHECKING:
     import numpy as np
+
+MOST_BYTES = 8 << 30
+"""Of the examples of an evaluation: more than that is no such file, but made to fill the memory."""
 
 
 @dataclass(frozen=True)
@@ -49,11 +52,15 @@ class Evaluation:
         path = examples_file(self.path)
 
         try:
+            with ZipFile(path) as archive:
+                size = sum(member.file_size for member in archive.infolist())
+            if size > MOST_BYTES:
+                raise ValueError(f"it unpacks to {size:,} bytes")
             with np.load(path, allow_pickle=False) as arrays:
                 parts: dict[str, list[np.ndarray]] = {}
                 for name in sorted(arrays.files):
                     parts.setdefault(name.partition("/")[0], []).append(arrays[name].astype(np.float64))
-        except (OSError, ValueError, EOFError, KeyError, BadZipFile) as error:
+        except (OSError, ValueError, EOFError, KeyError, MemoryError, BadZipFile) as error:
             raise UserError(f"{path} is damaged ({error}): evaluate the run again") from None
         found = {name: np.concatenate(values) for name, values in parts.items()}
         if not {"loss", "targets"} <= found.keys() or len({value.shape for value in found.values()}) > 1:

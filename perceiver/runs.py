@@ -176,6 +176,11 @@ class Run:
         return self.folder / "not-finite.json"
 
     @property
+    def spikes_file(self) -> Path:
+        """Spikes of the loss, each with the rows that were left out."""
+        return self.folder / "spikes.json"
+
+    @property
     def labels_file(self) -> Path:
         """Tags and a note that a person gave it."""
         return self.folder / "labels.json"
@@ -183,7 +188,7 @@ class Run:
     @property
     def own_names(self) -> tuple[str, ...]:
         """Patterns of the names in its folder that this package gives, and nobody else."""
-        files = (self.log_file, self.not_finite_file, self.labels_file, *self.tokenizer_files, self.ray_folder)
+        files = (self.log_file, self.not_finite_file, self.spikes_file, self.labels_file, *self.tokenizer_files, self.ray_folder)
         others = (self.trackers_file, self.trackers_folder, self.profile_folder)
         folders = (CHECKPOINTS, CODE, f"{CODE}-before-*", EVALUATIONS, *RECORD_FOLDERS)
         return (*RECORDS, *folders, CURVE, _LOCK, *(path.name for path in (*files, *others)))

@@ -4,6 +4,7 @@ that have something to say (`logging.getLogger(__name__)`).
 
 from __future__ import annotations
 
+import errno
 import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -62,7 +63,12 @@ def send_progress(send: Callable[[tuple[int, str]], None]) -> None:
 
 class _Terminal(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        print(self.format(record), file=sys.stdout, flush=True)
+        try:
+            print(self.format(record), file=sys.stdout, flush=True)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+                raise
+            # Output goes to a file on a disk that is full: what it says is no reason to end what it is about. Python tries it again.
 
 
 class _Sender(logging.Handler):

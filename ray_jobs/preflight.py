@@ -50,6 +50,8 @@ def check_experiment(experiment: Experiment) -> None:
         mixture_sources(experiment.data)
     check_best_metric(experiment, task)
     check_balance(experiment, task)
+    for number, callback in enumerate(experiment.callbacks):
+        callback.check_metrics(f"callbacks.{number}.", metric_names(experiment, task))
     check_model(experiment.model)
     task.check()
     if experiment.optim.groups:
@@ -89,13 +91,18 @@ def check_balance(experiment: Experiment, task: Task) -> None:
         raise UserError(f"--data.balance is {experiment.data.balance}, but {experiment.preset} has no one class for each row: leave it out")
 
 
-def check_best_metric(experiment: Experiment, task: Task) -> None:
-    """Raises UserError where run.best-metric is nothing that the task measures."""
+def metric_names(experiment: Experiment, task: Task) -> list[str]:
+    """The metrics that validations give."""
     sources = [source.name for source in mixture_sources(experiment.data)] if experiment.data.mixture else []
     names = [f"val_{name}" for name in task.metric_directions]
     if experiment.optim.ema_decay is not None:
         names += [averaged_metric(name) for name in names]
-    names += [f"{name}/{source}" for name in names for source in sources]
+    return names + [f"{name}/{source}" for name in names for source in sources]
+
+
+def check_best_metric(experiment: Experiment, task: Task) -> None:
+    """Raises UserError where run.best-metric is nothing that the task measures."""
+    names = metric_names(experiment, task)
     metric = experiment.run.best_metric
     if metric not in names:
         raise UserError(f"run.best-metric is {metric!r} and must be one of {', '.join(names)}{nearest(metric, names)}")

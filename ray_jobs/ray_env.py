@@ -13,6 +13,7 @@ from typing import Any
 import ray
 
 from perceiver.config import ParallelConfig, UserError
+from ray_jobs.ray_sessions import mark, remove_old
 
 VARIABLES = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # no second copy of workers' prints
@@ -71,6 +72,9 @@ def connect(parallel: ParallelConfig, dashboard: bool = False) -> Iterator[None]
             raise UserError(f"Ray could not be started on this machine (is it overloaded?): {str(error).splitlines()[0]}") from error
         finally:
             del os.environ[PORT]
+        session = Path(ray._private.worker._global_node.get_session_dir_path())
+        mark(session)
+        remove_old(session.parent)
     try:
         yield
     finally:

@@ -19,6 +19,7 @@ import aiohttp
 import requests
 import yaml
 from ray.job_submission import JobStatus, JobSubmissionClient
+from ray.runtime_env import RuntimeEnv
 from ray.util.state import list_nodes
 
 from perceiver.config import Experiment, UserError, nearest
@@ -31,6 +32,8 @@ from ray_jobs.seeds import parse_seeds, take_seeds
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 """Where the dashboard of a cluster is, here or through an SSH tunnel."""
+MOST_YAML = 1 << 20
+"""Most bytes of a file with a runtime environment."""
 NO_FIELDS = ("--allow-changed-code", "--verbose", "--quiet")
 """Arguments of a training that are no fields of an experiment."""
 STOPPED = 130
@@ -104,13 +107,40 @@ def read_environment(path: Path | None, working_dir: str) -> dict:
     """The job's runtime environment.
 
     Raises:
-        UserError: there is no such file or folder.
+        UserError: there is no such file or folder, or the file holds no runtime environment.
     """
     if not Path(working_dir).is_dir():
         raise UserError(f"--working-dir {working_dir} is no folder")
     if path is not None and not path.is_file():
         raise UserError(f"--runtime-env {path} is no file; cluster/runtime_env.yaml is one")
-    return {**(yaml.safe_load(path.read_text()) if path else {}), "working_dir": working_dir}
+    return {**(_environment(path) if path else {}), "working_dir": working_dir}
+
+
+def _environment(path: Path) -> dict:
+    """The content of a file that is a runtime environment, as Ray checks it."""
+    what = f"--runtime-env {path} holds no runtime environment"
+    if (size := path.stat().st_size) > MOST_YAML:
+        raise UserError(f"{what}: it has {size:,} bytes")
+    try:
+        text = path.read_text()
+        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):  # a few lines of them unpack to gigabytes
+            raise UserError(f"{what}: write out what it repeats by an alias (*NAME)")
+        content = yaml.safe_load(text)
+    except (yaml.YAMLError, UnicodeDecodeError, OSError, ValueError, RecursionError) as error:
+        line = getattr(getattr(error, "problem_mark", None), "line", None)
+        place = "" if line is None else f" in line {line + 1}"
+        raise UserError(f"{what}: it is no YAML{place}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise UserError(f"{what}: it is a {type(content).__name__} and must be a mapping of fields (pip: [...], env_vars: {{...}})")
+    if unknown := next((name for name in content if name not in RuntimeEnv.known_fields), None):
+        raise UserError(f"{what}: {unknown!r} is no field of one{nearest(str(unknown), RuntimeEnv.known_fields)}")
+    try:
+        RuntimeEnv(**content)
+    except Exception as error:  # Ray's checks raise what comes, also AttributeError
+        raise UserError(f"{what}: {(str(error).strip() or type(error).__name__).splitlines()[0]}") from None
+    return content
 
 
 def connect(address: str | None) -> JobSubmissionClient:

@@ -126,6 +126,17 @@ class CallbackConfig(Config):
         """
         return self
 
+    def check_metrics(self, where: str, names: Sequence[str]) -> None:
+        """Checks the metrics that it names before a training starts.
+
+        Args:
+            where: its place, as its fields are typed ("callbacks.0.").
+            names: all that validations of the training give (val_loss, ...).
+
+        Raises:
+            UserError: it names another.
+        """
+
 
 class DataConfig(Config):
     """Where the data comes from, how it is prepared, and how it is shuffled."""
@@ -229,6 +240,13 @@ class TrainingConfig(Config):
     skip_not_finite: int = 0
     """Number of steps with a loss or gradient that is NaN or infinite that may be skipped before the run ends; 0: the first ends it.
     Any other number costs a wait for the device at every step."""
+    on_spike: Literal["ignore", "skip", "rollback"] = "ignore"
+    """What a step does whose loss is far above the usual, or not finite: skip: its update is left out; rollback: the weights return to
+    those of the last good checkpoint, and the rows since are left out. Both cost a wait for the device at every step."""
+    spike_deviations: float = 8.0
+    """A spike is a loss above the median of the last 100 steps by this number of standard deviations (by their median deviation)."""
+    max_spikes: int = 10
+    """Number of spikes that are answered so before the run ends."""
     init_from: str | None = None
     """Start from the whole model of a run (its folder or name) or of other weights (a folder, a file, a name on the hub)."""
     init_encoder_from: str | None = None
@@ -252,6 +270,15 @@ class TrainingConfig(Config):
             raise UserError(f"{where}max-steps and {where}max-epochs are both None: set one of them")
         if self.skip_not_finite < 0:
             raise UserError(f"{spelled(where)}skip-not-finite is {self.skip_not_finite} and must not be negative")
+        if self.skip_not_finite and self.on_spike != "ignore":
+            raise UserError(
+                f"--{spelled(where)}skip-not-finite is {self.skip_not_finite} and --{spelled(where)}on-spike is {self.on_spike}: "
+                "a loss that is not finite is a spike, so leave out skip-not-finite"
+            )
+        if not self.spike_deviations > 0:
+            raise UserError(f"--{spelled(where)}spike-deviations is {self.spike_deviations} and must be above 0")
+        if self.max_spikes < 0:
+            raise UserError(f"--{spelled(where)}max-spikes is {self.max_spikes} and must not be negative")
         if self.seed < 0:
             raise UserError(f"{where}seed is {self.seed} and must not be negative")
 

@@ -20,7 +20,7 @@ from perceiver.data.read_images import image_shape
 from perceiver.data.read_tables import array_rows, column_tables, csv_rows, is_json_array
 from perceiver.data.read_tars import tar_pictures
 from perceiver.data.sources import Source
-from perceiver.data.spans import Problems, Span, Unreadable, chunks
+from perceiver.data.spans import Problems, Span, Unreadable, whole
 from perceiver.data.storage import open_folder
 from perceiver.data.tables import BadLabel, label_text, tag_values
 
@@ -97,7 +97,7 @@ def _labels(file: InputFile, column: str) -> Iterator[Any]:
     elif file.format == "idx":
         assert file.labels_path is not None
         beside = InputFile(path=file.labels_path, name=file.name, format="idx", size=0)
-        yield from parse_idx(b"".join(chunks(Span(beside, 0, 0), 0)), 1, file.name).tolist()
+        yield from parse_idx(whole(Span(beside, 0, 0)), 1, file.name).tolist()
     elif file.format == "csv":
         yield from (row[column] for _, row in csv_rows(span, [column], nothing))
     elif file.format in ("parquet", "arrow"):

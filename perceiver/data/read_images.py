@@ -19,6 +19,7 @@ from perceiver.data.spans import (
     Span,
     Unreadable,
     chunks,
+    whole,
 )
 from perceiver.data.storage import open_folder
 from perceiver.data.tables import BadLabel, Columns, NoGroup, group_of, groups_of, label_of, labels_of
@@ -60,7 +61,7 @@ def _read_idx(span: Span, columns: Columns, problems: Problems) -> Iterator[Imag
     for path, ndim in ((file.path, 3), (file.labels_path, 1)):
         name = file.name if path == file.path else f"{file.name.rpartition('/')[0]}/{path.rpartition('/')[2]}".lstrip("/")
         one = InputFile(path=path, name=name, format="idx", size=0)
-        data = b"".join(chunks(Span(one, 0, 0), 0))
+        data = whole(Span(one, 0, 0))
         try:
             parts.append(parse_idx(data, ndim, name))
         except UserError as error:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from perceiver.data.midi import NotMidi, read_midi
-from perceiver.data.spans import Problems, Span, Unreadable, chunks
+from perceiver.data.spans import Problems, Span, Unreadable, whole
 
 
 def read_performance(span: Span, problems: Problems) -> Iterator[np.ndarray]:
@@ -18,7 +18,7 @@ def read_performance(span: Span, problems: Problems) -> Iterator[np.ndarray]:
     """
     file = span.input_file
     try:
-        yield read_midi(b"".join(chunks(span, 0)))
+        yield read_midi(whole(span))
     except NotMidi as error:
         problems.report(error.reason, f"{file.name} {error}")
     except Unreadable as error:

@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 
 from perceiver.data.files import PACKINGS, InputFile
-from perceiver.data.spans import Problems, Span, Unreadable, chunks
+from perceiver.data.spans import Problems, Span, Unreadable, check_record, chunks
 from perceiver.data.storage import open_folder
 from perceiver.data.tables import MAX_ROWS, NotJson, parquet_tables, parse_json
 
@@ -82,6 +82,7 @@ def _lines(span: Span, problems: Problems) -> Iterator[str]:
         *full, rest = data.split(b"\n")
         if not full:
             carry += rest
+            check_record(span.file.name, len(carry))
             continue
         yield (carry + full[0] + b"\n").decode(errors="surrogateescape")
         for line in full[1:]:
@@ -157,6 +158,7 @@ def array_rows(span: Span, problems: Problems) -> Iterator[tuple[int, Any]]:
                 yield number, value
                 number, expected, position = number + 1, ", or ]", stop
             buffer = buffer[position:]
+            check_record(name, len(buffer))
             wanted = 2 * len(buffer)
         if expected != "end":
             raise NotJson("the array does not end")

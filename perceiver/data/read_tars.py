@@ -7,6 +7,7 @@ import tarfile
 from collections.abc import Iterator
 from typing import Any
 
+from perceiver.data import spans
 from perceiver.data.files import InputFile, format_of
 from perceiver.data.spans import Unreadable
 from perceiver.data.storage import open_folder
@@ -44,7 +45,7 @@ def _label(content: bytes, ending: str, label_column: str, before: Any) -> Any:
         return text
     try:
         fields = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return before
     return fields.get(label_column, before) if isinstance(fields, dict) else before
 
@@ -54,6 +55,9 @@ def _members(file: InputFile) -> Iterator[tuple[str, bytes]]:
     try:
         with filesystem.open_input_stream(path) as source, tarfile.open(fileobj=source, mode="r|") as archive:
             for member in archive:
+                if member.size > spans.MOST_RECORD:
+                    most = f"{spans.MOST_RECORD >> 20:,} MiB"
+                    raise Unreadable("too large", f"{file.name} has a member {member.name!r} of {member.size:,} bytes, more than {most}")
                 content = archive.extractfile(member) if member.isfile() else None
                 if content is not None:
                     yield member.name, content.read()

@@ -27,6 +27,10 @@ SECTION = 1 << 16
 """Plain text files are cut at line ends into sections of about this size in bytes, the units of holding out validation."""
 SLAB = 8 << 20
 """Bytes read at once: what bounds a task's memory, whatever the size of a file."""
+MOST_RECORD = 256 << 20
+"""Most bytes of one row, and of a member of an archive: a packed file of some MiB may unpack to any number of them."""
+MOST_WHOLE = 4 << 30
+"""Most bytes of a file that is read as a whole."""
 _ARTICLE = re.compile(rb"\n ?\n(?= = (?!=)[^\n]*(?<!=) = \n)")
 """The end of the blank line before an article's title, ` = Title = `, in WikiText."""
 _LOOKBACK = 4096
@@ -210,9 +214,33 @@ def byte_runs(span: Span, problems: Problems, borders: Callable[[bytes, int], li
                 begun = True
             previous = cut
         carry = buffer[previous:]
+        check_record(span.file.name, len(carry))
         base += previous
     if begun and carry:
         yield base, carry, True
+
+
+def check_record(name: str, size: int) -> None:
+    """Raises Unreadable where a row of a file has no end within `MOST_RECORD`."""
+    if size > MOST_RECORD:
+        most = f"{MOST_RECORD >> 20:,} MiB"
+        raise Unreadable("endless row", f"{name} has a row of more than {most}: it is no file of rows, or made to fill the memory")
+
+
+def whole(span: Span) -> bytes:
+    """All bytes of a file, unpacked.
+
+    Raises:
+        Unreadable: the file is missing, truncated or corrupt, or has more than `MOST_WHOLE`.
+    """
+    parts, size = [], 0
+    for part in chunks(span, 0):
+        parts.append(part)
+        size += len(part)
+        if size > MOST_WHOLE:
+            most = f"{MOST_WHOLE / 2**30:.3g} GiB"
+            raise Unreadable("too large", f"{span.file.name} unpacks to more than {most}, which is not read at once")
+    return b"".join(parts)
 
 
 def line_borders(span: Span) -> Callable[[bytes, int], list[int]]:

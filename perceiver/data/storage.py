@@ -3,20 +3,52 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import lru_cache
+from contextlib import contextmanager, suppress
+from functools import lru_cache, wraps
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Concatenate, ParamSpec, TypeVar
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 
+from perceiver.config import UserError
 from perceiver.disk import whole_file
+
+logger = logging.getLogger(__name__)
 
 RETRY_SECONDS = 30
 """How long an object store is asked again that does not answer."""
+PAUSES = (0.5, 1.0, 2.0, 4.0)
+"""Seconds before an object store of fsspec's is asked once more. Those of pyarrow do so by themselves."""
+LASTING = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
+"""Errors that come again."""
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def patient(function: Callable[Concatenate[str | Path, P], R]) -> Callable[Concatenate[str | Path, P], R]:
+    """A function of a folder that is called again where an object store fails for a moment."""
+
+    @wraps(function)
+    def patiently(folder: str | Path, *args: P.args, **kwargs: P.kwargs) -> R:
+        stores = [place for place in (folder, *args) if isinstance(place, (str, Path)) and "://" in str(place)]
+        for pause in PAUSES if stores else ():
+            try:
+                return function(folder, *args, **kwargs)
+            except LASTING:
+                raise
+            except OSError as error:
+                if not any(isinstance(open_folder(place)[0], pafs.PyFileSystem) for place in stores):
+                    raise
+                logger.debug("%s of %s is tried again in %g s: %s", function.__name__, folder, pause, error)
+                time.sleep(pause)
+        return function(folder, *args, **kwargs)
+
+    return patiently
 
 
 @lru_cache(maxsize=64)
@@ -47,23 +79,27 @@ def atomic_file(folder: str | Path, name: str) -> Iterator[BinaryIO]:
     filesystem, path = open_folder(folder)
     filesystem.create_dir(path, recursive=True)
     if not isinstance(filesystem, pafs.LocalFileSystem):
+        stream = filesystem.open_output_stream(f"{path}/{name}")
         try:
-            with filesystem.open_output_stream(f"{path}/{name}") as file:
+            with stream as file:
                 yield file
         except BaseException:
-            filesystem.delete_file(f"{path}/{name}")  # closing the stream made an object of what there was
+            with suppress(OSError):  # the error that is raised says more
+                filesystem.delete_file(f"{path}/{name}")  # closing the stream made an object of what there was
             raise
         return
     with whole_file(Path(path) / name) as file:
         yield file
 
 
+@patient
 def write_file(folder: str | Path, name: str, content: bytes | Callable[[BinaryIO], Any]) -> None:
     """Writes a file at once as a whole."""
     with atomic_file(folder, name) as file:
         file.write(content) if isinstance(content, bytes) else content(file)
 
 
+@patient
 def read_file(folder: str | Path, name: str) -> bytes:
     """A whole file of a folder. Raises FileNotFoundError."""
     filesystem, path = open_folder(folder)
@@ -71,6 +107,7 @@ def read_file(folder: str | Path, name: str) -> bytes:
         return file.read()
 
 
+@patient
 def list_folder(folder: str | Path) -> dict[str, int]:
     """Names and sizes of the files that lie directly in a folder; none if it does not exist."""
     filesystem, path = open_folder(folder)
@@ -78,13 +115,23 @@ def list_folder(folder: str | Path) -> dict[str, int]:
     return {info.base_name: info.size for info in infos if info.type == pafs.FileType.File}
 
 
+@patient
 def list_tree(folder: str | Path) -> dict[str, int]:
-    """Paths relative to a folder and sizes of all files in it and below it; none if it does not exist."""
+    """Paths relative to a folder and sizes of all files in it and below it; none if it does not exist.
+
+    Raises:
+        UserError: a name leads out of the folder.
+    """
     filesystem, path = open_folder(folder)
     infos = filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True, recursive=True))
-    return {info.path[len(path) :].lstrip("/"): info.size for info in infos if info.type == pafs.FileType.File}
+    found = {info.path[len(path) :].lstrip("/"): info.size for info in infos if info.type == pafs.FileType.File}
+    for name in found:  # of an object store, in which any text is a name
+        if ".." in name.split("/"):
+            raise UserError(f"{folder} holds a file named {name!r}, which would lie outside of it: it is not read")
+    return found
 
 
+@patient
 def copy_file(source: str | Path, name: str, target: str | Path) -> None:
     """Copies a file of one folder into another, where it appears whole."""
     filesystem, path = open_folder(source)
@@ -93,6 +140,7 @@ def copy_file(source: str | Path, name: str, target: str | Path) -> None:
             copy.write(part)
 
 
+@patient
 def file_hash(folder: str | Path, name: str) -> tuple[int, str]:
     """Size and sha256 of a file of a folder."""
     filesystem, path = open_folder(folder)
@@ -104,6 +152,7 @@ def file_hash(folder: str | Path, name: str) -> tuple[int, str]:
     return size, result.hexdigest()
 
 
+@patient
 def read_range(folder: str | Path, name: str, start: int, stop: int) -> bytes:
     """The bytes start .. stop - 1 of a file of a folder."""
     filesystem, path = open_folder(folder)

@@ -31,6 +31,7 @@ from torch import Tensor
 from perceiver.config import ModelConfig, UserError, flatten, load_tree, to_dict, type_name
 from perceiver.config.core import is_builtin
 from perceiver.interop import reference, transformers
+from perceiver.interop.archives import check_unpacked
 from perceiver.models import PerceiverARConfig, build_model, check_model
 
 CONFIG = "config.json"
@@ -283,6 +284,7 @@ def _tensors(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         except (OSError, SafetensorError) as error:
             raise UserError(f"{path} is no safetensors file, or a damaged one ({_first_line(error)})") from None
+    check_unpacked(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
@@ -335,6 +337,7 @@ def read_lightning(path: Path) -> Pretrained:
     Raises:
         UserError: not such a file, or one that must not be loaded.
     """
+    check_unpacked(path)
     try:
         unknown = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
     except Exception as error:  # what a damaged pickle makes its reader raise can be anything

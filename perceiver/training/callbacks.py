@@ -23,10 +23,11 @@ Experiment(..., callbacks=(WeightNorm(every=50),))
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from perceiver.config import CallbackConfig, Experiment, UserError, spelled
+from perceiver.config import CallbackConfig, Experiment, UserError, nearest, spelled
 from perceiver.config.core import check_positive
 from perceiver.config.optimization import raw_metric
 
@@ -175,6 +176,12 @@ class EarlyStop(CallbackConfig):
             raise UserError(f"{where}threshold is {self.threshold} and must not be negative")
         if self.min_steps < 0:
             raise UserError(f"{spelled(where)}min-steps is {self.min_steps} and must not be negative")
+
+    def check_metrics(self, where: str, names: Sequence[str]) -> None:
+        if self.metric and self.metric not in names:
+            raise UserError(
+                f"--{spelled(where)}metric is {self.metric!r} and must be one of {', '.join(names)}{nearest(self.metric, names)}"
+            )
 
     def build(self) -> Callback:
         return _EarlyStop(self)

@@ -126,15 +126,37 @@ class Checkpointer:
             name = self._first_of_all(self._newest() if self.rank == 0 else None)
             if name is None:
                 return None
-            loaded, damage = self._try(name, state)
-            if damage is None:
-                assert loaded is not None
+            loaded = self._load_or_set_aside(name, state)
+            if loaded is not None:
                 best = best_first(self._complete(), self.best_metric)[: self.keep_best] if self.rank == 0 else []
                 self._best = self._first_of_all([checkpoint.metrics[self.best_metric] for checkpoint in best])
                 return loaded
-            kept = self._first_of_all(self._set_aside(name) if self.rank == 0 else None)
-            if self.rank == 0:
-                logger.warning("checkpoint %s is damaged and set aside as %s: %s", name, kept, damage)
+
+    def go_back(self, state: TrainState, before: int) -> CheckpointInfo | None:
+        """Loads the newest checkpoint that is whole and of step `before` or an earlier one; of none such, the oldest. Called by all
+        workers.
+
+        None: there is no checkpoint at all. Those that are damaged are set aside.
+        """
+        self._finish()
+        while True:
+            if self.remote is not None:
+                self.remote.fetch(None)
+            name = None
+            if self.rank == 0 and (there := [c for c in self._complete() if c.step < state.step]):
+                name = next((c for c in reversed(there) if c.step <= before), there[0]).path.name
+            name = self._first_of_all(name)
+            if name is None or (loaded := self._load_or_set_aside(name, state)) is not None:
+                return None if name is None else loaded
+
+    def _load_or_set_aside(self, name: str, state: TrainState) -> CheckpointInfo | None:
+        loaded, damage = self._try(name, state)
+        if damage is None:
+            return loaded
+        kept = self._first_of_all(self._set_aside(name) if self.rank == 0 else None)
+        if self.rank == 0:
+            logger.warning("checkpoint %s is damaged and set aside as %s: %s", name, kept, damage)
+        return None
 
     def is_best(self, metrics: dict[str, float]) -> bool:
         """Whether a validation is among the best so far (the first of equal ones), which it then is. Called on all workers alike."""

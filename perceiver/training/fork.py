@@ -15,7 +15,7 @@ from perceiver.interop import comparison
 from perceiver.runs import Parent, Run
 from perceiver.training.checkpoint import TrainState, load_state
 from perceiver.training.checkpoint_files import check_files
-from perceiver.training.init_from import check_finite, check_tokenizer, forked_run
+from perceiver.training.init_from import check_finite, check_tokenizer, forked_checkpoint, forked_run
 
 AFRESH = "give --fork-weights-only to take the weights that fit and start optimizer, step and order afresh"
 LENGTH = frozenset({"training.max_steps", "training.max_epochs"})
@@ -105,7 +105,7 @@ def find_fork(experiment: Experiment, trust_code: bool = False) -> Fork | None:
     if not trust_code:
         run.check_trust(code)
     trained, data = run.load(trust_code, install_code=not code.is_imported)
-    return Fork(run, run.checkpoint(which, trained.run.best_metric), trained, data)
+    return Fork(run, forked_checkpoint(run, which, trained.run.best_metric, training.fork), trained, data)
 
 
 def resolved(experiment: Experiment, checkpoint: CheckpointInfo | None) -> Experiment:

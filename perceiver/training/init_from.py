@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.tensor import DTensor
 
-from perceiver.checkpoints import CheckpointInfo, read_marker
+from perceiver.checkpoints import CheckpointInfo, DamagedCheckpoint, read_marker
 from perceiver.config import Experiment, ModelConfig, UserError, differences
 from perceiver.config.optimization import averaged_of
 from perceiver.data.tokenizers import load_tokenizer
@@ -127,6 +127,7 @@ def _weights_of_fork(experiment: Experiment, shapes: Shapes, trust_code: bool) -
     """Those weights of the run that is forked which are of the same name and shape here."""
     assert experiment.training.fork is not None
     run, which = forked_run(experiment.training.fork, experiment.run.storage_path)
+    forked_checkpoint(run, which, run.load(trust_code)[0].run.best_metric, experiment.training.fork)
     origin, _, found, where = _find(str(run.folder), which, experiment, trust_code)
     fitting = {name for name, shape in shapes.items() if found.get(name) == tuple(shape)}
     if not fitting:
@@ -158,6 +159,20 @@ def forked_run(fork: str, storage: str) -> tuple[Run, str]:
     )
 
 
+def forked_checkpoint(run: Run, which: str, metric: str, fork: str) -> CheckpointInfo:
+    """The checkpoint of a run that `training.fork` names.
+
+    Raises:
+        UserError: there is none such; names the field, and those there are.
+    """
+    try:
+        return run.checkpoint(which, metric)
+    except DamagedCheckpoint:
+        raise
+    except UserError as error:
+        raise UserError(f"--fork is {fork!r}: {error}") from None
+
+
 def trust_start(experiment: Experiment) -> None:
     """Remembers that the user trusts the code of the run that the experiment starts from, if it does start from one."""
     training, storage = experiment.training, experiment.run.storage_path
@@ -179,7 +194,12 @@ def _find(source: str, which: str, experiment: Experiment, trust_code: bool) -> 
         trained, _ = run.load(trust_code, install_code=not code.is_imported)
         if averaged_of(which)[1]:
             raise UserError(f"--training.init-checkpoint is {which!r}: export averaged weights and start from that folder")
-        chosen = run.checkpoint(which, trained.run.best_metric)
+        try:
+            chosen = run.checkpoint(which, trained.run.best_metric)
+        except DamagedCheckpoint:
+            raise
+        except UserError as error:
+            raise UserError(f"--training.init-checkpoint is {which!r}: {error}") from None
         check_files(chosen.path)
         origin = f"run {run.name}, step {chosen.step:,}"
         check_tokenizer(origin, run, trained, experiment)

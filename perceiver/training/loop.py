@@ -23,6 +23,7 @@ from perceiver.training.parallel import World
 
 if TYPE_CHECKING:
     from perceiver.tasks.base import Task
+    from perceiver.training.spikes import Spikes
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,8 @@ class StepResult:
     """What callbacks on any worker have asked for, as all workers know at this step."""
     skipped: bool = False
     """Whether loss or gradient were not finite on any worker, and nothing was updated."""
+    spike: bool = False
+    """Whether the loss was far above the usual, and nothing was updated."""
 
 
 def fit(
@@ -58,6 +61,7 @@ def fit(
     skip: bool = False,
     layer_norms: Callable[[int], bool] = lambda step: False,
     rate: Callable[[int, int], float] | None = None,
+    spikes: Spikes | None = None,
 ) -> None:
     """Trains: one optimizer step per item of `batches`, which is the step's list of micro-batches.
 
@@ -71,6 +75,7 @@ def fit(
         rate: the learning rate by the step (from 0) and their number; None: as `optim` says.
         layer_norms: whether a step (from 1) is to have the norm of each layer's gradient. The same on all workers.
         skip: leave model and optimizer as they are where loss or gradient are not finite; all workers then wait for each step's end.
+        spikes: leave them as they are where it finds a spike, too.
     """
     parameters = [p for p in state.model.parameters() if p.requires_grad]
     max_norm = optim.max_grad_norm or float("inf")
@@ -94,13 +99,14 @@ def fit(
         norms = layer_grad_norms(state.model) if layer_norms(state.step + 1) else {}
         grad_norm = nn.utils.clip_grad_norm_(parameters, max_norm)
         skipped = skip and not _all_finite(loss_sum, grad_norm, world)
-        if not skipped:
+        spike = not skipped and spikes is not None and spikes.is_spike(loss_sum, targets, grad_norm)
+        if not skipped and not spike:
             state.optimizer.step()
             if state.average is not None and optim.ema_decay is not None:
                 update_average(state.average, state.model, optim.ema_decay, state.step)
         state.optimizer.zero_grad()
         state.step += 1
-        if after_step(StepResult(loss_sum, targets, sums, grad_norm, lr, norms, agreed.requests(), skipped)):
+        if after_step(StepResult(loss_sum, targets, sums, grad_norm, lr, norms, agreed.requests(), skipped, spike)):
             return
 
 

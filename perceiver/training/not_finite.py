@@ -42,6 +42,9 @@ class Finiteness:
         Raises:
             NotFinite: it was skipped, and is one too many.
         """
+        if result.spike:
+            self._losses = []  # an answer of its own was given
+            return
         if not result.skipped:
             self._losses.append(result.loss_sum)
             return

@@ -30,13 +30,14 @@ from perceiver.training.hooks import Callbacks, read_states
 from perceiver.training.init_from import find_start
 from perceiver.training.loop import Examples, StepResult, add_to, agree, fit, validate
 from perceiver.training.meters import Meter
-from perceiver.training.not_finite import Finiteness
+from perceiver.training.not_finite import Finiteness, NotFinite
 from perceiver.training.optim import build_optimizer, freeze
 from perceiver.training.parallel import World, build_sharded
 from perceiver.training.prefetch import HeadStart, Prefetch
 from perceiver.training.profiling import Profiler
 from perceiver.training.record import Recorder
 from perceiver.training.remote_copy import RemoteCopy
+from perceiver.training.spikes import SETTLED, LossSpikes, Spikes
 from perceiver.version import installed_version
 
 if TYPE_CHECKING:
@@ -116,6 +117,7 @@ class Training:
         """Why a callback has ended the training before its last step."""
         limit, order = experiment.training.skip_not_finite, self.train_feed.order
         self.finiteness = Finiteness(run_folder, order, world, limit, saved.get("skipped", []))
+        self.spikes = Spikes(run_folder, order, world, experiment.training, saved.get("spikes", {}))
         self.stop_step = self.state.step if self.stopped else min(self.total_steps, stop_at or self.total_steps)
         unit, per_example = task.throughput_unit()
         self.recorder = Recorder(run_folder, self.state.step, self.total_steps, unit, world.rank == 0)
@@ -130,6 +132,8 @@ class Training:
         self.val_metrics = resumed.metrics if resumed else {}
         """Of the last validation; of the checkpoint that this continues from, until there is one."""
         self._sums: dict[str, torch.Tensor] = {}
+        self._went_back = -1
+        """The last step at which the weights returned to a checkpoint: they are saved at once, as no other state leads to them."""
 
     def _begin(self) -> None:
         """Brings a fresh run to what it starts from: another run, or weights of others."""
@@ -151,6 +155,7 @@ class Training:
 
         Raises:
             NotFinite: the loss is not a number; on all workers alike.
+            LossSpikes: the loss has had too many spikes; on all workers alike.
             CallbackError: a callback of the experiment failed; maybe on this worker alone.
         """
         try:
@@ -161,6 +166,8 @@ class Training:
             metrics = self._finish()
         except BaseException as error:
             self.head_start.close()
+            if isinstance(error, (NotFinite, LossSpikes)):  # of all workers alike: what they are saving is good, and is waited for
+                self.checkpointer.close()
             self.callbacks.end(self.state.step, self.val_metrics, error)
             raise
         self.callbacks.end(self.state.step, self.val_metrics, None)
@@ -205,6 +212,7 @@ class Training:
                 experiment.optim, experiment.training.seed, self.task, self.state, batches, self.world, self.total_steps,
                 self._after_step, self.view.take_requests, experiment.training.skip_not_finite > 0,
                 lambda step: experiment.run.layer_grad_norms and step % experiment.run.log_every == 0,
+                spikes=self.spikes if self.spikes.active else None,
             )  # fmt: skip
         finally:
             batches.close()
@@ -215,6 +223,8 @@ class Training:
         self.finiteness.add(step, result)
         if result.skipped:
             self.recorder.say(f"step {step:,} is skipped: its loss or gradient was not finite")
+        elif result.spike:
+            self._answer_spike(step)
         else:
             add_to(self._sums, {"loss": result.loss_sum, "targets": result.targets.double() / self.world.size, **result.sums})
         requests = result.requests
@@ -222,9 +232,9 @@ class Training:
         if MEET in requests:
             self.callbacks.call("on_meeting", step)
         last = step == self.stop_step or STOP in requests
-        checkpoint = last or step % run.checkpoint_every == 0 or not requests.isdisjoint((PAUSE, SAVE))
+        checkpoint = last or step % run.checkpoint_every == 0 or self._went_back == step or not requests.isdisjoint((PAUSE, SAVE))
         validation = last or step % run.val_every == 0
-        if (checkpoint or validation or step % run.log_every == 0) and self._sums and not result.skipped:
+        if (checkpoint or validation or step % run.log_every == 0) and self._sums:
             self._log(result)
         measured: dict[str, float] = {}  # metrics go with the weights that they were measured on, and no others
         if validation:
@@ -245,18 +255,30 @@ class Training:
         self.checkpointer.poll()
         return not requests.isdisjoint((STOP, PAUSE))
 
+    def _answer_spike(self, step: int) -> None:
+        """Leaves out the step's update, or returns to a good checkpoint, from which training goes on with the rows of the next step."""
+        back_to = None
+        if self.spikes.goes_back:
+            back_to = self._apart(lambda: self.checkpointer.go_back(self.state, step - SETTLED))
+            self.state.step = step
+            self._went_back = -1 if back_to is None else step
+        self.recorder.say(self.spikes.add(step, None if back_to is None else back_to.step))
+
     def _more(self) -> dict[str, Any] | None:
         """What a checkpoint holds besides model and optimizer: why the training ended early, the states of callbacks."""
         states, skipped = self.callbacks.states(), self.finiteness.skipped
-        content = {"stopped": self.stopped, "callbacks": states, **({"skipped": skipped} if skipped else {})}
-        return content if states or self.stopped or skipped else None
+        parts = {"skipped": skipped, "spikes": self.spikes.state()}
+        content = {"stopped": self.stopped, "callbacks": states, **{name: part for name, part in parts.items() if part}}
+        return content if len(content) > 2 or states or self.stopped else None
 
     def _log(self, result: StepResult) -> None:
         norm = result.grad_norm
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        metrics = {**self._losses(), "lr": result.lr, "grad_norm": norm.item()}
-        metrics |= {f"grad_norm/{name}": value.item() for name, value in result.layer_norms.items()}
-        self.finiteness.check(self.state.step, metrics["loss"], metrics["grad_norm"])
+        metrics = {**self._losses(), "lr": result.lr}
+        if not result.skipped and not result.spike:  # else the norms are those of no update
+            metrics["grad_norm"] = norm.item()
+            metrics |= {f"grad_norm/{name}": value.item() for name, value in result.layer_norms.items()}
+        self.finiteness.check(self.state.step, metrics["loss"], metrics.get("grad_norm", 0.0))
         metrics |= self.meter.report(self.state.step)
         metrics["checkpoint_seconds"] = self.checkpointer.blocked_seconds
         self.recorder.metrics(self.state.step, metrics)

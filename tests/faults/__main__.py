@@ -18,13 +18,14 @@ from tests.faults.alone_causes import CAUSES
 from tests.faults.causes import FAULTS
 from tests.faults.disturb import disturb
 from tests.faults.outcome import ALONE, RAY, Outcome
+from tests.faults.preparations import PREPARATION as PREPARATION_ON_RAY
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
     parser.add_argument("--minutes", type=float, default=10, help="no further fault is caused after this time")
     parser.add_argument("--seed", type=int, default=0, help="of the order of faults and the steps they are caused at")
-    names = [fault.name for fault in (*FAULTS, *CAUSES)] + [PREPARATION, EXPORT]
+    names = [fault.name for fault in (*FAULTS, *CAUSES)] + [PREPARATION, EXPORT, PREPARATION_ON_RAY]
     parser.add_argument("--only", nargs="*", default=[], choices=names, help="these faults alone")
     parser.add_argument("--alone", action="store_true", help="faults of one process without Ray, many a minute, in place of runs on Ray")
     parser.add_argument("--home", type=Path, help="where the runs are; default: a temporary folder, removed in the end")

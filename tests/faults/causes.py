@@ -1,8 +1,9 @@
 """The faults: each is caused in a real run, by what it does to processes and files of that run alone."""
 
+from __future__ import annotations
+
 import os
 import random
-import resource
 import shutil
 import signal
 import time
@@ -10,10 +11,52 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.faults.mounts import read_only
+from perceiver.runs import Run
+from tests.faults.cluster import Cluster
+from tests.faults.mounts import fill, read_only
 from tests.support.jobs import Job
 
 WORKER, CONTROLLER, MAILBOX = "ray::RayTrainWorker", "ray::TrainController", "ray::_Mailbox"
+
+
+@dataclass
+class Place:
+    """Where a fault is caused: a command that trains, and the folder of its run."""
+
+    job: Job
+    cluster: Cluster | None
+    """The cluster that it has joined; None: it runs one of its own."""
+    run: Path
+    home: Path
+    rng: random.Random
+
+    def processes(self, part: str) -> list[int]:
+        """Processes of the run with a word in their command line, and those of its cluster."""
+        found = []
+        for pid in (self.cluster.job if self.cluster else self.job).pids(""):
+            try:
+                if part in (Path("/proc") / str(pid) / "cmdline").read_text().partition("\0")[0]:
+                    found.append(pid)
+            except OSError:
+                continue  # it ended meanwhile
+        return sorted(found)
+
+    def trouble(self, name: str) -> Path:
+        """A file that asks for trouble in a worker; see `troubles.py`."""
+        return self.home / "troubles" / name
+
+    def until(self, condition: Callable[[], bool], seconds: float, every: float = 0.1) -> bool:
+        """Waits for a condition, not longer than this; whether it came."""
+        end = time.monotonic() + seconds
+        while not condition():
+            if time.monotonic() > end or self.job.process.poll() is not None:
+                return False
+            time.sleep(every)
+        return True
+
+
+Cause = Callable[[Place], bool]
+"""Causes a fault; whether there was anything to do it to."""
 
 
 @dataclass(frozen=True)
@@ -27,27 +70,21 @@ class Fault:
         says: what the command's output must hold then.
         restarts: whether its workers are started again meanwhile.
         stopped: whether it is caused while the run is stopped, between two starts.
+        own: whether the command runs a cluster of its own, which is lost by it.
+        stored: whether the run is kept in an object store.
+        undo: puts right what was wrong when the command has ended.
     """
 
     name: str
     how: str
-    cause: Callable[[Job, Path, random.Random], bool]
+    cause: Cause
     status: int | None = None
     says: str = ""
     restarts: bool = False
     stopped: bool = False
-
-
-def processes(job: Job, part: str) -> list[int]:
-    """Processes of a job with a word in their command line."""
-    found = []
-    for pid in job.pids(""):
-        try:
-            if part in (Path("/proc") / str(pid) / "cmdline").read_text().partition("\0")[0]:
-                found.append(pid)
-        except OSError:
-            continue  # it ended meanwhile
-    return sorted(found)
+    own: bool = False
+    stored: bool = False
+    undo: Callable[[Place], None] = lambda place: None
 
 
 def send(pids: list[int], number: int) -> bool:
@@ -59,24 +96,24 @@ def send(pids: list[int], number: int) -> bool:
     return bool(pids)
 
 
-def kill_one(part: str) -> Callable[[Job, Path, random.Random], bool]:
-    return lambda job, run, rng: send(rng.sample(found, 1) if (found := processes(job, part)) else [], signal.SIGKILL)
+def kill_one(part: str) -> Cause:
+    return lambda place: send(place.rng.sample(found, 1) if (found := place.processes(part)) else [], signal.SIGKILL)
 
 
-def kill_all(part: str) -> Callable[[Job, Path, random.Random], bool]:
-    return lambda job, run, rng: send(processes(job, part), signal.SIGKILL)
+def kill_all(part: str) -> Cause:
+    return lambda place: send(place.processes(part), signal.SIGKILL)
 
 
-def stop_a_worker(job: Job, run: Path, rng: random.Random) -> bool:
-    return send(rng.sample(found, 1) if (found := processes(job, WORKER)) else [], signal.SIGSTOP)
+def stop_a_worker(place: Place) -> bool:
+    return send(place.rng.sample(found, 1) if (found := place.processes(WORKER)) else [], signal.SIGSTOP)
 
 
-def kill_data_tasks(job: Job, run: Path, rng: random.Random) -> bool:
+def kill_data_tasks(place: Place) -> bool:
     """Whatever process reads data, or waits to do so: those of Ray's workers that are no actor."""
-    return send([pid for pid in processes(job, "ray::") if _is_data(pid)], signal.SIGKILL)
+    return send([pid for pid in place.processes("ray::") if is_data(pid)], signal.SIGKILL)
 
 
-def _is_data(pid: int) -> bool:
+def is_data(pid: int) -> bool:
     try:
         title = (Path("/proc") / str(pid) / "cmdline").read_text()
     except OSError:
@@ -84,49 +121,68 @@ def _is_data(pid: int) -> bool:
     return title.startswith(("ray::IDLE", "ray::Map", "ray::_map", "ray::reduce"))
 
 
-def to_driver(number: int) -> Callable[[Job, Path, random.Random], bool]:
-    return lambda job, run, rng: send([job.process.pid], number)
+def to_driver(number: int) -> Cause:
+    return lambda place: send([place.job.process.pid], number)
 
 
-def fill_the_disk(job: Job, run: Path, rng: random.Random) -> bool:
-    """Lets the workers write no file beyond 4 KiB, until one has met it: what a full disk or a quota does to a checkpoint."""
-    workers = processes(job, WORKER)
-    for pid in workers:
-        resource.prlimit(pid, resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
-    end = time.monotonic() + 20
-    while processes(job, WORKER) == workers and time.monotonic() < end:
-        time.sleep(0.1)
-    for pid in processes(job, WORKER):
-        resource.prlimit(pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    return bool(workers)
+def fill_the_disk(place: Place) -> bool:
+    """The run's file system is full until a worker has met it: it then has no room for checkpoints, records and lines of progress."""
+    workers = place.processes(WORKER)
+    if not os.path.ismount(place.home) or not workers:
+        return False
+    path = fill(place.home)
+    place.until(lambda: place.processes(WORKER) != workers, 60)
+    path.unlink()
+    return True
 
 
-def fill_the_memory(job: Job, run: Path, rng: random.Random) -> bool:
-    """Lets one worker have no more memory than it has: what a full machine does to its next step."""
-    workers = processes(job, WORKER)
-    for pid in workers[:1]:
-        size = int((Path("/proc") / str(pid) / "statm").read_text().split()[0]) * resource.getpagesize()
-        resource.prlimit(pid, resource.RLIMIT_AS, (size, resource.RLIM_INFINITY))
-    return bool(workers)
+def order(name: str) -> Cause:
+    """Asks for trouble in one of the two workers."""
+
+    def cause(place: Place) -> bool:
+        place.trouble(f"{name}-{place.rng.randrange(2)}").touch()
+        return True
+
+    return cause
 
 
-def while_it_saves(job: Job, run: Path, rng: random.Random) -> bool:
+def no_more(name: str) -> Callable[[Place], None]:
+    def undo(place: Place) -> None:
+        for path in place.trouble(name).parent.glob(f"{name}*"):
+            path.unlink()
+
+    return undo
+
+
+def while_it_saves(place: Place) -> bool:
     """Ends a worker when a checkpoint's folder is there and its marker is not yet."""
-    end = time.monotonic() + 60
-    while time.monotonic() < end and job.process.poll() is None:
-        if any(not (path / "checkpoint.json").exists() for path in run.glob("checkpoints/step-*")):
-            return kill_one(WORKER)(job, run, rng)
-        time.sleep(0.005)
-    return False
+    return place.until(lambda: half_written(place.run), 60, every=0.003) and kill_one(WORKER)(place)
 
 
-def make_read_only(job: Job, run: Path, rng: random.Random) -> bool:
+def half_written(run: Path) -> bool:
+    return any(not (path / "checkpoint.json").exists() for path in run.glob("checkpoints/step-*"))
+
+
+def while_it_copies(place: Place) -> bool:
+    """Ends a worker when the store has a checkpoint's files and not yet its marker."""
+    return place.until(lambda: half_written(place.home / "store" / place.run.name), 60, every=0.003) and kill_one(WORKER)(place)
+
+
+def failing_store(place: Place) -> bool:
+    """The store is slow, and every third request fails, over two checkpoints."""
+    last = Run(place.run).last_step()
+    place.trouble("store").touch()
+    place.until(lambda: Run(place.run).last_step() >= last + 20, 120)
+    place.trouble("store").unlink()
+    return True
+
+
+def make_read_only(place: Place) -> bool:
     """Mounts the folder of checkpoints read-only until a worker has met it."""
-    workers = processes(job, WORKER)
-    with read_only(run / "checkpoints") as there:
-        end = time.monotonic() + 60
-        while there and processes(job, WORKER) == workers and time.monotonic() < end:
-            time.sleep(0.1)
+    workers = place.processes(WORKER)
+    with read_only(place.run / "checkpoints") as there:
+        if there and workers:
+            place.until(lambda: place.processes(WORKER) != workers, 60)
     return there and bool(workers)
 
 
@@ -135,14 +191,14 @@ def newest(run: Path) -> Path | None:
     return found[-1].parent if len(found) > 1 else None
 
 
-def damaged(change: Callable[[Path, random.Random], None]) -> Callable[[Job, Path, random.Random], bool]:
+def damaged(change: Callable[[Path, random.Random], None]) -> Cause:
     """Changes a file of the newest checkpoint, of several."""
 
-    def cause(job: Job, run: Path, rng: random.Random) -> bool:
-        checkpoint = newest(run)
+    def cause(place: Place) -> bool:
+        checkpoint = newest(place.run)
         if checkpoint is None:
             return False
-        change(rng.choice(sorted(checkpoint.glob("*.safetensors"))), rng)
+        change(place.rng.choice(sorted(checkpoint.glob("*.safetensors"))), place.rng)
         return True
 
     return cause
@@ -158,51 +214,56 @@ def flip_a_bit(path: Path, rng: random.Random) -> None:
     path.write_bytes(content)
 
 
-def forget_the_marker(job: Job, run: Path, rng: random.Random) -> bool:
-    checkpoint = newest(run)
+def forget_the_marker(place: Place) -> bool:
+    checkpoint = newest(place.run)
     if checkpoint is not None:
         (checkpoint / "checkpoint.json").write_text("{")
     return checkpoint is not None
 
 
-def cut_the_records(job: Job, run: Path, rng: random.Random) -> bool:
+def cut_the_records(place: Place) -> bool:
     """The last line half written, as a power cut leaves it."""
-    path = run / "metrics.jsonl"
+    path = place.run / "metrics.jsonl"
     os.truncate(path, path.stat().st_size - 7)
     return True
 
 
-def remove_rays_files(job: Job, run: Path, rng: random.Random) -> bool:
-    shutil.rmtree(run / "ray", ignore_errors=True)
+def remove_rays_files(place: Place) -> bool:
+    shutil.rmtree(place.run / "ray", ignore_errors=True)
     return True
 
 
-LOST = "the same command continues"
+def lose_the_machine(place: Place) -> bool:
+    shutil.rmtree(place.run)
+    return True
+
+
+LOST, SAVED, ASIDE = "the same command continues", "checkpoint saved; the same command continues", "is damaged and set aside"
+BETWEEN = "newest one, between two starts"
 FAULTS = [
     Fault("a worker killed", "SIGKILL", kill_one(WORKER), restarts=True),
     Fault("all workers killed", "SIGKILL", kill_all(WORKER), restarts=True),
     Fault("a worker killed while it saves", "SIGKILL, a checkpoint half written", while_it_saves, restarts=True),
-    Fault("memory of a worker full", "RLIMIT_AS", fill_the_memory, 2, "memory is full"),
-    Fault("checkpoints read-only", "folder mounted read-only", make_read_only, restarts=True),
+    Fault("a worker stopped", "SIGSTOP", stop_a_worker, says="has not answered for", restarts=True),
+    Fault("a worker stands", "sleeps in a step, --run.stall-minutes 0.75", order("stand"), says="has stood for", restarts=True),
+    Fault("loss of a worker NaN", "its model's output, until the run has ended", order("nan"), 2, "not-finite.json", undo=no_more("nan")),
+    Fault("memory of a worker full", "an allocation in its step", order("memory"), 2, "memory is full", undo=no_more("memory")),
     Fault("data tasks killed", "SIGKILL to every process that reads", kill_data_tasks),
     Fault("message actor killed", "SIGKILL", kill_all(MAILBOX)),
-    Fault("a worker stopped", "SIGSTOP", stop_a_worker, says="has not answered for", restarts=True),
-    Fault("disk full", "no file beyond 4 KiB in the workers (RLIMIT_FSIZE)", fill_the_disk, restarts=True),
+    Fault("disk full", "tmpfs of the run's folder full", fill_the_disk, restarts=True),
+    Fault("checkpoints read-only", "folder mounted read-only", make_read_only, restarts=True),
     Fault("controller killed", "SIGKILL", kill_all(CONTROLLER), 1, LOST),
     Fault("driver killed", "SIGKILL", to_driver(signal.SIGKILL), -signal.SIGKILL),
-    Fault("driver asked to end", "SIGTERM", to_driver(signal.SIGTERM), 130, "checkpoint saved; the same command continues"),
-    Fault("Ctrl-C", "SIGINT", to_driver(signal.SIGINT), 130, "checkpoint saved; the same command continues"),
-    Fault("raylet killed", "SIGKILL", kill_all("raylet"), 1, LOST),
-    Fault("gcs killed", "SIGKILL", kill_all("gcs_server"), 1, LOST),
-    Fault("checkpoint cut", "newest one, between two starts", damaged(cut), says="is damaged and set aside", stopped=True),
-    Fault(
-        "checkpoint with a flipped bit",
-        "newest one, between two starts",
-        damaged(flip_a_bit),
-        says="is damaged and set aside",
-        stopped=True,
-    ),
-    Fault("marker damaged", "newest checkpoint, between two starts", forget_the_marker, says="is damaged and set aside", stopped=True),
+    Fault("driver asked to end", "SIGTERM", to_driver(signal.SIGTERM), 130, SAVED),
+    Fault("Ctrl-C", "SIGINT", to_driver(signal.SIGINT), 130, SAVED),
+    Fault("raylet killed", "SIGKILL", kill_all("raylet"), 1, LOST, own=True),
+    Fault("gcs killed", "SIGKILL", kill_all("gcs_server"), 1, LOST, own=True),
+    Fault("checkpoint cut", BETWEEN, damaged(cut), says=ASIDE, stopped=True),
+    Fault("checkpoint with a flipped bit", BETWEEN, damaged(flip_a_bit), says=ASIDE, stopped=True),
+    Fault("marker damaged", BETWEEN, forget_the_marker, says=ASIDE, stopped=True),
     Fault("last record cut", "metrics.jsonl, between two starts", cut_the_records, stopped=True),
     Fault("Ray's files of the run removed", "between two starts", remove_rays_files, stopped=True),
+    Fault("a worker killed while it copies to a store", "SIGKILL, checkpoint half there", while_it_copies, restarts=True, stored=True),
+    Fault("store slow and failing", "50 ms more, every third request fails", failing_store, stored=True),
+    Fault("machine lost, run in a store", "local folder removed between two starts", lose_the_machine, stopped=True, stored=True),
 ]

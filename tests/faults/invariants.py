@@ -8,14 +8,17 @@ from tensorboard.backend.event_processing.event_file_loader import EventFileLoad
 
 from perceiver.checkpoints import list_checkpoints
 from perceiver.disk import is_locked
-from tests.support.jobs import Job, losses, weights
+from tests.support.jobs import losses, weights
 
 
-def broken(run: Path, plain: Path, jobs: list[Job], outputs: list[str]) -> list[str]:
-    """The invariants that do not hold of a run on Ray, each in a sentence; none: all hold."""
-    found = differing(run, plain)
-    if any(job.pids("") for job in jobs):
-        found.append("processes are left")
+def broken(run: Path, plain: Path, outputs: list[str], left: list[str]) -> list[str]:
+    """The invariants that do not hold of a run on Ray, each in a sentence; none: all hold.
+
+    Args:
+        outputs: of its commands.
+        left: what of it is left on its cluster.
+    """
+    found = [*differing(run, plain), *(f"{what} is left" for what in left)]
     if any("Traceback" in output for output in outputs):
         found.append("a traceback was printed")
     return found

@@ -1,6 +1,7 @@
 """Real runs under random faults, and a long one: what the harness checks holds, and what it checks with finds what does not."""
 
 import os
+from dataclasses import replace
 
 import pytest
 
@@ -8,6 +9,9 @@ from tests.faults.causes import FAULTS
 from tests.faults.disturb import disturb
 from tests.faults.outcome import Outcome
 from tests.faults.soak import Look, growing, look, soak, soak_alone
+from tests.faults.troubles import Troubles
+from tests.support.small import image_experiment, write_images
+from tests.training.test_not_finite import training_of
 
 SOAK_MINUTES = float(os.environ.get("PERCEIVER_SOAK_MINUTES", "30"))
 
@@ -38,6 +42,19 @@ def test_a_process_is_looked_at_and_one_that_has_ended_is_nothing():
     with open(__file__):
         assert look(os.getpid(), 0.0).files == own.files + 1
     assert own.memory > 10 and own.threads >= 1 and look(2**22, 0.0) is None
+
+
+@pytest.mark.parametrize("name, error", [("nan-0", "NotFinite: the loss became nan at step 1"), ("memory-0", "DefaultCPUAllocator")])
+def test_troubles_are_those_that_files_ask_for(name, error, tmp_path):
+    """A worker of the runs on Ray, in this process."""
+    write_images(tmp_path / "data")
+    experiment = replace(image_experiment(max_steps=3), callbacks=(Troubles(folder=str(tmp_path)),))
+    (tmp_path / "fast").touch()
+    training_of(experiment, tmp_path / "data", tmp_path / "well").run()
+    (tmp_path / name).touch()
+    with pytest.raises(Exception) as found:
+        training_of(experiment, tmp_path / "data", tmp_path / "badly").run()
+    assert error in f"{type(found.value).__name__}: {found.value}"
 
 
 def test_faults_have_names_of_their_own():

@@ -1,5 +1,6 @@
 """Where lines of progress go."""
 
+import errno
 import logging
 import re
 
@@ -48,3 +49,22 @@ def test_a_module_that_may_be_run_as_a_program_logs_under_its_own_name_all_the_s
     for path in [*(ROOT / "ray_jobs").glob("*.py"), *(ROOT / "tuning").glob("*.py")]:
         if "main_entry(main)" in (text := path.read_text()):
             assert "getLogger(__name__)" not in text, path
+
+
+def test_a_full_disk_under_the_terminals_output_ends_nothing(loggers, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    logs.show_progress([])
+    monkeypatch.setattr("builtins.print", full)
+    logging.getLogger("ray_jobs.train").info("a line")
+
+
+def test_a_reader_of_the_output_that_has_gone_is_heard_of(loggers, monkeypatch):
+    def gone(*args, **kwargs):
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    logs.show_progress([])
+    monkeypatch.setattr("builtins.print", gone)
+    with pytest.raises(BrokenPipeError):
+        logging.getLogger("ray_jobs.train").info("a line")

@@ -22,6 +22,7 @@ from perceiver.training.hooks import STATES, CallbackError
 from perceiver.training.parallel import join_world
 from perceiver.training.run import Training
 from ray_jobs.cli import parse_experiment
+from ray_jobs.preflight import check_experiment
 from tests.faults.invariants import board
 from tests.support.small import Call, heard, image_experiment
 from tests.training.test_training import run
@@ -374,3 +375,11 @@ def test_callbacks_are_no_part_of_a_runs_identity_and_survive_its_file():
     experiment = with_callbacks(EarlyStop(patience=5), Sum())
     assert experiment.identity == with_callbacks().identity
     assert from_dict(json.loads(json.dumps(to_dict(experiment)))) == experiment
+
+
+@pytest.mark.parametrize("metric, near", [("val_acccc", ", did you mean val_acc"), ("val_loss/books", ""), ("loss", "")])
+def test_a_misspelt_metric_of_an_early_stop_is_refused_before_anything_starts(metric, near):
+    experiment = with_callbacks(Divergence(), EarlyStop(metric=metric))
+    with pytest.raises(UserError, match=f"--callbacks.1.metric is {metric!r} and must be one of val_loss, val_acc{near}"):
+        check_experiment(experiment)
+    check_experiment(with_callbacks(EarlyStop(), EarlyStop(metric="val_acc")))
