@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from perceiver.config.core import Config, UserError, check_folder_name, check_positive, flatten, home, is_builtin, spelled, to_dict
 from perceiver.config.optimization import OptimConfig
@@ -93,7 +93,7 @@ class TaskConfig(Config):
         """The settings with their `measured` fields filled in from all rows of the training split."""
         return self
 
-    def counted(self, counts: Sequence[int]) -> TaskConfig:
+    def counted(self, counts: Sequence[float]) -> Self:
         """The settings with what follows from how often each class occurs in the training split, where rows have one."""
         return self
 

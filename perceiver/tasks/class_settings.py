@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import numpy as np
 
@@ -58,13 +58,13 @@ class ClassSettings(TaskConfig):
         if found is not None and len(found) != num_classes:
             raise UserError(f"--task.class-weights has {len(found)} numbers, but there are {num_classes} classes")
 
-    def counted(self, counts: Sequence[int]) -> TaskConfig:
+    def counted(self, counts: Sequence[float]) -> Self:
         if self.class_weights != (BALANCED,):
             return self
         return replace(self, measured_weights=balanced_weights(counts))
 
 
-def balanced_weights(counts: Sequence[int] | np.ndarray) -> tuple[float, ...]:
+def balanced_weights(counts: Sequence[float] | np.ndarray) -> tuple[float, ...]:
     """The weight of each class by which all count alike and the mean weight of a row is 1; 0 of one without rows."""
     rows = np.asarray(counts, np.float64)
     there = rows > 0

@@ -41,7 +41,7 @@ def measured(settings: Sequence[S], numbers: Sequence[int], model: ModelConfig, 
                 moments.add(flat(arrays, own.targets, block.num_rows))
     return [
         replace(
-            own.counted(target.mean) if own.loss == "classes" else own,
+            own.counted(target.mean.tolist()) if own.loss == "classes" else own,
             input_mean=tuple(value for moments in inputs for value in moments.mean.tolist()),
             input_scale=tuple(value for moments in inputs for value in moments.scale.tolist()),
             target_mean=tuple(target.mean.tolist()),

@@ -16,11 +16,12 @@ from perceiver.config import Experiment
 from perceiver.data.manifest import Manifest
 from perceiver.tasks import build_task
 from perceiver.training.average import begin_average
-from perceiver.training.batches import Prefetch, make_train_loader, read_here
+from perceiver.training.batches import make_train_loader, read_here
 from perceiver.training.fork import find_fork
 from perceiver.training.init_from import find_start
 from perceiver.training.loop import StepResult, fit
 from perceiver.training.parallel import World
+from perceiver.training.prefetch import Prefetch
 from perceiver.training.run import build_state
 
 DIVERGED = 4.0
