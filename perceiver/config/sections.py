@@ -174,7 +174,7 @@ class DataConfig(Config):
     """"bytes" (UTF-8, 262 ids), the path of a SentencePiece model or of a tokenizer.json (Hugging Face), or that of a model on the hub
     (hub:NAME or hub:NAME@REVISION)."""
     special_tokens: Literal["text", "tokens"] = "text"
-    """What the name of a special token in a text, such as [MASK] or <|im_end|>, is: text like any other; or that token, for texts that
+    """What the name of a special token in a text, such as [MASK] or `<|im_end|>`, is: text like any other; or that token, for texts that
     were written with them."""
     prepare: Literal["shards", "stream"] = "shards"
     """shards: all text becomes ids before the training; stream: training text does while training, and only the files' sizes are
