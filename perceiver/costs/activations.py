@@ -213,6 +213,7 @@ def _calls_encoder(config: PerceiverIOConfig, layout: Layout, num_inputs: int) -
     cross, heads = config.encoder_cross_attention(), encoder.num_cross_attention_heads
     depth = encoder.num_self_attention_layers_per_block
     latents, adapted = (e * batch * n for n in (config.num_latents * config.num_latent_channels, num_inputs * cross.kv_channels))
+    own = e * batch * config.input.adapting_numbers(num_inputs)
     factored = config.input.factorable and is_cheaper(config.num_latents * heads, cross, e)
     kept, extra, working = _attention(
         layout, config.encoder_self_attention(), encoder.num_self_attention_heads, (config.num_latents,) * 2,
@@ -232,7 +233,7 @@ def _calls_encoder(config: PerceiverIOConfig, layout: Layout, num_inputs: int) -
                 )  # fmt: skip
                 kept += adapted  # normed
             # The adapted input is there once for all layers.
-            held = latents if block else (0.0 if factored else adapted)
+            held = latents if block else own + (0.0 if factored else adapted)
             unit = 1 + depth if block and _second_cross(config) else 0
             calls.append(Call(unit=unit, held=held, saved=kept, extra=extra, working=working, trained=trained))
         first = 1 + depth + _second_cross(config) if block and not encoder.first_self_attention_block_shared else 1

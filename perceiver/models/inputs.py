@@ -69,6 +69,10 @@ class InputConfig(Config):
         """FLOPs of the adapter's own products for one example of `num_positions` positions."""
         return 0.0
 
+    def adapting_numbers(self, num_positions: int) -> int:
+        """Numbers that the adapter's products keep of such an example for the backward pass."""
+        return 0
+
     @property
     def factorable(self) -> bool:
         """Whether positions are few channels over a fixed grid, so that attention to them may be factored (exactly, and cheaper): the
@@ -168,6 +172,9 @@ class FlowInput(InputConfig):
 
     def adapting_flops(self, num_positions: int) -> float:
         return 2.0 * num_positions * 2 * self.num_patch_input_channels * self.num_patch_hidden_channels
+
+    def adapting_numbers(self, num_positions: int) -> int:
+        return num_positions * 2 * self.num_patch_input_channels
 
     def check(self, where: str) -> None:
         check_sizes(self, where)

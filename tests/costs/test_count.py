@@ -196,7 +196,7 @@ def preset_step(name: str, factored: bool = True) -> tuple[CountedStep, dict[str
         return CountedStep(model, lambda model, batch: (model(**batch).sum(), {}), batch), arguments
 
 
-OF_THE_DATA = ("tables", "img-clf", "txt-clf", "img-tags", "txt-tags")
+OF_THE_DATA = ("tables", "table-heads", "img-clf", "txt-clf", "img-tags", "txt-tags")
 """Presets whose sizes are those of a user's data."""
 FORMULAS = [name for name in PRESETS if name not in OF_THE_DATA and has_formulas(PRESETS[name]().model)]
 
