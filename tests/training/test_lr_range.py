@@ -37,6 +37,7 @@ def test_a_third_of_the_rate_with_the_lowest_loss_is_suggested():
     assert range_curve(rates, broken, RangeTest(rates, broken, True).smoothed, found.lowest, found.suggestion, "x").axes
 
 
+@pytest.mark.slow
 def test_a_test_ends_where_the_loss_runs_away_and_learns_on_the_way(images):
     made = image_experiment()
     without_dropout = replace(made.model, encoder=replace(made.model.encoder, dropout=0.0))

@@ -43,6 +43,7 @@ def test_a_profile_has_the_steps_that_were_asked_for_and_leaves_the_weights_what
     assert table[0] in lines
 
 
+@pytest.mark.slow
 def test_a_start_in_the_middle_of_the_steps_profiles_the_others(images, tmp_path):
     made, folder = with_run(profile="8..12"), Run(tmp_path).profile_folder
     train(made, images, tmp_path, kill_at=11)

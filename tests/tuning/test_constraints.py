@@ -11,6 +11,7 @@ from ray import tune
 from perceiver.config import UserError
 from perceiver.disk import write_json
 from ray_jobs.cli import parse_experiment
+from tests.support.small import text_experiment
 from tests.tuning.test_tuning import GOOD, folder  # noqa: F401
 from tuning import report, sweep, trial
 from tuning.constraints import Refused, check_constraints, costs, refuse
@@ -20,7 +21,7 @@ from tuning.trials import read_trials
 
 
 def test_costs_are_those_of_the_plan_and_grow_with_the_model():
-    small, large = (parse_experiment(["quickstart", "--model.num-latents", str(n)], "x") for n in (8, 64))
+    small, large = text_experiment(), replace(text_experiment(), model=replace(text_experiment().model, num_channels=32))
     found = costs(small, 100, True), costs(large, 100, True)
     assert all(found[1][name] > found[0][name] > 0 for name in ("parameters", "flops", "memory"))
     assert costs(small, 200, False)["flops"] == 2 * found[0]["flops"]
