@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -58,12 +59,10 @@ def pictures(source: Source, label_column: str, most: int = 36) -> list[tuple[st
     """Captions (class and file) and PNG files of some pictures; those that cannot be read are left out."""
     chosen = Chosen(most)
     for file in _spread(source.files, most):
-        try:
+        with suppress(Exception):  # whatever damage a file has, the page shows the others and the preparation names it
             for name, data, label in _pictures(file, label_column):
                 if chosen.wants(label) and (shown := _thumbnail(data)) is not None:
                     chosen.add(label, (name, shown))
-        except Exception:  # whatever damage a file has, the page shows the others and the preparation names it
-            continue
     return [(f"{label}: {name.rpartition('/')[2]}", shown) for label, (name, shown) in chosen.take()]
 
 
