@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import io
-import logging
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -18,8 +18,6 @@ from perceiver.data.spans import Span, chunks
 from perceiver.data.storage import open_folder
 from perceiver.data.survey import table_rows
 from perceiver.data.tables import label_text
-
-logger = logging.getLogger(__name__)
 
 SIDE = 112
 """Pixels of the longer side of a picture that is shown, at most."""
@@ -61,12 +59,10 @@ def pictures(source: Source, label_column: str, most: int = 36) -> list[tuple[st
     """Captions (class and file) and PNG files of some pictures; those that cannot be read are left out."""
     chosen = Chosen(most)
     for file in _spread(source.files, most):
-        try:
+        with suppress(Exception):  # whatever damage a file has, the page shows the others and the preparation names it
             for name, data, label in _pictures(file, label_column):
                 if chosen.wants(label) and (shown := _thumbnail(data)) is not None:
                     chosen.add(label, (name, shown))
-        except Exception as error:  # whatever damage a file has, the page shows the others and the preparation names it
-            logger.debug(f"{file.name} is not shown: {error}")
     return [(f"{label}: {name.rpartition('/')[2]}", shown) for label, (name, shown) in chosen.take()]
 
 
