@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import sys
 
@@ -21,3 +22,15 @@ def summary(documentation: str | None) -> str:
     if text.startswith("`"):
         text = text.partition(": ")[2]
     return text[:1].upper() + text[1:]
+
+
+def add_checkpoint_option(parser: argparse.ArgumentParser) -> None:
+    """Adds `--checkpoint`: which checkpoint of a run is used."""
+    text = "best (default), last, or a step; best:ema and so on are averaged weights"
+    parser.add_argument("--checkpoint", default="best", help=text)
+
+
+def add_trust_option(parser: argparse.ArgumentParser) -> None:
+    """Adds `--trust-code`, by which code that came with a run may be run."""
+    text = "run the code saved with the run although it has never been run from this account"
+    parser.add_argument("--trust-code", action="store_true", help=text)

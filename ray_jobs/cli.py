@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, TypeVar, get_type_hints
 from perceiver.config import CallbackConfig, Experiment, RunConfig, UserError, flatten, from_dict, nearest, subclasses, to_dict, type_name
 from perceiver.config.core import Config as Node
 from perceiver.config.core import find_type, import_builtins, nodes
+from perceiver.config.schema import field_documents
 from perceiver.terminal import print_anything
 
 if TYPE_CHECKING:
@@ -260,20 +261,28 @@ def _wide_enough() -> Iterator[None]:
 
 
 def _without_internal_fields() -> ConstructorRegistry:
-    """Rules for tyro by which an experiment's `preset` is no argument: it says where the experiment came from."""
+    """Rules for tyro: an experiment's `preset`, which says where it came from, is no argument, and fields are described by
+    their docstrings without the line breaks that these have in the source.
+    """
     from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructFieldSpec, StructTypeInfo
 
     registry = ConstructorRegistry()
 
     @registry.struct_rule
-    def experiment(info: StructTypeInfo) -> StructConstructorSpec | None:
-        if info.type is not Experiment:
+    def section(info: StructTypeInfo) -> StructConstructorSpec | None:
+        if not isinstance(info.default, Node):
             return None
-        types = get_type_hints(Experiment)
+        cls = type(info.default)
+        types = get_type_hints(cls)
         fields = (
-            StructFieldSpec(name=field.name, type=types[field.name], default=getattr(info.default, field.name))
-            for field in dataclasses.fields(Experiment)
-            if field.name != "preset"
+            StructFieldSpec(
+                name=field.name,
+                type=types[field.name],
+                default=getattr(info.default, field.name),
+                helptext=lambda name=field.name: field_documents(cls).get(name),  # type: ignore[misc]
+            )
+            for field in dataclasses.fields(cls)
+            if not (cls is Experiment and field.name == "preset")
         )
         return StructConstructorSpec(instantiate=lambda **values: dataclasses.replace(info.default, **values), fields=tuple(fields))
 

@@ -19,7 +19,7 @@ from perceiver.evaluations import save_examples
 from perceiver.runs import Run
 from perceiver.tasks import build_task
 from perceiver.tasks.base import Baseline
-from perceiver.terminal import summary
+from perceiver.terminal import add_checkpoint_option, add_trust_option, summary
 from perceiver.training.checkpoint import has_average
 from perceiver.training.checkpoint_files import check_files
 from perceiver.training.remote_copy import find_run
@@ -32,10 +32,19 @@ logger = logging.getLogger("ray_jobs.evaluate")  # which __name__ is not where i
 
 def main(argv: list[str]) -> int:
     argv = show_progress(argv)
-    parser = argparse.ArgumentParser(prog=program("ray_jobs.evaluate"), description=summary(__doc__))
+    parser = argparse.ArgumentParser(
+        prog=program("ray_jobs.evaluate"),
+        usage=f"{program('ray_jobs.evaluate')} RUN [--checkpoint CHECKPOINT] [--source FILES] [--workers N] [--field value ...]",
+        description=summary(__doc__),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="fields of the experiment that an evaluation may change:\n"
+        "  --source FILES        other data, all of it validated on (--data.* in full)\n"
+        "  --workers N           workers of the evaluation (--parallel.* in full)\n"
+        "  --task.*, --training.global-batch-size",
+    )
     parser.add_argument("run", help="folder or URI of a run, or its name among the runs of $PERCEIVER_HOME")
-    parser.add_argument("--checkpoint", default="best", help="best (default), last, or a step; best:ema and so on are averaged weights")
-    parser.add_argument("--trust-code", action="store_true", help="run code that the run brings and that was never run from this account")
+    add_checkpoint_option(parser)
+    add_trust_option(parser)
     args, overrides = parser.parse_known_args(argv)
     refuse_empty(args, ("run",))
     evaluate_run(args.run, args.checkpoint, overrides, trust_code=args.trust_code)

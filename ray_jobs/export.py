@@ -10,7 +10,7 @@ import argparse
 
 import perceiver
 from perceiver.inference.export import FORMATS, upload
-from perceiver.terminal import summary
+from perceiver.terminal import add_checkpoint_option, add_trust_option, summary
 from ray_jobs.cli import main_entry, program, refuse_empty
 
 
@@ -18,8 +18,8 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog=program("ray_jobs.export"), description=summary(__doc__).partition("\n\n")[0])
     parser.add_argument("run", help="folder or name of a run, an exported folder, or a name on the hub")
     parser.add_argument("--out", required=True, help="folder to write: a new one, or one that holds an earlier export and nothing else")
-    parser.add_argument("--checkpoint", default="best", help="best (default), last, or a step; best:ema and so on are averaged weights")
-    parser.add_argument("--trust-code", action="store_true", help="run code that the run brings and that was never run from this account")
+    add_checkpoint_option(parser)
+    add_trust_option(parser)
     parser.add_argument("--format", choices=FORMATS, default=FORMATS[0], help="ours (default), or that of transformers")
     parser.add_argument("--upload", metavar="OWNER/NAME", help="upload the folder to the Hugging Face hub under this name")
     parser.add_argument("--public", action="store_true", help="a repository made by --upload is public, not private")

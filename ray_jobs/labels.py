@@ -22,7 +22,7 @@ def main(argv: list[str]) -> int:
 def _tag(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="perceiver tag",
-        description="Gives a run tags, takes them from it by --remove, or prints them. perceiver runs --tag TAG finds it.",
+        description="Adds tags to a run, removes them (--remove), or prints them. perceiver runs --tag TAG finds it.",
     )
     parser.add_argument("run", help="folder of a run, or its name among those of $PERCEIVER_HOME")
     parser.add_argument("tags", nargs="*", metavar="TAG", help="tags; none: print those that it has")

@@ -23,7 +23,7 @@ from ray_jobs.cli import main_entry, parse_experiment, program
 from ray_jobs.memory_check import largest, layout_of, share, step_of, usable
 from ray_jobs.preflight import check_experiment
 
-FACTORS = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"))
+FACTORS = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""), (1e-3, "m"), (1e-6, "µ"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,11 +124,12 @@ def lines(plan: Plan, experiment: Experiment, device: Device, name: str, mfu: fl
         f"{'every layer' if every == 1 else f'one in {every} layers' if every else 'no layer'}"
     )
     yield "  memory of a GPU     at its fullest moment    at most of this kind"
+    divisor, size = (GIB, "GiB") if plan.memory.total >= GIB / 2 else (2.0**20, "MiB")
     for field in fields(Memory):
-        now, most = (getattr(memory, field.name) / GIB for memory in (plan.memory, plan.most))
-        yield f"    {field.name:<16} {now:8.2f} GiB {most:20.2f} GiB"
+        now, most = (getattr(memory, field.name) / divisor for memory in (plan.memory, plan.most))
+        yield f"    {field.name:<16} {now:8.2f} {size} {most:20.2f} {size}"
     verdict = "fits" if plan.memory.total <= plan.limit else "does NOT fit"
-    yield f"    {'together':<16} {plan.memory.total / GIB:8.2f} GiB of {plan.limit / GIB:.1f} GiB: {verdict}"
+    yield f"    {'together':<16} {plan.memory.total / divisor:8.2f} {size} of {plan.limit / GIB:.1f} GiB: {verdict}"
     if plan.host:
         yield f"    in the host's memory {plan.host / GIB:.2f} GiB a worker: parameters, gradients, optimizer"
     yield "  largest micro-batch, recomputing " + ", ".join(f"{k}: {v or 'none fits'}" for k, v in plan.largest_micro_batches.items())
@@ -138,7 +139,7 @@ def lines(plan: Plan, experiment: Experiment, device: Device, name: str, mfu: fl
     yield f"  traffic of a GPU   {traffic} per step"
     yield f"  checkpoint         {_si(plan.checkpoint)}B (weights and optimizer), {_si(4.0 * plan.parameters)}B weights alone"
     yield (
-        f"  at {mfu:.0%} MFU         {plan.seconds_per_step:.3g} s per step, "
+        f"  at {mfu:.0%} MFU         {_si(plan.seconds_per_step)}s per step, "
         f"{plan.units_per_step / plan.seconds_per_step:,.0f} {plan.unit}/s in all"
     )
     if plan.steps is None:
@@ -156,7 +157,7 @@ def lines(plan: Plan, experiment: Experiment, device: Device, name: str, mfu: fl
 
 def _si(value: float) -> str:
     """12.3 T: to be followed by a unit."""
-    factor, prefix = next(((f, p) for f, p in FACTORS if value >= f), (1.0, ""))
+    factor, prefix = next(((f, p) for f, p in FACTORS if value >= f), FACTORS[-1] if value else (1.0, ""))
     return f"{value / factor:.3g} {prefix}"
 
 

@@ -33,6 +33,7 @@ from perceiver.inference.parts import Part, from_plain, list_inputs, plan_parts,
 from perceiver.inference.predict import MODES, PredictOptions, predict_rows
 from perceiver.inference.rows import Kind, rows_from_table, rows_to_table
 from perceiver.models import PerceiverARConfig
+from perceiver.terminal import add_checkpoint_option, add_trust_option
 from ray_jobs.cli import JobFailed, main_entry, program, refuse_empty
 from ray_jobs.logs import show_progress
 
@@ -113,13 +114,13 @@ def parse(argv: list[str]) -> tuple[PredictJob, str, Placement, Description]:
         "--output", required=True, metavar="OUTPUT", help="a new file (.csv, .jsonl, .parquet) or folder, or that of the same job before"
     )
     parser.add_argument("--mode", choices=MODES, help="what to compute (default: what the model's task is for)")
-    parser.add_argument("--checkpoint", default="best", help="best (default), last, or a step; best:ema and so on are averaged weights")
-    parser.add_argument("--trust-code", action="store_true", help="run code that the run brings and that was never run from this account")
+    add_checkpoint_option(parser)
+    add_trust_option(parser)
     parser.add_argument("--column", help='column with the text or image (default: that of the training, else "text" or "image")')
     parser.add_argument("--id-column", help="column with the rows' ids (default: file name and row number)")
     parser.add_argument("--batch-size", type=int, default=PredictOptions.batch_size, help="rows computed at once (%(default)s)")
     parser.add_argument("--rows-per-part", type=int, default=1000, help="rows of an output file (%(default)s)")
-    parser.add_argument("--actors", type=int, default=1, help="models side by side, each on a GPU, or on a share of the CPUs (1)")
+    parser.add_argument("--actors", type=int, default=1, help="model replicas, each on a GPU or on a share of the CPUs (1)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: GPUs where the cluster has them")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of weights and computation")
     parser.add_argument("--address", help="Ray cluster to join (default: that of $RAY_ADDRESS, else a new local one)")

@@ -81,6 +81,11 @@ def connect(parallel: ParallelConfig, dashboard: bool = False) -> Iterator[None]
         _leave()
 
 
+def joining() -> dict[str, str]:
+    """Environment of a process that is to join the cluster that this process has joined."""
+    return {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+
+
 def _leave() -> None:
     """Leaves the cluster; a local one ends. Where its own processes are lost, its others are not asked but ended."""
     if lost_processes():

@@ -12,7 +12,7 @@ from perceiver.config import UserError
 from perceiver.disk import read_json
 from perceiver.provenance import MAIN, differences_here
 from perceiver.runs import Run
-from perceiver.terminal import summary
+from perceiver.terminal import add_trust_option, summary
 from ray_jobs.cli import main_entry, program, refuse_empty
 from ray_jobs.logs import show_progress
 
@@ -22,7 +22,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("run", help="folder or name of a run")
     parser.add_argument("--run", dest="again", action="store_true", help="train it again under another name, and compare the weights")
     parser.add_argument("--name", help="of the new run; default: RUN-again")
-    parser.add_argument("--trust-code", action="store_true", help="run code that the run brings and that was never run from this account")
+    add_trust_option(parser)
     args = parser.parse_args(show_progress(argv))
     refuse_empty(args, ("run",))
     run = Run.open(args.run)

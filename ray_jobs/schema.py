@@ -1,7 +1,7 @@
 """`perceiver schema [--out FILE]`: JSON Schema of experiment files, by which editors complete and check them.
 
 With the first line `# yaml-language-server: $schema=FILE` in an experiment's .yaml file, editors with a YAML language server (VS Code,
-Neovim, Emacs) offer its fields with their descriptions and underline what is none.
+Neovim, Emacs) offer its fields with their descriptions and underline what is not a field.
 """
 
 from __future__ import annotations

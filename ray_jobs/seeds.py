@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import logging
 import math
+import signal
 import statistics
+import subprocess
+import sys
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Self
 
 from perceiver.config import Experiment, UserError
 from perceiver.runs import Run
@@ -67,34 +72,123 @@ def replicate(experiment: Experiment, seed: int) -> Experiment:
     )
 
 
+def run_of(made: Experiment) -> Run:
+    """The run of a replicate."""
+    return Run(Path(made.run.storage_path).expanduser().absolute() / made.run_name)
+
+
 def train_seeds(
     experiment: Experiment,
     seeds: Sequence[int],
     train: Callable[[Experiment], Mapping[str, float]],
     baselines: Callable[[], Mapping[str, float]],
+    at_once: int = 1,
 ) -> bool:
-    """Trains under each seed in turn and logs a table of the results; whether all came to their end.
+    """Trains under each seed and logs a table of the results; whether all came to their end.
 
     Runs that are finished are not trained again. One that fails after it has begun costs its own line alone.
 
     Args:
-        train: trains one experiment to its end.
+        train: trains one experiment to its end; called by several threads where `at_once` is more than 1.
         baselines: what metrics are without training; asked for at the end.
+        at_once: trainings side by side.
+
+    Raises:
+        UserError: a mistake that would end every training, as the first that meets it says.
     """
-    results: dict[int, Mapping[str, float] | str] = {}
-    for number, seed in enumerate(seeds, 1):
+    begun: list[int] = []
+
+    def one(seed: int) -> Mapping[str, float] | str:
         made = replicate(experiment, seed)
-        logger.info(f"seed {seed} ({number} of {len(seeds)})")
+        begun.append(seed)
+        logger.info(f"seed {seed} ({len(begun)} of {len(seeds)})")
         try:
-            results[seed] = train(made)
+            return train(made)
         except Exception as error:
-            if Run(Path(made.run.storage_path).expanduser().absolute() / made.run_name).failure() is None:
+            if run_of(made).failure() is None:
                 raise
-            results[seed] = str(error)
             logger.warning(f"seed {seed} failed: {error}")
+            return str(error)
+
+    results: dict[int, Mapping[str, float] | str] = {}
+    if at_once == 1:
+        for seed in seeds:
+            results[seed] = one(seed)
+    else:
+        with ThreadPoolExecutor(at_once) as pool:
+            waiting = {seed: pool.submit(one, seed) for seed in seeds}
+            try:
+                for seed, future in waiting.items():
+                    results[seed] = future.result()
+            except BaseException:
+                pool.shutdown(wait=True, cancel_futures=True)
+                raise
     for line in table(results, baselines()):
         logger.info(line)
     return not any(isinstance(result, str) for result in results.values())
+
+
+class Processes:
+    """Trainings as processes of their own, which join one cluster: several at once, each as its own command would run it.
+
+    While it is open, Ctrl-C and SIGTERM are handed on to them, and each saves a checkpoint.
+    """
+
+    def __init__(self, words: Sequence[str], environment: Mapping[str, str]) -> None:
+        """Args:
+        words: arguments of `ray_jobs.train` without a seed and a name, which are added to them.
+        environment: of the processes.
+        """
+        self._words, self._environment = tuple(words), dict(environment)
+        self._running: set[subprocess.Popen[str]] = set()
+        self._signal: int | None = None
+
+    def __enter__(self) -> Self:
+        self._before = {number: signal.signal(number, self._hand_on) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def train(self, made: Experiment) -> Mapping[str, float]:
+        """Trains one replicate to its end; its lines are logged behind its seed.
+
+        Raises:
+            KeyboardInterrupt: it was interrupted.
+            UserError: its process ended without a result; says why.
+        """
+        if self._signal is not None:
+            raise KeyboardInterrupt
+        seed = made.training.seed
+        command = [sys.executable, "-m", "ray_jobs.train", *self._words, f"--training.seed={seed}", f"--run.name={made.run_name}"]
+        # A session of its own: a terminal would send Ctrl-C to all of them besides, and a second one ends a training at once.
+        process = subprocess.Popen(
+            command, env=self._environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+            start_new_session=True,
+        )  # fmt: skip
+        self._running.add(process)
+        last = ""
+        try:
+            assert process.stdout is not None
+            for line in process.stdout:
+                if line.strip():
+                    last = line.rstrip()
+                    logger.info(f"seed {seed}: {last}")
+            status = process.wait()
+        finally:
+            self._running.discard(process)
+        result = run_of(made).result()
+        if self._signal is not None and result is None:
+            raise KeyboardInterrupt
+        if status or result is None:
+            raise UserError(last.removeprefix("error: ").removeprefix("failed: ") or f"its process ended with status {status}")
+        return result
+
+    def _hand_on(self, number: int, _: object) -> None:
+        self._signal = number
+        for process in tuple(self._running):
+            process.send_signal(number)
 
 
 @dataclass(frozen=True)
@@ -140,7 +234,7 @@ def table(results: Mapping[int, Mapping[str, float] | str], baselines: Mapping[s
         intervals = ("" if s is None else f"{_number(s.mean - s.margin)} to {_number(s.mean + s.margin)}" for s in many)
         rows.append([f"{CONFIDENCE:.0%} t-interval", "", *intervals])
     if any(name in baselines for name in names):
-        rows.append(["untrained", "", *(_number(baselines[name]) if name in baselines else "" for name in names)])
+        rows.append(["baseline", "", *(_number(baselines[name]) if name in baselines else "" for name in names)])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 

@@ -68,7 +68,7 @@ def main(argv: list[str]) -> int:
         submit(client, name, args.job, args.arguments, environment)
         print(f"submitted {name} to {client.get_address()}", flush=True)
     address = f"--address {args.address} " if args.address else ""
-    follow_command = f"python -m ray_jobs.submit {address}--follow {name}"
+    follow_command = f"{program('ray_jobs.submit')} {address}--follow {name}"
     if args.no_wait:
         print(f"follow it: {follow_command}")
         return 0
@@ -256,7 +256,7 @@ def follow(client: JobSubmissionClient, name: str, patience: float, quiet: bool 
             if time.monotonic() - answered > patience:
                 raise JobFailed(
                     f"the cluster has not answered for {patience:g} seconds and the job's end is unknown: when it is back, "
-                    f"python -m ray_jobs.submit --follow {name}, or the same command, which continues a training"
+                    f"{program('ray_jobs.submit')} --follow {name}, or the same command, which continues a training"
                 ) from None
         else:
             if info.status.is_terminal():

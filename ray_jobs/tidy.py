@@ -29,9 +29,9 @@ from ray_jobs.cli import main_entry, refuse_empty
 from ray_jobs.runs import named_runs, print_table
 
 ACTIONS = {
-    "rm": "Removes runs with all that they consist of.",
+    "rm": "Removes runs with all their files.",
     "archive": "Packs each run into a file NAME.tar and removes its folder. tar -xf brings it back.",
-    "prune": "Removes the checkpoints of the worse ones of some runs, and of the best all but the best and the last one. Records stay.",
+    "prune": "Removes all checkpoints of the worse runs, and of the best runs all but the best and the last. Metrics and settings stay.",
 }
 
 
@@ -45,9 +45,13 @@ def main(argv: list[str]) -> int:
     if action == "archive":
         parser.add_argument("--to", metavar="FOLDER", help="where the files go; default: archive/ beside the folder of runs")
     if action == "prune":
-        parser.add_argument("--keep", type=int, default=1, metavar="N", help="how many of the best runs keep checkpoints (%(default)s)")
-        parser.add_argument("--metric", help="which run is better (val_acc); default: by what the first run chooses its best checkpoint")
-        parser.add_argument("--unfinished", action="store_true", help="also of runs that are not finished: they then begin anew")
+        parser.add_argument(
+            "--keep", type=int, default=1, metavar="N", help="number of the best runs that keep their checkpoints (%(default)s)"
+        )
+        parser.add_argument(
+            "--metric", help="metric by which runs are ranked (val_acc); default: by what the first run chooses its best checkpoint"
+        )
+        parser.add_argument("--unfinished", action="store_true", help="also those of unfinished runs, which then start from the beginning")
     args = parser.parse_args(rest)
     refuse_empty(args, ("runs",))
     found = list(named_runs(args.runs))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import shlex
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,11 +31,13 @@ from perceiver.training.init_from import Start, find_start, forked_run
 from perceiver.training.meters import duration
 from perceiver.training.remote_copy import RemoteCopy
 from perceiver.training.run import save_experiment, total_steps
+from ray_jobs.capacity import ONE, Capacity, most_at_once
 from ray_jobs.cli import Interrupted, main_entry, naming_words, parse_experiment, program
 from ray_jobs.logs import log_file, show_progress
 from ray_jobs.memory_check import check_memory, check_precision
 from ray_jobs.preflight import check_experiment, local_folder, plan_resources
-from ray_jobs.seeds import parse_seeds, replicate, take_seeds, train_seeds
+from ray_jobs.ray_env import joining
+from ray_jobs.seeds import Processes, parse_seeds, replicate, run_of, take_seeds, train_seeds
 
 logger = logging.getLogger("ray_jobs.train")  # which __name__ is not where it is run as a program
 
@@ -59,8 +62,43 @@ def main(argv: list[str]) -> int:
     def train(made: Experiment) -> dict[str, float]:
         return run(made, allow_changed_code=allow_changed_code, argv=typed)
 
-    with naming_words(words):
-        return 0 if train_seeds(experiment, seeds, train, baselines) else 1
+    with naming_words(words), room_for_seeds(experiment, seeds) as capacity:
+        if capacity.concurrent == 1:
+            return 0 if train_seeds(experiment, seeds, train, baselines) else 1
+        logger.info(f"{len(seeds)} seeds, {capacity.why}")
+        _, rest = take_seeds(typed)
+        with Processes([*rest, *capacity.words()], joining()) as processes:
+            try:
+                return 0 if train_seeds(experiment, seeds, processes.train, baselines, capacity.concurrent) else 1
+            except KeyboardInterrupt:
+                raise Interrupted("stopped, checkpoints saved; the same command continues") from None
+
+
+@contextmanager
+def room_for_seeds(experiment: Experiment, seeds: Sequence[int]) -> Iterator[Capacity]:
+    """One cluster for the trainings of several seeds, and how many of them it has room for at once; their data is prepared.
+
+    Where all are trained already no cluster is asked.
+
+    Raises:
+        UserError: data that is not prepared, or a cluster without room for one of them.
+    """
+    experiment = with_tokenizer(experiment)
+    if all(run_of(replicate(experiment, seed)).result() is not None for seed in seeds):
+        yield ONE
+        return
+    dataset = Dataset.find_early(experiment)
+
+    from ray_jobs.preprocess import prepare
+    from ray_jobs.ray_env import connect
+
+    with connect(experiment.parallel):
+        plan_resources(experiment)
+        count = len(seeds) if experiment.parallel.min_workers is None else 1  # elastic trainings take all that there is
+        capacity = most_at_once(experiment.parallel, count)
+        if dataset is None and capacity.concurrent > 1:
+            prepare(experiment)
+        yield capacity
 
 
 def run(
@@ -99,7 +137,7 @@ def run(
     finished = None if longer else check_run(experiment, trained)
     if finished is not None:
         logger.info(f"run {experiment.run_name} is finished: {_summary(finished, {})}")
-        logger.info(f"evaluate it: python -m ray_jobs.evaluate {_place(experiment, trained)}; another training needs another --run.name")
+        logger.info(f"evaluate it: {program('ray_jobs.evaluate')} {_place(experiment, trained)}; another training needs another --run.name")
         return finished
     checkpoints = _checkpoints(trained, remote)
     fork = check_fork(experiment, trained, checkpoints)
@@ -345,7 +383,7 @@ def report(
     newest = {path.stem.rpartition("-")[0]: path for path in sorted(trained.samples_folder.glob("*.png"))}
     pictures = ", ".join(str(path) for path in [trained.curve_file, *newest.values()])
     logger.info(f"  pictures:     {pictures}")
-    logger.info(f"  evaluate:     python -m ray_jobs.evaluate {_place(experiment, trained)}")
+    logger.info(f"  evaluate:     {program('ray_jobs.evaluate')} {_place(experiment, trained)}")
 
 
 def _place(experiment: Experiment, trained: Run) -> str:

@@ -85,7 +85,7 @@ def command(settings: dict[str, Any], trial: Trial, name: str, full_length: bool
     if full_length:
         overrides = without_length(overrides)
     words = [settings["preset"], *overrides, *arguments(trial["values"]), "--name", name]
-    return f"python -m ray_jobs.train {shlex.join(words)}"
+    return f"{program('ray_jobs.train')} {shlex.join(words)}"
 
 
 def without_length(words: Sequence[str]) -> list[str]:

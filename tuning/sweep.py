@@ -14,11 +14,10 @@ import random
 import shlex
 import time
 import warnings
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-import ray
 from ray import tune
 
 import perceiver
@@ -30,11 +29,11 @@ from perceiver.runs import held
 from perceiver.terminal import summary
 from perceiver.training.meters import duration
 from perceiver.training.run import total_steps
+from ray_jobs.capacity import Capacity, plan_capacity
 from ray_jobs.cli import main_entry, program, refuse_empty
-from ray_jobs.ingest import DATA_CPUS
 from ray_jobs.logs import show_progress
-from ray_jobs.preflight import check_experiment, cluster_cores, wait_for_growth
-from ray_jobs.ray_env import connect, use_gpus
+from ray_jobs.preflight import check_experiment
+from ray_jobs.ray_env import connect
 from ray_jobs.train import check_free
 from tuning import report
 from tuning.record import Record, StopDiverged
@@ -53,7 +52,7 @@ OPTIONS = {
     "search": (str, "how samples are drawn: random, or optuna (an extra package)"),
     "scheduler": (
         str,
-        "fifo: all trials run to the end; asha, hyperband: losing ones are stopped early; pbt: they take over winners' weights",
+        "fifo: all trials run to the end; asha, hyperband: bad ones are stopped early; pbt: bad ones take over good ones' weights",
     ),
     "metric": (str, "what is compared: a validation metric of the task"),
     "reports": (int, "validations of a whole training: the moments at which a scheduler can act"),
@@ -61,16 +60,6 @@ OPTIONS = {
     "seed": (int, "seed of the samples (that of the trainings is training.seed)"),
 }
 """Fields of a sweep that the command line can change, with their types and help."""
-
-
-@dataclass(frozen=True)
-class Capacity:
-    """How many trials run at once, and what each of their workers gets."""
-
-    concurrent: int
-    cpus_per_worker: float
-    threads_per_worker: int | None
-    why: str
 
 
 def main(argv: list[str]) -> int:
@@ -123,6 +112,8 @@ def run_sweep(sweep: Sweep, folder: Path, concurrent: int | None = None) -> list
     if concurrent is not None and concurrent < 1:
         raise UserError(f"--concurrent is {concurrent} and must be at least 1")
     base = with_tokenizer(sweep.experiment())
+    if base.parallel.min_workers is not None:
+        raise UserError("a sweep's trials have a fixed number of workers: say --workers N")
     check_experiment(base)
     check_folder(sweep, folder)
     dataset = Dataset.find_early(base)
@@ -133,7 +124,7 @@ def run_sweep(sweep: Sweep, folder: Path, concurrent: int | None = None) -> list
 
             prepare(base)
             dataset = Dataset.find(base)
-        capacity = plan_capacity(base, concurrent)
+        capacity = plan_capacity(base.parallel, concurrent)
         write_json(folder / SETTINGS, {**describe(sweep), "version": perceiver.__version__})
         steps = total_steps(base, dataset.manifest.splits["train"].rows)
         length = "" if sweep.points else f"; {steps:,} steps in a whole training"
@@ -202,38 +193,6 @@ def describe(sweep: Sweep) -> dict[str, Any]:
     identity = sweep.experiment().identity
     return {**plain, "mode": sweep.mode, "space": space, "points": list(map(dict, sweep.points)), "default": sweep.default(),
             "experiment": digest(identity), "overrides": shlex.join(sweep.overrides)}  # fmt: skip
-
-
-def plan_capacity(experiment: Experiment, concurrent: int | None) -> Capacity:
-    """How many trials fit into the cluster side by side, each with its workers and a data task.
-
-    Raises:
-        UserError: not one, or fewer than asked for; shows the sum.
-    """
-    parallel = experiment.parallel
-    if parallel.min_workers is not None:
-        raise UserError("a sweep's trials have a fixed number of workers: say --workers N")
-    gpu, workers = use_gpus(parallel), parallel.workers
-    wait_for_growth(parallel, gpu, concurrent or 1)
-    total = ray.cluster_resources()
-    cpus = total.get("CPU", 0.0)
-    share = parallel.cpus_per_worker or 1.0
-    need = workers * share + DATA_CPUS
-    fits = int(cpus // need)
-    if gpu:
-        fits = min(fits, int(total.get("GPU", 0) // workers))
-    elif workers > cluster_cores():
-        fits = 0
-    sum_of = (
-        f"a trial needs {workers} workers with {share:g} CPUs{' and a GPU' if gpu else ''} each and {DATA_CPUS:g} CPUs for data, "
-        f"{need:g} CPUs in all; the cluster has {cpus:g} CPUs and {total.get('GPU', 0):g} GPUs, which is room for {fits} at once"
-    )
-    if fits < (concurrent or 1):
-        advice = "lower parallel.workers, parallel.cpus-per-worker or --concurrent, or use a larger cluster"
-        raise UserError(f"{sum_of}: {advice}")
-    count = concurrent or fits
-    threads = parallel.threads_per_worker or (None if gpu else max(1, cluster_cores() // (count * workers)))
-    return Capacity(count, share, threads, f"{count} at once ({sum_of})")
 
 
 def fit(sweep: Sweep, folder: Path, base: Experiment, capacity: Capacity, steps: int) -> None:

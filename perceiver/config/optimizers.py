@@ -15,9 +15,9 @@ class Sgd(OptimizerConfig):
     """Gradient descent with momentum; weight decay is added to the gradient."""
 
     momentum: float = 0.9
-    """Share of the last step's direction that is kept."""
+    """Momentum factor."""
     nesterov: bool = False
-    """Look ahead by the momentum."""
+    """Use Nesterov momentum."""
 
     def check(self, where: str) -> None:
         if not 0 <= self.momentum < 1:

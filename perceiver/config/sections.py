@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 class ModelConfig(Config):
     """A model: base class of all. Any architecture will do, Perceiver or not."""
 
+    encoder_fields: ClassVar[tuple[str, ...]] = ()
+    """Of a model whose encoder can start from another model's (`training.init-encoder-from`): how the names of the fields begin
+    that say what its encoder is. The names of the encoder's weights then begin with "encoder."; (): it has none of its own."""
+
     @abstractmethod
     def build(self) -> nn.Module:
         """The model on the current default device, "meta" when it is to be sharded: then no weight has a value yet.
@@ -123,13 +127,14 @@ class DataConfig(Config):
     """Several sources in place of `source`, each as SOURCE=WEIGHT (c4=0.7 wikitext-103-raw=0.3): rows of a batch in these
     shares, each source in its own order, over and over; validation metrics of each."""
     val_source: str | None = None
-    """The same for validation; None: the named data set's own validation split, else val_fraction of the documents."""
+    """Like source, for validation. None: the validation split of a named data set, otherwise val-fraction of the training data."""
     val_fraction: float = 0.05
-    """Share of documents (or images) held out for validation where a source has no validation split."""
+    """Share of documents (or images) held out for validation where the source has no validation split."""
     stratify: bool = True
-    """Of data with classes, hold out the same share of every class; False: rows of small hash, whatever their class."""
+    """Hold out the same share of every class for validation (labelled data); False: hold out rows at random, whatever their
+    class."""
     group_column: str | None = None
-    """Column (a patient, an author) whose rows of one value are all held out for validation or all trained on."""
+    """Column, such as a patient or an author, whose rows with one value stay together: all for validation or all for training."""
     text_column: str = "text"
     """Column of tables (.jsonl, .json, .csv, .tsv, .arrow, .parquet) that holds the text."""
     label_column: str = "label"
@@ -138,8 +143,8 @@ class DataConfig(Config):
     """Pictures are scaled until their shorter side has this many pixels, and the square in their middle is cut out; None: they are taken
     as they are, and all must have one size."""
     long_texts: Literal["cut", "split", "refuse"] = "cut"
-    """What becomes of texts with classes that are longer than the model takes: cut: their end is lost; split: each part is a row of its own
-    with the same class; refuse: an error that names the first."""
+    """What to do with labelled texts that are longer than the model's input. cut: keep their beginning; split: make each part a row
+    of its own with the same label; refuse: stop with an error that names the first."""
     encoding: str = "utf-8"
     """Encoding of text files, .csv and .jsonl: utf-8, utf-16, latin-1, or another that Python knows."""
     tokenizer: str = "bytes"
@@ -189,16 +194,17 @@ class TrainingConfig(Config):
     global_batch_size: int = 128
     """Examples per optimizer step, over all workers and accumulation steps."""
     max_epochs: int | None = None
-    """Length in passes over the training set."""
+    """Length in epochs (passes over the training set)."""
     max_steps: int | None = None
-    """Length in optimizer steps; with max_epochs the shorter of the two counts."""
+    """Length in optimizer steps; together with max-epochs, whichever ends first."""
     seed: int = 0
     """Seed of initial weights, order, masks, shifts and dropout."""
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
     """tf32: on GPUs matrix products take fp32 numbers with a mantissa of 10 bits, which is several times as fast. bf16: parameters are
     cast to bfloat16 for forward and backward, reductions and updates stay fp32."""
     deterministic: bool = False
-    """On GPUs, too, the same run has the same bits every time (on CPUs it has anyway): algorithms that add in any order are not used."""
+    """Use deterministic algorithms only, so that a run gives the same bits every time on GPUs as well (on CPUs it always does);
+    slower."""
     skip_not_finite: int = 0
     """Number of steps with a loss or gradient that is NaN or infinite that may be skipped before the run ends; 0: the first ends it.
     Any other number costs a wait for the device at every step."""
@@ -216,10 +222,11 @@ class TrainingConfig(Config):
     init_checkpoint: str = "best"
     """Which checkpoint of that run: best, last, or a step."""
     fork: str | None = None
-    """Begin as another run was: RUN (its last checkpoint), RUN@best or RUN@STEP; --fork for short. Weights, state of the optimizer and
-    place in the order are its own, and steps count on from there; all fields may differ that leave these what they are."""
+    """Start from a checkpoint of another run: RUN (its last one), RUN@best or RUN@STEP; --fork for short. Weights, optimizer state,
+    step count and place in the data order are taken over; every field may be changed that they do not depend on."""
     fork_weights_only: bool = False
-    """With fork: take those weights that fit; optimizer, step and order start afresh. --fork-weights-only for short."""
+    """With --fork: take over only the weights that fit; optimizer, step count and data order start afresh. --fork-weights-only for
+    short."""
 
     def check(self, where: str) -> None:
         check_positive(self, where, "global_batch_size", "max_steps", "max_epochs")
@@ -257,11 +264,11 @@ class ParallelConfig(Config):
     replicas: int = 1
     """Copies of the model: each is sharded over workers / replicas neighbours (HSDP: one a node, say); 1: over all workers."""
     micro_batch_size: int | None = None
-    """Examples a worker takes at once; the rest of its share of the global batch is accumulated. None: all at once."""
+    """Examples that a worker computes at once; its share of the global batch is accumulated from such parts. None: all at once."""
     activation_checkpointing: int = 0
     """Recompute every n-th layer in the backward pass to save memory; 0: none, 1: all."""
     cpu_offload: bool = False
-    """Keep parameters, gradients and optimizer in the host's memory, where the optimizer then computes (on CPUs they are there)."""
+    """Keep parameters, gradients and optimizer state in the host's memory and update them there (no effect on CPUs)."""
     compile: bool = False
     """torch.compile each layer."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -273,7 +280,8 @@ class ParallelConfig(Config):
     threads_per_worker: int | None = None
     """Compute threads of a CPU worker; None: the machine's cores divided by its workers."""
     wait_minutes: float = 0.0
-    """How long to wait for a cluster to grow to what the run needs (its autoscaler is asked); 0: what is there must do."""
+    """How long to wait for a cluster to grow to the size that the run needs (its autoscaler is asked to add machines); 0: start
+    with what is there, or fail."""
     address: str | None = None
     """Ray cluster to join; None: the one this process runs in, else $RAY_ADDRESS, else a new local one."""
 

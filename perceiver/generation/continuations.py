@@ -140,7 +140,7 @@ def generate_text(
         max_new_tokens: a continuation's greatest length in tokens; the end of the document ends it before.
         num_latents: prompt positions that start as latents; None: as many as the model has, as in training.
         row_ids: see `perceiver.generation.generate.generate`.
-        num_beams: above 1: beam search for the likeliest continuation, without sampling.
+        num_beams: above 1: beam search for the most likely continuation, without sampling.
         stop: strings that end a continuation and do not belong to it.
         use_cache, compile: see `perceiver.generation.generate`; beams are not compiled.
 

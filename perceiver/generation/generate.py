@@ -309,7 +309,7 @@ def _draws(seed: int | None, row_ids: Sequence[int | str], device: torch.device)
 
 def _draw(logits: Tensor, sampling: Sampling, drawn: Tensor) -> Tensor:
     """The next ids (B, 1) of logits (B, V), by the inverse of their distribution function at uniform numbers (B,)."""
-    # In float64, and relative to the likeliest token: no temperature, however small, makes a number that is not finite.
+    # In float64, and relative to the most likely token: no temperature, however small, makes a number that is not finite.
     logits = logits.double()
     logits = (logits - logits.amax(-1, keepdim=True)) / sampling.temperature
     if sampling.top_k is not None:

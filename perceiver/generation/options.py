@@ -18,11 +18,11 @@ class Sampling:
     """How the next token is chosen."""
 
     temperature: float = 1.0
-    """0 takes the likeliest token; otherwise logits are divided by it and a token is drawn."""
+    """0 takes the most likely token; otherwise logits are divided by it and a token is drawn."""
     top_k: int | None = None
-    """Draw only among the k likeliest tokens."""
+    """Sample only from the k most likely tokens."""
     top_p: float | None = None
-    """Draw only among the fewest tokens that have this probability together (arXiv 1904.09751)."""
+    """Sample only from the fewest tokens that have this probability together (arXiv 1904.09751)."""
     seed: int | None = None
     """Of the drawing; None: drawn by torch's own generator."""
 
@@ -75,12 +75,12 @@ def add_generation_options(parser: ArgumentParser, defaults: GenerationOptions, 
     seed = "another one each time" if defaults.seed is None else "%(default)s"
     group = parser.add_argument_group("generation")
     group.add_argument("--max-new-tokens", type=int, default=defaults.max_new_tokens, help=f"length of continuations in tokens {shown}")
-    group.add_argument("--temperature", type=float, default=defaults.temperature, help=f"0 takes the likeliest token {shown}")
+    group.add_argument("--temperature", type=float, default=defaults.temperature, help=f"0 takes the most likely token {shown}")
     group.add_argument("--top-k", type=int, help=top_k_help)
-    group.add_argument("--top-p", type=float, help="draw only among the fewest tokens with this probability together")
+    group.add_argument("--top-p", type=float, help="sample only from the fewest tokens with this probability together")
     group.add_argument("--num-latents", type=int, help="prompt tokens that start as latents (default: all that can)")
     group.add_argument("--stop", nargs="+", default=(), metavar="TEXT", help="strings that end a continuation")
-    group.add_argument("--seed", type=int, default=defaults.seed, help=f"of the drawing (default: {seed})")
+    group.add_argument("--seed", type=int, default=defaults.seed, help=f"of the sampling (default: {seed})")
 
 
 def given_generation_options(args: Namespace) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import perceiver
 from perceiver.config import UserError
 from perceiver.generation.options import GenerationOptions, add_generation_options, given_generation_options
 from perceiver.inference.trained import TrainedModel
-from perceiver.terminal import print_anything, summary
+from perceiver.terminal import add_checkpoint_option, add_trust_option, print_anything
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -56,17 +56,24 @@ def _program() -> str:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The arguments of the command line."""
-    parser = argparse.ArgumentParser(prog=_program(), description=summary(__doc__))
+    words = sys.argv[1:] if argv is None else argv
+    chosen = words[1] if words[:1] == ["--action"] and len(words) > 1 else None  # as the commands of `perceiver` begin
+    parser = argparse.ArgumentParser(prog=_program(), description=f"{DESCRIPTIONS.get(chosen or '', DESCRIPTION)} {DIALOGUE}")
     parser.add_argument("run", help="folder or name of a run, an exported folder, published weights, or a name on the hub")
-    parser.add_argument("prompt", nargs="*", help="texts or image files; none: ask for them")
-    parser.add_argument("--action", choices=ACTIONS, help="what to do (default: what the model was trained for)")
-    parser.add_argument("--checkpoint", default="best", help="best (default), last, or a step; best:ema and so on are averaged weights")
-    parser.add_argument("--trust-code", action="store_true", help="run code that the run brings and that was never run from this account")
+    parser.add_argument("prompt", nargs="*", help=f"{PROMPTS.get(chosen or '', 'texts or image files')}; none: ask for them")
+    action = argparse.SUPPRESS if chosen in ACTIONS else "what to do (default: what the model was trained for)"
+    parser.add_argument("--action", choices=ACTIONS, help=action)
+    add_checkpoint_option(parser)
+    add_trust_option(parser)
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, ...")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of weights and computation")
-    top_k = "draw only among the k likeliest tokens; number of fills (5) or classes (3)"
-    add_generation_options(parser, GenerationOptions(temperature=0.8), top_k)
-    return parser.parse_args(argv)
+    if chosen == "fill_mask":
+        parser.add_argument("--top-k", type=int, help="number of fills of each text (5)")
+    else:
+        top_k = "sample only from the k most likely tokens"
+        top_k += "" if chosen == "generate" else "; number of fills (5) or classes (3)"
+        add_generation_options(parser, GenerationOptions(temperature=0.8), top_k)
+    return parser.parse_args(words)
 
 
 def ask(hint: str) -> Iterator[str]:
@@ -112,6 +119,10 @@ ACTIONS: dict[str, Callable[[TrainedModel, str, argparse.Namespace, int], None]]
     "classify": _classify,
     "score": _score,
 }
+DESCRIPTION = "Tries a trained model on a prompt to continue, a sentence with <mask>, a text or an image."
+DESCRIPTIONS = {"generate": "Continues texts.", "fill_mask": "Fills in the words that <mask> stands for."}
+DIALOGUE = "Without a prompt it asks for one line after another, until an empty line or the end of the input."
+PROMPTS = {"generate": "texts to continue", "fill_mask": "texts with <mask>"}
 HINTS = {"generate": "prompt", "fill_mask": "text with <mask>", "classify": "text or image file", "score": "text"}
 
 

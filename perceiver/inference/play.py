@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from perceiver.config import UserError
+from perceiver.terminal import add_checkpoint_option, add_trust_option
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -39,18 +40,20 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="perceiver play", description="Plays on from a MIDI file, or from nothing, into a new MIDI file.")
+    parser = argparse.ArgumentParser(
+        prog="perceiver play", description="Continues a MIDI file, or starts from nothing, and writes the result as a new MIDI file."
+    )
     parser.add_argument("run", help="folder or name of a run, an exported folder, or published weights")
     parser.add_argument("prompt", nargs="?", help="MIDI file to continue; none: begin from nothing")
     parser.add_argument("--out", required=True, metavar="FILE.mid", help="where to write the prompt and its continuation")
     parser.add_argument("--events", type=int, default=1024, help="events to add (%(default)s); a note takes about four")
-    parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest event (%(default)s)")
-    parser.add_argument("--top-k", type=int, help="draw only among the k likeliest events")
-    parser.add_argument("--top-p", type=float, help="draw only among the fewest events with this probability together")
-    parser.add_argument("--seed", type=int, help="of the drawing (default: another one each time)")
-    parser.add_argument("--checkpoint", default="best", help="best (default), last, or a step; best:ema and so on are averaged weights")
+    parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the most likely event (%(default)s)")
+    parser.add_argument("--top-k", type=int, help="sample only from the k most likely events")
+    parser.add_argument("--top-p", type=float, help="sample only from the fewest events with this probability together")
+    parser.add_argument("--seed", type=int, help="of the sampling (default: a different one each time)")
+    add_checkpoint_option(parser)
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, ...")
-    parser.add_argument("--trust-code", action="store_true", help="run code that the run brings and that was never run from this account")
+    add_trust_option(parser)
     return parser.parse_args(argv)
 
 

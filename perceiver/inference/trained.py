@@ -90,11 +90,11 @@ class TrainedModel:
         """Continues a prompt, or several; returns the new text without the prompt.
 
         Args:
-            temperature: 0 takes the likeliest token; otherwise logits are divided by it and a token is drawn.
-            top_k, top_p: draw only among the k likeliest tokens, or the fewest that have probability p together.
+            temperature: 0 takes the most likely token; otherwise logits are divided by it and a token is drawn.
+            top_k, top_p: sample only from the k most likely tokens, or the fewest that have probability p together.
             num_latents: prompt tokens that start as latents, 1 .. max_latents; None: as many as there are.
             num_beams: above 1: beam search instead of drawing.
-            seed: of the drawing; None: another one at each call.
+            seed: of the sampling; None: another one at each call.
             row_ids: what is drawn for a prompt depends on the seed and its id here alone; None: the prompts' numbers in the
                 list. So equal prompts get different samples, and a sample does not depend on batch_size.
             stop: strings that end the continuation and do not belong to it.
@@ -168,10 +168,10 @@ class TrainedModel:
         Args:
             prompt: a MIDI file, or events; None: begin from nothing. Of a long one the last max_seq_len events are used.
             max_new_tokens: events to add.
-            temperature: 0 takes the likeliest event; otherwise logits are divided by it and an event is drawn.
-            top_k: draw only among the k likeliest events.
-            top_p: draw only among the fewest events that have this probability together.
-            seed: of the drawing; None: another one at each call.
+            temperature: 0 takes the most likely event; otherwise logits are divided by it and an event is drawn.
+            top_k: sample only from the k most likely events.
+            top_p: sample only from the fewest events that have this probability together.
+            seed: of the sampling; None: another one at each call.
 
         Raises:
             UserError: the model's task is another one, the prompt is no MIDI file with notes, or an argument is out of range.
@@ -187,7 +187,7 @@ class TrainedModel:
         return np.concatenate([events, new[0].cpu().numpy().astype(np.uint16)])
 
     def fill_mask(self, text: str | Sequence[str], *, top_k: int = 1, batch_size: int = 8) -> Any:
-        """The top_k likeliest ways to fill the masks of a text, best first: lists of `Fill`.
+        """The top_k most likely ways to fill the masks of a text, best first: lists of `Fill`.
 
         Write "<mask>" (or "[MASK]") for each token to be filled in; with a byte tokenizer a token is a byte.
         """

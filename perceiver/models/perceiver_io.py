@@ -6,7 +6,7 @@ Shapes: B batch, N input positions, L latents, D latent channels, Q output queri
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,8 @@ from perceiver.models.shapes import AttentionChannels
 
 class PerceiverIOConfig(ModelConfig):
     """Perceiver and Perceiver IO models."""
+
+    encoder_fields: ClassVar[tuple[str, ...]] = ("input.", "encoder.", "num_latents", "num_latent_channels")
 
     num_latents: int = 256
     """Number of latents."""

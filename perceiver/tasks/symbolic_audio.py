@@ -115,7 +115,7 @@ class SymbolicAudio(NextToken[SymbolicAudioConfig]):
             return []
         prompt = torch.from_numpy(self._prompt().astype(np.int64))[None].to(next(model.parameters()).device)
         num_latents = max(1, prompt.shape[1] - (self.model_config.max_seq_len - self.model_config.max_latents))
-        # Not the likeliest few alone: the hundred events that let time pass share their probability, and none would be among them.
+        # Not the most likely few alone: the hundred events that let time pass share their probability, and none would be among them.
         sampling = Sampling(top_p=0.98, seed=0)
         ids = generate(model, prompt, max_new_tokens=self.config.sample_tokens, num_latents=num_latents, sampling=sampling)
         events = np.concatenate([prompt[0].cpu().numpy(), ids[0].cpu().numpy()])

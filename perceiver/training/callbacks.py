@@ -156,12 +156,12 @@ class Callback:
 
 
 class EarlyStop(CallbackConfig):
-    """Ends the training when a validation metric has stopped to improve."""
+    """Ends the training when a validation metric has stopped improving."""
 
     metric: str = ""
     """A validation metric (val_loss, val_acc, ...); "": run.best-metric. The task says in which direction it is better."""
     patience: int = 3
-    """Number of validations in a row without an improvement that end the training."""
+    """Number of validations in a row without improvement after which the training ends."""
     threshold: float = 0.0
     """By how much a value must be better than the best before it to count as an improvement."""
     min_steps: int = 0

@@ -23,7 +23,6 @@ from perceiver.data.tokenizers import load_tokenizer
 from perceiver.extensions import trust
 from perceiver.interop import comparison
 from perceiver.interop.pretrained import is_hub_name, read_pretrained
-from perceiver.models import PerceiverIOConfig
 from perceiver.runs import Parent, Run
 from perceiver.training.checkpoint import load_weights
 from perceiver.training.checkpoint_files import check_files, stored_shapes
@@ -108,8 +107,9 @@ def find_start(experiment: Experiment, shapes: Shapes, trust_code: bool = False)
     if source is None:
         return None
     encoder_only = training.init_from is None
-    if encoder_only and not isinstance(experiment.model, PerceiverIOConfig):
-        raise UserError("training.init-encoder-from needs a Perceiver IO model: this one has no encoder of its own")
+    if encoder_only and not experiment.model.encoder_fields:
+        what = type(experiment.model).__name__
+        raise UserError(f"training.init-encoder-from needs a model with an encoder of its own, such as Perceiver IO; {what} has none")
     origin, config, found, where = _find(source, training.init_checkpoint, experiment, trust_code)
     _check_architecture(origin, config, experiment.model, encoder_only)
     wanted = {name: tuple(shape) for name, shape in shapes.items() if not encoder_only or name.startswith("encoder.")}
@@ -224,18 +224,19 @@ def check_tokenizer(origin: str, run: Run, trained: Experiment, experiment: Expe
 
 def _check_architecture(origin: str, there: ModelConfig, here: ModelConfig, encoder_only: bool) -> None:
     old, new = comparison.resolved_architecture(there), comparison.resolved_architecture(here)
-    changes = differences(_of_encoder(old), _of_encoder(new)) if encoder_only else differences(old, new)
+    old_encoder, new_encoder = (_of_encoder(flat, here.encoder_fields) for flat in (old, new))
+    changes = differences(old_encoder, new_encoder) if encoder_only else differences(old, new)
     if not changes:
         return
     hint = ""
-    if not encoder_only and isinstance(here, PerceiverIOConfig) and _of_encoder(old) == _of_encoder(new):
+    if not encoder_only and here.encoder_fields and old_encoder == new_encoder:
         hint = "; its encoder fits: start from that alone with --init-encoder-from"
     what = "encoder" if encoder_only else "model"
     raise UserError(f"{origin} is another {what} than this experiment's ({'; '.join(changes)}){hint}")
 
 
-def _of_encoder(flat: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in flat.items() if k.startswith(("input.", "encoder.", "num_latents", "num_latent_channels"))}
+def _of_encoder(flat: dict[str, Any], fields: tuple[str, ...]) -> dict[str, Any]:
+    return {name: value for name, value in flat.items() if name.startswith(fields)}
 
 
 def _check_shapes(origin: str, found: Shapes, wanted: Shapes, encoder_only: bool) -> None:

@@ -34,6 +34,13 @@ def test_the_plan_of_the_large_run(capsys):
     assert number(text, r"([\d,]+) GPU-hours") == pytest.approx(8 * hours, rel=0.01)
 
 
+def test_the_plan_of_a_small_run_is_in_small_units(capsys):
+    """Not 0.00 GiB of everything: Adam's two fp32 numbers for each of half the parameters."""
+    text = plan(capsys, "quickstart", "--workers", "2", "--training.max-steps", "10")
+    assert number(text, r"optimizer +([\d.]+) MiB") == pytest.approx(2 * 4 * number(text, r"parameters +([\d,]+)\n") / 2 / 2**20, abs=0.01)
+    assert re.search(r"\d [mµ]s per step", text) and re.search(r"\d kB gathered", text)
+
+
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
@@ -64,15 +71,12 @@ def test_a_gpu_whose_name_only_resembles_a_known_one_is_not_taken_for_it(name):
 
 
 def test_tf32_has_a_peak_of_its_own(capsys):
-    seconds = [
-        number(plan(capsys, "clm-c4", "--device", "h100", "--training.precision", precision), r"at 40% MFU +([\d.]+) s")
-        for precision in ("bf16", "tf32", "fp32")
-    ]
-    assert seconds[1] == pytest.approx(2 * seconds[0], rel=0.01) and seconds[2] > seconds[1]
-    slow = [
-        number(plan(capsys, "clm-c4", "--device", "t4", "--training.precision", p), r"at 40% MFU +([\d.]+) s") for p in ("tf32", "fp32")
-    ]
-    assert slow[0] == slow[1]
+    def speed(device, precision):
+        return number(plan(capsys, "clm-c4", "--device", device, "--training.precision", precision), r"step, ([\d,]+) tokens/s")
+
+    assert speed("h100", "bf16") == pytest.approx(2 * speed("h100", "tf32"), rel=0.01)
+    assert speed("h100", "fp32") < speed("h100", "tf32")
+    assert speed("t4", "tf32") == speed("t4", "fp32")
 
 
 def test_a_device_that_is_not_known_is_given_by_memory_and_peak(capsys):
@@ -87,8 +91,8 @@ def test_a_device_that_is_not_known_is_given_by_memory_and_peak(capsys):
 
 def test_memory_or_peak_of_a_known_device_may_be_another(capsys):
     known, slower = (plan(capsys, "clm-c4", "--device", "h100", *more) for more in ([], ["--device-flops", "494.5"]))
-    seconds = [number(text, r"at 40% MFU +([\d.]+) s") for text in (known, slower)]
-    assert seconds[1] == pytest.approx(2 * seconds[0], rel=0.01) and slower.splitlines()[0] == known.splitlines()[0]
+    speeds = [number(text, r"step, ([\d,]+) tokens/s") for text in (known, slower)]
+    assert speeds[0] == pytest.approx(2 * speeds[1], rel=0.01) and slower.splitlines()[0] == known.splitlines()[0]
     assert "(20.0 GiB)" in plan(capsys, "clm-c4", "--device", "h100", "--device-memory", "20")
     for option in ("--device-memory", "--device-flops"):
         with pytest.raises(UserError, match=f"{option} is 0 and must be above 0"):

@@ -347,6 +347,35 @@ def test_weights_of_a_run_whose_file_has_changed_since_start_another(tmp_path, m
     assert find_start(started, {"layer.weight": (4, 6), "layer.bias": (4,)}).loaded == ("layer.bias", "layer.weight")
 
 
+def test_the_encoder_of_an_outside_model_is_started_from_where_it_says_what_its_encoder_is(tmp_path, module, monkeypatch):
+    def started(module, run, **fields):
+        training = TrainingConfig(max_steps=1, init_encoder_from=str(run))
+        model = module.LinearConfig(**fields)
+        return Experiment(task=module.Sums(), model=model, data=DataConfig(source="none"), optim=OptimConfig(), training=training)
+
+    run = write_run(tmp_path / "run", module)
+    with pytest.raises(UserError, match="training.init-encoder-from needs a model with an encoder .*; LinearConfig has none"):
+        find_start(started(module, run), {})
+
+    with_encoder = (
+        SOURCE.replace("self.layer = nn.Linear(6, wide)", "self.encoder = nn.Linear(6, wide)\n        self.head = nn.Linear(wide, 4)")
+        .replace("return [self.layer]", "return [self.encoder, self.head]")
+        .replace("self.layer(x.flatten(1))", "self.head(self.encoder(x.flatten(1)))")
+        .replace("class LinearConfig(ModelConfig):", 'class LinearConfig(ModelConfig):\n    encoder_fields = ("wide",)')
+    )
+    (tmp_path / "user" / "sums_with_encoder.py").write_text(with_encoder)
+    importlib.invalidate_caches()
+    monkeypatch.setitem(sys.modules, "sums_with_encoder", module)  # so that it is gone afterwards
+    del sys.modules["sums_with_encoder"]
+    other = importlib.import_module("sums_with_encoder")
+    run = write_run(tmp_path / "encoder", other)
+    shapes = {"encoder.weight": (4, 6), "encoder.bias": (4,), "head.weight": (4, 4), "head.bias": (4,)}
+    start = find_start(started(other, run, comment="a decoder of another kind"), shapes)
+    assert start.loaded == ("encoder.bias", "encoder.weight") and start.new == ("head.bias", "head.weight")
+    with pytest.raises(UserError, match="another encoder than this experiment's .*wide"):
+        find_start(started(other, run, wide=5), shapes)
+
+
 def test_a_model_s_classes_reach_a_process_without_the_file(tmp_path, module):
     """As the actors of `ray_jobs.predict` get them, with the code that they need."""
     import pickle

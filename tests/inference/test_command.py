@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import perceiver
-from perceiver.inference.__main__ import main
+from perceiver.inference.__main__ import main, parse
 from tests.support.trained import write_run
 
 
@@ -56,3 +56,15 @@ def test_a_mistake_is_one_line_and_exit_status_2(runs, capsys, arguments, messag
     assert main([runs.get(arguments[0], arguments[0]), *arguments[1:]]) == 2
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(error) == 1 and message in error[0]
+
+
+def test_the_help_of_a_command_shows_its_own_options_alone(capsys):
+    shown = {}
+    for action in ("generate", "fill_mask"):
+        with pytest.raises(SystemExit) as stop:
+            parse(["--action", action, "--help"])
+        assert stop.value.code == 0
+        shown[action] = capsys.readouterr().out
+    assert "--temperature" in shown["generate"] and "--temperature" not in shown["fill_mask"]
+    assert "--top-k" in shown["fill_mask"]
+    assert not any("--action" in text for text in shown.values())

@@ -8,7 +8,8 @@ from dataclasses import replace
 
 import pytest
 
-from perceiver.config import UserError, to_dict
+from perceiver.config import DataConfig, RunConfig, TrainingConfig, UserError, to_dict
+from perceiver.config.schema import field_documents
 from perceiver.runs import Run
 from ray_jobs.cli import main_entry, parse_experiment
 from ray_jobs.preflight import check_experiment
@@ -66,6 +67,16 @@ MISTAKES = {
 @pytest.mark.parametrize("argv, part", MISTAKES.values(), ids=MISTAKES)
 def test_a_mistake_is_one_sentence_that_names_what_would_be_right(capsys, argv, part):
     assert part in fails_with(capsys, *argv)
+
+
+def test_help_breaks_the_lines_of_a_fields_text_where_the_terminal_ends_and_not_where_the_source_does(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "1000")
+    with pytest.raises(SystemExit):
+        parse_experiment(["quickstart", "--help"], "ray_jobs.train")
+    shown = capsys.readouterr().out
+    for cls in (DataConfig, TrainingConfig, RunConfig):
+        for name, text in field_documents(cls).items():
+            assert text in shown, name
 
 
 def test_help_is_shown_on_a_terminal_of_any_width(monkeypatch, capsys):

@@ -37,5 +37,7 @@ def test_a_damaged_shard_ends_a_run_with_its_name_and_the_command_that_prepares_
     job = Job(str(tmp_path / "train.py"), *arguments, home=tmp_path, PYTHONPATH=str(ROOT))
     assert job.wait() == 2, job.output
     line = job.output.strip().splitlines()[-1]
-    assert line.startswith(f"error: {shard} is damaged (row group 0 does not have its checksum): remove it and run `python -m ")
+    assert line.startswith(
+        f"error: {shard} is damaged (row group 0 does not have its checksum): remove it and run `perceiver preprocess quickstart`"
+    )
     assert "Traceback" not in job.output

@@ -9,7 +9,6 @@ from types import SimpleNamespace
 
 import pyarrow.parquet as pq
 import pytest
-import ray
 from ray import tune
 from ray.tune.schedulers.pbt import _PBTTrialState
 
@@ -76,7 +75,7 @@ def swept(monkeypatch, tmp_path, *words: str):
     serially(monkeypatch)
     found = []
     monkeypatch.setattr(sweep, "connect", lambda parallel, dashboard: nullcontext())
-    monkeypatch.setattr(sweep, "plan_capacity", lambda base, concurrent: sweep.Capacity(1, 1.0, 1, "room for one"))
+    monkeypatch.setattr(sweep, "plan_capacity", lambda parallel, concurrent: sweep.Capacity(1, 1.0, 1, "room for one"))
     monkeypatch.setattr(sweep, "fit", lambda _, folder, base, capacity, steps: found.extend((base, steps)))
     monkeypatch.setattr(report, "write", lambda folder: [])
     with pytest.raises(KeyboardInterrupt):  # no trial was run
@@ -109,16 +108,6 @@ def test_a_sweep_prepares_a_source_that_is_streamed_by_itself_as_a_training_does
     model = ("--data.tokenizer", "bytes", "--model.max-seq-len", "128", "--model.max-latents", "64")
     base, _ = swept(monkeypatch, tmp_path, *data, *model)
     assert Dataset.find(base).manifest.stream
-
-
-@pytest.mark.parametrize("cpus, workers, asked, fits", [(3, 1, None, 2), (3, 2, None, 1), (16, 2, None, 6), (16, 2, 3, 3)])
-def test_as_many_trials_run_at_once_as_their_workers_and_data_tasks_fit(monkeypatch, cpus, workers, asked, fits):
-    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": float(cpus)})
-    monkeypatch.setattr("ray._private.state.state.get_max_resources_from_cluster_config", lambda: None)
-    monkeypatch.setattr(sweep, "cluster_cores", lambda: cpus)
-    base = PRESETS["quickstart"]()
-    capacity = sweep.plan_capacity(replace(base, parallel=replace(base.parallel, workers=workers)), asked)
-    assert capacity.concurrent == fits and capacity.threads_per_worker == max(1, cpus // (fits * workers))
 
 
 @pytest.mark.parametrize("count", [*range(1, 32), 500])
@@ -212,17 +201,6 @@ def test_a_sweep_that_another_version_began_is_refused_in_a_sentence_that_says_s
         sweep.check_folder(find_sweep("quickstart"), tmp_path / "old")
     write_json(tmp_path / "old" / "sweep.json", {**sweep.describe(find_sweep("quickstart")), "version": "0.1.9"})
     sweep.check_folder(find_sweep("quickstart"), tmp_path / "old")
-
-
-def test_trials_that_do_not_fit_are_refused_with_the_sum(monkeypatch):
-    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4.0})
-    monkeypatch.setattr(sweep, "cluster_cores", lambda: 4)
-    monkeypatch.setattr(sweep, "use_gpus", lambda parallel: False)
-    base = PRESETS["quickstart"]()
-    with pytest.raises(UserError, match="4.5 CPUs in all; the cluster has 4 CPUs .* room for 0"):
-        sweep.plan_capacity(replace(base, parallel=replace(base.parallel, workers=4)), None)
-    with pytest.raises(UserError, match="room for 2 at once: lower"):
-        sweep.plan_capacity(replace(base, parallel=replace(base.parallel, workers=1)), 3)
 
 
 def make_run(folder: Path, steps: list[int], metrics: list[float] | None = None) -> Path:
