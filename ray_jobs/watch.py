@@ -146,10 +146,13 @@ class Watch:
         standing = [seen for seen in self._seen.values() if now - seen.moved > self._stall]
         if not standing or len(standing) < len(self._seen):
             return None  # while one moves, the others may wait for it
-        # Who waits for the others is not the one that they wait for.
-        seen = min(standing, key=lambda s: (s.beat.together, s.beat.step, s.beat.rank))
+        # Who waits for the others is not the one that they wait for; one that says nothing any more is.
+        silent = {s.beat.rank for s in standing if now - s.heard > 4 * EVERY}
+        seen = min(standing, key=lambda s: (s.beat.rank not in silent, s.beat.together, s.beat.step, s.beat.rank))
         del self._seen[seen.beat.rank]
         others = "" if len(standing) == 1 else "; the others wait for it"
+        if seen.beat.rank in silent:
+            return seen.beat, f"has not answered for {now - seen.heard:.0f} s (it was at {_at(seen.beat)}){others}"
         return seen.beat, f"has stood for {now - seen.moved:.0f} s at {_at(seen.beat)}{others}"
 
 

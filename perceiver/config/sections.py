@@ -241,8 +241,8 @@ class TrainingConfig(Config):
     """Number of steps with a loss or gradient that is NaN or infinite that may be skipped before the run ends; 0: the first ends it.
     Any other number costs a wait for the device at every step."""
     on_spike: Literal["ignore", "skip", "rollback"] = "ignore"
-    """What a step does whose loss is far above the usual, or not finite: skip: its update is left out; rollback: the weights return to
-    those of the last good checkpoint, and the rows since are left out. Both cost a wait for the device at every step."""
+    """A step whose loss is far above the usual, or not finite: skip: its update is left out; rollback: the weights become those of the
+    last good checkpoint. Both wait for the device at every step."""
     spike_deviations: float = 8.0
     """A spike is a loss above the median of the last 100 steps by this number of standard deviations (by their median deviation)."""
     max_spikes: int = 10

@@ -26,7 +26,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=10, help="no further fault is caused after this time")
     parser.add_argument("--seed", type=int, default=0, help="of the order of faults and the steps they are caused at")
     names = [fault.name for fault in (*FAULTS, *CAUSES)] + [PREPARATION, EXPORT, PREPARATION_ON_RAY]
-    parser.add_argument("--only", nargs="*", default=[], choices=names, help="these faults alone")
+    parser.add_argument("--only", nargs="*", default=[], choices=names, help="these faults alone; on Ray in this order")
     parser.add_argument("--alone", action="store_true", help="faults of one process without Ray, many a minute, in place of runs on Ray")
     parser.add_argument("--home", type=Path, help="where the runs are; default: a temporary folder, removed in the end")
     parser.add_argument("--out", type=Path, default=Path("faults.json"), help="the outcomes, as JSON")

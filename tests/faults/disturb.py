@@ -6,6 +6,7 @@ import random
 import re
 import shutil
 import signal
+import tempfile
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from tests.faults.outcome import Outcome
 from tests.faults.preparations import PREPARATION, prepare_killed
 from tests.support.jobs import Job
 
-STEPS = 400
+STEPS = 300
 COMMAND = [
     "tests/faults/troubles.py:light", "--training.max-epochs", "None", "--training.max-steps", str(STEPS),
     "--training.global-batch-size", "8", "--run.checkpoint-every", "10", "--run.val-every", "100", "--run.log-every", "1",
@@ -163,10 +164,10 @@ class Disturbed:
 @contextmanager
 def stage(home: Path) -> Iterator[tuple[Cluster, Path]]:
     """A cluster, and the run that all others are compared with, in a folder on a small file system of its own where that can be had."""
-    with small(home, "512m"):
+    with tempfile.TemporaryDirectory(prefix="cluster-") as elsewhere, small(home, "512m"):
         (home / "troubles").mkdir(parents=True, exist_ok=True)
         (home / "troubles" / "fast").touch()
-        cluster = Cluster(home)
+        cluster = Cluster(Path(elsewhere))  # which a full disk of the runs does not concern
         try:
             plain = home / "runs" / "undisturbed"
             if not (plain / "result.json").exists():
@@ -177,19 +178,15 @@ def stage(home: Path) -> Iterator[tuple[Cluster, Path]]:
 
 
 def disturb(home: Path, minutes: float, seed: int, only: list[str], outcomes: list[Outcome]) -> None:
-    """Adds the outcomes of faults in a random order, as many as there is time for."""
+    """Adds the outcomes of faults in a random order, or in that of `only`, as many as there is time for."""
     rng, end = random.Random(seed), time.monotonic() + 60 * minutes
     with stage(home) as (cluster, plain):
         number = 0
         while time.monotonic() < end:
-            chosen = [fault for fault in FAULTS if not only or fault.name in only]
-            rng.shuffle(chosen)
-            own = [fault for fault in chosen if fault.own]
-            for waiting in (
-                deque(fault for fault in chosen if not fault.own and not fault.stored),
-                deque(fault for fault in chosen if fault.stored),
-                *(deque([fault]) for fault in own),
-            ):
+            chosen = [fault for name in only for fault in FAULTS if fault.name == name] if only else rng.sample(FAULTS, len(FAULTS))
+            # Those that need a cluster of their own begin a run, which goes on in the one that is shared.
+            plain_ones = deque(sorted((fault for fault in chosen if not fault.stored), key=lambda fault: not fault.own))
+            for waiting in (plain_ones, deque(fault for fault in chosen if fault.stored)):
                 while waiting and time.monotonic() < end:
                     number += 1
                     run = Disturbed(home, f"seed-{seed}-{number}", plain, cluster, rng, waiting[0].stored)

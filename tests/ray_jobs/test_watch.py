@@ -41,6 +41,16 @@ def test_of_workers_that_all_stand_the_one_is_named_that_the_others_wait_for():
     assert beat.rank == 1 and "step 5, in loss (base.py, line 3); the others wait for it" in why
 
 
+def test_one_that_says_nothing_is_named_before_those_that_wait_where_the_limit_for_standing_is_the_shorter_one():
+    watch = Watch(stall=45, silence=60)
+    for now in range(0, 50, 5):
+        watch.hear(WORKING, now)
+        if now < 5:
+            watch.hear(replace(WAITING, rank=1, step=6), now)
+    beat, why = watch.overdue(46)
+    assert beat.rank == 1 and why.startswith("has not answered for 46 s (it was at step 6") and why.endswith("the others wait for it")
+
+
 def test_while_one_worker_moves_nobody_stands():
     watch = watch_of(WAITING, replace(WORKING, rank=1))
     for now in range(10, 2000, 10):
