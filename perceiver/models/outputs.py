@@ -184,7 +184,7 @@ class FlowOutput(OutputConfig):
     def answer(self, decoded: Tensor, model: ModelSizes) -> Tensor:
         """Flow in pixels, (B, height, width, 2)."""
         assert isinstance(model.input, FlowInput)
-        return (decoded / self.rescale_factor).unflatten(1, model.input.image_shape)
+        return decoded.unflatten(1, model.input.image_shape) / self.rescale_factor  # no view, as of ClassOutput
 
     def check_model(self, model: ModelSizes) -> None:
         _needs(self, model, FlowInput)

@@ -118,10 +118,9 @@ class MultimodalAutoencoding(Task[MultimodalAutoencodingConfig, PerceiverIOConfi
 
     def collate(self, rows: pa.Table, size: int, split: Split, train: bool, step: int) -> Batch:
         """The rows' columns; "labels" (size,), and which points are asked for, the same in each row: a function of (seed, step)."""
-        found = {name: padded(values, size) for name, values in self._stored(rows).arrays(rows).items()}
-        labels = found.pop("label", torch.full((size,), -1, dtype=torch.int32)).long()
-        valid = torch.arange(size) < rows.num_rows
-        batch = {**found, "labels": torch.where(valid, labels, IGNORE_INDEX)}
+        found = self._stored(rows).arrays(rows)
+        labels = found.pop("label", np.full(rows.num_rows, -1)).astype(np.int64)
+        batch = {**{name: padded(values, size) for name, values in found.items()}, "labels": padded(labels, size, IGNORE_INDEX)}
         if not train and "row" in rows.column_names:
             batch["number"] = padded(rows["row"].to_numpy(), size, -1)
         counts = {"video": self.config.asked_video, "audio": self.config.asked_audio}

@@ -56,6 +56,11 @@ def test_the_task_keeps_its_contract() -> None:
     check_task(experiment())
 
 
+def test_a_step_is_counted_by_the_points_that_it_asks_for() -> None:
+    few, all_points = (build_task(experiment(asked_video=asked)).flops_per_example() for asked in (256, 0))
+    assert 0 < 2 * few < all_points
+
+
 def test_the_points_that_are_asked_for_depend_on_seed_and_step_alone() -> None:
     task = build_task(experiment())
     one, again, next_step = (collated(task, first, 2, 3, True, step) for first, step in ((0, 4), (2, 4), (0, 5)))

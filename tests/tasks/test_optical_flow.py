@@ -277,6 +277,7 @@ def test_prepared_pairs_are_those_of_the_files(layout, tmp_path, monkeypatch) ->
 def test_a_damaged_pair_is_named_or_counted(tmp_path, monkeypatch) -> None:
     serially(monkeypatch)
     chairs(tmp_path / "frames", 6)
+    (tmp_path / "frames" / "FlyingChairs_train_val.txt").write_text("1\n1\n1\n1\n2\n2\n")
     (tmp_path / "frames" / "00002_flow.flo").write_bytes(b"PIEH")
     (tmp_path / "frames" / "00003_img2.ppm").write_bytes(b"P6\n2 2\n255\n" + bytes(12))
     base = experiment()
