@@ -226,7 +226,8 @@ class TableHeads(Task[TableHeadsConfig, PerceiverIOConfig]):
 
     def predict(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """What each head says, as COLUMN_NAME."""
-        said, found = model(batch["inputs"]), {}
+        said = model(batch["inputs"])
+        found: dict[str, Tensor] = {}
         for name, task in self.parts.items():
             own = task.predict(_saying(said[name]), _own(batch, name))
             found |= {f"{name}_{key}": values for key, values in own.items()}
