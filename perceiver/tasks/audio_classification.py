@@ -150,5 +150,5 @@ class AudioClassification(Classification[AudioClassificationConfig]):
 
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
         masks = {name: batch[name] for name in ("keep_frames", "keep_bands") if name in batch}
-        inputs: Any = {"samples": batch["audio"], **masks} if masks else batch["audio"]
-        return model(inputs)
+        given: Any = {"samples": batch["audio"]} | masks if masks else batch["audio"]
+        return model(given)
