@@ -11,10 +11,11 @@ from perceiver.data.made_flow import MovingShapes
 from perceiver.data.make_flow import as_png
 from perceiver.inference import flow
 from perceiver.inference.frames import FRAMES
+from perceiver.inference.load import task_of
 from perceiver.inference.parts import list_inputs, plan_parts, read_part
 from perceiver.inference.predict import PredictOptions, predict_rows
 from perceiver.inference.rows import rows_from_table, rows_to_table
-from perceiver.inference.trained import TrainedModel, task_of
+from perceiver.inference.trained import TrainedModel
 from perceiver.models import build_model
 from tests.support.flow_files import chairs, pair, write_image
 from tests.tasks.test_optical_flow import experiment
