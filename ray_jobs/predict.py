@@ -288,9 +288,6 @@ def _compute(job: PredictJob, parts: list[Part], output: str, placement: Placeme
     from ray_jobs.shipping import Shipped
 
     parallel = ParallelConfig(device=placement.device, address=placement.address)
-    # Arguments of Ray Data's actors lie in the object store, of which Ray's core warns here whenever one starts (Ray issue 53727). They are
-    # this process's own and last as long as it does. Core processes read this variable, too, and Ray has no finer one.
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "error")
     with connect(parallel):
         gpu = use_gpus(parallel)
         cluster = ray.cluster_resources()
