@@ -8,6 +8,11 @@ from torch import Tensor
 
 from perceiver.config import UserError
 
+
+class WrongTensor(UserError):
+    """A tensor that is not of the shape or type that takes it."""
+
+
 Size = int | str | tuple[str, int]
 """Size of a dimension: this one; any (its letter); any up to a number (its letter and the number)."""
 Shape = tuple[Size, ...]
@@ -23,14 +28,14 @@ def check_tensor(given: Any, shape: Shape, says: str, whole_numbers: bool = Fals
         whole_numbers: it holds ids, no floats.
 
     Raises:
-        UserError: it has another shape or type; the sentence has both shapes.
+        WrongTensor: it has another shape or type; the sentence has both shapes.
     """
     if not isinstance(given, Tensor):
         return
     if given.ndim != len(shape) or not all(_fits(size, wanted) for size, wanted in zip(given.shape, shape, strict=True)):
-        raise UserError(f"{says} a tensor of shape {spelled_shape(shape)}, not {tuple(given.shape)}")
+        raise WrongTensor(f"{says} a tensor of shape {spelled_shape(shape)}, not {tuple(given.shape)}")
     if whole_numbers and (given.is_floating_point() or given.is_complex()):
-        raise UserError(f"{says} ids, a tensor of whole numbers of shape {spelled_shape(shape)}, not one of {given.dtype}")
+        raise WrongTensor(f"{says} ids, a tensor of whole numbers of shape {spelled_shape(shape)}, not one of {given.dtype}")
 
 
 def spelled_shape(shape: Shape) -> str:

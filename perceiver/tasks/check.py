@@ -15,6 +15,7 @@ from perceiver.config import Experiment, UserError
 from perceiver.data.row_kind import KINDS
 from perceiver.extensions import place_of
 from perceiver.models import build_model
+from perceiver.models.tensor_shapes import WrongTensor
 from perceiver.tasks.base import IGNORE_INDEX, Batch, Sample, Task, dummy_split
 
 LARGEST = 50_000_000
@@ -257,6 +258,8 @@ def _call(owner: Any, method: str, *args: Any) -> Any:
         raise UserError(f"{_name(owner)} needs a method {method}")
     try:
         return function(*args)
+    except WrongTensor as error:
+        raise UserError(f"{_name(owner)}.{method} fails: {error}") from error
     except UserError:
         raise
     except Exception as error:

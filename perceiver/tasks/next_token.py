@@ -177,7 +177,8 @@ class NextToken(Autoregressive[S]):
     @property
     def _mean_length(self) -> int:
         longest = self.model_config.max_seq_len
-        return int(self._rounded(np.arange(self.config.min_seq_len or longest, longest + 1)).mean())
+        shortest = min(self.config.min_seq_len or longest, longest)
+        return int(self._rounded(np.arange(shortest, longest + 1)).mean())
 
     def _length(self, step: int) -> int:
         """Length of a step's windows, uniform from min_seq_len to max_seq_len, then rounded: the same for all its examples and workers."""

@@ -12,8 +12,18 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor
-from torchvision.transforms.v2 import functional as T
 
+
+class _Functional:
+    """torchvision's functions, loaded with the first of them: it loads PyTorch's compiler, which takes seconds."""
+
+    def __getattr__(self, name: str) -> Any:
+        from torchvision.transforms.v2 import functional
+
+        return getattr(functional, name)
+
+
+T = _Functional()
 TRIES = 10
 """Random parts that are tried before the middle is taken."""
 CROP_DRAWS = 4 * TRIES

@@ -97,4 +97,4 @@ def test_a_task_of_the_package_with_a_model_of_a_file_is_planned(tmp_path, capsy
     shown = capsys.readouterr().out
     forget()
     # Products with 28 x 10 weights, forward and for their gradient: the input needs none.
-    assert "parameters         280\n" in shown and "1.12e+03 FLOP per example" in shown
+    assert "parameters         280\n" in shown and "1.12 kFLOP per example" in shown

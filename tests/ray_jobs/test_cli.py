@@ -70,7 +70,7 @@ def test_a_mistake_is_one_sentence_that_names_what_would_be_right(capsys, argv, 
 
 
 def test_help_breaks_the_lines_of_a_fields_text_where_the_terminal_ends_and_not_where_the_source_does(monkeypatch, capsys):
-    monkeypatch.setenv("COLUMNS", "1000")
+    monkeypatch.setenv("COLUMNS", "3000")
     with pytest.raises(SystemExit):
         parse_experiment(["quickstart", "--help"], "ray_jobs.train")
     shown = capsys.readouterr().out

@@ -435,7 +435,7 @@ def test_a_misspelt_best_metric_is_refused_with_the_nearest_name_and_the_list(tm
         return replace(experiment, run=replace(experiment.run, best_metric=metric), data=replace(experiment.data, **data))
 
     check_experiment(named("val_acc"))
-    with pytest.raises(UserError, match="run.best-metric is 'val_los' and must be one of val_loss, val_acc, did you mean val_loss?"):
+    with pytest.raises(UserError, match="run.best-metric is 'val_los' and must be one of val_loss, val_acc, .*, did you mean val_loss?"):
         check_experiment(named("val_los"))
     text = replace(text_experiment(), run=replace(experiment.run, best_metric="val_loss/books"))
     with pytest.raises(UserError, match="'val_loss/books' and must be one of"):
