@@ -21,11 +21,11 @@ ACTORS_PER_SECOND = 50.0
 NCCL_SECONDS, NCCL_SECONDS_PER_WORKER = 2.0, 0.01
 """Of the process group."""
 IMPORTS = 8.0
-"""Seconds from asking for workers until they run, measured with one worker on two busy cores."""
+"""Seconds from asking for workers until they run. An assumption."""
 FIRST_BATCH = 3.0
-"""Seconds until the first batch, as measured so."""
+"""Seconds until the first batch. An assumption."""
 HEAD = 3.0 * GIB
-"""Memory of Ray's servers, the driver, its controller and its helpers on the head node, about: measured on a machine alone."""
+"""Memory of Ray's servers, the driver, its controller and its helpers on the head node. An assumption."""
 HEAD_PER_WORKER = 64 * 1024
 """Of the records that Ray and the driver keep of a worker. An assumption."""
 DRIVER_PER_WORKER = 2 * 1024

@@ -37,7 +37,7 @@ def read_photos(span: Span, columns: Columns, problems: Problems) -> Iterator[Ph
             except BadImage as error:
                 problems.report("bad image", f"{place}: {error}")
             except BadLabel as error:
-                problems.report("bad label", f"{place}: {error}")
+                problems.report(error.reason, f"{place}: {error}")
             except NoGroup as error:
                 problems.report("no group", f"{place}: {error}")
     except Unreadable as error:

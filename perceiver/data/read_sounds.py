@@ -47,7 +47,7 @@ def read_sounds(span: Span, columns: Columns, length: int, problems: Problems) -
         except BadSound as error:
             problems.report("bad sound", f"{place}: {error}")
         except BadLabel as error:
-            problems.report("bad label", f"{place}: {error}")
+            problems.report(error.reason, f"{place}: {error}")
         except NoGroup as error:
             problems.report("no group", f"{place}: {error}")
 

@@ -21,6 +21,7 @@ from perceiver.data.sounds import from_stored, to_stored
 from perceiver.data.sources import resolve
 from perceiver.models import AudioInput, LogMelInput, PerceiverIOConfig
 from perceiver.tasks.base import IGNORE_INDEX, Batch, Task, padded
+from perceiver.tasks.class_settings import ClassSettings
 from perceiver.tasks.classification import Classification, with_classes
 from perceiver.tasks.sound_changes import DRAWS, changed, kept
 
@@ -32,7 +33,7 @@ _LONGEST = 10.0
 """Seconds of a sound that a model takes at most where its length is that of the data's longest."""
 
 
-class AudioClassificationConfig(TaskConfig):
+class AudioClassificationConfig(ClassSettings):
     """A class per sound."""
 
     kind: ClassVar[str] = "sounds"
@@ -56,6 +57,7 @@ class AudioClassificationConfig(TaskConfig):
     """Bands that a mask along frequency hides, at most."""
 
     def check(self, where: str) -> None:
+        super().check(where)
         for name in ("sample_rate", "mask_frames", "mask_bands"):
             if getattr(self, name) < 1:
                 raise UserError(f"{spelled(where + name)} is {getattr(self, name)} and must be at least 1")

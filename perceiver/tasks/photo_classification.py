@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from perceiver.config import DataConfig, Experiment, ModelConfig, TaskConfig, UserError
+from perceiver.config import DataConfig, Experiment, ModelConfig, UserError
 from perceiver.config.core import spelled
 from perceiver.data.images import IMAGENET_DEVIATION, IMAGENET_MEAN, JPEG, decode_image, framed
 from perceiver.data.labels import class_order, label_counts
@@ -21,6 +21,7 @@ from perceiver.data.rows import fixed_array, fixed_column
 from perceiver.data.sources import is_path, resolve
 from perceiver.models import ImageInput, PerceiverIOConfig
 from perceiver.tasks.base import IGNORE_INDEX, Batch, Task, loss_of_sources, padded
+from perceiver.tasks.class_settings import ClassSettings
 from perceiver.tasks.classification import Classification, with_classes
 from perceiver.tasks.randaugment import CROP_DRAWS, MOST_MAGNITUDE, OP_DRAWS, mixed, randaugment, random_part
 
@@ -29,7 +30,7 @@ _CHANGES, _MIXING = 0, 1
 _MIXING_DRAWS = 5
 
 
-class PhotoClassificationConfig(TaskConfig):
+class PhotoClassificationConfig(ClassSettings):
     """A class per photo, of any size. In validation the middle 7/8 of a photo are scaled to the model's size.
 
     In training a random part is (a mirror image half of the times), then come RandAugment, MixUp and CutMix. Pixels are normalised with
@@ -57,6 +58,7 @@ class PhotoClassificationConfig(TaskConfig):
     """Share of a training target's probability that goes to all classes alike."""
 
     def check(self, where: str) -> None:
+        super().check(where)
         where = spelled(where)
         if not 0 < self.min_area <= 1:
             raise UserError(f"{where}min-area is {self.min_area} and must be above 0 and at most 1")
@@ -181,7 +183,9 @@ class PhotoClassification(Classification[PhotoClassificationConfig]):
 
     def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
         smoothing = self.config.label_smoothing
-        return F.cross_entropy(logits, labels, reduction="none", ignore_index=IGNORE_INDEX, label_smoothing=smoothing)
+        each = F.cross_entropy(logits, labels, reduction="none", ignore_index=IGNORE_INDEX, label_smoothing=smoothing)
+        weights = self._weights(logits.device)
+        return each if weights is None else each * weights[labels.clamp(min=0)]
 
 
 def _tensor(data: bytes) -> Tensor:

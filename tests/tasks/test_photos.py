@@ -212,6 +212,21 @@ def test_the_loss_of_mixed_photos_with_smoothed_labels_is_that_of_soft_targets()
     assert plain.item() == pytest.approx(expected.item(), rel=1e-6)
 
 
+def test_the_weights_of_classes_count_for_both_of_mixed_photos():
+    chosen = experiment(mixup=0.4, label_smoothing=0.1)
+    model = build_model(chosen.model, 0)
+    weighted = build_task(replace(chosen, task=replace(chosen.task, class_weights=("3", "0.5"))))
+    batch = weighted.collate(table(7), 8, None, True, 5)
+    weights = torch.tensor([3.0, 0.5]).double()
+    hard = torch.stack([F.one_hot(batch[name].clamp(min=0), 2).double() for name in ("labels", "partner")])
+    log_p = weighted.logits(model, batch).double().log_softmax(-1)
+    each = [-((0.9 * h + 0.05) * log_p).sum(-1) * (h @ weights) for h in hard]
+    expected = (batch["share"] * each[0] + (1 - batch["share"]) * each[1])[:7].sum()
+    assert weighted.loss(model, batch)[0].item() == pytest.approx(expected.item(), rel=1e-5)
+    with pytest.raises(UserError, match="--task.class-weights has 3 numbers, but there are 2 classes"):
+        build_task(replace(chosen, task=replace(chosen.task, class_weights=("1", "2", "3")))).check()
+
+
 def test_mixing_depends_on_step_and_row_and_not_on_the_rows_beside_a_pair():
     task = build_task(experiment(mixup=0.4, cutmix=0.4))
     whole, half = (task.collate(rows, rows.num_rows, None, True, 3) for rows in (table(8), table(8).slice(4, 4)))
