@@ -141,7 +141,7 @@ def run(
     longer = is_longer(experiment, trained)
     finished = None if longer else check_run(experiment, trained)
     if finished is not None:
-        logger.info(f"run {experiment.run_name} is finished: {_summary(finished, {})}")
+        logger.info(f"run {experiment.run_name} is finished: {_summary(finished)}")
         logger.info(f"evaluate it: {program('ray_jobs.evaluate')} {_place(experiment, trained)}; another training needs another --run.name")
         return finished
     checkpoints = _checkpoints(trained, remote)
@@ -392,7 +392,9 @@ def report(
     picture = training_curves(trained.metrics(), experiment.run_name, metric, None if best is None else best.step)
     write_file(trained.folder, trained.curve_file.name, png(picture))
     baselines = build_task(experiment).baselines(parts)
-    logger.info(f"finished after {duration(seconds)}: {_summary(result, baselines)}")
+    logger.info(f"finished after {duration(seconds)}: step {result['step']:,}")
+    for line in closing_lines(result, baselines):
+        logger.info(line)
     if (reason := trained.stopped()) is not None:
         logger.info(f"  ended early:  {reason}")
     logger.info(f"  run folder:   {trained.folder}")
@@ -412,13 +414,17 @@ def _place(experiment: Experiment, trained: Run) -> str:
     return str(trained.folder) if remote is None else remote.uri
 
 
-def _summary(metrics: dict[str, float], baselines: dict[str, Baseline]) -> str:
+def closing_lines(result: dict[str, float], baselines: dict[str, Baseline]) -> list[str]:
     """The metrics, each with what is reached without training."""
-    words = []
-    for name, value in metrics.items():
-        beside = f" ({baselines[name]})" if name in baselines else ""
-        words.append(f"{name} {value:,.4g}{beside}" if name != "step" else f"step {value:,}")
-    return ", ".join(words)
+    names = [name for name in result if name != "step"]
+    width = max(map(len, names), default=0)
+    beside = {name: f"  ({baselines[name]})" if name in baselines else "" for name in names}
+    return [f"  {name:{width}}  {result[name]:<8,.4g}{beside[name]}".rstrip() for name in names]
+
+
+def _summary(metrics: dict[str, float]) -> str:
+    """The metrics in one line."""
+    return ", ".join(f"step {value:,}" if name == "step" else f"{name} {value:,.4g}" for name, value in metrics.items())
 
 
 if __name__ == "__main__":

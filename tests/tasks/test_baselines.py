@@ -18,7 +18,7 @@ from perceiver.training.parallel import join_world
 from perceiver.training.run import Training, save_experiment
 from ray_jobs.evaluate import evaluate_run
 from ray_jobs.preprocess import prepare
-from ray_jobs.train import _summary
+from ray_jobs.train import closing_lines
 from tests.support.logged import logged
 from tests.support.preparing import evaluating_here, experiment, load_prepared, serially, stream_of, texts, write_jsonl
 from tests.support.small import classification_experiment, masked_experiment, text_experiment
@@ -55,8 +55,7 @@ def test_a_classifiers_baseline_answers_the_most_frequent_class_of_the_training_
     assert found["val_acc"].value == pytest.approx(6 / 18) and found["val_acc"].means == "always answering 'positive'"
     frequencies = np.array([11, 31]) / 42  # one more of each class
     assert found["val_loss"].value == pytest.approx(-(12 * math.log(frequencies[0]) + 6 * math.log(frequencies[1])) / 18)
-    summary = _summary({"step": 2, "val_acc": 0.5}, found)
-    assert summary == "step 2, val_acc 0.5 (always answering 'positive': 0.3333)"
+    assert closing_lines({"step": 2, "val_acc": 0.5}, found) == ["  val_acc  0.5       (always answering 'positive': 0.3333)"]
 
 
 @pytest.mark.parametrize("kind", ["causal", "masked"])
