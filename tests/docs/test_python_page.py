@@ -79,7 +79,7 @@ def test_the_page_runs_on_ray(tmp_path):
     assert "<first step 20" in Job(str(script), home=tmp_path, PYTHONPATH=str(ROOT)).finish(200)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_the_notebook_runs(path, tmp_path, monkeypatch):
     nbclient = pytest.importorskip("nbclient", reason="notebooks are run by nbclient (extra test)")
