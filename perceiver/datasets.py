@@ -35,7 +35,7 @@ class NotPrepared(UserError):
         self.before, self.after = before, after
 
     def by(self, command: str) -> NotPrepared:
-        """The same with another command, such as that in the words of who is told."""
+        """The same with another command, such as one in the user's own words."""
         return NotPrepared(self.before, command, self.after)
 
 

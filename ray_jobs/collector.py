@@ -13,7 +13,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from perceiver.training.parallel import World
 
 DIRECTLY = 32
-"""Up to so many workers report to the driver themselves: a few messages a second."""
+"""Up to this number of workers report to the driver themselves: a few messages a second."""
 EVERY = 5.0
 """Seconds between two messages of a node."""
 

@@ -180,10 +180,10 @@ def _events(page: Page, runs: Sequence[ComparedRun]) -> None:
             lines = run.run.log_file.read_text(errors="replace").splitlines()
         except FileNotFoundError:
             lines = []
-        told = [line for line in lines if not re.search(r"step [\d,]+/[\d,]+  loss", line)]
+        shown_lines = [line for line in lines if not re.search(r"step [\d,]+/[\d,]+  loss", line)]
         reason = (run.run.failure() or {}).get("reason") or run.run.stopped()
         page.heading(run.name, 3)
-        page.text("\n".join([*told[-_EVENTS:], *([f"ended: {reason}"] if reason else [])]) or "its log is empty")
+        page.text("\n".join([*shown_lines[-_EVENTS:], *([f"ended: {reason}"] if reason else [])]) or "its log is empty")
 
 
 def _configuration(page: Page, runs: Sequence[ComparedRun]) -> None:

@@ -94,8 +94,8 @@ def build_app(backend: Backend, interface: Interface, token_hash: str | None) ->
 
     @app.get("/", include_in_schema=False)
     async def page() -> HTMLResponse:
-        told = interface.to_json() if token_hash is None else None
-        return HTMLResponse(PAGE.replace("{{interface}}", json.dumps(told).replace("<", "\\u003c")))
+        shown = interface.to_json() if token_hash is None else None
+        return HTMLResponse(PAGE.replace("{{interface}}", json.dumps(shown).replace("<", "\\u003c")))
 
     @app.get("/health")
     async def health() -> JSONResponse:

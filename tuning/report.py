@@ -118,8 +118,8 @@ def table(trials: Sequence[Trial], settings: dict[str, Any]) -> list[str]:
     widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     lines.append(counts(trials))
-    told = ("failed", "diverged", "refused")
-    lines += [f"{trial['trial']} {trial['status']}: {trial['reason']}" for trial in trials if trial["status"] in told]
+    explained = ("failed", "diverged", "refused")
+    lines += [f"{trial['trial']} {trial['status']}: {trial['reason']}" for trial in trials if trial["status"] in explained]
     if settings.get("against"):
         lines += front_lines(trials, settings)
     if not trials or trials[0]["value"] is None:

@@ -32,7 +32,7 @@ VALIDATION_SEED = 20_210_730
 POOL_BLOCKS = 128
 """Blocks that the rows of a batch are drawn from: lanes times the blocks of a window."""
 SMALL_BLOCKS = 16
-"""Data of at most so many blocks is one window: shuffled as a whole."""
+"""Data of at most this number of blocks is one window: shuffled as a whole."""
 MOST_LANES = 512
 """More than `POOL_BLOCKS` only where as many blocks take no more than `POOL_BYTES`."""
 POOL_BYTES = 512 * 2**20

@@ -103,7 +103,7 @@ def _parts(model: ModelConfig) -> tuple[MultimodalInput, AutoencoderOutput]:
 
 
 class MultimodalAutoencoding(Task[MultimodalAutoencodingConfig, PerceiverIOConfig]):
-    """Pixels from 0 to 1, samples from -1 to 1; the input does not have the class (`model.input.masked`), unless it is told to."""
+    """Pixels from 0 to 1, samples from -1 to 1; the input does not have the class (`model.input.masked`) by default."""
 
     metric_directions = {"loss": "min", "psnr_video": "max", "psnr_audio": "max", "acc": "max"}
 

@@ -61,7 +61,7 @@ class TableHead(TableSettings):
         return cls(targets=(name,), name=name, loss=chosen, weight=number)
 
     def output(self, number: int, channels: int) -> ClassOutput | ValueOutput:
-        """The head's output in the model, of so many classes or numbers."""
+        """The head's output in the model, with this number of classes or numbers."""
         if self.loss == "classes":
             return ClassOutput(num_classes=number, num_query_channels=channels)
         return ValueOutput(num_values=number, num_query_channels=channels)

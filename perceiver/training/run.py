@@ -256,7 +256,7 @@ class Training:
         return not requests.isdisjoint((STOP, PAUSE))
 
     def _answer_spike(self, step: int) -> None:
-        """Leaves out the step's update, or returns to a good checkpoint, from which training goes on with the rows of the next step."""
+        """Leaves out the step's update, or returns to a good checkpoint, from which training continues with the rows of the next step."""
         back_to = None
         if self.spikes.goes_back:
             back_to = self._apart(lambda: self.checkpointer.go_back(self.state, step - SETTLED))

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MOST_WAITING = 1000
-"""Records that may wait to be sent; those that come while so many wait are dropped and counted."""
+"""Records that may wait to be sent; those that come while the queue is full are dropped and counted."""
 FINISH_SECONDS = 60.0
 """How long the end of a training waits for records that are still to be sent."""
 RETRY_SECONDS = (0.5, 2.0)
@@ -45,7 +45,7 @@ _NOTES = threading.Lock()
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """What a tracker is told of a run when it begins or continues."""
+    """What a tracker receives about a run when it begins or continues."""
 
     run: Run
     name: str
@@ -212,7 +212,7 @@ class Tracking(Callback):
 
 
 def describe_run(experiment: Experiment, run: Run) -> TrackedRun:
-    """What trackers are told of a run. Its callbacks are left out: a tracker's address may hold a password."""
+    """What trackers receive about a run. Its callbacks are left out: a tracker's address may hold a password."""
     tree = to_dict(experiment)
     for section in ("callbacks", "preset"):
         del tree[section]

@@ -10,7 +10,7 @@ from tests.faults import troubles
 
 @pytest.fixture
 def store(tmp_path, monkeypatch):
-    """A store that does as it is told by the file `troubles/store`."""
+    """A store that does what the file `troubles/store` says."""
     monkeypatch.setattr(storage, "PAUSES", (0.0,) * 9)
     monkeypatch.setattr(troubles.Flaky, "SECONDS", 0.0)
     (tmp_path / "troubles").mkdir()

@@ -184,7 +184,7 @@ def disturb(home: Path, minutes: float, seed: int, only: list[str], outcomes: li
         number = 0
         while time.monotonic() < end:
             chosen = [fault for name in only for fault in FAULTS if fault.name == name] if only else rng.sample(FAULTS, len(FAULTS))
-            # Those that need a cluster of their own begin a run, which goes on in the one that is shared.
+            # Those that need a cluster of their own begin a run, which continues in the one that is shared.
             plain_ones = deque(sorted((fault for fault in chosen if not fault.stored), key=lambda fault: not fault.own))
             for waiting in (plain_ones, deque(fault for fault in chosen if fault.stored)):
                 while waiting and time.monotonic() < end:

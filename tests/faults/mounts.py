@@ -20,7 +20,7 @@ def unmount(folder: Path) -> None:
 
 @contextmanager
 def small(folder: Path, size: str) -> Iterator[bool]:
-    """A folder on a file system of its own of so many bytes; False: it cannot be had."""
+    """A folder on a file system of its own of this number of bytes; False: it cannot be had."""
     folder.mkdir(parents=True, exist_ok=True)
     there = mounted(folder, "-t", "tmpfs", "-o", f"size={size}", "tmpfs")
     try:

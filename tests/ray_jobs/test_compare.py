@@ -41,27 +41,27 @@ def make(folder, lr=1e-3, seed=0, values=(0.9, 0.5, 0.7), losses=None, acc=None,
     return folder
 
 
-def told(capsys, *words):
+def printed(capsys, *words):
     assert compare.main([str(word) for word in words]) == 0
     return capsys.readouterr().out
 
 
 def test_only_what_differs_is_shown_with_best_last_and_cost(tmp_path, capsys):
     one, other = make(tmp_path / "one"), make(tmp_path / "other", lr=0.1, values=(0.8, 0.6, 0.4))
-    found = json.loads(told(capsys, one, other, "--json", "--price-per-hour", "2"))
+    found = json.loads(printed(capsys, one, other, "--json", "--price-per-hour", "2"))
     assert found["fields"] == {"optim.lr": [1e-3, 0.1]} and not found["code"] and not found["data"]
     first, second = found["runs"]
     assert (first["best"], first["at_step"], first["last"]) == (0.5, 20, 0.7) and second["at_step"] == 30
     assert first["examples"] == 20 * BATCH and first["flops"] == 20 * BATCH * 1e6
     assert first["hours"] == pytest.approx(0.4) and first["hours_in_all"] == pytest.approx(0.6), "validation's time is counted"
     assert first["cost"] == pytest.approx(0.6 * PRESETS["quickstart"]().parallel.workers * 2)
-    text = told(capsys, one, other)
+    text = printed(capsys, one, other)
     assert "optim.lr  0.001  0.1" in text and "training.seed" not in text and "perceiver evaluate" in text
 
 
 def test_the_metric_says_which_values_are_better_and_an_unknown_one_is_a_sentence(tmp_path, capsys):
     runs = make(tmp_path / "one"), make(tmp_path / "other")
-    found = json.loads(told(capsys, *runs, "--json", "--metric", "acc"))
+    found = json.loads(printed(capsys, *runs, "--json", "--metric", "acc"))
     assert found["metric"] == "val_acc" and found["higher_is_better"] and found["runs"][0]["best"] == 0.5
     with pytest.raises(UserError, match="--metric val_ac: .*did you mean val_acc"):
         compare.main([*map(str, runs), "--metric", "val_ac"])
@@ -80,19 +80,19 @@ def test_a_difference_on_the_same_examples_is_told_from_chance(tmp_path, capsys)
     make(tmp_path / "better", losses=losses - 0.05 + rng.normal(0, 0.1, 400), acc=(losses < 1.5).astype(float))
     make(tmp_path / "same", losses=losses + rng.normal(0, 0.1, 400) - rng.normal(0, 0.1, 400).mean(), acc=(losses < 1.0).astype(float))
     make(tmp_path / "elsewhere")
-    found = json.loads(told(capsys, tmp_path, "--json"))["paired"]
+    found = json.loads(printed(capsys, tmp_path, "--json"))["paired"]
     better, elsewhere, same = found["runs"]
     assert better["real"] and better["p"] < 0.01 and better["high"] < 0 and better["difference"] == pytest.approx(-0.05, abs=0.02)
     assert not same["real"] and same["p"] > 0.05 and same["low"] < 0 < same["high"]
     assert elsewhere["difference"] is None and "not evaluated on the same data" in elsewhere["note"]
     assert found["metric"] == "val_loss"
-    text = told(capsys, tmp_path / "a", tmp_path / "better", tmp_path / "same", "--metric", "acc")
+    text = printed(capsys, tmp_path / "a", tmp_path / "better", tmp_path / "same", "--metric", "acc")
     assert "better: better than a" in text and "same: not shown to be better or worse than a" in text
 
 
 def test_the_same_data_in_other_pieces_is_not_paired(tmp_path, capsys):
     make(tmp_path / "a", losses=np.ones(10)), make(tmp_path / "b", losses=np.ones(5), targets=np.full(5, 2.0))
-    (found,) = json.loads(told(capsys, tmp_path, "--json"))["paired"]["runs"]
+    (found,) = json.loads(printed(capsys, tmp_path, "--json"))["paired"]["runs"]
     assert found["difference"] is None and "other pieces" in found["note"]
 
 
@@ -112,13 +112,13 @@ def test_runs_that_differ_in_their_seeds_are_a_group_with_a_t_interval(tmp_path,
     for seed, value in enumerate((0.50, 0.52, 0.54)):
         make(tmp_path / f"base-{seed}", seed=seed, values=(0.9, value, 0.9))
         make(tmp_path / f"change-{seed}", lr=0.1, seed=seed, values=(0.9, value - 0.2, 0.9))
-    result = json.loads(told(capsys, tmp_path, "--json"))
+    result = json.loads(printed(capsys, tmp_path, "--json"))
     base, change = result["groups"]
     assert base["seeds"] == [0, 1, 2] and base["mean"] == pytest.approx(0.52) and base["deviation"] == pytest.approx(0.02)
     assert base["margin"] == pytest.approx(4.302653 * 0.02 / math.sqrt(3), rel=1e-5)  # t of 2 degrees of freedom
     assert change["real"] and change["difference"] == pytest.approx(-0.2)
-    assert "change-0: better than base-0, over seeds" in told(capsys, tmp_path)
-    by = json.loads(told(capsys, tmp_path, "--json", "--by", "optim.lr"))["groups"]
+    assert "change-0: better than base-0, over seeds" in printed(capsys, tmp_path)
+    by = json.loads(printed(capsys, tmp_path, "--json", "--by", "optim.lr"))["groups"]
     assert [group["group"] for group in by] == ["optim.lr 0.001", "optim.lr 0.1"]
 
 
@@ -137,14 +137,14 @@ def test_a_change_of_data_or_code_makes_no_replicate_and_is_told(tmp_path, capsy
     (tmp_path / "c" / "code").mkdir()
     (tmp_path / "c" / "code" / "mine.py").write_text("a = 1")
     assert len(grouped([ComparedRun(Run(tmp_path / name)) for name in "abc"], "val_loss")) == 3
-    text = told(capsys, tmp_path)
+    text = printed(capsys, tmp_path)
     assert "code of c differs from a's: mine.py" in text and "data differs: a abc, b other, c abc" in text
 
 
 def test_the_curves_are_drawn_over_every_axis(tmp_path, capsys):
     make(tmp_path / "a"), make(tmp_path / "b")
     picture = tmp_path / "curves.png"
-    assert "curves: " in told(capsys, tmp_path / "a", tmp_path / "b", "--plot", picture)
+    assert "curves: " in printed(capsys, tmp_path / "a", tmp_path / "b", "--plot", picture)
     assert picture.read_bytes()[1:4] == b"PNG"
     with pytest.raises(UserError, match="--plot .* must end in"):
         compare.main([str(tmp_path / "a"), str(tmp_path / "b"), "--plot", "curves.txt"])

@@ -131,14 +131,14 @@ def test_what_a_tracker_is_told_has_configuration_place_and_lineage_and_no_addre
     run.save_start(Parent("base", str(tmp_path / "base"), 40, "0" * 16, True), {})
     write_json(run.labels_file, {"tags": ["good"]})
     write_json(run.provenance_file, {"command": ["perceiver", "train"], "data": "d", "code": {"package": {"commit": "c0ffee"}}})
-    told = tracking.describe_run(tracked(Mlflow(uri="http://me:secret@host")), run)
-    assert told.parameters["optim.lr"] == 5e-3 and told.parameters["optim.optimizer"] == "AdamW"
-    assert told.parameters["model.encoder.dropout"] == 0.1
-    assert "secret" not in json.dumps(told.parameters)
-    assert told.tags == {
+    described = tracking.describe_run(tracked(Mlflow(uri="http://me:secret@host")), run)
+    assert described.parameters["optim.lr"] == 5e-3 and described.parameters["optim.optimizer"] == "AdamW"
+    assert described.parameters["model.encoder.dropout"] == 0.1
+    assert "secret" not in json.dumps(described.parameters)
+    assert described.tags == {
         "folder": str(run.folder), "parent": "base@40", "commit": "c0ffee", "command": "perceiver train", "data": "d",
     }  # fmt: skip
-    assert told.labels == ("good",)
+    assert described.labels == ("good",)
 
 
 def test_trackers_are_chosen_by_name_and_refused_before_workers_start_where_they_cannot_work(monkeypatch, tmp_path):
