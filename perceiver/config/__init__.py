@@ -19,7 +19,7 @@ from perceiver.config.core import (
     type_name,
 )
 from perceiver.config.optimization import Adam, AdamW, Constant, Cosine, OptimConfig, OptimizerConfig, ScheduleConfig
-from perceiver.config.optimizers import Lamb, Lion, Muon, Sgd
+from perceiver.config.optimizers import Adafactor, Lamb, Lion, Muon, Sgd
 from perceiver.config.schedules import FlatCosine, InverseSquareRoot, Linear, OneCycle, WarmRestarts, Wsd
 from perceiver.config.sections import (
     CallbackConfig,
@@ -34,6 +34,7 @@ from perceiver.config.sections import (
 )
 
 __all__ = [
+    "Adafactor",
     "Adam",
     "AdamW",
     "CallbackConfig",
