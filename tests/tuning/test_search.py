@@ -4,6 +4,7 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from ray import tune
@@ -46,6 +47,10 @@ def drawn(made, monkeypatch) -> list[dict]:
     assert isinstance(algorithm, BasicVariantGenerator)
     monkeypatch.setattr("ray.tune.experiment.experiment.is_function_trainable", lambda run: False)  # which would ask for a real one
     monkeypatch.setattr("ray.tune.experiment.experiment.Experiment.register_if_needed", lambda run: run)
+    monkeypatch.setattr(
+        "ray.tune.search.basic_variant._create_trial_from_spec",
+        lambda spec, parser, trial_id, **_: SimpleNamespace(trial_id=trial_id, config=spec["config"]),
+    )
     experiment = tune.Experiment("sweep", "drawn-only", config=sweep.param_space(made), num_samples=made.trials)
     algorithm.add_configurations([experiment])
     found = []
