@@ -68,6 +68,8 @@ for (const head of document.querySelectorAll("table.sorts th")) head.addEventLis
   table.tBodies[0].append(...rows);
 });
 draw();
+// The newest of what stands side by side over time is what is looked for first.
+window.addEventListener("load", () => { for (const strip of document.querySelectorAll(".strip")) strip.scrollLeft = strip.scrollWidth; });
 """
 
 

@@ -175,12 +175,21 @@ def differing_weights(one: Path, other: Path) -> tuple[int, dict[str, float]]:
     return len(names), found
 
 
+def all_tensors(path: Path, prefix: str = "") -> dict[str, Tensor]:
+    """The tensors of a checkpoint whose names begin so, whole and on the CPU, by name.
+
+    Raises:
+        DamagedCheckpoint: it cannot be read.
+    """
+    entries = _reading(path, lambda: reader_of(path).read_metadata()).state_dict_metadata
+    found = {name: torch.empty(e.size, dtype=e.properties.dtype) for name, e in entries.items() if name.startswith(prefix)}
+    read_tensors(path, found)
+    return found
+
+
 def _weights(path: Path) -> dict[str, Tensor]:
     """The weights of a checkpoint, by name."""
-    entries = _reading(path, lambda: reader_of(path).read_metadata()).state_dict_metadata
-    found = {name: torch.empty(e.size, dtype=e.properties.dtype) for name, e in entries.items() if name.startswith("model.")}
-    read_tensors(path, found)
-    return {name.removeprefix("model."): tensor for name, tensor in found.items()}
+    return {name.removeprefix("model."): tensor for name, tensor in all_tensors(path, "model.").items()}
 
 
 def reader_of(path: Path) -> StorageReader:

@@ -104,7 +104,9 @@ def scaling_page() -> str:
     losses = {3e10: (3.0458, 2.8538, 3.1927, 3.1943), 6e10: (2.6845, 2.5682, 2.8367, 3.0886), 1.2e11: (2.6262, 2.4260, 2.4662, 2.7572)}
     sizes = (2458, 5806, 15958, 50086)
     measured = [
-        Measurement(budget, size, budget / size / 6, loss) for budget, row in losses.items() for size, loss in zip(sizes, row, strict=True)
+        Measurement(budget=budget, parameters=size, tokens=budget / size / 6, loss=loss)
+        for budget, row in losses.items()
+        for size, loss in zip(sizes, row, strict=True)
     ]
     study = fit_study(measured)
     return page_of_study(study, "Scaling laws", describe(study, 1e12)).render()
