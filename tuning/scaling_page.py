@@ -32,11 +32,12 @@ def page_of_study(study: Study, title: str, lines: Sequence[str]) -> Page:
         budgets = [p.budget for p in study.parabolas]
         page.chart(
             _law(law, budgets, minima), title=f"best {name} = {law.factor:.3g} x FLOPs^{law.exponent:.3f}", height=420,
-            xaxis={"type": "log", "title": {"text": "training FLOPs"}}, yaxis={"type": "log", "title": {"text": name}},
+            xaxis={"type": "log", "title": {"text": "training FLOPs"}, "exponentformat": "power"},
+            yaxis={"type": "log", "title": {"text": name}, "exponentformat": "power"},
         )  # fmt: skip
     page.heading("Measured")
     measured = sorted(study.measurements, key=lambda m: (m.budget, m.parameters))
-    page.table(["FLOPs", "parameters", "tokens", "validation loss"], [[m.budget, m.parameters, m.tokens, m.loss] for m in measured])
+    page.table(["FLOPs", "parameters", "tokens", "validation loss"], [[m.budget, m.parameters, round(m.tokens), m.loss] for m in measured])
     return page
 
 
