@@ -12,7 +12,8 @@ from perceiver.checkpoints import CheckpointInfo
 from perceiver.config import UserError, check_folder_name
 from perceiver.runs import Run
 from perceiver.terminal import add_trust_option, summary
-from ray_jobs.cli import main_entry, program, refuse_empty
+from ray_jobs.cli import main_entry, refuse_empty
+from ray_jobs.program import program
 
 
 def main(argv: list[str]) -> int:

@@ -16,8 +16,8 @@ from perceiver.config import UserError
 from perceiver.config.optimization import raw_metric
 from perceiver.data.storage import write_file
 from perceiver.runs import Parent, Run
-from perceiver.training.checkpoint import AVERAGE
 from perceiver.training.checkpoint_files import ShardWriter, all_tensors, check_files
+from perceiver.training.state import AVERAGE
 
 MODEL = "model."
 """Begins the names of a checkpoint's weights."""
