@@ -6,7 +6,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from perceiver.comparison import SEED, Group, welch
+from perceiver.comparison import SEED
+from perceiver.significance import Group, welch
 
 Trial = dict[str, Any]
 """See `tuning.trials.read_trials`."""
