@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from perceiver.config import ParallelConfig, UserError
+from perceiver.config import ParallelConfig, UserError, to_dict
 from perceiver.runs import Run
 from perceiver.training.checkpoint_files import all_tensors
 from perceiver.training.init_from import forked_run
@@ -22,6 +22,7 @@ def test_the_mean_of_sharded_checkpoints_is_a_finished_run_with_the_last_optimiz
     )  # fmt: skip
     test_parallel.train(made, make_data(tmp_path / "data"), tmp_path / "runs" / "whole")
     run = Run(tmp_path / "runs" / "whole")
+    run.save({"experiment": to_dict(made), "data": "abc"})
     for words, message in (
         (["--last", "4"], "--last is 4 and must be from 2 to 3: run whole has checkpoints of steps 4, 8, 12"),
         (["--steps", "5", "8"], "--steps names 5"),
