@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -183,7 +184,9 @@ def all_tensors(path: Path, prefix: str = "") -> dict[str, Tensor]:
     """
     entries = _reading(path, lambda: reader_of(path).read_metadata()).state_dict_metadata
     found = {name: torch.empty(e.size, dtype=e.properties.dtype) for name, e in entries.items() if name.startswith(prefix)}
-    read_tensors(path, found)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # one process is what is meant
+        read_tensors(path, found)
     return found
 
 
