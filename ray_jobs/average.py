@@ -50,13 +50,15 @@ def choose(run: Run, last: int | None, steps: list[int] | None) -> list[Checkpoi
     kept = f"run {run.name} has checkpoints of steps {known}; --run.keep-checkpoints of its training says how many it keeps"
     if last is not None and steps is not None:
         raise UserError("--last and --steps both say what to average: give one of them")
+    if len(there) < 2:
+        raise UserError(f"an average needs two checkpoints, and {kept}")
     if last is not None and not 2 <= last <= len(there):
         raise UserError(f"--last is {last} and must be from 2 to {len(there)}: {kept}")
     if steps is not None and (missing := sorted(set(steps) - {c.step for c in there})):
         raise UserError(f"--steps names {missing[0]}, and {kept}")
     chosen = there[-last:] if last else [c for c in there if steps is None or c.step in steps]
     if len(chosen) < 2:
-        raise UserError(f"an average needs two checkpoints: {kept}")
+        raise UserError(f"--steps is {' '.join(map(str, steps or ()))}, and an average needs two checkpoints: {kept}")
     return chosen
 
 

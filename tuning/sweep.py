@@ -227,6 +227,8 @@ def check_folder(sweep: Sweep, folder: Path) -> None:
             shutil.rmtree(folder / TUNE, ignore_errors=True)
             return
         if changes:
+            # What follows from other changes is left out where there are any.
+            changes = [line for line in changes if not line.startswith(("default.", "experiment:", "mode:"))] or changes
             raise UserError(
                 f"{folder} holds another sweep ({'; '.join(changes)}): choose another --name (with --search optuna --warm-start "
                 f"{folder.name} it knows what was found here), or the settings as they were"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -48,7 +49,9 @@ def save_mean(run: Run, chosen: Sequence[CheckpointInfo], target: Run) -> Checkp
     folder = target.checkpoints_folder / checkpoint_name(chosen[-1].step)
     writer = ShardWriter(folder, 0)
     target.checkpoints_folder.mkdir(parents=True)
-    dcp.save(tensors, storage_writer=writer, no_dist=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # one process is what is meant
+        dcp.save(tensors, storage_writer=writer, no_dist=True)
     made = CheckpointInfo(folder, chosen[-1].step, {}, files=writer.files)
     write_file(folder, MARKER, marker_content(made))
     target.save_start(Parent.of(run, chosen[-1]), {"mean_of_steps": ", ".join(str(checkpoint.step) for checkpoint in chosen)})
