@@ -69,7 +69,10 @@ def gain(trials: Sequence[Trial], settings: Mapping[str, Any]) -> tuple[str, boo
     )
     if (difference := welch(best, own)) is not None:
         interval = f"95% interval {difference.low:+.4f} to {difference.high:+.4f}"
-        text += f" (difference {difference.value:+.4f}, {interval}, p {difference.p:.2g}; too small a p, of the best of {len(found)})"
+        text += (
+            f" (difference {difference.value:+.4f}, {interval}, p {difference.p:.2g}; both as of a sample chosen in advance, which the best "
+            f"of {len(found)} is not)"
+        )
     return text, better
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, HyperBandScheduler, PopulationBasedTraining, TrialScheduler
 from ray.tune.search import ConcurrencyLimiter
 from ray.tune.search.basic_variant import BasicVariantGenerator
+from ray.tune.search.sample import Function
 
 from tuning.sweeps import Sweep
 from tuning.trial import run_name
@@ -101,8 +102,11 @@ def slot(sweep: Sweep, concurrent: int) -> dict[str, float]:
 
 
 def search(sweep: Sweep, concurrent: int) -> Any:
-    """What draws the samples. The first is the preset's own values, so that a sweep says what it gained."""
-    first = [] if sweep.points or sweep.has_grid else [{"values": sweep.default()}]
+    """What draws the samples. The first is the preset's own values, so that a sweep says what it gained; what a function draws is drawn for
+    these, too.
+    """
+    own = {name: value for name, value in sweep.default().items() if not isinstance(sweep.space[name], Function)}
+    first = [] if sweep.points or sweep.has_grid or not own else [{"values": own}]
     if sweep.search == "optuna":
         from tuning.optuna_search import Optuna
 

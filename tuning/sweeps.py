@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ray import tune
+from ray.tune.search.sample import Function
 
 from perceiver.comparison import SEED
 from perceiver.config import Experiment, UserError, flatten, nearest, to_dict
@@ -168,6 +169,10 @@ def check_sweep(sweep: Sweep) -> None:
         _check_seeds(sweep)
     if sweep.warm_start and sweep.search != "optuna":
         raise UserError(f"--warm-start is for a search that learns from trials: use --search optuna, not {sweep.search}")
+    if sweep.search == "optuna" and (drawn := [name for name, domain in sweep.space.items() if isinstance(domain, Function)]):
+        raise UserError(
+            f"search is optuna, which knows no function as a domain, and {drawn[0]} of the sweep's space is one: use search random"
+        )
     if sweep.search == "optuna" and (sweep.has_grid or sweep.points):
         raise UserError("search is optuna, which draws its own samples: use no grid_search and no points, or search random")
     if sweep.scheduler == "pbt" and (sweep.search != "random" or sweep.trials < 2):

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 from ray import tune
+from ray.tune.impl.placeholder import create_resolvers_map, inject_placeholders, resolve_placeholders
 from ray.tune.search.basic_variant import BasicVariantGenerator
 
 from perceiver.config import UserError, to_dict
@@ -41,7 +42,7 @@ def make_sweep(folder: Path, made, trials: list[tuple[dict, float]], finished: b
     return folder
 
 
-def drawn(made, monkeypatch) -> list[dict]:
+def drawn(made, monkeypatch, space=None) -> list[dict]:
     """Values of all trials, as Ray Tune draws them, in their order."""
     algorithm = search(made, 1)
     assert isinstance(algorithm, BasicVariantGenerator)
@@ -51,7 +52,7 @@ def drawn(made, monkeypatch) -> list[dict]:
         "ray.tune.search.basic_variant._create_trial_from_spec",
         lambda spec, parser, trial_id, **_: SimpleNamespace(trial_id=trial_id, config=spec["config"]),
     )
-    experiment = tune.Experiment("sweep", "drawn-only", config=sweep.param_space(made), num_samples=made.trials)
+    experiment = tune.Experiment("sweep", "drawn-only", config=space or sweep.param_space(made), num_samples=made.trials)
     algorithm.add_configurations([experiment])
     found = []
     while (trial := algorithm.next_trial()) is not None:
@@ -67,6 +68,22 @@ def test_every_sample_is_drawn_once_and_trained_under_each_seed(monkeypatch):
     rates = [value["optim.lr"] for value in values]
     assert rates[0] == 3e-3 and rates[::2] == rates[1::2] and len(set(rates)) == 3
     assert len(sweep.param_space(replace(made, space={}, points=({"optim.lr": 1.0},)))["values"]["grid_search"]) == 2
+
+
+def test_a_field_that_depends_on_another_is_drawn_by_it_also_for_the_presets_own_values(monkeypatch):
+    depends = tune.sample_from(lambda config: 40 if config["values"]["optim.lr"] > 3e-3 else 5)
+    made = replace(LONG, space={"optim.lr": tune.loguniform(1e-3, 1e-2), "optim.warmup_steps": depends}, trials=4)
+    check_sweep(made)
+    resolvers = create_resolvers_map()  # as Ray Tune does before it draws, and after it
+    configs = [{"values": values} for values in drawn(made, monkeypatch, inject_placeholders(sweep.param_space(made), resolvers))]
+    for config in configs:
+        resolve_placeholders(config, resolvers)
+    found = [config["values"] for config in configs]
+    assert found[0] == {"optim.lr": 3e-3, "optim.warmup_steps": 5}
+    assert all(values["optim.warmup_steps"] == (40 if values["optim.lr"] > 3e-3 else 5) for values in found)
+    assert {values["optim.warmup_steps"] for values in found} == {5, 40}
+    with pytest.raises(UserError, match="optim.warmup_steps of the sweep's space is one"):
+        check_sweep(replace(made, search="optuna"))
 
 
 def test_a_sweep_with_seeds_ranks_samples_by_their_means_and_not_by_their_best_trial(tmp_path):
