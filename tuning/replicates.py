@@ -70,8 +70,8 @@ def gain(trials: Sequence[Trial], settings: Mapping[str, Any]) -> tuple[str, boo
     if (difference := welch(best, own)) is not None:
         interval = f"95% interval {difference.low:+.4f} to {difference.high:+.4f}"
         text += (
-            f" (difference {difference.value:+.4f}, {interval}, p {difference.p:.2g}; both as of a sample chosen in advance, which the best "
-            f"of {len(found)} is not)"
+            f" (difference {difference.value:+.4f}, {interval}, p {difference.p:.2g}; as of a sample chosen in advance, not of the "
+            f"best of {len(found)})"
         )
     return text, better
 
