@@ -58,6 +58,7 @@ COMMANDS = {
     "prune": Command("keep order", "remove the checkpoints of the worse runs", "ray_jobs.tidy", ("prune",), takes="run"),
     "rm": Command("keep order", "remove runs", "ray_jobs.tidy", ("rm",), takes="run"),
     "compare": Command("train", "what differs between runs, and whether one is better", "ray_jobs.compare", takes="run"),
+    "average": Command("train", "the mean of a run's last checkpoints, as a run", "ray_jobs.average", takes="run"),
     "evaluate": Command("train", "metrics of a run over its whole validation set", "ray_jobs.evaluate", job=True, takes="run"),
     "generate": Command("use a model", "continue a text", _INFERENCE, ("--action", "generate"), takes="run"),
     "play": Command("use a model", "continue a performance, as a MIDI file", "perceiver.inference.play", takes="run"),
