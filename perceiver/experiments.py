@@ -9,7 +9,8 @@ from typing import Any
 
 from perceiver.catalog import CATALOG
 from perceiver.config import Config, Experiment, UserError, check_tree, flatten, nearest, spelled, to_dict
-from perceiver.config.core import is_builtin
+from perceiver.config.core import check_values, is_builtin
+from perceiver.config.values import words
 from perceiver.config_files import ExperimentFile, read_experiment_file
 from perceiver.extensions import call, check_trust, code_of, code_of_file, installed_experiments, is_reference, load_object, trust
 from perceiver.runs import Run
@@ -94,6 +95,7 @@ def check_name(name: str) -> None:
 def _made(name: str, found: Any) -> Experiment:
     if not isinstance(found, Experiment):
         raise UserError(f"experiment {name!r} is a {type(found).__name__} and must be an Experiment or a function that returns one")
+    check_values(found)
     return replace(found, preset=name)
 
 
@@ -159,4 +161,4 @@ def differing(config: Config, base: Config | None) -> dict[str, Any]:
 
 def field_words(name: str, value: Any) -> list[str]:
     """A field's value as words of a command line; a sequence is as many words as it has members."""
-    return [f"--{spelled(name)}", *map(str, value if isinstance(value, (list, tuple)) else [value])]
+    return [f"--{spelled(name)}", *words(value)]
