@@ -10,7 +10,9 @@ import ast
 import hashlib
 import importlib
 import importlib.metadata
+import importlib.util
 import json
+import os
 import sys
 import sysconfig
 import tempfile
@@ -60,7 +62,9 @@ def load_object(reference: str, what: str) -> Any:
     module = _import_file(Path(place).expanduser(), what) if place.endswith(".py") else _import_module(place, what)
     if not hasattr(module, attribute):
         names = [name for name, value in vars(module).items() if callable(value) and getattr(value, "__module__", "") == module.__name__]
-        there = f"; it has {', '.join(names[:8])}" if names else ""
+        # Most often a function is meant.
+        shown = [name for name in names if not isinstance(getattr(module, name), type)] or names
+        there = f"; it has {', '.join(shown[:8])}" if shown else ""
         raise UserError(f"{what} {reference!r}: {place} has no {attribute}{nearest(attribute, names)}{there}")
     return getattr(module, attribute)
 
@@ -89,6 +93,7 @@ def _import_file(path: Path, what: str) -> ModuleType:
         raise UserError(f"{what} {str(path)!r}: a file that is imported needs a name of letters, digits and underscores")
     loaded = sys.modules.get(name)
     if loaded is None:
+        _check_not_installed(name, path, what)
         if str(path.parent) not in sys.path:
             sys.path.insert(0, str(path.parent))
         loaded = _import_module(name, what)
@@ -97,7 +102,21 @@ def _import_file(path: Path, what: str) -> ModuleType:
     return loaded
 
 
+def _check_not_installed(name: str, path: Path, what: str) -> None:
+    """Raises UserError where the file would take the place of a module of Python or of an installed package, for all that imports it."""
+    try:
+        spec = importlib.util.find_spec(name)
+    except (ImportError, ValueError):
+        return
+    origin = Path(spec.origin) if spec is not None and spec.origin else None
+    if spec is not None and (origin is None or not origin.is_file() or _is_library(origin)) and spec.origin != str(path):
+        raise UserError(f"{what} {str(path)!r}: {name} is the name of an installed module: give the file another name")
+
+
 def _import_module(name: str, what: str) -> ModuleType:
+    # A console script, unlike `python -m`, does not look where it is run; last, so that nothing installed is hidden.
+    if (here := os.getcwd()) not in sys.path and "" not in sys.path:
+        sys.path.append(here)
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:

@@ -189,7 +189,7 @@ def override(config: Config, args: Sequence[str], prog: str) -> Config:
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
-        raise UserError(_first_sentence(output.getvalue())) from None
+        raise UserError(_first_sentence(output.getvalue()).removeprefix("Error parsing ")) from None
     return made
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from perceiver.config import ModelConfig, UserError
-from perceiver.config.core import check_nodes
+from perceiver.config.core import check_nodes, nodes
 from perceiver.models.array_input import ArrayInput
 from perceiver.models.array_outputs import ArrayOutput, EmbeddingOutput, HeadsOutput
 from perceiver.models.autoencoder_output import AutoencoderOutput
@@ -86,10 +86,10 @@ def build_model(config: ModelConfig, seed: int = 0) -> Any:
         model = config.build()
     if device.type != "meta":
         if empty := [name for name, parameter in model.named_parameters() if not parameter.numel()]:
-            raise UserError(
-                f"{empty[0]} would have no numbers: model.output.num-classes 0 and model.input.image-shape 0 0 0 mean what the data has, "
-                "which is not known here"
-            )
+            of_data = [f"model.{name} 0" for name, field in (("output.num-classes", "num_classes"), ("input.image-shape", "image_shape"))
+                       if any(hasattr(node, field) for _, node in nodes(config))]  # fmt: skip
+            why = f"{' and '.join(of_data)} mean what the data has, which is not known here" if of_data else "a size of the model is 0"
+            raise UserError(f"{empty[0]} would have no numbers: {why}")
         model.to_empty(device=device)
         model.init_weights(seed)
     return model
