@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from perceiver.experiments import find_experiment
-from ray_jobs.cli import TRUST_CODE, WRITE_CONFIG, override
+from ray_jobs.cli import TRUST_CODE, WRITE_CONFIG
+from ray_jobs.overrides import override
 from ray_jobs.seeds import take_seeds
 
 OPTIONS = (TRUST_CODE, "--allow-changed-code", "--verbose", "--quiet")
