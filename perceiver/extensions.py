@@ -12,7 +12,6 @@ import importlib
 import importlib.metadata
 import importlib.util
 import json
-import os
 import sys
 import sysconfig
 import tempfile
@@ -23,8 +22,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from perceiver.config import Config, UserError, home, nearest, nodes, type_name
-from perceiver.disk import whole_file
+from perceiver.config import Config, UserError, nearest, nodes, type_name
+from perceiver.config.core import look_here
 
 GROUP = "perceiver.experiments"
 """Entry points of this group are experiments that installed packages bring."""
@@ -32,8 +31,6 @@ OWN = ("perceiver", "ray_jobs", "tuning")
 """Packages of this project, which every process has."""
 INSTALLED = frozenset(("site-packages", "dist-packages"))
 """Names of folders in which packages are installed."""
-TRUSTED = "trusted-code.json"
-"""File in $PERCEIVER_HOME with the digests of code that its user has run by naming it."""
 
 
 # ----------------------------------------------------------------------------------------------------------- named objects
@@ -114,9 +111,7 @@ def _check_not_installed(name: str, path: Path, what: str) -> None:
 
 
 def _import_module(name: str, what: str) -> ModuleType:
-    # A console script, unlike `python -m`, does not look where it is run; last, so that nothing installed is hidden.
-    if (here := os.getcwd()) not in sys.path and "" not in sys.path:
-        sys.path.append(here)
+    look_here()
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
@@ -139,6 +134,18 @@ def place_of(error: Exception) -> str:
 def installed_experiments() -> dict[str, importlib.metadata.EntryPoint]:
     """Experiments that installed packages bring, by name."""
     return {point.name: point for point in importlib.metadata.entry_points(group=GROUP)}
+
+
+def load_point(point: importlib.metadata.EntryPoint) -> Any:
+    """What an installed package brings under a name.
+
+    Raises:
+        UserError: it cannot be imported: with file and line.
+    """
+    try:
+        return point.load()
+    except Exception as error:
+        raise UserError(f"experiment {point.name!r} of an installed package ({point.value}) fails: {place_of(error)}") from error
 
 
 # ------------------------------------------------------------------------------------------------------------ source files
@@ -324,44 +331,3 @@ def _is_library(file: Path) -> bool:
 
 def _same_text(first: Path | None, second: Path) -> bool:
     return first is not None and first.is_file() and first.read_text() == second.read_text()
-
-
-# ------------------------------------------------------------------------------------------------------------------- trust
-
-
-def trust(code: Code) -> None:
-    """Remembers that this user has run the code, so that runs which bring a copy of it may import that."""
-    known = _trusted()
-    if code and code.digest not in known:
-        path = home() / TRUSTED
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(path) as file:
-            file.write((json.dumps(sorted({*known, code.digest}), indent=1) + "\n").encode())
-
-
-def check_trust(code: Code, what: str, folder: Path, trusted: bool = False) -> None:
-    """Refuses code that came with somebody else's run.
-
-    Args:
-        what: how messages call the run.
-        folder: where its code can be read.
-        trusted: the user has said that it may run.
-
-    Raises:
-        UserError: this user never ran it.
-    """
-    if trusted:
-        trust(code)
-    elif code and code.digest not in _trusted():
-        raise UserError(
-            f"{what} brings code of its own ({', '.join(code.files)}) that was never run from this account: look at it in {folder}, "
-            "and give --trust-code (trust_code=True) to run it"
-        )
-
-
-def _trusted() -> set[str]:
-    try:
-        found = json.loads((home() / TRUSTED).read_text())
-    except (OSError, ValueError):
-        return set()
-    return set(map(str, found)) if isinstance(found, list) else set()

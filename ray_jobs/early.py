@@ -1,4 +1,4 @@
-"""Command lines that are an experiment, read before the job is loaded: a mistake in a field, or `--help`, needs neither Ray nor training."""
+"""Command lines that are an experiment, read before the job is loaded: neither a mistake in a field nor `--help` needs Ray."""
 
 from __future__ import annotations
 

@@ -164,11 +164,18 @@ def find_type(name: Any, *, foreign: bool = False) -> type[Config]:
         )
     try:
         importlib.import_module(module)
-    except ImportError as error:
-        raise UserError(f"configuration of type {name!r} cannot be loaded: {error}") from None
+    except Exception as error:  # the user's module may fail in any way
+        kind = "" if isinstance(error, ImportError) else f"{type(error).__name__}: "
+        raise UserError(f"configuration of type {name!r} cannot be loaded: {kind}{error}") from None
     if name not in _REGISTRY:
         raise UserError(f"module {module} has no configuration class {short}")
     return _REGISTRY[name]
+
+
+def look_here() -> None:
+    """Lets modules be found in the working folder, as `python -m` does and a console script does not; last, so that they hide nothing."""
+    if (here := os.getcwd()) not in sys.path and "" not in sys.path:
+        sys.path.append(here)
 
 
 def _builtin(short: str, name: str) -> type[Config]:
