@@ -17,7 +17,7 @@ from perceiver.presets import PRESETS
 from perceiver.runs import Run
 from perceiver.tasks.check import check_task
 from perceiver.trust import check_trust, trust
-from ray_jobs import train
+from ray_jobs import data, train
 from ray_jobs.cli import parse_experiment
 from ray_jobs.shipping import Shipped
 from tests.conftest import ROOT
@@ -64,6 +64,21 @@ def test_an_installed_package_registers_experiments(folder, monkeypatch):
     point.value = "weather:tiny"
     with pytest.raises(UserError, match=r"experiment 'lab-weather' of an installed package \(weather:tiny\) fails: .*KeyError"):
         find_experiment("lab-weather")
+
+
+def test_what_a_source_that_is_code_yields_is_shown(folder, capsys):
+    assert data.main(["weather.py:series"]) == 0
+    shown = capsys.readouterr().out
+    assert 'ArrayRows(past=((72, 7), "float32"), future=((24, 7), "float32"))' in shown and "1 part of training, 1 part" in shown
+    (folder / "chance.py").write_text(
+        "import numpy as np\ndef one(split):\n    yield {'x': np.random.rand(2)}\ndef two(split):\n    yield 3\n"
+    )
+    with pytest.raises(UserError, match="yields other examples when it is read again"):
+        data.main(["chance.py:one"])
+    with pytest.raises(UserError, match="yields a int and must yield mappings"):
+        data.main(["chance.py:two"])
+    with pytest.raises(UserError, match="is code, of which there is no page"):
+        data.main(["weather.py:series", "--html", "page.html"])
 
 
 def test_a_module_beside_the_command_is_found_and_hides_nothing(folder, monkeypatch):
