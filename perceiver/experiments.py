@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -136,6 +137,15 @@ def _beside(path: Path, base: str) -> str:
     if Path(place).suffix not in (".py", *FILES) or Path(place).expanduser().exists() or not there.exists():
         return base
     return f"{there}{colon}{name}"
+
+
+def seen_from(name: str, folder: Path) -> str:
+    """An experiment's name as a file in a folder gives it: of a relative path, that from the folder."""
+    place, colon, function = name.rpartition(":") if is_reference(name) else (name, "", "")
+    path, folder = Path(place), folder.absolute()
+    if folder == Path.cwd() or name in CATALOG or path.is_absolute() or not path.exists():
+        return name
+    return f"{Path(os.path.relpath(path, folder)).as_posix()}{colon}{function}"
 
 
 # -------------------------------------------------------------------------------------------------- words of a command line

@@ -16,9 +16,13 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 ALLOWED = "numbers, texts, True or False, None, paths, members of an Enum, tuples or lists of these, or classes derived from Config"
 
 
-@cache
 def field_types(cls: Any) -> dict[str, Any]:
     """The types of a class's fields; none where they name what cannot be found."""
+    return _field_types(cls)
+
+
+@cache
+def _field_types(cls: Any) -> dict[str, Any]:
     try:
         return get_type_hints(cls)
     except Exception:  # annotations of a user's class may be anything

@@ -92,8 +92,12 @@ def test_a_module_beside_the_command_is_found_and_hides_nothing(folder, monkeypa
 def test_a_file_may_start_from_what_lies_beside_it(folder, monkeypatch, tmp_path):
     (folder / "beside.yaml").write_text("preset: weather.py:tiny\ntask: {huber: 3.0}\n")
     (folder / "above.yaml").write_text("preset: beside.yaml\n")
+    (folder / "deep").mkdir()
+    with pytest.raises(SystemExit):
+        parse_experiment(["weather.py:tiny", "--task.huber", "4", "--write-config", "deep/er.yaml"], "ray_jobs.train")
     monkeypatch.chdir(tmp_path)
     assert find_experiment(str(folder / "above.yaml")).task.huber == 3.0
+    assert find_experiment(str(folder / "deep" / "er.yaml")).task.huber == 4.0
 
 
 @pytest.mark.parametrize(
