@@ -15,8 +15,9 @@ from perceiver.checkpoints import CheckpointInfo, choose_checkpoint, list_checkp
 from perceiver.config import Experiment, UserError, home, load_tree, to_dict
 from perceiver.config.core import digest
 from perceiver.disk import is_locked, locked, read_json, write_json
-from perceiver.extensions import Code, check_trust
+from perceiver.extensions import Code
 from perceiver.run_files import CODE, EXPERIMENT, FAILURE, LOCK, METRICS, RESULT, START, RunFiles
+from perceiver.trust import check_trust
 
 TAIL = 2**16
 """Bytes at the end of the metrics in which the last record is looked for."""

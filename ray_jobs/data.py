@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from perceiver.config import DataConfig, UserError
+from perceiver.data.examples import is_code
 from perceiver.data.files import format_of, list_files
 from perceiver.data.labels import class_order, label_counts, picture_sizes
 from perceiver.data.picture_folders import picture_folder
@@ -22,6 +23,7 @@ from perceiver.data.survey import LENGTHS, TableSurvey, label_column, labels_col
 from perceiver.datasets import Dataset
 from perceiver.runs import Run
 from ray_jobs.cli import main_entry, refuse_empty
+from ray_jobs.data_code import of_code
 from ray_jobs.data_page import Facts, page_of
 from ray_jobs.program import program
 
@@ -67,7 +69,7 @@ class Found:
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog=program("ray_jobs.data"), description=(__doc__ or "").partition(": ")[2])
-    parser.add_argument("source", help="a file, a folder or a glob; or a run")
+    parser.add_argument("source", help="a file, a folder or a glob; code that yields examples, FILE.py:NAME; or a run")
     parser.add_argument("--text-column", help="column with the text (default: text, or the one with the most text)")
     parser.add_argument("--label-column", help="column with the class (default: label, or one that has few different values)")
     parser.add_argument("--html", help="file to write a page to: the same, with charts, examples and pictures")
@@ -98,7 +100,9 @@ def write_page(source: str, file: str, text: str | None = None, label: str | Non
 
 
 def look(source: str, text: str | None = None, label: str | None = None) -> list[str]:
-    """What a source holds, line by line, and the commands that train on it. Raises UserError: see `find`."""
+    """What a source holds, line by line, and the commands that train on it. Raises UserError: see `find` and `of_code`."""
+    if is_code(source):
+        return of_code(source)
     found = find(source, text, label)
     return [*found.lines, "", *found.commands]
 
@@ -141,6 +145,8 @@ def find(source: str, text: str | None = None, label: str | None = None) -> Foun
     Raises:
         UserError: it is not there, cannot be read, or holds nothing that is known.
     """
+    if is_code(source):
+        raise UserError(f"{source} is code, of which there is no page: leave --html out")
     listed = list_files(source, "SOURCE", NAMED)
     formats = Counter(form for path, _, _ in listed if (form := format_of(path)) is not None)
     lines = [f"{source}: {len(listed):,} files, {sum(size for _, _, size in listed):,} bytes"]

@@ -31,6 +31,7 @@ from perceiver.runs import held
 from perceiver.terminal import summary
 from perceiver.training.meters import duration
 from perceiver.training.run import total_steps
+from perceiver.trust import trust
 from ray_jobs.capacity import Capacity, plan_capacity
 from ray_jobs.cli import main_entry, refuse_empty
 from ray_jobs.logs import show_progress
@@ -250,9 +251,10 @@ def fit(sweep: Sweep, folder: Path, base: Experiment, capacity: Capacity, steps:
     """Runs the trials with Ray Tune, or those that are not over yet."""
     examples = steps * base.training.global_batch_size
     parallel = replace(base.parallel, cpus_per_worker=capacity.cpus_per_worker, threads_per_worker=capacity.threads_per_worker)
+    trust(code := code_of(base))  # which this process has imported, by whatever name
     settings = {
         "experiment": to_dict(replace(base, parallel=parallel, callbacks=ready_callbacks(base))),
-        "code": dict(code_of(base).files),
+        "code": dict(code.files),
         "reports": sweep.reports,
         "examples": examples,
         "population": sweep.scheduler == "pbt",
