@@ -176,7 +176,7 @@ def report_step(
     if steps.peak_bytes:
         layout = Layout(
             micro_batch_size=size, accumulated=1, shards=1, precision=experiment.training.precision,
-            checkpoint_every=experiment.parallel.recompute_every, cpu_offload=False, cuda=True,
+            checkpoint_every=experiment.parallel.recompute_every, cpu_offload=False, cuda=True, optimizer=experiment.optim.optimizer,
         )  # fmt: skip
         planned = step_memory(build_task(experiment).step(), layout).total
         ratio = steps.peak_bytes / planned

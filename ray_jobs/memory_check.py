@@ -48,6 +48,7 @@ def layout_of(experiment: Experiment, cuda: bool = True) -> Layout:
         cpu_offload=parallel.cpu_offload,
         cuda=cuda,
         averaged=experiment.optim.ema_decay is not None,
+        optimizer=experiment.optim.optimizer,
     )
 
 

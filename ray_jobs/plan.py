@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields, replace
 from perceiver.config import Experiment, UserError
 from perceiver.costs.devices import DEVICES, GIB, Device
 from perceiver.costs.flops import num_parameters
-from perceiver.costs.memory import Memory, Traffic, most_of_each, step_memory, step_traffic
+from perceiver.costs.memory import Memory, Traffic, checkpoint_bytes, most_of_each, optimizer_bytes, step_memory, step_traffic
 from perceiver.costs.scale import GB, Cluster, step_time
 from perceiver.data.balance import described
 from perceiver.datasets import Dataset, train_counts, with_tokenizer
@@ -74,7 +74,6 @@ def make_plan(experiment: Experiment, device: Device, mfu: float) -> Plan:
     step, limit, batch = step_of(experiment), usable(device.memory), experiment.training.global_batch_size
     unit, per_example = task.throughput_unit()
     peak = {"bf16": device.bf16, "tf32": device.tf32_peak, "fp32": device.fp32}[experiment.training.precision]
-    parts = step.units(1)
     return Plan(
         parameters=num_parameters(experiment.model),
         unit=unit,
@@ -91,15 +90,16 @@ def make_plan(experiment: Experiment, device: Device, mfu: float) -> Plan:
             for name, every in (("no layer", 0), ("every second layer", 2), ("every layer", 1))
         },
         traffic=step_traffic(step, layout, parallel.replicas),
-        checkpoint=4.0 * sum(part.size + 2 * part.trained for part in parts),
+        checkpoint=checkpoint_bytes(step, layout),
         seconds_per_step=batch * task.flops_per_example() / (parallel.workers * peak * mfu),
     )
 
 
 def _shard(experiment: Experiment) -> float:
-    """Bytes of a worker's parameters, gradients and moments."""
-    parts = step_of(experiment).units(layout_of(experiment).shards)
-    return 4.0 * sum(part.size + 3 * part.trained for part in parts) / layout_of(experiment).shards
+    """Bytes of a worker's parameters, gradients and what its optimizer keeps."""
+    layout = layout_of(experiment)
+    parts = step_of(experiment).units(layout.shards)
+    return 4.0 * sum(part.size + part.trained for part in parts) / layout.shards + optimizer_bytes(parts, layout)
 
 
 def _steps(experiment: Experiment) -> int | None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 from perceiver.config import Experiment
 from perceiver.costs.devices import GIB, Device
+from perceiver.costs.memory import checkpoint_bytes
 from perceiver.costs.scale import CheckpointTime, Cluster, Reads, StepTime, checkpoint_time, reads, step_time
 from perceiver.tasks import build_task
 from ray_jobs import collector, watch
@@ -102,8 +103,7 @@ def simulate(
     recomputed = -(-num_layers // every) / num_layers if every else 0.0  # share of the layers: another forward pass, a third of the work
     computing = batch * task.flops_per_example() * (1 + recomputed / 3) / (workers * peak * mfu)
     time = step_time(step, layout, parallel.replicas, computing, cluster)
-    size = 4.0 * sum(part.size + 2 * part.trained for part in step.units(1))
-    checkpoint = checkpoint_time(size, workers, cluster)
+    checkpoint = checkpoint_time(checkpoint_bytes(step, layout), workers, cluster)
     starting = IMPORTS + workers / ACTORS_PER_SECOND + NCCL_SECONDS + NCCL_SECONDS_PER_WORKER * workers
     return Scale(
         workers=workers,

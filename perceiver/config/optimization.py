@@ -61,8 +61,24 @@ class OptimizerConfig(Config):
         """
         raise NotImplementedError(f"{type(self).__name__} needs a method build(groups, lr) that returns a torch optimizer")
 
+    def state_size(self, shape: tuple[int, ...], shards: int = 1, hidden: bool = False) -> int:
+        """How many numbers (fp32) a worker keeps for a parameter, without a counter of steps: what `perceiver plan` and the check of memory
+        count. Two moments by default; an optimizer that keeps anything else says so here.
+
+        Args:
+            shape: of the whole parameter.
+            shards: workers that share it, by slices of its first dimension (`shard_size`).
+            hidden: whether it is a matrix of a layer (`apart`).
+        """
+        return 2 * shard_size(shape, shards)
+
     def before_step(self, optimizer: torch.optim.Optimizer, step: int) -> None:
         """Called before each step (from 0), for an optimizer that counts steps outside of its state: a checkpoint has that alone."""
+
+
+def shard_size(shape: tuple[int, ...], shards: int) -> int:
+    """Numbers of the largest of a parameter's shards, which are slices of its first dimension."""
+    return -(-shape[0] // shards) * math.prod(shape[1:]) if shape else 1
 
 
 def float_pair(pair: tuple[float, float]) -> tuple[float, float]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from perceiver.config.core import UserError, spelled
-from perceiver.config.optimization import Adam, AdamW, OptimizerConfig, float_pair
+from perceiver.config.optimization import Adam, AdamW, OptimizerConfig, float_pair, shard_size
 
 if TYPE_CHECKING:
     import torch
@@ -30,6 +31,9 @@ class Sgd(OptimizerConfig):
 
         return torch.optim.SGD(groups, lr=lr, momentum=self.momentum, nesterov=self.nesterov)
 
+    def state_size(self, shape: tuple[int, ...], shards: int = 1, hidden: bool = False) -> int:
+        return shard_size(shape, shards) if self.momentum else 0
+
 
 class Lion(OptimizerConfig):
     """Lion (arXiv 2302.06675): steps of one size, by the sign of the momentum; learning rates a third to a tenth of AdamW's."""
@@ -44,6 +48,9 @@ class Lion(OptimizerConfig):
         from timm.optim import Lion as Implementation
 
         return Implementation(groups, lr=lr, betas=float_pair(self.betas))
+
+    def state_size(self, shape: tuple[int, ...], shards: int = 1, hidden: bool = False) -> int:
+        return shard_size(shape, shards)
 
 
 class Lamb(Adam):
@@ -88,6 +95,10 @@ class Adafactor(OptimizerConfig):
 
         return Implementation(groups, lr=lr, beta2_decay=self.beta2_decay, eps=(None, self.least_scale), d=self.clip_threshold)
 
+    def state_size(self, shape: tuple[int, ...], shards: int = 1, hidden: bool = False) -> int:
+        size = math.prod(shape)  # whole on all workers
+        return size if len(shape) < 2 else size // shape[-1] + size // shape[-2]
+
 
 class Muon(AdamW):
     """Muon (https://kellerjordan.github.io/posts/muon): the matrices of layers take orthogonal steps, all else is left to AdamW, with whose
@@ -123,6 +134,9 @@ class Muon(AdamW):
             eps=self.eps,
             fused=True,
         )
+
+    def state_size(self, shape: tuple[int, ...], shards: int = 1, hidden: bool = False) -> int:
+        return (1 if hidden else 2) * shard_size(shape, shards)
 
 
 def _check_betas(betas: tuple[float, float], where: str) -> None:

@@ -7,8 +7,9 @@ kernel on CPUs, weights are kept (`attend.attend`). Used by `memory.py`; all cou
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
+from perceiver.config import AdamW, OptimizerConfig
 from perceiver.costs.flops import num_kept
 from perceiver.models import PerceiverARConfig, PerceiverIOConfig
 from perceiver.models.attend import LONG_ENOUGH_TO_SPLIT
@@ -45,9 +46,11 @@ class Layout:
     checkpoint_every: int = 0
     """Every n-th layer is recomputed; 0: none."""
     cpu_offload: bool = False
-    """Shards of parameters, gradients and moments are in the host's memory."""
+    """Shards of parameters, gradients and the optimizer's state are in the host's memory."""
     averaged: bool = False
     """An average of the weights is kept beside them."""
+    optimizer: OptimizerConfig = field(default_factory=AdamW)
+    """It says what it keeps of each parameter."""
     cuda: bool = True
     """Whether attention is fused in all cases (GPUs), or in those that PyTorch has a CPU kernel for."""
 

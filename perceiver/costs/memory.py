@@ -4,18 +4,17 @@ The step is walked through as it runs (forward layer by layer, loss, backward, o
 every moment by kind; the moment with the most is the answer. tests/costs/test_memory.py compares it with the allocator's own count.
 
 Activations are those of `activations.py` or, counted, of `count.py`. Of FSDP2 (`perceiver/training/parallel.py`): a shard of
-parameters, gradients and two moments in fp32; the whole parameters of the layer at work in the type of computation, the next layer's as
-they arrive, gradients before they are reduced, and the reduction's input in fp32. Parameters outside of layers (embeddings) stay whole
-from forward to backward.
+parameters, gradients and the optimizer's state in fp32; the whole parameters of the layer at work in the type of computation, the next
+layer's as they arrive, gradients before they are reduced, and the reduction's input in fp32. Parameters outside of layers (embeddings)
+stay whole from forward to backward.
 
 Not counted: what the allocator loses to fragments, the device's context, the communication library's own buffers.
 """
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from typing import Protocol, TypeGuard
@@ -25,8 +24,10 @@ from torch import nn
 
 from perceiver.config import ModelConfig, nodes, type_name
 from perceiver.config.core import is_builtin
+from perceiver.config.optimization import shard_size
 from perceiver.costs.activations import FP32, Call, Layout, Loss, StepSizes, step_calls
 from perceiver.models import PerceiverARConfig, PerceiverIOConfig, build_model
+from perceiver.models.weights import layer_matrices
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +39,7 @@ class Memory:
     gradients: float = 0.0
     """The shard, in fp32."""
     optimizer: float = 0.0
-    """Two moments of the shard, in fp32."""
+    """The optimizer's state of the shard, and averaged weights, in fp32."""
     activations: float = 0.0
     """Kept for the backward pass, and what the layer at work needs besides."""
     loss: float = 0.0
@@ -53,6 +54,15 @@ class Memory:
         return sum(getattr(self, f.name) for f in fields(self))
 
 
+@dataclass(frozen=True)
+class Weight:
+    """A trained parameter, as its optimizer sees it."""
+
+    shape: tuple[int, ...]
+    hidden: bool
+    """Whether it is a matrix of a layer."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Unit:
     """Parameters that are gathered and reduced as one: a layer's, or all that belong to none."""
@@ -61,6 +71,8 @@ class Unit:
     """Numbers, with the padding of their shards."""
     trained: int
     """Those of them that get gradients."""
+    weights: tuple[Weight, ...] = ()
+    """What those are."""
 
 
 class Step(Protocol):
@@ -107,13 +119,36 @@ def units_of(model: nn.Module, shards: int) -> tuple[Unit, ...]:
     parts = [list(layer.parameters()) for layer in model.layers()]
     own = {id(parameter) for part in parts for parameter in part}
     parts.append([parameter for parameter in model.parameters() if id(parameter) not in own])
-    # Shards are slices of the first dimension; those that do not divide evenly are padded.
-    sizes = [[(-(-p.shape[0] // shards) * shards * math.prod(p.shape[1:]), p.requires_grad) for p in part] for part in parts]
-    return tuple(Unit(size=sum(n for n, _ in part), trained=sum(n for n, grad in part if grad)) for part in sizes)
+    matrices = layer_matrices(model)
+    units = []
+    for part in parts:
+        trained = [parameter for parameter in part if parameter.requires_grad]
+        units.append(
+            Unit(
+                size=shards * sum(shard_size(p.shape, shards) for p in part),  # those that do not divide evenly are padded
+                trained=shards * sum(shard_size(p.shape, shards) for p in trained),
+                weights=tuple(Weight(tuple(p.shape), id(p) in matrices) for p in trained),
+            )
+        )
+    return tuple(units)
+
+
+def optimizer_bytes(units: Iterable[Unit], layout: Layout) -> float:
+    """What a worker keeps between steps beside parameters: the optimizer's state, and averaged weights, in fp32."""
+    units = tuple(units)
+    weights = (weight for unit in units for weight in unit.weights)
+    state = sum(layout.optimizer.state_size(weight.shape, layout.shards, weight.hidden) for weight in weights)
+    return FP32 * (state + (sum(unit.size for unit in units) / layout.shards if layout.averaged else 0.0))
+
+
+def checkpoint_bytes(step: Step, layout: Layout) -> float:
+    """A checkpoint of all workers together: parameters, the optimizer's state, averaged weights."""
+    units = step.units(1)
+    return FP32 * sum(unit.size for unit in units) + optimizer_bytes(units, replace(layout, shards=1))
 
 
 def step_memory(step: Step, layout: Layout) -> Memory:
-    """Memory of a training step (from the second on, when the optimizer has its moments)."""
+    """Memory of a training step (from the second on, when the optimizer has its state)."""
     return max(_moments(step, layout), key=lambda memory: memory.total)
 
 
@@ -178,8 +213,7 @@ def _moments(step: Step, layout: Layout) -> Iterator[Memory]:
     *layers, root = parts
     owned = 0.0 if layout.cpu_offload else 1.0
     size, trained = sum(unit.size for unit in parts) / shards, sum(unit.trained for unit in parts) / shards
-    kept = 2 * trained + (size if layout.averaged else 0.0)  # two moments, and averaged weights
-    base = {"parameters": owned * FP32 * size, "optimizer": owned * FP32 * kept, "gathered": e * root.size}
+    base = {"parameters": owned * FP32 * size, "optimizer": owned * optimizer_bytes(parts, layout), "gathered": e * root.size}
     calls, loss = step.walk(layout)
     whole = 0.0
     if layout.accumulated > 1:  # gradients stay whole, in fp32, until the step's last micro-batch

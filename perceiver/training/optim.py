@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from perceiver.config import OptimConfig, UserError
+from perceiver.models.weights import layer_matrices
 
 FACTOR = "lr_factor"
 """In a group of parameters: its learning rate as a multiple of the step's."""
@@ -27,8 +28,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
     decaying = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
     decaying |= {id(p) for name, p in model.named_parameters() if name.endswith("txt_embedding.weight")}
     depths = _layer_factors(model, config.layer_decay)
-    layers = model.layers() if config.optimizer.apart else ()  # type: ignore[operator]
-    hidden = {id(module.weight) for layer in layers for module in layer.modules() if isinstance(module, nn.Linear)}
+    hidden = layer_matrices(model) if config.optimizer.apart else set()
     groups: dict[tuple[bool, float, float, int, bool], list[nn.Parameter]] = {}
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     for decays in (True, False):

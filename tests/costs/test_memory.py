@@ -8,7 +8,7 @@ One process is one of N workers: its collectives are a fake group's, which sends
 import gc
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -17,7 +17,8 @@ from torch.profiler import ProfilerActivity, profile
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from perceiver.config import Experiment, ParallelConfig
+from perceiver.config import AdamW, Experiment, OptimizerConfig, ParallelConfig
+from perceiver.config.optimizers import Adafactor, Muon, Sgd
 from perceiver.costs.activations import Layout, StepSizes, step_calls
 from perceiver.costs.count import CountedStep
 from perceiver.costs.flops import num_kept, num_parameters
@@ -41,6 +42,7 @@ class Case:
     recompute: int = 0
     accumulated: int = 1
     model: tuple[tuple[str, object], ...] = ()
+    optimizer: OptimizerConfig = field(default_factory=AdamW)
 
     def experiment(self) -> Experiment:
         made = PRESETS[self.preset]()
@@ -49,6 +51,7 @@ class Case:
             made,
             model=replace(made.model, **dict(self.model)),
             data=replace(made.data, tokenizer="bytes"),
+            optim=replace(made.optim, optimizer=self.optimizer),
             training=replace(made.training, precision=self.precision, global_batch_size=examples),
             parallel=ParallelConfig(
                 workers=self.workers, replicas=self.replicas, activation_checkpointing=self.recompute, micro_batch_size=self.micro_batch
@@ -73,6 +76,9 @@ CASES = (
     Case("txt-clf-imdb-decoder-small"),
     Case("img-clf-mnist", 16, workers=2),
     Case("img-clf-mnist", 16, workers=2, precision="bf16", recompute=1),
+    Case("mlm-imdb-small", 2, optimizer=Sgd(momentum=0.0)),
+    Case("mlm-imdb-small", 2, workers=4, recompute=1, optimizer=Muon()),
+    Case("mlm-imdb-small", 2, workers=4, recompute=1, optimizer=Adafactor()),
 )
 
 
