@@ -19,6 +19,7 @@ from perceiver.evaluations import save_examples
 from perceiver.runs import Run
 from perceiver.tasks import build_task
 from perceiver.tasks.base import Baseline
+from perceiver.tasks.check import check_guess
 from perceiver.terminal import add_checkpoint_option, add_trust_option, summary
 from perceiver.training.checkpoint_files import check_files
 from perceiver.training.remote_copy import find_run
@@ -108,12 +109,14 @@ def evaluate_run(
             prepare(experiment)
         dataset = Dataset.find(experiment)
         experiment, data_folder, manifest = dataset.experiment, dataset.folder, dataset.manifest
+        trained_on = _trained_on(trained) if other else None
+        check_guess(experiment, dataset.parts, trained_on)
         origin = str(run) if "://" in str(run) else None
         result = driver.evaluate_checkpoint(experiment, data_folder, found, resources, chosen.path, origin, averaged)
     if not result["metrics"]:
         raise UserError(f"the validation data in {data_folder} has no target, so nothing can be measured on it")
     task, parts = build_task(experiment), dataset.parts
-    baselines = task.baselines(parts, _trained_on(trained) if other else None)
+    baselines = task.baselines(parts, trained_on)
     path = found.evaluation_file(chosen.step, manifest.digest, averaged)
     result["baselines"] = {name: asdict(baseline) for name, baseline in baselines.items()}
     examples = result.pop("examples")

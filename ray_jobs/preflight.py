@@ -18,8 +18,9 @@ from perceiver.config.core import is_builtin
 from perceiver.config.optimization import averaged_metric
 from perceiver.data.sources import mixture_sources
 from perceiver.models import check_model
-from perceiver.tasks import Task, build_task
-from perceiver.tasks.check import check_task
+from perceiver.tasks import Task
+from perceiver.tasks.check import check_task, checked_task
+from perceiver.tasks.check_calls import tried
 from perceiver.training.optim import check_groups
 from ray_jobs.ray_env import use_gpus
 from ray_jobs.read_ahead import DATA_CPUS
@@ -45,15 +46,15 @@ def check_experiment(experiment: Experiment) -> None:
         UserError: the first field that cannot be right.
     """
     check_tree(experiment)
-    task = build_task(experiment)
+    task = checked_task(experiment)
     if experiment.data.mixture:
         mixture_sources(experiment.data)
     check_best_metric(experiment, task)
     check_balance(experiment, task)
     for number, callback in enumerate(experiment.callbacks):
-        callback.check_metrics(f"callbacks.{number}.", metric_names(experiment, task))
+        tried(callback, "check_metrics", f"callbacks.{number}.", metric_names(experiment, task))
     check_model(experiment.model)
-    task.check()
+    tried(task, "check")
     if experiment.optim.groups:
         with torch.device("meta"):
             check_groups(task.build_model(), experiment.optim)

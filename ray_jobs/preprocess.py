@@ -20,10 +20,7 @@ from perceiver.data.prepare import histogram, make_split, shared_documents, unig
 from perceiver.data.rows import KINDS
 from perceiver.data.shards import broken_files
 from perceiver.data.sources import Source, is_path, mixture_sources, resolve
-from perceiver.data.storage import (
-    list_folder,
-    remove_file,
-)
+from perceiver.data.storage import list_folder, remove_file
 from perceiver.data.tokenizers import keep_tokenizer, load_tokenizer
 from perceiver.data_settings import prepare_settings, task_kind
 from perceiver.datasets import check_fits, data_folder, with_tokenizer
@@ -143,12 +140,6 @@ def _nothing_to_do(experiment: Experiment, folder: str, manifest: Manifest) -> M
     skipped = f" ({_skipped(manifest)})" if manifest.stats.get("skipped") else ""
     logger.info(f"data of {experiment.preset} is prepared{skipped}, nothing to do: {folder}")
     return manifest
-
-
-# ----------------------------------------------------------------------------------------------------------- the source
-
-
-# ----------------------------------------------------------------------------------------------------------- two passes
 
 
 # ----------------------------------------------------------------------------------------------------------- the result

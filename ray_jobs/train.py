@@ -21,6 +21,7 @@ from perceiver.plots import png, training_curves
 from perceiver.runs import Run
 from perceiver.tasks import build_task
 from perceiver.tasks.base import Baseline
+from perceiver.tasks.check import check_guess
 from perceiver.training.fork import resolved
 from perceiver.training.meters import duration
 from perceiver.training.profiling import check_profile
@@ -172,6 +173,8 @@ def run(
     known = dataset or (Dataset.find_prepared(experiment) if fork is not None or longer else None)
     if known is not None:
         check_prepared(known.folder, known.manifest)
+        if not experiment.task.measured:
+            check_guess(experiment, known.parts)
 
     from ray_jobs import driver
     from ray_jobs.preprocess import prepare
@@ -188,6 +191,7 @@ def run(
                 dataset = Dataset.find(experiment)
             experiment, data_folder, manifest = dataset.measured(), dataset.folder, dataset.manifest
             check_prepared(data_folder, manifest)
+            check_guess(experiment, dataset.parts)
             warn_of_warmup(experiment, manifest)
             if longer:
                 trained.forget_result()

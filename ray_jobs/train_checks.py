@@ -18,7 +18,9 @@ from perceiver.experiments import field_words
 from perceiver.run_files import CHECKPOINTS, CURVE, EXPERIMENT, RECORD_FOLDERS, RECORDS
 from perceiver.runs import Run
 from perceiver.tasks import build_task
+from perceiver.tasks.check_calls import tried
 from perceiver.training.batches import make_val_loaders
+from perceiver.training.check_callbacks import check_callbacks
 from perceiver.training.fork import Fork, check_extension, find_fork, is_extension
 from perceiver.training.init_from import Start, find_start, forked_run
 from perceiver.training.run import total_steps
@@ -32,9 +34,11 @@ def ready_callbacks(experiment: Experiment) -> tuple[CallbackConfig, ...]:
     """The experiment's callbacks as workers get them.
 
     Raises:
-        UserError: one of them cannot work here.
+        UserError: one of them cannot work here, or does not keep its contract.
     """
-    return tuple(callback.ready(f"callbacks.{number}.") for number, callback in enumerate(experiment.callbacks))
+    ready = tuple(tried(callback, "ready", f"callbacks.{number}.") for number, callback in enumerate(experiment.callbacks))
+    check_callbacks(ready)
+    return ready
 
 
 def in_its_order(experiment: Experiment, trained: Run) -> Experiment:

@@ -39,6 +39,12 @@ class ModelConfig(Config):
         """Of a model that reads text: its longest input in tokens, and the number of token ids. None: it reads something else."""
         return None
 
+    def batch_shape(self) -> tuple[Any, ...] | None:
+        """Of a model that takes one tensor: its shape, as `perceiver.models.tensor_shapes.Shape` writes it: ("B", 28, 28). By it the model
+        is written as ONNX. None: it takes something else.
+        """
+        return None
+
 
 class TaskConfig(Config):
     """What is learned: base class of all tasks' settings."""
@@ -108,7 +114,10 @@ class CallbackConfig(Config):
 
     @abstractmethod
     def build(self) -> Callback:
-        """The callback, a subclass of `perceiver.training.callbacks.Callback`: one on every worker, for every start of a run."""
+        """The callback, a subclass of `perceiver.training.callbacks.Callback`: one on every worker, for every start of a run.
+
+        It is built before that, too, to be tried: what it opens belongs into `on_start`.
+        """
         raise NotImplementedError(f"{type(self).__name__} needs a method build() that returns the callback")
 
     def ready(self, where: str) -> CallbackConfig:

@@ -110,7 +110,10 @@ def rgb(image: np.ndarray) -> np.ndarray:
 
 
 class BadImage(ValueError):
-    """A picture that cannot be read, or not without guessing: the message is the reason."""
+    """A picture that cannot be read, or not without guessing: the message says why."""
+
+    reason = "bad image"
+    """How it is counted."""
 
 
 def decode_image(data: Any) -> np.ndarray:

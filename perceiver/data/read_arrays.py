@@ -45,10 +45,8 @@ def read_arrays(span: Span, rows: ArrayRows, problems: Problems, group: str | No
                 if group is not None and group not in example:
                     raise BadExample("missing column", f"it has no {group} (it has: {', '.join(map(str, example))})")
                 yield values, None if group is None else group_of(example[group], group)
-            except BadExample as error:
+            except (BadExample, NoGroup) as error:
                 problems.report(error.reason, f"{where()}: {error}")
-            except NoGroup as error:
-                problems.report("no group", f"{where()}: {error}")
     except Unreadable as error:
         problems.report(*error.args)
 

@@ -104,12 +104,8 @@ def _read_pictures(span: Span, columns: Columns, problems: Problems) -> Iterator
                 groups.append(group_of(file.group, columns.group or ""))
             labels.append(number)
             pixels.append(image)
-        except BadImage as error:
-            problems.report("bad image", f"{place}: {error}")
-        except BadLabel as error:
+        except (BadImage, BadLabel, NoGroup) as error:
             problems.report(error.reason, f"{place}: {error}")
-        except NoGroup as error:
-            problems.report("no group", f"{place}: {error}")
         if len(pixels) == _MOST_PICTURES:
             yield Images(np.stack(pixels), np.array(labels, np.int64), groups)
             pixels, labels, groups = [], [], None if groups is None else []

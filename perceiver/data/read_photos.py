@@ -34,12 +34,8 @@ def read_photos(span: Span, columns: Columns, problems: Problems) -> Iterator[Ph
                 check_image(content)
                 key = group_of(group, columns.group) if columns.group else None
                 yield Photo(content, label_of(label, columns), key)
-            except BadImage as error:
-                problems.report("bad image", f"{place}: {error}")
-            except BadLabel as error:
+            except (BadImage, BadLabel, NoGroup) as error:
                 problems.report(error.reason, f"{place}: {error}")
-            except NoGroup as error:
-                problems.report("no group", f"{place}: {error}")
     except Unreadable as error:
         problems.report(*error.args)
 

@@ -44,12 +44,8 @@ def read_sounds(span: Span, columns: Columns, length: int, problems: Problems) -
             number = label_of(label, columns)
             key = group_of(group, columns.group) if columns.group else None
             yield Sound(to_stored(with_length(samples, length)), number, len(samples), key)
-        except BadSound as error:
-            problems.report("bad sound", f"{place}: {error}")
-        except BadLabel as error:
+        except (BadSound, BadLabel, NoGroup) as error:
             problems.report(error.reason, f"{place}: {error}")
-        except NoGroup as error:
-            problems.report("no group", f"{place}: {error}")
 
 
 def _given(span: Span, problems: Problems) -> Iterator[tuple[str, Any, int | None, Any, Any]]:

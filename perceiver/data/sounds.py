@@ -16,7 +16,10 @@ LOUDEST = 32767
 
 
 class BadSound(ValueError):
-    """A sound that cannot be read: the message is the reason."""
+    """A sound that cannot be read: the message says why."""
+
+    reason = "bad sound"
+    """How it is counted."""
 
 
 @dataclass(frozen=True)

@@ -97,6 +97,9 @@ def parse_json(text: str) -> Any:
 class NoGroup(Exception):
     """A row that belongs to no group."""
 
+    reason = "no group"
+    """How it is counted."""
+
 
 def group_of(value: Any, column: str) -> bytes:
     """The value of a group column as bytes that tell groups apart.

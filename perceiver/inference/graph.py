@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from perceiver.config import UserError
-from perceiver.models import PerceiverARConfig, PerceiverIOConfig
+from perceiver.models import PerceiverARConfig
 from perceiver.models.tensor_shapes import Shape
 
 if TYPE_CHECKING:
@@ -103,9 +103,9 @@ def _module_and_shapes(trained: TrainedModel) -> tuple[nn.Module, list[Shape]]:
     if isinstance(config, PerceiverARConfig):
         window: Shape = ("B", config.max_seq_len)
         return NextToken(trained.model, config.max_seq_len - config.max_latents), [window, window]
-    shape = config.input.batch_shape() if isinstance(config, PerceiverIOConfig) else None
+    shape = config.batch_shape()
     if shape is None:
-        what = type(config.input).__name__ if isinstance(config, PerceiverIOConfig) else type(config).__name__
+        what = type(getattr(config, "input", config)).__name__
         raise UserError(f"{trained.name} cannot be written as ONNX: {what} takes no single tensor")
     return trained.model, [shape, shape] if config.text_limits() is not None else [shape]
 

@@ -19,6 +19,7 @@ from perceiver.models.local_init import LocalInit
 from perceiver.models.outputs import OutputConfig, OutputQueries, TextOutput
 from perceiver.models.perceiver_io_parts import PerceiverDecoder, PerceiverEncoder, initialize_part, reset_parts
 from perceiver.models.shapes import AttentionChannels
+from perceiver.models.tensor_shapes import Shape
 
 
 class PerceiverIOConfig(ModelConfig):
@@ -49,6 +50,9 @@ class PerceiverIOConfig(ModelConfig):
 
     def text_limits(self) -> tuple[int, int] | None:
         return self.input.text_limits()
+
+    def batch_shape(self) -> Shape | None:
+        return self.input.batch_shape()
 
     def encoder_cross_attention(self) -> AttentionChannels:
         """Channels of the latents' attention to the input."""

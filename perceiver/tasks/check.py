@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,12 +11,15 @@ import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
-from perceiver.config import Experiment, UserError, nearest
+from perceiver.config import Experiment, UserError, nearest, type_name
+from perceiver.config.core import is_builtin
 from perceiver.config.optimization import raw_metric
+from perceiver.data.components import Component
+from perceiver.data.manifest import Manifest
 from perceiver.data.row_kind import KINDS
 from perceiver.data.rows import ArrayRows
-from perceiver.tasks.base import IGNORE_INDEX, Batch, Sample, Task, dummy_split
-from perceiver.tasks.check_calls import call, name_of, shape_of
+from perceiver.tasks.base import IGNORE_INDEX, Batch, Guess, Sample, Task, dummy_split
+from perceiver.tasks.check_calls import call, name_of, shape_of, tried
 from perceiver.tasks.check_model import check_optimizer, check_step, checked_model
 
 _RANDOM = "random choices must be functions of (self.seed, epoch, row), see perceiver.data.order.uniforms"
@@ -37,9 +41,8 @@ def check_task(experiment: Experiment, rows: pa.Table | None = None) -> None:
             whose first dimension is not its size, padding that counts as a target, a loss that is no sum, a metric that is not finite
             or not declared, a random choice that is no function of (seed, row), weights that differ for the same seed.
     """
-    task = call(experiment.task, "build", experiment.model, experiment.data, experiment.training.seed)
-    if not isinstance(task, Task):
-        raise UserError(f"{name_of(experiment.task)}.build returned {shape_of(task)} and must return a perceiver.tasks.base.Task")
+    task = checked_task(experiment)
+    call(task, "check")
     _check_settings(task)
     model = checked_model(experiment)
     check_optimizer(experiment, model)
@@ -60,6 +63,46 @@ def check_task(experiment: Experiment, rows: pa.Table | None = None) -> None:
     _check_predict(task, model, rows)
     model.train()
     check_step(experiment, model, _loss(task, model, batch)[0])
+
+
+def checked_task(experiment: Experiment) -> Task[Any, Any]:
+    """The task of an experiment.
+
+    Raises:
+        UserError: the user's `build` fails or returns something else.
+    """
+    task = tried(experiment.task, "build", experiment.model, experiment.data, experiment.training.seed)
+    if not isinstance(task, Task):
+        raise UserError(f"{name_of(experiment.task)}.build returned {shape_of(task)} and must return a perceiver.tasks.base.Task")
+    return task
+
+
+def check_guess(experiment: Experiment, parts: Sequence[Component], trained_on: Manifest | None = None) -> None:
+    """Makes the baselines of a task of the user's, which are shown when a training or an evaluation ends.
+
+    Args:
+        experiment: with what its task measures.
+        parts: the data sets that are validated on.
+        trained_on: the data set that the model was trained on, where it is not that of each part.
+
+    Raises:
+        UserError: `guess` fails, returns something else, or speaks of a metric that `metrics` does not give for its sums.
+    """
+    if is_builtin(type_name(type(experiment.task))):
+        return
+    task = checked_task(experiment)
+    for part in parts:
+        guess = call(task, "guess", part.manifest, trained_on or part.manifest)
+        if guess is None:
+            continue
+        if not isinstance(guess, Guess):
+            raise UserError(f"{name_of(task)}.guess returned {shape_of(guess)} and must return a perceiver.tasks.base.Guess, or None")
+        metrics = call(task, "metrics", guess.sums, part.manifest.splits["val"])
+        if unknown := [name for name in guess.means if name not in metrics]:
+            raise UserError(
+                f"{name_of(task)}.guess speaks of {unknown[0]!r}, but metrics gives {', '.join(metrics) or 'nothing'} for its sums"
+            )
+    call(task, "baselines", list(parts), trained_on)
 
 
 # ---------------------------------------------------------------------------------------------------------------- its parts

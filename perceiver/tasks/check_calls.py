@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from perceiver.config import UserError
+from perceiver.config import UserError, type_name
+from perceiver.config.core import is_builtin
 from perceiver.extensions import place_of
 from perceiver.models.tensor_shapes import WrongTensor
 
@@ -30,6 +31,11 @@ def call(owner: Any, method: str, *args: Any) -> Any:
     except Exception as error:
         shapes = f" (batch: {_shapes(args)})" if _shapes(args) else ""
         raise UserError(f"{name_of(owner)}.{method} fails: {_first_line(place_of(error))}{shapes}") from error
+
+
+def tried(owner: Any, method: str, *args: Any) -> Any:
+    """The same of an object that may be of this package: faults of its own are no mistakes of the user's and pass as they are."""
+    return getattr(owner, method)(*args) if is_builtin(type_name(type(owner))) else call(owner, method, *args)
 
 
 def _first_line(text: str) -> str:

@@ -91,7 +91,7 @@ class Callbacks:
             if state := self._guarded(name, type(callback), "state_dict", callback.state_dict):
                 if not isinstance(state, dict):
                     raise CallbackError(f"callback {name}: state_dict() returned {type(state).__name__} instead of a dict")
-                states.append({"type": name, "state": _whole(state, f"callback {name}: state_dict()")})
+                states.append({"type": name, "state": whole_state(state, f"callback {name}: state_dict()")})
         return states
 
     def load_states(self, states: Sequence[dict[str, Any]]) -> None:
@@ -168,7 +168,7 @@ def _is_of_the_group(error: Exception) -> bool:
 # ---------------------------------------------------------------------------------------------------------------- states
 
 
-def _whole(value: Any, what: str) -> Any:
+def whole_state(value: Any, what: str) -> Any:
     """A state with its tensors as whole copies on the CPU.
 
     Raises:
@@ -181,9 +181,9 @@ def _whole(value: Any, what: str) -> Any:
     if isinstance(value, dict):
         if wrong := [key for key in value if not isinstance(key, str) or key == _TENSOR]:
             raise CallbackError(f"{what} has the key {wrong[0]!r}: keys are strings")
-        return {key: _whole(member, f"{what}[{key!r}]") for key, member in value.items()}
+        return {key: whole_state(member, f"{what}[{key!r}]") for key, member in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_whole(member, f"{what}[{number}]") for number, member in enumerate(value)]
+        return [whole_state(member, f"{what}[{number}]") for number, member in enumerate(value)]
     if value is None or type(value) in (bool, int, float, str):
         return value
     raise CallbackError(f"{what} is a {type(value).__name__}: a state is made of dicts, lists, numbers, strings and tensors")

@@ -2,14 +2,16 @@
 
 import json
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from torch import nn
 
 import perceiver
-from perceiver.config import DataConfig, UserError
+from perceiver.config import DataConfig, ModelConfig, UserError
 from perceiver.inference import graph
 from perceiver.inference.card import card, source_of
 from ray_jobs import push
@@ -90,6 +92,27 @@ def test_the_graph_computes_what_the_model_does_for_any_number_and_length(runs, 
     np.testing.assert_allclose(found, wanted.numpy(), atol=graph.TOLERANCE * max(1, wanted.abs().max().item()))
     assert perceiver.load(folder, device="cpu").name == task  # it is an export like any other
     assert loaded.export(folder).is_dir() and not (folder / "model.onnx").exists()
+
+
+class Plain(ModelConfig):
+    """A model of a user's, no Perceiver."""
+
+    def build(self):
+        return nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
+
+    def batch_shape(self):
+        return "B", 3, 4
+
+
+def test_a_model_of_ones_own_is_a_graph_by_its_batch_shape(tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    config = Plain()
+    model, given = config.build(), torch.randn(5, 3, 4)
+    graph.write_graph(SimpleNamespace(name="plain", model=model, config=config), tmp_path)
+    session = onnxruntime.InferenceSession(str(tmp_path / graph.GRAPH), providers=["CPUExecutionProvider"])
+    (found,) = session.run([graph.OUTPUT], {graph.INPUT: given.numpy()})
+    assert np.allclose(found, model(given).detach().numpy(), atol=1e-5)
 
 
 @pytest.mark.parametrize("found", [torch.tensor([[1.0, -2.0]]) * 1.001, torch.tensor([[1.0]]), torch.tensor([[1.0, float("nan")]])])

@@ -11,11 +11,25 @@ import pytest
 import torch
 from torch import nn
 
-from perceiver.config import DataConfig, Experiment, ModelConfig, OptimConfig, OptimizerConfig, TaskConfig, TrainingConfig, UserError
+from perceiver.config import (
+    CallbackConfig,
+    DataConfig,
+    Experiment,
+    ModelConfig,
+    OptimConfig,
+    OptimizerConfig,
+    RunConfig,
+    TaskConfig,
+    TrainingConfig,
+    UserError,
+)
+from perceiver.data.components import Component
+from perceiver.data.manifest import Manifest
 from perceiver.data.rows import ArrayRows
 from perceiver.models.initialize import initialize
-from perceiver.tasks.base import Task
-from perceiver.tasks.check import check_task
+from perceiver.tasks.base import Guess, Task, dummy_split
+from perceiver.tasks.check import check_guess, check_task
+from ray_jobs.preflight import check_experiment
 
 
 class Net(nn.Module):
@@ -120,6 +134,7 @@ TASKS = {
     "best metric": ({"metrics": lambda self, sums, split: {"mae": 1.0}}, "gave mae, but not 'loss', by which the best checkpoint"),
     "direction": ({"metric_directions": {"loss": "low", "mae": "min"}}, "says 'low' of 'loss'"),
     "each": ({"each": lambda self, model, batch, sums: {"loss": torch.zeros(1)}}, "Changed.each of 3 examples returned"),
+    "check": ({"check": lambda self: self.config.horizon}, "Changed.check fails: test_check.py, line"),
     "unit": ({"throughput_unit": lambda self: "tokens"}, "Changed.throughput_unit returned 'tokens'"),
     "padding of zeros": (
         {"loss": lambda self, model, batch: (((model(batch["x"]) - batch["y"]) ** 2).sum(), {"mae": torch.zeros(())})},
@@ -187,3 +202,55 @@ def test_an_optimizer_is_tried_for_a_step(optimizer, message):
 
 def test_what_keeps_the_contract_passes():
     check_task(experiment())
+
+
+def of_parts(**methods):
+    """The regression with other methods, and one data set that it was prepared for."""
+    made = experiment(**methods)
+    rows = made.task.rows(made.model, made.data)
+    splits = {name: replace(dummy_split(rows, 2), name=name) for name in ("train", "val")}
+    manifest = Manifest(kind="arrays", settings={}, settings_digest="", splits=splits, columns=rows.to_json())
+    return made, [Component("", 1.0, "nowhere", manifest)]
+
+
+SUMS = {"loss": np.float64(4), "targets": np.float64(2), "mae": np.float64(3)}
+GUESSES = {
+    "fails": (lambda self, manifest, trained_on: manifest.stats["means"], "Changed.guess fails: test_check.py, line"),
+    "a number": (lambda self, manifest, trained_on: 0.5, "Changed.guess returned a float and must return a perceiver.tasks.base.Guess"),
+    "a metric": (lambda self, *manifests: Guess(SUMS, {"mse": "0"}), "Changed.guess speaks of 'mse', but metrics gives loss, mae for"),
+    "a sum": (lambda self, *manifests: Guess({"loss": SUMS["loss"]}, {"loss": "0"}), "Changed.metrics fails: "),
+}
+
+
+@pytest.mark.parametrize("mistake", GUESSES)
+def test_a_wrong_guess_is_named(mistake):
+    guess, message = GUESSES[mistake]
+    with pytest.raises(UserError) as error:
+        check_guess(*of_parts(guess=guess))
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_guess_that_metrics_knows_passes():
+    check_guess(*of_parts())
+    check_guess(*of_parts(guess=lambda self, *manifests: Guess(SUMS, {"mae": "always 0"})))
+
+
+def test_a_training_names_a_failing_build_or_check_of_a_task_and_of_a_callback():
+    def made(**changes):
+        tried = experiment(**changes.pop("methods", {}), config=changes.pop("config", None))
+        return replace(tried, run=RunConfig(name="tried"), **changes)
+
+    wrong = {
+        "Settings.build fails: test_check.py": made(config={"build": lambda self, *args: self.nothing}),
+        "Settings.build returned None": made(config={"build": lambda self, *args: None}),
+        "Changed.check fails: test_check.py": made(methods={"check": lambda self: 1 / 0}),
+        "Watching.check_metrics fails: test_check.py": made(callbacks=(Watching(),)),
+    }
+    for message, mistaken in wrong.items():
+        with pytest.raises(UserError, match=message):
+            check_experiment(mistaken)
+
+
+class Watching(CallbackConfig):
+    def check_metrics(self, where, names):
+        return names["val_loss"]
