@@ -226,7 +226,7 @@ def _settings(experiment: Experiment) -> dict[str, Any]:
         settings |= _label_settings(experiment)
     settings |= experiment.task.prepared_settings(experiment.model)
     if KINDS[kind].has_columns:
-        return settings | {"columns": array_rows(experiment).to_json()}
+        return settings | {"columns": array_rows(experiment).to_json()} | _encoding(data)
     if not KINDS[kind].is_text and not KINDS[kind].is_stream:
         return settings
     max_seq_len, vocab_size = text_limits(experiment)
@@ -241,8 +241,7 @@ def _settings(experiment: Experiment) -> dict[str, Any]:
     settings |= {"text_column": data.text_column}
     if data.special_tokens != "text":
         settings |= {"special_tokens": data.special_tokens}
-    if data.encoding.lower() not in ("utf-8", "utf8"):
-        settings |= {"encoding": data.encoding}
+    settings |= _encoding(data)
     if KINDS[kind].has_labels:
         if data.long_texts != "cut":  # the usual way has no mark in the settings: it is older than the others
             settings |= {"long_texts": data.long_texts}
@@ -250,6 +249,10 @@ def _settings(experiment: Experiment) -> dict[str, Any]:
     if data.prepare == "stream":
         settings |= {"prepare": "stream", "most_rows_per_chunk": data.rows_per_block * (data.shuffle_window_blocks or STREAM_BLOCKS)}
     return settings | {"row_length": max_seq_len, "document_marks": experiment.task.document_marks}
+
+
+def _encoding(data: DataConfig) -> dict[str, Any]:
+    return {} if data.encoding.lower() in ("utf-8", "utf8") else {"encoding": data.encoding}
 
 
 def _held_out_settings(data: DataConfig, kind: str) -> dict[str, Any]:

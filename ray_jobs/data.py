@@ -13,12 +13,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from perceiver.config import DataConfig, UserError
-from perceiver.data.files import format_of, list_files
-from perceiver.data.labels import class_order, label_counts, picture_sizes
+from perceiver.data.files import InputFile, format_of, list_files
+from perceiver.data.labels import class_order, label_counts, picture_sizes, unreadable_pictures
 from perceiver.data.picture_folders import picture_folder
 from perceiver.data.sound_lengths import MOST_LOOKED_AT, sound_infos
 from perceiver.data.sources import NAMED, Source, is_path, resolve
-from perceiver.data.survey import LENGTHS, TableSurvey, label_column, labels_column, survey_columns, survey_texts, table_rows, text_column
+from perceiver.data.survey import (
+    LENGTHS,
+    TableSurvey,
+    label_column,
+    labels_column,
+    survey_columns,
+    survey_texts,
+    table_rows,
+    target_column,
+    text_column,
+)
 from perceiver.datasets import Dataset
 from perceiver.runs import Run
 from ray_jobs.cli import main_entry, program, refuse_empty
@@ -33,6 +43,8 @@ _STATS = {
     "groups": "groups",
 }
 """Counts of a manifest that are shown, and what they count."""
+_FAULTS = 3
+"""Pictures that cannot be read which are named, at most."""
 _SHOWN = 20
 """Classes and columns that are listed, at most."""
 
@@ -46,22 +58,15 @@ class Found:
     preset: str
     words: list[str]
     """Fields that the preset is given, as on a command line."""
-    prepared_first: bool = False
-    """Whether the data has to be prepared by a command of its own."""
-    open: str = ""
-    """What the user has to add, if anything."""
+    is_table: bool = False
+    """Whether it is a table of numbers, of which columns are predicted."""
     facts: Facts = field(default_factory=Facts)
     """What a page shows besides."""
 
     @property
     def commands(self) -> list[str]:
-        """The commands that prepare it and train on it."""
-        train = f"train: {_command(self.preset, self.words)}{self.open}"
-        return (
-            [f"prepare: {_command(self.preset, self.words, 'preprocess')}", train.replace(": ", ":   ", 1)]
-            if self.prepared_first
-            else [train]
-        )
+        """The commands that train on it."""
+        return [f"train: {_command(self.preset, self.words)}"]
 
 
 def main(argv: list[str]) -> int:
@@ -142,7 +147,8 @@ def find(source: str, text: str | None = None, label: str | None = None) -> Foun
     """
     listed = list_files(source, "SOURCE", NAMED)
     formats = Counter(form for path, _, _ in listed if (form := format_of(path)) is not None)
-    lines = [f"{source}: {len(listed):,} files, {sum(size for _, _, size in listed):,} bytes"]
+    files = "1 file" if len(listed) == 1 else f"{len(listed):,} files"
+    lines = [f"{source}: {files}, {sum(size for _, _, size in listed):,} bytes"]
     single = len(listed) == 1 and not listed[0][1]
     pictures = bool(formats.keys() & {"picture", "idx", "tar"}) and not single or formats.keys() <= {"tar"} and bool(formats)
     if pictures or (not single and picture_folder(listed, "data", source, label or "label")):
@@ -151,14 +157,14 @@ def find(source: str, text: str | None = None, label: str | None = None) -> Foun
     if "sound" in formats:
         return _sounds(lines, source, label)
     if "midi" in formats:
-        return Found([*lines, f"{formats['midi']:,} MIDI files"], "sam-small", given, prepared_first=True)
+        return Found([*lines, f"{formats['midi']:,} MIDI files"], "sam-small", given)
     if formats.keys() & set(_TABLES):
         return _table(lines, source, text, label)
     if formats.keys() & {"text", "wikitext"}:
         texts = resolve(DataConfig(source=source, val_fraction=0.05), "tokens").files
         size = sum(file.size for file in texts)
         what = f"{len(texts):,} files of text without classes, {size:,} bytes"
-        return Found([*lines, what], "clm-wikitext-small", given, prepared_first=True)
+        return Found([*lines, what], "clm-wikitext-small", given)
     raise UserError(f"{source} has no pictures, sounds, texts, tables or MIDI files")
 
 
@@ -169,9 +175,13 @@ def _pictures(lines: list[str], source: str, label: str) -> Found:
     size = f"{sides[0][0]} x {sides[0][1]}" + (f" to {sides[-1][0]} x {sides[-1][1]}, {len(sides):,} sizes" if len(sides) > 1 else "")
     grey = sum(count for shape, count in sizes.items() if shape[2] == 1)
     lines = [*lines, f"pictures: {size}; {grey:,} grey, {sum(sizes.values()) - grey:,} in colour"]
+    if bad := unreadable_pictures(found):
+        shown = ", ".join(f"{name} ({reason})" for name, reason in bad[:_FAULTS]) + (", ..." if len(bad) > _FAULTS else "")
+        lines.append(f"{len(bad):,} cannot be read: {shown}")
     classes = class_counts(found, label)
     lines = [*lines, *_classes(classes)]
     words = ["--data.source", source, *(["--data.label-column", label] if label != "label" else [])]
+    words += ["--data.on-error", "skip"] if bad else []
     return Found(lines, "img-clf", words, facts=Facts(classes=dict(classes), pictures=found, label=label))
 
 
@@ -248,7 +258,7 @@ def _table(lines: list[str], source: str, text: str | None, label: str | None) -
         lines.append(f"  ... {len(found.columns):,} in all")
     text = text or text_column(found)
     if text is None:
-        return Found(lines, "tables", ["--data.source", source], open=" --task.targets COLUMN", facts=Facts(survey=found, files=files))
+        return _numbers(lines, source, found, files)
     survey_texts(found, (row[text] for file in files for row in table_rows(file) if isinstance(row.get(text), str)), _CONTEXT)
     lines += _texts(found, text)
     words = ["--data.source", source, *(["--data.text-column", text] if text != "text" else [])]
@@ -260,12 +270,29 @@ def _table(lines: list[str], source: str, text: str | None, label: str | None) -
     facts = Facts(survey=found, files=files, text=text, label=label)
     if label is None:
         lines = [*lines, "no column has few different values: no classes"]
-        return Found(lines, "clm-wikitext-small", words, prepared_first=True, facts=facts)
+        return Found(lines, "clm-wikitext-small", words, facts=facts)
     values = found.columns[label].values
     if values is not None:
         lines.append(f"classes in {label!r}: {_counts({name: values[name] for name in class_order(values)})}")
         facts.classes["rows"] = values
     return Found(lines, "txt-clf", [*words, *(["--data.label-column", label] if label != "label" else [])], facts=facts)
+
+
+def _numbers(lines: list[str], source: str, found: TableSurvey, files: list[InputFile]) -> Found:
+    """What is learned from a table of numbers: the target is guessed, and said to be."""
+    facts, words = Facts(survey=found, files=files), ["--data.source", source]
+    target = target_column(found)
+    inputs = [name for name, column in found.columns.items() if column.is_number and name != target]
+    if target is None or not inputs:
+        raise UserError(f"{source} has no texts, and no two columns of which numbers could be learned (it has: {', '.join(found.columns)})")
+    lines = [*lines, f"to predict: {target!r} (a guess: --task.targets names others), from {len(inputs):,} columns of numbers"]
+    if left := [name for name, column in found.columns.items() if not column.is_number and name != target]:
+        lines.append(f"not used: {', '.join(map(repr, left[:_SHOWN]))} (texts)")
+    column = found.columns[target]
+    if column.values is not None and not column.types.keys() & {"float", "list"}:
+        lines.append(f"classes in {target!r}: {_counts({name: column.values[name] for name in class_order(column.values)})}")
+        facts.classes["rows"] = column.values
+    return Found(lines, "tables", [*words, "--task.targets", target], is_table=True, facts=facts)
 
 
 def _texts(found: TableSurvey, column: str) -> list[str]:
@@ -281,8 +308,8 @@ def _texts(found: TableSurvey, column: str) -> list[str]:
     return lines
 
 
-def _command(preset: str, words: list[str], job: str = "train") -> str:
-    return shlex.join(["perceiver", job, preset, *words])
+def _command(preset: str, words: list[str]) -> str:
+    return shlex.join(["perceiver", "train", preset, *words])
 
 
 if __name__ == "__main__":

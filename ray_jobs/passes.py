@@ -21,7 +21,7 @@ from perceiver.data.pieces import Piece, finished_pieces, make_piece
 from perceiver.data.preparation import Job, Preparation, ShardPlan
 from perceiver.data.prepare import finished_shards, make_shard, plan_shards
 from perceiver.data.read_images import image_shape
-from perceiver.data.rows import KINDS, ArrayRows
+from perceiver.data.rows import KINDS
 from perceiver.data.sources import Source
 from perceiver.data.storage import (
     list_folder,
@@ -32,7 +32,7 @@ from perceiver.data.storage import (
 )
 from perceiver.data.tables import Columns
 from perceiver.data.tokenizers import tokenizer_of
-from perceiver.datasets import check_image_shape, stored_shape
+from perceiver.datasets import array_rows, check_image_shape, stored_shape
 from perceiver.disk import locked
 
 logger = logging.getLogger(__name__)
@@ -85,7 +85,7 @@ def make_job(experiment: Experiment, settings: dict[str, Any], folder: str, fing
         blocks_per_shard=data.blocks_per_shard,
         tokenizer=tokenizer_of(data) if rows.is_text else None,
         document_marks=settings.get("document_marks", ""),
-        arrays=ArrayRows.from_json(settings["columns"]) if "columns" in settings else rows.stored_columns(),
+        arrays=array_rows(experiment) if rows.has_columns else rows.stored_columns(),
         long_texts=data.long_texts,
     )
 

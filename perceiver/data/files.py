@@ -24,13 +24,14 @@ from perceiver.data.storage import open_folder
 Format = Literal["text", "wikitext", "jsonl", "csv", "arrow", "parquet", "wikitext-rows", "idx", "picture", "tar", "midi", "flow", "sound"]
 FORMATS: dict[str, Format] = {
     ".txt": "text", ".raw": "wikitext", ".tokens": "wikitext", ".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl",
-    ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".arrow": "arrow", ".feather": "arrow",
+    ".csv": "csv", ".tsv": "csv", ".xlsx": "csv", ".xlsm": "csv", ".parquet": "parquet", ".arrow": "arrow", ".feather": "arrow",
     ".mid": "midi", ".midi": "midi", ".tar": "tar",
     **dict.fromkeys((".wav", ".flac", ".ogg", ".mp3", ".aiff", ".aif"), "sound"),
     **dict.fromkeys((".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"), "picture"),
 }  # fmt: skip
 PACKINGS = (".gz", ".bz2", ".zst")
 """Endings of packed files."""
+_NEVER_PACKED = ("parquet", "arrow", "midi", "picture", "tar", "sound")
 UNCUT: tuple[Format, ...] = ("csv", "arrow", "tar")
 """Formats of files that are read from their beginning, by one task each."""
 _OF_SAVED = re.compile(r"(^|/)((dataset_info|state|dataset_dict)\.json|cache-[^/]*\.arrow)$")
@@ -250,7 +251,7 @@ def format_of(path: str) -> Format | None:
     if re.search(r"idx[13]-ubyte$|\.idx[13]?$|^(train|t10k)-(images|labels)", bare):
         return "idx"
     form = FORMATS.get(Path(bare).suffix)
-    return None if form in ("parquet", "arrow", "midi", "picture", "tar", "sound") and bare != name else form
+    return None if bare != name and (form in _NEVER_PACKED or bare.endswith((".xlsx", ".xlsm"))) else form
 
 
 def _labels_paths(path: str) -> list[str]:

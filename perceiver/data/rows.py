@@ -92,7 +92,7 @@ class TokenRows(_StreamRows):
     """A stream of token ids, cut end to end."""
 
     kind = "tokens"
-    is_text = True
+    is_text = prepared_by_training = True
     can_stream = takes_unlabelled = True
     least_length = (2, "a token is predicted from another one")
     formats = ("text", "wikitext", "jsonl", "csv", "arrow", "parquet", "wikitext-rows")
@@ -104,7 +104,7 @@ class EventRows(_StreamRows):
 
     kind = "events"
     fill_id = num_ids = PAD
-    has_split_tables = True
+    has_split_tables = prepared_by_training = True
     least_length = (2, "an event is predicted from another one")
     made_from = "performances"
     formats = ("midi",)
@@ -184,13 +184,14 @@ class ArrayRows(RowKind):
     has_columns = True
     made_from = "examples"
     new_rows: ClassVar[Literal["text", "image", "arrays", "frames"]] = "arrays"
-    formats: ClassVar[tuple[str, ...]] = ("parquet", "jsonl")
-    expected = ".parquet or .jsonl, .json (.gz or not), with the task's columns"
+    formats: ClassVar[tuple[str, ...]] = ("parquet", "arrow", "jsonl", "csv")
+    expected = ".parquet, .arrow, .jsonl, .json, .csv, .tsv or .xlsx, with the task's columns"
 
     def __init__(self, **columns: tuple[tuple[int, ...], str]) -> None:
         if not columns:
             raise UserError("ArrayRows needs at least one column")
         self.columns: dict[str, Column] = {}
+        self.may_miss: frozenset[str] = frozenset()
         for name, (shape, dtype) in sorted(columns.items()):
             if dtype not in DTYPES:
                 raise UserError(f"column {name} has type {dtype!r} and must have one of {', '.join(DTYPES)}")
@@ -264,7 +265,19 @@ class ArrayRows(RowKind):
         """
         if not isinstance(example, Mapping):
             raise BadExample("no mapping", f"it is a {type(example).__name__} and must be a mapping with {', '.join(self.columns)}")
+        example = self.filled(example)
         return {name: _value(example, name, column) for name, column in self.columns.items()}
+
+    def missing(self, names: Iterable[str]) -> ArrayRows:
+        """The same columns, of which these, of real numbers, may hold nothing in a row: it is read as NaN."""
+        found = ArrayRows.from_json(self.to_json())
+        found.may_miss = frozenset(names)
+        return found
+
+    def filled(self, example: Mapping[str, Any]) -> Mapping[str, Any]:
+        """An example with NaN where it holds None in a column that may miss."""
+        gaps = [name for name in self.may_miss if name in example and example[name] is None]
+        return {**example, **{name: np.full(self.columns[name].shape, math.nan) for name in gaps}} if gaps else example
 
     def stack(self, examples: list[dict[str, Any]]) -> pa.Table:
         """Rows of what `values` has returned."""

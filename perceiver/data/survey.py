@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from perceiver.config import UserError
+from perceiver.data.csv_values import field_type
 from perceiver.data.files import InputFile
 from perceiver.data.read_documents import parsed_lines
 from perceiver.data.read_tables import array_rows, csv_rows, is_json_array, open_arrow
@@ -33,15 +34,17 @@ class ColumnSurvey:
     labels: Counter[str] = field(default_factory=Counter)
     """How often each label occurs in lists of labels."""
     text_bytes: int = 0
+    spaces: int = 0
     example: Any = None
 
-    def add(self, value: Any) -> None:
-        """Counts a row's value."""
-        self.types["missing" if value is None or value == "" else type(value).__name__] += 1
+    def add(self, value: Any, is_field: bool = False) -> None:
+        """Counts a row's value; that of a field of a .csv file is a text, whatever it holds."""
+        self.types["missing" if value is None or value == "" else field_type(value) if is_field else type(value).__name__] += 1
         if self.example is None and value != "":
             self.example = value
         if isinstance(value, str):
             self.text_bytes += len(value.encode(errors="replace"))
+            self.spaces += value.count(" ")
         if isinstance(value, list) and len(self.labels) <= _MOST_VALUES:
             self.labels.update(label_text(each) for each in value if isinstance(each, (str, int)) and len(str(each)) <= 200)
         if self.values is None or value is None or value == "":
@@ -52,6 +55,24 @@ class ColumnSurvey:
         self.values[label_text(value)] += 1
         if len(self.values) > _MOST_VALUES:
             self.values = None
+
+    def settle(self) -> None:
+        """Gives fields of a .csv file, each looked at by itself, the type of their column: numbers among texts are texts."""
+        for less, more in (("int", "float"), ("bool", "str"), ("int", "str"), ("float", "str"), ("list", "str")):
+            if less in self.types and more in self.types:
+                self.types[more] += self.types.pop(less)
+
+    @property
+    def is_number(self) -> bool:
+        """Whether all values that are there are numbers or lists of such."""
+        there = self.types.keys() - {"missing"}
+        return bool(there) and there <= {"int", "float", "bool", "list"} and all(map(_is_int, self.labels))
+
+    @property
+    def is_prose(self) -> bool:
+        """Whether its texts are of several words, and no names of categories, dates or the like."""
+        count = self.types["str"]
+        return bool(count) and (self.spaces >= 2 * count or self.text_bytes >= 40 * count)
 
 
 @dataclass
@@ -68,6 +89,10 @@ class TableSurvey:
     """Bytes of them that it does not see."""
     duplicates: int = 0
     """Texts that occurred before."""
+
+
+def _is_int(text: str) -> bool:
+    return text.removeprefix("-").isdecimal()
 
 
 def table_rows(file: InputFile) -> Iterator[dict[str, Any]]:
@@ -102,7 +127,10 @@ def survey_columns(files: list[InputFile]) -> TableSurvey:
         for row in table_rows(file):
             found.rows += 1
             for name, value in row.items():
-                found.columns.setdefault(str(name), ColumnSurvey()).add(value)
+                found.columns.setdefault(str(name), ColumnSurvey()).add(value, file.format == "csv")
+    if all(file.format == "csv" for file in files):
+        for column in found.columns.values():
+            column.settle()
     return found
 
 
@@ -121,11 +149,31 @@ def survey_texts(found: TableSurvey, texts: Iterator[str], most_bytes: int) -> N
 
 
 def text_column(found: TableSurvey) -> str | None:
-    """The column that texts most likely stand in: "text", else that with the most text."""
+    """The column that texts most likely stand in: "text", else that with the most text; None: it is a table of numbers."""
     if "text" in found.columns:
         return "text"
-    name = max(found.columns, key=lambda each: found.columns[each].text_bytes, default=None)
-    return name if name is not None and found.columns[name].text_bytes else None
+    texts = [name for name, column in found.columns.items() if column.types["str"]]
+    numbers = [
+        name
+        for name, column in found.columns.items()
+        if column.is_number and not column.types["list"] and name.lower() not in _LABEL_NAMES and not _is_id(found, name)
+    ]
+    if prose := [name for name in texts if found.columns[name].is_prose] if numbers else texts:
+        return max(prose, key=lambda each: found.columns[each].text_bytes)
+    return None
+
+
+def target_column(found: TableSurvey) -> str | None:
+    """The column of a table of numbers that is most likely to be predicted: one of a usual name, else the last that is no id."""
+    usual = next((name for name in found.columns if name.lower() in _LABEL_NAMES), None)
+    rest = [name for name, column in found.columns.items() if not _is_id(found, name) and (column.is_number or column.values)]
+    return usual or (rest[-1] if len(rest) > 1 else None)
+
+
+def _is_id(found: TableSurvey, name: str) -> bool:
+    """Whether a column numbers or names the rows."""
+    column = found.columns[name]
+    return name.lower() in ("", "id", "index", "row", "unnamed: 0") or (column.values is None and not column.is_number)
 
 
 def labels_column(found: TableSurvey) -> str | None:

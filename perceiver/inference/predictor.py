@@ -96,6 +96,7 @@ class Predictor:
             return self.rows.zeros(0)
         if wrong := next((row for row in given if not isinstance(row, Mapping)), None):
             raise UserError(f"a row is a {type(wrong).__name__} and must be a mapping with {', '.join(self.rows.columns)}")
+        given = [self.rows.filled(row) for row in given]
         names = [name for name in self.rows.columns if all(row.get(name) is not None for row in given)]
         if not names:
             raise UserError(f"{self.name} needs rows with {', '.join(self.rows.columns)}, and there is none that all rows have")

@@ -183,6 +183,10 @@ class Task(ABC, Generic[C, M]):
         """What the model says of each example of a batch that may lack its targets, (size, ...) by name: for new data."""
         raise UserError(f"{type(self).__name__} has no method predict(model, batch), so its models cannot be applied to new data")
 
+    def prediction_names(self) -> dict[str, tuple[str, ...]]:
+        """Of predictions, by their names, what the numbers in their last dimension are of; or the classes that a whole number counts."""
+        return {}
+
     def metrics(self, sums: dict[str, np.ndarray], split: Split) -> dict[str, float]:
         """Metrics of a whole pass from its sums ("targets" and "loss" among them), without the prefix "val_"."""
         return {"loss": float(sums["loss"] / max(sums["targets"], 1))}

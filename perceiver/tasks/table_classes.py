@@ -46,6 +46,10 @@ class TableClassification(TableTask, Classification[TableSettings]):
         probabilities = self.logits(model, batch).float().softmax(-1)
         return {"class": probabilities.argmax(-1), "probabilities": probabilities}
 
+    def prediction_names(self) -> dict[str, tuple[str, ...]]:
+        names = self.config.class_names or tuple(map(str, range(len(self.config.target_mean))))
+        return dict.fromkeys(("class", "probabilities"), names)
+
 
 def class_numbers(config: TableSettings, rows: pa.Table) -> np.ndarray:
     """The class of each row.

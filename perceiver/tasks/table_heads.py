@@ -124,11 +124,13 @@ class TableHeadsConfig(TaskConfig):
 
     def rows(self, model: ModelConfig, data: DataConfig) -> ArrayRows:
         columns: dict[str, Any] = {}
-        for part in self.parts:
-            columns |= {name: (c.shape, c.dtype) for name, c in part.rows(model, data).columns.items()}
+        gaps: set[str] = set()
+        for rows in (part.rows(model, data) for part in self.parts):
+            columns |= {name: (c.shape, c.dtype) for name, c in rows.columns.items()}
+            gaps |= rows.may_miss
         if not columns:
             raise UserError("task.heads is empty: name the columns to predict, --task.heads A=classes B=mse")
-        return ArrayRows(**columns)
+        return ArrayRows(**columns).missing(gaps)
 
     def measure(self, model: ModelConfig, blocks: Iterator[pa.Table]) -> TaskConfig:
         output = _output(model)
@@ -232,6 +234,9 @@ class TableHeads(Task[TableHeadsConfig, PerceiverIOConfig]):
             own = task.predict(_saying(said[name]), _own(batch, name))
             found |= {f"{name}_{key}": values for key, values in own.items()}
         return found
+
+    def prediction_names(self) -> dict[str, tuple[str, ...]]:
+        return {f"{name}_{key}": names for name, task in self.parts.items() for key, names in task.prediction_names().items()}
 
 
 def _own(values: Mapping[str, Any], name: str) -> dict[str, Any]:

@@ -43,3 +43,6 @@ class TableLabels(NumberTargets):
 
     def predict(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         return {"probabilities": model(batch["inputs"]).float().sigmoid()}
+
+    def prediction_names(self) -> dict[str, tuple[str, ...]]:
+        return {"probabilities": self.config.number_names}

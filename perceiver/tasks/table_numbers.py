@@ -98,6 +98,9 @@ class TableRegression(NumberTargets):
             found["quantiles"] = said.sort(-1).values * scale[:, None] + mean[:, None]
         return found
 
+    def prediction_names(self) -> dict[str, tuple[str, ...]]:
+        return dict.fromkeys(("prediction", "deviation"), self.config.number_names)
+
 
 def deviation(said: Tensor) -> Tensor:
     """The standard deviation of a Gaussian that is said as (mean, any number)."""

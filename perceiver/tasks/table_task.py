@@ -69,6 +69,15 @@ class TableSettings(ClassSettings):
         """Numbers to predict in a row."""
         return sum(math.prod(shape_of(text)) for text in self.target_shapes)
 
+    @property
+    def number_names(self) -> tuple[str, ...]:
+        """Names of the numbers to predict: those of their columns, of lists with each one's place."""
+        found: list[str] = []
+        for name, text in zip(self.targets, self.target_shapes, strict=True):
+            size = math.prod(shape_of(text))
+            found += [f"{name}_{place}" for place in range(size)] if size > 1 else [name]
+        return tuple(found)
+
     def loss_for(self, schema: TableSchema, targets: tuple[str, ...]) -> Any:
         """The loss of targets, where it is auto that which suits them."""
         if self.loss != "auto":
@@ -105,7 +114,8 @@ class TableSettings(ClassSettings):
         table = input_of(model)
         columns = {name: (shape_of(text), "float32") for name, text in zip(table.columns, table.shapes, strict=True)}
         kind = "float32" if self.loss != "classes" else "string" if self.class_names else "int64"
-        return ArrayRows(**columns, **{name: (shape_of(text), kind) for name, text in zip(self.targets, self.target_shapes, strict=True)})
+        targets = {name: (shape_of(text), kind) for name, text in zip(self.targets, self.target_shapes, strict=True)}
+        return ArrayRows(**columns, **targets).missing([*columns, *(targets if kind == "float32" else ())])
 
 
 def input_of(model: ModelConfig) -> TableInput:

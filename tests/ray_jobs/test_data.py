@@ -24,7 +24,7 @@ from tests.support.preparing import write_idx
 def command(lines, name):
     """The experiment of a command that is offered."""
     words = shlex.split(next(line for line in lines if line.startswith(name)).partition(":")[2])
-    assert words[:2] == ["perceiver", name.replace("prepare", "preprocess")]
+    assert words[:2] == ["perceiver", name]
     return parse_experiment(words[2:], "ray_jobs.train")
 
 
@@ -51,6 +51,32 @@ def test_of_a_table_it_says_columns_labels_lengths_and_duplicates(tmp_path):
         look(str(tmp_path / "in.csv"), label="star")
 
 
+def test_a_table_of_numbers_is_none_of_texts_and_offers_its_last_column(tmp_path):
+    rows = [f"r{i},{i / 3:.2f},{'' if i == 3 else i % 5},{['north', 'south'][i % 2]},{i * 1.5 if i % 4 else 'NA'}" for i in range(40)]
+    (tmp_path / "in.csv").write_text("\n".join(["id,area,rooms,district,price", *rows]))
+    lines = look(str(tmp_path / "in.csv"))
+    assert "  rooms     int 39, missing 1; such as '0'" in lines and "not used: 'id', 'district' (texts)" in lines
+    chosen = command(lines, "train")
+    assert (chosen.task.targets, chosen.task.loss, chosen.model.input.columns) == (("price",), "mse", ("area", "rooms"))
+
+
+def test_a_table_of_texts_may_have_numbers_beside_them(tmp_path):
+    rows = "".join(f'"a film that {i} people saw",{i / 7:.2f},{["good", "bad"][i % 2]}\n' for i in range(12))
+    (tmp_path / "in.csv").write_text(f"review,price,sentiment\n{rows}")
+    assert command(look(str(tmp_path / "in.csv")), "train").data.label_column == "sentiment"
+
+
+def test_pictures_that_cannot_be_read_are_named_and_left_out_by_the_command(tmp_path):
+    folder = split_folder(tmp_path / "in")
+    whole = (folder / "train" / "red").glob("*.png").__next__().read_bytes()
+    (folder / "train" / "red" / "cut.png").write_bytes(whole[: len(whole) // 2])
+    (folder / "train" / "red" / "none.png").write_bytes(b"no picture")
+    lines = look(str(folder))
+    (named,) = (line for line in lines if "cannot be read" in line)
+    assert named.startswith("2 cannot be read: in/train/red/cut.png (") and "in/train/red/none.png" in named
+    assert command(lines, "train").data.on_error == "skip"
+
+
 def test_of_lists_of_labels_it_offers_any_number_of_classes(tmp_path):
     rows = [{"text": "a quiet evening", "tags": [["cat"], ["cat", "dog"], []][i % 3]} for i in range(12)]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -62,7 +88,7 @@ def test_of_lists_of_labels_it_offers_any_number_of_classes(tmp_path):
 
 def test_of_texts_without_classes_it_offers_a_language_model(tmp_path):
     (tmp_path / "a.txt").write_text("a quiet evening")
-    assert command(look(str(tmp_path)), "prepare").preset == "clm-wikitext-small"
+    assert command(look(str(tmp_path)), "train").preset == "clm-wikitext-small"
 
 
 def test_nothing_that_is_known_is_named(tmp_path):
