@@ -18,9 +18,10 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from perceiver.config import Config, Experiment, UserError, check_folder_name
+from perceiver.config import Config, DataConfig, Experiment, UserError, check_folder_name
 from ray_jobs.cli import main_entry, parse_experiment, program, refuse_empty
-from ray_jobs.data import Found, find
+from ray_jobs.data import add_encoding, find
+from ray_jobs.data_found import Found
 
 _PUBLIC = ("perceiver.config", "perceiver.models", "perceiver.tasks")
 """Packages that offer the classes of their modules."""
@@ -34,6 +35,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("name", help="of the experiment: its file, function and run")
     parser.add_argument("--data", required=True, metavar="SOURCE", help="a file, a folder or a glob")
     parser.add_argument("--text-column", help="column with the text (default: text, or the one with the most text)")
+    add_encoding(parser)
     parser.add_argument("--label-column", help="column with the class (default: label, or one that has few different values)")
     parser.add_argument(
         "--targets", nargs="+", metavar="COLUMN", help="columns of a table of numbers that are predicted (default: label, or the last one)"
@@ -48,7 +50,8 @@ def main(argv: list[str]) -> int:
     if file.exists():
         raise UserError(f"{file} exists: choose another name, or remove it")
     source = str(Path(args.data).expanduser().absolute()) if "://" not in args.data else args.data
-    found = find(source, args.text_column, args.label_column)
+    DataConfig(encoding=args.encoding).check_encoding()
+    found = find(source, args.text_column, args.label_column, args.encoding)
     words = [*found.words, "--name", args.name]
     if found.is_table and args.targets:
         words += ["--task.targets", *args.targets]

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from perceiver.data.files import InputFile
-from perceiver.data.images import parse_idx
+from perceiver.data.images import decode_image, parse_idx
 from perceiver.data.read_tars import tar_pictures
 from perceiver.data.sources import Source
 from perceiver.data.spans import Span, chunks
@@ -111,15 +111,11 @@ def _of_table(file: InputFile, label_column: str) -> Iterator[tuple[str, Any, An
 
 def _thumbnail(data: Any) -> bytes | None:
     """A small PNG file of a picture; None of what is none."""
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     try:
-        if isinstance(data, np.ndarray):
-            image = Image.fromarray(data)
-        else:
-            image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
-        if image.mode not in ("L", "RGB"):
-            image = image.convert("RGB")
+        pixels = data if isinstance(data, np.ndarray) else decode_image(data)  # as the preparation sees it
+        image = Image.fromarray(pixels[..., 0] if pixels.shape[2:] == (1,) else pixels)
         if max(image.size) <= SIDE // 2:
             factor = SIDE // max(image.size)
             image = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)

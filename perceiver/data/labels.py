@@ -14,7 +14,7 @@ import pyarrow as pa
 from perceiver.config import UserError
 from perceiver.data.examples import ExamplePart
 from perceiver.data.files import InputFile
-from perceiver.data.images import BadImage, decode_image, parse_idx
+from perceiver.data.images import BadImage, check_image, parse_idx
 from perceiver.data.read_documents import parsed_lines
 from perceiver.data.read_images import image_shape
 from perceiver.data.read_tables import array_rows, column_tables, csv_rows, is_json_array
@@ -28,8 +28,8 @@ MOST_CLASSES = 10_000
 """Different labels that are taken for classes at most."""
 MOST_LOOKED_AT = 2000
 """Pictures whose sizes are looked up, evenly drawn from all."""
-MOST_PIXELS = 200_000_000
-"""Numbers of pixels that are decoded to find pictures that cannot be read: a few seconds."""
+MOST_BYTES = 64 << 20
+"""Bytes of picture files that are decoded to find those that cannot be read: a few seconds."""
 
 
 def label_counts(source: Source, label_column: str, split: str | None = None, several: bool = False) -> Counter[str]:
@@ -140,18 +140,17 @@ def picture_sizes(source: Source, skip: bool = False) -> Counter[tuple[int, int,
 
 
 def unreadable_pictures(source: Source) -> list[tuple[str, str]]:
-    """Names of picture files that cannot be read, each with the reason: they are decoded until `MOST_PIXELS` have been, the others by their
-    heads alone.
-    """
-    found, pixels = [], 0
+    """Names of picture files that cannot be read, each with the reason: the first `MOST_BYTES` are decoded, of the others the heads."""
+    found, read = [], 0
     pictures = [file for file in source.files if file.format == "picture"]
     for file in pictures[:: max(1, -(-len(pictures) // MOST_LOOKED_AT))]:
         filesystem, path = open_folder(file.path)
         with filesystem.open_input_file(path) as stream:
             data = stream.read()
         try:
-            if pixels < MOST_PIXELS:
-                pixels += decode_image(data).size
+            read += len(data)
+            if read <= MOST_BYTES:
+                check_image(data)
             elif _size_in(data) is None:
                 raise BadImage("it is no picture, or damaged")
         except BadImage as error:
