@@ -259,11 +259,12 @@ def _held_out_settings(data: DataConfig, kind: str) -> dict[str, Any]:
     """How validation is held out, as far as that is not the usual way (which the same settings stood for before there was another)."""
     if data.val_source:
         return {}
-    if data.group_column is not None and data.prepare == "stream":
+    found: dict[str, Any] = {name: value for name in ("group_column", "time_column") if (value := getattr(data, name)) is not None}
+    if found and data.prepare == "stream":
+        ((name, value),) = found.items()
         raise UserError(
-            f"--data.group-column is {data.group_column}, and --data.prepare stream reads no columns but the text: leave one out"
+            f"--data.{name.replace('_', '-')} is {value}, and --data.prepare stream reads no columns but the text: leave one out"
         )
-    found: dict[str, Any] = {} if data.group_column is None else {"group_column": data.group_column}
     if data.val_fold is not None:
         found["val_fold"] = data.val_fold
     return found if data.stratify or not KINDS[kind].has_labels else {**found, "stratify": False}

@@ -31,6 +31,7 @@ from perceiver.data.storage import (
     write_file,
 )
 from perceiver.data.tables import Columns
+from perceiver.data.times import TimeColumn, together_by
 from perceiver.data.tokenizers import tokenizer_of
 from perceiver.datasets import array_rows, check_image_shape, stored_shape
 from perceiver.disk import locked
@@ -54,8 +55,9 @@ def make_job(experiment: Experiment, settings: dict[str, Any], folder: str, fing
         if data.image_size is not None or all(file.format in ("picture", "tar") for file in source.files):
             shape = stored_shape(experiment, shape)
         check_image_shape(experiment, shape)
-    if data.group_column is not None:
-        _check_groups(data.group_column, source, kind)
+    together = together_by(data)
+    if together is not None:
+        _check_groups(together, source, kind)
     num_classes, class_names = _classes(experiment, source) if rows.has_labels else (0, ())
     columns = Columns(
         text=data.text_column,
@@ -64,7 +66,7 @@ def make_job(experiment: Experiment, settings: dict[str, Any], folder: str, fing
         class_names=class_names,
         tags=rows.has_tags,
         left_out=tuple(getattr(experiment.task, "leave_out", ())),
-        group=data.group_column,
+        group=together,
         image_shape=shape,
         fit_images=data.image_size is not None,
         sample_rate=settings.get("sample_rate"),
@@ -109,15 +111,16 @@ def held(job: Job) -> Iterator[None]:
 
 
 def _check_groups(column: str, source: Source, kind: str) -> None:
-    """Raises UserError where rows can have no group."""
+    """Raises UserError where rows can have no group, or no time."""
+    field = "--data.time-column" if isinstance(column, TimeColumn) else "--data.group-column"
     if Preparation.of(kind).keyed is Preparation.keyed:
-        raise UserError(f"--data.group-column is {column}, and {KINDS[kind].made_from} have no columns: leave it out")
+        raise UserError(f"{field} is {column}, and {KINDS[kind].made_from} have no columns: leave it out")
     for file in source.files:
         table = file.format in ("csv", "jsonl", "parquet", "arrow")
         if not table and not (file.format in ("picture", "sound") and file.group is not None):
             what = "a table (.csv, .tsv, .jsonl, .parquet, .arrow)"
             pictures = f" or {KINDS[kind].made_from} named in metadata.csv" if KINDS[kind].new_rows in ("image", "audio") else ""
-            raise UserError(f"--data.group-column is {column}, and {file.name} has no columns: it needs {what}{pictures}")
+            raise UserError(f"{field} is {column}, and {file.name} has no columns: it needs {what}{pictures}")
 
 
 def _classes(experiment: Experiment, source: Source) -> tuple[int, tuple[str, ...]]:
