@@ -162,7 +162,7 @@ def parse(argv: list[str]) -> tuple[PredictJob, str, Placement, Description]:
         rows_per_part=args.rows_per_part,
         precision=args.precision,
         options=options,
-        arrays=None if arrays is None else arrays.to_json(),
+        arrays=None if arrays is None else arrays.to_json(missing=True),
     )
     return job, _absolute(args.output), Placement(actors=args.actors, device=args.device, address=args.address), model
 

@@ -215,14 +215,17 @@ class ArrayRows(RowKind):
     def __hash__(self) -> int:
         return hash(tuple(self.columns.items()))
 
-    def to_json(self) -> dict[str, Any]:
-        """The columns as JSON-ready data."""
-        return {name: [list(column.shape), column.dtype] for name, column in self.columns.items()}
+    def to_json(self, missing: bool = False) -> dict[str, Any]:
+        """The columns as JSON-ready data; with `missing` also which may hold nothing, which is no part of what prepared data are."""
+        gaps = self.may_miss if missing else ()
+        return {name: [list(column.shape), column.dtype, *["nan"] * (name in gaps)] for name, column in self.columns.items()}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ArrayRows:
         """The inverse of `to_json`."""
-        return cls(**{name: (tuple(shape), dtype) for name, (shape, dtype) in data.items()})
+        found = cls(**{name: (tuple(shape), dtype) for name, (shape, dtype, *_) in data.items()})
+        found.may_miss = frozenset(name for name, column in data.items() if "nan" in column[2:])
+        return found
 
     @property
     def schema(self) -> pa.Schema:

@@ -34,7 +34,8 @@ def trained(folder: Path, *words: str) -> TrainedModel:
     kind, (file,) = chosen.task.rows(chosen.model, chosen.data), resolve(chosen.data, "arrays").files
     stored = kind.stack([row for row, _ in read_arrays(Span(file, 0, file.size), kind, Problems(skip=False))])
     chosen = replace(chosen, task=chosen.task.measure(chosen.model, iter([stored])))
-    return TrainedModel(build_model(chosen.model, 0).eval(), chosen.model, chosen.task, data=chosen.data)
+    model = build_model(chosen.model, 0).eval()
+    return TrainedModel(model=model, config=chosen.model, task=chosen.task, data=chosen.data)
 
 
 def predicted(model: TrainedModel, folder: Path, name: str):
