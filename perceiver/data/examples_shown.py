@@ -61,7 +61,7 @@ def pictures(source: Source, label_column: str, most: int = 36) -> list[tuple[st
     for file in _spread(source.files, most):
         with suppress(Exception):  # whatever damage a file has, the page shows the others and the preparation names it
             for name, data, label in _pictures(file, label_column):
-                if chosen.wants(label) and (shown := _thumbnail(data)) is not None:
+                if chosen.wants(label) and (shown := thumbnail(data)) is not None:
                     chosen.add(label, (name, shown))
     return [(f"{label}: {name.rpartition('/')[2]}", shown) for label, (name, shown) in chosen.take()]
 
@@ -109,7 +109,7 @@ def _of_table(file: InputFile, label_column: str) -> Iterator[tuple[str, Any, An
         yield f"row {number:,}", image.get("bytes") if isinstance(image, dict) else image, row.get(label_column)
 
 
-def _thumbnail(data: Any) -> bytes | None:
+def thumbnail(data: Any) -> bytes | None:
     """A small PNG file of a picture; None of what is none."""
     from PIL import Image
 
