@@ -5,11 +5,13 @@ and the command that trains on it. `perceiver data RUN`: what a run was trained 
 from __future__ import annotations
 
 import argparse
+import reprlib
 import shlex
 from collections import Counter
 from pathlib import Path
 
 from perceiver.config import DataConfig, UserError
+from perceiver.data.examples_shown import text_begin
 from perceiver.data.files import format_of, list_files
 from perceiver.data.picture_folders import picture_folder
 from perceiver.data.sources import NAMED, is_path, resolve
@@ -18,7 +20,7 @@ from perceiver.runs import Run
 from ray_jobs.cli import main_entry, program, refuse_empty
 from ray_jobs.data_found import Found, count_of, shown_counts
 from ray_jobs.data_media import pictures_found, sounds_found
-from ray_jobs.data_page import page_of
+from ray_jobs.data_page import Facts, page_of
 from ray_jobs.data_tables import TABLES, table_found
 
 _STATS = {
@@ -27,6 +29,10 @@ _STATS = {
     "groups": "groups",
 }
 """Counts of a manifest that are shown, and what they count."""
+
+
+_BEGINS = 8
+"""Files of text whose begins a page shows."""
 
 
 def add_encoding(parser: argparse.ArgumentParser) -> None:
@@ -135,11 +141,14 @@ def find(source: str, text: str | None = None, label: str | None = None, encodin
     if formats.keys() & set(TABLES):
         return table_found(lines, source, text, label, encoding)
     if formats.keys() & {"text", "wikitext"}:
-        texts = resolve(DataConfig(source=source, val_fraction=0.05), "tokens").files
+        texts = resolve(DataConfig(source=source, val_fraction=0.05, encoding=encoding), "tokens").files
         given += ["--data.encoding", encoding] if encoding != "utf-8" else []
         size = sum(file.size for file in texts)
-        what = f"{count_of(len(texts), 'file')} of text without classes, {size:,} bytes"
-        return Found([*lines, what], "clm-wikitext-small", given)
+        sizes = sorted(file.size for file in texts)
+        each = f", {sizes[0]:,} to {sizes[-1]:,} bytes each" if len(texts) > 1 else ""
+        lines.append(f"{count_of(len(texts), 'file')} of text without classes, {size:,} bytes{each}")
+        lines += [f"such as {texts[0].name}: {reprlib.repr(begin)}"] if (begin := text_begin(texts[0])) else []
+        return Found(lines, "clm-wikitext-small", given, facts=Facts(begins=[(file.name, text_begin(file)) for file in texts[:_BEGINS]]))
     raise UserError(f"{source} has no pictures, sounds, texts, tables or MIDI files")
 
 

@@ -40,6 +40,8 @@ class Facts:
     """How often each class occurs, by split."""
     target: str | None = None
     """Of a table of numbers the column to predict."""
+    begins: list[tuple[str, str]] = field(default_factory=list)
+    """Names and first characters of files of text."""
     pictures: Source | None = None
 
 
@@ -74,14 +76,21 @@ def page_of(title: str, lines: list[str], commands: list[str], facts: Facts) -> 
     if facts.target is not None and survey is not None:
         if (column := survey.columns[facts.target]).is_number and not facts.classes:
             page.heading(f"To predict: {facts.target}")
-            bars = histogram(facts.files, facts.target, column.low, column.high)
-            page.chart([{"type": "bar", **bars, "marker": {"color": color(0)}}], height=320, bargap=0.02, yaxis={"title": {"text": "rows"}})
+            found = histogram(facts.files, facts.target, column.low, column.high)
+            page.chart(
+                [{"type": "bar", **found, "marker": {"color": color(0)}}], height=320, bargap=0.02, yaxis={"title": {"text": "rows"}}
+            )
         page.heading("The first rows")
         page.table(tuple(survey.columns), [[row.get(name) for name in survey.columns] for row in islice(_all_rows(facts.files), _ROWS)])
     if facts.text is not None:
         page.heading("Examples")
         for caption, text in texts(facts.files, facts.text, facts.label):
             page.heading(caption, 3)
+            page.text(text)
+    if facts.begins:
+        page.heading("Examples")
+        for name, text in facts.begins:
+            page.heading(name, 3)
             page.text(text)
     if facts.pictures is not None and (shown := pictures(facts.pictures, facts.label or "label")):
         page.heading("Pictures")

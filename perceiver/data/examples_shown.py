@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import io
 from collections import defaultdict
 from collections.abc import Iterator
@@ -10,11 +11,12 @@ from typing import Any
 
 import numpy as np
 
+from perceiver.config import UserError
 from perceiver.data.files import InputFile
 from perceiver.data.images import decode_image, parse_idx
 from perceiver.data.read_tars import tar_pictures
 from perceiver.data.sources import Source
-from perceiver.data.spans import Span, chunks
+from perceiver.data.spans import Span, Unreadable, chunks
 from perceiver.data.storage import open_folder
 from perceiver.data.survey import table_rows
 from perceiver.data.tables import label_text
@@ -125,6 +127,19 @@ def thumbnail(data: Any) -> bytes | None:
     out = io.BytesIO()
     image.save(out, "PNG")
     return out.getvalue()
+
+
+def text_begin(file: InputFile, longest: int = 600) -> str:
+    """The first characters of a file of text.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        data = next(iter(chunks(Span(file, 0, file.size), 0)), b"")[: 4 * longest]
+    except Unreadable as error:
+        raise UserError(str(error.args[-1])) from None
+    return data.removeprefix(codecs.BOM_UTF8).decode(errors="replace")[:longest]
 
 
 def texts(files: list[InputFile], text: str, label: str | None, most: int = 12, longest: int = 600) -> list[tuple[str, str]]:

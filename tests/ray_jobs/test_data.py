@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from perceiver.config import UserError
+from perceiver.data.examples_shown import thumbnail
 from ray_jobs.cli import parse_experiment
 from ray_jobs.data import look, main
 from tests.data.test_picture_folders import picture, split_folder
@@ -75,6 +76,47 @@ def test_pictures_that_cannot_be_read_are_named_and_left_out_by_the_command(tmp_
     (named,) = (line for line in lines if "cannot be read" in line)
     assert named.startswith("2 cannot be read: in/train/red/cut.png (") and "in/train/red/none.png" in named
     assert command(lines, "train").data.on_error == "skip"
+
+
+def test_examples_of_pictures_are_as_the_preparation_sees_them():
+    grey, shown = np.arange(64, dtype=np.uint8).reshape(8, 8), []
+    for pixels in (grey, grey.astype(np.uint16) * 257):
+        out = io.BytesIO()
+        Image.fromarray(pixels).save(out, "PNG")
+        shown.append(np.asarray(Image.open(io.BytesIO(thumbnail(out.getvalue())))))
+    np.testing.assert_array_equal(shown[1], shown[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.csv", b"text,label\na,b,c\nd,x\nf,y\n", "1 row cannot be read: a.csv line 2: has 3 fields, and the first line names 2"),
+        ("a.jsonl", b'{"text": "a", "label": 1}\n{"text": "b", "label": 0}\n{no}\n', "1 row cannot be read: a.jsonl line 3: is no JSON"),
+        ("a.csv", "text,label\nsch\u00f6n,x\ngut,y\n".encode("latin-1"), "1 row not in UTF-8: --data.encoding names another encoding"),
+        ("a.csv", b"text,label\na b c,0.5\nd e f,1.5\n", "no classes, and 'label' holds real numbers, which are none"),
+    ],
+)
+def test_what_a_training_would_stumble_over_is_said(name, content, said, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    lines = look(str(tmp_path / name))
+    assert any(said in line for line in lines), lines
+    assert ("--data.on-error skip" in lines[-1]) == ("cannot be read" in said)
+
+
+def test_another_encoding_is_read_and_offered(tmp_path):
+    (tmp_path / "a.csv").write_bytes("text,label\nsch\u00f6n ist es,x\ngut,y\n".encode("utf-16"))
+    with pytest.raises(UserError, match="give --data.encoding utf-16"):
+        look(str(tmp_path / "a.csv"))
+    assert main([str(tmp_path / "a.csv"), "--data.encoding", "utf-16"]) == 0
+    assert command(look(str(tmp_path / "a.csv"), encoding="utf-16"), "train").data.encoding == "utf-16"
+
+
+def test_classes_of_tables_are_counted_by_split_and_new_ones_named(tmp_path):
+    (tmp_path / "train.csv").write_text("text,label\n" + "a b,x\nc d,y\n" * 5)
+    (tmp_path / "val.csv").write_text("text,label\na b,x\ne f,z\n")
+    lines = look(str(tmp_path))
+    assert "classes in 'label', train: x (5), y (5)" in lines and "  not in train: z" in lines
+    assert "texts of validation that occur in training: 1" in lines
 
 
 def test_of_lists_of_labels_it_offers_any_number_of_classes(tmp_path):
