@@ -17,11 +17,12 @@ from perceiver.data.picture_folders import picture_folder
 from perceiver.data.sources import NAMED, is_path, resolve
 from perceiver.datasets import Dataset
 from perceiver.runs import Run
-from ray_jobs.cli import main_entry, program, refuse_empty
+from ray_jobs.cli import main_entry, refuse_empty
 from ray_jobs.data_found import Found, count_of, shown_counts
 from ray_jobs.data_media import pictures_found, sounds_found
 from ray_jobs.data_page import Facts, page_of
 from ray_jobs.data_tables import TABLES, table_found
+from ray_jobs.program import program
 
 _STATS = {
     "shared_documents": "validation rows that occur in training",

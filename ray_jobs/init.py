@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from perceiver.config import Config, DataConfig, Experiment, UserError, check_folder_name
-from ray_jobs.cli import main_entry, parse_experiment, program, refuse_empty
+from ray_jobs.cli import main_entry, parse_experiment, refuse_empty
 from ray_jobs.data import add_encoding, find
 from ray_jobs.data_found import Found
+from ray_jobs.program import program
 
 _PUBLIC = ("perceiver.config", "perceiver.models", "perceiver.tasks")
 """Packages that offer the classes of their modules."""

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from perceiver.data.examples_shown import thumbnail
 from perceiver.data.storage import atomic_file, open_folder
-from perceiver.inference.parts import Part
+from perceiver.inference.part import Part
 from perceiver.inference.rows import Row
 from perceiver.pages import Page, color
 

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from perceiver.inference.parts import Part
+from perceiver.inference.part import Part
 from perceiver.inference.rows import Row
 from ray_jobs.predict_page import SHOWN, write_page
 
