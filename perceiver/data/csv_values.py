@@ -17,6 +17,9 @@ from perceiver.data.tables import NotJson, parse_json
 MISSING = frozenset(("", "na", "n/a", "#n/a", "<na>", "nan", "-nan", "null", "none", "-"))
 """Fields, in small letters, that stand for a number that is not there."""
 _TRUTH = {"true": 1, "false": 0}
+_TYPES = {type(None): None, bool: pa.bool_(), float: pa.float64(), str: pa.string()}
+_LONGEST = 64
+"""Characters of a field that may be a number, at most."""
 _ROWS = 1 << 16
 """Rows of a table that are taken at once."""
 
@@ -51,32 +54,31 @@ def _number(text: str) -> Any:
     return _TRUTH.get(text.lower(), text)
 
 
+def field_value(text: str) -> Any:
+    """What a field of a column of unknown type holds: a number, a truth value, the list of JSON, its text; None: nothing."""
+    if len(text) > _LONGEST and not text.startswith("["):
+        return text
+    bare = text.strip()
+    small = bare.lower()
+    if small in MISSING:
+        return None
+    if small in _TRUTH:
+        return bool(_TRUTH[small])
+    value = _number(bare)
+    return text if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _type_of(text: str) -> pa.DataType | None:
     """The type of a field; None: it is missing."""
-    bare = text.strip()
-    if bare.lower() in MISSING:
-        return None
-    value = _number(bare)
+    value = field_value(text)
     if isinstance(value, list):
         kind: pa.DataType = pa.float64()
         while isinstance(value, list):
             kind, value = pa.list_(kind), value[0] if value else 0.0
         return kind if isinstance(value, (int, float)) else pa.string()
-    if isinstance(value, float):
-        return pa.float64() if math.isfinite(value) else pa.string()
-    if isinstance(value, str):
-        return pa.string()
-    if bare.lower() in _TRUTH:
-        return pa.bool_()
-    return pa.int64() if -(1 << 63) <= value < 1 << 63 else pa.float64()
-
-
-def field_type(text: str) -> str:
-    """The type of a field as Python names it: int, float, bool, list or str."""
-    kind = _type_of(text)
-    if kind is None or pa.types.is_string(kind):
-        return "str" if kind else "missing"
-    return "list" if pa.types.is_list(kind) else {pa.int64(): "int", pa.bool_(): "bool"}.get(kind, "float")
+    if isinstance(value, int) and not isinstance(value, bool):
+        return pa.int64() if -(1 << 63) <= value < 1 << 63 else pa.float64()
+    return _TYPES[type(value)]
 
 
 def _common(one: pa.DataType | None, other: pa.DataType | None) -> pa.DataType | None:

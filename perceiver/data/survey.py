@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from perceiver.config import UserError
-from perceiver.data.csv_values import field_type
+from perceiver.data.csv_values import field_value
 from perceiver.data.files import InputFile
 from perceiver.data.read_documents import parsed_lines
 from perceiver.data.read_tables import array_rows, csv_rows, is_json_array, open_arrow
@@ -48,9 +48,10 @@ class ColumnSurvey:
 
     def add(self, value: Any, is_field: bool = False) -> None:
         """Counts a row's value; that of a field of a .csv file is a text, whatever it holds."""
-        self.types["missing" if value is None or value == "" else field_type(value) if is_field else type(value).__name__] += 1
-        if (number := _number(value, is_field)) is not None:
-            self.low, self.high, self.total = min(self.low, number), max(self.high, number), self.total + number
+        held = field_value(value) if is_field and isinstance(value, str) else value
+        self.types["missing" if held is None or held == "" else type(held).__name__] += 1
+        if isinstance(held, (int, float)) and math.isfinite(held):
+            self.low, self.high, self.total = min(self.low, held), max(self.high, held), self.total + held
         if self.example is None and value != "":
             self.example = value
         if isinstance(value, str):
@@ -118,13 +119,6 @@ class TableSurvey:
     """Rows with bytes that are no UTF-8."""
 
 
-def _number(value: Any, is_field: bool) -> float | None:
-    """A finite number, also one that a field holds; None: it is none."""
-    if isinstance(value, str) and is_field and field_type(value) in ("int", "float"):
-        value = float(value)
-    return value if isinstance(value, (int, float)) and math.isfinite(value) else None
-
-
 def _is_int(text: str) -> bool:
     return text.removeprefix("-").isdecimal()
 
@@ -176,7 +170,9 @@ def survey_columns(files: list[InputFile]) -> TableSurvey:
             found.rows += 1
             found.not_utf_8 += any(isinstance(value, str) and not value.isascii() and _has_bytes(value) for value in row.values())
             for name, value in row.items():
-                found.columns.setdefault(str(name), ColumnSurvey()).add(value, file.format == "csv")
+                if (column := found.columns.get(str(name))) is None:
+                    column = found.columns[str(name)] = ColumnSurvey()
+                column.add(value, file.format == "csv")
     if all(file.format == "csv" for file in files):
         for column in found.columns.values():
             column.settle()
@@ -185,7 +181,11 @@ def survey_columns(files: list[InputFile]) -> TableSurvey:
 
 def _has_bytes(text: str) -> bool:
     """Whether a text has bytes that were no UTF-8 where it was read."""
-    return any("\udc80" <= character <= "\udcff" for character in text)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def survey_texts(found: TableSurvey, files: list[InputFile], column: str, most_bytes: int) -> None:
