@@ -20,6 +20,7 @@ from perceiver.runs import Run
 from perceiver.training.run import save_experiment
 from ray_jobs import passes, preprocess
 from ray_jobs.cli import main_entry
+from ray_jobs.source_hashes import HASHES
 from tests.support import preparing
 from tests.support.logged import logged
 from tests.support.preparing import content, experiment, load_prepared, rows_of, stream_of, texts, write_idx, write_jsonl, write_parquet
@@ -252,7 +253,7 @@ def test_stopped_anywhere_and_started_again_gives_the_same_bytes(tmp_path, monke
     assert runs > 5 and len(ran) == len(set(ran)) + len([i for i in set(ran) if ran.count(i) == 2])  # pieces, then shards
     assert content(data_folder(chosen)) == expected
     left = sorted(path.name for path in Path(chosen.data.root).iterdir())
-    assert left == sorted([preprocess.HASHES, Path(data_folder(chosen)).name])
+    assert left == sorted([HASHES, Path(data_folder(chosen)).name])
 
 
 def test_a_second_preparation_has_nothing_to_do(tmp_path):
