@@ -117,14 +117,23 @@ def csv_tables(file: InputFile, columns: Sequence[str] | None) -> Iterator[pa.Ta
     for row in _rows(file, names):
         rows.append(row)
         if len(rows) == _ROWS:
-            yield _table(rows, names, types)
+            yield _table(file, rows, names, types)
             rows = []
     if rows:
-        yield _table(rows, names, types)
+        yield _table(file, rows, names, types)
 
 
-def _table(rows: list[dict[str, str]], names: Sequence[str], types: dict[str, pa.DataType]) -> pa.Table:
-    return pa.table({name: pa.array([_typed(row[name], types[name]) for row in rows], types[name]) for name in names})
+def _table(file: InputFile, rows: list[dict[str, str]], names: Sequence[str], types: dict[str, pa.DataType]) -> pa.Table:
+    try:
+        return pa.table({name: pa.array([_typed(row[name], types[name]) for row in rows], types[name]) for name in names})
+    except UnicodeEncodeError as error:
+        raise Unreadable("not UTF-8", f"{file.name} is {not_utf_8(error)}") from None
+
+
+def not_utf_8(error: UnicodeEncodeError) -> str:
+    """What is said of a text with a byte that is no UTF-8, which it has as a lone surrogate."""
+    byte = ord(error.object[error.start]) & 0xFF
+    return f"not UTF-8: byte {byte:#04x} (--data.encoding names another encoding, such as latin-1)"
 
 
 def _typed(text: str, kind: pa.DataType) -> Any:

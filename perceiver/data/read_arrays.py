@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from perceiver.data.csv_values import csv_value
+from perceiver.data.csv_values import csv_value, not_utf_8
 from perceiver.data.examples import ExamplePart
 from perceiver.data.read_tables import array_rows, column_tables, csv_rows, is_json_array
 from perceiver.data.rows import ArrayRows, BadExample
@@ -93,6 +93,12 @@ def _line_place(span: Span, position: int, problems: Problems) -> str:
 def _csv_arrays(span: Span, rows: ArrayRows, problems: Problems, group: str | None) -> _Found:
     """Fields as the columns want them: numbers, lists as JSON."""
     for line, row in csv_rows(span, [*rows.columns, *([group] if group is not None else [])], problems):
+        try:
+            for name in rows.columns:
+                row[name].encode()
+        except UnicodeEncodeError as error:
+            problems.report("not UTF-8", f"{span.file.name} line {line:,} is {not_utf_8(error)}")
+            continue
         example: dict[str, Any] = {name: csv_value(row[name], column) for name, column in rows.columns.items()}
         if group is not None:
             example[group] = row[group]

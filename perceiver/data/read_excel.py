@@ -52,8 +52,11 @@ def excel_rows(file: InputFile) -> Iterator[tuple[int, list[str]]]:
                     yield number, fields + [""] * (width - len(fields))
         finally:
             book.close()
-    except (zipfile.BadZipFile, KeyError, ValueError, IndexError, OSError) as error:
-        raise Unreadable("corrupt file", f"{file.name} is no readable Excel file ({error})") from None
+    except Unreadable:
+        raise
+    except Exception as error:  # openpyxl meets damage with errors of every kind
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise Unreadable("corrupt file", f"{file.name} is no readable Excel file ({reason})") from None
 
 
 def _field(value: Any) -> str:

@@ -123,3 +123,14 @@ def test_what_is_no_excel_file_is_named(tmp_path):
     (tmp_path / "x.xlsx").write_text("a,b")
     with pytest.raises(UserError, match="x.xlsx is no readable Excel file"):
         TableSchema(DataConfig(source=str(tmp_path / "x.xlsx")))
+
+
+def test_text_that_is_not_utf_8_is_named_and_read_by_its_encoding(tmp_path):
+    (tmp_path / "x.csv").write_bytes("a,name\n1,rot\n2,gr\u00fcn\n".encode("latin-1"))
+    rows = ArrayRows(a=((), "float32"), name=((), "string"))
+    with pytest.raises(UserError, match=r"x.csv line 3 is not UTF-8: byte 0xfc \(--data.encoding names another"):
+        list(read_arrays(Span(file_of(tmp_path / "x.csv"), 0, 0), rows, Problems(skip=False)))
+    with pytest.raises(UserError, match="x.csv is not UTF-8: byte 0xfc"):
+        TableSchema(DataConfig(source=str(tmp_path / "x.csv"))).distinct("name")
+    latin = TableSchema(DataConfig(source=str(tmp_path / "x.csv"), encoding="latin-1"))
+    assert latin.distinct("name") == ["gr\u00fcn", "rot"]
