@@ -65,6 +65,11 @@ class OptimizerConfig(Config):
         """Called before each step (from 0), for an optimizer that counts steps outside of its state: a checkpoint has that alone."""
 
 
+def float_pair(pair: tuple[float, float]) -> tuple[float, float]:
+    """Two numbers as PyTorch's optimizers take them: they refuse a whole one, such as a beta of 0."""
+    return float(pair[0]), float(pair[1])
+
+
 class Adam(OptimizerConfig):
     """Adam (arXiv 1412.6980); weight decay is added to the gradient."""
 
@@ -82,7 +87,7 @@ class Adam(OptimizerConfig):
     def build(self, groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
         import torch
 
-        return torch.optim.Adam(groups, lr=lr, betas=self.betas, eps=self.eps, fused=True)
+        return torch.optim.Adam(groups, lr=lr, betas=float_pair(self.betas), eps=self.eps, fused=True)
 
 
 class AdamW(Adam):
@@ -91,7 +96,7 @@ class AdamW(Adam):
     def build(self, groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
         import torch
 
-        return torch.optim.AdamW(groups, lr=lr, betas=self.betas, eps=self.eps, fused=True)
+        return torch.optim.AdamW(groups, lr=lr, betas=float_pair(self.betas), eps=self.eps, fused=True)
 
 
 class ScheduleConfig(Config):
@@ -251,7 +256,8 @@ class OptimConfig(Config):
         names: dict[str, type[Config]] = {"adamw": AdamW, "adam": Adam, "constant": Constant, "cosine": Cosine}
         result = {name: value for name, value in values.items() if name not in ("betas", "eps", "min_lr_fraction")}
         for section, fields in moved.items():
-            node = names.get(values.get(section, "constant"))
+            name = values.get(section, "constant")
+            node = names.get(name) if isinstance(name, str) else None
             if node is None:
                 raise UserError(f"optim.{section} is {values[section]!r}, which this version does not know")
             kept = {name: values[name] for name in fields if name in values and name in node.__dataclass_fields__}
