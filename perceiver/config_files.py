@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from perceiver.config import Experiment, UserError, load_tree, nearest, to_dict
-from perceiver.config.core import find_type, is_builtin
+from perceiver.config.core import find_type, is_builtin, look_here
 from perceiver.disk import read_json, whole_file
 
 if TYPE_CHECKING:
@@ -77,6 +77,7 @@ class ExperimentFile:
             return value
         plain = {str(key).replace("-", "_"): self._checked(member, (*place, str(key))) for key, member in value.items()}
         if isinstance(plain.get("type"), str):
+            look_here()
             cls = find_type(plain["type"])
             fields = [field.name for field in dataclasses.fields(cls)]
             kept = cls.upgrade({name: member for name, member in plain.items() if name != "type"})  # without those that were renamed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -9,10 +10,12 @@ from typing import Any
 
 from perceiver.catalog import CATALOG
 from perceiver.config import Config, Experiment, UserError, check_tree, flatten, nearest, spelled, to_dict
-from perceiver.config.core import is_builtin
+from perceiver.config.core import check_values, is_builtin
+from perceiver.config.values import words
 from perceiver.config_files import ExperimentFile, read_experiment_file
-from perceiver.extensions import call, check_trust, code_of, code_of_file, installed_experiments, is_reference, load_object, trust
+from perceiver.extensions import call, code_of, code_of_file, installed_experiments, is_reference, load_object, load_point
 from perceiver.runs import Run
+from perceiver.trust import check_trust, trust
 
 FILES = (".json", ".yaml", ".yml")
 """Kinds of files that experiments are saved in."""
@@ -40,10 +43,9 @@ def find_experiment(name: str, trust_code: bool = False) -> Experiment:
 
         return PRESETS[name]()
     installed = installed_experiments()
-    if name in installed:
-        return _made(name, call(name, installed[name].load(), "experiment"))
-    if is_reference(name):
-        experiment = _made(name, call(name, load_object(name, "experiment"), "experiment"))
+    if name in installed or is_reference(name):
+        found = load_point(installed[name]) if name in installed else load_object(name, "experiment")
+        experiment = _made(name, call(name, found, "experiment"))
         trust(code_of(experiment))
         return experiment
     path = Path(name).expanduser()
@@ -94,6 +96,7 @@ def check_name(name: str) -> None:
 def _made(name: str, found: Any) -> Experiment:
     if not isinstance(found, Experiment):
         raise UserError(f"experiment {name!r} is a {type(found).__name__} and must be an Experiment or a function that returns one")
+    check_values(found)
     return replace(found, preset=name)
 
 
@@ -121,10 +124,28 @@ def _storage(experiment: Experiment, folder: Path) -> str:
 def _read_file(path: Path) -> Experiment:
     """The experiment of a .json or .yaml file: a whole one, or "preset" and what differs from it."""
     file = read_experiment_file(path)
-    base = None if file.base is None else find_experiment(file.base)
+    base = None if file.base is None else find_experiment(_beside(path, file.base))
     experiment = file.experiment(base)
     name = experiment.run.name or ("" if base is not None and file.says_nothing_more else path.stem)
     return replace(experiment, preset=str(path), run=replace(experiment.run, name=name))
+
+
+def _beside(path: Path, base: str) -> str:
+    """What a file starts from, as it is found here: a relative path that leads nowhere from here is one from the file's folder."""
+    place, colon, name = base.rpartition(":") if is_reference(base) else (base, "", "")
+    there = path.expanduser().parent / place
+    if Path(place).suffix not in (".py", *FILES) or Path(place).expanduser().exists() or not there.exists():
+        return base
+    return f"{there}{colon}{name}"
+
+
+def seen_from(name: str, folder: Path) -> str:
+    """An experiment's name as a file in a folder gives it: of a relative path, that from the folder."""
+    place, colon, function = name.rpartition(":") if is_reference(name) else (name, "", "")
+    path, folder = Path(place), folder.absolute()
+    if folder == Path.cwd() or name in CATALOG or path.is_absolute() or not path.exists():
+        return name
+    return f"{Path(os.path.relpath(path, folder)).as_posix()}{colon}{function}"
 
 
 # -------------------------------------------------------------------------------------------------- words of a command line
@@ -159,4 +180,4 @@ def differing(config: Config, base: Config | None) -> dict[str, Any]:
 
 def field_words(name: str, value: Any) -> list[str]:
     """A field's value as words of a command line; a sequence is as many words as it has members."""
-    return [f"--{spelled(name)}", *map(str, value if isinstance(value, (list, tuple)) else [value])]
+    return [f"--{spelled(name)}", *words(value)]

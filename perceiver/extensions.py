@@ -10,6 +10,7 @@ import ast
 import hashlib
 import importlib
 import importlib.metadata
+import importlib.util
 import json
 import sys
 import sysconfig
@@ -21,8 +22,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from perceiver.config import Config, UserError, home, nearest, nodes, type_name
-from perceiver.disk import whole_file
+from perceiver.config import Config, UserError, nearest, nodes, type_name
+from perceiver.config.core import look_here
 
 GROUP = "perceiver.experiments"
 """Entry points of this group are experiments that installed packages bring."""
@@ -30,8 +31,6 @@ OWN = ("perceiver", "ray_jobs", "tuning")
 """Packages of this project, which every process has."""
 INSTALLED = frozenset(("site-packages", "dist-packages"))
 """Names of folders in which packages are installed."""
-TRUSTED = "trusted-code.json"
-"""File in $PERCEIVER_HOME with the digests of code that its user has run by naming it."""
 
 
 # ----------------------------------------------------------------------------------------------------------- named objects
@@ -60,7 +59,9 @@ def load_object(reference: str, what: str) -> Any:
     module = _import_file(Path(place).expanduser(), what) if place.endswith(".py") else _import_module(place, what)
     if not hasattr(module, attribute):
         names = [name for name, value in vars(module).items() if callable(value) and getattr(value, "__module__", "") == module.__name__]
-        there = f"; it has {', '.join(names[:8])}" if names else ""
+        # Most often a function is meant.
+        shown = [name for name in names if not isinstance(getattr(module, name), type)] or names
+        there = f"; it has {', '.join(shown[:8])}" if shown else ""
         raise UserError(f"{what} {reference!r}: {place} has no {attribute}{nearest(attribute, names)}{there}")
     return getattr(module, attribute)
 
@@ -89,6 +90,7 @@ def _import_file(path: Path, what: str) -> ModuleType:
         raise UserError(f"{what} {str(path)!r}: a file that is imported needs a name of letters, digits and underscores")
     loaded = sys.modules.get(name)
     if loaded is None:
+        _check_not_installed(name, path, what)
         if str(path.parent) not in sys.path:
             sys.path.insert(0, str(path.parent))
         loaded = _import_module(name, what)
@@ -97,7 +99,19 @@ def _import_file(path: Path, what: str) -> ModuleType:
     return loaded
 
 
+def _check_not_installed(name: str, path: Path, what: str) -> None:
+    """Raises UserError where the file would take the place of a module of Python or of an installed package, for all that imports it."""
+    try:
+        spec = importlib.util.find_spec(name)
+    except (ImportError, ValueError):
+        return
+    origin = Path(spec.origin) if spec is not None and spec.origin else None
+    if spec is not None and (origin is None or not origin.is_file() or _is_library(origin)) and spec.origin != str(path):
+        raise UserError(f"{what} {str(path)!r}: {name} is the name of an installed module: give the file another name")
+
+
 def _import_module(name: str, what: str) -> ModuleType:
+    look_here()
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
@@ -120,6 +134,18 @@ def place_of(error: Exception) -> str:
 def installed_experiments() -> dict[str, importlib.metadata.EntryPoint]:
     """Experiments that installed packages bring, by name."""
     return {point.name: point for point in importlib.metadata.entry_points(group=GROUP)}
+
+
+def load_point(point: importlib.metadata.EntryPoint) -> Any:
+    """What an installed package brings under a name.
+
+    Raises:
+        UserError: it cannot be imported: with file and line.
+    """
+    try:
+        return point.load()
+    except Exception as error:
+        raise UserError(f"experiment {point.name!r} of an installed package ({point.value}) fails: {place_of(error)}") from error
 
 
 # ------------------------------------------------------------------------------------------------------------ source files
@@ -305,44 +331,3 @@ def _is_library(file: Path) -> bool:
 
 def _same_text(first: Path | None, second: Path) -> bool:
     return first is not None and first.is_file() and first.read_text() == second.read_text()
-
-
-# ------------------------------------------------------------------------------------------------------------------- trust
-
-
-def trust(code: Code) -> None:
-    """Remembers that this user has run the code, so that runs which bring a copy of it may import that."""
-    known = _trusted()
-    if code and code.digest not in known:
-        path = home() / TRUSTED
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(path) as file:
-            file.write((json.dumps(sorted({*known, code.digest}), indent=1) + "\n").encode())
-
-
-def check_trust(code: Code, what: str, folder: Path, trusted: bool = False) -> None:
-    """Refuses code that came with somebody else's run.
-
-    Args:
-        what: how messages call the run.
-        folder: where its code can be read.
-        trusted: the user has said that it may run.
-
-    Raises:
-        UserError: this user never ran it.
-    """
-    if trusted:
-        trust(code)
-    elif code and code.digest not in _trusted():
-        raise UserError(
-            f"{what} brings code of its own ({', '.join(code.files)}) that was never run from this account: look at it in {folder}, "
-            "and give --trust-code (trust_code=True) to run it"
-        )
-
-
-def _trusted() -> set[str]:
-    try:
-        found = json.loads((home() / TRUSTED).read_text())
-    except (OSError, ValueError):
-        return set()
-    return set(map(str, found)) if isinstance(found, list) else set()

@@ -68,6 +68,8 @@ for (const head of document.querySelectorAll("table.sorts th")) head.addEventLis
   table.tBodies[0].append(...rows);
 });
 draw();
+// The newest of what stands side by side over time is what is looked for first.
+window.addEventListener("load", () => { for (const strip of document.querySelectorAll(".strip")) strip.scrollLeft = strip.scrollWidth; });
 """
 
 
@@ -136,6 +138,15 @@ class Page:
                 shown = f"<pre>{html.escape(content)}</pre>"
             figures.append(f"<figure>{shown}<figcaption>{html.escape(caption)}</figcaption></figure>")
         self._parts.append(f'<div class="strip">{"".join(figures)}</div>')
+
+    def sounds(self, items: Sequence[tuple[str, bytes]]) -> None:
+        """WAV files as players side by side, each with a line below it."""
+        players = "".join(
+            f'<figure><audio controls preload="metadata" src="data:audio/wav;base64,{base64.b64encode(content).decode()}"></audio>'
+            f"<figcaption>{html.escape(caption)}</figcaption></figure>"
+            for caption, content in items
+        )
+        self._parts.append(f'<div class="strip">{players}</div>')
 
     def sheet(self, items: Sequence[tuple[str, bytes]]) -> None:
         """Small PNG pictures in rows, each with a line below it."""

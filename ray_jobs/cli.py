@@ -118,13 +118,13 @@ def _taken(flag: str, words: Sequence[str]) -> tuple[str | None, list[str]]:
 def _write_config(path: Path, experiment: Experiment, name: str, prog: str) -> None:
     """Writes what a command line says as a file."""
     from perceiver.config_files import write_experiment_file
-    from perceiver.experiments import find_experiment
+    from perceiver.experiments import find_experiment, seen_from
 
     if name.startswith("--"):
         base, name = None, ""
     else:
         base = find_experiment(name)
-    write_experiment_file(path, experiment, base, name)
+    write_experiment_file(path, experiment, base, seen_from(name, path.parent))
     print(f"written to {path}; to use it: {program(prog)} {path}")
 
 

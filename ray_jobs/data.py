@@ -11,6 +11,7 @@ from collections import Counter
 from pathlib import Path
 
 from perceiver.config import DataConfig, UserError
+from perceiver.data.examples import is_code
 from perceiver.data.examples_shown import text_begin
 from perceiver.data.files import format_of, list_files
 from perceiver.data.picture_folders import picture_folder
@@ -18,6 +19,7 @@ from perceiver.data.sources import NAMED, is_path, resolve
 from perceiver.datasets import Dataset
 from perceiver.runs import Run
 from ray_jobs.cli import main_entry, refuse_empty
+from ray_jobs.data_code import of_code
 from ray_jobs.data_found import Found, count_of, shown_counts
 from ray_jobs.data_media import pictures_found, sounds_found
 from ray_jobs.data_page import Facts, page_of
@@ -44,7 +46,7 @@ def add_encoding(parser: argparse.ArgumentParser) -> None:
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog=program("ray_jobs.data"), description=(__doc__ or "").partition(": ")[2])
-    parser.add_argument("source", help="a file, a folder or a glob; or a run")
+    parser.add_argument("source", help="a file, a folder or a glob; code that yields examples, FILE.py:NAME; or a run")
     parser.add_argument("--text-column", help="column with the text (default: text, or the one with the most text)")
     parser.add_argument("--label-column", help="column with the class (default: label, or one that has few different values)")
     add_encoding(parser)
@@ -79,7 +81,9 @@ def write_page(
 
 
 def look(source: str, text: str | None = None, label: str | None = None, encoding: str = "utf-8") -> list[str]:
-    """What a source holds, line by line, and the commands that train on it. Raises UserError: see `find`."""
+    """What a source holds, line by line, and the commands that train on it. Raises UserError: see `find` and `of_code`."""
+    if is_code(source):
+        return of_code(source)
     found = find(source, text, label, encoding)
     return [*found.lines, "", *found.commands]
 
@@ -127,6 +131,8 @@ def find(source: str, text: str | None = None, label: str | None = None, encodin
     Raises:
         UserError: it is not there, cannot be read, or holds nothing that is known.
     """
+    if is_code(source):
+        raise UserError(f"{source} is code, of which there is no page: leave --html out")
     listed = list_files(source, "SOURCE", NAMED)
     formats = Counter(form for path, _, _ in listed if (form := format_of(path)) is not None)
     lines = [f"{source}: {count_of(len(listed), 'file')}, {sum(size for _, _, size in listed):,} bytes"]

@@ -28,6 +28,8 @@ class Command:
     """Arguments that it always has, before those that are typed."""
     takes: str = "files"
     """What its first argument is, for the completion: preset, run, job, shell or files."""
+    fields: bool = False
+    """Whether its command line is an experiment with its fields, and so can be checked before the module is loaded."""
     job: bool = False
     """Whether it can be submitted to a cluster."""
 
@@ -41,6 +43,7 @@ COMMANDS = {
         "prepare data",
         "prepare the data of an experiment",
         "ray_jobs.preprocess",
+        fields=True,
         job=True,
         takes="preset",
     ),
@@ -48,7 +51,7 @@ COMMANDS = {
     "presets": Command("train", "list the experiments that come with the package", "perceiver.catalog"),
     "plan": Command("train", "memory, time and cost of a training, before it starts", "ray_jobs.plan", takes="preset"),
     "lr-find": Command("train", "a learning rate to begin with, by a short test", "ray_jobs.lr_find", takes="preset"),
-    "train": Command("train", "train an experiment, or continue it", "ray_jobs.train", job=True, takes="preset"),
+    "train": Command("train", "train an experiment, or continue it", "ray_jobs.train", fields=True, job=True, takes="preset"),
     "runs": Command("train", "list the runs, and the command that continues each", "ray_jobs.runs", job=True),
     "reproduce": Command("train", "how a run was made; make it again and compare the bits", "ray_jobs.reproduce", job=True, takes="run"),
     "show": Command("train", "all that is known of a run", "ray_jobs.show", takes="run"),
@@ -58,6 +61,7 @@ COMMANDS = {
     "prune": Command("keep order", "remove the checkpoints of the worse runs", "ray_jobs.tidy", ("prune",), takes="run"),
     "rm": Command("keep order", "remove runs", "ray_jobs.tidy", ("rm",), takes="run"),
     "compare": Command("train", "what differs between runs, and whether one is better", "ray_jobs.compare", takes="run"),
+    "average": Command("train", "the mean of a run's last checkpoints, as a run", "ray_jobs.average", takes="run"),
     "evaluate": Command("train", "metrics of a run over its whole validation set", "ray_jobs.evaluate", job=True, takes="run"),
     "generate": Command("use a model", "continue a text", _INFERENCE, ("--action", "generate"), takes="run"),
     "play": Command("use a model", "continue a performance, as a MIDI file", "perceiver.inference.play", takes="run"),
@@ -107,10 +111,18 @@ def main(argv: Sequence[str]) -> int:
         from perceiver.experiments import check_name
         from ray_jobs.help import show_help
 
+        def run() -> int | None:
+            if command.fields:
+                from ray_jobs.early import check_line
+
+                check_line(command.module, arguments)
+            return import_module(command.module).main([*command.arguments, *arguments])
+
         check_name(arguments[0])
         if arguments[0] in CATALOG and arguments[1:] == ["--help"]:
-            show_help(name, arguments[0], lambda: import_module(command.module).main(arguments))
+            show_help(name, arguments[0], run)
             return 0
+        return run() or 0
     return import_module(command.module).main([*command.arguments, *arguments]) or 0
 
 

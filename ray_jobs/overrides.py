@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypeVar, get_type_hints
 
 from perceiver.config import CallbackConfig, Experiment, UserError, flatten, from_dict, nearest, subclasses, to_dict, type_name
 from perceiver.config.core import Config as Node
-from perceiver.config.core import find_type, import_builtins, nodes
+from perceiver.config.core import find_type, import_builtins, look_here, nodes
 from perceiver.config.schema import field_documents
 from ray_jobs.program import program
 
@@ -73,7 +73,7 @@ def override(config: Config, args: Sequence[str], prog: str) -> Config:
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
-        raise UserError(_first_sentence(output.getvalue())) from None
+        raise UserError(_first_sentence(output.getvalue()).removeprefix("Error parsing ")) from None
     return made
 
 
@@ -230,6 +230,7 @@ def _named_class(flag: str, name: str, base: type[Node]) -> type[Node]:
     if name in known:
         return known[name]
     if ":" in name:
+        look_here()
         found = find_type(name)
         if issubclass(found, base):
             return found

@@ -13,6 +13,7 @@ from typing import Any
 import ray
 
 from perceiver.config import ParallelConfig, UserError
+from ray_jobs.ray_hints import leave_out_hints
 from ray_jobs.ray_sessions import mark, remove_old
 
 VARIABLES = {
@@ -46,6 +47,7 @@ def connect(parallel: ParallelConfig, dashboard: bool = False) -> Iterator[None]
         return
     address = parallel.address or os.environ.get("RAY_ADDRESS")
     quiet()
+    leave_out_hints()
     variables = {name: value for name, value in VARIABLES.items() if name not in os.environ}
     os.environ.update(variables)
     settings: dict[str, Any] = {

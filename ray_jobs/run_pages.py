@@ -155,7 +155,7 @@ def _samples(page: Page, run: ComparedRun) -> None:
     """Samples of validations, each kind side by side over the steps."""
     found: dict[str, dict[int, Path]] = {}
     for path in sorted(run.run.samples_folder.glob("*")):
-        if match := re.fullmatch(r"(.+)-(\d{8})\.(txt|png)", path.name):
+        if match := re.fullmatch(r"(.+)-(\d{8})\.(txt|png|wav)", path.name):
             found.setdefault(f"{match[1]} ({match[3]})", {})[int(match[2])] = path
     if not found:
         return
@@ -165,7 +165,10 @@ def _samples(page: Page, run: ComparedRun) -> None:
         if len(steps) > _SHOWN:
             steps = sorted({steps[round(i * (len(steps) - 1) / (_SHOWN - 1))] for i in range(_SHOWN)})
         page.heading(name.partition(" (")[0], 3)
-        page.strip([(f"step {step:,}", _content(paths[step])) for step in steps])
+        if name.endswith(" (wav)"):
+            page.sounds([(f"step {step:,}", paths[step].read_bytes()) for step in steps])
+        else:
+            page.strip([(f"step {step:,}", _content(paths[step])) for step in steps])
 
 
 def _content(path: Path) -> str | bytes:

@@ -26,6 +26,7 @@ from perceiver.training.meters import duration
 from perceiver.training.profiling import check_profile
 from perceiver.training.remote_copy import RemoteCopy
 from perceiver.training.run import save_experiment, total_steps
+from perceiver.trust import trust
 from ray_jobs import BEGUN
 from ray_jobs.capacity import ONE, Capacity, most_at_once
 from ray_jobs.cli import Interrupted, main_entry, naming_words, parse_experiment
@@ -143,7 +144,7 @@ def run(
     if remote is not None:
         remote.check()
         remote.fetch(0)
-    code = code_of(experiment)
+    trust(code := code_of(experiment))  # which this process has imported, by whatever name
     trained.check_code(code, allow_changed_code)
     experiment = in_its_order(experiment, trained)
     longer = is_longer(experiment, trained)

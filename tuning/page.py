@@ -12,6 +12,7 @@ import numpy as np
 
 from perceiver.pages import Page, are_numbers, color, far_apart, parallel_coordinates
 from perceiver.runs import Run
+from tuning import replicates
 from tuning.pareto import LABELS, front_charts
 from tuning.trials import Trial
 
@@ -37,6 +38,10 @@ def page_of_sweep(folder: Path, trials: Sequence[Trial], settings: dict[str, Any
         results = [trial["value"], trial["best_step"], trial["last_value"], trial["step"], trial["examples"], round(trial["seconds"], 1)]
         rows.append([place, trial["trial"], *results, trial["status"], *(trial["values"].get(field) for field in fields)])
     page.table(header, rows)
+    if settings.get("seeds"):
+        page.heading("Samples, by the mean over their seeds")
+        samples = replicates.rows(trials, settings)
+        page.table(samples[0], samples[1:])
     page.text("\n".join(lines[1 + len(trials) :]))
     page.heading("Curves")
     page.controls([STEPS])

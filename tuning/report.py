@@ -30,6 +30,7 @@ from ray_jobs.cli import main_entry, refuse_empty
 from ray_jobs.program import program
 from ray_jobs.run_pages import page_of_runs
 from ray_jobs.runs import named_runs
+from tuning import replicates
 from tuning.constraints import COSTS
 from tuning.page import page_of_sweep, rank_correlations
 from tuning.pareto import draw_front, front_lines
@@ -90,7 +91,10 @@ def command(settings: dict[str, Any], trial: Trial, name: str, full_length: bool
     overrides = shlex.split(settings["overrides"])
     if full_length:
         overrides = without_length(overrides)
-    words = [settings["preset"], *overrides, *arguments(trial["values"]), "--name", name]
+    values = trial["values"]
+    if full_length and settings.get("seeds"):
+        values, overrides = replicates.sample_of(trial), [*overrides, "--seeds", ",".join(map(str, settings["seeds"])) + ","]
+    words = [settings["preset"], *overrides, *arguments(values), "--name", name]
     return f"{program('ray_jobs.train')} {shlex.join(words)}"
 
 
@@ -116,8 +120,7 @@ def table(trials: Sequence[Trial], settings: dict[str, Any]) -> list[str]:
             measured = [f"{trial['value']:.4f}", f"{trial['best_step']:,}", f"{trial['last_value']:.4f}"]
         shown = [_short(trial["values"].get(field)) for field in fields]
         rows.append([str(place), trial["trial"], *measured, f"{trial['step']:,}", trial["status"], *shown])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines = _aligned(rows)
     lines.append(counts(trials))
     explained = ("failed", "diverged", "refused")
     lines += [f"{trial['trial']} {trial['status']}: {trial['reason']}" for trial in trials if trial["status"] in explained]
@@ -125,13 +128,21 @@ def table(trials: Sequence[Trial], settings: dict[str, Any]) -> list[str]:
         lines += front_lines(trials, settings)
     if not trials or trials[0]["value"] is None:
         return [*lines, "no trial has a result"]
-    text, better = gain(trials, settings)
+    if settings.get("seeds"):
+        lines += ["", *_aligned(replicates.rows(trials, settings))]
+    text, better = replicates.gain(trials, settings) if settings.get("seeds") else gain(trials, settings)
     lines.append(text)
     if better is False:
         return [*lines, "so no other values are recommended than the preset's own"]
     name = f"{Path(trials[0]['run']).parents[1].name}-winner"
     lines.append(f"the winner at full length: {command(settings, trials[0], name, full_length=True)}")
     return lines
+
+
+def _aligned(rows: Sequence[Sequence[Any]]) -> list[str]:
+    texts = [[_short(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in texts]
 
 
 def counts(trials: Sequence[Trial]) -> str:

@@ -28,6 +28,7 @@ from ray_jobs.cli import main_entry, refuse_empty
 from ray_jobs.logs import show_progress
 from ray_jobs.program import program
 from tuning.power_law import Measurement, Study, fit_study
+from tuning.scaling_page import page_of_study
 from tuning.sweep import run_sweep, sweep_folder
 from tuning.sweeps import Sweep, trial_experiment
 
@@ -58,10 +59,11 @@ def main(argv: list[str]) -> int:
     folder = sweep_folder(args.storage, args.name or f"{args.preset}-scaling")
     trials = run_sweep(sweep, folder, args.concurrent)
     study = fit_study(measurements(sweep.experiment(), trials, budgets))
-    write(folder, study)
-    for line in describe(study, args.predict):
+    lines = describe(study, args.predict)
+    write(folder, study, lines)
+    for line in lines:
         print(line)
-    print(f"written to {folder / 'scaling.json'} and {folder / 'scaling.png'}")
+    print(f"written to {folder / 'scaling.json'}, {folder / 'scaling.png'} and {folder / 'scaling.html'}")
     return 0
 
 
@@ -141,13 +143,14 @@ def describe(study: Study, predict: float | None) -> list[str]:
     return lines
 
 
-def write(folder: Path, study: Study) -> None:
-    """Writes scaling.json and scaling.png."""
+def write(folder: Path, study: Study, lines: Sequence[str]) -> None:
+    """Writes scaling.json, scaling.png and scaling.html."""
     plain = asdict(study)
     for law in ("parameters", "tokens"):
         del plain[law]["samples"]
     write_json(folder / "scaling.json", plain)
     write_file(folder, "scaling.png", png(draw(study)))
+    write_file(folder, "scaling.html", page_of_study(study, f"Scaling laws: {folder.name}", lines).render().encode())
 
 
 def draw(study: Study) -> Figure:

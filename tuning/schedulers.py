@@ -12,6 +12,7 @@ from typing import Any
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, HyperBandScheduler, PopulationBasedTraining, TrialScheduler
 from ray.tune.search import ConcurrencyLimiter
 from ray.tune.search.basic_variant import BasicVariantGenerator
+from ray.tune.search.sample import Function
 
 from tuning.sweeps import Sweep
 from tuning.trial import run_name
@@ -101,15 +102,18 @@ def slot(sweep: Sweep, concurrent: int) -> dict[str, float]:
 
 
 def search(sweep: Sweep, concurrent: int) -> Any:
-    """What draws the samples. The first is the preset's own values, so that a sweep says what it gained."""
-    first = [] if sweep.points or sweep.has_grid else [{"values": sweep.default()}]
+    """What draws the samples. The first is the preset's own values, so that a sweep says what it gained; what a function draws is drawn for
+    these, too.
+    """
+    own = {name: value for name, value in sweep.default().items() if not isinstance(sweep.space[name], Function)}
+    first = [] if sweep.points or sweep.has_grid or not own else [{"values": own}]
     if sweep.search == "optuna":
-        import optuna
-        from ray.tune.search.optuna import OptunaSearch
+        from tuning.optuna_search import Optuna
 
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
-        flat = [{f"values/{name}": value for name, value in point["values"].items()} for point in first]
-        algorithm = OptunaSearch(sampler=optuna.samplers.TPESampler(seed=sweep.seed), points_to_evaluate=flat or None)
+        algorithm = Optuna(sweep, [point["values"] for point in first])
         return algorithm if sweep.scheduler in PAUSING else ConcurrencyLimiter(algorithm, max_concurrent=concurrent)
     at_once = 0 if sweep.scheduler in PAUSING else concurrent  # 0: no limit but that of `slot`
-    return BasicVariantGenerator(points_to_evaluate=first, random_state=sweep.seed, max_concurrent=at_once)
+    # With seeds a sample is drawn once and trained under each of them.
+    return BasicVariantGenerator(
+        points_to_evaluate=first, random_state=sweep.seed, max_concurrent=at_once, constant_grid_search=bool(sweep.seeds)
+    )

@@ -22,6 +22,7 @@ from typing import Any
 from ray import tune
 
 import perceiver
+from perceiver.comparison import SEED
 from perceiver.config import Experiment, UserError, check_folder_name, check_tree, differences, digest, flatten, home, to_dict
 from perceiver.datasets import Dataset, with_tokenizer
 from perceiver.disk import write_json
@@ -30,12 +31,14 @@ from perceiver.runs import held
 from perceiver.terminal import summary
 from perceiver.training.meters import duration
 from perceiver.training.run import total_steps
+from perceiver.trust import trust
 from ray_jobs.capacity import Capacity, plan_capacity
 from ray_jobs.cli import main_entry, refuse_empty
 from ray_jobs.logs import show_progress
 from ray_jobs.preflight import check_experiment
 from ray_jobs.program import program
 from ray_jobs.ray_env import connect
+from ray_jobs.seeds import parse_seeds
 from ray_jobs.train_checks import check_free, ready_callbacks
 from tuning import report
 from tuning.constraints import COSTS
@@ -50,6 +53,8 @@ logger = logging.getLogger("tuning.sweep")  # which __name__ is not where it is 
 
 TUNE = "tune"
 """In a sweep's folder: Ray Tune's state."""
+LATER = ("constraints", "against", "seeds", "warm_start")
+"""Fields of a sweep that it describes only where they are set."""
 FIRST_VERSION = "0.1.0"
 """Of this package: its sweeps do not say which version began them."""
 OPTIONS = {
@@ -61,7 +66,7 @@ OPTIONS = {
     ),
     "metric": (str, "what is compared: a validation metric of the task"),
     "reports": (int, "validations of a whole training: the moments at which a scheduler can act"),
-    "against": (str, "what the report sets the metric against: parameters, flops, memory, seconds"),
+    "against": (str, "what the report sets the metric against, and optuna searches by besides: parameters, flops, memory, seconds"),
     "keep": (int, "best trials whose checkpoints are kept"),
     "seed": (int, "seed of the samples (that of the trainings is training.seed)"),
 }
@@ -84,6 +89,12 @@ def main(argv: list[str]) -> int:
         "--constraint", metavar="CONDITION", action="append", default=[],
         help=f'what trials must keep to, refused before they train: "parameters<=2e6"; of {", ".join(COSTS)} and fields',
     )  # fmt: skip
+    parser.add_argument("--seeds", help="a number of seeds, or seeds with commas: each sample is trained under all, and ranked by the mean")
+    parser.add_argument(
+        "--warm-start", metavar="SWEEP", action="append", default=[],
+        help="an earlier sweep, by its name or folder, whose finished trials the search knows from the start (with --search optuna)",
+    )  # fmt: skip
+    parser.add_argument("--resume", action="store_true", help="continue the sweep that is there, and never begin another one")
     parser.add_argument("--name", help="folder of the sweep; default: the sweep's name")
     parser.add_argument("--storage", help="folder of all sweeps; default: $PERCEIVER_HOME/sweeps")
     parser.add_argument("--concurrent", type=int, help="trials at once; default: as many as the cluster has room for")
@@ -94,8 +105,14 @@ def main(argv: list[str]) -> int:
     sweep = find_sweep(args.sweep, args.space)
     given = {option: getattr(args, option) for option in OPTIONS if getattr(args, option) is not None}
     sweep = replace(sweep, **given, overrides=(*sweep.overrides, *overrides), constraints=(*sweep.constraints, *args.constraint))
-    name = args.name or args.sweep.rpartition(":")[2].replace("_", "-")
-    run_sweep(sweep, sweep_folder(args.storage, name), args.concurrent)
+    if args.seeds is not None:
+        sweep = replace(sweep, seeds=tuple(parse_seeds(args.seeds, sweep.experiment().training.seed)))
+    if args.warm_start:
+        sweep = replace(sweep, warm_start=tuple(earlier_sweep(text, args.storage) for text in args.warm_start))
+    folder = sweep_folder(args.storage, args.name or args.sweep.rpartition(":")[2].replace("_", "-"))
+    if args.resume and not (folder / SETTINGS).exists():
+        raise UserError(f"--resume: there is no sweep in {folder} to continue")
+    run_sweep(sweep, folder, args.concurrent)
     return 0
 
 
@@ -109,6 +126,18 @@ def sweep_folder(storage: str | None, name: str) -> Path:
         raise UserError(f"--storage is {storage} and must be a folder, one that all nodes share: sweeps are not kept in object stores")
     check_folder_name("--name", name)
     return ((Path(storage).expanduser() if storage else home() / "sweeps") / name).absolute()
+
+
+def earlier_sweep(name: str, storage: str | None) -> str:
+    """The folder of an earlier sweep, by itself or by its name in the storage.
+
+    Raises:
+        UserError: there is none.
+    """
+    for folder in (Path(name).expanduser(), sweep_folder(storage, name) if "/" not in name else None):
+        if folder is not None and (folder / SETTINGS).exists():
+            return str(folder.absolute())
+    raise UserError(f"--warm-start is {name!r}, and there is no sweep of that name or folder")
 
 
 def run_sweep(sweep: Sweep, folder: Path, concurrent: int | None = None) -> list[dict[str, Any]]:
@@ -199,7 +228,12 @@ def check_folder(sweep: Sweep, folder: Path) -> None:
             shutil.rmtree(folder / TUNE, ignore_errors=True)
             return
         if changes:
-            raise UserError(f"{folder} holds another sweep ({'; '.join(changes)}): choose another --name, or the same settings")
+            # What follows from other changes is left out where there are any.
+            changes = [line for line in changes if not line.startswith(("default.", "experiment:", "mode:"))] or changes
+            raise UserError(
+                f"{folder} holds another sweep ({'; '.join(changes)}): choose another --name (with --search optuna --warm-start "
+                f"{folder.name} it knows what was found here), or the settings as they were"
+            )
 
 
 def describe(sweep: Sweep) -> dict[str, Any]:
@@ -207,7 +241,7 @@ def describe(sweep: Sweep) -> dict[str, Any]:
     plain = {f.name: getattr(sweep, f.name) for f in fields(sweep) if f.name not in ("space", "points", "overrides")}
     space = {name: described(domain) for name, domain in sweep.space.items()}
     # Sweeps of before these were there are the same without them.
-    plain = {name: value for name, value in plain.items() if value or name not in ("constraints", "against")}
+    plain = {name: value for name, value in plain.items() if value or name not in LATER}
     identity = sweep.experiment().identity
     return {**plain, "mode": sweep.mode, "space": space, "points": list(map(dict, sweep.points)), "default": sweep.default(),
             "experiment": digest(identity), "overrides": shlex.join(sweep.overrides)}  # fmt: skip
@@ -217,9 +251,10 @@ def fit(sweep: Sweep, folder: Path, base: Experiment, capacity: Capacity, steps:
     """Runs the trials with Ray Tune, or those that are not over yet."""
     examples = steps * base.training.global_batch_size
     parallel = replace(base.parallel, cpus_per_worker=capacity.cpus_per_worker, threads_per_worker=capacity.threads_per_worker)
+    trust(code := code_of(base))  # which this process has imported, by whatever name
     settings = {
         "experiment": to_dict(replace(base, parallel=parallel, callbacks=ready_callbacks(base))),
-        "code": dict(code_of(base).files),
+        "code": dict(code.files),
         "reports": sweep.reports,
         "examples": examples,
         "population": sweep.scheduler == "pbt",
@@ -261,7 +296,13 @@ def fit(sweep: Sweep, folder: Path, base: Experiment, capacity: Capacity, steps:
 
 
 def param_space(sweep: Sweep) -> dict[str, Any]:
-    return {"values": tune.grid_search([dict(p) for p in sweep.points]) if sweep.points else dict(sweep.space)}
+    if sweep.points:
+        return {"values": tune.grid_search([{**point, **seed} for point in sweep.points for seed in _seeds(sweep)])}
+    return {"values": {**sweep.space, **({SEED: tune.grid_search(list(sweep.seeds))} if sweep.seeds else {})}}
+
+
+def _seeds(sweep: Sweep) -> list[dict[str, int]]:
+    return [{SEED: seed} for seed in sweep.seeds] or [{}]
 
 
 if __name__ == "__main__":

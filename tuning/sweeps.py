@@ -16,7 +16,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ray import tune
+from ray.tune.search.sample import Function
 
+from perceiver.comparison import SEED
 from perceiver.config import Experiment, UserError, flatten, nearest, to_dict
 from perceiver.experiments import field_words, find_experiment
 from perceiver.extensions import call, is_reference, load_object
@@ -65,6 +67,10 @@ class Sweep:
     """What trials must keep to, by parameters, flops, memory or fields ("parameters<=2e6"); others are refused before they train."""
     against: str = ""
     """What the metric is set against in the report: parameters, flops (of a whole training), memory or seconds; "": nothing."""
+    seeds: tuple[int, ...] = ()
+    """Seeds of the trainings, under each of which every sample is trained; samples are then ranked by the mean. (): training.seed alone."""
+    warm_start: tuple[str, ...] = ()
+    """search optuna: earlier sweeps (folders), whose finished trials it knows from the start."""
     seed: int = 0
     """Of the samples (the seed of the trainings is training.seed)."""
 
@@ -80,7 +86,12 @@ class Sweep:
     def size(self) -> int:
         """How many trials there will be."""
         grids = [len(domain["grid_search"]) for domain in self.space.values() if isinstance(domain, dict)]
-        return len(self.points) or self.trials * math.prod(grids)
+        return (len(self.points) or self.trials * math.prod(grids)) * max(1, len(self.seeds))
+
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        """What the search looks at: the metric, and with optuna what it is set against, too."""
+        return (self.metric, self.against) if self.against and self.search == "optuna" else (self.metric,)
 
     def experiment(self) -> Experiment:
         """The experiment that trials vary.
@@ -112,6 +123,18 @@ def arguments(values: Mapping[str, Any]) -> list[str]:
     return [word for name, value in values.items() for word in field_words(name, value)]
 
 
+def _check_seeds(sweep: Sweep) -> None:
+    if len(set(sweep.seeds)) < len(sweep.seeds):
+        raise UserError(f"seeds of the sweep are {sweep.seeds} and name one twice")
+    if SEED in sweep.space or any(SEED in point for point in sweep.points):
+        raise UserError(f"{SEED} is in the sweep's space, and --seeds sets it, too: leave one out")
+    if sweep.scheduler != "fifo" or sweep.search != "random":
+        raise UserError(
+            f"--seeds ranks samples by the mean of trainings that came to their end: use --scheduler fifo and --search random, not "
+            f"{sweep.scheduler} and {sweep.search}"
+        )
+
+
 def check_sweep(sweep: Sweep) -> None:
     """Checks what the sweep alone tells, with the first and last values of each domain where it has such.
 
@@ -137,6 +160,19 @@ def check_sweep(sweep: Sweep) -> None:
     check_constraints(sweep.constraints, sweep.experiment())
     if sweep.against and sweep.against not in AGAINST:
         raise UserError(f"--against is {sweep.against!r} and must be one of {', '.join(AGAINST)}")
+    if len(sweep.objectives) > 1 and sweep.scheduler != "fifo":
+        raise UserError(
+            f"search optuna with --against {sweep.against} looks at both, of trials that came to their end: use --scheduler fifo, "
+            f"not {sweep.scheduler}"
+        )
+    if sweep.seeds:
+        _check_seeds(sweep)
+    if sweep.warm_start and sweep.search != "optuna":
+        raise UserError(f"--warm-start is for a search that learns from trials: use --search optuna, not {sweep.search}")
+    if sweep.search == "optuna" and (drawn := [name for name, domain in sweep.space.items() if isinstance(domain, Function)]):
+        raise UserError(
+            f"search is optuna, which knows no function as a domain, and {drawn[0]} of the sweep's space is one: use search random"
+        )
     if sweep.search == "optuna" and (sweep.has_grid or sweep.points):
         raise UserError("search is optuna, which draws its own samples: use no grid_search and no points, or search random")
     if sweep.scheduler == "pbt" and (sweep.search != "random" or sweep.trials < 2):

@@ -65,7 +65,7 @@ def run_trial(config: dict[str, Any], settings: dict[str, Any]) -> None:
         place = {"step": step, "examples": examples, "reports": settings["reports"] * examples / settings["examples"]}
         with tempfile.TemporaryDirectory() as folder:
             write_json(Path(folder) / "place.json", {"run": run.name, "step": step})
-            tune.report({**metrics, **place, "last": step == steps}, checkpoint=tune.Checkpoint.from_directory(folder))
+            tune.report({**metrics, **place, **found, "last": step == steps}, checkpoint=tune.Checkpoint.from_directory(folder))
 
     def report_saved(metrics: dict[str, float]) -> None:
         """Reports once the checkpoint is complete: after a report the trial may be paused, or another take its weights over."""
@@ -78,7 +78,8 @@ def run_trial(config: dict[str, Any], settings: dict[str, Any]) -> None:
 
     try:
         experiment, steps = _experiment(from_dict(settings["experiment"]), values, name, settings)
-        write_json(run / COSTS, found := costs(experiment, steps, use_gpus(experiment.parallel)))
+        found = costs(experiment, steps, use_gpus(experiment.parallel))
+        write_json(run / COSTS, found)
         refuse(settings["constraints"], experiment, found)
         _continue_from_donor(run, experiment, values)
         try:

@@ -16,6 +16,7 @@ from perceiver.run_files import SWEEP
 from perceiver.runs import Run
 from tuning.constraints import REFUSED
 from tuning.population import exchanges
+from tuning.replicates import ranked
 from tuning.trial import COSTS, VALUES
 
 Trial = dict[str, Any]
@@ -35,7 +36,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 
 def read_trials(folder: Path) -> list[Trial]:
-    """All trials of a sweep, best first: those with the metric by its best value, then the others.
+    """All trials of a sweep, best first: those with the metric by its best value, then the others; with seeds by the mean over them.
 
     Each has trial, status (finished, stopped, diverged, failed, refused, running), reason, metric, value (its best), step and examples
     reached, loss (the last), seconds (of running), spans (start and end times), values (of the fields that are varied).
@@ -66,7 +67,8 @@ def read_trials(folder: Path) -> list[Trial]:
                 "costs": json.loads((run / COSTS).read_text()) if (run / COSTS).exists() else {},
             }
         )  # fmt: skip
-    return sorted(trials, key=lambda t: (t["value"] is None, sign * (t["value"] or 0), t["trial"]))
+    trials.sort(key=lambda t: (t["value"] is None, sign * (t["value"] or 0), t["trial"]))
+    return ranked(trials, settings) if settings.get("seeds") else trials
 
 
 def _status(run: Path, events: Sequence[dict], reports: Sequence[dict]) -> tuple[str, str]:

@@ -17,10 +17,10 @@ import pkgutil
 import re
 import sys
 from collections.abc import Iterable, Iterator
-from functools import cache
 from pathlib import Path
-from types import UnionType
-from typing import Any, ClassVar, Literal, TypeVar, Union, dataclass_transform, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, TypeVar, dataclass_transform
+
+from perceiver.config.values import field_types, fits, of_type, plain, problem, short, wanted
 
 PACKAGE = "perceiver"
 """Modules of this package are imported for any configuration; others only for the user's own."""
@@ -88,7 +88,7 @@ def to_dict(config: Any) -> Any:
         return {"type": type_name(type(config))} | fields
     if isinstance(config, (tuple, list)):
         return [to_dict(value) for value in config]
-    return config
+    return plain(config)
 
 
 def from_dict(data: Any, *, foreign: bool = False) -> Any:
@@ -108,11 +108,12 @@ def from_dict(data: Any, *, foreign: bool = False) -> Any:
         known = [f.name for f in dataclasses.fields(cls)]
         if unknown := sorted(set(values) - set(known)):
             raise UserError(f"{cls.__name__} has no field {', '.join(map(str, unknown))}{nearest(str(unknown[0]), known)} in this version")
-        made = {name: from_dict(value, foreign=foreign) for name, value in values.items()}
-        for name, value in made.items():
-            hint = _hints(cls).get(name, Any)  # type: ignore[arg-type]  # a class is hashable, whatever its instances are
-            if not _fits(value, hint):
-                raise UserError(f"{cls.__name__}.{name} is {_short(value)} and must be {getattr(hint, '__name__', None) or hint}")
+        hints, made = field_types(cls), dict[str, Any]()
+        for name, value in values.items():
+            hint = hints.get(name, Any)
+            made[name] = of_type(from_dict(value, foreign=foreign), hint)
+            if not fits(made[name], hint):
+                raise UserError(f"{cls.__name__}.{name} is {short(made[name])} and must be {wanted(hint)}")
         try:
             return cls(**made)
         except TypeError as error:
@@ -120,42 +121,6 @@ def from_dict(data: Any, *, foreign: bool = False) -> Any:
     if isinstance(data, list):
         return tuple(from_dict(value, foreign=foreign) for value in data)
     return data
-
-
-@cache
-def _hints(cls: Any) -> dict[str, Any]:
-    """The types of a class's fields; none where they name what cannot be found."""
-    try:
-        return get_type_hints(cls)
-    except Exception:  # annotations of a user's class may be anything
-        return {}
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value is of a field's type, as far as types say what data may be there: whole numbers stand for fractions, too."""
-    origin, args = get_origin(hint), get_args(hint)
-    if origin is Literal:
-        return any(value == choice and type(value) is type(choice) for choice in args)
-    if origin in (Union, UnionType):
-        return any(_fits(value, choice) for choice in args)
-    if origin is tuple:
-        if not isinstance(value, tuple):
-            return False
-        if len(args) == 2 and args[1] is Ellipsis:
-            return all(_fits(member, args[0]) for member in value)
-        return len(value) == len(args) and all(map(_fits, value, args))
-    if hint in (int, float):
-        return isinstance(value, (int, hint)) and not isinstance(value, bool)
-    if hint is type(None):
-        return value is None
-    if isinstance(hint, type) and (hint in (str, bool) or issubclass(hint, Config)):
-        return isinstance(value, hint)
-    return True
-
-
-def _short(value: Any) -> str:
-    text = repr(value) if not isinstance(value, int) or abs(value) < 2**64 else "a number of many digits"
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def load_tree(data: Any, cls: type[T], what: str, *, foreign: bool = False) -> T:
@@ -199,11 +164,18 @@ def find_type(name: Any, *, foreign: bool = False) -> type[Config]:
         )
     try:
         importlib.import_module(module)
-    except ImportError as error:
-        raise UserError(f"configuration of type {name!r} cannot be loaded: {error}") from None
+    except Exception as error:  # the user's module may fail in any way
+        kind = "" if isinstance(error, ImportError) else f"{type(error).__name__}: "
+        raise UserError(f"configuration of type {name!r} cannot be loaded: {kind}{error}") from None
     if name not in _REGISTRY:
         raise UserError(f"module {module} has no configuration class {short}")
     return _REGISTRY[name]
+
+
+def look_here() -> None:
+    """Lets modules be found in the working folder, as `python -m` does and a console script does not; last, so that they hide nothing."""
+    if (here := os.getcwd()) not in sys.path and "" not in sys.path:
+        sys.path.append(here)
 
 
 def _builtin(short: str, name: str) -> type[Config]:
@@ -259,6 +231,19 @@ def check_tree(config: Config) -> None:
         for f in dataclasses.fields(node):
             _check_value(spelled(f"{where}{f.name}"), getattr(node, f.name), f.default)
     check_nodes(config)
+
+
+def check_values(config: Config) -> None:
+    """Checks that every field's value can be saved with a run and read again.
+
+    Raises:
+        UserError: the first that cannot: names the field and what may be there.
+    """
+    for where, node in nodes(config):
+        hints = field_types(type(node))
+        for f in dataclasses.fields(node):
+            if (why := problem(getattr(node, f.name), hints.get(f.name, Any), Config)) is not None:
+                raise UserError(f"{type_name(type(node))}: {spelled(where + f.name)} {why}")
 
 
 def check_nodes(config: Config, where: str = "") -> None:

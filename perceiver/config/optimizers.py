@@ -64,6 +64,31 @@ class Lamb(Adam):
             group["step"] = torch.tensor(float(step))
 
 
+class Adafactor(OptimizerConfig):
+    """Adafactor (arXiv 1804.04235), which keeps a row and a column of second moments of each matrix. Its steps are relative to the weights'
+    size: by `lr` (0.01 in the paper), and by 1 / sqrt(step) at most. Each worker computes the steps of whole parameters.
+    """
+
+    beta2_decay: float = -0.8
+    """Exponent by which the share of a new gradient in the second moments falls with the steps."""
+    clip_threshold: float = 1.0
+    """Largest root mean square of a step, before it is multiplied by the learning rate."""
+    least_scale: float = 1e-3
+    """Size that a weight is taken to have at least."""
+
+    def check(self, where: str) -> None:
+        if not -1 <= self.beta2_decay < 0:
+            raise UserError(f"--{spelled(where)}beta2-decay is {self.beta2_decay} and must be at least -1 and below 0")
+        for name, value in {"clip-threshold": self.clip_threshold, "least-scale": self.least_scale}.items():
+            if not value > 0:
+                raise UserError(f"--{spelled(where)}{name} is {value} and must be above 0")
+
+    def build(self, groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
+        from perceiver.config.adafactor import Adafactor as Implementation
+
+        return Implementation(groups, lr=lr, beta2_decay=self.beta2_decay, eps=(None, self.least_scale), d=self.clip_threshold)
+
+
 class Muon(AdamW):
     """Muon (https://kellerjordan.github.io/posts/muon): the matrices of layers take orthogonal steps, all else is left to AdamW, with whose
     learning rates and weight decays it is used (arXiv 2502.16982). Each worker computes the steps of whole matrices.

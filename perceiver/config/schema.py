@@ -6,6 +6,8 @@ import ast
 import dataclasses
 import inspect
 import textwrap
+from enum import Enum
+from pathlib import PurePath
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -70,6 +72,10 @@ def _of_type(hint: Any, definitions: dict[str, Any]) -> dict[str, Any]:
         return (
             {"type": "array", "prefixItems": members, "minItems": len(members), "maxItems": len(members)} if members else {"type": "array"}
         )
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        return {"enum": list(hint.__members__)}
+    if isinstance(hint, type) and issubclass(hint, PurePath):
+        return {"type": "string"}
     if isinstance(hint, type) and issubclass(hint, Config):
         return {"$ref": f"#/$defs/{_define(hint, definitions)}"}
     return {"type": _PLAIN[hint]} if hint in _PLAIN else {}

@@ -22,7 +22,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from perceiver.config import UserError
-from perceiver.extensions import code_of_modules, is_reference, load_object, place_of, trust
+from perceiver.extensions import code_of_modules, is_reference, load_object, place_of
+from perceiver.trust import trust
 
 COMPARED = 4
 """Examples of a part that are read twice before a preparation, to see whether they are the same."""

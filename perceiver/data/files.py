@@ -18,6 +18,7 @@ import pyarrow.fs as pafs
 
 from perceiver.config import UserError
 from perceiver.data import media_rows  # noqa: F401  (its kinds make themselves known)
+from perceiver.data.row_kind import ENDINGS
 from perceiver.data.rows import KINDS
 from perceiver.data.storage import open_folder
 
@@ -31,9 +32,11 @@ FORMATS: dict[str, Format] = {
 }  # fmt: skip
 PACKINGS = (".gz", ".bz2", ".zst")
 """Endings of packed files."""
+CUT = ("text", "wikitext", "jsonl")
+"""Formats of files of which several tasks read a part each, where they are not packed."""
 _NEVER_PACKED = ("parquet", "arrow", "midi", "picture", "tar", "sound")
 UNCUT: tuple[Format, ...] = ("csv", "arrow", "tar")
-"""Formats of files that are read from their beginning, by one task each."""
+"""Formats of tables and archives that are read from their beginning, by one task each."""
 _OF_SAVED = re.compile(r"(^|/)((dataset_info|state|dataset_dict)\.json|cache-[^/]*\.arrow)$")
 """Files that `datasets.save_to_disk` and the cache of `datasets` write beside the rows."""
 SAME = "same file"
@@ -53,7 +56,8 @@ class InputFile:
     """Absolute path or URI."""
     name: str
     """How the manifest and messages call it: the source's last part and the path in it."""
-    format: Format
+    format: str
+    """One of `Format`, or of a kind of rows of the user's."""
     size: int
     """Bytes, as stored."""
     split: str = ""
@@ -242,7 +246,7 @@ def split_glob(source: str) -> tuple[Path, str]:
     return root, "/".join(parts)
 
 
-def format_of(path: str) -> Format | None:
+def format_of(path: str) -> str | None:
     """The format that a file's name says; None for one that is not read."""
     name = path.rpartition("/")[2].lower()
     bare = name
@@ -250,7 +254,7 @@ def format_of(path: str) -> Format | None:
         bare = bare.removesuffix(ending)
     if re.search(r"idx[13]-ubyte$|\.idx[13]?$|^(train|t10k)-(images|labels)", bare):
         return "idx"
-    form = FORMATS.get(Path(bare).suffix)
+    form = FORMATS.get(Path(bare).suffix) or ENDINGS.get(Path(bare).suffix)
     return None if bare != name and (form in _NEVER_PACKED or bare.endswith((".xlsx", ".xlsm"))) else form
 
 

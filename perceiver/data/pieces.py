@@ -21,7 +21,7 @@ from perceiver.data import (  # noqa: F401  (they make themselves known)
     make_streams,
 )
 from perceiver.data.examples import ExamplePart
-from perceiver.data.files import UNCUT, InputFile
+from perceiver.data.files import CUT, InputFile
 from perceiver.data.manifest import SPLITS
 from perceiver.data.preparation import Job, PieceWriter
 from perceiver.data.spans import SECTION, Problems, Span, Unreadable
@@ -69,7 +69,7 @@ def _spans(file: InputFile, piece_bytes: int) -> Iterator[tuple[Span, int]]:
         for first in range(0, max(rows, 1), step):
             stop = min(first + step, rows)
             yield Span(file, first, stop), size * (stop - first) // max(rows, 1)
-    elif file.format in ("idx", "midi", "picture", "flow", "sound") or file.format in UNCUT or file.compressed:
+    elif file.format not in CUT or file.compressed:
         yield Span(file, 0, file.size), file.size
     else:
         step = -(-piece_bytes // SECTION) * SECTION

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import pyarrow as pa
 
 KINDS: dict[str, type[RowKind]] = {}
 """The kinds of rows by name; each is known when its class is defined."""
+ENDINGS: dict[str, str] = {}
+"""Formats of files by the ending of their names (".vec"), as kinds of rows that are not the package's say them."""
 
 
 class RowKind(ABC):
@@ -32,6 +35,9 @@ class RowKind(ABC):
     """These are several of any number: 1 or 0 for each class."""
     formats: ClassVar[tuple[str, ...]]
     """Formats of files that it can be made from."""
+    endings: ClassVar[Mapping[str, str]] = {}
+    """Endings of files in formats that the package does not read, with the names of these formats: {".vec": "vec"}. `formats` has
+    the names, too. Such a file is read as a whole, by one task."""
     expected: ClassVar[str]
     """The same for a person."""
     made_from: ClassVar[str] = "documents"
@@ -62,6 +68,7 @@ class RowKind(ABC):
     def __init_subclass__(cls) -> None:
         if "kind" in cls.__dict__:
             KINDS[cls.kind] = cls
+        ENDINGS.update(cls.endings)
 
     @classmethod
     def make(cls, row_length: int, columns: RowKind | None) -> RowKind:

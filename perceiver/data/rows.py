@@ -193,7 +193,10 @@ class ArrayRows(RowKind):
             raise UserError("ArrayRows needs at least one column")
         self.columns: dict[str, Column] = {}
         self.may_miss: frozenset[str] = frozenset()
-        for name, (shape, dtype) in sorted(columns.items()):
+        for name, column in sorted(columns.items()):
+            if not (isinstance(column, tuple) and len(column) == 2 and isinstance(column[0], tuple)):
+                raise UserError(f'column {name} is {column!r} and must be its shape and its type, such as ((72, 7), "float32")')
+            shape, dtype = column
             if dtype not in DTYPES:
                 raise UserError(f"column {name} has type {dtype!r} and must have one of {', '.join(DTYPES)}")
             if any(not isinstance(n, int) or n < 1 for n in shape):

@@ -4,8 +4,8 @@ from typing import Any
 
 import torch
 
-from perceiver.config import ModelConfig, UserError
-from perceiver.config.core import check_nodes
+from perceiver.config import ModelConfig, UserError, spelled
+from perceiver.config.core import check_nodes, nodes
 from perceiver.models.array_input import ArrayInput
 from perceiver.models.array_outputs import ArrayOutput, EmbeddingOutput, HeadsOutput
 from perceiver.models.autoencoder_output import AutoencoderOutput
@@ -66,6 +66,10 @@ __all__ = [
 ]
 
 
+OF_DATA = ("num_classes", "image_shape")
+"""Fields of which 0 means what the data has."""
+
+
 def check_model(config: ModelConfig) -> None:
     """Checks that a model of this configuration can exist; builds nothing.
 
@@ -87,10 +91,12 @@ def build_model(config: ModelConfig, seed: int = 0) -> Any:
         model = config.build()
     if device.type != "meta":
         if empty := [name for name, parameter in model.named_parameters() if not parameter.numel()]:
-            raise UserError(
-                f"{empty[0]} would have no numbers: model.output.num-classes 0 and model.input.image-shape 0 0 0 mean what the data has, "
-                "which is not known here"
+            values = [(f"{place}{spelled(name)}", getattr(node, name, None)) for place, node in nodes(config, "model.") for name in OF_DATA]
+            of_data = [name for name, value in values if value == 0 or isinstance(value, tuple) and 0 in value]
+            why = (
+                f"{' and '.join(of_data)} of 0 means what the data has, which is not known here" if of_data else "a size of the model is 0"
             )
+            raise UserError(f"{empty[0]} would have no numbers: {why}")
         model.to_empty(device=device)
         model.init_weights(seed)
     return model

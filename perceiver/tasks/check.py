@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,15 +10,15 @@ import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
-from perceiver.config import Experiment, UserError
+from perceiver.config import Experiment, UserError, nearest
+from perceiver.config.optimization import raw_metric
 from perceiver.data.row_kind import KINDS
-from perceiver.extensions import place_of
-from perceiver.models import build_model
-from perceiver.models.tensor_shapes import WrongTensor
+from perceiver.data.rows import ArrayRows
 from perceiver.tasks.base import IGNORE_INDEX, Batch, Sample, Task, dummy_split
+from perceiver.tasks.check_calls import call, name_of, shape_of
+from perceiver.tasks.check_model import check_optimizer, check_step, checked_model
 
-LARGEST = 50_000_000
-"""Parameters of the largest model that is computed with; of larger ones only the shapes are tried."""
+_RANDOM = "random choices must be functions of (self.seed, epoch, row), see perceiver.data.order.uniforms"
 TOLERANCE = 1e-3
 """Relative difference of sums that counts as none: of float32, in any order."""
 
@@ -38,77 +37,54 @@ def check_task(experiment: Experiment, rows: pa.Table | None = None) -> None:
             whose first dimension is not its size, padding that counts as a target, a loss that is no sum, a metric that is not finite
             or not declared, a random choice that is no function of (seed, row), weights that differ for the same seed.
     """
-    task = _call(experiment.task, "build", experiment.model, experiment.data, experiment.training.seed)
+    task = call(experiment.task, "build", experiment.model, experiment.data, experiment.training.seed)
     if not isinstance(task, Task):
-        raise UserError(f"{_name(experiment.task)}.build returned a {_name(task)} and must return a perceiver.tasks.base.Task")
-    model = _check_model(experiment)
-    _check_optimizer(experiment, model)
+        raise UserError(f"{name_of(experiment.task)}.build returned {shape_of(task)} and must return a perceiver.tasks.base.Task")
+    _check_settings(task)
+    model = checked_model(experiment)
+    check_optimizer(experiment, model)
     if rows is None:
         if not _names_columns(task):
             return
         rows = _random_rows(task)
+        _check_examples(task, rows.drop_columns(["row", "epoch"]))
     rows = rows.slice(0, 2)
+    rows = _check_rows(task, rows)
     batch = _check_batches(task, rows)
     if next(iter(model.parameters())).is_meta:
         _loss(task, model, {name: tensor.to("meta") for name, tensor in batch.items()})
         return
     _check_loss(task, model, rows, batch)
-    _check_samples(task, model, batch, rows)
+    _check_each(task, model, batch)
+    _check_samples(task, model, batch, experiment.run.best_metric)
     _check_predict(task, model, rows)
+    model.train()
+    check_step(experiment, model, _loss(task, model, batch)[0])
 
 
 # ---------------------------------------------------------------------------------------------------------------- its parts
 
 
-def _check_model(experiment: Experiment) -> nn.Module:
-    """The model with initial weights, or on the meta device where it is large."""
-    config = experiment.model
-    with torch.device("meta"):
-        model = _call(config, "build")
-    if not isinstance(model, nn.Module):
-        raise UserError(f"{_name(config)}.build returned a {_name(model)} and must return a torch.nn.Module")
-    for method, what in (
-        ("layers", "the list of its layers"),
-        ("init_weights", "initial weights from a seed"),
-        ("reset_buffers", "its constants (it may do nothing)"),
-    ):
-        if not callable(getattr(model, method, None)):
-            raise UserError(f"{_name(model)} needs a method {method}: {what}")
-    layers = list(_call(model, "layers"))
-    parts = set(map(id, model.modules()))
-    if not layers or any(not isinstance(layer, nn.Module) or id(layer) not in parts for layer in layers):
-        raise UserError(f"{_name(model)}.layers must return some of the model's own modules, not {layers!r:.80}")
-    if sum(p.numel() for p in model.parameters()) > LARGEST:
-        return model
-    first, second = (_built(experiment) for _ in range(2))
-    for (name, one), (_, other) in zip(first.named_parameters(), second.named_parameters(), strict=True):
-        if not torch.equal(one, other):
-            raise UserError(f"{_name(model)}.init_weights gave {name} other values the second time: they must depend on the seed alone")
-        if not torch.isfinite(one).all():
-            raise UserError(f"{_name(model)}.init_weights left {name} with values that are not finite: it must set every parameter")
-    return first
-
-
-def _built(experiment: Experiment) -> nn.Module:
-    try:
-        return build_model(experiment.model, experiment.training.seed)
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"{_name(experiment.model)}'s model cannot be built: {place_of(error)}") from error
-
-
-def _check_optimizer(experiment: Experiment, model: nn.Module) -> None:
-    optim = experiment.optim
-    groups = [{"params": [p for p in model.parameters() if p.requires_grad], "weight_decay": optim.weight_decay}]
-    if groups[0]["params"] and not next(iter(model.parameters())).is_meta:
-        made = _call(optim.optimizer, "build", groups, optim.lr)
-        if not isinstance(made, torch.optim.Optimizer):
-            raise UserError(f"{_name(optim.optimizer)}.build returned a {_name(made)} and must return a torch.optim.Optimizer")
-    for step in (0, 1, 50, 100):
-        factor = _call(optim.schedule, "factor", step, 100)
-        if not isinstance(factor, (int, float)) or not math.isfinite(factor):
-            raise UserError(f"{_name(optim.schedule)}.factor({step}, 100) returned {factor!r} and must return a finite number")
+def _check_settings(task: Task[Any, Any]) -> None:
+    """What a task and its configuration say of themselves."""
+    config = task.config
+    if config.kind not in KINDS:
+        raise UserError(
+            f"{name_of(config)}.kind is {config.kind!r}{nearest(config.kind, KINDS)} and must be one of {', '.join(KINDS)}, "
+            "or a RowKind of yours whose module is imported"
+        )
+    if unknown := [name for name in config.measured if name not in config.__dataclass_fields__]:
+        raise UserError(f"{name_of(config)}.measured names {unknown[0]!r}, which is none of its fields")
+    for name, direction in task.metric_directions.items():
+        if direction not in ("min", "max"):
+            raise UserError(f'{name_of(task)}.metric_directions says {direction!r} of {name!r} and must say "min" or "max"')
+    if _names_columns(task):
+        rows = call(config, "rows", task.model_config, task.data)
+        if not isinstance(rows, ArrayRows):
+            raise UserError(f"{name_of(config)}.rows returned {shape_of(rows)} and must return a perceiver.data.rows.ArrayRows")
+    unit = call(task, "throughput_unit")
+    if not (isinstance(unit, tuple) and len(unit) == 2 and isinstance(unit[0], str) and type(unit[1]) is int and unit[1] > 0):
+        raise UserError(f'{name_of(task)}.throughput_unit returned {unit!r} and must return a name and a number, such as ("tokens", 512)')
 
 
 def _random_rows(task: Task[Any, Any]) -> pa.Table:
@@ -129,24 +105,50 @@ def _random_rows(task: Task[Any, Any]) -> pa.Table:
     return table.append_column("row", pa.array([0, 1], pa.int64())).append_column("epoch", pa.array([0, 0], pa.int64()))
 
 
+def _check_examples(task: Task[Any, Any], block: pa.Table) -> None:
+    """One block as it is stored, whose rows are made examples twice."""
+    once, again = (call(task, "examples", block, _split(task, block.num_rows), 0, 0, True) for _ in range(2))
+    if not isinstance(once, pa.Table) or once.num_rows != block.num_rows:
+        found = f"{once.num_rows} rows" if isinstance(once, pa.Table) else shape_of(once)
+        raise UserError(f"{name_of(task)}.examples of {block.num_rows} rows returned {found} and must return a pyarrow.Table with as many")
+    if not once.equals(again):
+        raise UserError(f"{name_of(task)}.examples gave other rows the second time: {_RANDOM}")
+
+
+def _check_rows(task: Task[Any, Any], rows: pa.Table) -> pa.Table:
+    """The rows as `collate` gets them, with `decode` and `arrange`."""
+    split = _split(task, rows.num_rows)
+    if split is None:
+        return rows
+    for train in (True, False):
+        decoded = call(task, "decode", rows, split, train)
+        if not isinstance(decoded, pa.Table) or decoded.num_rows != rows.num_rows:
+            found = f"{decoded.num_rows} rows" if isinstance(decoded, pa.Table) else shape_of(decoded)
+            raise UserError(f"{name_of(task)}.decode of {rows.num_rows} rows returned {found} and must return a pyarrow.Table with as many")
+        if not decoded.equals(call(task, "decode", rows, split, train)):
+            raise UserError(f"{name_of(task)}.decode gave other rows the second time: {_RANDOM}")
+    arranged = call(task, "arrange", decoded)
+    if not isinstance(arranged, pa.Table) or sorted(arranged["row"].to_pylist()) != sorted(decoded["row"].to_pylist()):
+        raise UserError(f"{name_of(task)}.arrange must return the same rows in any order, as a pyarrow.Table")
+    return decoded
+
+
 def _check_batches(task: Task[Any, Any], rows: pa.Table) -> Batch:
     """Three examples of which the last is padding."""
     batch = _batch(task, rows, 3)
-    for name, tensor in batch.items():
-        again = _batch(task, rows, 3)[name]
-        if not _same(tensor, again):
-            raise UserError(
-                f"{_name(task)}.collate gave another {name!r} for the same rows: random choices must be functions of "
-                "(self.seed, epoch, row), see perceiver.data.order.uniforms"
-            )
+    for train in (True, False):
+        once, again = (_batch(task, rows, 3, train) for _ in range(2))
+        for name, tensor in once.items():
+            if not _same(tensor, again[name]):
+                raise UserError(f"{name_of(task)}.collate gave another {name!r} for the same rows: {_RANDOM}")
     swapped = _batch(task, rows.take([1, 0]), 2)
     for name, tensor in swapped.items():
         if tensor.shape[1:] == batch[name].shape[1:] and not _same(tensor[[1, 0]], batch[name][:2]):
-            raise UserError(f"{_name(task)}.collate makes {name!r} of a row depend on the other rows of its batch")
+            raise UserError(f"{name_of(task)}.collate makes {name!r} of a row depend on the other rows of its batch")
     padded, whole = _targets(task, batch), _targets(task, _batch(task, rows, 2))
     if padded != whole:
         rule = f'its "labels" must be {IGNORE_INDEX}' if "labels" in batch else 'num_targets must leave it out (see "valid")'
-        raise UserError(f"{_name(task)} counts {padded - whole} targets in an example of padding, which must have none: {rule}")
+        raise UserError(f"{name_of(task)} counts {padded - whole} targets in an example of padding, which must have none: {rule}")
     return batch
 
 
@@ -155,14 +157,14 @@ def _same(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
 
 
-def _batch(task: Task[Any, Any], rows: pa.Table, size: int) -> Batch:
-    batch = _call(task, "collate", rows, size, _split(task, size), False, 0)
+def _batch(task: Task[Any, Any], rows: pa.Table, size: int, train: bool = False) -> Batch:
+    batch = call(task, "collate", rows, size, _split(task, size), train, 0)
     if not isinstance(batch, dict) or not batch or not all(isinstance(value, Tensor) for value in batch.values()):
-        kinds = {name: _name(value) for name, value in batch.items()} if isinstance(batch, dict) else _name(batch)
-        raise UserError(f"{_name(task)}.collate returned {kinds} and must return a dictionary of tensors")
+        kinds = {name: name_of(value) for name, value in batch.items()} if isinstance(batch, dict) else name_of(batch)
+        raise UserError(f"{name_of(task)}.collate returned {kinds} and must return a dictionary of tensors")
     wrong = {name: tuple(tensor.shape) for name, tensor in batch.items() if tensor.dim() == 0 or len(tensor) != size}
     if wrong:
-        raise UserError(f"{_name(task)}.collate of {size} examples returned {wrong}: the first dimension must be {size}")
+        raise UserError(f"{name_of(task)}.collate of {size} examples returned {wrong}: the first dimension must be {size}")
     return batch
 
 
@@ -171,22 +173,24 @@ def _split(task: Task[Any, Any], size: int) -> Any:
 
 
 def _targets(task: Task[Any, Any], batch: Batch) -> int:
-    targets = _call(task, "num_targets", batch)
+    targets = call(task, "num_targets", batch)
     if not isinstance(targets, Tensor) or targets.dim() or targets.is_floating_point():
-        raise UserError(f"{_name(task)}.num_targets returned {_shape(targets)} and must return a whole number as a tensor of shape ()")
+        raise UserError(f"{name_of(task)}.num_targets returned {shape_of(targets)} and must return a whole number as a tensor of shape ()")
     return int(targets)
 
 
 def _loss(task: Task[Any, Any], model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-    result = _call(task, "loss", model, batch)
+    result = call(task, "loss", model, batch)
     if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[0], Tensor) or not isinstance(result[1], dict):
-        raise UserError(f"{_name(task)}.loss returned {_shape(result)} and must return the sum of the loss and a dictionary of other sums")
+        raise UserError(
+            f"{name_of(task)}.loss returned {shape_of(result)} and must return the sum of the loss and a dictionary of other sums"
+        )
     loss, sums = result
     if loss.dim():
-        raise UserError(f"{_name(task)}.loss returned a loss of shape {tuple(loss.shape)} and must return its sum, of shape ()")
+        raise UserError(f"{name_of(task)}.loss returned a loss of shape {tuple(loss.shape)} and must return its sum, of shape ()")
     wrong = [name for name, value in sums.items() if not isinstance(value, Tensor)]
     if wrong:
-        raise UserError(f"{_name(task)}.loss returned {wrong[0]!r} among its sums as {_shape(sums[wrong[0]])}: all must be tensors")
+        raise UserError(f"{name_of(task)}.loss returned {wrong[0]!r} among its sums as {shape_of(sums[wrong[0]])}: all must be tensors")
     return loss, sums
 
 
@@ -194,21 +198,21 @@ def _check_loss(task: Task[Any, Any], model: nn.Module, rows: pa.Table, batch: B
     model.train()
     loss, _ = _loss(task, model, batch)
     if not torch.isfinite(loss):
-        raise UserError(f"{_name(task)}.loss is {loss.item()} for the first two rows")
+        raise UserError(f"{name_of(task)}.loss is {loss.item()} for the first two rows")
     if not loss.requires_grad:
-        raise UserError(f"{_name(task)}.loss returned a loss without gradient: is it computed from the model's output?")
+        raise UserError(f"{name_of(task)}.loss returned a loss without gradient: is it computed from the model's output?")
     model.eval()
     with torch.no_grad():
         both, together = (_loss(task, model, _batch(task, rows, size))[0].item() for size in (2, 3))
         each = [_loss(task, model, _batch(task, rows.slice(i, 1), 1))[0].item() for i in range(2)]
     if not _near(both, together):
         raise UserError(
-            f"{_name(task)}.loss of two rows is {both:.6g}, but {together:.6g} with an example of padding, which must add nothing"
+            f"{name_of(task)}.loss of two rows is {both:.6g}, but {together:.6g} with an example of padding, which must add nothing"
         )
     if not _near(both, sum(each)):
         mean = ": it is the mean, and must be the sum" if _near(both, sum(each) / 2) else ""
         raise UserError(
-            f"{_name(task)}.loss of two rows is {both:.6g}, of each alone {each[0]:.6g} and {each[1]:.6g}{mean or ': they must add up'}"
+            f"{name_of(task)}.loss of two rows is {both:.6g}, of each alone {each[0]:.6g} and {each[1]:.6g}{mean or ': they must add up'}"
         )
 
 
@@ -216,70 +220,56 @@ def _near(one: float, other: float) -> bool:
     return abs(one - other) <= TOLERANCE * max(abs(one), abs(other), 1e-6)
 
 
-def _check_samples(task: Task[Any, Any], model: nn.Module, batch: Batch, rows: pa.Table) -> None:
+def _check_each(task: Task[Any, Any], model: nn.Module, batch: Batch) -> None:
+    with torch.no_grad():
+        each = call(task, "each", model, batch, _loss(task, model, batch)[1])
+    size = len(next(iter(batch.values())))
+    if not isinstance(each, dict) or any(not isinstance(v, Tensor) or v.shape != (size,) for v in each.values()):
+        shapes = {name: shape_of(value) for name, value in each.items()} if isinstance(each, dict) else shape_of(each)
+        raise UserError(f"{name_of(task)}.each of {size} examples returned {shapes} and must return a dictionary of tensors ({size},)")
+    if missing := [name for name in ("loss", "targets") if name not in each]:
+        raise UserError(f"{name_of(task)}.each returned no {missing[0]!r}: it has {', '.join(each) or 'nothing'}")
+
+
+def _check_samples(task: Task[Any, Any], model: nn.Module, batch: Batch, best_metric: str) -> None:
     with torch.no_grad():
         loss, parts = _loss(task, model, batch)
-    sums = {name: value.double().numpy() for name, value in {**parts, "loss": loss, "targets": _call(task, "num_targets", batch)}.items()}
+    sums = {name: value.double().numpy() for name, value in {**parts, "loss": loss, "targets": call(task, "num_targets", batch)}.items()}
     split = _split(task, 2)
     if split is None:
         return
-    metrics = _call(task, "metrics", sums, split)
+    metrics = call(task, "metrics", sums, split)
+    if not isinstance(metrics, dict):
+        raise UserError(f"{name_of(task)}.metrics returned {shape_of(metrics)} and must return a dictionary of numbers")
     for name, value in metrics.items():
         if not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise UserError(f"{_name(task)}.metrics gave {name!r} as {value!r} and must give finite numbers")
+            raise UserError(f"{name_of(task)}.metrics gave {name!r} as {value!r} and must give finite numbers, as float")
         if name not in task.metric_directions:
             raise UserError(
-                f"{_name(task)}.metrics gave {name!r}, but metric_directions does not say whether low or high values are better: "
+                f"{name_of(task)}.metrics gave {name!r}, but metric_directions does not say whether low or high values are better: "
                 f'metric_directions = {{"loss": "min", {name!r}: "min" or "max"}}'
             )
-    samples = _call(task, "samples", model, sums, split)
+    best = raw_metric(best_metric).removeprefix("val_").partition("/")[0]
+    if best in task.metric_directions and best not in metrics:
+        raise UserError(
+            f"{name_of(task)}.metrics gave {', '.join(metrics)}, but not {best!r}, by which the best checkpoint is chosen (run.best-metric)"
+        )
+    samples = call(task, "samples", model, sums, split)
     if not isinstance(samples, list) or not all(isinstance(sample, Sample) for sample in samples):
-        raise UserError(f"{_name(task)}.samples returned {samples!r:.80} and must return a list of perceiver.tasks.base.Sample")
+        raise UserError(f"{name_of(task)}.samples returned {samples!r:.80} and must return a list of perceiver.tasks.base.Sample")
 
 
 def _check_predict(task: Task[Any, Any], model: nn.Module, rows: pa.Table) -> None:
     if type(task).predict is Task.predict or not _names_columns(task):
         return
     with torch.no_grad():
-        result = _call(task, "predict", model, _batch(task, rows, 2))
+        result = call(task, "predict", model, _batch(task, rows, 2))
     good = isinstance(result, dict) and all(isinstance(value, Tensor) and value.dim() and len(value) == 2 for value in result.values())
     if not good:
-        shapes = {name: _shape(value) for name, value in result.items()} if isinstance(result, dict) else _name(result)
-        raise UserError(f"{_name(task)}.predict of 2 examples returned {shapes} and must return a dictionary of tensors (2, ...)")
-
-
-# ------------------------------------------------------------------------------------------------------------------ helpers
-
-
-def _call(owner: Any, method: str, *args: Any) -> Any:
-    """What a method of the user's returns; an error in it is one sentence with its place."""
-    function: Callable[..., Any] | None = getattr(owner, method, None)
-    if function is None:
-        raise UserError(f"{_name(owner)} needs a method {method}")
-    try:
-        return function(*args)
-    except WrongTensor as error:
-        raise UserError(f"{_name(owner)}.{method} fails: {error}") from error
-    except UserError:
-        raise
-    except Exception as error:
-        shapes = f" (batch: {_shapes(args)})" if _shapes(args) else ""
-        raise UserError(f"{_name(owner)}.{method} fails: {place_of(error)}{shapes}") from error
-
-
-def _shapes(args: tuple[Any, ...]) -> str:
-    batches = [arg for arg in args if isinstance(arg, dict)]
-    return ", ".join(f"{name} {tuple(value.shape)}" for batch in batches for name, value in batch.items() if isinstance(value, Tensor))
-
-
-def _shape(value: Any) -> str:
-    return f"a tensor of shape {tuple(value.shape)} and type {value.dtype}" if isinstance(value, Tensor) else f"a {_name(value)}"
+        shapes = {name: shape_of(value) for name, value in result.items()} if isinstance(result, dict) else name_of(result)
+        raise UserError(f"{name_of(task)}.predict of 2 examples returned {shapes} and must return a dictionary of tensors (2, ...)")
 
 
 def _names_columns(task: Task[Any, Any]) -> bool:
     kind = KINDS.get(task.config.kind)
     return kind is not None and kind.has_columns
-
-
-def _name(value: Any) -> str:
-    return type(value).__name__

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -175,12 +176,23 @@ def differing_weights(one: Path, other: Path) -> tuple[int, dict[str, float]]:
     return len(names), found
 
 
+def all_tensors(path: Path, prefix: str = "") -> dict[str, Tensor]:
+    """The tensors of a checkpoint whose names begin so, whole and on the CPU, by name.
+
+    Raises:
+        DamagedCheckpoint: it cannot be read.
+    """
+    entries = _reading(path, lambda: reader_of(path).read_metadata()).state_dict_metadata
+    found = {name: torch.empty(e.size, dtype=e.properties.dtype) for name, e in entries.items() if name.startswith(prefix)}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # one process is what is meant
+        read_tensors(path, found)
+    return found
+
+
 def _weights(path: Path) -> dict[str, Tensor]:
     """The weights of a checkpoint, by name."""
-    entries = _reading(path, lambda: reader_of(path).read_metadata()).state_dict_metadata
-    found = {name: torch.empty(e.size, dtype=e.properties.dtype) for name, e in entries.items() if name.startswith("model.")}
-    read_tensors(path, found)
-    return {name.removeprefix("model."): tensor for name, tensor in found.items()}
+    return {name.removeprefix("model."): tensor for name, tensor in all_tensors(path, "model.").items()}
 
 
 def reader_of(path: Path) -> StorageReader:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import json
 import logging
@@ -54,6 +55,8 @@ class Callbacks:
             if not isinstance(callback, Callback):
                 raise UserError(f"callback {name}: build() returned {type(callback).__name__}, which is no subclass of Callback")
             self._users.append((name, callback))
+            for wrong, right in misspelt(callback) if training.world.rank == 0 else ():
+                logger.warning("callback %s has a method %s, which is no hook and is never called: did you mean %s?", name, wrong, right)
         for callback in self._all():
             callback.training = training
         self._watch = threading.Thread(target=self._watch_hooks, name="callbacks", daemon=True)
@@ -130,6 +133,14 @@ class Callbacks:
             if time.monotonic() - running[1] > patience:
                 logger.warning("callback %s has not returned for %.0f s: the training waits for it", running[0], patience)
                 reported = (running, patience)
+
+
+def misspelt(callback: Callback) -> list[tuple[str, str]]:
+    """Methods of a user's callback that are named almost like a hook, each with that hook."""
+    hooks = [name for name in vars(Callback) if not name.startswith("_") and callable(getattr(Callback, name))]
+    own = {name for cls in type(callback).__mro__ if issubclass(cls, Callback) for name in vars(cls) if not name.startswith("_")}
+    near = ((name, difflib.get_close_matches(name, hooks, n=1, cutoff=0.85)) for name in sorted(own - set(hooks)))
+    return [(name, found[0]) for name, found in near if found]
 
 
 def _place(error: Exception, cls: type) -> str:

@@ -20,13 +20,13 @@ from perceiver.checkpoints import CheckpointInfo, DamagedCheckpoint, read_marker
 from perceiver.config import Experiment, ModelConfig, UserError, differences
 from perceiver.config.optimization import averaged_of
 from perceiver.data.tokenizers import load_tokenizer
-from perceiver.extensions import trust
 from perceiver.interop import comparison
 from perceiver.interop.pretrained import is_hub_name, read_pretrained
 from perceiver.runs import Parent, Run
 from perceiver.training.checkpoint_files import check_files, stored_shapes
 from perceiver.training.remote_copy import find_run
 from perceiver.training.state import load_weights
+from perceiver.trust import trust
 
 Shapes = Mapping[str, tuple[int, ...]]
 

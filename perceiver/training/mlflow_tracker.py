@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from perceiver.config import CallbackConfig, UserError
+from perceiver.disk import locked
 from perceiver.runs import Run
 from perceiver.training.callbacks import Callback
 from perceiver.training.tracking import TrackedRun, Tracker, Tracking, check_installed, note_of
@@ -61,11 +62,19 @@ class _Mlflow(Tracker):
         """The last step of each metric that an earlier start has sent."""
 
     def open(self, run: TrackedRun) -> str:
+        storage = run.run.folder.parent
+        uri = self.config.uri or f"{SQLITE}{storage / 'mlflow.db'}"
+        if not uri.startswith(SQLITE):
+            return self._open(run, uri, storage)
+        # MLflow makes and migrates the tables of a database that it meets; two runs that do so at once leave it broken for good.
+        file = Path(uri.removeprefix(SQLITE))
+        with locked(file.with_name(f".{file.name}.lock")):
+            return self._open(run, uri, storage)
+
+    def _open(self, run: TrackedRun, uri: str, storage: Path) -> str:
         from mlflow import MlflowClient
         from mlflow.entities import Param
 
-        storage = run.run.folder.parent
-        uri = self.config.uri or f"{SQLITE}{storage / 'mlflow.db'}"
         self._client = client = MlflowClient(uri)
         key = f"mlflow {uri.rpartition('@')[2]}"  # without the password of an address
         there = self._find(run.note(key).get("id"))

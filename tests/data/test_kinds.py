@@ -79,3 +79,39 @@ def test_a_kind_of_rows_without_a_preparation_is_refused_by_name(tmp_path, monke
     serially(monkeypatch)
     with pytest.raises(UserError, match="'unmade pairs' have no Preparation"):
         preprocess.prepare(of(UnmadeConfig(), tmp_path))
+
+
+class BinaryPairs(PairRows):
+    """The same in files of a format that the package does not read: int32 after an odd number of bytes."""
+
+    kind = "binary pairs"
+    formats = ("pairs",)
+    endings = {".pairs": "pairs"}
+    expected = ".pairs files"
+
+
+class BinaryPreparation(PairPreparation):
+    kind = BinaryPairs.kind
+
+    def add(self, span, problems, writers):
+        assert (span.start, span.stop) == (0, span.file.size)  # as a whole, or the numbers could not be found
+        values = np.frombuffer(Path(span.file.path).read_bytes()[3:], "<i4").reshape(-1, 2)
+        counts = {"rows": len(values), "documents": len(values), "bytes": values.nbytes}
+        writers[span.file.split].add(values.reshape(-1), counts, None, None, None)
+
+
+class BinaryConfig(TaskConfig):
+    kind = BinaryPairs.kind
+
+
+def test_a_kind_brings_files_of_a_format_of_its_own_with_their_splits(tmp_path, monkeypatch):
+    serially(monkeypatch)
+    base = of(BinaryConfig(), tmp_path)
+    values = np.arange(60_000, dtype="<i4").reshape(-1, 2)
+    for split, part in (("train", values[:29_000]), ("val", values[29_000:])):
+        (tmp_path / f"{split}.pairs").write_bytes(b"abc" + part.tobytes())
+    experiment = replace(base, data=replace(base.data, source=str(tmp_path), rows_per_block=4096, blocks_per_shard=64))
+    preprocess.prepare(experiment, piece_bytes=1 << 16)
+    folder, manifest = load_prepared(experiment)
+    assert [len(rows_of(folder, manifest, split)) for split in ("train", "val")] == [29_000, 1_000]
+    assert rows_of(folder, manifest, "val")["a"].to_pylist() == values[29_000:, 0].tolist()

@@ -18,10 +18,13 @@ ARROWS = {
     "perceiver.pages": set(),
     "perceiver.config_files": {"perceiver.config", "perceiver.disk"},
     "perceiver.disk": {"perceiver.config"},
-    "perceiver.extensions": {"perceiver.config", "perceiver.disk"},
+    "perceiver.extensions": {"perceiver.config"},
+    "perceiver.trust": {"perceiver.config", "perceiver.disk", "perceiver.extensions"},
     "perceiver.checkpoints": {"perceiver.config", "perceiver.disk"},
     "perceiver.run_files": {"perceiver.checkpoints", "perceiver.data"},
-    "perceiver.runs": {"perceiver.checkpoints", "perceiver.config", "perceiver.disk", "perceiver.extensions", "perceiver.run_files"},
+    "perceiver.runs": {
+        "perceiver.checkpoints", "perceiver.config", "perceiver.disk", "perceiver.extensions", "perceiver.run_files", "perceiver.trust",
+    },
     "perceiver.provenance": {"perceiver.disk", "perceiver.run_files", "perceiver.runs"},
     "perceiver.evaluations": {"perceiver.checkpoints", "perceiver.config", "perceiver.disk", "perceiver.runs"},
     "perceiver.comparison": {
@@ -30,7 +33,7 @@ ARROWS = {
     "perceiver.significance": set(),
     "perceiver.housekeeping": {"perceiver.checkpoints", "perceiver.config", "perceiver.disk", "perceiver.runs"},
     "perceiver.models": {"perceiver.config"},
-    "perceiver.data": {"perceiver.config", "perceiver.disk", "perceiver.extensions"},
+    "perceiver.data": {"perceiver.config", "perceiver.disk", "perceiver.extensions", "perceiver.trust"},
     "perceiver.costs": {"perceiver.config", "perceiver.models"},
     "perceiver.generation": {"perceiver.config", "perceiver.models", "perceiver.data"},
     "perceiver.tasks": {
@@ -42,13 +45,15 @@ ARROWS = {
     },
     "perceiver.experiments": {
         "perceiver.catalog", "perceiver.config", "perceiver.config_files", "perceiver.extensions", "perceiver.presets", "perceiver.runs",
+        "perceiver.trust",
     },
     "perceiver.data_settings": {"perceiver.config", "perceiver.data"},
     "perceiver.datasets": {"perceiver.config", "perceiver.data", "perceiver.data_settings", "perceiver.experiments"},
     "perceiver.interop": {"perceiver.config", "perceiver.models"},
     "perceiver.training": {
         "perceiver.checkpoints", "perceiver.config", "perceiver.costs", "perceiver.data", "perceiver.disk", "perceiver.extensions",
-        "perceiver.models", "perceiver.interop", "perceiver.run_files", "perceiver.runs", "perceiver.tasks", "perceiver.version",
+        "perceiver.models", "perceiver.interop", "perceiver.run_files", "perceiver.runs", "perceiver.tasks", "perceiver.trust",
+        "perceiver.version",
     },
     "perceiver.inference": {
         "perceiver.config", "perceiver.models", "perceiver.data", "perceiver.datasets", "perceiver.disk", "perceiver.generation",

@@ -12,10 +12,12 @@ from torch import nn
 
 from perceiver.config import Experiment, ScheduleConfig, UserError, flatten, from_dict, to_dict
 from perceiver.experiments import command_words, find_experiment
-from perceiver.extensions import Code, check_trust, code_of, code_of_modules, trust
+from perceiver.extensions import Code, code_of, code_of_modules
 from perceiver.presets import PRESETS
 from perceiver.runs import Run
 from perceiver.tasks.check import check_task
+from perceiver.trust import check_trust, trust
+from ray_jobs import data, train
 from ray_jobs.cli import parse_experiment
 from ray_jobs.shipping import Shipped
 from tests.conftest import ROOT
@@ -58,6 +60,44 @@ def test_an_installed_package_registers_experiments(folder, monkeypatch):
     monkeypatch.setattr("perceiver.experiments.installed_experiments", lambda: {"lab-weather": point})
     sys.path.insert(0, str(folder))
     assert find_experiment("lab-weather").run_name == "lab-weather"
+    monkeypatch.setattr(point, "load", lambda: {}["weather"])
+    point.value = "weather:tiny"
+    with pytest.raises(UserError, match=r"experiment 'lab-weather' of an installed package \(weather:tiny\) fails: .*KeyError"):
+        find_experiment("lab-weather")
+
+
+def test_what_a_source_that_is_code_yields_is_shown(folder, capsys):
+    assert data.main(["weather.py:series"]) == 0
+    shown = capsys.readouterr().out
+    assert 'ArrayRows(past=((72, 7), "float32"), future=((24, 7), "float32"))' in shown and "1 part of training, 1 part" in shown
+    (folder / "chance.py").write_text(
+        "import numpy as np\ndef one(split):\n    yield {'x': np.random.rand(2)}\ndef two(split):\n    yield 3\n"
+    )
+    with pytest.raises(UserError, match="yields other examples when it is read again"):
+        data.main(["chance.py:one"])
+    with pytest.raises(UserError, match="yields a int and must yield mappings"):
+        data.main(["chance.py:two"])
+    with pytest.raises(UserError, match="is code, of which there is no page"):
+        data.main(["weather.py:series", "--html", "page.html"])
+
+
+def test_a_module_beside_the_command_is_found_and_hides_nothing(folder, monkeypatch):
+    """A console script does not look where it is run, as `python -m` does."""
+    monkeypatch.setattr(sys, "path", [place for place in sys.path if place not in ("", str(folder))])
+    (folder / "json.py").write_text("1 / 0\n")
+    assert find_experiment("weather:tiny").run_name == "tiny"
+    assert sys.path[-1] == str(folder) and "json" in sys.modules
+
+
+def test_a_file_may_start_from_what_lies_beside_it(folder, monkeypatch, tmp_path):
+    (folder / "beside.yaml").write_text("preset: weather.py:tiny\ntask: {huber: 3.0}\n")
+    (folder / "above.yaml").write_text("preset: beside.yaml\n")
+    (folder / "deep").mkdir()
+    with pytest.raises(SystemExit):
+        parse_experiment(["weather.py:tiny", "--task.huber", "4", "--write-config", "deep/er.yaml"], "ray_jobs.train")
+    monkeypatch.chdir(tmp_path)
+    assert find_experiment(str(folder / "above.yaml")).task.huber == 3.0
+    assert find_experiment(str(folder / "deep" / "er.yaml")).task.huber == 4.0
 
 
 @pytest.mark.parametrize(
@@ -73,6 +113,7 @@ def test_an_installed_package_registers_experiments(folder, monkeypatch):
         ("failing.py:tiny", "failing.py, line 1: ZeroDivisionError"),
         ("failing2.py:tiny", "failing2.py, line 2: KeyError: 'x'"),
         ("json.py:tiny", "another module json is imported already"),
+        ("antigravity.py:tiny", "antigravity is the name of an installed module: give the file another name"),
         ("none.yaml", "cannot be read"),
         ("typo.yaml", "typo.yaml, line 2: field optim.learningrate does not exist"),
         ("list.yaml", "holds no experiment"),
@@ -83,6 +124,7 @@ def test_a_name_that_leads_nowhere_is_one_sentence(folder, name, message):
     (folder / "failing.py").write_text("1 / 0\n")
     (folder / "failing2.py").write_text("def tiny():\n    return {}['x']\n")
     (folder / "json.py").write_text("def tiny(): pass\n")
+    (folder / "antigravity.py").write_text("def tiny(): pass\n")
     (folder / "typo.yaml").write_text("preset: quickstart\noptim: {learningrate: 1}\n")
     (folder / "list.yaml").write_text("[1, 2]\n")
     with pytest.raises(UserError) as error:
@@ -223,6 +265,19 @@ def test_the_code_of_somebody_elses_run_is_not_imported_until_the_user_says_so(f
     assert not (folder / "ran").exists()
     assert type(Run(run).load(trust_code=True)[0].task).__name__ == "T" and (folder / "ran").exists()
     check_trust(Code.load(run / "code"), "run", run)  # remembered
+
+
+def test_what_a_training_has_imported_is_trusted_however_it_was_named(folder, tmp_path, monkeypatch):
+    """A class given to a section, say: the run that it makes is this user's own."""
+    monkeypatch.setenv("PERCEIVER_HOME", str(tmp_path))
+    (folder / "mine.py").write_text((folder / "weather.py").read_text())
+    experiment = parse_experiment(["quickstart", "--optim.optimizer", "mine:NAdam", "--name", "taken"], "ray_jobs.train")
+    other = tmp_path / "runs" / "taken"
+    other.mkdir(parents=True)
+    (other / "experiment.json").write_text(json.dumps({"experiment": to_dict(find_experiment("quickstart")), "data": "x"}))
+    with pytest.raises(UserError, match="mine.py changed since run taken began"):
+        train.run(experiment)
+    check_trust(code_of(experiment), "a run", folder)
 
 
 def test_naming_a_file_is_trusting_it(folder, tmp_path):

@@ -17,13 +17,14 @@ import torch.distributed.checkpoint as dcp
 import perceiver
 from perceiver.checkpoints import MARKER, CheckpointInfo, marker_content
 from perceiver.config import DataConfig, Experiment, OptimConfig, TrainingConfig, UserError, to_dict
-from perceiver.extensions import Code, code_of, trust
+from perceiver.extensions import Code, code_of
 from perceiver.inference.parts import list_inputs, plan_parts, read_part
 from perceiver.inference.rows import rows_from_table, rows_to_table
 from perceiver.models import build_model
 from perceiver.run_files import CHECKPOINTS, CODE, EXPERIMENT
 from perceiver.training.checkpoint_files import ShardWriter
 from perceiver.training.init_from import find_start, trust_start
+from perceiver.trust import trust
 from ray_jobs.export import main as export_main
 from ray_jobs.predict import Predictor, _read, parse, predict
 from ray_jobs.predict_job import PLAN, Placement, finish, plan

@@ -60,7 +60,7 @@ def test_impossible_models_are_refused(config: ModelConfig, message: str) -> Non
 def test_sizes_that_the_data_says_are_no_mistake_until_weights_are_made() -> None:
     config = replace(TEXT, output=ClassOutput(num_classes=0))
     check_model(config)
-    with pytest.raises(UserError, match=r"model\.output\.num-classes 0 .* mean what the data has"):
+    with pytest.raises(UserError, match=r"no numbers: model\.output\.num-classes of 0 means what the data has"):
         build_model(config)
 
 

@@ -133,6 +133,15 @@ def test_help_that_is_kept_and_names_with_a_mistake_load_nothing_heavy(tmp_path)
         assert loaded(wrong) == set()
 
 
+def test_a_mistake_in_a_field_and_help_of_ones_own_experiment_need_neither_ray_nor_training(tmp_path):
+    (tmp_path / "own.py").write_text("from perceiver.presets import PRESETS\nexperiment = PRESETS['quickstart']\n")
+    name = f"{tmp_path / 'own.py'}:experiment"
+    for words in ([name, "--help"], [name, "--optim.lr", "fast", "--seeds", "2", "--quiet"], ["quickstart", "--optim.lrr", "1"]):
+        code = f"from ray_jobs.main import main\ntry: main({['train', *words]!r})\nexcept (Exception, SystemExit): pass"
+        heavy = loaded(code, PERCEIVER_HOME=str(tmp_path))
+        assert "torch" in heavy and "ray" not in heavy
+
+
 def test_the_version_is_that_of_the_package_and_shown(capsys):
     import perceiver
 

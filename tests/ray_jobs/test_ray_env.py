@@ -9,6 +9,7 @@ import ray
 
 from perceiver.config import ParallelConfig, UserError
 from ray_jobs.ray_env import check_address, connect
+from ray_jobs.ray_hints import leave_out_hints
 
 OTHER = "import ray, sys; ray.init(address='local', num_cpus=1, include_dashboard=False); print('up', flush=True); sys.stdin.read()"
 
@@ -41,3 +42,16 @@ def test_an_address_where_nothing_listens_is_refused_at_once_and_one_that_listen
         free.listen()
         check_address(address)
     check_address("auto")
+
+
+def test_a_hint_of_rays_that_is_no_matter_of_the_users_is_not_printed_and_all_else_is(monkeypatch):
+    from ray._private import worker
+
+    printed: list = []
+    monkeypatch.setattr(worker, "print_to_stdstream", lambda data, **settings: printed.append((data["lines"], settings)))
+    leave_out_hints()
+    leave_out_hints()
+    hint = "WARNING: 8 PYTHON worker processes have been started on node: c46 with address: 192.0.2.2."
+    worker.print_to_stdstream({"lines": [hint], "pid": "raylet"}, ignore_prefix=False)
+    worker.print_to_stdstream({"lines": [hint, "a node has failed"], "pid": "raylet"}, ignore_prefix=False)
+    assert printed == [(["a node has failed"], {"ignore_prefix": False})]

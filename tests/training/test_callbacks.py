@@ -18,7 +18,7 @@ from perceiver.tasks import build_task
 from perceiver.training import hooks, record
 from perceiver.training.batches import read_here
 from perceiver.training.callbacks import Callback, Divergence, EarlyStop
-from perceiver.training.hooks import STATES, CallbackError
+from perceiver.training.hooks import STATES, CallbackError, misspelt
 from perceiver.training.parallel import join_world
 from perceiver.training.run import Training
 from ray_jobs.cli import parse_experiment
@@ -383,3 +383,17 @@ def test_a_misspelt_metric_of_an_early_stop_is_refused_before_anything_starts(me
     with pytest.raises(UserError, match=f"--callbacks.1.metric is {metric!r} and must be one of val_loss, val_acc{near}"):
         check_experiment(experiment)
     check_experiment(with_callbacks(EarlyStop(), EarlyStop(metric="val_acc")))
+
+
+def test_a_hook_with_a_misspelt_name_is_found():
+    class Almost(Callback):
+        def after_steps(self, step, result):
+            """Never called."""
+
+        def on_plateau(self):
+            """One's own."""
+
+        def after_validation(self, step, metrics):
+            """A hook."""
+
+    assert misspelt(Almost()) == [("after_steps", "after_step")]

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from perceiver.config import (
+    Adafactor,
     Adam,
     AdamW,
     Constant,
@@ -41,8 +42,11 @@ from tests.support.small import image_experiment
 from tests.training import test_parallel
 from tests.training.test_parallel import losses, make_data
 
-OPTIMIZERS = {"sgd": (Sgd(nesterov=True), 0.05), "lion": (Lion(), 3e-4), "lamb": (Lamb(), 3e-2), "muon": (Muon(), 3e-3)}
-TOLERANCE = {"sgd": 2e-5, "lion": 2e-3, "lamb": 2e-5, "muon": 2e-5}
+OPTIMIZERS = {
+    "sgd": (Sgd(nesterov=True), 0.05), "lion": (Lion(), 3e-4), "lamb": (Lamb(), 3e-2), "muon": (Muon(), 3e-3),
+    "adafactor": (Adafactor(), 3e-2),
+}  # fmt: skip
+TOLERANCE = {"sgd": 2e-5, "lion": 2e-3, "lamb": 2e-5, "muon": 2e-5, "adafactor": 2e-5}
 """Relative, for every loss of the run. Of Lion: where a momentum is near 0, the order of sums decides its sign, and a step's direction."""
 
 
@@ -201,6 +205,20 @@ def test_a_step_of_muon_is_orthogonal_and_as_long_as_its_rate_says():
     values = torch.linalg.svdvals(weight.detach()) / (0.5 * 0.2 * 24**0.5)
     assert values.min() > 0.6 and values.max() < 1.3
     assert torch.equal(torch.sign((weight.detach() * weight.grad).sum()), torch.tensor(-1.0))
+
+
+def test_a_step_of_adafactor_is_pytorchs_own():
+    values = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed, shape in enumerate([(8, 24), (24,), (1, 3, 5)])]
+    found = []
+    for build in (Adafactor().build, torch.optim.Adafactor):
+        weights = [torch.nn.Parameter(value.clone()) for value in values]
+        optimizer = build([{"params": weights, "weight_decay": 0.1}], lr=0.01)
+        for _ in range(3):
+            for weight in weights:
+                weight.grad = weight.detach().cos()
+            optimizer.step()
+        found.append(weights)
+    assert all(torch.equal(one, other) and not torch.equal(one, value) for one, other, value in zip(*found, values, strict=True))
 
 
 def test_weights_of_a_group_learn_from_its_first_step_on(images, tmp_path):

@@ -1,6 +1,8 @@
 """Trackers: what MLflow and Weights & Biases have of a run, once for every step; and that none of them stops a training."""
 
 import json
+import subprocess
+import sys
 import threading
 from dataclasses import replace
 from types import SimpleNamespace
@@ -191,6 +193,37 @@ def test_mlflow_has_a_killed_run_as_one_with_one_point_a_step(images, tmp_path, 
     assert run.data.tags["perceiver.checkpoint"].endswith("step-00000012")
     pictures = [file.path for file in client.list_artifacts(run.info.run_id, "samples")]
     assert "samples/confusion-00000006.png" in pictures and "samples/confusion-00000012.png" in pictures
+
+
+OPEN = """
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from perceiver.training.mlflow_tracker import Mlflow, _Mlflow
+run = SimpleNamespace(run=SimpleNamespace(folder=Path(sys.argv[1]) / sys.argv[2]), note=lambda key: {}, save_note=lambda key, note: None)
+run.__dict__.update(parameters={"a": 1}, preset="p", name=sys.argv[2], tags={}, labels=(), parent=None)
+tracker = _Mlflow(Mlflow())
+import mlflow.store.tracking.sqlalchemy_store  # the slow part, so that both meet at the database
+print("ready", flush=True)
+sys.stdin.read(1)
+tracker.open(run)
+tracker.metrics(1, {"loss": 1.0}, 0.0)
+"""
+
+
+@pytest.mark.slow
+def test_runs_that_begin_at_once_share_a_new_database_of_mlflow(tmp_path):
+    pytest.importorskip("mlflow")
+    pytest.importorskip("sqlalchemy")
+    processes = [
+        subprocess.Popen([sys.executable, "-c", OPEN, str(tmp_path), name], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        for name in ("one", "two")
+    ]
+    assert all(process.stdout.readline() == b"ready\n" for process in processes)
+    for process in processes:
+        process.stdin.write(b"g")
+        process.stdin.flush()
+    assert [process.wait(timeout=120) for process in processes] == [0, 0]
 
 
 def test_files_of_wandb_have_a_killed_run_under_one_id_with_one_point_a_step(images, tmp_path):

@@ -1,10 +1,13 @@
 """Reports as HTML files: whole, of themselves, and what stands in them. How they look is seen in a browser (see the last test)."""
 
+import base64
 import html.parser
+import io
 import json
 import re
 import shutil
 import subprocess
+import wave
 
 import numpy as np
 import pytest
@@ -14,11 +17,15 @@ from perceiver.config import UserError
 from perceiver.disk import write_json
 from perceiver.pages import COLORS, Page, color, parallel_coordinates
 from perceiver.runs import Run
+from perceiver.tasks.multimodal_autoencoding import wav
 from ray_jobs.run_pages import class_rows
 from tests.ray_jobs.test_compare import make
 from tests.tuning.test_tuning import folder as sweep_folder  # noqa: F401
 from tuning import report
 from tuning.page import importances
+from tuning.power_law import Measurement, fit_study
+from tuning.scaling_laws import describe
+from tuning.scaling_page import page_of_study
 
 
 class Links(html.parser.HTMLParser):
@@ -45,6 +52,7 @@ def runs(tmp_path):
         for step in (10, 20):
             (samples / f"text-{step:08d}.txt").write_text(f"said at {step} </script><b>")
             Image.fromarray(np.full((4, 4, 3), step, np.uint8)).save(samples / f"confusion-{step:08d}.png")
+            (samples / f"sound-after-{step:08d}.wav").write_bytes(wav(np.sin(np.arange(800) * step / 100), 8000))
         evaluation = Run(folder).evaluation_file(20, "abc")
         write_json(evaluation, json.loads(evaluation.read_text()) | {"sums": {"confusion": [[3, 1], [0, 6]]}})
         Run(folder).log_file.write_text("step 10/30  loss 1.0  lr 1\ncontinuing from step 10: <3 workers\n")
@@ -83,6 +91,35 @@ def test_what_runs_wrote_is_shown_and_never_executed(page):
     assert "step 10/30" not in own and own.count("data:image/png;base64") == 4
     assert page.count("</script>") == 3
     assert "optim.lr</td><td>0.001</td><td>0.1</td><td>yes" in page
+
+
+def test_sounds_of_validations_are_players_that_hold_their_sound(page):
+    players = re.findall(r'<audio controls[^>]* src="data:audio/wav;base64,([^"]+)"></audio><figcaption>step (\d+)', page)
+    assert [step for _, step in players] == ["10", "20"] * 2
+    with wave.open(io.BytesIO(base64.b64decode(players[0][0]))) as sound:
+        assert sound.getframerate() == 8000 and sound.getnframes() == 800
+
+
+def scaling_page() -> str:
+    losses = {3e10: (3.0458, 2.8538, 3.1927, 3.1943), 6e10: (2.6845, 2.5682, 2.8367, 3.0886), 1.2e11: (2.6262, 2.4260, 2.4662, 2.7572)}
+    sizes = (2458, 5806, 15958, 50086)
+    measured = [
+        Measurement(budget=budget, parameters=size, tokens=budget / size / 6, loss=loss)
+        for budget, row in losses.items()
+        for size, loss in zip(sizes, row, strict=True)
+    ]
+    study = fit_study(measured)
+    return page_of_study(study, "Scaling laws", describe(study, 1e12)).render()
+
+
+def test_the_page_of_a_scaling_study_has_the_curves_of_each_budget_and_the_laws():
+    figures = pytest.importorskip("plotly.graph_objects")
+    curves, sizes, tokens = charts(scaling_page())
+    assert [trace["name"] for trace in curves["data"] if trace.get("showlegend", True)] == ["3e+10 FLOPs", "6e+10 FLOPs", "1.2e+11 FLOPs"]
+    assert sum(trace.get("marker", {}).get("symbol") == "star" for trace in curves["data"]) == 3
+    assert "best parameters = " in sizes["layout"]["title"]["text"] and "best tokens = " in tokens["layout"]["title"]["text"]
+    for chart in (curves, sizes, tokens):
+        figures.Figure(data=chart["data"], layout=chart["layout"])
 
 
 def test_the_table_of_classes_has_their_precision_and_recall():
@@ -141,8 +178,16 @@ def test_lines_have_colours_of_their_own_until_there_are_too_many():
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
-def test_every_chart_is_drawn_in_a_browser_without_an_error(page, tmp_path):
-    watched = page.replace("<head>", "<head><script>window.onerror = text => { document.title = 'error: ' + text }</script>", 1)
+@pytest.mark.parametrize("kind", ["runs", "sweep", "scaling"])
+def test_every_chart_is_drawn_in_a_browser_without_an_error(kind, page, sweep_folder, tmp_path):  # noqa: F811
+    if kind == "sweep":
+        report.write(sweep_folder)
+        page = (sweep_folder / "report.html").read_text()
+    elif kind == "scaling":
+        page = scaling_page()
+    watched = page.replace(
+        "<head>", "<head><script>window.onerror = console.error = text => { document.title = 'error: ' + text }</script>", 1
+    )
     (tmp_path / "watched.html").write_text(watched)
     command = ["chromium", "--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'chromium'}", "--dump-dom"]
     command += ["--virtual-time-budget=20000", f"file://{tmp_path / 'watched.html'}"]

@@ -1,0 +1,189 @@
+"""Mistakes in one's own classes: each is found on two rows and named with its method."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from torch import nn
+
+from perceiver.config import DataConfig, Experiment, ModelConfig, OptimConfig, OptimizerConfig, TaskConfig, TrainingConfig, UserError
+from perceiver.data.rows import ArrayRows
+from perceiver.models.initialize import initialize
+from perceiver.tasks.base import Task
+from perceiver.tasks.check import check_task
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Linear(4, 8), nn.Linear(8, 1)
+
+    def layers(self):
+        return [self.one, self.two]
+
+    def init_weights(self, seed):
+        initialize(self, 0.2, seed)
+
+    def reset_buffers(self):
+        """Has none."""
+
+    def forward(self, x):
+        return self.two(torch.relu(self.one(x))).squeeze(-1)
+
+
+class NetConfig(ModelConfig):
+    cls: str = "Net"
+
+    def build(self):
+        return MODELS[self.cls]()
+
+
+class Normalized(Net):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(4)
+
+    def forward(self, x):
+        return super().forward(self.norm(x))
+
+
+class Generated(Net):
+    def layers(self):
+        return (layer for layer in (self.one, self.two))
+
+
+class Empty(Net):
+    def __init__(self):
+        nn.Module.__init__(self)
+        self.one = nn.Identity()
+
+    def layers(self):
+        return [self.one]
+
+
+MODELS = {"Net": Net, "Normalized": Normalized, "Generated": Generated, "Empty": Empty}
+
+
+class Regression(TaskConfig):
+    def rows(self, model, data):
+        return ArrayRows(x=((4,), "float32"), y=((), "float32"))
+
+    def build(self, model, data, seed):
+        return RegressionTask(self, model, data, seed)
+
+
+class RegressionTask(Task):
+    metric_directions = {"loss": "min", "mae": "min"}
+
+    def loss(self, model, batch):
+        error = model(batch["x"]) - batch["y"]
+        return (error**2 * batch["valid"]).sum(), {"mae": (error.abs() * batch["valid"]).sum()}
+
+    def metrics(self, sums, split):
+        return {**super().metrics(sums, split), "mae": float(sums["mae"] / sums["targets"])}
+
+    def predict(self, model, batch):
+        return {"y": model(batch["x"])}
+
+
+def noisy(rows):
+    return rows.set_column(rows.column_names.index("y"), "y", pa.array(np.random.rand(rows.num_rows).astype(np.float32)))
+
+
+def experiment(model="Net", config=None, **methods):
+    """The regression with some methods of its task, or of its configuration, replaced."""
+    task = type("Changed", (RegressionTask,), methods)
+    settings = type("Settings", (Regression,), {"build": lambda self, *args: task(self, *args), **(config or {})})
+    return Experiment(
+        task=settings(), model=NetConfig(cls=model), data=DataConfig(source="x"), training=TrainingConfig(max_steps=1)
+    )  # fmt: skip
+
+
+def collate_while_training(self, rows, size, split, train, step):
+    batch = Task.collate(self, rows, size, split, train, step)
+    return {**batch, "x": batch["x"] + torch.randn(1)} if train else batch
+
+
+TASKS = {
+    "noise while training": ({"collate": collate_while_training}, "Changed.collate gave another 'x' for the same rows"),
+    "decode of chance": ({"decode": lambda self, rows, split, train: noisy(rows)}, "Changed.decode gave other rows the second time"),
+    "decode loses rows": ({"decode": lambda self, rows, split, train: rows.slice(1)}, "decode of 2 rows returned 1 rows"),
+    "decode of a list": ({"decode": lambda self, rows, split, train: rows.to_pylist()}, "returned a list and must return a pyarrow.Table"),
+    "examples of chance": ({"examples": lambda self, block, *args: noisy(block)}, "Changed.examples gave other rows the second time"),
+    "arrange loses rows": ({"arrange": lambda self, rows: rows.slice(1)}, "Changed.arrange must return the same rows"),
+    "no metrics": ({"metrics": lambda self, sums, split: None}, "Changed.metrics returned None and must return a dictionary"),
+    "best metric": ({"metrics": lambda self, sums, split: {"mae": 1.0}}, "gave mae, but not 'loss', by which the best checkpoint"),
+    "direction": ({"metric_directions": {"loss": "low", "mae": "min"}}, "says 'low' of 'loss'"),
+    "each": ({"each": lambda self, model, batch, sums: {"loss": torch.zeros(1)}}, "Changed.each of 3 examples returned"),
+    "unit": ({"throughput_unit": lambda self: "tokens"}, "Changed.throughput_unit returned 'tokens'"),
+    "padding of zeros": (
+        {"loss": lambda self, model, batch: (((model(batch["x"]) - batch["y"]) ** 2).sum(), {"mae": torch.zeros(())})},
+        "with an example of padding, which must add nothing",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", TASKS)
+def test_a_mistake_in_a_task_is_named(mistake):
+    methods, message = TASKS[mistake]
+    with pytest.raises(UserError) as error:
+        check_task(experiment(**methods))
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+SETTINGS = {
+    "no rows": ({"rows": lambda self, model, data: None}, "Settings.rows returned None and must return a perceiver.data.rows.ArrayRows"),
+    "failing rows": ({"rows": lambda self, model, data: 1 / 0}, "Settings.rows fails: test_check.py, line"),
+    "shape": ({"rows": lambda self, model, data: ArrayRows(x=(4, "float32"))}, "column x is (4, 'float32') and must be its shape and its"),
+    "kind": ({"kind": "arays"}, "Settings.kind is 'arays', did you mean arrays?"),
+    "measured": ({"measured": ("mean",)}, "Settings.measured names 'mean', which is none of its fields"),
+}
+
+
+@pytest.mark.parametrize("mistake", SETTINGS)
+def test_a_mistake_in_a_tasks_settings_is_named(mistake):
+    config, message = SETTINGS[mistake]
+    with pytest.raises(UserError) as error:
+        check_task(experiment(config=config))
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("Normalized", "Normalized.reset_buffers left norm.running_mean as it was"),
+        ("Generated", "Generated.layers returned a generator and must return a list"),
+        ("Empty", "Empty has no parameters"),
+    ],
+)
+def test_a_mistake_in_a_model_is_named(model, message):
+    with pytest.raises(UserError, match=message):
+        check_task(experiment(model))
+
+
+class NeedsClosure(OptimizerConfig):
+    def build(self, groups, lr):
+        return torch.optim.LBFGS(groups[0]["params"], lr=lr)
+
+
+class Explodes(OptimizerConfig):
+    def build(self, groups, lr):
+        return torch.optim.SGD(groups, lr=math.inf)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "message"),
+    [(NeedsClosure(), "NeedsClosure: LBFGS.step fails: TypeError"), (Explodes(), "has values that are not finite")],
+)
+def test_an_optimizer_is_tried_for_a_step(optimizer, message):
+    with pytest.raises(UserError, match=message):
+        check_task(replace(experiment(), optim=OptimConfig(optimizer=optimizer)))
+
+
+def test_what_keeps_the_contract_passes():
+    check_task(experiment())
