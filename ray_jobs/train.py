@@ -24,7 +24,7 @@ from perceiver.extensions import code_of
 from perceiver.plots import png, training_curves
 from perceiver.runs import CHECKPOINTS, CURVE, EXPERIMENT, RECORD_FOLDERS, RECORDS, Run
 from perceiver.tasks import build_task
-from perceiver.tasks.base import Baseline
+from perceiver.tasks.baselines import Baseline
 from perceiver.training.batches import make_val_loaders
 from perceiver.training.fork import Fork, check_extension, find_fork, is_extension, resolved
 from perceiver.training.init_from import Start, find_start, forked_run
@@ -391,7 +391,8 @@ def report(
     best = best_of(checkpoints, metric)
     picture = training_curves(trained.metrics(), experiment.run_name, metric, None if best is None else best.step)
     write_file(trained.folder, trained.curve_file.name, png(picture))
-    baselines = build_task(experiment).baselines(parts)
+    task = build_task(experiment)
+    baselines = task.baselines(parts) | task.measured_baselines(result)
     logger.info(f"finished after {duration(seconds)}: step {result['step']:,}")
     for line in closing_lines(result, baselines):
         logger.info(line)

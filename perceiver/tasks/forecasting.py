@@ -85,6 +85,7 @@ class Forecasting(Task[ForecastingConfig, PerceiverIOConfig]):
         "loss": "min", "mae": "min", "rmse": "min", "crps": "min", "mae_last": "min", "rmse_last": "min", "crps_last": "min",
         "naive_mae": "min", "naive_rmse": "min",
     }  # fmt: skip
+    baseline_metrics = {name: (f"naive_{name}", "the last season again") for name in ("mae", "rmse")}
 
     def collate(self, rows: pa.Table, size: int, split: Split, train: bool, step: int) -> Batch:
         """Rows that lack their future are for prediction."""

@@ -17,6 +17,7 @@ class TableClassification(TableTask, Classification[TableSettings]):
     """A class per row, beside always answering the commonest class of the training split."""
 
     metric_directions = {**Classification.metric_directions, "baseline_acc": "max"}
+    baseline_metrics = {"acc": ("baseline_acc", "always the commonest class")}
 
     @property
     def class_column(self) -> str | None:  # type: ignore[override]

@@ -168,6 +168,11 @@ class TableHeads(Task[TableHeadsConfig, PerceiverIOConfig]):
         for name, task in self.parts.items():
             directions |= {f"{name}_{metric}": direction for metric, direction in task.metric_directions.items()}
         vars(self)["metric_directions"] = directions
+        self.baseline_metrics = {
+            f"{name}_{metric}": (f"{name}_{of}", means)
+            for name, task in self.parts.items()
+            for metric, (of, means) in task.baseline_metrics.items()
+        }
 
     @classmethod
     def higher_is_better(cls, metric: str) -> bool:
