@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from perceiver.config import UserError, from_dict, to_dict
 from perceiver.costs.count import CountedStep
@@ -208,6 +209,33 @@ def test_what_is_masked_changes_nothing_and_what_is_not_does(name: str) -> None:
         assert not torch.allclose(model(x)[0], model(changed)[0])
         assert not torch.allclose(before[0], model(x)[0])
         torch.testing.assert_close(before[1], model(x)[1])
+
+
+class Made(TorchDispatchMode):
+    """Bytes of all tensors that are made."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        known = {given.untyped_storage().data_ptr() for given in tree_leaves((args, kwargs)) if isinstance(given, Tensor)}
+        made = [given.untyped_storage() for given in tree_leaves(out) if isinstance(given, Tensor)]
+        self.bytes += sum(storage.nbytes() for storage in made if storage.data_ptr() not in known)
+        return out
+
+
+@pytest.mark.parametrize("name", sorted(MASKABLE))
+def test_a_mask_costs_no_copy_of_the_input(name: str) -> None:
+    config, x = INPUTS[name]
+    model = model_of(config)
+    x = {"values": x} if isinstance(x, Tensor) else x
+    given = x, {**x, "mask": torch.arange(N).expand(B, N) > 6}
+    made = []
+    for batch in given:
+        with Made() as counted:
+            model(batch)
+        made.append(counted.bytes)
+    assert made[0] < made[1] <= made[0] + 6 * B * N + B, "two masks of bytes, one of floats, and a byte a row"
 
 
 def test_several_inputs_are_joined_after_a_learned_vector_of_their_own() -> None:

@@ -116,7 +116,7 @@ def test_every_head_reports_its_metrics_whatever_the_batches(file: Path, table) 
         return task.metrics(total, split)
 
     whole = metrics([(0, ROWS, ROWS)])
-    assert whole == pytest.approx(metrics([(0, 3, 4), (3, 37, 40)]), rel=1e-5)
+    assert whole == pytest.approx(metrics([(0, 3, 4), (3, 37, 40), (0, 0, 4)]), rel=1e-5), "a worker may have no row of a last batch"
     assert set(whole) <= set(task.metric_directions)
     assert {"species_acc", "species_f1", "mass_rmse", "mass_r2", "awake_acc", "awake_loss", "loss"} <= set(whole)
     assert task.higher_is_better("val_species_acc") and not task.higher_is_better("val_mass_rmse") and task.higher_is_better("val_mass_r2")
