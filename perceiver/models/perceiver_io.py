@@ -5,7 +5,7 @@ Shapes: B batch, N input positions, L latents, D latent channels, Q output queri
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -22,7 +22,7 @@ from perceiver.models.factored_attention import FactoredInput
 from perceiver.models.initialize import initialize, initialized
 from perceiver.models.inputs import InputConfig, TextInput
 from perceiver.models.local_init import LocalInit
-from perceiver.models.outputs import OutputConfig, OutputQueries, TextOutput
+from perceiver.models.outputs import OutputConfig, OutputQueries, PartedQueries, TextOutput
 from perceiver.models.shapes import AttentionChannels
 from perceiver.models.tensor_shapes import check_tensor
 
@@ -284,7 +284,7 @@ class PerceiverDecoder(nn.Module):
         """Draws all parameters, as in the whole model."""
         _initialize(self, self.config, seed, prefix="decoder")
 
-    def forward(self, queries: Tensor, latents: Tensor, tied_matrix: Tensor | None = None, x: Any = None) -> Tensor:
+    def forward(self, queries: Tensor | PartedQueries, latents: Tensor, tied_matrix: Tensor | None = None, x: Any = None) -> Tensor:
         """queries (B or 1, M, channels), latents (B, L, D) -> (B, M, outputs); tied_matrix (outputs, channels); x: the model's input."""
         size = self.config.decoder.query_chunk
         if size is None or queries.shape[1] <= size:
@@ -297,9 +297,9 @@ class PerceiverDecoder(nn.Module):
                 parts.append(self._decode(part, latents, tied_matrix))
         return self._finish(torch.cat(parts, dim=1), x)
 
-    def _decode(self, queries: Tensor, latents: Tensor, tied_matrix: Tensor | None) -> Tensor:
+    def _decode(self, queries: Tensor | Callable[[], Tensor], latents: Tensor, tied_matrix: Tensor | None) -> Tensor:
         """All that is done to each query by itself."""
-        x = self.cross_attention(queries, latents)
+        x = self.cross_attention(queries() if callable(queries) else queries, latents)
         if self.output is None:
             return F.linear(x, tied_matrix, self.output_bias)
         return self.output(x) if self.config.output.head_per_query else x
@@ -362,7 +362,7 @@ class PerceiverIO(nn.Module):
             adapted, pad_mask = self.encoder.adapt(x, pad_mask)
             latents = self.encoder(adapted, pad_mask)
         output = self.config.output
-        decoded = self.decoder(output.ask(self.decoder.queries, x, adapted, positions), latents, self._tied_matrix(), x)
+        decoded = self.decoder(output.ask_in_parts(self.decoder.queries, x, adapted, positions), latents, self._tied_matrix(), x)
         return output.answer(decoded, self.config)
 
     def _tied_matrix(self) -> Tensor | None:

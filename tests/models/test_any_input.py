@@ -182,7 +182,7 @@ def test_patches_of_frames_are_those_of_transformers() -> None:
     assert torch.equal(model_of(config).encoder.input_adapter.points(x), theirs.flatten(1, 3))
 
 
-@pytest.mark.parametrize("name", ["audio", "video", "patches", "convolution"])
+@pytest.mark.parametrize("name", ["audio", "video", "convolution"])
 def test_factored_attention_to_a_grid_is_the_plain_one(name: str) -> None:
     config, x = INPUTS[name]
     model = model_of(config).double()
@@ -332,6 +332,19 @@ def test_memory_of_decoding_in_parts_does_not_grow_with_the_queries() -> None:
         queries, latents = normal(B, number, 8), normal(B, 4, 16)
         with torch.no_grad(), Largest(queries) as seen:
             model.decoder(queries, latents)
+        return seen.most
+
+    assert most(4000, 100) == most(1000, 100)
+    assert most(4000, None) > 10 * most(4000, 100)
+
+
+@pytest.mark.parametrize("name", ["grid", "coordinates", "features"])
+def test_queries_that_are_made_of_positions_are_made_part_by_part(name: str) -> None:
+    def most(number: int, chunk: int | None) -> int:
+        output = replace(OUTPUTS[name][0], grid=(number,)) if name == "grid" else OUTPUTS[name][0]
+        model, query = model_of(POINTS[0], output, query_chunk=chunk), normal(B, number, 2).tanh()
+        with torch.no_grad(), Largest(query) as seen:
+            model({**POINTS[1], "query": query})
         return seen.most
 
     assert most(4000, 100) == most(1000, 100)
