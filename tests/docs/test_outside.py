@@ -284,7 +284,7 @@ def test_a_batch_that_cannot_be_without_rows_is_named(folder):
     collate = (
         "    def collate(self, rows, size, split, train, step):\n"
         "        batch = super().collate(rows, size, split, train, step)\n"
-        '        return {**batch, "first": batch["valid"] * rows["row"].to_pylist()[0]}\n\n'
+        '        return {**batch, "first": batch["valid"] * (rows["row"].to_pylist()[0] < 0)}\n\n'
     )
     (folder / "weather.py").write_text(text.replace("    def predict(", collate + "    def predict("))
     with pytest.raises(UserError, match="ForecastTask.collate fails: .* for a batch without rows, which a worker may have"):

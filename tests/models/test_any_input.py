@@ -235,7 +235,7 @@ def test_a_mask_costs_no_copy_of_the_input(name: str) -> None:
         with Made() as counted:
             model(batch)
         made.append(counted.bytes)
-    assert made[0] < made[1] <= made[0] + 6 * B * N + B, "two masks of bytes, one of floats, and a byte a row"
+    assert made[0] < made[1] <= made[0] + 6 * B * N + 64, "two masks of bytes, one of floats, and a few numbers"
 
 
 def test_several_inputs_are_joined_after_a_learned_vector_of_their_own() -> None:
@@ -313,15 +313,15 @@ def test_each_query_is_answered_by_itself() -> None:
 
 
 class Largest(TorchDispatchMode):
-    """Bytes of the largest tensor that is made, besides the answers joined at the end."""
+    """Bytes of the largest tensor that is made, besides the answers joined at the end; a view is none."""
 
-    def __init__(self, given: Tensor) -> None:
-        super().__init__()
-        self.given, self.most = given.untyped_storage().data_ptr(), 0
+    most = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if isinstance(out, Tensor) and "cat" not in str(func) and out.untyped_storage().data_ptr() != self.given:
+        known = {given.untyped_storage().data_ptr() for given in tree_leaves((args, kwargs)) if isinstance(given, Tensor)}
+        joined = "cat" in str(func) and args[0][0].shape[-1] == 3
+        if isinstance(out, Tensor) and not joined and out.untyped_storage().data_ptr() not in known:
             self.most = max(self.most, out.untyped_storage().nbytes())
         return out
 
@@ -330,7 +330,7 @@ def test_memory_of_decoding_in_parts_does_not_grow_with_the_queries() -> None:
     def most(number: int, chunk: int | None) -> int:
         model = model_of(POINTS[0], OUTPUTS["learned"][0], query_chunk=chunk)
         queries, latents = normal(B, number, 8), normal(B, 4, 16)
-        with torch.no_grad(), Largest(queries) as seen:
+        with torch.no_grad(), Largest() as seen:
             model.decoder(queries, latents)
         return seen.most
 
@@ -343,7 +343,7 @@ def test_queries_that_are_made_of_positions_are_made_part_by_part(name: str) -> 
     def most(number: int, chunk: int | None) -> int:
         output = replace(OUTPUTS[name][0], grid=(number,)) if name == "grid" else OUTPUTS[name][0]
         model, query = model_of(POINTS[0], output, query_chunk=chunk), normal(B, number, 2).tanh()
-        with torch.no_grad(), Largest(query) as seen:
+        with torch.no_grad(), Largest() as seen:
             model({**POINTS[1], "query": query})
         return seen.most
 
