@@ -14,14 +14,14 @@ from ray_jobs.memory_check import layout_of, step_of
 from tests.costs import test_memory
 from tests.costs.test_memory import one_of, peak_bytes  # noqa: F401
 
-CASES = (
+CASES = [
     ("forecast-seasons", 1),
-    ("points-shapes", 2),
     ("tables", 1),
     ("audio-clf-small", 2),
-    ("optical-flow-small", 1),
     ("multimodal-small", 1),
-)
+    pytest.param("points-shapes", 2, marks=pytest.mark.slow),
+    pytest.param("optical-flow-small", 1, marks=pytest.mark.slow),
+]
 
 
 def experiment_of(name: str, workers: int) -> Experiment:
