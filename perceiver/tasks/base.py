@@ -248,9 +248,13 @@ class Task(ABC, Generic[C, M]):
         with torch.device("meta"):
             return CountedStep(self.build_model(), self.loss, {name: t.to("meta") for name, t in self.dummy_batch(2).items()})
 
+    def dummy_rows(self, size: int) -> pa.Table:
+        """Rows that `collate` takes, whose values are not looked at."""
+        return self.rows.zeros(size)
+
     def dummy_batch(self, size: int) -> Batch:
         """A training batch of examples of the greatest size, to count with: values are not looked at. By default rows of zeros."""
-        rows = self.rows.zeros(size)
+        rows = self.dummy_rows(size)
         numbers = pa.array(np.arange(size))
         rows = rows.append_column("row", numbers).append_column("epoch", pa.array(np.zeros(size, np.int64)))
         return self.collate(rows, size, dummy_split(self.rows, size), True, 0)

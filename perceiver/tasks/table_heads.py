@@ -18,7 +18,7 @@ from perceiver.data.table_schema import TableSchema
 from perceiver.models import HeadsOutput, PerceiverIOConfig, TableInput
 from perceiver.models.table_input import text_of
 from perceiver.tasks.base import EACH, IGNORE_INDEX, Batch, Sample, Task, loss_of_sources, of_examples, padded
-from perceiver.tasks.table_classes import TableClassification
+from perceiver.tasks.table_classes import TableClassification, with_classes
 from perceiver.tasks.table_labels import TableLabels
 from perceiver.tasks.table_measure import measured
 from perceiver.tasks.table_numbers import TableRegression
@@ -177,6 +177,9 @@ class TableHeads(Task[TableHeadsConfig, PerceiverIOConfig]):
     def check(self) -> None:
         for task in self.parts.values():
             task.check()
+
+    def dummy_rows(self, size: int) -> pa.Table:
+        return with_classes(super().dummy_rows(size), self.config.parts)
 
     def collate(self, rows: pa.Table, size: int, split: Split, train: bool, step: int) -> Batch:
         """The inputs, "valid", and what each head needs besides, as COLUMN.NAME; nothing of heads whose column the rows lack."""

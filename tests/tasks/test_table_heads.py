@@ -72,6 +72,11 @@ def test_it_keeps_the_contract_of_tasks(file: Path, table) -> None:
     check_task(chosen, rows.append_column("row", numbers).append_column("epoch", pa.array(np.zeros(ROWS, np.int64))))
 
 
+def test_what_a_step_takes_is_counted_where_classes_are_texts(file: Path, table) -> None:
+    _, task, *_ = ready(file, table)
+    assert task.flops_per_example() > 0 and task.dummy_batch(3)["species.labels"].tolist() == [0, 0, 0]
+
+
 def test_moments_of_each_target_are_those_of_the_training_split(file: Path, table) -> None:
     chosen, *_ = ready(file, table)
     mass = np.array(table["mass"], np.float32)
