@@ -31,6 +31,7 @@ from perceiver.config import DataConfig, ParallelConfig
 from perceiver.costs.devices import DEVICES
 from perceiver.costs.flops import training_flops
 from perceiver.data.chunks import Chunks, chunk_ids, chunk_rows, chunks_of, measure
+from perceiver.data.columns import fixed_array, fixed_column
 from perceiver.data.files import InputFile
 from perceiver.data.manifest import SPLITS, Split
 from perceiver.data.order import Order, plan
@@ -38,7 +39,6 @@ from perceiver.data.pieces import cut_pieces, make_piece
 from perceiver.data.preparation import Job
 from perceiver.data.prepare import make_shard, make_split, plan_shards
 from perceiver.data.read_documents import read_documents
-from perceiver.data.rows import fixed_array, fixed_column
 from perceiver.data.sources import resolve
 from perceiver.data.spans import Problems
 from perceiver.data.stream import read_unit

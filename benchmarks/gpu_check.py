@@ -19,17 +19,14 @@ one starts, and a part that fails is noted with its error. At the end there is a
 
 import argparse
 import gc
-import hashlib
 import json
 import os
 import statistics
-import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -39,187 +36,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend
 
-from benchmarks import generation, step_time
+from benchmarks import generation
+from benchmarks.gpu_beside import others, reference
+from benchmarks.gpu_measuring import Check, float32_products, line, random_batch, report_step, same, seconds, synchronize, take_steps
 from perceiver.config import Experiment
 from perceiver.costs.activations import Layout
 from perceiver.costs.devices import peak_flops
-from perceiver.costs.flops import num_kept, training_flops
 from perceiver.costs.memory import step_memory
 from perceiver.generation.generate import generate
 from perceiver.generation.options import Sampling
-from perceiver.models import PerceiverARConfig, attend, build_model
+from perceiver.models import attend, build_model
 from perceiver.presets import PRESETS
 from perceiver.tasks import build_task, chunked_loss
 from perceiver.tasks.base import Batch
 from perceiver.training.loop import StepResult, fit
-from perceiver.training.parallel import World, join_world
+from perceiver.training.parallel import join_world
 from perceiver.training.prefetch import Prefetch
 from perceiver.training.run import build_state
 
 RATE_SIZE = 8192
 """Side of the square products whose rate the device is measured by."""
-
-
-@dataclass
-class Check:
-    """The device, and what has been found on it."""
-
-    device: torch.device
-    tiny: bool
-    until: float
-    reference: Path | None
-    world: World
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    part: str = ""
-    peak: float | None = None
-
-    def add(self, what: str, value: float, unit: str, goal: str = "", holds: bool | None = None, **more: Any) -> None:
-        """A line of the table. A goal is a sentence, which `holds` or not; on a CPU none is judged."""
-        judged = holds if self.device.type == "cuda" else None
-        self.rows.append({"part": self.part, "what": what, "value": value, "unit": unit, "goal": goal, "holds": judged, **more})
-        print(line(self.rows[-1]), flush=True)
-
-
-def line(row: dict[str, Any]) -> str:
-    """A line of the table."""
-    if "error" in row:
-        return f"{row['part']:11}FAILED: {row['error']}"
-    verdict = {True: "yes", False: "NO", None: ""}[row["holds"]]
-    return f"{row['part']:11}{row['what']:58}{row['value']:>12,.4g} {row['unit']:12}{verdict:4}{row['goal']}"
-
-
-# ------------------------------------------------------------------------------------------------------------- measuring
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def seconds(device: torch.device, function: Callable[[], Any], repeats: int = 10, warm_up: int = 3) -> float:
-    """Median seconds of a call."""
-    for _ in range(warm_up):
-        function()
-    found = []
-    for _ in range(repeats):
-        synchronize(device)
-        start = time.perf_counter()
-        function()
-        synchronize(device)
-        found.append(time.perf_counter() - start)
-    return statistics.median(found)
-
-
-def random_batch(experiment: Experiment, size: int, seq_len: int | None, device: torch.device) -> Batch:
-    """A batch as the experiment's task makes them, its values drawn at random.
-
-    Args:
-        seq_len: tokens of a Perceiver AR's window; None: the longest.
-    """
-    generator, model = torch.Generator().manual_seed(0), experiment.model
-    batch = build_task(experiment).dummy_batch(size)
-    if isinstance(model, PerceiverARConfig):
-        length = seq_len or model.max_seq_len
-        prefix = length - model.max_latents
-        batch["ids"] = torch.randint(model.vocab_size, (size, length), generator=generator)
-        batch["labels"] = torch.randint(model.vocab_size, (size, model.max_latents), generator=generator)
-        if "prefix_keep" in batch:
-            kept = num_kept(prefix, model.cross_attention_dropout)
-            batch["prefix_keep"] = torch.rand(size, prefix, generator=generator).topk(kept).indices.sort().values
-    else:
-        outputs = getattr(model.output, "num_classes", None) or getattr(model.output, "vocab_size", None) or 2
-        for name, tensor in batch.items():
-            if name == "labels":
-                batch[name] = torch.randint(outputs, tensor.shape, generator=generator)
-            elif name == "positions":
-                longest = model.input.max_seq_len
-                batch[name] = torch.rand(size, longest, generator=generator).topk(tensor.shape[1]).indices.sort().values
-            elif tensor.dtype == torch.uint8:
-                batch[name] = torch.randint(256, tensor.shape, generator=generator, dtype=torch.uint8)
-            elif tensor.dtype == torch.int64:
-                batch[name] = torch.randint(6, 262, tensor.shape, generator=generator)
-    return {name: tensor.to(device) for name, tensor in batch.items()}
-
-
-@dataclass
-class Steps:
-    """Some steps of the training loop."""
-
-    seconds: float
-    """Median of a step."""
-    peak_bytes: float
-    loss: float
-    weights: str
-    """A digest of the weights after them; "": not asked for."""
-
-
-def take_steps(check: Check, experiment: Experiment, batches: Iterator[list[Batch]], digest: bool = False) -> Steps:
-    """Trains on batches with the real loop, from the initial weights. The first two steps are not timed, where there are more."""
-    device = check.device
-    task = build_task(experiment)
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-    state = build_state(experiment, task, check.world)
-    times, losses = [time.perf_counter()], []
-
-    def after_step(result: StepResult) -> bool:
-        synchronize(device)
-        times.append(time.perf_counter())
-        losses.append(float(result.loss_sum / result.targets.clamp(min=1)))
-        return time.monotonic() > check.until
-
-    fit(experiment.optim, experiment.training.seed, task, state, batches, check.world, 1000, after_step)
-    peak = float(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else 0.0
-    steps = [b - a for a, b in zip(times[:-1], times[1:], strict=True)][min(2, len(times) - 2) :]
-    return Steps(statistics.median(steps), peak, losses[-1], weights_digest(state.model) if digest else "")
-
-
-def weights_digest(model: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for parameter in model.parameters():
-        whole = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
-        digest.update(whole.detach().float().cpu().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def same(batch: Batch, count: int, micro_batches: int = 1) -> Iterator[list[Batch]]:
-    for _ in range(count):
-        yield [batch] * micro_batches
-
-
-@contextmanager
-def float32_products(precision: str) -> Iterator[None]:
-    """How products of fp32 are computed: "highest" (fp32) or "high" (TF32)."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-def report_step(
-    check: Check, what: str, experiment: Experiment, size: int, seq_len: int | None = None, goal: float | None = None, count: int = 8
-) -> Steps:
-    """Times steps of `size` examples at once; adds their MFU, and their memory beside the plan's."""
-    batch = random_batch(experiment, size, seq_len, check.device)
-    steps = take_steps(check, experiment, same(batch, count))
-    flops = size * training_flops(experiment.model, seq_len=seq_len)
-    check.add(f"{what}: examples/s", size / steps.seconds, "1/s", step_ms=1e3 * steps.seconds, batch=size, loss=steps.loss)
-    if check.peak:
-        mfu = flops / steps.seconds / check.peak
-        check.add(f"{what}: MFU", 100 * mfu, "%", f">= {goal:.0%}" if goal else "", mfu >= goal if goal else None)
-    if steps.peak_bytes:
-        layout = Layout(
-            micro_batch_size=size, accumulated=1, shards=1, precision=experiment.training.precision,
-            checkpoint_every=experiment.parallel.recompute_every, cpu_offload=False, cuda=True,
-        )  # fmt: skip
-        planned = step_memory(build_task(experiment).step(), layout).total
-        ratio = steps.peak_bytes / planned
-        check.add(f"{what}: memory / plan", ratio, "", "within 10%", abs(ratio - 1) <= 0.1, peak=steps.peak_bytes, plan=planned)
-    return steps
 
 
 # ----------------------------------------------------------------------------------------------------------------- parts
@@ -460,82 +296,6 @@ def generating(check: Check) -> None:
         found = [generate(exact, ids, max_new_tokens=32, num_latents=8, sampling=Sampling(temperature=0), compile=c) for c in (False, True)]
         equal = bool(found[0].equal(found[1]))
         check.add("fp32: the recorded step gives the same ids", float(equal), "", "the same", equal)
-
-
-def others(check: Check) -> None:
-    """The same work by transformers, forward, backward and AdamW, in the same process."""
-    for name, size in (("mlm-imdb", 16), ("img-clf-imagenet", 16)):
-        if check.tiny:
-            break
-        for precision in ("fp32", "bf16"):
-            found = {}
-            for side in ("ours", "transformers"):
-                gc.collect()
-                torch.cuda.empty_cache()
-                torch.cuda.reset_peak_memory_stats(check.device)
-                step = other_step(check, name, side, size, precision)
-                found[side] = seconds(check.device, step, 5, 2), torch.cuda.max_memory_allocated(check.device)
-                del step
-            faster = found["transformers"][0] / found["ours"][0]
-            less = found["transformers"][1] / found["ours"][1]
-            check.add(f"{name} {precision}: transformers' step / ours", faster, "", ">= 1", faster >= 1, ours_ms=1e3 * found["ours"][0])
-            check.add(f"{name} {precision}: transformers' memory / ours", less, "", ">= 1", less >= 1)
-
-
-def reference(check: Check) -> None:
-    """A step of krasserm/perceiver-io's byte language model, in a process of its own, and ours."""
-    if check.reference is None:
-        return
-    script = Path(__file__).with_name("reference_step.py")
-    for precision in ("fp32", "bf16"):
-        settings = {"device": str(check.device), "precision": precision, "tiny": check.tiny, "batch": 2 if check.tiny else 24}
-        gc.collect()
-        if check.device.type == "cuda":
-            torch.cuda.empty_cache()
-        child = subprocess.run(
-            [sys.executable, str(script), json.dumps(settings)],
-            env={**os.environ, "PYTHONPATH": str(check.reference.absolute())}, capture_output=True, text=True,
-        )  # fmt: skip
-        if child.returncode:
-            raise RuntimeError(child.stderr[-1500:])
-        theirs = json.loads(child.stdout.splitlines()[-1])
-        experiment = PRESETS["clm-wikitext"]()
-        if check.tiny:
-            experiment = replace(experiment, model=replace(experiment.model, num_self_attention_layers=1))
-        experiment = replace(
-            experiment, training=replace(experiment.training, precision=precision), parallel=replace(experiment.parallel, workers=1)
-        )
-        ours = take_steps(check, experiment, same(random_batch(experiment, settings["batch"], None, check.device), 2 if check.tiny else 7))
-        faster = theirs["step_ms"] / (1e3 * ours.seconds)
-        check.add(f"clm-wikitext {precision}: the reference's step / ours", faster, "", ">= 3", faster >= 3, reference_ms=theirs["step_ms"])
-        if ours.peak_bytes:
-            check.add(f"clm-wikitext {precision}: the reference's memory / ours", theirs["peak_bytes"] / ours.peak_bytes, "")
-
-
-def other_step(check: Check, name: str, side: str, size: int, precision: str) -> Callable[[], None]:
-    """A training step of `benchmarks.step_time`'s workload."""
-    torch.manual_seed(0)
-    workload = step_time.WORKLOADS[name]
-    batch = {key: value.to(check.device) for key, value in workload.batch(size).items()}
-    if side == "ours":
-        model: nn.Module = build_model(PRESETS[name]().model)
-        loss = workload.loss
-    else:
-        made = step_time.transformers_step(name, batch)
-        assert made is not None
-        model, other = made
-        loss = lambda model, batch: other(model)  # noqa: E731
-    model = model.to(check.device).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-
-    def step() -> None:
-        optimizer.zero_grad()
-        with torch.autocast(check.device.type, torch.bfloat16, enabled=precision == "bf16"):
-            value = loss(model, batch)
-        value.backward()
-        optimizer.step()
-
-    return step
 
 
 PARTS: dict[str, Callable[[Check], None]] = {

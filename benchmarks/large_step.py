@@ -32,9 +32,10 @@ from perceiver.runs import Run
 from perceiver.tasks import build_task
 from perceiver.training.batches import make_val_loaders, read_here
 from perceiver.training.callbacks import Callback
-from perceiver.training.checkpoint import load_state
+from perceiver.training.metrics import evaluate
 from perceiver.training.parallel import World, join_world
-from perceiver.training.run import Training, build_state, evaluate
+from perceiver.training.run import Training, build_state
+from perceiver.training.state import load_state
 from ray_jobs.cli import main_entry, parse_experiment
 from ray_jobs.memory_check import layout_of, step_of
 from ray_jobs.preflight import check_experiment

@@ -17,8 +17,8 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from perceiver.data.columns import fixed_column
 from perceiver.data.manifest import Split
-from perceiver.data.rows import fixed_column
 from perceiver.data.text import mask_words
 from perceiver.data.tokenizers import load_tokenizer
 from perceiver.presets import mlm_imdb

@@ -15,6 +15,7 @@ from perceiver.checkpoints import CheckpointInfo, is_better
 from perceiver.config import UserError, digest, flatten, nearest
 from perceiver.evaluations import Evaluation, evaluations
 from perceiver.runs import Run
+from perceiver.significance import Difference, Group, bootstrap
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,12 +27,7 @@ LABELS = dict(zip(AXES, ("optimizer step", "examples", "FLOPs", "hours of traini
 _IDENTITY = ("task", "model", "data", "optim", "training")
 _NEVER_DIFFER = ("run.name", "run.storage", "data.root")
 """Fields that say where a run is and not what it is."""
-_DRAWS = 5_000_000
-"""Examples drawn in all by a bootstrap, about."""
-_LEAST_RESAMPLES, _MOST_RESAMPLES = 1000, 5000
 _NOT_EVALUATED = "not evaluated on the same data: `perceiver evaluate` both, with the same --source or without any"
-LEVEL = 0.95
-"""Of the intervals."""
 
 
 @dataclass(frozen=True)
@@ -45,48 +41,6 @@ class Point:
     """None: the run does not say what an example costs, as it was begun by a version before that was recorded."""
     hours: float | None
     """Of training, validations and checkpoints, without starts. None: not recorded."""
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Between a run, or a group of runs, and the one that it is compared with: what its metric is more than the other's."""
-
-    value: float
-    low: float
-    high: float
-    p: float
-    """How likely a difference at least as large is by chance, where there is none."""
-
-    @property
-    def is_real(self) -> bool:
-        """Whether the interval leaves 0 out."""
-        return self.low > 0 or self.high < 0
-
-
-@dataclass(frozen=True)
-class Group:
-    """Runs that differ in their seeds alone, or that share the value of a field."""
-
-    name: str
-    runs: tuple[ComparedRun, ...]
-    values: tuple[float, ...]
-    """The best value of the metric of each run that has it."""
-
-    @property
-    def mean(self) -> float:
-        return sum(self.values) / len(self.values) if self.values else math.nan
-
-    @property
-    def deviation(self) -> float:
-        """Standard deviation over the runs."""
-        count, mean = len(self.values), self.mean
-        return math.sqrt(sum((value - mean) ** 2 for value in self.values) / (count - 1)) if count > 1 else math.nan
-
-    @property
-    def margin(self) -> float:
-        """Half the width of the t-interval of the mean."""
-        count = len(self.values)
-        return _t_quantile(count - 1) * self.deviation / math.sqrt(count) if count > 1 else math.nan
 
 
 class ComparedRun:
@@ -272,32 +226,6 @@ def paired_differences(runs: Sequence[ComparedRun], metric: str) -> tuple[list[t
     return results, f"val_{column}"
 
 
-def bootstrap(targets: np.ndarray, differences: np.ndarray) -> list[Difference]:
-    """Differences of means over examples that are drawn again and again, the same ones for all.
-
-    Args:
-        targets: of each example, (examples,).
-        differences: what each example adds to one run's sum more than to the other's, (runs, examples).
-    """
-    import numpy as np
-
-    rng, count = np.random.default_rng(0), len(targets)
-    resamples = min(max(_DRAWS // count, _LEAST_RESAMPLES), _MOST_RESAMPLES)
-    size, parts = max(1, 2_000_000 // count), []
-    for start in range(0, resamples, size):
-        number = min(size, resamples - start)
-        drawn = rng.integers(0, count, (number, count))
-        drawn += np.arange(number)[:, None] * count
-        times = np.bincount(drawn.ravel(), minlength=number * count).reshape(number, count).astype(np.float64)
-        parts.append(times @ differences.T / np.maximum(times @ targets, 1)[:, None])
-    means = np.concatenate(parts)
-    values = differences.sum(1) / max(targets.sum(), 1)
-    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
-    tail = np.minimum((means <= 0).sum(0), (means >= 0).sum(0))
-    p = np.minimum(1.0, 2 * (tail + 1) / (resamples + 1))
-    return [Difference(*map(float, row)) for row in zip(values, low, high, p, strict=True)]
-
-
 def grouped(runs: Sequence[ComparedRun], metric: str, by: str | None = None) -> list[Group]:
     """Runs by the value of a field or, without one, those that differ in their seeds alone; in the order of their first runs.
 
@@ -318,28 +246,6 @@ def grouped(runs: Sequence[ComparedRun], metric: str, by: str | None = None) -> 
         name = key if by is not None else members[0].name
         groups.append(Group(name, tuple(members), tuple(point.value for point in best if point is not None)))
     return groups
-
-
-def welch(group: Group, other: Group) -> Difference | None:
-    """What the mean of a group is more than another's, by Welch's t-test; None where one has less than two runs."""
-    if min(len(group.values), len(other.values)) < 2:
-        return None
-    parts = [each.deviation**2 / len(each.values) for each in (group, other)]
-    value, error = group.mean - other.mean, math.sqrt(sum(parts))
-    if error == 0:
-        return Difference(value, value, value, float(value == 0))
-    freedom = sum(parts) ** 2 / sum(part**2 / (len(each.values) - 1) for part, each in zip(parts, (group, other), strict=True))
-    # Here and not above: only replicates need it, and it takes longer to load than all else.
-    from scipy.special import stdtr
-
-    margin = _t_quantile(freedom) * error
-    return Difference(value, value - margin, value + margin, float(2 * stdtr(freedom, -abs(value) / error)))
-
-
-def _t_quantile(freedom: float) -> float:
-    from scipy.special import stdtrit  # see `welch`
-
-    return float(stdtrit(freedom, (1 + LEVEL) / 2))
 
 
 def _comparable(first: ComparedRun, second: ComparedRun) -> tuple[Evaluation, Evaluation] | None:

@@ -1,7 +1,4 @@
-"""A run: the folder of a training, what lies in it, and how that is read. Needs no PyTorch.
-
-No other module spells the names of these files.
-"""
+"""A run: the folder of a training, and how what lies in it is read and written. Needs no PyTorch."""
 
 from __future__ import annotations
 
@@ -14,48 +11,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from perceiver.checkpoints import CheckpointInfo, checkpoint_name, choose_checkpoint, list_checkpoints
+from perceiver.checkpoints import CheckpointInfo, choose_checkpoint, list_checkpoints
 from perceiver.config import Experiment, UserError, home, load_tree, to_dict
 from perceiver.config.core import digest
 from perceiver.disk import is_locked, locked, read_json, write_json
 from perceiver.extensions import Code, check_trust
+from perceiver.run_files import CODE, EXPERIMENT, FAILURE, LOCK, METRICS, RESULT, START, RunFiles
 
-EXPERIMENT = "experiment.json"
-"""File that makes a folder a run: its resolved configuration, the hash of its data, its length, the version that started it."""
-START = "start.json"
-"""What its weights started from, where that was another run or published weights."""
-SWEEP = "sweep.json"
-"""File that makes a folder a sweep, whose trials are runs."""
-METRICS = "metrics.jsonl"
-"""Records, one JSON object a line."""
-RESULT = "result.json"
-"""The last metrics of a run that is finished."""
-FAILURE = "failure.json"
-"""Why its last start failed for good; workers that are started again find it and end at once."""
-CHECKPOINTS = "checkpoints"
-"""Folder of the checkpoints."""
-CODE = "code"
-"""Folder with a copy of the source files of the user's that it needs."""
-EVALUATIONS = "evaluations"
-"""Folder of what was measured of its checkpoints."""
-TENSORBOARD = "tensorboard"
-SAMPLES = "samples"
-"""Folder of what the task makes at validations: texts, pictures, other files."""
-CURVE = "curve.png"
-"""Picture of the training's curves."""
-PROVENANCE = "provenance.json"
-"""The command that began it, the code, the packages and the machine; see `perceiver.provenance`."""
-TRACKERS = "trackers.json"
-"""Names of the run in trackers (MLflow, Weights & Biases)."""
-DIFFS = ("package.diff", "folder.diff")
-"""Changes of the code that were not committed when it began: of this package's, and of the folder that the command was given in."""
-RECORDS = (EXPERIMENT, START, METRICS, RESULT, FAILURE, PROVENANCE, TRACKERS, *DIFFS)
-PROGRESS = (METRICS, RESULT)
-"""The records that say how far a run is."""
-RECORD_FOLDERS = (TENSORBOARD, SAMPLES)
 TAIL = 2**16
 """Bytes at the end of the metrics in which the last record is looked for."""
-_LOCK = ".lock"
 
 
 class DamagedRun(UserError):
@@ -83,10 +47,8 @@ class Parent:
 
 
 @dataclass(frozen=True)
-class Run:
+class Run(RunFiles):
     """A run, by its folder (which need not exist yet)."""
-
-    folder: Path
 
     @classmethod
     def find(cls, source: str | Path, storage: str | Path | None = None) -> Run | None:
@@ -121,131 +83,9 @@ class Run:
         return UserError(f"no run {str(source)!r}: neither a run's folder nor the name of one in {storage or home() / 'runs'}")
 
     @property
-    def name(self) -> str:
-        return self.folder.name
-
-    @property
-    def exists(self) -> bool:
-        """Whether a training was started here."""
-        return (self.folder / EXPERIMENT).is_file()
-
-    # ------------------------------------------------------------------------------------------------------------- paths
-
-    @property
-    def checkpoints_folder(self) -> Path:
-        return self.folder / CHECKPOINTS
-
-    @property
-    def code_folder(self) -> Path:
-        return self.folder / CODE
-
-    @property
-    def start_file(self) -> Path:
-        return self.folder / START
-
-    @property
-    def provenance_file(self) -> Path:
-        return self.folder / PROVENANCE
-
-    def diff_file(self, code: str) -> Path:
-        """Uncommitted changes of the code of the "package" or of the "folder"."""
-        return self.folder / next(name for name in DIFFS if name.startswith(code))
-
-    @property
-    def trackers_file(self) -> Path:
-        return self.folder / TRACKERS
-
-    @property
-    def trackers_folder(self) -> Path:
-        """Files that trackers keep of it."""
-        return self.folder / "trackers"
-
-    @property
-    def profile_folder(self) -> Path:
-        """What the profiler found of some of its steps: a trace, and a table of operators."""
-        return self.folder / "profile"
-
-    @property
-    def log_file(self) -> Path:
-        """Its lines of progress, each with its time."""
-        return self.folder / "log.txt"
-
-    @property
-    def not_finite_file(self) -> Path:
-        """Steps whose loss or gradient was not finite, each with its rows."""
-        return self.folder / "not-finite.json"
-
-    @property
-    def spikes_file(self) -> Path:
-        """Spikes of the loss, each with the rows that were left out."""
-        return self.folder / "spikes.json"
-
-    @property
-    def labels_file(self) -> Path:
-        """Tags and a note that a person gave it."""
-        return self.folder / "labels.json"
-
-    @property
-    def own_names(self) -> tuple[str, ...]:
-        """Patterns of the names in its folder that this package gives, and nobody else."""
-        files = (self.log_file, self.not_finite_file, self.spikes_file, self.labels_file, *self.tokenizer_files, self.ray_folder)
-        others = (self.trackers_file, self.trackers_folder, self.profile_folder)
-        folders = (CHECKPOINTS, CODE, f"{CODE}-before-*", EVALUATIONS, *RECORD_FOLDERS)
-        return (*RECORDS, *folders, CURVE, _LOCK, *(path.name for path in (*files, *others)))
-
-    @staticmethod
-    def is_lock(name: str) -> bool:
-        """Whether a path's name is that of a lock, which is of no use elsewhere."""
-        return Path(name).name == _LOCK
-
-    @property
-    def is_trial(self) -> bool:
-        """Whether it is a trial of a sweep, which alone says whether it continues."""
-        return (self.folder.parent.parent / SWEEP).is_file()
-
-    @property
     def is_trial_of_running_sweep(self) -> bool:
         """Whether it lies in a sweep that a process holds (as far as this machine can tell)."""
-        return is_locked(self.folder.parent.parent / _LOCK)
-
-    @property
-    def tokenizer_file(self) -> Path:
-        """Copy of the file of its data's tokenizer, if that has one."""
-        files = self.tokenizer_files
-        return next((file for file in files if file.is_file()), files[0])
-
-    @property
-    def tokenizer_files(self) -> tuple[Path, ...]:
-        """Where that may be: its name is that of its format."""
-        # Here and not above: the list of runs takes neither NumPy nor Arrow.
-        from perceiver.data.tokenizer_base import TOKENIZER_FILES
-
-        return tuple(self.folder / name for name in TOKENIZER_FILES)
-
-    @property
-    def curve_file(self) -> Path:
-        return self.folder / CURVE
-
-    @property
-    def tensorboard_folder(self) -> Path:
-        return self.folder / TENSORBOARD
-
-    @property
-    def samples_folder(self) -> Path:
-        return self.folder / SAMPLES
-
-    @property
-    def ray_folder(self) -> Path:
-        """What Ray Train keeps of it, which every start makes anew."""
-        return self.folder / "ray"
-
-    @property
-    def evaluations_folder(self) -> Path:
-        return self.folder / EVALUATIONS
-
-    def evaluation_file(self, step: int, digest: str, averaged: bool = False) -> Path:
-        """Metrics of a checkpoint (or its averaged weights) on a data set."""
-        return self.evaluations_folder / f"{checkpoint_name(step)}{'-ema' if averaged else ''}-{digest}.json"
+        return is_locked(self.folder.parent.parent / LOCK)
 
     # -------------------------------------------------------------------------------------------------------- experiment
 
@@ -415,7 +255,7 @@ class Run:
         """Whether it is finished, running, failed or stopped."""
         if (self.folder / RESULT).exists():
             return "finished"
-        if is_locked(self.folder / _LOCK):  # as far as this machine can tell
+        if is_locked(self.folder / LOCK):  # as far as this machine can tell
             return "running"
         return "failed" if (self.folder / FAILURE).exists() else "stopped"
 
@@ -442,7 +282,7 @@ def held(folder: Path) -> AbstractContextManager[None]:
     Raises:
         UserError: another process trains it.
     """
-    return locked(folder / _LOCK, f"{folder} is being trained by another process: wait for it or stop it")
+    return locked(folder / LOCK, f"{folder} is being trained by another process: wait for it or stop it")
 
 
 def _record(line: str | bytes) -> dict[str, Any] | None:

@@ -19,20 +19,19 @@ from perceiver.comparison import (
     LABELS,
     SEED,
     ComparedRun,
-    Difference,
-    Group,
     chosen_metric,
     different_code,
     different_fields,
     grouped,
     paired_differences,
     read_runs,
-    welch,
 )
 from perceiver.config import UserError
 from perceiver.disk import finite
+from perceiver.significance import Difference, Group, welch
 from perceiver.terminal import summary
-from ray_jobs.cli import main_entry, program, refuse_empty
+from ray_jobs.cli import main_entry, refuse_empty
+from ray_jobs.program import program
 from ray_jobs.runs import named_runs, print_table
 
 _SIDE_BY_SIDE = 5

@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from perceiver.catalog import CATALOG
 from perceiver.config import flatten, home, to_dict
 from perceiver.runs import runs
-from ray_jobs.cli import SHORTCUTS, program
 from ray_jobs.main import COMMANDS
+from ray_jobs.overrides import SHORTCUTS
+from ray_jobs.program import program
 
 SCRIPTS = {
     "bash": """\

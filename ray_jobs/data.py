@@ -21,8 +21,9 @@ from perceiver.data.sources import NAMED, Source, is_path, resolve
 from perceiver.data.survey import LENGTHS, TableSurvey, label_column, labels_column, survey_columns, survey_texts, table_rows, text_column
 from perceiver.datasets import Dataset
 from perceiver.runs import Run
-from ray_jobs.cli import main_entry, program, refuse_empty
+from ray_jobs.cli import main_entry, refuse_empty
 from ray_jobs.data_page import Facts, page_of
+from ray_jobs.program import program
 
 _TABLES = ("csv", "jsonl", "parquet", "arrow")
 _CONTEXT = 254

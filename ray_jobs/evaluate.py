@@ -20,12 +20,14 @@ from perceiver.runs import Run
 from perceiver.tasks import build_task
 from perceiver.tasks.baselines import Baseline
 from perceiver.terminal import add_checkpoint_option, add_trust_option, summary
-from perceiver.training.checkpoint import has_average
 from perceiver.training.checkpoint_files import check_files
 from perceiver.training.remote_copy import find_run
-from ray_jobs.cli import main_entry, override, program, refuse_empty
+from perceiver.training.state import has_average
+from ray_jobs.cli import main_entry, refuse_empty
 from ray_jobs.logs import show_progress
+from ray_jobs.overrides import override
 from ray_jobs.preflight import check_experiment, plan_resources
+from ray_jobs.program import program
 
 logger = logging.getLogger("ray_jobs.evaluate")  # which __name__ is not where it is run as a program
 

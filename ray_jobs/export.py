@@ -11,7 +11,8 @@ import argparse
 import perceiver
 from perceiver.inference.export import FORMATS, upload
 from perceiver.terminal import add_checkpoint_option, add_trust_option, summary
-from ray_jobs.cli import main_entry, program, refuse_empty
+from ray_jobs.cli import main_entry, refuse_empty
+from ray_jobs.program import program
 
 
 def main(argv: list[str]) -> int:

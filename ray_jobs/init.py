@@ -21,8 +21,9 @@ from typing import Any
 from perceiver.config import Config, Experiment, UserError, check_folder_name
 from perceiver.data.files import list_files
 from perceiver.data.sources import NAMED
-from ray_jobs.cli import main_entry, parse_experiment, program, refuse_empty
+from ray_jobs.cli import main_entry, parse_experiment, refuse_empty
 from ray_jobs.data import Found, find
+from ray_jobs.program import program
 
 _PUBLIC = ("perceiver.config", "perceiver.models", "perceiver.tasks")
 """Packages that offer the classes of their modules."""

@@ -21,9 +21,10 @@ from perceiver.plots import png, range_curve
 from perceiver.terminal import summary
 from perceiver.training.lr_range import FEWEST, device_of, range_test
 from perceiver.training.parallel import choose_arithmetic, join_world
-from ray_jobs.cli import main_entry, naming_words, parse_experiment, program
+from ray_jobs.cli import main_entry, naming_words, parse_experiment
 from ray_jobs.logs import show_progress
 from ray_jobs.preflight import check_experiment
+from ray_jobs.program import program
 
 logger = logging.getLogger("ray_jobs.lr_find")  # which __name__ is not where it is run as a program
 

@@ -32,7 +32,8 @@ from perceiver.data.storage import (
 )
 from perceiver.data.tables import Columns
 from perceiver.data.tokenizers import tokenizer_of
-from perceiver.datasets import check_image_shape, stored_shape
+from perceiver.data_settings import stored_shape
+from perceiver.datasets import check_image_shape
 from perceiver.disk import locked
 
 logger = logging.getLogger(__name__)

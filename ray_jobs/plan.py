@@ -21,9 +21,10 @@ from perceiver.models import PerceiverARConfig
 from perceiver.tasks import build_task
 from perceiver.terminal import summary
 from perceiver.training.run import total_steps
-from ray_jobs.cli import main_entry, parse_experiment, program
+from ray_jobs.cli import main_entry, parse_experiment
 from ray_jobs.memory_check import largest, layout_of, share, step_of, usable
 from ray_jobs.preflight import check_experiment
+from ray_jobs.program import program
 from ray_jobs.recomputation import describe, resolve
 from ray_jobs.scale import plan_lines
 

@@ -16,7 +16,8 @@ from perceiver.inference.card import CARD, check_license
 from perceiver.inference.export import FORMATS, read_config, upload
 from perceiver.interop.pretrained import is_hub_name
 from perceiver.terminal import add_checkpoint_option, add_trust_option, summary
-from ray_jobs.cli import main_entry, program, refuse_empty
+from ray_jobs.cli import main_entry, refuse_empty
+from ray_jobs.program import program
 
 
 def main(argv: list[str]) -> int:

@@ -13,8 +13,9 @@ from perceiver.disk import read_json
 from perceiver.provenance import MAIN, differences_here
 from perceiver.runs import Run
 from perceiver.terminal import add_trust_option, summary
-from ray_jobs.cli import main_entry, program, refuse_empty
+from ray_jobs.cli import main_entry, refuse_empty
 from ray_jobs.logs import show_progress
+from ray_jobs.program import program
 
 
 def main(argv: list[str]) -> int:

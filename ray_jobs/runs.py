@@ -20,7 +20,8 @@ from perceiver.config import UserError, flatten, home, nearest
 from perceiver.housekeeping import read_labels
 from perceiver.runs import DamagedRun, Run, runs
 from perceiver.terminal import summary
-from ray_jobs.cli import main_entry, program, refuse_empty
+from ray_jobs.cli import main_entry, refuse_empty
+from ray_jobs.program import program
 from ray_jobs.where import Condition
 
 COLUMNS = ("name", "parent", "preset", "task", "status", "step", "of", "best", "checkpoint", "MiB")

@@ -13,7 +13,8 @@ from pathlib import Path
 from perceiver.catalog import CATALOG
 from perceiver.config import UserError
 from perceiver.terminal import summary
-from ray_jobs.cli import main_entry, program, refuse_empty
+from ray_jobs.cli import main_entry, refuse_empty
+from ray_jobs.program import program
 
 
 def main(argv: list[str]) -> int:

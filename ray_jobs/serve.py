@@ -23,8 +23,9 @@ from perceiver.inference.load import Description, describe
 from perceiver.inference.predict import MODES, PredictOptions
 from perceiver.inference.served import OPTIONS, mode_of
 from perceiver.terminal import add_checkpoint_option, add_trust_option
-from ray_jobs.cli import JobFailed, main_entry, program, refuse_empty
+from ray_jobs.cli import JobFailed, main_entry, refuse_empty
 from ray_jobs.logs import show_progress
+from ray_jobs.program import program
 
 if TYPE_CHECKING:
     from ray_jobs.serve_app import ServeSettings

@@ -12,7 +12,8 @@ from perceiver.evaluations import evaluations
 from perceiver.housekeeping import readable_size, size_of
 from perceiver.runs import Run
 from perceiver.terminal import summary
-from ray_jobs.cli import main_entry, program, refuse_empty
+from ray_jobs.cli import main_entry, refuse_empty
+from ray_jobs.program import program
 from ray_jobs.runs import describe, print_table, sparkline
 
 

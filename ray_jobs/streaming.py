@@ -16,7 +16,7 @@ from perceiver.data.preparation import Job
 from perceiver.data.prepare import make_split
 from perceiver.data.sources import Source
 from perceiver.data.tokenizers import keep_tokenizer
-from perceiver.datasets import prepare_settings
+from perceiver.data_settings import prepare_settings
 from ray_jobs.passes import held, in_parallel, make_job, remove_staging, run_pieces, run_shards
 
 logger = logging.getLogger(__name__)

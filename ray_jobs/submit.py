@@ -24,9 +24,10 @@ from ray.util.state import list_nodes
 
 from perceiver.config import Experiment, UserError, nearest
 from perceiver.terminal import summary
-from ray_jobs.cli import JobFailed, main_entry, parse_experiment, program
+from ray_jobs.cli import JobFailed, main_entry, parse_experiment
 from ray_jobs.main import COMMANDS, JOBS
 from ray_jobs.preflight import check_experiment
+from ray_jobs.program import program
 from ray_jobs.ray_env import choose_authentication
 from ray_jobs.seeds import parse_seeds, take_seeds
 

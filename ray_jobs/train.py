@@ -3,44 +3,52 @@
 from __future__ import annotations
 
 import logging
-import shlex
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
-
-import torch
 
 from perceiver import provenance
 from perceiver.checkpoints import CheckpointInfo, best_of
-from perceiver.config import CallbackConfig, Experiment, UserError, differences, home
+from perceiver.config import Experiment
 from perceiver.data.components import Component
 from perceiver.data.manifest import Manifest
 from perceiver.data.storage import write_file
 from perceiver.datasets import Dataset, with_tokenizer
-from perceiver.experiments import command_words, field_words
+from perceiver.experiments import command_words
 from perceiver.extensions import code_of
 from perceiver.plots import png, training_curves
-from perceiver.runs import CHECKPOINTS, CURVE, EXPERIMENT, RECORD_FOLDERS, RECORDS, Run
+from perceiver.runs import Run
 from perceiver.tasks import build_task
 from perceiver.tasks.baselines import Baseline
-from perceiver.training.batches import make_val_loaders
-from perceiver.training.fork import Fork, check_extension, find_fork, is_extension, resolved
-from perceiver.training.init_from import Start, find_start, forked_run
+from perceiver.training.fork import resolved
 from perceiver.training.meters import duration
 from perceiver.training.profiling import check_profile
 from perceiver.training.remote_copy import RemoteCopy
 from perceiver.training.run import save_experiment, total_steps
 from ray_jobs import BEGUN
 from ray_jobs.capacity import ONE, Capacity, most_at_once
-from ray_jobs.cli import Interrupted, main_entry, naming_words, parse_experiment, program
+from ray_jobs.cli import Interrupted, main_entry, naming_words, parse_experiment
 from ray_jobs.logs import log_file, show_progress
 from ray_jobs.memory_check import check_precision
 from ray_jobs.preflight import check_experiment, local_folder, plan_resources
+from ray_jobs.program import program
 from ray_jobs.ray_env import joining
 from ray_jobs.recomputation import fit_memory
 from ray_jobs.seeds import Processes, parse_seeds, replicate, run_of, take_seeds, train_seeds
+from ray_jobs.train_checks import (
+    check_data,
+    check_fork,
+    check_longer,
+    check_name,
+    check_run,
+    check_start,
+    check_validation,
+    in_its_order,
+    is_longer,
+    ready_callbacks,
+    warn_of_warmup,
+)
 
 logger = logging.getLogger("ray_jobs.train")  # which __name__ is not where it is run as a program
 
@@ -210,172 +218,8 @@ def run(
         return result
 
 
-def ready_callbacks(experiment: Experiment) -> tuple[CallbackConfig, ...]:
-    """The experiment's callbacks as workers get them.
-
-    Raises:
-        UserError: one of them cannot work here.
-    """
-    return tuple(callback.ready(f"callbacks.{number}.") for number, callback in enumerate(experiment.callbacks))
-
-
 def _checkpoints(trained: Run, remote: RemoteCopy | None) -> list[CheckpointInfo]:
     return (trained if remote is None else remote).checkpoints()
-
-
-def in_its_order(experiment: Experiment, trained: Run) -> Experiment:
-    """The experiment with the order that a run of it, or the run that it is forked from, began with, where the command names none.
-
-    Runs of versions before 0.2 had another.
-    """
-    data, training = experiment.data, experiment.training
-    if data.lanes is not None or data.shuffle_window_blocks is not None:
-        return experiment
-    if trained.exists:
-        of = trained
-    elif training.fork is not None and not training.fork_weights_only:
-        of = forked_run(training.fork, experiment.run.storage_path)[0]
-    else:
-        return experiment
-    begun = of.load(install_code=False)[0].data
-    return replace(experiment, data=replace(data, lanes=begun.lanes, shuffle_window_blocks=begun.shuffle_window_blocks))
-
-
-def check_run(experiment: Experiment, trained: Run) -> dict[str, float] | None:
-    """What there is under the run's name: the result of a finished run, or None.
-
-    Raises:
-        UserError: a run of another experiment; names the differences.
-    """
-    if not trained.exists:
-        names = (*RECORDS, *RECORD_FOLDERS, CHECKPOINTS, CURVE, *(path.name for path in trained.tokenizer_files))
-        check_free(trained.folder, EXPERIMENT, "--run.name", names)
-        return None
-    old, _ = trained.load(install_code=False)
-    changes = differences(old.identity, experiment.identity)
-    if changes:
-        raise UserError(
-            f"run {experiment.run_name!r} in {trained.folder.parent} is another experiment ({'; '.join(changes)}): "
-            "choose another --run.name, or the same settings"
-        )
-    return trained.result()
-
-
-def is_longer(experiment: Experiment, trained: Run) -> bool:
-    """Whether the run under this name is the same but for its length."""
-    return trained.exists and is_extension(trained.load(install_code=False)[0], experiment)
-
-
-def check_longer(experiment: Experiment, trained: Run, manifest: Manifest, steps: int) -> None:
-    """Refuses another length where the steps so far are not those of a run of that length; see `check_extension`.
-
-    Raises:
-        UserError: says why, and the command that forks the run in its place.
-    """
-    old, _ = trained.load(install_code=False)
-    old_steps = total_steps(old, manifest.splits["train"].rows)
-
-    def command(step: int) -> str:
-        training = experiment.training
-        lengths = {f"training.{name}": getattr(training, name) for name in ("max_steps", "max_epochs")}
-        words = [word for name, value in lengths.items() for word in field_words(name, value)]
-        place = trained.folder if Path(experiment.run.storage_path) != home() / "runs" else trained.name
-        return shlex.join([*program("ray_jobs.train").split(), "--fork", f"{place}@{step}", "--name", f"{trained.name}-longer", *words])
-
-    check_extension(trained, old, experiment, old_steps, steps, command)
-
-
-def check_fork(experiment: Experiment, trained: Run, checkpoints: list[CheckpointInfo]) -> Fork | None:
-    """What a fresh run is forked from, with all but the length compared; None: it is no fork, or is continued.
-
-    Raises:
-        UserError: there is no such run, or its weights, optimizer or order cannot be carried over.
-    """
-    if experiment.training.fork is None or checkpoints:
-        return None
-    parent, _ = forked_run(experiment.training.fork, experiment.run.storage_path)
-    if parent.folder == trained.folder:
-        raise UserError(f"--run.name is {trained.name!r}, the run that is forked: a fork is a run of its own, give it another name")
-    fork = find_fork(experiment)
-    if fork is not None:
-        fork.check(experiment)
-    return fork
-
-
-def check_name(experiment: Experiment) -> None:
-    """Refuses an experiment whose run is another one's already; see `check_run`."""
-    experiment = with_tokenizer(experiment)
-    check_experiment(experiment)
-    trained = Run(local_folder("run.storage", experiment.run.storage_path) / experiment.run_name)
-    if not is_longer(experiment, trained):
-        check_run(experiment, trained)
-
-
-def check_free(folder: Path, mark: str, field: str, names: Collection[str] | None = None) -> None:
-    """Refuses a folder without `mark` that already has files of these names (None: any): a run or a sweep would write over them.
-
-    Raises:
-        UserError: names what is there.
-    """
-    if not folder.exists():
-        return
-    found = [path.name for path in folder.iterdir()] if folder.is_dir() else [folder.name]
-    there = sorted(name for name in found if (name in names if names else not name.startswith(".")))
-    if there:
-        shown = ", ".join(there[:5]) + (f" and {len(there) - 5} more" if len(there) > 5 else "")
-        raise UserError(f"{folder} has no {mark} but holds other files ({shown}): choose another {field}")
-
-
-def check_start(experiment: Experiment, checkpoints: list[CheckpointInfo]) -> Start | None:
-    """What a fresh run starts from, found and compared before anything is held; None for random weights or a continued run.
-
-    Raises:
-        UserError: nothing is there or it does not fit, or a frozen encoder has nothing to start from.
-    """
-    if checkpoints:
-        return None
-    with torch.device("meta"):
-        model = build_task(experiment).build_model()
-    start = find_start(experiment, {name: tuple(p.shape) for name, p in model.named_parameters()})
-    if start is None and getattr(getattr(experiment.model, "encoder", None), "freeze", False):
-        raise UserError(
-            "model.encoder.freeze is on, so the encoder must come from somewhere: --init-encoder-from RUN (a masked language "
-            "model's, say) or weights"
-        )
-    return start
-
-
-def check_validation(experiment: Experiment, data_folder: str, manifest: Manifest) -> None:
-    """Refuses validation data of which nothing can be measured, as far as its size tells.
-
-    Raises:
-        UserError: there is none.
-    """
-    for part, loader in make_val_loaders(experiment, build_task(experiment), data_folder, manifest):
-        split = loader.split
-        if split.rows < 1 or (split.stored.is_stream and split.tokens < 2):
-            source = f" of {part.name}" if part.name else ""
-            raise UserError(
-                f"the validation data{source} in {data_folder} has no target, so no metric could be measured: give more data with "
-                "--data.val-source"
-            )
-
-
-def check_data(trained: Run, manifest: Manifest) -> None:
-    """Refuses to continue a run on data that has changed since it began.
-
-    Raises:
-        UserError: the prepared data is not that of the run's start.
-    """
-    if trained.exists and trained.load(install_code=False)[1] != manifest.digest:
-        raise UserError(f"the prepared data has changed since {trained.folder} began: choose another --run.name")
-
-
-def warn_of_warmup(experiment: Experiment, manifest: Manifest) -> None:
-    """Says so where a run ends before its learning rate has risen to what is given."""
-    steps, warmup = total_steps(experiment, manifest.splits["train"].rows), experiment.optim.warmup_steps
-    if warmup >= steps:
-        logger.warning(f"optim.warmup-steps is {warmup:,}, but the run has {steps:,} steps: the learning rate never reaches optim.lr")
 
 
 def report(

@@ -23,8 +23,9 @@ from perceiver.data.tables import Columns
 from perceiver.data.tokenizers import load_tokenizer
 from perceiver.data.train_huggingface import train_huggingface
 from perceiver.data.train_tokenizer import Sample, check_training, choose_pieces, sample_piece, train_sentencepiece
-from ray_jobs.cli import main_entry, override
+from ray_jobs.cli import main_entry
 from ray_jobs.logs import show_progress
+from ray_jobs.overrides import override
 
 logger = logging.getLogger("ray_jobs.train_tokenizer")  # which __name__ is not where it is run as a program
 

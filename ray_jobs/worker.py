@@ -24,13 +24,14 @@ from perceiver.runs import Run
 from perceiver.tasks import build_task
 from perceiver.training.batches import ReadAll, make_val_loaders
 from perceiver.training.callbacks import Callback
-from perceiver.training.checkpoint import load_average, load_model
 from perceiver.training.hooks import CallbackError
 from perceiver.training.loop import StepResult
+from perceiver.training.metrics import evaluate
 from perceiver.training.not_finite import NotFinite
 from perceiver.training.parallel import World, choose_arithmetic, join_world
 from perceiver.training.remote_copy import RemoteCopy, fetch_run
-from perceiver.training.run import Training, build_state, evaluate
+from perceiver.training.run import Training, build_state
+from perceiver.training.state import load_average, load_model
 from ray_jobs.collector import beats_to
 from ray_jobs.first_step import Begun, FirstStep
 from ray_jobs.ingest import DataFault, read_with_ray

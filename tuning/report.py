@@ -26,7 +26,8 @@ from perceiver.data.storage import write_file
 from perceiver.plots import GREY, NUM_COLORS, color, far_apart, frame, log_scale, new_figure, plain, png, step_axis
 from perceiver.runs import Run
 from perceiver.terminal import summary
-from ray_jobs.cli import main_entry, program, refuse_empty
+from ray_jobs.cli import main_entry, refuse_empty
+from ray_jobs.program import program
 from ray_jobs.run_pages import page_of_runs
 from ray_jobs.runs import named_runs
 from tuning.constraints import COSTS

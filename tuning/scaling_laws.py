@@ -24,8 +24,9 @@ from perceiver.models import PerceiverARConfig, check_model
 from perceiver.plots import GREY, color, frame, log_scale, new_figure, png
 from perceiver.tasks import build_task
 from perceiver.terminal import summary
-from ray_jobs.cli import main_entry, program, refuse_empty
+from ray_jobs.cli import main_entry, refuse_empty
 from ray_jobs.logs import show_progress
+from ray_jobs.program import program
 from tuning.power_law import Measurement, Study, fit_study
 from tuning.sweep import run_sweep, sweep_folder
 from tuning.sweeps import Sweep, trial_experiment

@@ -31,11 +31,12 @@ from perceiver.terminal import summary
 from perceiver.training.meters import duration
 from perceiver.training.run import total_steps
 from ray_jobs.capacity import Capacity, plan_capacity
-from ray_jobs.cli import main_entry, program, refuse_empty
+from ray_jobs.cli import main_entry, refuse_empty
 from ray_jobs.logs import show_progress
 from ray_jobs.preflight import check_experiment
+from ray_jobs.program import program
 from ray_jobs.ray_env import connect
-from ray_jobs.train import check_free, ready_callbacks
+from ray_jobs.train_checks import check_free, ready_callbacks
 from tuning import report
 from tuning.constraints import COSTS
 from tuning.record import Record, StopDiverged

@@ -21,7 +21,7 @@ from perceiver.config import Experiment, UserError, flatten, nearest, to_dict
 from perceiver.experiments import field_words, find_experiment
 from perceiver.extensions import call, is_reference, load_object
 from perceiver.tasks import build_task
-from ray_jobs.cli import override
+from ray_jobs.overrides import override
 from tuning.constraints import check_constraints
 from tuning.spaces import parse_space
 

@@ -12,7 +12,8 @@ import numpy as np
 
 from perceiver.checkpoints import best_of
 from perceiver.disk import read_json
-from perceiver.runs import SWEEP, Run
+from perceiver.run_files import SWEEP
+from perceiver.runs import Run
 from tuning.constraints import REFUSED
 from tuning.population import exchanges
 from tuning.trial import COSTS, VALUES

@@ -18,20 +18,14 @@ from perceiver.config.core import (
     to_dict,
     type_name,
 )
+from perceiver.config.data import DataConfig, TokenizerTraining
+from perceiver.config.experiment import Experiment
 from perceiver.config.optimization import Adam, AdamW, Constant, Cosine, OptimConfig, OptimizerConfig, ScheduleConfig
 from perceiver.config.optimizers import Lamb, Lion, Muon, Sgd
+from perceiver.config.parts import CallbackConfig, ModelConfig, TaskConfig
+from perceiver.config.running import ParallelConfig, RunConfig
 from perceiver.config.schedules import FlatCosine, InverseSquareRoot, Linear, OneCycle, WarmRestarts, Wsd
-from perceiver.config.sections import (
-    CallbackConfig,
-    DataConfig,
-    Experiment,
-    ModelConfig,
-    ParallelConfig,
-    RunConfig,
-    TaskConfig,
-    TokenizerTraining,
-    TrainingConfig,
-)
+from perceiver.config.training import TrainingConfig
 
 __all__ = [
     "Adam",

@@ -10,7 +10,7 @@ from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from perceiver.config.core import Config, import_builtins, is_builtin, subclasses, to_dict, type_name
-from perceiver.config.sections import Experiment
+from perceiver.config.experiment import Experiment
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 _PLAIN = {int: "integer", float: "number", str: "string", bool: "boolean", type(None): "null"}

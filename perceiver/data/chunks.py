@@ -17,13 +17,13 @@ import numpy as np
 import pyarrow as pa
 
 from perceiver.config import DataConfig, UserError
+from perceiver.data.columns import fixed_column
 from perceiver.data.files import InputFile
 from perceiver.data.make_streams import document_marks
 from perceiver.data.manifest import Manifest, Split
 from perceiver.data.pieces import Piece
 from perceiver.data.preparation import Job
 from perceiver.data.read_documents import read_documents
-from perceiver.data.rows import fixed_column
 from perceiver.data.sources import Source, resolve
 from perceiver.data.spans import Problems, Span, Unreadable, chunks
 from perceiver.data.tables import Columns, parquet_rows

@@ -7,9 +7,10 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 import pyarrow as pa
 
+from perceiver.data.columns import fixed_column
 from perceiver.data.preparation import PieceWriter, Preparation, ShardParts, content_hashes, splits_of, strata
 from perceiver.data.read_images import read_images
-from perceiver.data.rows import ImageRows, TaggedImageRows, fixed_column
+from perceiver.data.rows import ImageRows, TaggedImageRows
 from perceiver.data.spans import Problems, Span
 
 

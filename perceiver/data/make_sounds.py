@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 import pyarrow as pa
 
+from perceiver.data.columns import fixed_column
 from perceiver.data.media_rows import SoundRows
 from perceiver.data.preparation import PieceWriter, Preparation, ShardParts, content_hashes, splits_of
 from perceiver.data.read_sounds import read_sounds
-from perceiver.data.rows import fixed_column
 from perceiver.data.spans import Problems, Span
 
 

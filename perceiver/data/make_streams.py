@@ -7,13 +7,14 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 import pyarrow as pa
 
+from perceiver.data.columns import fixed_column
 from perceiver.data.examples import ExamplePart
 from perceiver.data.files import InputFile
 from perceiver.data.make_documents import encoded, keyed
 from perceiver.data.midi import NOTE_OFF
 from perceiver.data.preparation import Job, PieceWriter, Preparation, ShardParts, content_hashes, splits_of
 from perceiver.data.read_midi import read_performance
-from perceiver.data.rows import EventRows, TokenRows, fixed_column
+from perceiver.data.rows import EventRows, TokenRows
 from perceiver.data.spans import Problems, Span
 from perceiver.data.text import join_documents
 from perceiver.data.tokenizers import ByteTokenizer

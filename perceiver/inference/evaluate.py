@@ -8,8 +8,8 @@ from perceiver.config import UserError
 from perceiver.datasets import Dataset
 from perceiver.tasks import build_task
 from perceiver.training.batches import make_val_loaders, read_here
+from perceiver.training.metrics import evaluate as evaluate_on
 from perceiver.training.parallel import World
-from perceiver.training.run import evaluate as evaluate_on
 
 if TYPE_CHECKING:
     from perceiver.inference.trained import TrainedModel

@@ -30,7 +30,7 @@ from perceiver.disk import to_disk
 from perceiver.inference.card import CARD, card
 from perceiver.inference.graph import GRAPHS, write_graph
 from perceiver.interop import transformers
-from perceiver.interop.pretrained import check_weights
+from perceiver.interop.foreign import check_weights
 from perceiver.models import ImageInput, PerceiverIOConfig
 
 if TYPE_CHECKING:

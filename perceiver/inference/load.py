@@ -19,21 +19,14 @@ from perceiver.data.tokenizers import tokenizer_of
 from perceiver.inference.card import source_of
 from perceiver.inference.export import CONFIG, WEIGHTS, download, read_config
 from perceiver.inference.trained import TrainedModel
-from perceiver.interop.pretrained import (
-    fitting_model,
-    header_of,
-    in_one_sentence,
-    is_hub_name,
-    read_json,
-    read_model,
-    read_pretrained,
-    read_tensors,
-)
+from perceiver.interop.foreign import fitting_model, in_one_sentence, read_model
+from perceiver.interop.pretrained import is_hub_name, read_json, read_pretrained
+from perceiver.interop.tensors import header_of, read_tensors
 from perceiver.models import build_model
 from perceiver.runs import Run
-from perceiver.training.checkpoint import load_average, load_model
 from perceiver.training.checkpoint_files import check_files
 from perceiver.training.remote_copy import find_run
+from perceiver.training.state import load_average, load_model
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

@@ -6,10 +6,8 @@ files (a file a row). Files of lines and rows of text may be packed (.gz, .bz2, 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,39 +18,19 @@ import pyarrow.parquet as pq
 
 from perceiver.config import UserError
 from perceiver.data.files import PACKINGS, InputFile
-from perceiver.data.read_tables import array_rows, is_json_array, open_arrow
+from perceiver.data.read_tables import is_json_array, open_arrow
 from perceiver.data.rows import ArrayRows
-from perceiver.data.spans import Problems, Span, Unreadable, chunks
 from perceiver.data.storage import open_folder
-from perceiver.data.tables import NotJson, parse_json
 from perceiver.inference.csv_parts import csv_cuts, csv_rows_of
 from perceiver.inference.frames import FRAMES, IMAGES, SOUNDS, frame_cuts, frames_rows, media_row
+from perceiver.inference.line_parts import LINES, array_values, bytes_of, json_row, line_cuts, line_part, unpacked_chunks
+from perceiver.inference.part import Part, as_input_file, named
 from perceiver.inference.rows import Kind, Row, Wanted, checked_row
 
-_CHUNK = 8 << 20
-_LINES = (".txt", ".jsonl", ".json", ".ndjson")
 _CSV, _ARROW = (".csv", ".tsv"), (".arrow", ".feather")
 _TABLES = (*_CSV, ".parquet", *_ARROW)
 _MEDIA = (*IMAGES, *SOUNDS)
 """Endings of files that are a row each."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Part:
-    """Neighbouring rows that one task reads and one output file holds."""
-
-    number: int
-    paths: tuple[str, ...]
-    """The file, or the image files."""
-    names: tuple[str, ...]
-    """What ids call them: the path inside the input."""
-    first: int = 0
-    """Number of the first row in its file."""
-    rows: int
-    start: int = 0
-    """First byte of a file of lines or of a .csv file (unpacked)."""
-    stop: int = 0
-    """Byte after the last."""
 
 
 def list_inputs(inputs: Sequence[str], kind: Kind | None = None) -> list[tuple[str, str, int]]:
@@ -77,12 +55,12 @@ def list_inputs(inputs: Sequence[str], kind: Kind | None = None) -> list[tuple[s
                     found.append((prefix + file.path, name, file.size))
         else:
             raise UserError(f"--input {given} does not exist: give files or folders")
-    known = {item for item in found if _suffix(item[0]) in (*_LINES, *_TABLES, *_MEDIA)}
+    known = {item for item in found if _suffix(item[0]) in (*LINES, *_TABLES, *_MEDIA)}
     if kind in ("image", "audio", "frames") and any(_suffix(path) in _MEDIA for path, _, _ in known):
-        known = {item for item in known if _suffix(item[0]) not in (*_LINES, *_CSV)}
+        known = {item for item in known if _suffix(item[0]) not in (*LINES, *_CSV)}
     readable = sorted(known, key=lambda item: (item[1], item[0]))
     if not readable:
-        raise UserError(f"--input has no file that can be read: {', '.join((*_LINES, *_TABLES, *_MEDIA))}")
+        raise UserError(f"--input has no file that can be read: {', '.join((*LINES, *_TABLES, *_MEDIA))}")
     if len({name for _, name, _ in readable}) < len(readable):
         raise UserError("--input has two files of the same name: rows of both would have the same ids")
     return readable
@@ -120,12 +98,12 @@ def plan_parts(
             cuts += [file | {"first": first, "rows": min(rows_per_part, rows - first)} for first in range(0, rows, rows_per_part)]
         elif _suffix(path) in _CSV:
             check = partial(_check_columns, name, columns=(column,) if arrays is None else (), id_column=id_column, arrays=arrays)
-            with _named(name):
-                cuts += [file | cut for cut in csv_cuts(_chunks(path, 0), path, name, rows_per_part, check)]
-        elif is_json_array(_file(path, name)):
-            cuts += [file | {"rows": sum(1 for _ in _array_values(path, name))}]
-        elif _suffix(path) in _LINES:
-            cuts += [file | cut for cut in _line_cuts(path, name, rows_per_part)]
+            with named(name):
+                cuts += [file | cut for cut in csv_cuts(unpacked_chunks(path, 0), path, name, rows_per_part, check)]
+        elif is_json_array(as_input_file(path, name)):
+            cuts += [file | {"rows": sum(1 for _ in array_values(path, name))}]
+        elif _suffix(path) in LINES:
+            cuts += [file | cut for cut in line_cuts(path, name, rows_per_part)]
     return [Part(number=number, **cut) for number, cut in enumerate(cuts)]
 
 
@@ -156,12 +134,12 @@ def read_part(part: Part, kind: Kind, column: str, id_column: str | None, arrays
         rows = _arrow_part(part, wanted)
     elif suffix in _CSV:
         path, name = part.paths[0], part.names[0]
-        rows = csv_rows_of(_chunks(path, 0), _bytes_of(part), path, name, part.first, part.start, wanted)
-    elif is_json_array(_file(part.paths[0], part.names[0])):
-        values = _array_values(part.paths[0], part.names[0])
-        rows = [_object(value, f"{part.names[0]}:{number}", wanted) for number, value in values]
+        rows = csv_rows_of(unpacked_chunks(path, 0), bytes_of(part), path, name, part.first, part.start, wanted)
+    elif is_json_array(as_input_file(part.paths[0], part.names[0])):
+        values = array_values(part.paths[0], part.names[0])
+        rows = [json_row(value, f"{part.names[0]}:{number}", wanted) for number, value in values]
     else:
-        rows = _line_part(part, wanted, objects=suffix != ".txt")
+        rows = line_part(part, wanted, objects=suffix != ".txt")
     if len(rows) != part.rows:
         raise UserError(f"{part.names[0]} has changed since this job began: choose another --output")
     return rows
@@ -173,102 +151,7 @@ def _suffix(path: str) -> str:
     return Path(path.removesuffix(packing)).suffix
 
 
-def _file(path: str, name: str) -> InputFile:
-    return InputFile(path=path, name=name, format="jsonl", size=0)
-
-
-@contextmanager
-def _named(name: str) -> Iterator[None]:
-    """A file that cannot be read is named."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{name} cannot be read ({error})") from None
-    except Unreadable as error:
-        raise UserError(error.args[-1]) from None
-
-
 # ---------------------------------------------------------------------------------------------------------------- lines
-
-
-def _chunks(path: str, start: int) -> Iterator[bytes]:
-    """The bytes of a file from `start` on, unpacked."""
-    filesystem, inner = open_folder(path)
-    if not path.lower().endswith(PACKINGS):
-        with filesystem.open_input_file(inner) as source:
-            while chunk := source.read_at(_CHUNK, start):
-                yield chunk
-                start += len(chunk)
-        return
-    for chunk in chunks(Span(_file(path, path.rpartition("/")[2]), 0, 0), 0):
-        if start < len(chunk):
-            yield chunk[start:]
-        start = max(0, start - len(chunk))
-
-
-def _line_cuts(path: str, name: str, rows_per_part: int) -> Iterator[dict[str, int]]:
-    """Where every n-th line begins; a last line without line feed counts, an empty rest does not."""
-    first, start, rows, position, last = 0, 0, 0, 0, b"\n"
-    with _named(name):
-        for chunk in _chunks(path, 0):
-            place = -1
-            while (place := chunk.find(b"\n", place + 1)) >= 0:
-                rows += 1
-                if rows == rows_per_part:
-                    stop = position + place + 1
-                    yield {"first": first, "rows": rows, "start": start, "stop": stop}
-                    first, start, rows = first + rows, stop, 0
-            position += len(chunk)
-            last = chunk[-1:]
-    rows += last != b"\n"
-    if rows:
-        yield {"first": first, "rows": rows, "start": start, "stop": position}
-
-
-def _bytes_of(part: Part) -> bytes:
-    data, missing = b"", part.stop - part.start
-    for chunk in _chunks(part.paths[0], part.start):
-        data += chunk[: missing - len(data)]
-        if len(data) == missing:
-            break
-    return data
-
-
-def _line_part(part: Part, wanted: Wanted, objects: bool) -> list[Row]:
-    lines = _bytes_of(part).removesuffix(b"\n").split(b"\n")
-    read = _object_row if objects else _text_row
-    return [read(line.removesuffix(b"\r"), f"{part.names[0]}:{number}", wanted) for number, line in enumerate(lines, part.first)]
-
-
-def _text_row(line: bytes, place: str, wanted: Wanted) -> Row:
-    if wanted.kind != "text":
-        return Row(place, None, f"a line of text is no {'image' if wanted.kind == 'image' else 'row of arrays'}")
-    try:
-        return Row(place, line.decode())
-    except UnicodeDecodeError as error:
-        return Row(place, None, f"not UTF-8: byte {line[error.start]:#04x}")
-
-
-def _object_row(line: bytes, place: str, wanted: Wanted) -> Row:
-    try:
-        row = parse_json(line.decode())
-    except UnicodeDecodeError as error:
-        return Row(place, None, f"not UTF-8: byte {line[error.start]:#04x}")
-    except NotJson as error:
-        return Row(place, None, f"not a JSON object: {error}")
-    return _object(row, place, wanted)
-
-
-def _object(row: Any, place: str, wanted: Wanted) -> Row:
-    if not isinstance(row, dict):
-        return Row(place, None, "not a JSON object")
-    return checked_row({name: row.get(name) for name in wanted.columns}, row.get(wanted.id_column), place, wanted)
-
-
-def _array_values(path: str, name: str) -> Iterator[tuple[int, Any]]:
-    """The elements of a .json file of one array, each with its number."""
-    with _named(name):
-        yield from array_rows(Span(_file(path, name), 0, sys.maxsize), Problems(skip=False))
 
 
 # ---------------------------------------------------------------------------------------------------------------- tables
@@ -315,7 +198,7 @@ def _parquet_part(part: Part, wanted: Wanted) -> list[Row]:
 
 
 def _arrow_rows(path: str, name: str, columns: Sequence[str], id_column: str | None, arrays: ArrayRows | None) -> int:
-    with _named(name), open_arrow(InputFile(path=path, name=name, format="arrow", size=0)) as (schema, batches):
+    with named(name), open_arrow(InputFile(path=path, name=name, format="arrow", size=0)) as (schema, batches):
         _check_columns(name, schema.names, columns, id_column, arrays)
         return sum(batch.num_rows for batch in batches)
 

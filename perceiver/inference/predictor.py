@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from perceiver.config import UserError
-from perceiver.data.rows import fixed_array
+from perceiver.data.columns import fixed_array
 from perceiver.inference.rows import given_rows
 from perceiver.tasks.base import Batch, Task, dummy_split
 

@@ -18,7 +18,8 @@ from perceiver.models.mel_input import LogMelInput
 from perceiver.models.multimodal_input import ClassInput, MultimodalInput
 from perceiver.models.outputs import ClassOutput, FlowOutput, ModelSizes, OutputConfig, OutputQueries, TextOutput, ValueOutput
 from perceiver.models.perceiver_ar import PerceiverAR, PerceiverARCache, PerceiverARConfig
-from perceiver.models.perceiver_io import PerceiverEncoder, PerceiverIO, PerceiverIOConfig
+from perceiver.models.perceiver_io import PerceiverIO, PerceiverIOConfig
+from perceiver.models.perceiver_io_parts import PerceiverEncoder
 from perceiver.models.published_stems import ConvolutionInput, LearnedPositionInput
 from perceiver.models.resampler import Resampler
 from perceiver.models.table_input import TableInput

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from perceiver.models.array_input import ArrayInput
 from perceiver.models.array_outputs import EmbeddingOutput
 from perceiver.models.encoder_decoder import EncoderConfig
-from perceiver.models.perceiver_io import PerceiverEncoder, PerceiverIOConfig
+from perceiver.models.perceiver_io import PerceiverIOConfig
+from perceiver.models.perceiver_io_parts import PerceiverEncoder
 
 
 class Resampler(nn.Module):

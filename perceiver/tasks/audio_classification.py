@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from perceiver.config import DataConfig, Experiment, ModelConfig, TaskConfig, UserError
 from perceiver.config.core import spelled
+from perceiver.data.columns import fixed_array
 from perceiver.data.manifest import Split
 from perceiver.data.order import uniforms
-from perceiver.data.rows import fixed_array
 from perceiver.data.sound_lengths import longest_sound
 from perceiver.data.sounds import from_stored, to_stored
 from perceiver.data.sources import resolve

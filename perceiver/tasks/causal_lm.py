@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from perceiver.config import DataConfig, ModelConfig, TaskConfig, UserError
+from perceiver.data.columns import fixed_array, fixed_column
 from perceiver.data.manifest import Manifest, Split
-from perceiver.data.rows import fixed_array, fixed_column
 from perceiver.data.tokenizers import load_tokenizer, tokenizer_is_there
 from perceiver.generation.generate import generate
 from perceiver.generation.options import Sampling

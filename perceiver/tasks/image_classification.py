@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from perceiver.config import DataConfig, Experiment, ModelConfig, TaskConfig, UserError
 from perceiver.config.core import spelled
+from perceiver.data.columns import fixed_array
 from perceiver.data.images import random_crop
 from perceiver.data.labels import picture_sizes
 from perceiver.data.manifest import Split
 from perceiver.data.order import uniforms
-from perceiver.data.rows import fixed_array
 from perceiver.data.sources import resolve
 from perceiver.models import ClassOutput, ImageInput, PerceiverIOConfig
 from perceiver.plots import captioned, pixels

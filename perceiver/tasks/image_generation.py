@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from perceiver.config import DataConfig, ModelConfig, UserError
+from perceiver.data.columns import fixed_array
 from perceiver.data.manifest import Split
-from perceiver.data.rows import fixed_array
 from perceiver.generation.generate import generate
 from perceiver.generation.options import Sampling
 from perceiver.models import PerceiverARConfig

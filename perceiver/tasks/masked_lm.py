@@ -16,9 +16,9 @@ from perceiver.config import DataConfig, ModelConfig, TaskConfig, UserError
 from perceiver.costs.activations import StepSizes
 from perceiver.costs.flops import training_flops
 from perceiver.costs.memory import has_formulas
+from perceiver.data.columns import fixed_array
 from perceiver.data.manifest import Manifest, Split
 from perceiver.data.order import VALIDATION_SEED
-from perceiver.data.rows import fixed_array
 from perceiver.data.text import mask_words
 from perceiver.data.tokenizers import Tokenizer, load_tokenizer, missing
 from perceiver.generation.masks import MARKS, encode_masked, fill_masks

@@ -13,9 +13,9 @@ from perceiver.config import TaskConfig, UserError
 from perceiver.costs.activations import StepSizes
 from perceiver.costs.flops import num_kept, training_flops
 from perceiver.costs.memory import has_formulas
+from perceiver.data.columns import fixed_array
 from perceiver.data.manifest import Split
 from perceiver.data.order import uniforms
-from perceiver.data.rows import fixed_array
 from perceiver.models import PerceiverARConfig
 from perceiver.tasks.base import IGNORE_INDEX, Batch, Task, loss_of_sources, of_examples, padded
 from perceiver.tasks.chunked_loss import CHUNK_ELEMENTS, chunked_cross_entropy

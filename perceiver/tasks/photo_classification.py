@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from perceiver.config import DataConfig, Experiment, ModelConfig, UserError
 from perceiver.config.core import spelled
+from perceiver.data.columns import fixed_array, fixed_column
 from perceiver.data.images import IMAGENET_DEVIATION, IMAGENET_MEAN, JPEG, decode_image, framed
 from perceiver.data.labels import class_order, label_counts
 from perceiver.data.manifest import Split
 from perceiver.data.order import uniforms
-from perceiver.data.rows import fixed_array, fixed_column
 from perceiver.data.sources import is_path, resolve
 from perceiver.models import ImageInput, PerceiverIOConfig
 from perceiver.tasks.base import IGNORE_INDEX, Batch, Task, loss_of_sources, padded

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from perceiver.config import DataConfig, ModelConfig, TaskConfig, UserError
+from perceiver.data.columns import fixed_array, fixed_column
 from perceiver.data.manifest import Manifest, Split
 from perceiver.data.midi import (
     FROM_NOTHING,
@@ -26,7 +27,6 @@ from perceiver.data.midi import (
     write_midi,
 )  # fmt: skip
 from perceiver.data.order import uniforms
-from perceiver.data.rows import fixed_array, fixed_column
 from perceiver.generation.generate import generate
 from perceiver.generation.options import Sampling
 from perceiver.models import PerceiverARConfig

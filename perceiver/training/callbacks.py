@@ -36,9 +36,9 @@ if TYPE_CHECKING:
     from torch import nn
 
     from perceiver.tasks.base import Sample, Task
-    from perceiver.training.checkpoint import TrainState
     from perceiver.training.loop import StepResult
     from perceiver.training.parallel import World
+    from perceiver.training.state import TrainState
 
 STOP, PAUSE, SAVE, MEET = "stop", "pause", "save", "meet"
 REQUESTS = (STOP, PAUSE, SAVE, MEET)

@@ -13,9 +13,9 @@ from perceiver.checkpoints import CheckpointInfo, DamagedCheckpoint
 from perceiver.config import Experiment, UserError, differences, flatten, spelled, to_dict, type_name
 from perceiver.interop import comparison
 from perceiver.runs import Parent, Run
-from perceiver.training.checkpoint import TrainState, load_state
 from perceiver.training.checkpoint_files import check_files
 from perceiver.training.init_from import check_finite, check_tokenizer, forked_checkpoint, forked_run
+from perceiver.training.state import TrainState, load_state
 
 AFRESH = "give --fork-weights-only to take the weights that fit and start optimizer, step and order afresh"
 LENGTH = frozenset({"training.max_steps", "training.max_epochs"})

@@ -24,9 +24,9 @@ from perceiver.extensions import trust
 from perceiver.interop import comparison
 from perceiver.interop.pretrained import is_hub_name, read_pretrained
 from perceiver.runs import Parent, Run
-from perceiver.training.checkpoint import load_weights
 from perceiver.training.checkpoint_files import check_files, stored_shapes
 from perceiver.training.remote_copy import find_run
+from perceiver.training.state import load_weights
 
 Shapes = Mapping[str, tuple[int, ...]]
 

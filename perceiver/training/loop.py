@@ -16,10 +16,10 @@ from perceiver.tasks.base import EACH
 from perceiver.training.average import update_average
 from perceiver.training.batches import Batch
 from perceiver.training.callbacks import REQUESTS
-from perceiver.training.checkpoint import TrainState
 from perceiver.training.grad_norms import layer_grad_norms
 from perceiver.training.optim import set_step
 from perceiver.training.parallel import World
+from perceiver.training.state import TrainState
 
 if TYPE_CHECKING:
     from perceiver.tasks.base import Task

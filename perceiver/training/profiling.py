@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from perceiver.config import UserError
-from perceiver.config.sections import profiled_steps
+from perceiver.config.running import profiled_steps
 from perceiver.data.storage import write_file
 from perceiver.runs import Run
 from perceiver.training.callbacks import Callback, TrainingView

@@ -17,7 +17,8 @@ from tensorboardX.summary import image, scalar, text
 
 from perceiver.data.storage import write_file
 from perceiver.disk import finite
-from perceiver.runs import METRICS, Run
+from perceiver.run_files import METRICS
+from perceiver.runs import Run
 from perceiver.training.meters import duration
 
 if TYPE_CHECKING:

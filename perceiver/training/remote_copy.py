@@ -27,7 +27,8 @@ from perceiver.data.storage import (
     write_file,
 )
 from perceiver.disk import locked
-from perceiver.runs import CHECKPOINTS, EXPERIMENT, FAILURE, PROGRESS, RECORD_FOLDERS, RECORDS, RESULT, Run
+from perceiver.run_files import CHECKPOINTS, EXPERIMENT, FAILURE, PROGRESS, RECORD_FOLDERS, RECORDS, RESULT
+from perceiver.runs import Run
 
 
 class RemoteCopy:

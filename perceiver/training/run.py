@@ -9,35 +9,35 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
-from torch import nn
 
 from perceiver.config import Experiment, to_dict
 from perceiver.config.optimization import averaged_metric
 from perceiver.costs.devices import peak_flops
 from perceiver.data.balance import BalancedOrder, described
-from perceiver.data.components import Component, weighted
-from perceiver.data.manifest import Manifest, Split
+from perceiver.data.manifest import Manifest
 from perceiver.data.storage import list_folder, read_file, write_file
 from perceiver.data.tokenizers import kept_file
 from perceiver.runs import Run
 from perceiver.tasks import build_task
 from perceiver.training.average import averaged, begin_average
-from perceiver.training.batches import Loader, ReadAll, make_train_loader, make_val_loaders, read_here
+from perceiver.training.batches import ReadAll, make_train_loader, make_val_loaders, read_here
 from perceiver.training.callbacks import MEET, PAUSE, SAVE, STOP, Callback, TrainingView
-from perceiver.training.checkpoint import Checkpointer, TrainState
+from perceiver.training.checkpoint import Checkpointer
 from perceiver.training.fork import find_fork
 from perceiver.training.hooks import Callbacks, read_states
 from perceiver.training.init_from import find_start
-from perceiver.training.loop import Examples, StepResult, add_to, agree, fit, validate
+from perceiver.training.loop import StepResult, add_to, agree, fit
 from perceiver.training.meters import Meter
+from perceiver.training.metrics import evaluate
 from perceiver.training.not_finite import Finiteness, NotFinite
 from perceiver.training.optim import build_optimizer, freeze
 from perceiver.training.parallel import World, build_sharded
-from perceiver.training.prefetch import HeadStart, Prefetch
+from perceiver.training.prefetch import HeadStart
 from perceiver.training.profiling import Profiler
 from perceiver.training.record import Recorder
 from perceiver.training.remote_copy import RemoteCopy
 from perceiver.training.spikes import SETTLED, LossSpikes, Spikes
+from perceiver.training.state import TrainState
 from perceiver.version import installed_version
 
 if TYPE_CHECKING:
@@ -329,55 +329,6 @@ def build_state(experiment: Experiment, task: Task, world: World) -> TrainState:
     model = build_sharded(model, world, experiment.parallel, experiment.training, model.layers())
     average = None if experiment.optim.ema_decay is None else begin_average(model)
     return TrainState(model, build_optimizer(model, experiment.optim), average=average)
-
-
-def evaluate(
-    task: Task,
-    model: nn.Module,
-    loaders: list[tuple[Component, Loader]],
-    world: World,
-    read_all: ReadAll,
-    num_batches: int | None = None,
-    keep: Callable[[str, dict[str, np.ndarray]], None] | None = None,
-) -> tuple[dict[str, float], dict[str, np.ndarray], Split]:
-    """Metrics (named val_...), their sums and what was read, over each loader's first global batches (None: all of them).
-
-    Of a mixture, val_NAME/SOURCE is a metric on one source, and val_NAME that on all, each with its share. Data without any
-    target has no metrics: a sum over nothing, 0, is no loss.
-
-    Args:
-        keep: called with what each example of a data set adds to its sums (`Task.each`), in the order of the rows, and the data set's
-            name. The loaders are numbered then.
-    """
-    metrics: dict[str, float] = {}
-    passes = []
-    for part, loader in loaders:
-        examples = Examples(loader.split.rows) if keep is not None else None
-        sums = _pass(task, model, loader, world, read_all, num_batches, examples)
-        if keep is not None and examples is not None:
-            keep(part.name, examples.together(world))
-        if not sums.get("targets", 0):
-            continue
-        passes.append((part, sums))
-        suffix = f"/{part.name}" if part.name else ""
-        metrics |= {f"val_{name}{suffix}": value for name, value in task.metrics(sums, loader.split).items()}
-    if not passes:
-        return {}, {}, loaders[0][1].split
-    if len(loaders) == 1:
-        return metrics, passes[0][1], loaders[0][1].split
-    sums, split = weighted([part for part, _ in passes], [sums for _, sums in passes])
-    return {f"val_{name}": value for name, value in task.metrics(sums, split).items()} | metrics, sums, split
-
-
-def _pass(
-    task: Task, model: nn.Module, loader: Loader, world: World, read_all: ReadAll, num_batches: int | None, examples: Examples | None
-) -> dict[str, np.ndarray]:
-    stop = min(loader.order.steps_per_epoch, num_batches or loader.order.steps_per_epoch)
-    batches = Prefetch(loader.steps(read_all, world.rank, world.size, 0, stop), world.device)
-    try:
-        return validate(task, model, batches, world, examples)
-    finally:
-        batches.close()
 
 
 def save_experiment(run: Run, experiment: Experiment, manifest: Manifest, data_folder: str) -> None:

@@ -22,8 +22,9 @@ from perceiver.runs import Run
 from perceiver.tasks import build_task
 from perceiver.tasks.base import IGNORE_INDEX
 from perceiver.training.batches import make_train_loader, make_val_loaders, read_here
+from perceiver.training.metrics import evaluate
 from perceiver.training.parallel import World, join_world
-from perceiver.training.run import Training, evaluate, save_experiment
+from perceiver.training.run import Training, save_experiment
 from ray_jobs.evaluate import evaluate_run
 from ray_jobs.preprocess import prepare
 from tests.support.logged import logged

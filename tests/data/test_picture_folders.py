@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from perceiver.config import UserError
-from perceiver.data.rows import fixed_array
+from perceiver.data.columns import fixed_array
 from perceiver.data.shards import read_block
 from perceiver.datasets import Dataset, data_folder
 from ray_jobs.cli import parse_experiment

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from perceiver.config import UserError
+from perceiver.data.columns import fixed_array
 from perceiver.data.images import BadImage, decode_image
-from perceiver.data.rows import fixed_array
 from perceiver.inference.images import _pixels
 from ray_jobs import preprocess
 from tests.support import preparing

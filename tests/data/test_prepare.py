@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from perceiver.config import UserError
+from perceiver.data.columns import fixed_array
 from perceiver.data.manifest import MANIFEST, Manifest
-from perceiver.data.rows import fixed_array
 from perceiver.data.shards import read_block
 from perceiver.data.tokenizers import CLS, EOS, SEP, TOKENIZER, ByteTokenizer, load_tokenizer
 from perceiver.datasets import data_folder, with_prepared_tokenizer, with_tokenizer

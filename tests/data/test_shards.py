@@ -9,11 +9,13 @@ import pytest
 
 from perceiver import presets
 from perceiver.config import UserError
+from perceiver.data.columns import fixed_array, fixed_column
 from perceiver.data.manifest import Manifest, Shard, Split, shard_name, stream_rows
-from perceiver.data.rows import fixed_array, fixed_column, rows_of
+from perceiver.data.rows import rows_of
 from perceiver.data.shards import read_block
 from perceiver.data.storage import file_hash, list_folder, write_file
-from perceiver.datasets import data_folder, prepare_settings
+from perceiver.data_settings import prepare_settings
+from perceiver.datasets import data_folder
 from tests.support.preparing import load_prepared
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from perceiver.config import UserError
-from perceiver.data.rows import fixed_array
+from perceiver.data.columns import fixed_array
 from perceiver.data.shards import read_block
 from perceiver.data.sounds import BadSound, as_samples, decode_sound, resampled, resampled_length, with_length
 from perceiver.datasets import data_folder

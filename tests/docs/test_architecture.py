@@ -20,10 +20,14 @@ ARROWS = {
     "perceiver.disk": {"perceiver.config"},
     "perceiver.extensions": {"perceiver.config", "perceiver.disk"},
     "perceiver.checkpoints": {"perceiver.config", "perceiver.disk"},
-    "perceiver.runs": {"perceiver.checkpoints", "perceiver.config", "perceiver.data", "perceiver.disk", "perceiver.extensions"},
-    "perceiver.provenance": {"perceiver.disk", "perceiver.runs"},
+    "perceiver.run_files": {"perceiver.checkpoints", "perceiver.data"},
+    "perceiver.runs": {"perceiver.checkpoints", "perceiver.config", "perceiver.disk", "perceiver.extensions", "perceiver.run_files"},
+    "perceiver.provenance": {"perceiver.disk", "perceiver.run_files", "perceiver.runs"},
     "perceiver.evaluations": {"perceiver.checkpoints", "perceiver.config", "perceiver.disk", "perceiver.runs"},
-    "perceiver.comparison": {"perceiver.checkpoints", "perceiver.config", "perceiver.evaluations", "perceiver.runs"},
+    "perceiver.comparison": {
+        "perceiver.checkpoints", "perceiver.config", "perceiver.evaluations", "perceiver.runs", "perceiver.significance",
+    },
+    "perceiver.significance": set(),
     "perceiver.housekeeping": {"perceiver.checkpoints", "perceiver.config", "perceiver.disk", "perceiver.runs"},
     "perceiver.models": {"perceiver.config"},
     "perceiver.data": {"perceiver.config", "perceiver.disk", "perceiver.extensions"},
@@ -39,11 +43,12 @@ ARROWS = {
     "perceiver.experiments": {
         "perceiver.catalog", "perceiver.config", "perceiver.config_files", "perceiver.extensions", "perceiver.presets", "perceiver.runs",
     },
-    "perceiver.datasets": {"perceiver.config", "perceiver.data", "perceiver.experiments"},
+    "perceiver.data_settings": {"perceiver.config", "perceiver.data"},
+    "perceiver.datasets": {"perceiver.config", "perceiver.data", "perceiver.data_settings", "perceiver.experiments"},
     "perceiver.interop": {"perceiver.config", "perceiver.models"},
     "perceiver.training": {
         "perceiver.checkpoints", "perceiver.config", "perceiver.costs", "perceiver.data", "perceiver.disk", "perceiver.extensions",
-        "perceiver.models", "perceiver.interop", "perceiver.runs", "perceiver.tasks", "perceiver.version",
+        "perceiver.models", "perceiver.interop", "perceiver.run_files", "perceiver.runs", "perceiver.tasks", "perceiver.version",
     },
     "perceiver.inference": {
         "perceiver.config", "perceiver.models", "perceiver.data", "perceiver.datasets", "perceiver.disk", "perceiver.generation",
@@ -115,7 +120,7 @@ def test_a_task_is_known_in_its_own_file_alone():
 
 def test_no_other_module_spells_the_names_of_a_runs_files():
     """Who needs one asks the `Run`; so a name can change, and a run's folder means the same to everybody."""
-    own = [ROOT / "perceiver/runs.py", ROOT / "perceiver/checkpoints.py"]
+    own = [ROOT / "perceiver/run_files.py", ROOT / "perceiver/checkpoints.py"]
     names = set()
     for path in own:
         for node in ast.walk(ast.parse(path.read_text())):

@@ -10,7 +10,7 @@ import yaml
 from perceiver.catalog import CATALOG
 from perceiver.config import UserError, to_dict
 from perceiver.config.schema import experiment_schema, field_documents
-from perceiver.config.sections import TrainingConfig
+from perceiver.config.training import TrainingConfig
 from perceiver.experiments import find_experiment
 from ray_jobs.cli import parse_experiment
 from ray_jobs.main import main

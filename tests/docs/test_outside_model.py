@@ -21,11 +21,12 @@ from perceiver.extensions import Code, code_of, trust
 from perceiver.inference.parts import list_inputs, plan_parts, read_part
 from perceiver.inference.rows import rows_from_table, rows_to_table
 from perceiver.models import build_model
-from perceiver.runs import CHECKPOINTS, CODE, EXPERIMENT
+from perceiver.run_files import CHECKPOINTS, CODE, EXPERIMENT
 from perceiver.training.checkpoint_files import ShardWriter
 from perceiver.training.init_from import find_start, trust_start
 from ray_jobs.export import main as export_main
-from ray_jobs.predict import PLAN, Placement, Predictor, _read, finish, parse, plan, predict
+from ray_jobs.predict import Predictor, _read, parse, predict
+from ray_jobs.predict_job import PLAN, Placement, finish, plan
 from ray_jobs.shipping import Shipped
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -276,7 +277,7 @@ import perceiver
 from perceiver.config import UserError
 from perceiver.experiments import find_experiment
 from perceiver.training.init_from import find_start
-from ray_jobs.cli import override
+from ray_jobs.overrides import override
 from ray_jobs.export import main as export
 from ray_jobs.predict import parse
 folder = {str(tmp_path / "out")!r}

@@ -19,7 +19,8 @@ from perceiver.config.core import digest
 from perceiver.data import spans, storage
 from perceiver.data.manifest import DamagedData, Manifest
 from perceiver.evaluations import Evaluation
-from perceiver.interop.pretrained import read_lightning, read_tensors
+from perceiver.interop.lightning import read_lightning
+from perceiver.interop.tensors import read_tensors
 from ray_jobs import preprocess
 from ray_jobs.submit import read_environment
 from tests.support import preparing

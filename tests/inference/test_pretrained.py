@@ -21,13 +21,14 @@ from perceiver.costs.flops import training_flops
 from perceiver.data.train_tokenizer import train_sentencepiece
 from perceiver.interop import pretrained
 from perceiver.interop.comparison import resolved_architecture
-from perceiver.interop.pretrained import read_lightning, read_pretrained
+from perceiver.interop.lightning import read_lightning
+from perceiver.interop.pretrained import read_pretrained
 from perceiver.models import build_model
 from perceiver.presets import PRESETS
 from perceiver.runs import Run
-from perceiver.training.checkpoint import load_model
 from perceiver.training.init_from import find_start
 from perceiver.training.optim import build_optimizer
+from perceiver.training.state import load_model
 from tests.data.test_train_tokenizer import CONFIG as SMALL_TOKENIZER
 from tests.data.test_train_tokenizer import documents
 from tests.support.small import classification_experiment, masked_experiment, write_documents, write_stream

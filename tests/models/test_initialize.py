@@ -11,7 +11,7 @@ from torch.distributed.fsdp import fully_shard
 
 from perceiver.config import ModelConfig
 from perceiver.models import PerceiverAR, PerceiverIO, build_model, initialize
-from perceiver.models.perceiver_io import PerceiverDecoder, PerceiverEncoder
+from perceiver.models.perceiver_io_parts import PerceiverDecoder, PerceiverEncoder
 from perceiver.tasks import build_task
 from perceiver.training.parallel import join_world
 from perceiver.training.run import build_state

@@ -151,7 +151,7 @@ def test_an_empty_argument_is_not_taken_as_not_given(job, tmp_path, monkeypatch,
 
 
 def test_a_run_does_not_write_over_files_of_someone_else(tmp_path):
-    from ray_jobs.train import check_run
+    from ray_jobs.train_checks import check_run
 
     experiment = parse_experiment(["quickstart"], "x")
     (tmp_path / "values.json").write_text("{}")
@@ -180,7 +180,7 @@ def test_an_umlaut_is_printed_on_any_terminal(tmp_path, encoding):
 
 def test_a_run_of_a_version_with_another_order_keeps_it(tmp_path):
     """Where the command names none. Versions before 0.2 had 8 lanes and windows of 16 blocks for all."""
-    from ray_jobs.train import check_run, in_its_order
+    from ray_jobs.train_checks import check_run, in_its_order
 
     experiment = parse_experiment(["quickstart"], "x")
     begun = replace(experiment, data=replace(experiment.data, lanes=8, shuffle_window_blocks=16))

@@ -7,12 +7,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from perceiver.comparison import ComparedRun, Group, bootstrap, grouped, welch
+from perceiver.comparison import ComparedRun, grouped
 from perceiver.config import UserError, to_dict
 from perceiver.disk import write_json
 from perceiver.evaluations import save_examples
 from perceiver.presets import PRESETS
 from perceiver.runs import Run
+from perceiver.significance import Group, bootstrap, welch
 from ray_jobs import compare
 from tests.ray_jobs.test_main import loaded
 

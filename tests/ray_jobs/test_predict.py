@@ -73,7 +73,7 @@ def test_any_cutting_gives_the_same_rows_with_the_same_ids(tmp_path, rows_per_pa
 
 
 def test_rows_of_long_files_are_found_across_chunks(tmp_path, monkeypatch):
-    monkeypatch.setattr("perceiver.inference.parts._CHUNK", 7)
+    monkeypatch.setattr("perceiver.inference.line_parts._CHUNK", 7)
     write_inputs(tmp_path / "in")
     for name in ("lines.txt", "objects.jsonl", "packed.jsonl.gz", "rows.csv"):
         parts = plan_parts(list_inputs([str(tmp_path / "in" / name)]), 2, "text", None)
@@ -353,7 +353,8 @@ def test_an_empty_name_of_a_run_is_not_the_current_folder(runs, monkeypatch):
 
 @pytest.mark.parametrize("content", ["[]", "null", "{", "{}", '{"settings": 1, "parts": []}', '{"settings": {}, "parts": [{"a": 1}]}'])
 def test_a_plan_of_someone_else_is_one_sentence(runs, tmp_path, content):
-    from ray_jobs.predict import parse, plan
+    from ray_jobs.predict import parse
+    from ray_jobs.predict_job import plan
 
     write_inputs(tmp_path / "in")
     (tmp_path / "out").mkdir()
@@ -388,7 +389,8 @@ def test_a_job_of_which_no_row_succeeds_fails_and_names_its_mode(runs, tmp_path,
 
 
 def test_an_output_folder_belongs_to_one_job(runs, tmp_path):
-    from ray_jobs.predict import parse, plan
+    from ray_jobs.predict import parse
+    from ray_jobs.predict_job import plan
 
     write_inputs(tmp_path / "in")
 
@@ -414,7 +416,8 @@ def test_an_output_folder_belongs_to_one_job(runs, tmp_path):
 @pytest.mark.parametrize("rows_per_part", [3, 100])
 def test_parts_go_from_reader_to_actor_to_file_and_every_row_is_there(runs, tmp_path, rows_per_part):
     """What Ray's tasks and actors do, called here one after another."""
-    from ray_jobs.predict import Predictor, _read, finish, parse, part_name, plan
+    from ray_jobs.predict import Predictor, _read, parse
+    from ray_jobs.predict_job import finish, part_name, plan
 
     write_inputs(tmp_path / "in")
     (tmp_path / "in" / "bad.jsonl").write_text('{"text": "\\ud800"}\nno json\n{"text": "good"}\n')

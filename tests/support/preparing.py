@@ -14,15 +14,16 @@ import torch
 
 from perceiver import presets
 from perceiver.config import Experiment
+from perceiver.data.columns import fixed_array
 from perceiver.data.manifest import Manifest
-from perceiver.data.rows import fixed_array
 from perceiver.data.shards import read_block
 from perceiver.datasets import Dataset
 from perceiver.tasks import build_task
 from perceiver.training.batches import make_val_loaders, read_here
-from perceiver.training.checkpoint import load_average, load_model
+from perceiver.training.metrics import evaluate
 from perceiver.training.parallel import join_world
-from perceiver.training.run import build_state, evaluate
+from perceiver.training.run import build_state
+from perceiver.training.state import load_average, load_model
 from ray_jobs import passes, streaming
 
 

@@ -14,8 +14,9 @@ import pyarrow as pa
 import torch.distributed as dist
 
 from perceiver.config import Cosine, DataConfig, Experiment, OptimConfig, RunConfig, TrainingConfig
+from perceiver.data.columns import fixed_column
 from perceiver.data.manifest import Manifest, Split, shard_name, stream_rows
-from perceiver.data.rows import fixed_column, rows_of
+from perceiver.data.rows import rows_of
 from perceiver.data.shards import describe_shard, write_blocks
 from perceiver.data.storage import atomic_file
 from perceiver.models import (

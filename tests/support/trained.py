@@ -11,7 +11,7 @@ import torch.distributed.checkpoint as dcp
 from perceiver.checkpoints import MARKER, CheckpointInfo, marker_content
 from perceiver.config import Experiment, to_dict
 from perceiver.models import ClassOutput, DecoderConfig, EncoderConfig, PerceiverIOConfig, TextInput, build_model
-from perceiver.runs import CHECKPOINTS, EXPERIMENT
+from perceiver.run_files import CHECKPOINTS, EXPERIMENT
 from perceiver.tasks.masked_lm import MaskedLMConfig
 from perceiver.tasks.text_classification import TextClassificationConfig
 from perceiver.training.checkpoint_files import ShardWriter

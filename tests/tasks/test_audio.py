@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from perceiver.config import Experiment, UserError
+from perceiver.data.columns import fixed_column
 from perceiver.data.made_sounds import RATE, SAMPLES, SOUNDS, Sounds
 from perceiver.data.order import uniforms
-from perceiver.data.rows import fixed_column
 from perceiver.data.sounds import from_stored, to_stored
 from perceiver.inference.trained import TrainedModel
 from perceiver.models import AudioInput, LogMelInput, build_model

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 from perceiver.config import Experiment, FlatCosine, UserError
+from perceiver.data.columns import fixed_array
 from perceiver.data.images import decode_image
-from perceiver.data.rows import fixed_array
 from perceiver.datasets import Dataset
 from perceiver.inference.images import images_of
 from perceiver.inference.trained import TrainedModel

@@ -20,8 +20,9 @@ from perceiver.tasks import build_task
 from perceiver.tasks.base import IGNORE_INDEX
 from perceiver.tasks.symbolic_audio import SymbolicAudioConfig, longest_run, louder, stretched, transposed
 from perceiver.training.batches import make_val_loaders, read_here
+from perceiver.training.metrics import evaluate
 from perceiver.training.parallel import join_world
-from perceiver.training.run import build_state, evaluate
+from perceiver.training.run import build_state
 from ray_jobs.preprocess import prepare
 from tests.support.preparing import load_prepared, serially
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from perceiver.config import DataConfig, Experiment, UserError
+from perceiver.data.columns import fixed_column
 from perceiver.data.manifest import Split
-from perceiver.data.rows import fixed_column
 from perceiver.models import PerceiverARConfig, build_model
 from perceiver.tasks import build_task
 from perceiver.tasks.base import IGNORE_INDEX, dummy_split

@@ -13,8 +13,9 @@ from perceiver.data.manifest import Manifest
 from perceiver.runs import Run
 from perceiver.tasks import build_task
 from perceiver.training.batches import make_val_loaders, read_here
+from perceiver.training.metrics import evaluate
 from perceiver.training.parallel import join_world
-from perceiver.training.run import Training, evaluate, save_experiment
+from perceiver.training.run import Training, save_experiment
 from ray_jobs.preflight import check_experiment
 from tests.support.small import Call, image_experiment
 from tests.training.test_training import run as run_workers

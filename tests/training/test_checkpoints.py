@@ -25,16 +25,17 @@ from perceiver.inference.load import describe
 from perceiver.runs import Run
 from perceiver.tasks import build_task
 from perceiver.training.batches import make_val_loaders, read_here
-from perceiver.training.checkpoint import load_model
 from perceiver.training.checkpoint_files import stored_shapes
 from perceiver.training.init_from import find_start
+from perceiver.training.metrics import evaluate
 from perceiver.training.old_checkpoints import OldReader
 from perceiver.training.parallel import join_world
-from perceiver.training.run import Training, evaluate, save_experiment
+from perceiver.training.run import Training, save_experiment
+from perceiver.training.state import load_model
 from ray_jobs import export, runs
 from ray_jobs.evaluate import evaluate_run
 from ray_jobs.preflight import check_experiment
-from ray_jobs.train import check_start, check_validation
+from ray_jobs.train_checks import check_start, check_validation
 from tests.conftest import ROOT
 from tests.support.preparing import evaluating_here
 from tests.support.small import heard, image_experiment, masked_experiment, text_experiment, write_stream

@@ -13,8 +13,8 @@ from perceiver.tasks import build_task
 from perceiver.tasks.base import EACH
 from perceiver.training.batches import make_val_loaders, read_here
 from perceiver.training.loop import Examples, validate
+from perceiver.training.metrics import evaluate
 from perceiver.training.parallel import World
-from perceiver.training.run import evaluate
 from tests.support.small import (
     classification_experiment,
     image_experiment,

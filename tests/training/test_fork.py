@@ -17,7 +17,7 @@ from perceiver.training.parallel import join_world
 from perceiver.training.run import Training, save_experiment
 from ray_jobs import runs
 from ray_jobs.cli import parse_experiment
-from ray_jobs.train import check_fork, check_longer, is_longer
+from ray_jobs.train_checks import check_fork, check_longer, is_longer
 from tests.support.small import image_experiment
 from tests.training.test_training import run as run_workers
 

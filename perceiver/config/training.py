@@ -1,0 +1,70 @@
+"""The section `training` of an experiment: what is trained."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from perceiver.config.core import Config, UserError, check_positive, spelled
+
+
+class TrainingConfig(Config):
+    """What is trained: batch, length, seed, precision."""
+
+    global_batch_size: int = 128
+    """Examples per optimizer step, over all workers and accumulation steps."""
+    max_epochs: int | None = None
+    """Length in epochs (passes over the training set)."""
+    max_steps: int | None = None
+    """Length in optimizer steps; together with max-epochs, whichever ends first."""
+    seed: int = 0
+    """Seed of initial weights, order, masks, shifts and dropout."""
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    """tf32: on GPUs matrix products take fp32 numbers with a mantissa of 10 bits, which is several times as fast. bf16: parameters are
+    cast to bfloat16 for forward and backward, reductions and updates stay fp32."""
+    deterministic: bool = False
+    """Use deterministic algorithms only, so that a run gives the same bits every time on GPUs as well (on CPUs it always does);
+    slower."""
+    skip_not_finite: int = 0
+    """Number of steps with a loss or gradient that is NaN or infinite that may be skipped before the run ends; 0: the first ends it.
+    Any other number costs a wait for the device at every step."""
+    on_spike: Literal["ignore", "skip", "rollback"] = "ignore"
+    """A step whose loss is far above the usual, or not finite: skip: its update is left out; rollback: the weights become those of the
+    last good checkpoint. Both wait for the device at every step."""
+    spike_deviations: float = 8.0
+    """A spike is a loss above the median of the last 100 steps by this number of standard deviations (by their median deviation)."""
+    max_spikes: int = 10
+    """Number of spikes that are answered so before the run ends."""
+    init_from: str | None = None
+    """Start from the whole model of a run (its folder or name) or of other weights (a folder, a file, a name on the hub)."""
+    init_encoder_from: str | None = None
+    """Start from the encoder alone of a run or of other weights; the decoder is new."""
+    init_checkpoint: str = "best"
+    """Which checkpoint of that run: best, last, or a step."""
+    fork: str | None = None
+    """Start from a checkpoint of another run: RUN (its last one), RUN@best or RUN@STEP; --fork for short. Weights, optimizer state,
+    step count and place in the data order are taken over; every field may be changed that they do not depend on."""
+    fork_weights_only: bool = False
+    """With --fork: take over only the weights that fit; optimizer, step count and data order start afresh. --fork-weights-only for
+    short."""
+
+    def check(self, where: str) -> None:
+        check_positive(self, where, "global_batch_size", "max_steps", "max_epochs")
+        if self.fork is not None and (other := next((n for n in ("init_from", "init_encoder_from") if getattr(self, n) is not None), None)):
+            raise UserError(f"{where}fork and {spelled(where + other)} are both set: choose one")
+        if self.fork_weights_only and self.fork is None:
+            raise UserError(f"--{spelled(where)}fork-weights-only is True, but there is no fork: give --fork RUN")
+        if self.max_steps is None and self.max_epochs is None:
+            raise UserError(f"{where}max-steps and {where}max-epochs are both None: set one of them")
+        if self.skip_not_finite < 0:
+            raise UserError(f"{spelled(where)}skip-not-finite is {self.skip_not_finite} and must not be negative")
+        if self.skip_not_finite and self.on_spike != "ignore":
+            raise UserError(
+                f"--{spelled(where)}skip-not-finite is {self.skip_not_finite} and --{spelled(where)}on-spike is {self.on_spike}: "
+                "a loss that is not finite is a spike, so leave out skip-not-finite"
+            )
+        if not self.spike_deviations > 0:
+            raise UserError(f"--{spelled(where)}spike-deviations is {self.spike_deviations} and must be above 0")
+        if self.max_spikes < 0:
+            raise UserError(f"--{spelled(where)}max-spikes is {self.max_spikes} and must not be negative")
+        if self.seed < 0:
+            raise UserError(f"{where}seed is {self.seed} and must not be negative")
