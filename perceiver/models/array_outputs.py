@@ -6,7 +6,6 @@ Shapes: B batch, N input positions, C channels of an input position, M output qu
 from __future__ import annotations
 
 import math
-from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -65,7 +64,7 @@ class ArrayOutput(OutputConfig):
     def ask_in_parts(self, learned: Any, x: Any, adapted: Any, positions: Tensor | None) -> Tensor | PartedQueries:
         if not isinstance(learned, PositionQueries):
             return self.ask(learned, x, adapted, positions)
-        return PartedQueries(learned.shape(x), partial(learned, x, None))
+        return PartedQueries(learned.shape(x), lambda part: learned(x, None, part))
 
     def check(self, where: str) -> None:
         where = spelled(where)
