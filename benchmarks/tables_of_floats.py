@@ -5,9 +5,9 @@
     perceiver train table-heads --data.source FOLDER/waves --task.heads kind=classes frequency=gaussian*0.5
     perceiver train tables --data.source FOLDER/segments --task.targets state --task.loss positions --model.num-latents 32
 
-`waves`: a damped wave of 48 samples (a list), three gains (a list of fixed size) and a temperature a row; its frequency, and whether it is a
-sine, a square or a triangle. `segments`: a signal of 64 samples that is a sine, a square and noise one after another in any order; which of
-them at each sample (-1: not said). `new-waves.parquet` and `new-segments.parquet` are without targets.
+`waves`: a damped wave of 48 samples (a list), three gains (a list of fixed size) and a temperature a row; its frequency, and whether it
+is a sine, a square or a triangle. `segments`: a signal of 64 samples that is a sine, a square and noise one after another in any order;
+which of them at each sample (-1: not said). `new-waves.parquet` and `new-segments.parquet` are without targets.
 """
 
 from __future__ import annotations
