@@ -58,12 +58,12 @@ def write(folder: Path, kind: str) -> Path:
         return folder / "train-images-idx3-ubyte"
     if kind == "pictures":
         for split in ("train", "test"):
-            for label in ("a", "b"):
+            for label in ("0", "1"):
                 (folder / split / label).mkdir(parents=True)
                 for number in range(3):
                     pixels = np.full((28, 28), number, np.uint8)
                     Image.fromarray(pixels).save(folder / split / label / f"{number}.png")
-        return folder / "train" / "a" / "0.png"
+        return folder / "train" / "0" / "0.png"
     (write_jsonl if kind == "jsonl" else write_parquet)(folder / f"train.{kind}", ROWS)
     (write_jsonl if kind == "jsonl" else write_parquet)(folder / f"test.{kind}", ROWS[:8])
     return folder / f"train.{kind}"
