@@ -251,7 +251,8 @@ class OptimConfig(Config):
         names: dict[str, type[Config]] = {"adamw": AdamW, "adam": Adam, "constant": Constant, "cosine": Cosine}
         result = {name: value for name, value in values.items() if name not in ("betas", "eps", "min_lr_fraction")}
         for section, fields in moved.items():
-            node = names.get(values.get(section, "constant"))
+            name = values.get(section, "constant")
+            node = names.get(name) if isinstance(name, str) else None
             if node is None:
                 raise UserError(f"optim.{section} is {values[section]!r}, which this version does not know")
             kept = {name: values[name] for name in fields if name in values and name in node.__dataclass_fields__}

@@ -3,6 +3,7 @@
 import copy
 import json
 
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -99,3 +100,11 @@ def test_a_command_line_is_refused_in_one_sentence_or_usable(data):
         usable(parse_experiment(words, "ray_jobs.train"))
     except UserError as error:
         assert str(error).strip()
+
+
+@pytest.mark.parametrize("schedule", [{"type": "Constant"}, [], 3, None, "none"])
+def test_a_schedule_beside_an_optimizer_as_version_0_1_named_it_is_one_of_its_names(schedule):
+    tree = copy.deepcopy(TREES["quickstart"])
+    tree["optim"] |= {"optimizer": "adamw", "schedule": schedule}
+    with pytest.raises(UserError, match=r"optim\.schedule"):
+        from_dict(tree)

@@ -89,6 +89,7 @@ def use(experiment: Experiment) -> None:
     check_experiment(experiment)
     if from_dict(json.loads(json.dumps(to_dict(experiment)))) != experiment:
         raise Fault("what is saved of it is another experiment")
+    experiment = replace(experiment, parallel=replace(experiment.parallel, compile=False))  # which takes a minute
     task = build_task(experiment)
     with torch.device("meta"):
         model = task.build_model()
