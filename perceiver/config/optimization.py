@@ -65,6 +65,11 @@ class OptimizerConfig(Config):
         """Called before each step (from 0), for an optimizer that counts steps outside of its state: a checkpoint has that alone."""
 
 
+def float_pair(pair: tuple[float, float]) -> tuple[float, float]:
+    """Two numbers as PyTorch's optimizers take them: they refuse a whole one, such as a beta of 0."""
+    return float(pair[0]), float(pair[1])
+
+
 class Adam(OptimizerConfig):
     """Adam (arXiv 1412.6980); weight decay is added to the gradient."""
 
@@ -82,7 +87,7 @@ class Adam(OptimizerConfig):
     def build(self, groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
         import torch
 
-        return torch.optim.Adam(groups, lr=lr, betas=self.betas, eps=self.eps, fused=True)
+        return torch.optim.Adam(groups, lr=lr, betas=float_pair(self.betas), eps=self.eps, fused=True)
 
 
 class AdamW(Adam):
@@ -91,7 +96,7 @@ class AdamW(Adam):
     def build(self, groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
         import torch
 
-        return torch.optim.AdamW(groups, lr=lr, betas=self.betas, eps=self.eps, fused=True)
+        return torch.optim.AdamW(groups, lr=lr, betas=float_pair(self.betas), eps=self.eps, fused=True)
 
 
 class ScheduleConfig(Config):

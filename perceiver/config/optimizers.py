@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from perceiver.config.core import UserError, spelled
-from perceiver.config.optimization import Adam, AdamW, OptimizerConfig
+from perceiver.config.optimization import Adam, AdamW, OptimizerConfig, float_pair
 
 if TYPE_CHECKING:
     import torch
@@ -43,7 +43,7 @@ class Lion(OptimizerConfig):
     def build(self, groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
         from timm.optim import Lion as Implementation
 
-        return Implementation(groups, lr=lr, betas=self.betas)
+        return Implementation(groups, lr=lr, betas=float_pair(self.betas))
 
 
 class Lamb(Adam):
@@ -55,7 +55,7 @@ class Lamb(Adam):
     def build(self, groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
         from timm.optim import Lamb as Implementation
 
-        return Implementation(groups, lr=lr, betas=self.betas, eps=self.eps, max_grad_norm=None)
+        return Implementation(groups, lr=lr, betas=float_pair(self.betas), eps=self.eps, max_grad_norm=None)
 
     def before_step(self, optimizer: torch.optim.Optimizer, step: int) -> None:
         import torch
@@ -89,7 +89,14 @@ class Muon(AdamW):
 
         precision = torch.bfloat16 if self.precision == "bf16" else torch.float32
         return Implementation(
-            groups, momentum=self.momentum, nesterov=self.nesterov, precision=precision, lr=lr, betas=self.betas, eps=self.eps, fused=True
+            groups,
+            momentum=self.momentum,
+            nesterov=self.nesterov,
+            precision=precision,
+            lr=lr,
+            betas=float_pair(self.betas),
+            eps=self.eps,
+            fused=True,
         )
 
 

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from perceiver.config import (
+    Adam,
+    AdamW,
     Constant,
     Cosine,
     Experiment,
@@ -221,3 +223,15 @@ def test_weight_decay_goes_along_half_a_cosine_to_its_end():
         assert [group["weight_decay"] for group in optimizer.param_groups] == pytest.approx([0.75 * decay for decay in before])
     assert sorted(set(before)) == [0.0, 0.2, 0.4]
     assert OptimConfig().decay_factor(50, 101) == 1.0
+
+
+@pytest.mark.parametrize(
+    "optimizer", [AdamW(betas=(0.9, 0)), Adam(betas=(0, 0.99)), Lion(betas=(0, 0.9)), Lamb(betas=(0.9, 0)), Muon(betas=(0, 0))]
+)
+def test_a_beta_may_be_a_whole_number(optimizer):
+    """Files and command lines give 0 where 0.0 is meant, which PyTorch's optimizers refuse beside a fraction."""
+    weight = torch.nn.Parameter(torch.ones(4, 4))
+    made = optimizer.build([{"params": [weight], "weight_decay": 0.0, HIDDEN: True}], lr=0.1)
+    weight.grad = torch.ones(4, 4)
+    made.step()
+    assert bool(torch.isfinite(weight).all()) and not torch.equal(weight, torch.ones(4, 4))
