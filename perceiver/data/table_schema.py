@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -57,15 +58,14 @@ class TableSchema:
     def is_text(self, column: str) -> bool:
         return pa.types.is_string(self.types[column]) or pa.types.is_large_string(self.types[column])
 
-    def is_whole(self, column: str) -> bool:
-        """Whether a row has one whole number, or true and false."""
-        return pa.types.is_integer(self.types[column]) or pa.types.is_boolean(self.types[column])
+    def is_whole(self, column: str, in_lists: bool = False) -> bool:
+        """Whether a row has one whole number, or true and false; or lists of such."""
+        kind = _of_lists(self.types[column]) if in_lists else self.types[column]
+        return pa.types.is_integer(kind) or pa.types.is_boolean(kind)
 
     def is_numeric(self, column: str) -> bool:
         """Whether a row has numbers: one, or a list of them of any depth."""
-        kind = self.types[column]
-        while pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
-            kind = kind.value_type
+        kind = _of_lists(self.types[column])
         return pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
 
     def shape(self, column: str, field: str) -> tuple[int, ...]:
@@ -98,6 +98,18 @@ class TableSchema:
         example = next((row[column] for row in self._rows if row[column] is not None), None)
         return f"{self.types[column]} (such as {example!r})" if isinstance(example, str) else str(self.types[column])
 
+    def greatest(self, column: str) -> float:
+        """The greatest number of a column over all files, in lists or not; NaN where there is none.
+
+        Raises:
+            UserError: a file lacks the column or cannot be read.
+        """
+        found = [math.nan]
+        for file in self.files:
+            for table in _tables(file, [column], 1 << 14):
+                found.append(pc.max(_flat(table[column])).as_py())
+        return max((value for value in found if value is not None and not math.isnan(value)), default=math.nan)
+
     def distinct(self, column: str) -> list[Any]:
         """All values of a column over all files, sorted; nulls left out.
 
@@ -112,6 +124,20 @@ class TableSchema:
             return sorted(found)
         except TypeError:
             raise UserError(f"column {column!r} of {self.name} and the other files holds numbers in one and texts in another") from None
+
+
+def _flat(values: pa.ChunkedArray) -> pa.ChunkedArray:
+    """The values of lists of any depth."""
+    while _of_lists(values.type) != values.type:
+        values = pc.list_flatten(values)
+    return values
+
+
+def _of_lists(kind: pa.DataType) -> pa.DataType:
+    """The type of what lists of any depth hold."""
+    while pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        kind = kind.value_type
+    return kind
 
 
 def _bare(kind: pa.DataType) -> pa.DataType:
