@@ -25,6 +25,8 @@ class DataConfig(Config):
     class."""
     group_column: str | None = None
     """Column, such as a patient or an author, whose rows with one value stay together: all for validation or all for training."""
+    time_column: str | None = None
+    """Column of dates (2026-01-31, with or without a time) or numbers, the latest of which are held out for validation."""
     val_fold: int | None = None
     """Fold that is held out for validation, of sounds whose table has a column fold; None: the greatest."""
     text_column: str = "text"
@@ -78,6 +80,8 @@ class DataConfig(Config):
         if self.balance is not None and self.balance < 2:
             raise UserError(f"--{where}balance is {self.balance} and must be at least 2, or left out: rows of rare classes come again")
         self.check_encoding(where)
+        if self.time_column is not None and self.group_column is not None:
+            raise UserError(f"--{where}time-column and --{where}group-column are both given: leave one out")
 
     def check_encoding(self, where: str = "data.") -> None:
         """Raises UserError where the encoding is none of text."""

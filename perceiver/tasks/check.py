@@ -18,7 +18,8 @@ from perceiver.data.components import Component
 from perceiver.data.manifest import Manifest
 from perceiver.data.row_kind import KINDS
 from perceiver.data.rows import ArrayRows
-from perceiver.tasks.base import IGNORE_INDEX, Batch, Guess, Sample, Task, dummy_split
+from perceiver.tasks.base import IGNORE_INDEX, Batch, Sample, Task, dummy_split
+from perceiver.tasks.baselines import Guess
 from perceiver.tasks.check_calls import call, name_of, shape_of, tried
 from perceiver.tasks.check_model import check_optimizer, check_step, checked_model
 
@@ -96,7 +97,7 @@ def check_guess(experiment: Experiment, parts: Sequence[Component], trained_on: 
         if guess is None:
             continue
         if not isinstance(guess, Guess):
-            raise UserError(f"{name_of(task)}.guess returned {shape_of(guess)} and must return a perceiver.tasks.base.Guess, or None")
+            raise UserError(f"{name_of(task)}.guess returned {shape_of(guess)} and must return a perceiver.tasks.baselines.Guess, or None")
         metrics = call(task, "metrics", guess.sums, part.manifest.splits["val"])
         if unknown := [name for name in guess.means if name not in metrics]:
             raise UserError(
@@ -192,6 +193,10 @@ def _check_batches(task: Task[Any, Any], rows: pa.Table) -> Batch:
     if padded != whole:
         rule = f'its "labels" must be {IGNORE_INDEX}' if "labels" in batch else 'num_targets must leave it out (see "valid")'
         raise UserError(f"{name_of(task)} counts {padded - whole} targets in an example of padding, which must have none: {rule}")
+    try:
+        _batch(task, rows.slice(0, 0), 2)
+    except UserError as error:
+        raise UserError(f"{error}, for a batch without rows, which a worker may have at the end of an epoch") from error
     return batch
 
 

@@ -27,7 +27,8 @@ from perceiver.data.components import Component
 from perceiver.data.manifest import Manifest
 from perceiver.data.rows import ArrayRows
 from perceiver.models.initialize import initialize
-from perceiver.tasks.base import Guess, Task, dummy_split
+from perceiver.tasks.base import Task, dummy_split
+from perceiver.tasks.baselines import Guess
 from perceiver.tasks.check import check_guess, check_task
 from ray_jobs.preflight import check_experiment
 
@@ -216,7 +217,10 @@ def of_parts(**methods):
 SUMS = {"loss": np.float64(4), "targets": np.float64(2), "mae": np.float64(3)}
 GUESSES = {
     "fails": (lambda self, manifest, trained_on: manifest.stats["means"], "Changed.guess fails: test_check.py, line"),
-    "a number": (lambda self, manifest, trained_on: 0.5, "Changed.guess returned a float and must return a perceiver.tasks.base.Guess"),
+    "a number": (
+        lambda self, manifest, trained_on: 0.5,
+        "Changed.guess returned a float and must return a perceiver.tasks.baselines.Guess",
+    ),
     "a metric": (lambda self, *manifests: Guess(SUMS, {"mse": "0"}), "Changed.guess speaks of 'mse', but metrics gives loss, mae for"),
     "a sum": (lambda self, *manifests: Guess({"loss": SUMS["loss"]}, {"loss": "0"}), "Changed.metrics fails: "),
 }
