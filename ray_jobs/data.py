@@ -4,7 +4,6 @@ and the command that trains on it. `perceiver data RUN`: what a run was trained 
 
 from __future__ import annotations
 
-import argparse
 import reprlib
 import shlex
 from collections import Counter
@@ -22,6 +21,7 @@ from perceiver.data.sources import NAMED, Source, is_path, resolve
 from perceiver.data.survey import LENGTHS, TableSurvey, label_column, labels_column, survey_columns, survey_texts, table_rows, text_column
 from perceiver.datasets import Dataset
 from perceiver.runs import Run
+from perceiver.terminal import CommandParser, number_of
 from ray_jobs.cli import main_entry, refuse_empty
 from ray_jobs.data_code import of_code
 from ray_jobs.data_page import Facts, page_of
@@ -68,7 +68,7 @@ class Found:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog=program("ray_jobs.data"), description=(__doc__ or "").partition(": ")[2])
+    parser = CommandParser(prog=program("ray_jobs.data"), description=(__doc__ or "").partition(": ")[2])
     parser.add_argument("source", help="a file, a folder or a glob; code that yields examples, FILE.py:NAME; or a run")
     parser.add_argument("--text-column", help="column with the text (default: text, or the one with the most text)")
     parser.add_argument("--label-column", help="column with the class (default: label, or one that has few different values)")
@@ -124,7 +124,7 @@ def of_run(run: Run) -> list[str]:
         for name, split in manifest.splits.items():
             counts = {"tokens": split.tokens, "bytes": split.bytes, "words": split.words, "documents": split.documents}
             more = "".join(f", {count:,} {what}" for what, count in counts.items() if count)
-            lines.append(f"{name}: {split.rows:,} rows{more}")
+            lines.append(f"{name}: {number_of(split.rows, 'row')}{more}")
             if labels := manifest.stats.get("labels", {}).get(name):
                 classes = names if len(names) >= len(labels) else tuple(map(str, range(len(labels))))
                 lines.append(f"  classes: {_counts(dict(zip(classes, labels, strict=False)))}")
@@ -149,7 +149,7 @@ def find(source: str, text: str | None = None, label: str | None = None) -> Foun
         raise UserError(f"{source} is code, of which there is no page: leave --html out")
     listed = list_files(source, "SOURCE", NAMED)
     formats = Counter(form for path, _, _ in listed if (form := format_of(path)) is not None)
-    lines = [f"{source}: {len(listed):,} files, {sum(size for _, _, size in listed):,} bytes"]
+    lines = [f"{source}: {number_of(len(listed), 'file')}, {sum(size for _, _, size in listed):,} bytes"]
     single = len(listed) == 1 and not listed[0][1]
     pictures = bool(formats.keys() & {"picture", "idx", "tar"}) and not single or formats.keys() <= {"tar"} and bool(formats)
     if pictures or (not single and picture_folder(listed, "data", source, label or "label")):
@@ -158,13 +158,13 @@ def find(source: str, text: str | None = None, label: str | None = None) -> Foun
     if "sound" in formats:
         return _sounds(lines, source, label)
     if "midi" in formats:
-        return Found([*lines, f"{formats['midi']:,} MIDI files"], "sam-small", given, prepared_first=True)
+        return Found([*lines, number_of(formats["midi"], "MIDI file")], "sam-small", given, prepared_first=True)
     if formats.keys() & set(_TABLES):
         return _table(lines, source, text, label)
     if formats.keys() & {"text", "wikitext"}:
         texts = resolve(DataConfig(source=source, val_fraction=0.05), "tokens").files
         size = sum(file.size for file in texts)
-        what = f"{len(texts):,} files of text without classes, {size:,} bytes"
+        what = f"{number_of(len(texts), 'file')} of text without classes, {size:,} bytes"
         return Found([*lines, what], "clm-wikitext-small", given, prepared_first=True)
     raise UserError(f"{source} has no pictures, sounds, texts, tables or MIDI files")
 
@@ -242,11 +242,11 @@ def _table(lines: list[str], source: str, text: str | None, label: str | None) -
     if not found.rows:
         raise UserError(f"{source} has no rows")
     if (image := found.columns.get("image")) is not None and image.types.keys() & {"dict", "bytes"}:
-        return _pictures([*lines, f"{found.rows:,} rows"], source, label or "label")
+        return _pictures([*lines, number_of(found.rows, "row")], source, label or "label")
     for given, name in (("--text-column", text), ("--label-column", label)):
         if name is not None and name not in found.columns:
             raise UserError(f"{given} is {name!r}, which {source} does not have (it has: {', '.join(found.columns)})")
-    lines = [*lines, f"{found.rows:,} rows, columns:"]
+    lines = [*lines, f"{number_of(found.rows, 'row')}, columns:"]
     width = max(map(len, list(found.columns)[:_SHOWN]))
     for name, column in list(found.columns.items())[:_SHOWN]:
         types = ", ".join(f"{kind} {count:,}" for kind, count in column.types.most_common())

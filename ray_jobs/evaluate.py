@@ -19,7 +19,7 @@ from perceiver.evaluations import save_examples
 from perceiver.runs import Run
 from perceiver.tasks import build_task
 from perceiver.tasks.base import Baseline
-from perceiver.terminal import add_checkpoint_option, add_trust_option, summary
+from perceiver.terminal import CommandParser, add_checkpoint_option, add_trust_option, summary
 from perceiver.training.checkpoint_files import check_files
 from perceiver.training.remote_copy import find_run
 from perceiver.training.state import has_average
@@ -37,7 +37,7 @@ MOST_LINES = 31
 
 def main(argv: list[str]) -> int:
     argv = show_progress(argv)
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog=program("ray_jobs.evaluate"),
         usage=f"{program('ray_jobs.evaluate')} RUN [--checkpoint CHECKPOINT] [--source FILES] [--workers N] [--field value ...]",
         description=summary(__doc__),

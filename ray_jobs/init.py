@@ -5,7 +5,6 @@ The task is chosen by what the data holds, as `perceiver data SOURCE` says: clas
 
 from __future__ import annotations
 
-import argparse
 import ast
 import dataclasses
 import importlib
@@ -21,6 +20,7 @@ from typing import Any
 from perceiver.config import Config, Experiment, UserError, check_folder_name
 from perceiver.data.files import list_files
 from perceiver.data.sources import NAMED
+from perceiver.terminal import CommandParser
 from ray_jobs.cli import main_entry, parse_experiment, refuse_empty
 from ray_jobs.data import Found, find
 from ray_jobs.program import program
@@ -33,7 +33,7 @@ _WIDTH = 100
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog=program("ray_jobs.init"), description=(__doc__ or "").partition(": ")[2])
+    parser = CommandParser(prog=program("ray_jobs.init"), description=(__doc__ or "").partition(": ")[2])
     parser.add_argument("name", help="of the experiment: its file, function and run")
     parser.add_argument("--data", required=True, metavar="SOURCE", help="a file, a folder or a glob")
     parser.add_argument("--text-column", help="column with the text (default: text, or the one with the most text)")

@@ -18,7 +18,7 @@ from perceiver.config import UserError
 from perceiver.data.storage import write_file
 from perceiver.datasets import Dataset, with_prepared_tokenizer, with_tokenizer
 from perceiver.plots import png, range_curve
-from perceiver.terminal import summary
+from perceiver.terminal import CommandParser, summary
 from perceiver.training.lr_range import FEWEST, device_of, range_test
 from perceiver.training.parallel import choose_arithmetic, join_world
 from ray_jobs.cli import main_entry, naming_words, parse_experiment
@@ -31,7 +31,7 @@ logger = logging.getLogger("ray_jobs.lr_find")  # which __name__ is not where it
 
 def main(argv: list[str]) -> int:
     argv = show_progress(argv)
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog=program("ray_jobs.lr_find"), description=summary(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False, add_help=False,
     )  # fmt: skip

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from perceiver.config import UserError
+from perceiver.terminal import CommandParser
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -51,7 +52,7 @@ def _run(args: argparse.Namespace) -> Iterator[str]:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="perceiver flow", description="Writes the optical flow from each frame to the next as a .flo file and as a picture."
     )
     parser.add_argument("run", help="folder or name of a run, an exported folder, or published weights")
