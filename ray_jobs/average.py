@@ -1,7 +1,7 @@
-"""`perceiver average RUN [--last K] [--steps N ...]`: the mean of a run's checkpoints as a run of its own, without Ray.
+"""`perceiver average RUN [--last K] [--steps N ...]`: writes the mean of a run's checkpoints as a new run, without Ray.
 
-Stochastic weight averaging (arXiv 1803.05407): the mean of the last weights of a training is often better than the last ones. A run
-keeps as many checkpoints as --run.keep-checkpoints says, and the best.
+Stochastic weight averaging (arXiv 1803.05407): the mean of the last weights of a training is often better than the last ones.
+A run has as many checkpoints as --run.keep-checkpoints kept, and the best ones.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""`perceiver data SOURCE [--text-column NAME] [--label-column NAME] [--html FILE]`: what data holds, before anything is prepared,
-and the command that trains on it. `perceiver data RUN`: what a run was trained on.
+"""`perceiver data SOURCE [--text-column NAME] [--label-column NAME] [--html FILE]`: shows what data
+holds, before anything is prepared, and the command that trains on it. With a run, it shows what that run was trained on.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from perceiver.data.sources import NAMED, Source, is_path, resolve
 from perceiver.data.survey import LENGTHS, TableSurvey, label_column, labels_column, survey_columns, survey_texts, table_rows, text_column
 from perceiver.datasets import Dataset
 from perceiver.runs import Run
-from perceiver.terminal import CommandParser, number_of
+from perceiver.terminal import CommandParser, number_of, summary
 from ray_jobs.cli import main_entry, refuse_empty
 from ray_jobs.data_code import of_code
 from ray_jobs.data_page import Facts, page_of
@@ -68,7 +68,7 @@ class Found:
 
 
 def main(argv: list[str]) -> int:
-    parser = CommandParser(prog=program("ray_jobs.data"), description=(__doc__ or "").partition(": ")[2])
+    parser = CommandParser(prog=program("ray_jobs.data"), description=summary(__doc__))
     parser.add_argument("source", help="a file, a folder or a glob; code that yields examples, FILE.py:NAME; or a run")
     parser.add_argument("--text-column", help="column with the text (default: text, or the one with the most text)")
     parser.add_argument("--label-column", help="column with the class (default: label, or one that has few different values)")

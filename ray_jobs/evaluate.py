@@ -1,4 +1,6 @@
-"""`python -m ray_jobs.evaluate RUN [--checkpoint best|last|STEP] [--source FILES] [--workers N]`: metrics of a trained run."""
+"""`python -m ray_jobs.evaluate RUN [--checkpoint best|last|STEP] [--source FILES] [--workers N]`: measures a trained run
+on its whole validation set.
+"""
 
 from __future__ import annotations
 
@@ -42,9 +44,9 @@ def main(argv: list[str]) -> int:
         usage=f"{program('ray_jobs.evaluate')} RUN [--checkpoint CHECKPOINT] [--source FILES] [--workers N] [--field value ...]",
         description=summary(__doc__),
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="fields of the experiment that an evaluation may change:\n"
-        "  --source FILES        other data, all of it validated on (--data.* in full)\n"
-        "  --workers N           workers of the evaluation (--parallel.* in full)\n"
+        epilog="fields of the experiment that may be changed for an evaluation:\n"
+        "  --source FILES        evaluate on all of these files instead (any --data.* field)\n"
+        "  --workers N           number of workers (any --parallel.* field)\n"
         "  --task.*, --training.global-batch-size",
     )
     parser.add_argument("run", help="folder or URI of a run, or its name among the runs of $PERCEIVER_HOME")

@@ -1,5 +1,5 @@
-"""`python -m ray_jobs.export RUN --out FOLDER [--format perceiver|transformers|onnx] [--upload OWNER/NAME]`: a model as
-files that last.
+"""`python -m ray_jobs.export RUN --out FOLDER [--format perceiver|transformers|onnx] [--upload OWNER/NAME]`: writes
+a model as files to keep or share.
 
 Needs no Ray: it stands here with the other jobs so that a cluster can run it where the checkpoints lie.
 """

@@ -1,7 +1,7 @@
-"""`perceiver lr-find EXPERIMENT [--field value ...]`: a learning-rate range test, as a picture with the rate to begin with.
+"""`perceiver lr-find EXPERIMENT [--field value ...]`: runs a learning-rate range test and suggests a rate to begin with.
 
-A short training in this process, without Ray, whose learning rate grows from --from to --to; it ends where the loss runs away. Nothing
-of it is kept but the picture. The data has to be prepared (`perceiver preprocess EXPERIMENT`).
+A short training in this process, without Ray, whose learning rate grows from --from to --to. It ends where the loss runs away, and only
+a picture of the losses is kept. The data must have been prepared (`perceiver preprocess EXPERIMENT`).
 """
 
 from __future__ import annotations

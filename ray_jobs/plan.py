@@ -1,7 +1,7 @@
-"""`python -m ray_jobs.plan PRESET [--field value ...] [--device NAME]`: what a training takes, before it is paid for.
+"""`python -m ray_jobs.plan PRESET [--field value ...] [--device NAME]`: computes what a training takes, before it starts.
 
-Parameters, FLOPs, memory of a GPU by kind, the largest micro-batch, traffic, checkpoints, time. Arithmetic of the configuration: it
-starts no cluster and needs no GPU.
+Prints parameters, FLOPs, memory of a GPU by kind, the largest micro-batch, traffic, size of checkpoints, and time. All of it follows
+from the configuration: no cluster is started, and no GPU is needed.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""`python -m ray_jobs.push RUN OWNER/NAME [--public] [--license NAME] [--yes]`: a model to the Hugging Face hub, with its card.
+"""`python -m ray_jobs.push RUN OWNER/NAME [--public] [--license NAME] [--yes]`: uploads a model to the Hugging Face hub, with its card.
 
-Shows what will be uploaded and asks first. A repository that it makes is private. The token is that of `hf auth login`, or $HF_TOKEN.
+Shows what will be uploaded and asks first. A new repository is private unless --public is given.
+The token is that of `hf auth login`, or $HF_TOKEN.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from ray_jobs.program import program
 
 
 def main(argv: list[str]) -> int:
-    parser = CommandParser(prog=program("ray_jobs.push"), description=summary(__doc__).partition("\n\n")[0])
+    parser = CommandParser(prog=program("ray_jobs.push"), description=summary(__doc__))
     parser.add_argument("run", help="folder or name of a run, or an exported folder, which is uploaded as it is")
     parser.add_argument("name", help="OWNER/NAME on the hub")
     add_checkpoint_option(parser)

@@ -1,8 +1,8 @@
 """`python -m tuning.scaling_laws clm-... --budgets 1e12,3e12 --channels 48,64,96,128`: trains isoFLOP studies of Perceiver AR.
 
 For each budget every width is trained on as many steps as the budget pays for, by the FLOPs that perceiver/costs/flops.py
-counts (prefix, latents and output apart, backward twice the forward). The study is a sweep (`tuning.sweep`) of those
-trainings, so it continues when started again. Parabolas over model sizes give each budget's best size; a power law over the
+counts (prefix, latents and output apart, backward twice the forward). The study is a sweep of these trainings,
+so the same command continues it. Parabolas over model sizes give each budget's best size; a power law over the
 budgets gives the exponents, with intervals (tuning/power_law.py; arXiv 2203.15556, Section 3.2, Approach 2).
 """
 

@@ -1,7 +1,9 @@
-"""`python -m tuning.sweep SWEEP [--trials N ...] [--field value ...]`: many trainings of one preset with Ray Tune, or their continuation.
+"""`python -m tuning.sweep SWEEP [--trials N ...] [--field value ...]`: trains a preset many times with different settings, by Ray Tune.
 
-A trial is a training as `ray_jobs.train` runs it, in a run folder of its own. A sweep is a folder: its settings, one run per
-trial, Ray Tune's state, and what came out. The same command continues a sweep that was stopped or killed.
+The same command continues a sweep that was stopped or killed.
+
+Each trial is a training as `perceiver train` runs it, in a run folder of its own. The folder of a sweep holds its settings, the runs of
+its trials, Ray Tune's state, and the results.
 """
 
 from __future__ import annotations
