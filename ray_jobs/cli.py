@@ -57,12 +57,8 @@ def parse_experiment(argv: Sequence[str], prog: str) -> Experiment:
         text = f"shortcuts: {', '.join(shortcuts)}; --workers 2..8 is elastic"
         print(textwrap.fill(text, width, subsequent_indent="  ", break_on_hyphens=False))
         if prog == "ray_jobs.train":
-            print(
-                "several seeds: --seeds 5 (from --training.seed on) or --seeds 0,1,7; each seed is a run NAME-seed-N, and a table compares them"
-            )
-        print(
-            f"as a file: {program(prog)} EXPERIMENT [--field value ...] {WRITE_CONFIG} FILE.yaml only writes the file; {program(prog)} FILE.yaml uses it"
-        )
+            print("several seeds: --seeds 5 (from --training.seed on) or --seeds 0,1,7; each is a run NAME-seed-N; a table compares them")
+        print(f"as a file: EXPERIMENT [--field value ...] {WRITE_CONFIG} FILE.yaml only writes the file; {program(prog)} FILE.yaml uses it")
         raise SystemExit(0)
     # Here and not above: to parse nothing takes none of the models and tasks.
     from perceiver.experiments import find_experiment

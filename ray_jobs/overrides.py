@@ -78,9 +78,9 @@ def override(config: Config, args: Sequence[str], prog: str) -> Config:
 
 
 _BESIDES = {
-    "ray_jobs.train": "Options besides the fields: --seeds 5 or --seeds 0,1,7 (a run NAME-seed-N for each seed, and a table that compares them); "
-    "--fork RUN[@STEP] and --fork-weights-only (start a new run from a checkpoint of another); --write-config FILE.yaml (only write the "
-    "experiment as a file); --allow-changed-code (continue although your code has changed); --trust-code (run code that came with a run); "
+    "ray_jobs.train": "Options besides the fields: --seeds 5 or --seeds 0,1,7 (a run NAME-seed-N each, and a table that compares them); "
+    "--fork RUN[@STEP] and --fork-weights-only (start from a checkpoint of another run); --write-config FILE.yaml (only write the "
+    "experiment as a file); --allow-changed-code (continue although your code has changed); --trust-code (run a run's code); "
     "--verbose; --quiet. --workers 2..8 makes the run elastic. --callbacks earlystop divergence adds callbacks "
     "(your own as module:Class); "
     "their fields are --callbacks.0.patience, --callbacks.1.factor, ..., and --help after the names lists them."
