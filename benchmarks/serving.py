@@ -56,8 +56,8 @@ def replicas_of(mark: str) -> list[int]:
     return found
 
 
-async def load(url: str, rows: list[str], clients: int, kill_at: int | None, mark: str) -> tuple[list[float], int, float]:
-    """Seconds of each request, how many were lost, and seconds of all."""
+async def load(url: str, rows: list[str], column: str, clients: int, kill_at: int | None, mark: str) -> tuple[list[float], int, float]:
+    """Seconds of each request, how many were lost, and seconds of all. `column` is the field of a row with its text."""
     times, lost, waiting = [], 0, iter(enumerate(rows))
 
     async def client(session: aiohttp.ClientSession) -> None:
@@ -66,9 +66,9 @@ async def load(url: str, rows: list[str], clients: int, kill_at: int | None, mar
             if number == kill_at:
                 os.kill(replicas_of(mark)[0], signal.SIGKILL)
             started = time.perf_counter()
-            async with session.post(url, json={"rows": [{"text": text, "id": str(number)}]}) as reply:
+            async with session.post(url, json={"rows": [{column: text, "id": str(number)}]}) as reply:
                 answer = await reply.json()
-                lost += reply.status != 200 or answer["rows"][0]["id"] != str(number)
+                lost += reply.status != 200 or answer["rows"][0]["id"] != str(number) or answer["rows"][0]["error"] is not None
             times.append(time.perf_counter() - started)
 
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=300)) as session:
@@ -87,7 +87,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=18432)
     parser.add_argument("--kill", action="store_true")
     args = parser.parse_args()
-    describe(args.run)
+    column = describe(args.run).data.text_column
     rows, mark = texts(args.requests), f"PERCEIVER_BENCHMARK_MARK={time.time_ns()}"
     name, _, value = mark.partition("=")
     command = [sys.executable, "-m", "ray_jobs.serve", args.run, "--replicas", str(args.replicas), "--port", str(args.port)]
@@ -98,8 +98,9 @@ def main() -> None:
         if not any("serving" in line for line in server.stdout):
             raise SystemExit("the server did not start")
         url = f"http://127.0.0.1:{args.port}/predict"
-        asyncio.run(load(url, rows[:100], args.clients, None, mark))
-        times, lost, seconds = asyncio.run(load(url, rows, args.clients, len(rows) // 3 if args.kill else None, mark))
+        if asyncio.run(load(url, rows[:100], column, args.clients, None, mark))[1]:
+            raise SystemExit("the server refuses these requests: has the run texts?")
+        times, lost, seconds = asyncio.run(load(url, rows, column, args.clients, len(rows) // 3 if args.kill else None, mark))
     finally:
         server.send_signal(signal.SIGINT)
         server.wait(60)

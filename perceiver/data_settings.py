@@ -98,7 +98,7 @@ def settings_without_tokenizer(experiment: Experiment) -> dict[str, Any]:
         settings |= _label_settings(experiment)
     settings |= experiment.task.prepared_settings(experiment.model)
     if KINDS[kind].has_columns:
-        return settings | {"columns": array_rows(experiment).to_json()}
+        return settings | {"columns": array_rows(experiment).to_json()} | _encoding(data)
     if not KINDS[kind].is_text and not KINDS[kind].is_stream:
         return settings
     max_seq_len, vocab_size = text_limits(experiment)
@@ -113,8 +113,7 @@ def settings_without_tokenizer(experiment: Experiment) -> dict[str, Any]:
     settings |= {"text_column": data.text_column}
     if data.special_tokens != "text":
         settings |= {"special_tokens": data.special_tokens}
-    if data.encoding.lower() not in ("utf-8", "utf8"):
-        settings |= {"encoding": data.encoding}
+    settings |= _encoding(data)
     if KINDS[kind].has_labels:
         if data.long_texts != "cut":  # the usual way has no mark in the settings: it is older than the others
             settings |= {"long_texts": data.long_texts}
@@ -124,15 +123,20 @@ def settings_without_tokenizer(experiment: Experiment) -> dict[str, Any]:
     return settings | {"row_length": max_seq_len, "document_marks": experiment.task.document_marks}
 
 
+def _encoding(data: DataConfig) -> dict[str, Any]:
+    return {} if data.encoding.lower() in ("utf-8", "utf8") else {"encoding": data.encoding}
+
+
 def _held_out_settings(data: DataConfig, kind: str) -> dict[str, Any]:
     """How validation is held out, as far as that is not the usual way (which the same settings stood for before there was another)."""
     if data.val_source:
         return {}
-    if data.group_column is not None and data.prepare == "stream":
+    found: dict[str, Any] = {name: value for name in ("group_column", "time_column") if (value := getattr(data, name)) is not None}
+    if found and data.prepare == "stream":
+        ((name, value),) = found.items()
         raise UserError(
-            f"--data.group-column is {data.group_column}, and --data.prepare stream reads no columns but the text: leave one out"
+            f"--data.{name.replace('_', '-')} is {value}, and --data.prepare stream reads no columns but the text: leave one out"
         )
-    found: dict[str, Any] = {} if data.group_column is None else {"group_column": data.group_column}
     if data.val_fold is not None:
         found["val_fold"] = data.val_fold
     return found if data.stratify or not KINDS[kind].has_labels else {**found, "stratify": False}

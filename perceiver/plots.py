@@ -280,15 +280,17 @@ def forecasts(*, past: np.ndarray, future: np.ndarray, center: np.ndarray, sprea
     """Windows of a series with what came and what was said, one below the other.
 
     Args:
-        past: what was known, (windows, steps).
+        past: what was known, (windows, steps); drawn are at most its last steps, three times as many as come.
         future: what came, (windows, steps to come).
         center: the means that were said.
         spread: the standard deviations that were said; the band of 80% is drawn.
         naive: what the baseline said.
     """
-    figure = new_figure(720, 220 * len(past))
+    figure = new_figure(720, 220 * len(past) + 30)
+    past = past[:, -3 * future.shape[1] :]
     before, after = np.arange(-past.shape[1], 0), np.arange(future.shape[1])
-    for row, axes in enumerate(figure.subplots(len(past), 1, squeeze=False)[:, 0]):
+    rows = figure.subplots(len(past), 1, squeeze=False)[:, 0]
+    for row, axes in enumerate(rows):
         axes.plot(before, past[row], color=GREY, linewidth=1)
         axes.plot(after, future[row], color="black", linewidth=1.2, label="truth")
         axes.plot(after, naive[row], color=color(1), linewidth=1, linestyle=":", label="last season")
@@ -296,5 +298,5 @@ def forecasts(*, past: np.ndarray, future: np.ndarray, center: np.ndarray, sprea
         band = 1.2816 * spread[row]
         axes.fill_between(after, center[row] - band, center[row] + band, color=color(0), alpha=0.2, linewidth=0, label="80%")
         frame(axes, x="steps from now" if row == len(past) - 1 else "")
-        axes.legend(loc="upper left", fontsize="small", ncols=4)
+    figure.legend(*rows[0].get_legend_handles_labels(), loc="outside upper left", fontsize="small", ncols=4, frameon=False)
     return figure

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import reprlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 from perceiver.data.examples_shown import pictures, texts
 from perceiver.data.files import InputFile
 from perceiver.data.labels import class_order
 from perceiver.data.sources import Source
-from perceiver.data.survey import LENGTHS, TableSurvey
+from perceiver.data.survey import LENGTHS, TableSurvey, table_rows
 from perceiver.pages import Page, color
 
+_ROWS = 10
+"""Rows of a table that are shown."""
 _MOST_BARS = 60
 """Classes that a chart has, at most: the commonest."""
 
@@ -33,6 +38,10 @@ class Facts:
     """The column of classes."""
     classes: dict[str, Mapping[str, int]] = field(default_factory=dict)
     """How often each class occurs, by split."""
+    target: str | None = None
+    """Of a table of numbers the column to predict."""
+    begins: list[tuple[str, str]] = field(default_factory=list)
+    """Names and first characters of files of text."""
     pictures: Source | None = None
 
 
@@ -62,16 +71,47 @@ def page_of(title: str, lines: list[str], commands: list[str], facts: Facts) -> 
         page.chart([bars], height=320, xaxis={"title": {"text": "bytes"}, "type": "category"}, yaxis={"title": {"text": "texts"}})
     if survey is not None:
         page.heading("Columns")
-        page.table(("column", "types", "different values", "an example"), list(map(_column_row, survey.columns.items())))
+        heads = ("column", "types", "different values", "an example", "least", "mean", "greatest")
+        page.table(heads, list(map(_column_row, survey.columns.items())))
+    if facts.target is not None and survey is not None:
+        if (column := survey.columns[facts.target]).is_number and not facts.classes:
+            page.heading(f"To predict: {facts.target}")
+            found = histogram(facts.files, facts.target, column.low, column.high)
+            page.chart(
+                [{"type": "bar", **found, "marker": {"color": color(0)}}], height=320, bargap=0.02, yaxis={"title": {"text": "rows"}}
+            )
+        page.heading("The first rows")
+        page.table(tuple(survey.columns), [[row.get(name) for name in survey.columns] for row in islice(_all_rows(facts.files), _ROWS)])
     if facts.text is not None:
         page.heading("Examples")
         for caption, text in texts(facts.files, facts.text, facts.label):
             page.heading(caption, 3)
             page.text(text)
+    if facts.begins:
+        page.heading("Examples")
+        for name, text in facts.begins:
+            page.heading(name, 3)
+            page.text(text)
     if facts.pictures is not None and (shown := pictures(facts.pictures, facts.label or "label")):
         page.heading("Pictures")
         page.sheet(shown)
     return page.render()
+
+
+def histogram(files: list[InputFile], column: str, low: float, high: float, bins: int = 30) -> dict[str, list[float]]:
+    """The middles of equal parts of a column's range and how many numbers lie in each."""
+    width = (high - low) / bins or 1.0
+    counts = [0] * bins
+    for row in _all_rows(files):
+        with suppress(TypeError, ValueError):  # what is missing
+            number = float(row[column])
+            if math.isfinite(number):
+                counts[min(bins - 1, int((number - low) / width))] += 1
+    return {"x": [low + (place + 0.5) * width for place in range(bins)], "y": list(map(float, counts))}
+
+
+def _all_rows(files: list[InputFile]) -> Iterator[dict[str, Any]]:
+    return (row for file in files for row in table_rows(file))
 
 
 def _bars(classes: Mapping[str, Mapping[str, int]]) -> list[dict[str, Any]]:
@@ -99,4 +139,5 @@ def _ordered(names: Mapping[str, int]) -> tuple[str, ...]:
 def _column_row(item: tuple[str, Any]) -> list[Any]:
     name, column = item
     types = ", ".join(f"{kind} {count:,}" for kind, count in column.types.most_common())
-    return [name, types, "many" if column.values is None else len(column.values), reprlib.repr(column.example)]
+    numbers = [column.low, column.mean, column.high] if column.is_number and column.low <= column.high else ["", "", ""]
+    return [name, types, "many" if column.values is None else len(column.values), reprlib.repr(column.example), *numbers]

@@ -20,7 +20,7 @@ from perceiver.disk import write_json
 from perceiver.evaluations import save_examples
 from perceiver.runs import Run
 from perceiver.tasks import build_task
-from perceiver.tasks.base import Baseline
+from perceiver.tasks.baselines import Baseline
 from perceiver.terminal import CommandParser, add_checkpoint_option, add_trust_option, summary
 from perceiver.training.checkpoint_files import check_files
 from perceiver.training.remote_copy import find_run
@@ -115,7 +115,7 @@ def evaluate_run(
     if not result["metrics"]:
         raise UserError(f"the validation data in {data_folder} has no target, so nothing can be measured on it")
     task, parts = build_task(experiment), dataset.parts
-    baselines = task.baselines(parts, _trained_on(trained) if other else None)
+    baselines = task.baselines(parts, _trained_on(trained) if other else None) | task.measured_baselines(result["metrics"])
     path = found.evaluation_file(chosen.step, manifest.digest, averaged)
     result["baselines"] = {name: asdict(baseline) for name, baseline in baselines.items()}
     examples = result.pop("examples")

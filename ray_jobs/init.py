@@ -17,12 +17,11 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from perceiver.config import Config, Experiment, UserError, check_folder_name
-from perceiver.data.files import list_files
-from perceiver.data.sources import NAMED
+from perceiver.config import Config, DataConfig, Experiment, UserError, check_folder_name
 from perceiver.terminal import CommandParser, summary
 from ray_jobs.cli import main_entry, parse_experiment, refuse_empty
-from ray_jobs.data import Found, find
+from ray_jobs.data import add_encoding, find
+from ray_jobs.data_found import Found
 from ray_jobs.program import program
 
 _PUBLIC = ("perceiver.config", "perceiver.models", "perceiver.tasks")
@@ -37,8 +36,11 @@ def main(argv: list[str]) -> int:
     parser.add_argument("name", help="name of the experiment: of its file, function and run")
     parser.add_argument("--data", required=True, metavar="SOURCE", help="a file, a folder or a glob")
     parser.add_argument("--text-column", help="column with the text (default: text, or the one with the most text)")
+    add_encoding(parser)
     parser.add_argument("--label-column", help="column with the class (default: label, or one that has few different values)")
-    parser.add_argument("--targets", nargs="+", metavar="COLUMN", help="columns of a table of numbers that are predicted")
+    parser.add_argument(
+        "--targets", nargs="+", metavar="COLUMN", help="columns of a table of numbers that are predicted (default: label, or the last one)"
+    )
     args = parser.parse_args(argv)
     refuse_empty(args, ("name", "data"))
     check_folder_name("NAME", args.name)
@@ -49,41 +51,29 @@ def main(argv: list[str]) -> int:
     if file.exists():
         raise UserError(f"{file} exists: choose another name, or remove it")
     source = str(Path(args.data).expanduser().absolute()) if "://" not in args.data else args.data
-    found = find(source, args.text_column, args.label_column)
+    DataConfig(encoding=args.encoding).check_encoding()
+    found = find(source, args.text_column, args.label_column, args.encoding)
     words = [*found.words, "--name", args.name]
-    if found.open:
-        if not args.targets:
-            raise UserError(f"{args.data} is a table of numbers: name the columns to predict, --targets COLUMN ...")
+    if found.is_table and args.targets:
         words += ["--task.targets", *args.targets]
     elif args.targets:
         raise UserError(f"--targets is {' '.join(args.targets)}, and {args.data} is no table of numbers: leave it out")
-    prepared_first = found.prepared_first
-    if found.preset == "clm-wikitext-small" and _can_stream(source):
-        words, prepared_first = [*words, "--data.prepare", "stream"], False
     experiment = parse_experiment([found.preset, *words], "ray_jobs.init")
-    file.write_text(text_of(experiment, found, function, prepared_first))
+    file.write_text(text_of(experiment, found, function))
     print("\n".join(found.lines))
     print(f"\nwrote {file}: change what you like, then")
-    print("\n".join(f"  {command}" for command in _commands(experiment, function, prepared_first)))
+    print("\n".join(f"  {command}" for command in _commands(experiment, function)))
     return 0
 
 
-def _can_stream(source: str) -> bool:
-    """Whether all files are text that can be read while training."""
-    paths = [path.lower() for path, _, _ in list_files(source, "--data", NAMED)]
-    return all(path.endswith((".txt", ".raw", ".tokens", ".jsonl", ".ndjson")) for path in paths)
-
-
-def _commands(experiment: Experiment, function: str, prepared_first: bool) -> list[str]:
-    name = f"{function}.py:{function}"
-    first = [shlex.join(["perceiver", "preprocess", name])] if prepared_first else []
-    return [*first, shlex.join(["perceiver", "train", name]), shlex.join(["perceiver", "evaluate", experiment.run_name])]
+def _commands(experiment: Experiment, function: str) -> list[str]:
+    return [shlex.join(["perceiver", "train", f"{function}.py:{function}"]), shlex.join(["perceiver", "evaluate", experiment.run_name])]
 
 
 # -------------------------------------------------------------------------------------------------------------- the file
 
 
-def text_of(experiment: Experiment, found: Found, function: str, prepared_first: bool) -> str:
+def text_of(experiment: Experiment, found: Found, function: str) -> str:
     """The file: the experiment as an expression, in which each field that is not its default is explained by its own help."""
     classes: set[type[Config]] = set()
     body = _expression(experiment, 1, classes, skip=("preset",))
@@ -91,7 +81,7 @@ def text_of(experiment: Experiment, found: Found, function: str, prepared_first:
     for cls in classes:
         imports.setdefault(_module(cls), set()).add(cls.__name__)
     lines = [f"from {module} import {', '.join(sorted(names))}" for module, names in sorted(imports.items())]
-    comment = [*found.lines, "", *_commands(experiment, function, prepared_first)]
+    comment = [*found.lines, "", *_commands(experiment, function)]
     head = "\n".join(f"    {line}".rstrip() for line in comment).replace("\\", "\\\\").replace('"""', "'''")
     return (
         f'"""{experiment.run_name}: made by `perceiver init` from the preset {found.preset}. Its data, and how to use it:\n\n{head}\n\n'

@@ -97,7 +97,7 @@ class Messages:
         if self.interrupted or not self._alive:
             raise KeyboardInterrupt
         self.interrupted = True
-        logger.info("stopping: the step is finished and a checkpoint saved (Ctrl-C again stops at once)")
+        logger.info("stopping: finishing the step and saving a checkpoint (Ctrl-C again stops at once)")
 
     def _pump(self) -> None:
         silent_since, passed_on = time.monotonic(), False

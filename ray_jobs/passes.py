@@ -21,7 +21,7 @@ from perceiver.data.pieces import Piece, finished_pieces, make_piece
 from perceiver.data.preparation import Job, Preparation, ShardPlan
 from perceiver.data.prepare import finished_shards, make_shard, plan_shards
 from perceiver.data.read_images import image_shape
-from perceiver.data.rows import KINDS, ArrayRows
+from perceiver.data.rows import KINDS
 from perceiver.data.sources import Source
 from perceiver.data.storage import (
     list_folder,
@@ -31,8 +31,9 @@ from perceiver.data.storage import (
     write_file,
 )
 from perceiver.data.tables import Columns
+from perceiver.data.times import TimeColumn, together_by
 from perceiver.data.tokenizers import tokenizer_of
-from perceiver.data_settings import stored_shape
+from perceiver.data_settings import array_rows, stored_shape
 from perceiver.datasets import check_image_shape
 from perceiver.disk import locked
 
@@ -55,8 +56,9 @@ def make_job(experiment: Experiment, settings: dict[str, Any], folder: str, fing
         if data.image_size is not None or all(file.format in ("picture", "tar") for file in source.files):
             shape = stored_shape(experiment, shape)
         check_image_shape(experiment, shape)
-    if data.group_column is not None:
-        _check_groups(data.group_column, source, kind)
+    together = together_by(data)
+    if together is not None:
+        _check_groups(together, source, kind)
     num_classes, class_names = _classes(experiment, source) if rows.has_labels else (0, ())
     columns = Columns(
         text=data.text_column,
@@ -65,7 +67,7 @@ def make_job(experiment: Experiment, settings: dict[str, Any], folder: str, fing
         class_names=class_names,
         tags=rows.has_tags,
         left_out=tuple(getattr(experiment.task, "leave_out", ())),
-        group=data.group_column,
+        group=together,
         image_shape=shape,
         fit_images=data.image_size is not None,
         sample_rate=settings.get("sample_rate"),
@@ -86,7 +88,7 @@ def make_job(experiment: Experiment, settings: dict[str, Any], folder: str, fing
         blocks_per_shard=data.blocks_per_shard,
         tokenizer=tokenizer_of(data) if rows.is_text else None,
         document_marks=settings.get("document_marks", ""),
-        arrays=ArrayRows.from_json(settings["columns"]) if "columns" in settings else rows.stored_columns(),
+        arrays=array_rows(experiment) if rows.has_columns else rows.stored_columns(),
         long_texts=data.long_texts,
     )
 
@@ -110,15 +112,16 @@ def held(job: Job) -> Iterator[None]:
 
 
 def _check_groups(column: str, source: Source, kind: str) -> None:
-    """Raises UserError where rows can have no group."""
+    """Raises UserError where rows can have no group, or no time."""
+    field = "--data.time-column" if isinstance(column, TimeColumn) else "--data.group-column"
     if Preparation.of(kind).keyed is Preparation.keyed:
-        raise UserError(f"--data.group-column is {column}, and {KINDS[kind].made_from} have no columns: leave it out")
+        raise UserError(f"{field} is {column}, and {KINDS[kind].made_from} have no columns: leave it out")
     for file in source.files:
         table = file.format in ("csv", "jsonl", "parquet", "arrow")
         if not table and not (file.format in ("picture", "sound") and file.group is not None):
             what = "a table (.csv, .tsv, .jsonl, .parquet, .arrow)"
             pictures = f" or {KINDS[kind].made_from} named in metadata.csv" if KINDS[kind].new_rows in ("image", "audio") else ""
-            raise UserError(f"--data.group-column is {column}, and {file.name} has no columns: it needs {what}{pictures}")
+            raise UserError(f"{field} is {column}, and {file.name} has no columns: it needs {what}{pictures}")
 
 
 def _classes(experiment: Experiment, source: Source) -> tuple[int, tuple[str, ...]]:

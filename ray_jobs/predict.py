@@ -38,6 +38,7 @@ from perceiver.terminal import CommandParser, add_checkpoint_option, add_trust_o
 from ray_jobs.cli import JobFailed, main_entry, refuse_empty
 from ray_jobs.logs import show_progress
 from ray_jobs.predict_job import ERRORS, Placement, PredictJob, finish, part_name, plan
+from ray_jobs.predict_page import SHOWN, write_page
 from ray_jobs.program import program
 
 logger = logging.getLogger("ray_jobs.predict")  # which __name__ is not where it is run as a program
@@ -54,7 +55,13 @@ def main(argv: list[str]) -> int:
     if file is not None:
         check_new_file(file)
         output = f"{file}.parts"
+    if placement.page is not None:
+        check_new_file(placement.page, "--html")
     summary = predict(job, output, placement, model)
+    if placement.page is not None:
+        parts = [(part_name(part.number), part) for part in plan(job, output)]
+        lines = [f"{job.options.mode} of {job.source}, checkpoint {job.checkpoint}", f"input: {' '.join(job.inputs)}"]
+        write_page(placement.page, file or output, lines, output, parts, lambda part: read_part(part, *job.reads))
     if file is not None:
         rows = join(output, [part_name(number) for number in range(summary["parts"])], file)
         remove_folder(output)
@@ -64,11 +71,11 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def check_new_file(file: str) -> None:
+def check_new_file(file: str, option: str = "--output") -> None:
     """Raises UserError where the output is there already: nothing is written over."""
     root, _, name = file.rpartition("/")
     if name in list_folder(root):
-        raise UserError(f"--output {file} exists: remove it, or choose another name")
+        raise UserError(f"{option} {file} exists: remove it, or choose another name")
 
 
 def parse(argv: list[str]) -> tuple[PredictJob, str, Placement, Description]:
@@ -84,6 +91,7 @@ def parse(argv: list[str]) -> tuple[PredictJob, str, Placement, Description]:
     parser.add_argument(
         "--output", required=True, metavar="OUTPUT", help="a new file (.csv, .jsonl, .parquet) or folder, or that of the same job before"
     )
+    parser.add_argument("--html", metavar="FILE", help=f"page with what was said of the first {SHOWN} rows, of pictures beside them")
     parser.add_argument("--mode", choices=MODES, help="what to compute (default: what the model's task is for)")
     add_checkpoint_option(parser)
     add_trust_option(parser)
@@ -131,9 +139,10 @@ def parse(argv: list[str]) -> tuple[PredictJob, str, Placement, Description]:
         rows_per_part=args.rows_per_part,
         precision=args.precision,
         options=options,
-        arrays=None if arrays is None else arrays.to_json(),
+        arrays=None if arrays is None else arrays.to_json(missing=True),
     )
-    return job, _absolute(args.output), Placement(actors=args.actors, device=args.device, address=args.address), model
+    page = _absolute(args.html) if args.html else None
+    return job, _absolute(args.output), Placement(actors=args.actors, device=args.device, address=args.address, page=page), model
 
 
 def predict(job: PredictJob, output: str, placement: Placement, model: Description) -> dict[str, Any]:
@@ -151,10 +160,8 @@ def predict(job: PredictJob, output: str, placement: Placement, model: Descripti
     there = list_folder(output)
     todo = [part for part in parts if part_name(part.number) not in there]
     total = sum(part.rows for part in parts)
-    logger.info(
-        f"{number_of(total, 'row')} in {number_of(len(parts), 'part')}"
-        + (f", {len(parts) - len(todo):,} of them done before" if len(todo) < len(parts) else "")
-    )
+    before = f", {len(parts) - len(todo):,} of them done before" if len(todo) < len(parts) else ""
+    logger.info(f"{number_of(total, 'row')} in {number_of(len(parts), 'part')}{before}")
     started, done, bad = time.monotonic(), 0, 0
     if todo:
         for result in _compute(job, todo, output, placement, model):

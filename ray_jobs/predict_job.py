@@ -43,6 +43,11 @@ class PredictJob:
     """The columns of rows of arrays (`ArrayRows.to_json`)."""
 
     @property
+    def reads(self) -> tuple[Kind, str, str | None, ArrayRows | None]:
+        """What `read_part` takes besides a part."""
+        return self.kind, self.column, self.id_column, self.rows
+
+    @property
     def rows(self) -> ArrayRows | None:
         return None if self.arrays is None else ArrayRows.from_json(self.arrays)
 
@@ -54,6 +59,8 @@ class Placement:
     actors: int = 1
     device: Literal["auto", "cpu", "cuda"] = "auto"
     address: str | None = None
+    page: str | None = None
+    """HTML file that shows what was said of the first rows."""
 
 
 def plan(job: PredictJob, output: str) -> list[Part]:

@@ -241,7 +241,7 @@ def _summary(folder: str, manifest: Manifest, source: Source, seconds: float) ->
     what = KINDS[manifest.kind].made_from
     if how := manifest.stats.get("held_out"):
         share = manifest.splits["val"].rows / max(sum(split.rows for split in manifest.splits.values()), 1)
-        groups = f" of {manifest.stats['groups']:,}" if "groups" in manifest.stats else ""
+        groups = f" of {manifest.stats['groups']:,}{' times' * ('time' in how)}" if "groups" in manifest.stats else ""
         logger.info(f"  held out {how}{groups}: {share:.1%} of the rows")
     if repeated := manifest.stats.get("repeated"):
         logger.info(f"  repeated: {repeated:,} {what} have the content of another one; equal ones are of one split")

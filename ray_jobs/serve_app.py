@@ -85,7 +85,7 @@ def settings_of(
     interface = interface_of(model.name, model.checkpoint, model.task, model.rows, model.data.text_column, abilities, chosen)
     made = PredictOptions(mode=chosen, batch_size=batch_size, **(options or {}))
     made.check()
-    arrays = None if model.rows is None or interface.kind != "arrays" else model.rows.to_json()
+    arrays = None if model.rows is None or interface.kind != "arrays" else model.rows.to_json(missing=True)
     return ServeSettings(
         source=model.location, checkpoint=model.checkpoint, interface=interface, options=made, arrays=arrays, **others
     )  # fmt: skip

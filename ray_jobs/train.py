@@ -20,7 +20,7 @@ from perceiver.extensions import code_of
 from perceiver.plots import png, training_curves
 from perceiver.runs import Run
 from perceiver.tasks import build_task
-from perceiver.tasks.base import Baseline
+from perceiver.tasks.baselines import Baseline
 from perceiver.terminal import number_of
 from perceiver.training.fork import resolved
 from perceiver.training.meters import duration
@@ -237,7 +237,8 @@ def report(
     best = best_of(checkpoints, metric)
     picture = training_curves(trained.metrics(), experiment.run_name, metric, None if best is None else best.step)
     write_file(trained.folder, trained.curve_file.name, png(picture))
-    baselines = build_task(experiment).baselines(parts)
+    task = build_task(experiment)
+    baselines = task.baselines(parts) | task.measured_baselines(result)
     logger.info(f"finished after {duration(seconds)}: step {result['step']:,}")
     for line in closing_lines(result, baselines):
         logger.info(line)

@@ -78,6 +78,7 @@ class Forecast(TaskConfig):
 
 class ForecastTask(Task):
     metric_directions = {"loss": "min", "mae": "min", "naive_mae": "min"}
+    baseline_metrics = {"mae": ("naive_mae", "today again")}  # printed beside it
 
     def loss(self, model, batch):
         """The sum over the batch's real examples of their mean Huber loss; sums for the metrics."""

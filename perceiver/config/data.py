@@ -24,6 +24,8 @@ class DataConfig(Config):
     """Hold out the same share of every class (labelled data). False: hold out rows whatever their class."""
     group_column: str | None = None
     """Column, such as a patient or an author. Rows with the same value stay together: all are for training or all for validation."""
+    time_column: str | None = None
+    """Column of dates (2026-01-31, with or without a time) or numbers; the latest rows are held out for validation."""
     val_fold: int | None = None
     """Fold to hold out for validation, for sounds whose table has a column fold; None: the greatest."""
     text_column: str = "text"
@@ -77,6 +79,8 @@ class DataConfig(Config):
         if self.balance is not None and self.balance < 2:
             raise UserError(f"--{where}balance is {self.balance} and must be at least 2, or left out: rows of rare classes come again")
         self.check_encoding(where)
+        if self.time_column is not None and self.group_column is not None:
+            raise UserError(f"--{where}time-column and --{where}group-column are both given: leave one out")
 
     def check_encoding(self, where: str = "data.") -> None:
         """Raises UserError where the encoding is none of text."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import io
 from collections import defaultdict
 from collections.abc import Iterator
@@ -10,11 +11,12 @@ from typing import Any
 
 import numpy as np
 
+from perceiver.config import UserError
 from perceiver.data.files import InputFile
-from perceiver.data.images import parse_idx
+from perceiver.data.images import decode_image, parse_idx
 from perceiver.data.read_tars import tar_pictures
 from perceiver.data.sources import Source
-from perceiver.data.spans import Span, chunks
+from perceiver.data.spans import Span, Unreadable, chunks
 from perceiver.data.storage import open_folder
 from perceiver.data.survey import table_rows
 from perceiver.data.tables import label_text
@@ -61,7 +63,7 @@ def pictures(source: Source, label_column: str, most: int = 36) -> list[tuple[st
     for file in _spread(source.files, most):
         with suppress(Exception):  # whatever damage a file has, the page shows the others and the preparation names it
             for name, data, label in _pictures(file, label_column):
-                if chosen.wants(label) and (shown := _thumbnail(data)) is not None:
+                if chosen.wants(label) and (shown := thumbnail(data)) is not None:
                     chosen.add(label, (name, shown))
     return [(f"{label}: {name.rpartition('/')[2]}", shown) for label, (name, shown) in chosen.take()]
 
@@ -109,17 +111,13 @@ def _of_table(file: InputFile, label_column: str) -> Iterator[tuple[str, Any, An
         yield f"row {number:,}", image.get("bytes") if isinstance(image, dict) else image, row.get(label_column)
 
 
-def _thumbnail(data: Any) -> bytes | None:
+def thumbnail(data: Any) -> bytes | None:
     """A small PNG file of a picture; None of what is none."""
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     try:
-        if isinstance(data, np.ndarray):
-            image = Image.fromarray(data)
-        else:
-            image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
-        if image.mode not in ("L", "RGB"):
-            image = image.convert("RGB")
+        pixels = data if isinstance(data, np.ndarray) else decode_image(data)  # as the preparation sees it
+        image = Image.fromarray(pixels[..., 0] if pixels.shape[2:] == (1,) else pixels)
         if max(image.size) <= SIDE // 2:
             factor = SIDE // max(image.size)
             image = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
@@ -129,6 +127,19 @@ def _thumbnail(data: Any) -> bytes | None:
     out = io.BytesIO()
     image.save(out, "PNG")
     return out.getvalue()
+
+
+def text_begin(file: InputFile, longest: int = 600) -> str:
+    """The first characters of a file of text.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        data = next(iter(chunks(Span(file, 0, file.size), 0)), b"")[: 4 * longest]
+    except Unreadable as error:
+        raise UserError(str(error.args[-1])) from None
+    return data.removeprefix(codecs.BOM_UTF8).decode(errors="replace")[:longest]
 
 
 def texts(files: list[InputFile], text: str, label: str | None, most: int = 12, longest: int = 600) -> list[tuple[str, str]]:

@@ -25,7 +25,7 @@ from perceiver.data.storage import open_folder
 Format = Literal["text", "wikitext", "jsonl", "csv", "arrow", "parquet", "wikitext-rows", "idx", "picture", "tar", "midi", "flow", "sound"]
 FORMATS: dict[str, Format] = {
     ".txt": "text", ".raw": "wikitext", ".tokens": "wikitext", ".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl",
-    ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".arrow": "arrow", ".feather": "arrow",
+    ".csv": "csv", ".tsv": "csv", ".xlsx": "csv", ".xlsm": "csv", ".parquet": "parquet", ".arrow": "arrow", ".feather": "arrow",
     ".mid": "midi", ".midi": "midi", ".tar": "tar",
     **dict.fromkeys((".wav", ".flac", ".ogg", ".mp3", ".aiff", ".aif"), "sound"),
     **dict.fromkeys((".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"), "picture"),
@@ -34,6 +34,7 @@ PACKINGS = (".gz", ".bz2", ".zst")
 """Endings of packed files."""
 CUT = ("text", "wikitext", "jsonl")
 """Formats of files of which several tasks read a part each, where they are not packed."""
+_NEVER_PACKED = ("parquet", "arrow", "midi", "picture", "tar", "sound")
 UNCUT: tuple[Format, ...] = ("csv", "arrow", "tar")
 """Formats of tables and archives that are read from their beginning, by one task each."""
 _OF_SAVED = re.compile(r"(^|/)((dataset_info|state|dataset_dict)\.json|cache-[^/]*\.arrow)$")
@@ -254,7 +255,7 @@ def format_of(path: str) -> str | None:
     if re.search(r"idx[13]-ubyte$|\.idx[13]?$|^(train|t10k)-(images|labels)", bare):
         return "idx"
     form = FORMATS.get(Path(bare).suffix) or ENDINGS.get(Path(bare).suffix)
-    return None if form in ("parquet", "arrow", "midi", "picture", "tar", "sound") and bare != name else form
+    return None if bare != name and (form in _NEVER_PACKED or bare.endswith((".xlsx", ".xlsm"))) else form
 
 
 def _labels_paths(path: str) -> list[str]:

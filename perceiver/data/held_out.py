@@ -1,4 +1,4 @@
-"""What is held out for validation where a source has no validation files: the same share of every class, or whole groups.
+"""What is held out for validation where a source has no validation files: the same share of every class, whole groups, or the latest rows.
 
 Before the first pass of a preparation the input is read once for the key (the hash of a content, or of a group) and the class of each
 row. Which keys are held out then depends on them alone: not on the order of files or how they are cut.
@@ -14,6 +14,7 @@ from perceiver.data.pieces import Piece
 from perceiver.data.preparation import Job, Preparation
 from perceiver.data.spans import Problems
 from perceiver.data.storage import atomic_file, list_folder, read_file
+from perceiver.data.times import TimeColumn
 
 _LEAST = 4
 """Rows of a class of which one at least is held out."""
@@ -48,7 +49,11 @@ def choose(job: Job, num: int) -> tuple[np.ndarray, dict[str, Any]]:
     parts = [np.frombuffer(read_file(job.staging, _name(index)), np.uint64).reshape(2, -1) for index in range(num)]
     keys, classes = np.concatenate(parts, axis=1)
     by_class, num_keys = job.columns.group is None, len(np.unique(keys))
-    stats = {"held_out": "by class", "repeated": len(keys) - num_keys} if by_class else {"held_out": "by group", "groups": num_keys}
+    if by_class:
+        stats: dict[str, Any] = {"held_out": "by class", "repeated": len(keys) - num_keys}
+    else:
+        how = "by time, the latest" if isinstance(job.columns.group, TimeColumn) else "by group"
+        stats = {"held_out": how, "groups": num_keys}
     return held_out(keys, classes.astype(np.int64), job.val_fraction, by_class), stats
 
 

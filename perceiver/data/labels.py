@@ -14,7 +14,7 @@ import pyarrow as pa
 from perceiver.config import UserError
 from perceiver.data.examples import ExamplePart
 from perceiver.data.files import InputFile
-from perceiver.data.images import parse_idx
+from perceiver.data.images import BadImage, check_image, parse_idx
 from perceiver.data.read_documents import parsed_lines
 from perceiver.data.read_images import image_shape
 from perceiver.data.read_tables import array_rows, column_tables, csv_rows, is_json_array
@@ -28,6 +28,8 @@ MOST_CLASSES = 10_000
 """Different labels that are taken for classes at most."""
 MOST_LOOKED_AT = 2000
 """Pictures whose sizes are looked up, evenly drawn from all."""
+MOST_BYTES = 64 << 20
+"""Bytes of picture files that are decoded to find those that cannot be read: a few seconds."""
 
 
 def label_counts(source: Source, label_column: str, split: str | None = None, several: bool = False) -> Counter[str]:
@@ -135,6 +137,25 @@ def picture_sizes(source: Source, skip: bool = False) -> Counter[tuple[int, int,
     if not counts:
         raise UserError(f"none of the {len(source.files):,} files has a picture that can be read, such as {source.files[0].name}")
     return counts
+
+
+def unreadable_pictures(source: Source) -> list[tuple[str, str]]:
+    """Names of picture files that cannot be read, each with the reason: the first `MOST_BYTES` are decoded, of the others the heads."""
+    found, read = [], 0
+    pictures = [file for file in source.files if file.format == "picture"]
+    for file in pictures[:: max(1, -(-len(pictures) // MOST_LOOKED_AT))]:
+        filesystem, path = open_folder(file.path)
+        with filesystem.open_input_file(path) as stream:
+            data = stream.read()
+        try:
+            read += len(data)
+            if read <= MOST_BYTES:
+                check_image(data)
+            elif _size_in(data) is None:
+                raise BadImage("it is no picture, or damaged")
+        except BadImage as error:
+            found.append((file.name, str(error)))
+    return found
 
 
 def _size_of(file: InputFile) -> tuple[int, int, int] | None:

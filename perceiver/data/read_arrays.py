@@ -10,7 +10,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from perceiver.data.csv_values import csv_value, not_utf_8
 from perceiver.data.examples import ExamplePart
+from perceiver.data.read_tables import array_rows, column_tables, csv_rows, is_json_array
 from perceiver.data.rows import ArrayRows, BadExample
 from perceiver.data.spans import (
     Problems,
@@ -25,7 +27,6 @@ from perceiver.data.tables import (
     NotJson,
     group_of,
     line_fault,
-    parquet_tables,
     parse_json,
 )
 
@@ -37,9 +38,9 @@ def read_arrays(span: Span, rows: ArrayRows, problems: Problems, group: str | No
     Raises:
         UserError: a fault, where faults are not skipped.
     """
-    readers = {"examples": _code_arrays, "jsonl": _jsonl_arrays, "parquet": _parquet_arrays}
+    readers = {"examples": _code_arrays, "jsonl": _jsonl_arrays, "csv": _csv_arrays}
     try:
-        for where, example in readers[span.file.format](span, rows, problems, group):
+        for where, example in readers.get(span.file.format, _column_arrays)(span, rows, problems, group):
             try:
                 values = rows.values(example)
                 if group is not None and group not in example:
@@ -65,7 +66,11 @@ def _code_arrays(span: Span, rows: ArrayRows, problems: Problems, group: str | N
 
 
 def _jsonl_arrays(span: Span, rows: ArrayRows, problems: Problems, group: str | None) -> _Found:
-    """A JSON object a line, of (nested) lists."""
+    """A JSON object a line, or the elements of an array, of (nested) lists."""
+    if is_json_array(span.input_file):
+        for number, element in array_rows(span, problems):
+            yield partial("{} element {:,}".format, span.file.name, number), element
+        return
     any_row = False
     for base, run, _ in byte_runs(span, problems, line_borders(span)):
         position = base
@@ -85,10 +90,25 @@ def _line_place(span: Span, position: int, problems: Problems) -> str:
     return span.file.name if problems.skip else f"{span.file.name} line {line_number(span, position):,}"
 
 
-def _parquet_arrays(span: Span, rows: ArrayRows, problems: Problems, group: str | None) -> _Found:
+def _csv_arrays(span: Span, rows: ArrayRows, problems: Problems, group: str | None) -> _Found:
+    """Fields as the columns want them: numbers, lists as JSON."""
+    for line, row in csv_rows(span, [*rows.columns, *([group] if group is not None else [])], problems):
+        try:
+            for name in rows.columns:
+                row[name].encode()
+        except UnicodeEncodeError as error:
+            problems.report("not UTF-8", f"{span.file.name} line {line:,} is {not_utf_8(error)}")
+            continue
+        example: dict[str, Any] = {name: csv_value(row[name], column) for name, column in rows.columns.items()}
+        if group is not None:
+            example[group] = row[group]
+        yield partial("{} line {:,}".format, span.file.name, line), example
+
+
+def _column_arrays(span: Span, rows: ArrayRows, problems: Problems, group: str | None) -> _Found:
     """Columns of numbers, or of lists of them: nested as the rows' shapes are, or all numbers of a row in one list."""
     groups = [group] if group is not None and group not in rows.columns else []
-    for first, table in parquet_tables(span, [*rows.columns, *groups]):
+    for first, table in column_tables(span, [*rows.columns, *groups]):
         values = {name: _unpacked(table[name].combine_chunks(), rows.columns[name].shape) for name in rows.columns}
         values |= {name: table[name].to_pylist() for name in groups}
         for i in range(table.num_rows):

@@ -176,16 +176,18 @@ def _read_jsonl(span: Span, columns: Columns, problems: Problems) -> Iterator[Do
         raise Unreadable("empty file", f"{span.file.name} is empty")
 
 
-def parsed_lines(span: Span) -> Iterator[Any]:
-    """The values of lines of JSON; what is none is left out."""
+def parsed_lines(span: Span, problems: Problems | None = None) -> Iterator[Any]:
+    """The values of lines of JSON; what is none is left out, and reported if `problems` are given."""
     for base, run, _ in byte_runs(span, Problems(skip=True), line_borders(span)):
-        data = run.removeprefix(codecs.BOM_UTF8) if base == 0 else run
+        data, position = run.removeprefix(codecs.BOM_UTF8) if base == 0 else run, base
         for line in data.split(b"\n"):
             if line.strip():
                 try:
                     yield parse_json(line.decode())
-                except (UnicodeDecodeError, NotJson):
-                    continue
+                except (UnicodeDecodeError, NotJson) as error:
+                    if problems is not None:
+                        line_fault(span, position, problems)("not JSON", f"is no JSON ({error})")
+            position += len(line) + 1
 
 
 def _read_json_array(span: Span, columns: Columns, problems: Problems) -> Iterator[Documents]:

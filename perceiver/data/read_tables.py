@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow as pa
 
 from perceiver.data.files import PACKINGS, InputFile
+from perceiver.data.read_excel import excel_rows, is_excel
 from perceiver.data.spans import Problems, Span, Unreadable, check_record, chunks
 from perceiver.data.storage import open_folder
 from perceiver.data.tables import MAX_ROWS, NotJson, parquet_tables, parse_json
@@ -34,25 +35,41 @@ def csv_rows(span: Span, wanted: list[str], problems: Problems) -> Iterator[tupl
     Raises:
         Unreadable: no rows, a missing column, quotes that cannot be right.
     """
+    if is_excel(span.input_file.path):
+        yield from _with_names(span, excel_rows(span.input_file), wanted, problems)
+        return
     # Python's reader and not pyarrow's: that has no line numbers, and fails where a quoted text is longer than one of its blocks.
     name = span.file.name
     csv.field_size_limit(sys.maxsize)
     lines = _lines(span, problems)
     first = next(lines, "")
     separator = csv_separator(span.input_file.path, first)
-    reader = csv.reader(_chain(first, lines), delimiter=separator, strict=True)
-    header: list[str] = []
-    any_row = False
+    yield from _with_names(span, _records(name, _chain(first, lines), separator, problems), wanted, problems)
+
+
+def _records(name: str, lines: Iterator[str], separator: str, problems: Problems) -> Iterator[tuple[int, list[str]]]:
+    """The records that are not blank, each with the number of the line that it ends in."""
+    reader = csv.reader(lines, delimiter=separator, strict=True)
     while True:
         try:
             fields = next(reader)
         except StopIteration:
-            break
+            return
         except csv.Error as error:
             problems.report("bad quotes", f"{name} line {reader.line_num:,}: quotes that cannot be right ({error})")
             continue
-        if not fields:
-            continue
+        if fields:
+            yield reader.line_num, fields
+
+
+def _with_names(
+    span: Span, records: Iterator[tuple[int, list[str]]], wanted: list[str], problems: Problems
+) -> Iterator[tuple[int, dict[str, str]]]:
+    """Records after the first one by the names that it has."""
+    name = span.file.name
+    header: list[str] = []
+    any_row = False
+    for number, fields in records:
         if not header:
             header = fields
             if missing := [column for column in wanted if column not in header]:
@@ -61,9 +78,9 @@ def csv_rows(span: Span, wanted: list[str], problems: Problems) -> Iterator[tupl
         any_row = True
         if len(fields) != len(header):
             what = f"has {len(fields)} fields, and the first line names {len(header)}"
-            problems.report("wrong number of fields", f"{name} line {reader.line_num:,}: {what}")
+            problems.report("wrong number of fields", f"{name} line {number:,}: {what}")
             continue
-        yield reader.line_num, dict(zip(header, fields, strict=True))
+        yield number, dict(zip(header, fields, strict=True))
     if not any_row:
         raise Unreadable("empty file", f"{name} has no rows")
 

@@ -93,7 +93,7 @@ class TokenRows(_StreamRows):
     """A stream of token ids, cut end to end."""
 
     kind = "tokens"
-    is_text = True
+    is_text = prepared_by_training = True
     can_stream = takes_unlabelled = True
     least_length = (2, "a token is predicted from another one")
     formats = ("text", "wikitext", "jsonl", "csv", "arrow", "parquet", "wikitext-rows")
@@ -105,7 +105,7 @@ class EventRows(_StreamRows):
 
     kind = "events"
     fill_id = num_ids = PAD
-    has_split_tables = True
+    has_split_tables = prepared_by_training = True
     least_length = (2, "an event is predicted from another one")
     made_from = "performances"
     formats = ("midi",)
@@ -185,13 +185,14 @@ class ArrayRows(RowKind):
     has_columns = True
     made_from = "examples"
     new_rows: ClassVar[Literal["text", "image", "arrays", "frames"]] = "arrays"
-    formats: ClassVar[tuple[str, ...]] = ("parquet", "jsonl")
-    expected = ".parquet or .jsonl, .json (.gz or not), with the task's columns"
+    formats: ClassVar[tuple[str, ...]] = ("parquet", "arrow", "jsonl", "csv")
+    expected = ".parquet, .arrow, .jsonl, .json, .csv, .tsv or .xlsx, with the task's columns"
 
     def __init__(self, **columns: tuple[tuple[int, ...], str]) -> None:
         if not columns:
             raise UserError("ArrayRows needs at least one column")
         self.columns: dict[str, Column] = {}
+        self.may_miss: frozenset[str] = frozenset()
         for name, column in sorted(columns.items()):
             if not (isinstance(column, tuple) and len(column) == 2 and isinstance(column[0], tuple)):
                 raise UserError(f'column {name} is {column!r} and must be its shape and its type, such as ((72, 7), "float32")')
@@ -218,14 +219,17 @@ class ArrayRows(RowKind):
     def __hash__(self) -> int:
         return hash(tuple(self.columns.items()))
 
-    def to_json(self) -> dict[str, Any]:
-        """The columns as JSON-ready data."""
-        return {name: [list(column.shape), column.dtype] for name, column in self.columns.items()}
+    def to_json(self, missing: bool = False) -> dict[str, Any]:
+        """The columns as JSON-ready data; with `missing` also which may hold nothing, which is no part of what prepared data are."""
+        gaps = self.may_miss if missing else ()
+        return {name: [list(column.shape), column.dtype, *["nan"] * (name in gaps)] for name, column in self.columns.items()}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ArrayRows:
         """The inverse of `to_json`."""
-        return cls(**{name: (tuple(shape), dtype) for name, (shape, dtype) in data.items()})
+        found = cls(**{name: (tuple(shape), dtype) for name, (shape, dtype, *_) in data.items()})
+        found.may_miss = frozenset(name for name, column in data.items() if "nan" in column[2:])
+        return found
 
     @property
     def schema(self) -> pa.Schema:
@@ -268,7 +272,19 @@ class ArrayRows(RowKind):
         """
         if not isinstance(example, Mapping):
             raise BadExample("no mapping", f"it is a {type(example).__name__} and must be a mapping with {', '.join(self.columns)}")
+        example = self.filled(example)
         return {name: _value(example, name, column) for name, column in self.columns.items()}
+
+    def missing(self, names: Iterable[str]) -> ArrayRows:
+        """The same columns, of which these, of real numbers, may hold nothing in a row: it is read as NaN."""
+        found = ArrayRows.from_json(self.to_json())
+        found.may_miss = frozenset(names)
+        return found
+
+    def filled(self, example: Mapping[str, Any]) -> Mapping[str, Any]:
+        """An example with NaN where it holds None in a column that may miss."""
+        gaps = [name for name in self.may_miss if name in example and example[name] is None]
+        return {**example, **{name: np.full(self.columns[name].shape, math.nan) for name in gaps}} if gaps else example
 
     def stack(self, examples: list[dict[str, Any]]) -> pa.Table:
         """Rows of what `values` has returned."""

@@ -15,6 +15,7 @@ from perceiver.data.read_tables import is_json_array
 from perceiver.data.rows import KINDS
 from perceiver.data.sound_folders import sound_folder
 from perceiver.data.storage import open_folder
+from perceiver.data.times import together_by
 
 _UTF_8 = ("utf-8", "utf8")
 SMALLEST_SHARE = 1e-3
@@ -237,12 +238,12 @@ def _find(source: str, kind: str, field: str, data: DataConfig) -> tuple[list[Fo
     if together is not None:
         return together, None
     if KINDS[kind].new_rows == "image":
-        pictures = picture_folder(list_files(source, field, NAMED), label, f"{field} {source}", data.label_column, data.group_column)
+        pictures = picture_folder(list_files(source, field, NAMED), label, f"{field} {source}", data.label_column, together_by(data))
         if pictures:
             return pictures, None
     if KINDS[kind].new_rows == "audio":
         listed = list_files(source, field, NAMED)
-        return sound_folder(listed, label, f"{field} {source}", data.label_column, data.group_column, data.val_fold), None
+        return sound_folder(listed, label, f"{field} {source}", data.label_column, together_by(data), data.val_fold), None
     return files_of(source, label, kind, field, NAMED), None
 
 

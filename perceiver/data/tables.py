@@ -24,6 +24,7 @@ from perceiver.data.spans import (
     line_number,
 )
 from perceiver.data.storage import open_folder
+from perceiver.data.times import Time, TimeColumn
 
 MAX_ROWS = 4096
 """Rows of parquet taken at once, at most; fewer where they are large."""
@@ -102,10 +103,17 @@ def group_of(value: Any, column: str) -> bytes:
     """The value of a group column as bytes that tell groups apart.
 
     Raises:
-        NoGroup: there is none.
+        NoGroup: there is none, or it is no time where the column is of times.
     """
     if value is None or value == "":
-        raise NoGroup(f"column {column!r} is empty, and each row belongs to a group")
+        what = "has a time" if isinstance(column, TimeColumn) else "belongs to a group"
+        raise NoGroup(f"column {str(column)!r} is empty, and each row {what}")
+    if isinstance(column, TimeColumn):
+        try:
+            return Time.of(value)
+        except (ValueError, OverflowError):
+            shown = reprlib.repr(value)
+            raise NoGroup(f"column {str(column)!r} holds {shown}, which is no time: a number, or a date such as 2026-01-31") from None
     return label_text(value).encode(errors="surrogateescape")
 
 

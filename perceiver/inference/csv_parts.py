@@ -1,4 +1,4 @@
-"""Rows of .csv and .tsv files for batch inference: where parts may be cut, and the rows of a part."""
+"""Rows of .csv, .tsv and Excel files for batch inference: where parts may be cut, and the rows of a part."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import codecs
 import csv
 import sys
 from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Any
 
 from perceiver.config import UserError
+from perceiver.data.csv_values import csv_value
+from perceiver.data.files import InputFile
+from perceiver.data.read_excel import excel_rows
 from perceiver.data.read_tables import csv_separator
-from perceiver.data.tables import NotJson, parse_json
-from perceiver.inference.rows import Kind, Row, Wanted, checked_row
+from perceiver.inference.rows import Row, Wanted, checked_row
 
 
 class _Lines:
@@ -95,28 +98,49 @@ def csv_rows_of(head: Iterator[bytes], data: bytes, path: str, name: str, first:
         wanted: what is read of a row.
     """
     _, header, separator = _reader(_Lines(head), path, name)
-    rows = []
-    for number, fields in enumerate(_records(iter(_Lines(iter([data]), start)), separator, name), first):
-        place = f"{name}:{number}"
-        if len(fields) != len(header):
-            rows.append(Row(place, None, f"has {len(fields)} fields, and the first line names {len(header)}"))
-            continue
-        row = dict(zip(header, fields, strict=True))
-        values = {column: _value(row.get(column), wanted.kind) for column in wanted.columns}
-        bad = next((column for column, value in values.items() if isinstance(value, str) and not _is_utf_8(value)), None)
-        given = row.get(wanted.id_column or "")
-        rows.append(checked_row(values, given, place, wanted) if bad is None else Row(place, None, f"{bad!r} is not UTF-8"))
-    return rows
+    records = _records(iter(_Lines(iter([data]), start)), separator, name)
+    return [_row(header, fields, f"{name}:{number}", wanted) for number, fields in enumerate(records, first)]
 
 
-def _value(text: str | None, kind: Kind) -> Any:
-    """A field as it is; of rows of arrays the number or list that it holds, and nothing for an empty one."""
-    if kind != "arrays" or text is None:
-        return text
-    try:
-        return parse_json(text) if text else None
-    except NotJson:
-        return text
+def excel_count(path: str, name: str, check: Callable[[list[str]], None]) -> int:
+    """How many rows an Excel file has.
+
+    Args:
+        path, name: of the file.
+        check: is given the names of the columns.
+
+    Raises:
+        Unreadable: it is no Excel file.
+        UserError: what `check` raises.
+    """
+    rows = excel_rows(InputFile(path=path, name=name, format="csv", size=0))
+    check(next(rows, (0, []))[1])
+    return sum(1 for _ in rows)
+
+
+def excel_rows_of(path: str, name: str, first: int, num_rows: int, wanted: Wanted) -> list[Row]:
+    """Some rows of an Excel file, from the one of number `first` on."""
+    rows = excel_rows(InputFile(path=path, name=name, format="csv", size=0))
+    _, header = next(rows, (0, []))
+    chosen = enumerate((fields for _, fields in islice(rows, first, first + num_rows)), first)
+    return [_row(header, fields, f"{name}:{number}", wanted) for number, fields in chosen]
+
+
+def _row(header: list[str], fields: list[str], place: str, wanted: Wanted) -> Row:
+    if len(fields) != len(header):
+        return Row(place, None, f"has {len(fields)} fields, and the first line names {len(header)}")
+    row = dict(zip(header, fields, strict=True))
+    values = _values(row, wanted)
+    if bad := next((column for column, value in values.items() if isinstance(value, str) and not _is_utf_8(value)), None):
+        return Row(place, None, f"{bad!r} is not UTF-8")
+    return checked_row(values, row.get(wanted.id_column or ""), place, wanted)
+
+
+def _values(row: dict[str, str], wanted: Wanted) -> dict[str, Any]:
+    """Fields as they are; of rows of arrays the numbers or lists that they hold, and None for what is missing."""
+    if wanted.arrays is None:
+        return {name: row.get(name) for name in wanted.columns}
+    return {name: csv_value(row[name], column) for name, column in wanted.arrays.columns.items() if name in row}
 
 
 def _is_utf_8(text: str) -> bool:

@@ -23,7 +23,7 @@ def join(folder: str, names: Sequence[str], output: str) -> int:
     """Writes the parts of a folder, in order, as one file that appears whole or not at all; the number of its rows.
 
     Probabilities of classes go by the names of the classes: in .csv a column "probability_NAME" each, in .jsonl an object, in .parquet a
-    struct. Other lists are JSON in .csv.
+    struct. So do several numbers that were predicted, by the names of their columns; one alone is a number. Other lists are JSON in .csv.
     """
     root, _, name = output.rpartition("/")
     write = WRITERS[suffix_of(output)]
@@ -42,12 +42,22 @@ def _tables(folder: str, names: Sequence[str]) -> Iterator[pa.Table]:
         yield pq.read_table(f"{path}/{name}", filesystem=filesystem, partitioning=None)
 
 
-def _class_names(schema: pa.Schema) -> list[str] | None:
-    """The classes that the column "probabilities" is of."""
-    if "probabilities" not in schema.names:
+def _names(schema: pa.Schema) -> dict[str, list[str]]:
+    """Of columns of lists, what their numbers are of."""
+    found = {}
+    for field in schema:
+        if CLASS_NAMES.encode() in (field.metadata or {}):
+            names = json.loads(field.metadata[CLASS_NAMES.encode()])
+            if names is not None:
+                found[field.name] = names
+    return found
+
+
+def _named(value: Any, names: list[str]) -> Any:
+    """A list as an object; of one number that number."""
+    if value is None:
         return None
-    metadata = schema.field("probabilities").metadata or {}
-    return json.loads(metadata[CLASS_NAMES.encode()]) if CLASS_NAMES.encode() in metadata else None
+    return value[0] if len(names) == 1 else dict(zip(names, value, strict=True))
 
 
 def _rows(table: pa.Table) -> Iterator[dict[str, Any]]:
@@ -72,10 +82,9 @@ def _shortened(value: Any) -> Any:
 def _write_jsonl(file: BinaryIO, tables: Iterator[pa.Table]) -> int:
     total = 0
     for table in tables:
-        classes = _class_names(table.schema)
+        names = _names(table.schema)
         for row in _rows(table):
-            if classes is not None and row["probabilities"] is not None:
-                row["probabilities"] = dict(zip(classes, row["probabilities"], strict=True))
+            row |= {name: _named(row[name], each) for name, each in names.items()}
             file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
         total += table.num_rows
     return total
@@ -85,30 +94,33 @@ def _write_csv(file: BinaryIO, tables: Iterator[pa.Table]) -> int:
     text = io.TextIOWrapper(file, encoding="utf-8", newline="")
     writer, total = csv.writer(text, lineterminator="\n"), 0
     for table in tables:
-        classes = _class_names(table.schema)
+        names = _names(table.schema)
         if not total:
-            writer.writerow([column for field in table.schema for column in _columns(field.name, classes)])
+            writer.writerow([column for field in table.schema for column in _columns(field.name, names.get(field.name))])
         for row in _rows(table):
-            writer.writerow([cell for name, value in row.items() for cell in _cells(name, value, classes)])
+            writer.writerow([cell for name, value in row.items() for cell in _cells(value, names.get(name))])
         total += table.num_rows
     text.detach()
     return total
 
 
-def _columns(name: str, classes: list[str] | None) -> list[str]:
-    return [f"probability_{each}" for each in classes] if name == "probabilities" and classes is not None else [name]
+def _columns(name: str, names: list[str] | None) -> list[str]:
+    if names is None or len(names) == 1:
+        return [name]
+    one = f"{name.removesuffix('probabilities')}probability" if name.endswith("probabilities") else name
+    return [f"{one}_{each}" for each in names]
 
 
-def _cells(name: str, value: Any, classes: list[str] | None) -> list[Any]:
-    if name == "probabilities" and classes is not None:
-        return [None] * len(classes) if value is None else value
+def _cells(value: Any, names: list[str] | None) -> list[Any]:
+    if names is not None:
+        return [None] * len(names) if value is None else value
     return [json.dumps(value, ensure_ascii=False) if isinstance(value, (list, dict)) else value]
 
 
 def _write_parquet(file: BinaryIO, tables: Iterator[pa.Table]) -> int:
     writer, total = None, 0
     for table in tables:
-        table = _with_struct(table)
+        table = _with_structs(table)
         if writer is None:
             writer = pq.ParquetWriter(file, table.schema)
         writer.write_table(table)
@@ -118,15 +130,14 @@ def _write_parquet(file: BinaryIO, tables: Iterator[pa.Table]) -> int:
     return total
 
 
-def _with_struct(table: pa.Table) -> pa.Table:
-    classes = _class_names(table.schema)
-    if classes is None:
-        return table
-    kind = pa.struct([pa.field(name, pa.float32()) for name in classes])
-    values = table["probabilities"].to_pylist()
-    structs = pa.array([None if each is None else dict(zip(classes, each, strict=True)) for each in values], kind)
-    place = table.schema.get_field_index("probabilities")
-    return table.set_column(place, pa.field("probabilities", kind), structs)
+def _with_structs(table: pa.Table) -> pa.Table:
+    for column, names in _names(table.schema).items():
+        place = table.schema.get_field_index(column)
+        number = table.schema.field(place).type.value_type
+        kind = number if len(names) == 1 else pa.struct([pa.field(name, number) for name in names])
+        values = pa.array([_named(each, names) for each in table[column].to_pylist()], kind)
+        table = table.set_column(place, pa.field(column, kind), values)
+    return table
 
 
 WRITERS: dict[str, Callable[[BinaryIO, Iterator[pa.Table]], int]] = {".csv": _write_csv, ".jsonl": _write_jsonl, ".parquet": _write_parquet}

@@ -92,7 +92,8 @@ def json_row(row: Any, place: str, wanted: Wanted) -> Row:
     """What one value of JSON is as a row; an error where it is no object."""
     if not isinstance(row, dict):
         return Row(place, None, "not a JSON object")
-    return checked_row({name: row.get(name) for name in wanted.columns}, row.get(wanted.id_column), place, wanted)
+    values = {name: row.get(name) for name in wanted.columns if wanted.arrays is None or name in row}
+    return checked_row(values, row.get(wanted.id_column), place, wanted)
 
 
 def array_values(path: str, name: str) -> Iterator[tuple[int, Any]]:

@@ -1,7 +1,7 @@
 """Input files of batch inference, of any size, cut into parts, the same parts at every call; their rows, each with an id.
 
-Rows are the lines of .txt files, the objects of .jsonl (.json, .ndjson), the rows of .csv, .tsv, .parquet and .arrow, and image and sound
-files (a file a row). Files of lines and rows of text may be packed (.gz, .bz2, .zst).
+Rows are the lines of .txt files, the objects of .jsonl (.json, .ndjson), the rows of .csv, .tsv, .xlsx, .parquet and .arrow, and image and
+sound files (a file a row). Files of lines and rows of text may be packed (.gz, .bz2, .zst).
 """
 
 from __future__ import annotations
@@ -18,16 +18,17 @@ import pyarrow.parquet as pq
 
 from perceiver.config import UserError
 from perceiver.data.files import PACKINGS, InputFile
+from perceiver.data.read_excel import EXCEL, is_excel
 from perceiver.data.read_tables import is_json_array, open_arrow
 from perceiver.data.rows import ArrayRows
 from perceiver.data.storage import open_folder
-from perceiver.inference.csv_parts import csv_cuts, csv_rows_of
+from perceiver.inference.csv_parts import csv_cuts, csv_rows_of, excel_count, excel_rows_of
 from perceiver.inference.frames import FRAMES, IMAGES, SOUNDS, frame_cuts, frames_rows, media_row
 from perceiver.inference.line_parts import LINES, array_values, bytes_of, json_row, line_cuts, line_part, unpacked_chunks
 from perceiver.inference.part import Part, as_input_file, named
 from perceiver.inference.rows import Kind, Row, Wanted, checked_row
 
-_CSV, _ARROW = (".csv", ".tsv"), (".arrow", ".feather")
+_CSV, _ARROW = (".csv", ".tsv", *EXCEL), (".arrow", ".feather")
 _TABLES = (*_CSV, ".parquet", *_ARROW)
 _MEDIA = (*IMAGES, *SOUNDS)
 """Endings of files that are a row each."""
@@ -99,7 +100,11 @@ def plan_parts(
         elif _suffix(path) in _CSV:
             check = partial(_check_columns, name, columns=(column,) if arrays is None else (), id_column=id_column, arrays=arrays)
             with named(name):
-                cuts += [file | cut for cut in csv_cuts(unpacked_chunks(path, 0), path, name, rows_per_part, check)]
+                if is_excel(path):
+                    rows = excel_count(path, name, check)
+                    cuts += [file | {"first": first, "rows": min(rows_per_part, rows - first)} for first in range(0, rows, rows_per_part)]
+                else:
+                    cuts += [file | cut for cut in csv_cuts(unpacked_chunks(path, 0), path, name, rows_per_part, check)]
         elif is_json_array(as_input_file(path, name)):
             cuts += [file | {"rows": sum(1 for _ in array_values(path, name))}]
         elif _suffix(path) in LINES:
@@ -132,6 +137,9 @@ def read_part(part: Part, kind: Kind, column: str, id_column: str | None, arrays
         rows = _parquet_part(part, wanted)
     elif suffix in _ARROW:
         rows = _arrow_part(part, wanted)
+    elif is_excel(part.paths[0]):
+        with named(part.names[0]):
+            rows = excel_rows_of(part.paths[0], part.names[0], part.first, part.rows, wanted)
     elif suffix in _CSV:
         path, name = part.paths[0], part.names[0]
         rows = csv_rows_of(unpacked_chunks(path, 0), bytes_of(part), path, name, part.first, part.start, wanted)

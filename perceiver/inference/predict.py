@@ -17,7 +17,7 @@ from perceiver.inference.rows import Row
 from perceiver.inference.trained import TrainedModel
 
 CLASS_NAMES = "class_names"
-"""Of the metadata of the column "probabilities": the classes that they are of, in order."""
+"""Of the metadata of a column of lists: what their numbers are of, in order; of the column "probabilities" the classes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,8 +102,18 @@ def _predict(model: TrainedModel, values: list[Any], options: PredictOptions, pl
     for name, example in wanted.items():
         if results[name].shape[1:] != example.shape[1:]:
             raise UserError(f"{name} has shape {results[name].shape[1:]}, but of other rows it has {example.shape[1:]}")
-    columns = [results[name].reshape(len(values), -1) if results[name].ndim > 1 else results[name].tolist() for name in wanted]
+    columns = []
+    for name in wanted:
+        columns.append(results[name].reshape(len(values), -1) if results[name].ndim > 1 else results[name].tolist())
+        if names := _label_names(model, name):
+            columns.append([names[number] for number in columns[-1]])
     return list(zip(*columns, strict=True))
+
+
+def _label_names(model: TrainedModel, name: str) -> tuple[str, ...]:
+    """The classes that a prediction numbers: each row gets the name of its class, too."""
+    example = model.predictor.example[name]
+    return model.predictor.task.prediction_names().get(name, ()) if example.ndim == 1 and example.dtype.kind == "i" else ()
 
 
 MODES: dict[str, Mode] = {
@@ -188,5 +198,13 @@ def _prediction_fields(model: TrainedModel) -> list[pa.Field]:
         if name in ("id", "error"):
             raise UserError(f"the task of {model.name} predicts {name!r}, a name that the output has itself: choose another")
         kind, shape = pa.from_numpy_dtype(values.dtype), values.shape[1:]
-        found.append(pa.field(name, pa.list_(kind), metadata={"shape": json.dumps(shape)}) if shape else pa.field(name, kind))
+        if not shape:
+            found.append(pa.field(name, kind))
+            if _label_names(model, name):
+                found.append(pa.field(name.removesuffix("class") + "label", pa.string()))
+            continue
+        metadata, names = {"shape": json.dumps(shape)}, model.predictor.task.prediction_names().get(name, ())
+        if shape == (len(names),):
+            metadata[CLASS_NAMES] = json.dumps(names)
+        found.append(pa.field(name, pa.list_(kind), metadata=metadata))
     return found

@@ -71,7 +71,14 @@ class Predictor:
     @cached_property
     def example(self) -> dict[str, np.ndarray]:
         """What the task says of one row of zeros: it tells the names, types and shapes of all its predictions."""
-        return self.batch(self.rows.zeros(1), 0)
+        zeros = self.rows.zeros(1)
+        texts = [name for name, column in self.rows.columns.items() if not column.is_number]
+        try:
+            return self.batch(zeros, 0)
+        except UserError:
+            if not texts or len(texts) == len(self.rows.columns):
+                raise
+            return self.batch(zeros.drop_columns(texts), 0)  # an empty text is none of the classes to predict
 
     def table(self, given: Any) -> pa.Table:
         """Rows in any form as a table of those of the task's columns that all of them have.
@@ -96,6 +103,7 @@ class Predictor:
             return self.rows.zeros(0)
         if wrong := next((row for row in given if not isinstance(row, Mapping)), None):
             raise UserError(f"a row is a {type(wrong).__name__} and must be a mapping with {', '.join(self.rows.columns)}")
+        given = [self.rows.filled(row) for row in given]
         names = [name for name in self.rows.columns if all(row.get(name) is not None for row in given)]
         if not names:
             raise UserError(f"{self.name} needs rows with {', '.join(self.rows.columns)}, and there is none that all rows have")

@@ -75,6 +75,7 @@ def checked_row(values: dict[str, Any], given: Any, place: str, wanted: Wanted) 
 
 
 def _arrays_row(values: dict[str, Any], identity: str, place: str, arrays: ArrayRows) -> Row:
+    values = dict(arrays.filled(values))
     names = [name for name, value in values.items() if value is not None]
     if not names:
         return Row(identity, None, f"has none of the columns {', '.join(arrays.columns)}", place)

@@ -126,7 +126,7 @@ class ServedModel:
 
     def _row(self, row: Mapping[str, Any]) -> Row:
         identity = str(row.get("id", "0"))
-        values = {name: row.get(name) for name in self._wanted.columns}
+        values = {name: row.get(name) for name in self._wanted.columns if not self.interface.columns or name in row}
         if self.interface.kind == "image":
             try:
                 values[self.interface.column] = base64.b64decode(str(row.get(self.interface.column) or ""), validate=True)

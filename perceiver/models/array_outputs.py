@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from perceiver.config.core import UserError, spelled
 from perceiver.models.checks import check_sizes
-from perceiver.models.outputs import ModelSizes, OutputConfig, OutputQueries
+from perceiver.models.outputs import ModelSizes, OutputConfig, OutputQueries, PartedQueries
 from perceiver.models.position import coordinate_features, fourier_features
 
 
@@ -61,6 +61,11 @@ class ArrayOutput(OutputConfig):
     def ask(self, learned: Any, x: Any, adapted: Any, positions: Tensor | None) -> Tensor:
         return adapted if self.ask_by == "input" else super().ask(learned, x, adapted, positions)
 
+    def ask_in_parts(self, learned: Any, x: Any, adapted: Any, positions: Tensor | None) -> Tensor | PartedQueries:
+        if not isinstance(learned, PositionQueries):
+            return self.ask(learned, x, adapted, positions)
+        return PartedQueries(learned.shape(x), lambda part: learned(x, None, part))
+
     def check(self, where: str) -> None:
         where = spelled(where)
         check_sizes(self, where)
@@ -85,14 +90,20 @@ class PositionQueries(nn.Module):
         if self.table is not None:
             self.table.copy_(fourier_features(self.config.grid, self.config.num_frequency_bands, self.table.device))
 
-    def forward(self, x: Any, adapted: Any) -> Tensor:
+    def shape(self, x: Any) -> tuple[int, int, int]:
+        """(B or 1, M, channels) of the queries of a batch."""
+        size, number = (1, self.table.shape[0]) if self.table is not None else x["query"].shape[:2]
+        return size, number, self.linear.out_features
+
+    def forward(self, x: Any, adapted: Any, part: slice = slice(None)) -> Tensor:
         config = self.config
         if self.table is not None:
-            found = self.table[None]
+            found = self.table[None, part]
         elif config.ask_by == "coordinates":
-            found = coordinate_features(x["query"].float(), (config.resolution,) * config.num_features, config.num_frequency_bands)
+            points = x["query"][:, part].float()
+            found = coordinate_features(points, (config.resolution,) * config.num_features, config.num_frequency_bands)
         else:
-            found = x["query"]
+            found = x["query"][:, part]
         return self.linear(found.to(self.linear.weight.dtype))
 
 

@@ -1,6 +1,6 @@
 """Audio, video and images in patches: inputs that are vectors over a fixed grid, with Fourier features of the grid.
 
-Their cross-attention may be factored (`factored_attention.py`), as that to pixels.
+Cross-attention to all but patches of images may be factored (`factored_attention.py`), as that to pixels.
 
 Shapes: B batch, N input positions, P numbers of a position.
 """
@@ -166,6 +166,10 @@ class StemInput(ImageInput):
 
     def num_positions(self) -> int:
         return math.prod(self.grid())
+
+    @property
+    def factorable(self) -> bool:
+        return self.stem == "convolution"  # channels of patches are not few: keys and values cost less
 
     def check(self, where: str) -> None:
         super().check(where)

@@ -8,7 +8,9 @@ Shapes: B batch, N input positions, C channels of an input position, M output qu
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
@@ -45,6 +47,26 @@ class OutputQueries:
     """Whether the output matrix is the token embedding."""
     per_position: bool = False
     """Whether each position of the input has its query, so that some may be decoded and others not."""
+
+
+class PartedQueries:
+    """Queries that are made when they are decoded, part by part, so that they are never there all at once. Called, it makes all.
+
+    Args:
+        shape: (B or 1, M, Q).
+        make: makes those of a slice of M, (B or 1, m, Q).
+    """
+
+    def __init__(self, shape: tuple[int, int, int], make: Callable[[slice], Tensor]) -> None:
+        self.shape, self.make = shape, make
+
+    def __call__(self) -> Tensor:
+        return self.make(slice(None))
+
+    def split(self, size: int, dim: int = 1) -> list[Callable[[], Tensor]]:
+        """Functions that make `size` queries each, the last one what is left."""
+        assert dim == 1
+        return [partial(self.make, slice(first, first + size)) for first in range(0, self.shape[1], size)]
 
 
 class OutputConfig(Config):
@@ -88,6 +110,10 @@ class OutputConfig(Config):
         if callable(learned):
             return learned(x, adapted)
         return learned[None] if positions is None else learned[positions]
+
+    def ask_in_parts(self, learned: Any, x: Any, adapted: Any, positions: Tensor | None) -> Tensor | PartedQueries:
+        """As `ask`; where the queries can be made part by part, an object that does so: see `PartedQueries`."""
+        return self.ask(learned, x, adapted, positions)
 
     def answer(self, decoded: Tensor, model: ModelSizes) -> Tensor:
         """The model's output, of (B, M, outputs)."""

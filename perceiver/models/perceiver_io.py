@@ -170,7 +170,7 @@ class PerceiverIO(nn.Module):
             adapted, pad_mask = self.encoder.adapt(x, pad_mask)
             latents = self.encoder(adapted, pad_mask)
         output = self.config.output
-        decoded = self.decoder(output.ask(self.decoder.queries, x, adapted, positions), latents, self._tied_matrix(), x)
+        decoded = self.decoder(output.ask_in_parts(self.decoder.queries, x, adapted, positions), latents, self._tied_matrix(), x)
         return output.answer(decoded, self.config)
 
     def _tied_matrix(self) -> Tensor | None:

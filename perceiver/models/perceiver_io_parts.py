@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +14,7 @@ from perceiver.models import factored_attention
 from perceiver.models.attention import CrossAttentionLayer, SelfAttentionLayer
 from perceiver.models.factored_attention import FactoredInput
 from perceiver.models.initialize import initialize, initialized
+from perceiver.models.outputs import PartedQueries
 from perceiver.models.tensor_shapes import check_tensor
 
 if TYPE_CHECKING:
@@ -179,7 +180,7 @@ class PerceiverDecoder(nn.Module):
         """Draws all parameters, as in the whole model."""
         initialize_part(self, self.config, seed, prefix="decoder")
 
-    def forward(self, queries: Tensor, latents: Tensor, tied_matrix: Tensor | None = None, x: Any = None) -> Tensor:
+    def forward(self, queries: Tensor | PartedQueries, latents: Tensor, tied_matrix: Tensor | None = None, x: Any = None) -> Tensor:
         """queries (B or 1, M, channels), latents (B, L, D) -> (B, M, outputs); tied_matrix (outputs, channels); x: the model's input."""
         size = self.config.decoder.query_chunk
         if size is None or queries.shape[1] <= size:
@@ -192,9 +193,9 @@ class PerceiverDecoder(nn.Module):
                 parts.append(self._decode(part, latents, tied_matrix))
         return self._finish(torch.cat(parts, dim=1), x)
 
-    def _decode(self, queries: Tensor, latents: Tensor, tied_matrix: Tensor | None) -> Tensor:
+    def _decode(self, queries: Tensor | Callable[[], Tensor], latents: Tensor, tied_matrix: Tensor | None) -> Tensor:
         """All that is done to each query by itself."""
-        x = self.cross_attention(queries, latents)
+        x = self.cross_attention(queries() if callable(queries) else queries, latents)
         if self.output is None:
             return F.linear(x, tied_matrix, self.output_bias)
         return self.output(x) if self.config.output.head_per_query else x

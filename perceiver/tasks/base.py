@@ -25,6 +25,7 @@ from perceiver.data.components import Component, weighted
 from perceiver.data.manifest import Manifest, Split
 from perceiver.data.rows import ArrayRows
 from perceiver.models import build_model
+from perceiver.tasks.baselines import Baseline, Guess, beside
 
 Batch = dict[str, Tensor]
 C = TypeVar("C", bound=TaskConfig)
@@ -50,28 +51,6 @@ class Sample:
     """End of that file's name."""
 
 
-@dataclass(frozen=True)
-class Guess:
-    """A pass over a validation split by a model that knows frequencies alone."""
-
-    sums: dict[str, np.ndarray]
-    """As those of a pass; NaN where one is not known."""
-    means: dict[str, str]
-    """By metric: how it is reached, such as "always answering 'positive'"."""
-
-
-@dataclass(frozen=True)
-class Baseline:
-    """What a metric is without a trained model."""
-
-    value: float
-    means: str
-    """How it is reached."""
-
-    def __str__(self) -> str:
-        return f"{self.means}: {self.value:,.4g}"
-
-
 class Task(ABC, Generic[C, M]):
     """A task: its settings, for one model and one kind of data. Knows nothing of devices, ranks and optimizers.
 
@@ -84,6 +63,9 @@ class Task(ABC, Generic[C, M]):
 
     metric_directions: ClassVar[Mapping[str, Literal["min", "max"]]] = {"loss": "min"}
     """All that `metrics` returns, by name, and which values are better: low ("min") or high ("max")."""
+
+    baseline_metrics: Mapping[str, tuple[str, str]] = {}
+    """Of what is measured without training in the same pass, by the metric that it stands beside: its metric, and how it is reached."""
 
     def __init__(self, config: C, model: M, data: DataConfig, seed: int) -> None:
         self.config, self.model_config, self.data, self.seed = config, model, data, seed
@@ -183,6 +165,10 @@ class Task(ABC, Generic[C, M]):
         """What the model says of each example of a batch that may lack its targets, (size, ...) by name: for new data."""
         raise UserError(f"{type(self).__name__} has no method predict(model, batch), so its models cannot be applied to new data")
 
+    def prediction_names(self) -> dict[str, tuple[str, ...]]:
+        """Of predictions, by their names, what the numbers in their last dimension are of; or the classes that a whole number counts."""
+        return {}
+
     def metrics(self, sums: dict[str, np.ndarray], split: Split) -> dict[str, float]:
         """Metrics of a whole pass from its sums ("targets" and "loss" among them), without the prefix "val_"."""
         return {"loss": float(sums["loss"] / max(sums["targets"], 1))}
@@ -240,6 +226,10 @@ class Task(ABC, Generic[C, M]):
             found[f"val_{name}"] = Baseline(metrics[name], means if same else "guessing so in each data set")
         return found
 
+    def measured_baselines(self, metrics: Mapping[str, float]) -> dict[str, Baseline]:
+        """What `metrics` of a pass (val_...) has of `baseline_metrics`, by the names of the metrics that they stand beside."""
+        return beside(metrics, self.baseline_metrics)
+
     def throughput_unit(self) -> tuple[str, int]:
         """What throughput is counted in and how many of it an example holds, e.g. ("tokens", 4096)."""
         return "examples", 1
@@ -262,9 +252,13 @@ class Task(ABC, Generic[C, M]):
         with torch.device("meta"):
             return CountedStep(self.build_model(), self.loss, {name: t.to("meta") for name, t in self.dummy_batch(2).items()})
 
+    def dummy_rows(self, size: int) -> pa.Table:
+        """Rows that `collate` takes, whose values are not looked at."""
+        return self.rows.zeros(size)
+
     def dummy_batch(self, size: int) -> Batch:
         """A training batch of examples of the greatest size, to count with: values are not looked at. By default rows of zeros."""
-        rows = self.rows.zeros(size)
+        rows = self.dummy_rows(size)
         numbers = pa.array(np.arange(size))
         rows = rows.append_column("row", numbers).append_column("epoch", pa.array(np.zeros(size, np.int64)))
         return self.collate(rows, size, dummy_split(self.rows, size), True, 0)
@@ -312,19 +306,3 @@ def padded(values: np.ndarray, size: int, fill: float = 0) -> Tensor:
     result = np.full((size, *values.shape[1:]), fill, dtype=values.dtype)
     result[: len(values)] = values
     return torch.from_numpy(result)
-
-
-def unigram_guess(manifest: Manifest, metrics: tuple[str, ...], **sums: float) -> Guess | None:
-    """Guessing each token of the validation text by its frequency in the training text.
-
-    Args:
-        metrics: those that this says something about.
-        sums: what the task sums besides loss and targets.
-    """
-    nats = manifest.stats.get("unigram_nats_per_token")
-    if nats is None:  # nothing is counted where there is no training text
-        return None
-    tokens = manifest.splits["val"].tokens
-    counts = {"loss": nats * tokens, "targets": tokens, **sums}
-    means = "guessing by the frequencies of single tokens"
-    return Guess({name: np.float64(value) for name, value in counts.items()}, dict.fromkeys(metrics, means))

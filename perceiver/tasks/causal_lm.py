@@ -17,7 +17,8 @@ from perceiver.data.tokenizers import load_tokenizer, tokenizer_is_there
 from perceiver.generation.generate import generate
 from perceiver.generation.options import Sampling
 from perceiver.models import PerceiverARConfig
-from perceiver.tasks.base import Guess, Sample, Task, unigram_guess
+from perceiver.tasks.base import Sample, Task
+from perceiver.tasks.baselines import Guess, unigram_guess
 from perceiver.tasks.next_token import NextToken, NextTokenConfig
 
 

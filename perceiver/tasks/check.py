@@ -149,6 +149,10 @@ def _check_batches(task: Task[Any, Any], rows: pa.Table) -> Batch:
     if padded != whole:
         rule = f'its "labels" must be {IGNORE_INDEX}' if "labels" in batch else 'num_targets must leave it out (see "valid")'
         raise UserError(f"{name_of(task)} counts {padded - whole} targets in an example of padding, which must have none: {rule}")
+    try:
+        _batch(task, rows.slice(0, 0), 2)
+    except UserError as error:
+        raise UserError(f"{error}, for a batch without rows, which a worker may have at the end of an epoch") from error
     return batch
 
 

@@ -127,6 +127,12 @@ def mean_f1(hits: np.ndarray, said: np.ndarray, there: np.ndarray) -> float:
     return float(np.mean(2 * hits[both > 0] / both[both > 0])) if (both > 0).any() else 0.0
 
 
+def mean_iou(hits: np.ndarray, said: np.ndarray, there: np.ndarray) -> float:
+    """The mean over classes of intersection over union; of classes that neither are there nor were said there is none."""
+    union = said.astype(np.float64) + there - hits
+    return float(np.mean(hits[union > 0] / union[union > 0])) if (union > 0).any() else 0.0
+
+
 def class_table(confusion: np.ndarray, names: tuple[str, ...]) -> list[str]:
     """Lines with recall, precision and F1 of each class."""
     return tag_table(np.diag(confusion), confusion.sum(0), confusion.sum(1), names)

@@ -23,7 +23,8 @@ from perceiver.data.sources import resolve
 from perceiver.models import ClassOutput, PerceiverIOConfig
 from perceiver.plots import confusion_matrix, pixels
 from perceiver.tasks import class_metrics
-from perceiver.tasks.base import IGNORE_INDEX, Batch, C, Guess, Sample, Task, loss_of_sources, of_examples, padded
+from perceiver.tasks.base import IGNORE_INDEX, Batch, C, Sample, Task, loss_of_sources, of_examples, padded
+from perceiver.tasks.baselines import Guess
 from perceiver.tasks.class_settings import ClassSettings
 
 logger = logging.getLogger(__name__)

@@ -16,7 +16,8 @@ from perceiver.data.examples import Example, ExampleSource
 from perceiver.data.manifest import Manifest, Split
 from perceiver.data.rows import ArrayRows
 from perceiver.models import PerceiverARConfig
-from perceiver.tasks.base import EACH, IGNORE_INDEX, Batch, Guess, Task
+from perceiver.tasks.base import EACH, IGNORE_INDEX, Batch, Task
+from perceiver.tasks.baselines import Guess
 from perceiver.tasks.whole_sequences import WholeSequenceConfig, WholeSequences
 
 

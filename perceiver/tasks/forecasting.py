@@ -22,7 +22,9 @@ from perceiver.tasks.moments import Moments
 from perceiver.tasks.table_numbers import deviation, gaussian_crps
 
 SHOWN = 3
-"""Windows of the validation split that are drawn: its first, and others at equal distances."""
+"""Windows of the validation split that are drawn: its first, and others at equal distances; of those that a pass over a part of the split
+leaves out, others that it has."""
+_DRAWN = ("past", "future", "center", "spread")
 
 
 class ForecastingConfig(TaskConfig):
@@ -85,6 +87,12 @@ class Forecasting(Task[ForecastingConfig, PerceiverIOConfig]):
         "loss": "min", "mae": "min", "rmse": "min", "crps": "min", "mae_last": "min", "rmse_last": "min", "crps_last": "min",
         "naive_mae": "min", "naive_rmse": "min",
     }  # fmt: skip
+    baseline_metrics = {name: (f"naive_{name}", "the last season again") for name in ("mae", "rmse")}
+
+    def __init__(self, config: ForecastingConfig, model: PerceiverIOConfig, data: DataConfig, seed: int) -> None:
+        super().__init__(config, model, data, seed)
+        self._seen: list[dict[str, np.ndarray]] = []
+        """The first windows that this worker saw in a validation, of their first series."""
 
     def collate(self, rows: pa.Table, size: int, split: Split, train: bool, step: int) -> Batch:
         """Rows that lack their future are for prediction."""
@@ -126,7 +134,10 @@ class Forecasting(Task[ForecastingConfig, PerceiverIOConfig]):
         weights = valid.double()
         sums = {name: torch.einsum("b,bfs->f", weights, values.double()) / values.shape[2] for name, values in found.items()}
         drawn = {"past": batch["past"], "future": batch["future"], "center": center * scale + mean, "spread": spread * scale}
+        for i in valid.nonzero().flatten().tolist()[: SHOWN - len(self._seen)]:
+            self._seen.append({name: values[i, :, 0].double().cpu().numpy() for name, values in drawn.items()})
         shown = (batch["shown"] & valid[:, None]).double()
+        sums["shown"] = shown.sum(0)
         sums |= {f"shown_{name}": torch.einsum("bn,bf->nf", shown, values[..., 0].double()) for name, values in drawn.items()}
         return each.sum(), sums | of_examples(each, valid)
 
@@ -148,10 +159,19 @@ class Forecasting(Task[ForecastingConfig, PerceiverIOConfig]):
         }
 
     def samples(self, model: nn.Module, sums: dict[str, np.ndarray], split: Split) -> list[Sample]:
-        count = min(SHOWN, split.rows)
-        drawn = {name: sums[f"shown_{name}"][:count] for name in ("past", "future", "center", "spread")}
-        naive = self.naive(torch.from_numpy(drawn["past"])[..., None])[..., 0].numpy()
-        return [Sample("forecasts", image=pixels(forecasts(**drawn, naive=naive)))]
+        there = np.flatnonzero(sums["shown"])[: split.rows]
+        drawn = {name: list(sums[f"shown_{name}"][there]) for name in _DRAWN}
+        for window in self._seen:
+            again = any(np.array_equal(window["past"], past) for past in drawn["past"])
+            if len(drawn["past"]) < SHOWN and not again:
+                for name in _DRAWN:
+                    drawn[name].append(window[name])
+        self._seen = []
+        if not drawn["past"]:
+            return []
+        windows = {name: np.stack(found) for name, found in drawn.items()}
+        naive = self.naive(torch.from_numpy(windows["past"])[..., None])[..., 0].numpy()
+        return [Sample("forecasts", image=pixels(forecasts(**windows, naive=naive)))]
 
     def predict(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         (center, spread), (mean, scale) = self.said(model, batch), self._units(batch["past"].device)

@@ -23,7 +23,8 @@ from perceiver.data.text import mask_words
 from perceiver.data.tokenizers import Tokenizer, load_tokenizer, missing
 from perceiver.generation.masks import MARKS, encode_masked, fill_masks
 from perceiver.models import PerceiverIOConfig, TextInput, TextOutput
-from perceiver.tasks.base import IGNORE_INDEX, Batch, Guess, Sample, Task, loss_of_sources, of_examples, padded, unigram_guess
+from perceiver.tasks.base import IGNORE_INDEX, Batch, Sample, Task, loss_of_sources, of_examples, padded
+from perceiver.tasks.baselines import Guess, unigram_guess
 
 
 class MaskedLMConfig(TaskConfig):

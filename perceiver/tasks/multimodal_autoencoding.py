@@ -105,7 +105,14 @@ def _parts(model: ModelConfig) -> tuple[MultimodalInput, AutoencoderOutput]:
 class MultimodalAutoencoding(Task[MultimodalAutoencodingConfig, PerceiverIOConfig]):
     """Pixels from 0 to 1, samples from -1 to 1; the input does not have the class (`model.input.masked`) by default."""
 
-    metric_directions = {"loss": "min", "psnr_video": "max", "psnr_audio": "max", "acc": "max"}
+    metric_directions = {
+        "loss": "min", "psnr_video": "max", "psnr_audio": "max", "acc": "max",
+        "psnr_video_mean": "max", "psnr_audio_silence": "max", "baseline_acc": "max",
+    }  # fmt: skip
+    baseline_metrics = {
+        "psnr_video": ("psnr_video_mean", "each clip's mean colour"), "psnr_audio": ("psnr_audio_silence", "silence"),
+        "acc": ("baseline_acc", "always the commonest class"),
+    }  # fmt: skip
 
     def __init__(self, config: MultimodalAutoencodingConfig, model: PerceiverIOConfig, data: DataConfig, seed: int) -> None:
         super().__init__(config, model, data, seed)
@@ -159,7 +166,9 @@ class MultimodalAutoencoding(Task[MultimodalAutoencodingConfig, PerceiverIOConfi
             return each.sum(), loss_of_sources(each, batch)
         right = said["label"].argmax(-1) == labels
         sums = {"right": (right & known).sum(), "known": known.sum()}
-        for part, values in error.items():
+        sums["classes"] = torch.bincount(labels[known], minlength=self.output.num_classes)
+        simplest = {"video_mean": truth["video"].mean(1, keepdim=True) - truth["video"], "audio_silence": truth["audio"]}
+        for part, values in (error | simplest).items():
             decibels = -10 * values.double().square().mean((1, 2)).clamp(min=_LEAST).log10()
             sums[f"psnr_{part}"] = torch.where(valid, decibels, 0.0).sum()
         self._observe(batch)
@@ -171,10 +180,13 @@ class MultimodalAutoencoding(Task[MultimodalAutoencodingConfig, PerceiverIOConfi
             self._shown.append((number, batch["video"][i].cpu().numpy(), batch["audio"][i].cpu().numpy()))
 
     def metrics(self, sums: dict[str, np.ndarray], split: Split) -> dict[str, float]:
-        """PSNR in decibels of video (pixels from 0 to 1) and audio (an amplitude of 1), means over examples; share of right classes."""
-        count = max(float(sums["targets"]), 1.0)
-        found = {name: float(sums[name]) / count for name in ("psnr_video", "psnr_audio")}
-        return {**super().metrics(sums, split), **found, "acc": float(sums["right"]) / max(float(sums["known"]), 1.0)}
+        """PSNR in decibels of video (pixels from 0 to 1) and audio (an amplitude of 1), means over examples; share of right classes.
+        Beside them that of the simplest answers: each clip's mean colour, silence, the class that most of the examples have.
+        """
+        count, known = max(float(sums["targets"]), 1.0), max(float(sums["known"]), 1.0)
+        found = {name: float(sums[name]) / count for name in self.metric_directions if name.startswith("psnr_")}
+        shares = {"acc": float(sums["right"]) / known, "baseline_acc": float(sums["classes"].max()) / known}
+        return {**super().metrics(sums, split), **found, **shares}
 
     @torch.no_grad()
     def reconstructed(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:

@@ -102,6 +102,7 @@ class OpticalFlow(Task[OpticalFlowConfig, PerceiverIOConfig]):
         "loss": "min", "epe": "min", "fl_all": "min", "within_1px": "max", "within_3px": "max", "within_5px": "max",
         "epe_visible": "min", "epe_occluded": "min", "epe_zero": "min",
     }  # fmt: skip
+    baseline_metrics = {"epe": ("epe_zero", "nothing moves")}
 
     def __init__(self, config: OpticalFlowConfig, model: PerceiverIOConfig, data: DataConfig, seed: int) -> None:
         super().__init__(config, model, data, seed)

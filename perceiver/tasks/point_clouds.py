@@ -58,6 +58,9 @@ def _input(model: ModelConfig) -> ArrayInput:
 class PointClouds(Classification[PointCloudsConfig]):
     """A class per cloud; the points are features and coordinates."""
 
+    metric_directions = {**Classification.metric_directions, "baseline_acc": "max"}
+    baseline_metrics = {"acc": ("baseline_acc", "always the commonest class")}
+
     def collate(self, rows: pa.Table, size: int, split: Split, train: bool, step: int) -> Batch:
         """Rows that lack their label are for prediction."""
         stored = ArrayRows(**{name: (c.shape, c.dtype) for name, c in self.rows.columns.items() if name in rows.column_names})
@@ -73,6 +76,10 @@ class PointClouds(Classification[PointCloudsConfig]):
 
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
         return model({"values": batch["points"], "coordinates": batch["points"]})
+
+    def metrics(self, sums: dict[str, np.ndarray], split: Split) -> dict[str, float]:
+        there = sums["confusion"].sum(1)
+        return {**super().metrics(sums, split), "baseline_acc": float(there.max() / max(there.sum(), 1))}
 
     def predict(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         probabilities = self.logits(model, batch).float().softmax(-1)

@@ -31,7 +31,8 @@ from perceiver.generation.generate import generate
 from perceiver.generation.options import Sampling
 from perceiver.models import PerceiverARConfig
 from perceiver.plots import frame, new_figure, pixels
-from perceiver.tasks.base import Guess, Sample, Task, unigram_guess
+from perceiver.tasks.base import Sample, Task
+from perceiver.tasks.baselines import Guess, unigram_guess
 from perceiver.tasks.next_token import NextToken, NextTokenConfig
 
 TRANSPOSE, STRETCH, LOUDNESS = 3, 4, 5

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pyarrow as pa
 from torch import Tensor, nn
@@ -17,6 +19,7 @@ class TableClassification(TableTask, Classification[TableSettings]):
     """A class per row, beside always answering the commonest class of the training split."""
 
     metric_directions = {**Classification.metric_directions, "baseline_acc": "max"}
+    baseline_metrics = {"acc": ("baseline_acc", "always the commonest class")}
 
     @property
     def class_column(self) -> str | None:  # type: ignore[override]
@@ -24,6 +27,9 @@ class TableClassification(TableTask, Classification[TableSettings]):
 
     def classes(self, rows: pa.Table) -> np.ndarray:
         return class_numbers(self.config, rows)
+
+    def dummy_rows(self, size: int) -> pa.Table:
+        return with_classes(super().dummy_rows(size), [self.config])
 
     def collate(self, rows: pa.Table, size: int, split: Split, train: bool, step: int) -> Batch:
         batch = {"inputs": self.inputs(rows, size)}
@@ -45,6 +51,20 @@ class TableClassification(TableTask, Classification[TableSettings]):
     def predict(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         probabilities = self.logits(model, batch).float().softmax(-1)
         return {"class": probabilities.argmax(-1), "probabilities": probabilities}
+
+    def prediction_names(self) -> dict[str, tuple[str, ...]]:
+        names = self.config.class_names or tuple(map(str, range(len(self.config.target_mean))))
+        return dict.fromkeys(("class", "probabilities"), names)
+
+
+def with_classes(rows: pa.Table, settings: Sequence[TableSettings]) -> pa.Table:
+    """Rows of which each text that names a class names the first."""
+    for own in settings:
+        if own.loss == "classes" and own.class_names:
+            name = own.targets[0]
+            values = pa.array([own.class_names[0]] * rows.num_rows, rows[name].type)
+            rows = rows.set_column(rows.column_names.index(name), rows.schema.field(name), values)
+    return rows
 
 
 def class_numbers(config: TableSettings, rows: pa.Table) -> np.ndarray:

@@ -15,18 +15,19 @@ from perceiver.config import DataConfig, Experiment, ModelConfig, TaskConfig, Us
 from perceiver.data.manifest import Split
 from perceiver.data.rows import ArrayRows
 from perceiver.data.table_schema import TableSchema
-from perceiver.models import ClassOutput, HeadsOutput, PerceiverIOConfig, TableInput, ValueOutput
+from perceiver.models import HeadsOutput, PerceiverIOConfig, TableInput
 from perceiver.models.table_input import text_of
 from perceiver.tasks.base import EACH, IGNORE_INDEX, Batch, Sample, Task, loss_of_sources, of_examples, padded
-from perceiver.tasks.table_classes import TableClassification
+from perceiver.tasks.table_classes import TableClassification, with_classes
 from perceiver.tasks.table_labels import TableLabels
 from perceiver.tasks.table_measure import measured
 from perceiver.tasks.table_numbers import TableRegression
+from perceiver.tasks.table_positions import TablePositions
 from perceiver.tasks.table_task import TableSettings
 
-LOSSES = ("classes", "labels", "mse", "mae", "huber", "gaussian", "quantiles")
-_KINDS: dict[str, Any] = {"classes": TableClassification, "labels": TableLabels}
-_PARTS = (TableClassification, TableLabels, TableRegression)
+LOSSES = ("classes", "positions", "labels", "mse", "mae", "huber", "gaussian", "quantiles")
+_KINDS: dict[str, Any] = {"classes": TableClassification, "positions": TablePositions, "labels": TableLabels}
+_PARTS = (TableClassification, TablePositions, TableLabels, TableRegression)
 
 
 class TableHead(TableSettings):
@@ -59,12 +60,6 @@ class TableHead(TableSettings):
             )
         chosen: Any = loss
         return cls(targets=(name,), name=name, loss=chosen, weight=number)
-
-    def output(self, number: int, channels: int) -> ClassOutput | ValueOutput:
-        """The head's output in the model, with this number of classes or numbers."""
-        if self.loss == "classes":
-            return ClassOutput(num_classes=number, num_query_channels=channels)
-        return ValueOutput(num_values=number, num_query_channels=channels)
 
     def build(self, model: ModelConfig, data: DataConfig, seed: int) -> Task[Any, Any]:
         return _KINDS.get(self.loss, TableRegression)(self, model, data, seed)
@@ -124,15 +119,17 @@ class TableHeadsConfig(TaskConfig):
 
     def rows(self, model: ModelConfig, data: DataConfig) -> ArrayRows:
         columns: dict[str, Any] = {}
-        for part in self.parts:
-            columns |= {name: (c.shape, c.dtype) for name, c in part.rows(model, data).columns.items()}
+        gaps: set[str] = set()
+        for rows in (part.rows(model, data) for part in self.parts):
+            columns |= {name: (c.shape, c.dtype) for name, c in rows.columns.items()}
+            gaps |= rows.may_miss
         if not columns:
             raise UserError("task.heads is empty: name the columns to predict, --task.heads A=classes B=mse")
-        return ArrayRows(**columns)
+        return ArrayRows(**columns).missing(gaps)
 
     def measure(self, model: ModelConfig, blocks: Iterator[pa.Table]) -> TaskConfig:
         output = _output(model)
-        numbers = [getattr(head, "num_classes", part.num_targets) for part, head in zip(self.parts, output.heads, strict=True)]
+        numbers = [part.num_measured(head) for part, head in zip(self.parts, output.heads, strict=True)]
         return replace(self, parts=tuple(measured(self.parts, numbers, model, self.rows(model, DataConfig()), blocks)))
 
     def build(self, model: ModelConfig, data: DataConfig, seed: int) -> Task[Any, Any]:
@@ -168,6 +165,11 @@ class TableHeads(Task[TableHeadsConfig, PerceiverIOConfig]):
         for name, task in self.parts.items():
             directions |= {f"{name}_{metric}": direction for metric, direction in task.metric_directions.items()}
         vars(self)["metric_directions"] = directions
+        self.baseline_metrics = {
+            f"{name}_{metric}": (f"{name}_{of}", means)
+            for name, task in self.parts.items()
+            for metric, (of, means) in task.baseline_metrics.items()
+        }
 
     @classmethod
     def higher_is_better(cls, metric: str) -> bool:
@@ -177,6 +179,9 @@ class TableHeads(Task[TableHeadsConfig, PerceiverIOConfig]):
     def check(self) -> None:
         for task in self.parts.values():
             task.check()
+
+    def dummy_rows(self, size: int) -> pa.Table:
+        return with_classes(super().dummy_rows(size), self.config.parts)
 
     def collate(self, rows: pa.Table, size: int, split: Split, train: bool, step: int) -> Batch:
         """The inputs, "valid", and what each head needs besides, as COLUMN.NAME; nothing of heads whose column the rows lack."""
@@ -232,6 +237,9 @@ class TableHeads(Task[TableHeadsConfig, PerceiverIOConfig]):
             own = task.predict(_saying(said[name]), _own(batch, name))
             found |= {f"{name}_{key}": values for key, values in own.items()}
         return found
+
+    def prediction_names(self) -> dict[str, tuple[str, ...]]:
+        return {f"{name}_{key}": names for name, task in self.parts.items() for key, names in task.prediction_names().items()}
 
 
 def _own(values: Mapping[str, Any], name: str) -> dict[str, Any]:

@@ -17,6 +17,7 @@ class TableLabels(NumberTargets):
     """Any number of labels per row, each 0 or 1 or missing (NaN)."""
 
     metric_directions = {"loss": "min", "acc": "max", "f1": "max", "auroc": "max", "ap": "max", "baseline_acc": "max"}
+    baseline_metrics = {"acc": ("baseline_acc", "always what is commoner")}
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         given, logits = ~batch["targets"].isnan(), model(batch["inputs"]).float()
@@ -43,3 +44,6 @@ class TableLabels(NumberTargets):
 
     def predict(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         return {"probabilities": model(batch["inputs"]).float().sigmoid()}
+
+    def prediction_names(self) -> dict[str, tuple[str, ...]]:
+        return {"probabilities": self.config.number_names}

@@ -13,6 +13,7 @@ from perceiver.config import ModelConfig
 from perceiver.data.rows import ArrayRows
 from perceiver.tasks.moments import Moments
 from perceiver.tasks.table_classes import class_numbers
+from perceiver.tasks.table_positions import shares
 from perceiver.tasks.table_task import TableSettings, flat, input_of
 
 S = TypeVar("S", bound=TableSettings)
@@ -37,6 +38,8 @@ def measured(settings: Sequence[S], numbers: Sequence[int], model: ModelConfig, 
         for own, moments in zip(settings, targets, strict=True):
             if own.loss == "classes":
                 moments.add(np.eye(moments.size)[class_numbers(own, block)])
+            elif own.loss == "positions":
+                moments.add(shares(own, arrays, block.num_rows, moments.size))
             else:
                 moments.add(flat(arrays, own.targets, block.num_rows))
     return [

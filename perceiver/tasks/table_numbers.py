@@ -21,6 +21,7 @@ class TableRegression(NumberTargets):
     metric_directions = {
         "loss": "min", "mae": "min", "rmse": "min", "r2": "max", "crps": "min", "baseline_mae": "min", "baseline_rmse": "min",
     }  # fmt: skip
+    baseline_metrics = {name: (f"baseline_{name}", "always the mean") for name in ("mae", "rmse")}
 
     def said(self, model: nn.Module, batch: Batch) -> Tensor:
         """(B, targets, outputs of one), in standard deviations from the mean."""
@@ -97,6 +98,9 @@ class TableRegression(NumberTargets):
         if self.config.loss == "quantiles":
             found["quantiles"] = said.sort(-1).values * scale[:, None] + mean[:, None]
         return found
+
+    def prediction_names(self) -> dict[str, tuple[str, ...]]:
+        return dict.fromkeys(("prediction", "deviation"), self.config.number_names)
 
 
 def deviation(said: Tensor) -> Tensor:

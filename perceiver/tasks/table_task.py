@@ -16,7 +16,7 @@ from perceiver.data.labels import MOST_CLASSES
 from perceiver.data.manifest import Split
 from perceiver.data.rows import ArrayRows
 from perceiver.data.table_schema import TableSchema
-from perceiver.models import PerceiverIOConfig, TableInput
+from perceiver.models import ArrayOutput, ClassOutput, OutputConfig, PerceiverIOConfig, TableInput, ValueOutput
 from perceiver.models.table_input import shape_of, text_of
 from perceiver.tasks.base import IGNORE_INDEX, Batch, Task, loss_of_sources, padded
 from perceiver.tasks.class_settings import ClassSettings
@@ -29,8 +29,9 @@ class TableSettings(ClassSettings):
 
     targets: tuple[str, ...] = ()
     """Columns to predict, separated by spaces or commas."""
-    loss: Literal["auto", "classes", "labels", "mse", "mae", "huber", "gaussian", "quantiles"] = "auto"
-    """classes: one of several classes; labels: each target is 0 or 1, any number of them together; numbers: mse, mae, huber, gaussian
+    loss: Literal["auto", "classes", "positions", "labels", "mse", "mae", "huber", "gaussian", "quantiles"] = "auto"
+    """classes: one of several classes; positions: a class for each number of one column of lists (negative: none); labels: each target is
+    0 or 1, any number of them together; numbers: mse, mae, huber, gaussian
     (mean and deviation) or quantiles. auto: classes for one column of texts or whole numbers, else mse."""
     huber: float = 1.0
     """Of loss huber: the error, in standard deviations of the target, above which the loss grows linearly."""
@@ -69,6 +70,32 @@ class TableSettings(ClassSettings):
         """Numbers to predict in a row."""
         return sum(math.prod(shape_of(text)) for text in self.target_shapes)
 
+    @property
+    def number_names(self) -> tuple[str, ...]:
+        """Names of the numbers to predict: those of their columns, of lists with each one's place."""
+        found: list[str] = []
+        for name, text in zip(self.targets, self.target_shapes, strict=True):
+            size = math.prod(shape_of(text))
+            found += [f"{name}_{place}" for place in range(size)] if size > 1 else [name]
+        return tuple(found)
+
+    def output(self, number: int, channels: int) -> OutputConfig:
+        """The model's output, with this number of classes or numbers."""
+        if self.loss == "positions":
+            return ArrayOutput(num_outputs=number, num_queries=self.num_targets, num_query_channels=channels)
+        if self.loss == "classes":
+            return ClassOutput(num_classes=number, num_query_channels=channels)
+        return ValueOutput(num_values=number, num_query_channels=channels)
+
+    def num_measured(self, output: OutputConfig) -> int:
+        """Of how many classes the shares, or of how many targets the moments, are measured in the training split."""
+        match self.loss, output:
+            case "classes", ClassOutput(num_classes=number):
+                return number
+            case "positions", ArrayOutput(num_outputs=number):
+                return number
+        return self.num_targets
+
     def loss_for(self, schema: TableSchema, targets: tuple[str, ...]) -> Any:
         """The loss of targets, where it is auto that which suits them."""
         if self.loss != "auto":
@@ -78,6 +105,8 @@ class TableSettings(ClassSettings):
 
     def with_targets(self, schema: TableSchema) -> tuple[Self, int]:
         """With the targets' shapes and classes, and the number of outputs."""
+        if self.loss == "positions":
+            return self._with_positions(schema)
         if self.loss != "classes":
             shapes = [schema.shape(name, "--task.targets") for name in self.targets]
             texts = tuple(text_of(shape) for shape in shapes)
@@ -91,7 +120,10 @@ class TableSettings(ClassSettings):
             classes = tuple(schema.distinct(name))
             return replace(self, target_shapes=(text_of(()),), class_names=classes), len(classes)
         if schema.shape(name, "--task.targets") != ():
-            raise UserError(f"--task.targets names {name!r}, which holds lists: task.loss classes takes one class a row")
+            raise UserError(
+                f"--task.targets names {name!r}, which holds lists: task.loss classes takes one class a row, positions one for each number "
+                "of a list"
+            )
         values = schema.distinct(name)
         if not values or min(values) < 0 or max(values) >= MOST_CLASSES or any(value != int(value) for value in values):
             found = f"{min(values):g} .. {max(values):g}" if values else "nothing"
@@ -101,11 +133,24 @@ class TableSettings(ClassSettings):
             )
         return replace(self, target_shapes=(text_of(()),)), int(max(values)) + 1
 
+    def _with_positions(self, schema: TableSchema) -> tuple[Self, int]:
+        name = self.targets[0]
+        if len(self.targets) > 1:
+            raise UserError(f"--task.targets names {len(self.targets)} columns and task.loss is positions, which takes one")
+        shape, greatest = schema.shape(name, "--task.targets"), schema.greatest(name)
+        if not shape or not schema.is_whole(name, in_lists=True) or not 0 <= greatest < MOST_CLASSES:
+            raise UserError(
+                f"--task.targets names {name!r} and task.loss is positions, which needs a column of lists of whole numbers up to "
+                f"{MOST_CLASSES - 1:,}, not {schema.types[name]}{f' up to {greatest:g}' if shape else ''}"
+            )
+        return replace(self, target_shapes=(text_of(shape),)), int(greatest) + 1
+
     def rows(self, model: ModelConfig, data: DataConfig) -> ArrayRows:
         table = input_of(model)
         columns = {name: (shape_of(text), "float32") for name, text in zip(table.columns, table.shapes, strict=True)}
-        kind = "float32" if self.loss != "classes" else "string" if self.class_names else "int64"
-        return ArrayRows(**columns, **{name: (shape_of(text), kind) for name, text in zip(self.targets, self.target_shapes, strict=True)})
+        kind = "float32" if self.loss not in ("classes", "positions") else "string" if self.class_names else "int64"
+        targets = {name: (shape_of(text), kind) for name, text in zip(self.targets, self.target_shapes, strict=True)}
+        return ArrayRows(**columns, **targets).missing([*columns, *(targets if kind == "float32" else ())])
 
 
 def input_of(model: ModelConfig) -> TableInput:
@@ -117,7 +162,7 @@ def input_of(model: ModelConfig) -> TableInput:
 
 def flat(arrays: dict[str, np.ndarray], names: tuple[str, ...], num_rows: int) -> np.ndarray:
     """Columns side by side, (rows, numbers of a row)."""
-    return np.concatenate([arrays[name].reshape(num_rows, -1) for name in names], axis=1)
+    return np.concatenate([arrays[name].reshape(num_rows, math.prod(arrays[name].shape[1:])) for name in names], axis=1)
 
 
 class TableTask(Task[TableSettings, PerceiverIOConfig]):
@@ -132,7 +177,7 @@ class TableTask(Task[TableSettings, PerceiverIOConfig]):
             if config.input_mean:
                 place = slice(first, first + channels)
                 values = (values - np.array(config.input_mean[place])) / np.array(config.input_scale[place])
-            found.append(values.reshape(rows.num_rows, -1).astype(np.float32))
+            found.append(values.reshape(rows.num_rows, positions * channels).astype(np.float32))
             first += channels
         return padded(np.concatenate(found, axis=1), size)
 

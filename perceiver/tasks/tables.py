@@ -10,13 +10,14 @@ import pyarrow as pa
 
 from perceiver.config import DataConfig, Experiment, ModelConfig, TaskConfig, UserError
 from perceiver.data.table_schema import TableSchema
-from perceiver.models import ClassOutput, PerceiverIOConfig, TableInput, ValueOutput
+from perceiver.models import PerceiverIOConfig, TableInput
 from perceiver.models.table_input import text_of
 from perceiver.tasks.base import Task
 from perceiver.tasks.table_classes import TableClassification
 from perceiver.tasks.table_labels import TableLabels
 from perceiver.tasks.table_measure import measured
 from perceiver.tasks.table_numbers import TableRegression
+from perceiver.tasks.table_positions import TablePositions
 from perceiver.tasks.table_task import TableSettings
 
 
@@ -45,23 +46,20 @@ class TablesConfig(TableSettings):
         shapes = tuple(text_of(schema.shape(name, "--model.input.columns")) for name in columns)
         task = replace(self, targets=targets, loss=self.loss_for(schema, targets))
         task, num_outputs = task.with_targets(schema)
-        channels = getattr(model.output, "num_query_channels", None)
-        kind: Any = ClassOutput if task.loss == "classes" else ValueOutput
-        number = {"num_classes" if task.loss == "classes" else "num_values": num_outputs}
-        output = kind(**number) if channels is None else kind(**number, num_query_channels=channels)
+        output = task.output(num_outputs, getattr(model.output, "num_query_channels", 128))
         made = replace(model, input=replace(model.input, columns=columns, shapes=shapes), output=output)
         return replace(experiment, task=task, model=made)
 
     def measure(self, model: ModelConfig, blocks: Iterator[pa.Table]) -> TaskConfig:
-        number = _num_classes(model) if self.loss == "classes" else self.num_targets
-        return measured([self], [number], model, self.rows(model, DataConfig()), blocks)[0]
+        assert isinstance(model, PerceiverIOConfig)
+        return measured([self], [self.num_measured(model.output)], model, self.rows(model, DataConfig()), blocks)[0]
 
     def build(self, model: ModelConfig, data: DataConfig, seed: int) -> Task[Any, Any]:
         if not isinstance(model, PerceiverIOConfig) or not isinstance(model.input, TableInput):
             raise UserError("tables need a Perceiver IO model whose input is a TableInput")
         if not model.input.columns or not self.targets:
             raise UserError("tables need columns to read and to predict: --model.input.columns and --task.targets")
-        kinds: dict[str, Any] = {"classes": TableClassification, "labels": TableLabels}
+        kinds: dict[str, Any] = {"classes": TableClassification, "labels": TableLabels, "positions": TablePositions}
         return kinds.get(self.loss, TableRegression)(self, model, data, seed)
 
 
@@ -72,9 +70,3 @@ def _names(given: tuple[str, ...]) -> tuple[str, ...]:
 
 def _list(names: Any) -> str:
     return ", ".join(names)
-
-
-def _num_classes(model: ModelConfig) -> int:
-    output = getattr(model, "output", None)
-    assert isinstance(output, ClassOutput)
-    return output.num_classes

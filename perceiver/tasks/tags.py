@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from perceiver.config import UserError
 from perceiver.data.manifest import Manifest, Split
 from perceiver.models import ClassOutput
-from perceiver.tasks.base import IGNORE_INDEX, Batch, Guess, Sample, Task, loss_of_sources, of_examples, padded
+from perceiver.tasks.base import IGNORE_INDEX, Batch, Sample, Task, loss_of_sources, of_examples, padded
+from perceiver.tasks.baselines import Guess
 from perceiver.tasks.class_metrics import MOST_RANKED, area_metrics, constant_scores, mean_f1, score_counts, tag_table
 from perceiver.tasks.class_settings import ClassSettings
 from perceiver.tasks.classification import Classification

@@ -332,7 +332,7 @@ def test_a_bad_row_of_a_file_is_named(folder, form, bad, message):
 
 def test_files_of_other_formats_are_refused(folder):
     (folder / "a.txt").write_text("text")
-    with pytest.raises(UserError, match=r"holds nothing that arrays are made from: .parquet or .jsonl"):
+    with pytest.raises(UserError, match=r"holds nothing that arrays are made from: .parquet, .arrow, .jsonl"):
         resolve(DataConfig(source=str(folder / "a.txt")), "arrays")
 
 

@@ -1,5 +1,7 @@
 """Validation that is held out here: the same share of every class, whole groups, whatever the order and the cutting of files."""
 
+import datetime
+import random
 import re
 from collections import Counter
 from pathlib import Path
@@ -10,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from perceiver.config import UserError
+from perceiver.config import DataConfig, UserError
 from perceiver.data.held_out import held_out
 from perceiver.data.shards import read_block
 from perceiver.datasets import data_folder
@@ -168,3 +170,32 @@ def test_groups_of_what_has_no_columns_are_refused(tmp_path):
         prepared("clm-wikitext", tmp_path / "out", tmp_path / "book.txt", group_column="author")
     with pytest.raises(UserError, match="prepare stream reads no columns"):
         prepared("clm-wikitext", tmp_path / "out", tmp_path / "book.txt", group_column="author", prepare="stream")
+
+
+TIMES = {
+    "dates": [f"2025-{1 + i // 28:02d}-{1 + i % 28:02d}" for i in range(140)],
+    "hours": [f"2025-01-{1 + i // 24:02d}T{i % 24:02d}:30:00+01:00" for i in range(140)],
+    "numbers": [i * 0.5 - 30 for i in range(140)],
+    "timestamps": [datetime.datetime(2025, 1, 1) + datetime.timedelta(minutes=i) for i in range(140)],
+}
+
+
+@pytest.mark.parametrize("form", TIMES)
+def test_the_latest_rows_are_held_out_whatever_their_order(form, tmp_path):
+    rows = [{"text": f"at {i}", "label": i % 2, "when": when} for i, when in enumerate(TIMES[form])]
+    random.Random(0).shuffle(rows)
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    with logged() as lines:
+        folder, manifest = prepared("txt-clf-imdb-all", tmp_path / "out", tmp_path / "rows.parquet", time_column="when")
+    assert texts_of(folder, manifest, "val") == {f"at {i}" for i in range(112, 140)}
+    assert texts_of(folder, manifest, "train") == {f"at {i}" for i in range(112)}
+    assert "  held out by time, the latest of 140 times: 20.0% of the rows" in lines
+
+
+def test_what_is_no_time_is_named(tmp_path):
+    rows = [{"text": f"at {i}", "label": i % 2, "when": "2025-01-01" if i != 3 else "in March"} for i in range(12)]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(UserError, match="rows.jsonl line 4: column 'when' holds 'in March', which is no time: a number, or a date"):
+        prepared("txt-clf-imdb-all", tmp_path / "out", tmp_path / "rows.jsonl", time_column="when")
+    with pytest.raises(UserError, match="--data.time-column and --data.group-column are both given"):
+        DataConfig(time_column="when", group_column="label").check("data.")

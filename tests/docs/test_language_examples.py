@@ -1,4 +1,4 @@
-"""The examples of the per-position head, tagging.py and spans.py: as a user's files outside of the package, trained for some steps."""
+"""The examples tagging.py, spans.py and machines.py: as a user's files outside of the package, trained for some steps."""
 
 import sys
 
@@ -55,3 +55,29 @@ def test_an_example_keeps_its_contract_and_learns(name, source, folder):
         texts = bytes(max(int(i) - 6, 32) for i in found[0]["tokens"]).decode()
         marked = "".join(c for c, tag in zip(texts, found[0]["tags"], strict=True) if tag == 1)
         assert marked in sys.modules[name].NAMES
+
+
+def test_events_and_properties_are_answered_by_two_heads(folder):
+    experiment = find_experiment("machines.py:tiny")
+    check_task(experiment)
+    task, model = build_task(experiment), build_model(experiment.model, 0)
+    found = [example for example, _ in zip(sys.modules["machines"].readings("train"), range(32), strict=False)]
+    rows = task.rows.table(found, "machines").append_column("row", [list(range(32))]).append_column("epoch", [[0] * 32])
+    split = dummy_split(task.rows, 32)
+    batch = task.collate(rows, 32, split, True, 0)
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    torch.set_num_threads(1)
+    for _ in range(40):
+        optimizer.zero_grad()
+        (task.loss(model, batch)[0] / task.num_targets(batch)).backward()
+        optimizer.step()
+    with torch.no_grad():
+        loss, sums = task.loss(model.eval(), batch)
+        said = task.predict(model, task.collate(rows.drop_columns(["part", "hours"]), 32, split, False, 0))
+    totals = {key: value.double().numpy() for key, value in {**sums, "loss": loss, "targets": task.num_targets(batch)}.items()}
+    metrics = task.metrics({key: value for key, value in totals.items() if not key.startswith("each_")}, split)
+    assert set(metrics) == set(task.metric_directions)
+    assert metrics["part_acc"] > metrics["part_usual"] + 0.1 and metrics["hours_mae"] < 0.9 * metrics["hours_mean"]
+    assert (said["part"] == batch["labels"]).float().mean().item() == pytest.approx(metrics["part_acc"])
+    truth = 114 + 25 * batch["hours"]
+    assert (said["hours"] - truth).abs().mean().item() == pytest.approx(metrics["hours_mae"], rel=1e-4)

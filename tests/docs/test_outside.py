@@ -334,6 +334,18 @@ def test_a_mistake_in_ones_own_class_is_named_with_its_method(folder, mistake):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
+def test_a_batch_that_cannot_be_without_rows_is_named(folder):
+    text = (folder / "weather.py").read_text()
+    collate = (
+        "    def collate(self, rows, size, split, train, step):\n"
+        "        batch = super().collate(rows, size, split, train, step)\n"
+        '        return {**batch, "first": batch["valid"] * (rows["row"].to_pylist()[0] < 0)}\n\n'
+    )
+    (folder / "weather.py").write_text(text.replace("    def predict(", collate + "    def predict("))
+    with pytest.raises(UserError, match="ForecastTask.collate fails: .* for a batch without rows, which a worker may have"):
+        check_task(find_experiment("weather.py:tiny"))
+
+
 def test_a_random_choice_that_is_no_function_of_the_row_is_named(folder):
     text = (folder / "weather.py").read_text()
     collate = (

@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from perceiver.config import UserError
+from perceiver.data.examples_shown import thumbnail
 from ray_jobs.cli import parse_experiment
 from ray_jobs.data import look, main
 from tests.data.test_picture_folders import picture, split_folder
@@ -24,7 +25,7 @@ from tests.support.preparing import write_idx
 def command(lines, name):
     """The experiment of a command that is offered."""
     words = shlex.split(next(line for line in lines if line.startswith(name)).partition(":")[2])
-    assert words[:2] == ["perceiver", name.replace("prepare", "preprocess")]
+    assert words[:2] == ["perceiver", name]
     return parse_experiment(words[2:], "ray_jobs.train")
 
 
@@ -51,6 +52,73 @@ def test_of_a_table_it_says_columns_labels_lengths_and_duplicates(tmp_path):
         look(str(tmp_path / "in.csv"), label="star")
 
 
+def test_a_table_of_numbers_is_none_of_texts_and_offers_its_last_column(tmp_path):
+    rows = [f"r{i},{i / 3:.2f},{'' if i == 3 else i % 5},{['north', 'south'][i % 2]},{i * 1.5 if i % 4 else 'NA'}" for i in range(40)]
+    (tmp_path / "in.csv").write_text("\n".join(["id,area,rooms,district,price", *rows]))
+    lines = look(str(tmp_path / "in.csv"))
+    assert "  rooms     int 39, missing 1; 0 to 4, mean 1.97436" in lines and "not used: 'id', 'district' (texts)" in lines
+    chosen = command(lines, "train")
+    assert (chosen.task.targets, chosen.task.loss, chosen.model.input.columns) == (("price",), "mse", ("area", "rooms"))
+
+
+def test_a_table_of_texts_may_have_numbers_beside_them(tmp_path):
+    rows = "".join(f'"a film that {i} people saw",{i / 7:.2f},{["good", "bad"][i % 2]}\n' for i in range(12))
+    (tmp_path / "in.csv").write_text(f"review,price,sentiment\n{rows}")
+    assert command(look(str(tmp_path / "in.csv")), "train").data.label_column == "sentiment"
+
+
+def test_pictures_that_cannot_be_read_are_named_and_left_out_by_the_command(tmp_path):
+    folder = split_folder(tmp_path / "in")
+    whole = (folder / "train" / "red").glob("*.png").__next__().read_bytes()
+    (folder / "train" / "red" / "cut.png").write_bytes(whole[: len(whole) // 2])
+    (folder / "train" / "red" / "none.png").write_bytes(b"no picture")
+    lines = look(str(folder))
+    (named,) = (line for line in lines if "cannot be read" in line)
+    assert named.startswith("2 cannot be read: in/train/red/cut.png (") and "in/train/red/none.png" in named
+    assert command(lines, "train").data.on_error == "skip"
+
+
+def test_examples_of_pictures_are_as_the_preparation_sees_them():
+    grey, shown = np.arange(64, dtype=np.uint8).reshape(8, 8), []
+    for pixels in (grey, grey.astype(np.uint16) * 257):
+        out = io.BytesIO()
+        Image.fromarray(pixels).save(out, "PNG")
+        shown.append(np.asarray(Image.open(io.BytesIO(thumbnail(out.getvalue())))))
+    np.testing.assert_array_equal(shown[1], shown[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.csv", b"text,label\na,b,c\nd,x\nf,y\n", "1 row cannot be read: a.csv line 2: has 3 fields, and the first line names 2"),
+        ("a.jsonl", b'{"text": "a", "label": 1}\n{"text": "b", "label": 0}\n{no}\n', "1 row cannot be read: a.jsonl line 3: is no JSON"),
+        ("a.csv", "text,label\nsch\u00f6n,x\ngut,y\n".encode("latin-1"), "1 row not in UTF-8: --data.encoding names another encoding"),
+        ("a.csv", b"text,label\na b c,0.5\nd e f,1.5\n", "no classes, and 'label' holds real numbers, which are none"),
+    ],
+)
+def test_what_a_training_would_stumble_over_is_said(name, content, said, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    lines = look(str(tmp_path / name))
+    assert any(said in line for line in lines), lines
+    assert ("--data.on-error skip" in lines[-1]) == ("cannot be read" in said)
+
+
+def test_another_encoding_is_read_and_offered(tmp_path):
+    (tmp_path / "a.csv").write_bytes("text,label\nsch\u00f6n ist es,x\ngut,y\n".encode("utf-16"))
+    with pytest.raises(UserError, match="give --data.encoding utf-16"):
+        look(str(tmp_path / "a.csv"))
+    assert main([str(tmp_path / "a.csv"), "--data.encoding", "utf-16"]) == 0
+    assert command(look(str(tmp_path / "a.csv"), encoding="utf-16"), "train").data.encoding == "utf-16"
+
+
+def test_classes_of_tables_are_counted_by_split_and_new_ones_named(tmp_path):
+    (tmp_path / "train.csv").write_text("text,label\n" + "a b,x\nc d,y\n" * 5)
+    (tmp_path / "val.csv").write_text("text,label\na b,x\ne f,z\n")
+    lines = look(str(tmp_path))
+    assert "classes in 'label', train: x (5), y (5)" in lines and "  not in train: z" in lines
+    assert "texts of validation that occur in training: 1" in lines
+
+
 def test_of_lists_of_labels_it_offers_any_number_of_classes(tmp_path):
     rows = [{"text": "a quiet evening", "tags": [["cat"], ["cat", "dog"], []][i % 3]} for i in range(12)]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -62,7 +130,7 @@ def test_of_lists_of_labels_it_offers_any_number_of_classes(tmp_path):
 
 def test_of_texts_without_classes_it_offers_a_language_model(tmp_path):
     (tmp_path / "a.txt").write_text("a quiet evening")
-    assert command(look(str(tmp_path)), "prepare").preset == "clm-wikitext-small"
+    assert command(look(str(tmp_path)), "train").preset == "clm-wikitext-small"
 
 
 def test_nothing_that_is_known_is_named(tmp_path):

@@ -47,7 +47,7 @@ def source_of(kind, folder):
             return write_reviews(folder / "reviews.csv"), [], words
         case "texts":
             (folder / "a.txt").write_text("a quiet evening\n" * 9)
-            return folder, [], ["clm-wikitext-small", "--data.prepare", "stream"]
+            return folder, [], ["clm-wikitext-small"]
     table = pa.table({"size": [float(i) for i in range(40)], "price": [i * 1.5 for i in range(40)]})
     pq.write_table(table, folder / "own.parquet")
     return folder / "own.parquet", ["--targets", "price"], ["tables", "--task.targets", "price"]
@@ -64,12 +64,6 @@ def test_the_file_is_the_experiment_that_the_command_line_makes(kind, tmp_path, 
     expected = parse_experiment([preset, "--data.source", str(source), "--name", f"own-{kind}", *words], "x")
     assert found.identity == expected.identity and found.run_name == f"own-{kind}" and found.run == expected.run
     assert found.task.completed(found) == found  # the data says nothing that the file does not
-
-
-def test_text_that_cannot_be_read_while_training_is_prepared_first(tmp_path, capsys):
-    (tmp_path / "texts.csv").write_text("text\n" + "".join(f"a text number {i}\n" for i in range(2000)))
-    init.main(["my-own", "--data", str(tmp_path / "texts.csv")])
-    assert "  perceiver preprocess my_own.py:my_own\n  perceiver train my_own.py:my_own" in capsys.readouterr().out
 
 
 def test_fields_have_their_help_as_comments(tmp_path):
@@ -97,10 +91,10 @@ def test_what_cannot_be_written_is_refused(words, message, tmp_path):
     assert [path.name for path in (tmp_path / "here").iterdir()] == ["there.py"]
 
 
-def test_a_table_of_numbers_needs_its_targets(tmp_path):
+def test_of_a_table_of_numbers_the_last_column_is_predicted_if_none_is_named(tmp_path):
     source, _, _ = source_of("numbers", tmp_path / "data")
-    with pytest.raises(UserError, match="name the columns to predict, --targets COLUMN"):
-        init.main(["my-own", "--data", str(source)])
+    init.main(["my-own", "--data", str(source)])
+    assert find_experiment("my_own.py:my_own").task.targets == ("price",)
 
 
 def test_of_a_run_it_says_what_it_was_trained_on(tmp_path, monkeypatch, capsys):

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 EXAMPLES = Path(__file__).resolve().parent.parent.parent / "docs" / "examples"
-MODULES = ("weather", "transformer", "weather_sweep", "tagging", "spans", "mine", "chance")
+MODULES = ("weather", "transformer", "weather_sweep", "tagging", "spans", "machines", "mine", "chance")
 
 
 def copy_examples(folder: Path) -> Path:

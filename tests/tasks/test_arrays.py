@@ -110,6 +110,25 @@ def test_the_windows_that_are_drawn_are_the_first_and_others_at_equal_distances(
         np.testing.assert_allclose(sums["shown_future"][place], rows[number]["future"][:, 0], rtol=1e-6)
 
 
+def test_a_pass_that_leaves_out_the_windows_to_be_drawn_draws_others(monkeypatch) -> None:
+    experiment = experiment_of("forecast-seasons")
+    task, model = build_task(experiment), build_model(experiment.model).eval()
+    rows, split, drawn = rows_of(experiment, "forecast-seasons"), dummy_split(build_task(experiment).rows, COUNT), []
+    monkeypatch.setattr("perceiver.tasks.forecasting.forecasts", lambda **windows: drawn.append(windows) or windows)
+    monkeypatch.setattr("perceiver.tasks.forecasting.pixels", lambda figure: np.zeros((1, 1, 3), np.uint8))
+    for first, expected in ((1, [1, 2]), (3, [3, 4])):  # windows 0, 3 and 6 are those to be drawn
+        batch = task.collate(rows.slice(first, 2), 4, split, False, 0)
+        with torch.no_grad():
+            sums = {key: value.numpy() for key, value in task.loss(model, batch)[1].items()}
+        assert len(task.samples(model, sums, split)) == 1
+        past = np.stack([list(Seasons().examples("val", 0))[number]["past"][:, 0] for number in expected])
+        np.testing.assert_allclose(drawn.pop()["past"], past, rtol=1e-6)
+    empty = task.collate(rows.slice(0, 0), 4, split, False, 0)
+    with torch.no_grad():
+        sums = {key: value.numpy() for key, value in task.loss(model, empty)[1].items()}
+    assert task.samples(model, sums, split) == []
+
+
 def test_normalisation_is_that_of_the_training_split() -> None:
     task = experiment_of("forecast-seasons").task
     past = np.concatenate([e["past"] for e, _ in zip(Seasons().examples("val", 0), range(COUNT), strict=False)]).astype(np.float64)

@@ -11,8 +11,12 @@ import torch
 from perceiver.config import RunConfig, TrainingConfig
 from perceiver.data.components import components
 from perceiver.datasets import data_folder
+from perceiver.models import HeadsOutput, ValueOutput
+from perceiver.presets import PRESETS
 from perceiver.runs import Run
 from perceiver.tasks import build_task
+from perceiver.tasks.baselines import beside
+from perceiver.tasks.table_heads import TableHead
 from perceiver.training.batches import read_here
 from perceiver.training.parallel import join_world
 from perceiver.training.run import Training, save_experiment
@@ -56,6 +60,38 @@ def test_a_classifiers_baseline_answers_the_most_frequent_class_of_the_training_
     frequencies = np.array([11, 31]) / 42  # one more of each class
     assert found["val_loss"].value == pytest.approx(-(12 * math.log(frequencies[0]) + 6 * math.log(frequencies[1])) / 18)
     assert closing_lines({"step": 2, "val_acc": 0.5}, found) == ["  val_acc  0.5       (always answering 'positive': 0.3333)"]
+
+
+def test_what_a_pass_measures_without_the_model_stands_beside_the_metric_that_it_is_for():
+    pairs = {"mae": ("naive_mae", "the last season again"), "rmse": ("naive_rmse", "the last season again")}
+    metrics = {"step": 3, "val_mae": 1.5, "val_naive_mae": 2.0, "val_ema_mae": 1.4, "val_ema_naive_mae": 2.0, "val_rmse": 3.0}
+    found = beside(metrics, pairs)
+    assert closing_lines({"val_mae": 1.5}, found) == ["  val_mae  1.5       (the last season again: 2)"]
+    assert found.keys() == {"val_mae", "val_ema_mae"}, "nothing stands beside what was not measured"
+    mixed = beside({"val_mae/a.b": 1.0, "val_naive_mae/a.b": 4.0, "val_mae": 1.5, "val_naive_mae": 2.0}, pairs)
+    assert {name: baseline.value for name, baseline in mixed.items()} == {"val_mae/a.b": 4.0, "val_mae": 2.0}
+
+
+@pytest.mark.parametrize("name", ["forecast-seasons", "optical-flow-small", "multimodal-small", "tables", "table-heads"])
+def test_baselines_of_a_pass_are_metrics_of_the_task_with_the_same_direction(name):
+    task = build_task(with_a_table(name))
+    assert task.baseline_metrics
+    for metric, (of, means) in task.baseline_metrics.items():
+        assert task.metric_directions[metric] == task.metric_directions[of] and means
+
+
+def with_a_table(name):
+    chosen = PRESETS[name]()
+    if not name.startswith("table"):
+        return chosen
+    given = replace(chosen.model.input, columns=("a",), shapes=("scalar",))
+    settings = {"targets": ("y",), "target_shapes": ("scalar",)}
+    if name == "tables":
+        model = replace(chosen.model, input=given, output=ValueOutput(num_values=1, num_query_channels=64))
+        return replace(chosen, model=model, task=replace(chosen.task, loss="mse", **settings))
+    head = TableHead(name="y", loss="mse", **settings)
+    output = HeadsOutput(names=("y",), heads=(head.output(1, 64),))
+    return replace(chosen, model=replace(chosen.model, input=given, output=output), task=replace(chosen.task, heads=("y",), parts=(head,)))
 
 
 @pytest.mark.parametrize("kind", ["causal", "masked"])

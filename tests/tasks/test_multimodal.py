@@ -106,6 +106,14 @@ def test_metrics_are_those_of_their_definitions() -> None:
     found = task.metrics(sums_of(task, torch.nn.Identity(), [(0, 5, 5)]), None)
     assert found["psnr_video"] == pytest.approx(20, abs=1e-3) and found["psnr_audio"] == pytest.approx(40, abs=1e-3)
     assert found["acc"] == 0.8
+    rest = video - video.mean(1, keepdim=True)
+    assert found["psnr_video_mean"] == pytest.approx((-10 * rest.square().mean((1, 2)).log10()).mean().item(), abs=1e-3)
+    assert found["psnr_audio_silence"] == pytest.approx((-10 * audio.square().mean((1, 2)).log10()).mean().item(), abs=1e-3)
+    assert found["baseline_acc"] == batch["labels"].bincount().max() / 5
+    beside = task.measured_baselines({f"val_{name}": value for name, value in found.items()})
+    assert {name: baseline.value for name, baseline in beside.items()} == {
+        "val_psnr_video": found["psnr_video_mean"], "val_psnr_audio": found["psnr_audio_silence"], "val_acc": found["baseline_acc"],
+    }  # fmt: skip
     weights = task.config
     nats = 50 / 5 * weights.label_weight
     assert found["loss"] == pytest.approx(0.1 * weights.video_weight + 0.01 * weights.audio_weight + nats, rel=1e-4)

@@ -105,7 +105,7 @@ def test_what_is_learned_follows_from_the_type_of_the_target(file: Path, targets
     [
         (["--task.targets", "yy"], r"--task.targets names 'yy', which own.parquet does not have, did you mean y\? \(it has: a, past"),
         (["--model.input.columns", "b", "--task.targets", "y"], "--model.input.columns names 'b', which own.parquet does not have"),
-        (["--model.input.columns", "bad", "--task.targets", "y"], "'bad', which holds string in own.parquet and must hold numbers"),
+        (["--model.input.columns", "bad", "--task.targets", "y"], "'bad', which holds string .* in own.parquet and must hold numbers"),
         (["--model.input.columns", "y", "--task.targets", "y"], "both name 'y'"),
         ([], "task.targets is empty"),
         (["--task.targets", "y", "--task.loss", "classes"], "classes are whole numbers from 0 to 9,999"),
