@@ -112,14 +112,17 @@ def test_the_jobs_themselves_exit_with_2_and_no_trace(job, tmp_path):
 
 
 def test_unprepared_data_is_an_error_with_the_command_that_prepares_it(tmp_path):
-    (tmp_path / "book.txt").write_text("Once upon a time.\n" * 20)
-    source = str(tmp_path / "book.txt")
+    """Of a mixture, that is: files of one source are prepared by the training itself."""
+    sources = [tmp_path / "book.txt", tmp_path / "letters.txt"]
+    for source in sources:
+        source.write_text("Once upon a time.\n" * 20)
+    words = ["clm-wikitext-small", "--data.mixture", f"{sources[0]}=0.5", f"{sources[1]}=0.5", "--optim.lr", "2e-4"]
     result = subprocess.run(
-        [sys.executable, "-m", "ray_jobs.train", "clm-wikitext-small", "--data.source", source, "--optim.lr", "2e-4"],
+        [sys.executable, "-m", "ray_jobs.train", *words],
         cwd=ROOT, capture_output=True, text=True, timeout=120, env={"PATH": "", "PERCEIVER_HOME": str(tmp_path)},
     )  # fmt: skip
     assert result.returncode == 2
-    assert f"run `perceiver preprocess clm-wikitext-small --data.source {source} --optim.lr 2e-4`" in result.stderr
+    assert f"run `perceiver preprocess {' '.join(words)}`" in result.stderr
 
 
 def test_evaluating_what_is_not_a_run_says_so(tmp_path):
