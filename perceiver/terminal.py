@@ -30,12 +30,12 @@ _SENTENCES = (
 class CommandParser(argparse.ArgumentParser):
     """Parser of a command's arguments. A mistake is printed as one sentence without the usage, exit status 2."""
 
-    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """Parses the arguments that it has; returns what is found, and the other words."""
         self._words = list(sys.argv[1:] if args is None else args)
         return super().parse_known_args(args, namespace)
 
-    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """Parses the arguments; one that does not exist is reported with the name of the nearest option."""
         found, unknown = self.parse_known_args(args, namespace)
         if unknown:

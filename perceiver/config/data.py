@@ -11,8 +11,8 @@ class DataConfig(Config):
     """Where the data comes from, how it is prepared, and how it is shuffled."""
 
     source: str = ""
-    """Where the data comes from: a named data set (docs/data.md lists them), a data set on the hub ("hub:NAME[:CONFIG]"), a file, folder
-    or glob of your own, or code of your own that yields examples (FILE.py:NAME or MODULE:NAME, see perceiver/data/examples.py)."""
+    """A named data set (docs/data.md lists them), a data set on the hub ("hub:NAME[:CONFIG]"), a file, folder or glob of your own, or code
+    of your own that yields examples (FILE.py:NAME or MODULE:NAME, see perceiver/data/examples.py)."""
     mixture: tuple[str, ...] = ()
     """Several sources in place of `source`, each as SOURCE=WEIGHT (c4=0.7 wikitext-103-raw=0.3). Each batch has rows of all sources in
     these shares. Each source keeps its own order and starts again when it ends; validation reports the metrics of each."""
