@@ -86,7 +86,7 @@ class DataConfig(Config):
         """Raises UserError where the encoding is none of text."""
         try:
             "a".encode(self.encoding)
-        except LookupError:
+        except (LookupError, ValueError):  # a name with a null character is the latter
             raise UserError(
                 f"--{where}encoding is {self.encoding!r}, which Python does not know: utf-8, utf-16, latin-1 and cp1252 are common"
             ) from None

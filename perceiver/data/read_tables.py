@@ -223,6 +223,6 @@ def open_arrow(file: InputFile) -> Iterator[tuple[pa.Schema, Iterator[pa.RecordB
             else:
                 stream = pa.ipc.open_stream(source)
                 yield stream.schema, iter(stream)
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
         raise Unreadable("corrupt file", f"{file.name} is no readable Arrow file ({reason})") from None

@@ -177,7 +177,7 @@ def _tables(file: InputFile, columns: list[str] | None, rows: int) -> Iterator[p
             table = pyarrow.json.read_json(stream)
     except Unreadable as error:
         raise UserError(str(error.args[-1])) from None
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError) as error:
         raise UserError(f"{file.name} cannot be read as a table ({str(error).splitlines()[0].rstrip('.')})") from None
     _check_columns(file, columns, table.column_names)
     yield table if columns is None else table.select(columns)

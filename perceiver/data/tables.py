@@ -232,7 +232,7 @@ def open_parquet(file: InputFile) -> Iterator[pq.ParquetFile]:
     try:
         with filesystem.open_input_file(path) as source, pq.ParquetFile(source) as parquet:
             yield parquet
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
         raise Unreadable("corrupt file", f"{file.name} is no readable parquet file ({reason})") from None
 

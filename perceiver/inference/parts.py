@@ -183,7 +183,7 @@ def _parquet_rows(path: str, name: str, columns: Sequence[str], id_column: str |
         with filesystem.open_input_file(inner) as source, pq.ParquetFile(source) as parquet:
             there = parquet.schema_arrow.names
             rows = parquet.metadata.num_rows
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError) as error:
         raise UserError(f"{name} is no readable parquet file ({str(error).splitlines()[0]})") from None
     _check_columns(name, there, columns, id_column, arrays)
     return rows
