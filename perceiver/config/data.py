@@ -14,8 +14,8 @@ class DataConfig(Config):
     """A named data set (docs/data.md lists them), a data set on the hub ("hub:NAME[:CONFIG]"), a file, folder or glob of your own, or code
     of your own that yields examples (FILE.py:NAME or MODULE:NAME, see perceiver/data/examples.py)."""
     mixture: tuple[str, ...] = ()
-    """Several sources in place of `source`, each as SOURCE=WEIGHT (c4=0.7 wikitext-103-raw=0.3). Each batch has rows of all sources in
-    these shares. Each source keeps its own order and starts again when it ends; validation reports the metrics of each."""
+    """Several sources in place of `source`, each as SOURCE=WEIGHT (c4=0.7 wikitext-103-raw=0.3). Each batch has rows of all in these
+    shares. Each source keeps its own order and starts again at its end; validation measures each."""
     val_source: str | None = None
     """Source of the validation data. None: the validation split of a named data set, otherwise val-fraction of the training data."""
     val_fraction: float = 0.05
