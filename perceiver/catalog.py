@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
+
+from perceiver.terminal import CommandParser
 
 CATALOG: dict[str, tuple[str, str, int]] = {
     "quickstart": ("ImageClassification", "mnist-mini", 119_726),
@@ -47,7 +48,7 @@ CATALOG: dict[str, tuple[str, str, int]] = {
 
 def main(argv: Sequence[str] = ()) -> int:
     """Prints the table."""
-    parser = argparse.ArgumentParser(prog="perceiver presets", description="Lists the experiments that come with the package.")
+    parser = CommandParser(prog="perceiver presets", description="Lists the experiments that come with the package.")
     parser.parse_args(list(argv))
     rows = [("preset", "task", "data", "parameters")]
     rows += [(name, task, data, f"{parameters:,}") for name, (task, data, parameters) in CATALOG.items()]

@@ -1,10 +1,90 @@
-"""Printing on terminals of any encoding."""
+"""What commands have in common: printing on terminals of any encoding, the parser of their arguments, and options of several."""
 
 from __future__ import annotations
 
 import argparse
 import io
+import re
 import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from perceiver.config import nearest
+
+_MISSING = "the following arguments are required: "
+_KINDS = {"int": "a whole number", "float": "a number", "Path": "a path"}
+_SENTENCES = (
+    (r"argument (?P<name>.+?): invalid (?P<kind>\w+) value: (?P<value>.+)", "{name} is {value} and must be {kind}"),
+    (
+        r"argument (?P<name>.+?): invalid choice: (?P<value>.+?) \(choose from (?P<choices>.+)\)",
+        "{name} is {value} and must be one of {choices}",
+    ),
+    (r"argument (?P<name>.+?): expected one argument", "{name} needs a value"),
+    (r"argument (?P<name>.+?): expected at least one argument", "{name} needs at least one value"),
+    (r"argument (?P<name>.+?): ignored explicit argument (?P<value>.+)", "{name} takes no value, and is given {value}"),
+    (r"argument (?P<name>.+?): not allowed with argument (?P<value>.+)", "{name} cannot be given together with {value}"),
+)
+"""What argparse says of a mistake, and the sentence it becomes."""
+
+
+class CommandParser(argparse.ArgumentParser):
+    """Parser of a command's arguments. A mistake is printed as one sentence without the usage, exit status 2."""
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        """Parses the arguments that it has; returns what is found, and the other words."""
+        self._words = list(sys.argv[1:] if args is None else args)
+        return super().parse_known_args(args, namespace)
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        """Parses the arguments; one that does not exist is reported with the name of the nearest option."""
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            option = next((word.partition("=")[0] for word in unknown if word.startswith("-")), None)
+            self.error(f"argument {unknown[0]!r} is one too many" if option is None else self._no_option(option))
+        return found
+
+    def error(self, message: str) -> NoReturn:
+        """Prints what is wrong and where the help is, and ends the process with status 2."""
+        missing = message.removeprefix(_MISSING)
+        if missing == message:
+            text = _sentence(message)
+        elif misspelled := next((said for word in self._words if (said := self._no_option(word.partition("=")[0])).endswith("?")), ""):
+            text = misspelled
+        else:
+            any_number = {action.metavar or action.dest for action in self._actions if action.nargs == "*"}
+            names = [name for name in missing.split(", ") if name not in any_number]
+            text = f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'} missing"
+        end = "" if text.endswith("?") else ";"
+        self.exit(2, f"error: {text}{end} {self.prog} --help lists what can be given\n")
+
+    def _no_option(self, word: str) -> str:
+        """What is wrong with an option that does not exist; empty: the word is none, or exists."""
+        known = self._option_string_actions
+        return "" if word in known or not word.startswith("-") else f"option {word} does not exist{nearest(word, known)}"
+
+
+def _sentence(message: str) -> str:
+    """A message of argparse in the words of this project."""
+    for pattern, sentence in _SENTENCES:
+        if found := re.fullmatch(pattern, message, re.DOTALL):
+            parts = found.groupdict()
+            parts["name"] = parts["name"].rpartition("/")[2]  # of -q/--quiet the long name
+            parts["kind"] = _KINDS.get(parts.get("kind", ""), "another")
+            parts["choices"] = parts.get("choices", "").replace("'", "")
+            return sentence.format(**parts)
+    return message
+
+
+def number_of(count: float, thing: str, plural: str = "") -> str:
+    """A number of things in words: "1 worker", "1,200 rows", "0.5 CPUs".
+
+    Args:
+        count: whole or not.
+        thing: what is counted, in the singular.
+        plural: its plural where that is not `thing` with an s.
+    """
+    number = f"{count:,}" if isinstance(count, int) else f"{count:g}"
+    return f"{number} {thing if count == 1 else plural or thing + 's'}"
 
 
 def print_anything() -> None:

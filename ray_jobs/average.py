@@ -1,23 +1,21 @@
-"""`perceiver average RUN [--last K] [--steps N ...]`: the mean of a run's checkpoints as a run of its own, without Ray.
+"""`perceiver average RUN [--last K] [--steps N ...]`: writes the mean of a run's checkpoints as a new run, without Ray.
 
-Stochastic weight averaging (arXiv 1803.05407): the mean of the last weights of a training is often better than the last ones. A run
-keeps as many checkpoints as --run.keep-checkpoints says, and the best.
+Stochastic weight averaging (arXiv 1803.05407): the mean of the last weights of a training is often better than the last ones.
+A run has as many checkpoints as --run.keep-checkpoints kept, and the best ones.
 """
 
 from __future__ import annotations
 
-import argparse
-
 from perceiver.checkpoints import CheckpointInfo
 from perceiver.config import UserError, check_folder_name
 from perceiver.runs import Run
-from perceiver.terminal import add_trust_option, summary
+from perceiver.terminal import CommandParser, add_trust_option, summary
 from ray_jobs.cli import main_entry, refuse_empty
 from ray_jobs.program import program
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog=program("ray_jobs.average"), description=summary(__doc__))
+    parser = CommandParser(prog=program("ray_jobs.average"), description=summary(__doc__))
     parser.add_argument("run", help="folder or name of a run")
     parser.add_argument("--last", type=int, metavar="K", help="average the last K checkpoints; default: all that there are")
     parser.add_argument("--steps", type=int, nargs="+", metavar="STEP", help="average the checkpoints of these steps")

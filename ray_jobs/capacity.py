@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import ray
 
 from perceiver.config import ParallelConfig, UserError
+from perceiver.terminal import number_of
 from ray_jobs.preflight import cluster_cores, wait_for_growth
 from ray_jobs.ray_env import use_gpus
 from ray_jobs.read_ahead import DATA_CPUS
@@ -67,9 +68,11 @@ def _fits(parallel: ParallelConfig, what: str) -> tuple[int, str]:
         fits = min(fits, int(total.get("GPU", 0) // workers))
     elif workers > cluster_cores():
         fits = 0
+    each = f"{number_of(share, 'CPU')}{' and a GPU' if gpu else ''}{' each' if workers > 1 else ''}"
+    there = f"{number_of(cpus, 'CPU')} and {number_of(total.get('GPU', 0.0), 'GPU')}"
     return fits, (
-        f"{what} needs {workers} workers with {share:g} CPUs{' and a GPU' if gpu else ''} each and {DATA_CPUS:g} CPUs for data, "
-        f"{need:g} CPUs in all; the cluster has {cpus:g} CPUs and {total.get('GPU', 0):g} GPUs, which is room for {fits} at once"
+        f"{what} needs {number_of(workers, 'worker')} with {each} and {number_of(DATA_CPUS, 'CPU')} for data, "
+        f"{number_of(need, 'CPU')} in all; the cluster has {there}, which is room for {fits} at once"
     )
 
 

@@ -6,7 +6,9 @@ import argparse
 import contextlib
 import dataclasses
 import shlex
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -45,14 +47,18 @@ def parse_experiment(argv: Sequence[str], prog: str) -> Experiment:
 
         names = ", ".join(CATALOG)
         print(f"usage: {program(prog)} EXPERIMENT [--field value ...]")
-        print(f"       {program(prog)} --fork RUN[@STEP] --name NAME [--field value ...]\n\npresets: {names}")
-        print("yours:   FILE.py:FUNCTION, MODULE:FUNCTION, a run's folder, a .json or a .yaml file")
-        shortcuts = [*(f"{short} = {long}" for short, long in SHORTCUTS.items()), *FLAGS]
-        print(f"shortcuts: {', '.join(shortcuts)}; --workers 2..8 is elastic")
         if prog == "ray_jobs.train":
-            print("several seeds: --seeds 5 (from --training.seed on) or --seeds 0,1,7; each is a run NAME-seed-N, and a table ends it")
-        print(f"as a file: EXPERIMENT [--field value ...] {WRITE_CONFIG} FILE.yaml writes it and ends; then {program(prog)} FILE.yaml")
-        print(f"fields of an experiment: {program(prog)} EXPERIMENT --help")
+            print(f"       {program(prog)} --fork RUN[@STEP] --name NAME [--field value ...]")
+        print("\nEXPERIMENT is a preset, or one of your own: FILE.py:FUNCTION, MODULE:FUNCTION, a run's folder, a .json or a .yaml file.")
+        print(f"`{program(prog)} EXPERIMENT --help` lists its fields.\n")
+        width = shutil.get_terminal_size().columns
+        print(textwrap.fill(f"presets: {names}", width, subsequent_indent="  ", break_on_hyphens=False))
+        shortcuts = [*(f"{short} = {long}" for short, long in SHORTCUTS.items()), *FLAGS]
+        text = f"shortcuts: {', '.join(shortcuts)}; --workers 2..8 is elastic"
+        print(textwrap.fill(text, width, subsequent_indent="  ", break_on_hyphens=False))
+        if prog == "ray_jobs.train":
+            print("several seeds: --seeds 5 (from --training.seed on) or --seeds 0,1,7; each is a run NAME-seed-N; a table compares them")
+        print(f"as a file: EXPERIMENT [--field value ...] {WRITE_CONFIG} FILE.yaml only writes the file; {program(prog)} FILE.yaml uses it")
         raise SystemExit(0)
     # Here and not above: to parse nothing takes none of the models and tasks.
     from perceiver.experiments import find_experiment

@@ -6,7 +6,6 @@ their seeds alone are one group; two runs that were evaluated on the same data a
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 from collections.abc import Sequence
@@ -29,7 +28,7 @@ from perceiver.comparison import (
 from perceiver.config import UserError
 from perceiver.disk import finite
 from perceiver.significance import Difference, Group, welch
-from perceiver.terminal import summary
+from perceiver.terminal import CommandParser, summary
 from ray_jobs.cli import main_entry, refuse_empty
 from ray_jobs.program import program
 from ray_jobs.runs import named_runs, print_table
@@ -39,7 +38,7 @@ _SIDE_BY_SIDE = 5
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog=program("ray_jobs.compare"), description=summary(__doc__))
+    parser = CommandParser(prog=program("ray_jobs.compare"), description=summary(__doc__))
     parser.add_argument("runs", nargs="+", metavar="RUN", help="runs: folders, names among those of $PERCEIVER_HOME, or a folder of runs")
     parser.add_argument("--metric", help="compare by this metric (val_acc); default: what the first run chooses its best checkpoint by")
     parser.add_argument("--by", metavar="FIELD", help="group runs by the value of a field (optim.lr); default: by all but their seeds")

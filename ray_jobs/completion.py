@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from perceiver.catalog import CATALOG
 from perceiver.config import flatten, home, to_dict
 from perceiver.runs import runs
+from perceiver.terminal import CommandParser
 from ray_jobs.main import COMMANDS
 from ray_jobs.overrides import SHORTCUTS
 from ray_jobs.program import program
@@ -48,7 +49,7 @@ def main(argv: list[str]) -> int:
     if argv[:1] == ["--words"]:
         print("\n".join(words(argv[1:])))
         return 0
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog=program("ray_jobs.completion"),
         description="Prints a script that completes command lines of perceiver.",
         epilog=INSTALL,

@@ -1,10 +1,9 @@
-"""`perceiver data SOURCE [--text-column NAME] [--label-column NAME] [--html FILE]`: what data holds, before anything is prepared,
-and the command that trains on it. `perceiver data RUN`: what a run was trained on.
+"""`perceiver data SOURCE [--text-column NAME] [--label-column NAME] [--html FILE]`: shows what data
+holds, before anything is prepared, and the command that trains on it. With a run, it shows what that run was trained on.
 """
 
 from __future__ import annotations
 
-import argparse
 import reprlib
 import shlex
 from collections import Counter
@@ -18,9 +17,10 @@ from perceiver.data.picture_folders import picture_folder
 from perceiver.data.sources import NAMED, is_path, resolve
 from perceiver.datasets import Dataset
 from perceiver.runs import Run
+from perceiver.terminal import CommandParser, number_of, summary
 from ray_jobs.cli import main_entry, refuse_empty
 from ray_jobs.data_code import of_code
-from ray_jobs.data_found import Found, count_of, shown_counts
+from ray_jobs.data_found import Found, shown_counts
 from ray_jobs.data_media import pictures_found, sounds_found
 from ray_jobs.data_page import Facts, page_of
 from ray_jobs.data_tables import TABLES, table_found
@@ -38,14 +38,14 @@ _BEGINS = 8
 """Files of text whose begins a page shows."""
 
 
-def add_encoding(parser: argparse.ArgumentParser) -> None:
+def add_encoding(parser: CommandParser) -> None:
     """Adds the option that the readers' messages name."""
     help_text = "encoding of text, such as utf-16 or latin-1 (default: utf-8)"
     parser.add_argument("--data.encoding", dest="encoding", default="utf-8", metavar="NAME", help=help_text)
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog=program("ray_jobs.data"), description=(__doc__ or "").partition(": ")[2])
+    parser = CommandParser(prog=program("ray_jobs.data"), description=summary(__doc__))
     parser.add_argument("source", help="a file, a folder or a glob; code that yields examples, FILE.py:NAME; or a run")
     parser.add_argument("--text-column", help="column with the text (default: text, or the one with the most text)")
     parser.add_argument("--label-column", help="column with the class (default: label, or one that has few different values)")
@@ -105,7 +105,7 @@ def of_run(run: Run) -> list[str]:
         for name, split in manifest.splits.items():
             counts = {"tokens": split.tokens, "bytes": split.bytes, "words": split.words, "documents": split.documents}
             more = "".join(f", {count:,} {what}" for what, count in counts.items() if count)
-            lines.append(f"{name}: {split.rows:,} rows{more}")
+            lines.append(f"{name}: {number_of(split.rows, 'row')}{more}")
             if labels := manifest.stats.get("labels", {}).get(name):
                 classes = names if len(names) >= len(labels) else tuple(map(str, range(len(labels))))
                 lines.append(f"  classes: {shown_counts(dict(zip(classes, labels, strict=False)))}")
@@ -135,7 +135,7 @@ def find(source: str, text: str | None = None, label: str | None = None, encodin
         raise UserError(f"{source} is code, of which there is no page: leave --html out")
     listed = list_files(source, "SOURCE", NAMED)
     formats = Counter(form for path, _, _ in listed if (form := format_of(path)) is not None)
-    lines = [f"{source}: {count_of(len(listed), 'file')}, {sum(size for _, _, size in listed):,} bytes"]
+    lines = [f"{source}: {number_of(len(listed), 'file')}, {sum(size for _, _, size in listed):,} bytes"]
     single = len(listed) == 1 and not listed[0][1]
     pictures = bool(formats.keys() & {"picture", "idx", "tar"}) and not single or formats.keys() <= {"tar"} and bool(formats)
     if pictures or (not single and picture_folder(listed, "data", source, label or "label")):
@@ -144,7 +144,7 @@ def find(source: str, text: str | None = None, label: str | None = None, encodin
     if "sound" in formats:
         return sounds_found(lines, source, label)
     if "midi" in formats:
-        return Found([*lines, f"{formats['midi']:,} MIDI files"], "sam-small", given)
+        return Found([*lines, number_of(formats["midi"], "MIDI file")], "sam-small", given)
     if formats.keys() & set(TABLES):
         return table_found(lines, source, text, label, encoding)
     if formats.keys() & {"text", "wikitext"}:
@@ -153,7 +153,7 @@ def find(source: str, text: str | None = None, label: str | None = None, encodin
         size = sum(file.size for file in texts)
         sizes = sorted(file.size for file in texts)
         each = f", {sizes[0]:,} to {sizes[-1]:,} bytes each" if len(texts) > 1 else ""
-        lines.append(f"{count_of(len(texts), 'file')} of text without classes, {size:,} bytes{each}")
+        lines.append(f"{number_of(len(texts), 'file')} of text without classes, {size:,} bytes{each}")
         lines += [f"such as {texts[0].name}: {reprlib.repr(begin)}"] if (begin := text_begin(texts[0])) else []
         return Found(lines, "clm-wikitext-small", given, facts=Facts(begins=[(file.name, text_begin(file)) for file in texts[:_BEGINS]]))
     raise UserError(f"{source} has no pictures, sounds, texts, tables or MIDI files")

@@ -44,11 +44,6 @@ def class_counts(found: Source, label: str) -> dict[str, Counter[str]]:
     }
 
 
-def count_of(number: int, what: str) -> str:
-    """1 file, 1,200 files."""
-    return f"1 {what}" if number == 1 else f"{number:,} {what}s"
-
-
 def class_lines(classes: Mapping[str, Mapping[str, int]], column: str = "") -> list[str]:
     """The labels of each split."""
     lines, place = [], f"{column!r}, " if column else ""

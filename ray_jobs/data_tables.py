@@ -18,7 +18,8 @@ from perceiver.data.survey import (
     target_column,
     text_column,
 )
-from ray_jobs.data_found import SHOWN, Found, class_counts, class_lines, count_of, shown_counts
+from perceiver.terminal import number_of
+from ray_jobs.data_found import SHOWN, Found, class_counts, class_lines, shown_counts
 from ray_jobs.data_media import pictures_found
 from ray_jobs.data_page import Facts
 
@@ -46,11 +47,11 @@ def table_found(lines: list[str], source: str, text: str | None, label: str | No
     if not found.rows:
         raise UserError("; ".join(found.faults.first) or f"{source} has no rows")
     if (image := found.columns.get("image")) is not None and image.types.keys() & {"dict", "bytes"}:
-        return pictures_found([*lines, count_of(found.rows, "row")], source, label or "label")
+        return pictures_found([*lines, number_of(found.rows, "row")], source, label or "label")
     for given, name in (("--text-column", text), ("--label-column", label)):
         if name is not None and name not in found.columns:
             raise UserError(f"{given} is {name!r}, which {source} does not have (it has: {', '.join(found.columns)})")
-    lines = [*lines, f"{count_of(found.rows, 'row')}, columns:"]
+    lines = [*lines, f"{number_of(found.rows, 'row')}, columns:"]
     width = max(map(len, list(found.columns)[:SHOWN]))
     for name, column in list(found.columns.items())[:SHOWN]:
         types = ", ".join(f"{kind} {count:,}" for kind, count in column.types.most_common())
@@ -62,10 +63,10 @@ def table_found(lines: list[str], source: str, text: str | None, label: str | No
     words = ["--data.source", source, *(["--data.encoding", encoding] if encoding != "utf-8" else [])]
     if faults := found.faults.counts.total():
         more = ", ..." if faults > len(found.faults.first) else ""
-        lines.append(f"{count_of(faults, 'row')} cannot be read: {'; '.join(found.faults.first)}{more}")
+        lines.append(f"{number_of(faults, 'row')} cannot be read: {'; '.join(found.faults.first)}{more}")
         words += ["--data.on-error", "skip"]
     if found.not_utf_8:
-        lines.append(f"{count_of(found.not_utf_8, 'row')} not in UTF-8: --data.encoding names another encoding, such as latin-1 or cp1252")
+        lines.append(f"{number_of(found.not_utf_8, 'row')} not in UTF-8: --data.encoding names another encoding, such as latin-1 or cp1252")
     text = text or text_column(found)
     if text is None:
         return _numbers(lines, source, words, found, files)

@@ -21,6 +21,7 @@ from perceiver.data.manifest import Manifest
 from perceiver.datasets import with_prepared_tokenizer
 from perceiver.extensions import code_of
 from perceiver.runs import Run
+from perceiver.terminal import number_of
 from perceiver.training.remote_copy import RemoteCopy
 from ray_jobs.cli import JobFailed
 from ray_jobs.first_step import start_early
@@ -217,10 +218,11 @@ def run_until_interrupted(fit: Callable[[], Any], messages: Messages) -> None:
 
 def _why_no_workers(resources: Resources) -> str:
     free = ray.available_resources()
-    wanted = f"{resources.cpus_per_worker:g} CPUs" + (" and a GPU" if resources.gpu else "")
+    wanted = number_of(resources.cpus_per_worker, "CPU") + (" and a GPU" if resources.gpu else "")
+    least = resources.min_workers or resources.workers
     return (
-        f"still waiting for {resources.min_workers or resources.workers} workers with {wanted} each; free in the cluster: "
-        f"{free.get('CPU', 0.0):g} CPUs, {free.get('GPU', 0.0):g} GPUs (`ray status` tells who holds the others)"
+        f"still waiting for {number_of(least, 'worker')} with {wanted}{' each' if least > 1 else ''}; free in the cluster: "
+        f"{number_of(free.get('CPU', 0.0), 'CPU')}, {number_of(free.get('GPU', 0.0), 'GPU')} (`ray status` shows who holds the others)"
     )
 
 

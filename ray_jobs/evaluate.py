@@ -1,4 +1,6 @@
-"""`python -m ray_jobs.evaluate RUN [--checkpoint best|last|STEP] [--source FILES] [--workers N]`: metrics of a trained run."""
+"""`python -m ray_jobs.evaluate RUN [--checkpoint best|last|STEP] [--source FILES] [--workers N]`: measures a trained run
+on its whole validation set.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,7 @@ from perceiver.runs import Run
 from perceiver.tasks import build_task
 from perceiver.tasks.baselines import Baseline
 from perceiver.tasks.check import check_guess
-from perceiver.terminal import add_checkpoint_option, add_trust_option, summary
+from perceiver.terminal import CommandParser, add_checkpoint_option, add_trust_option, summary
 from perceiver.training.checkpoint_files import check_files
 from perceiver.training.remote_copy import find_run
 from perceiver.training.state import has_average
@@ -38,14 +40,14 @@ MOST_LINES = 31
 
 def main(argv: list[str]) -> int:
     argv = show_progress(argv)
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog=program("ray_jobs.evaluate"),
         usage=f"{program('ray_jobs.evaluate')} RUN [--checkpoint CHECKPOINT] [--source FILES] [--workers N] [--field value ...]",
         description=summary(__doc__),
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="fields of the experiment that an evaluation may change:\n"
-        "  --source FILES        other data, all of it validated on (--data.* in full)\n"
-        "  --workers N           workers of the evaluation (--parallel.* in full)\n"
+        epilog="fields of the experiment that may be changed for an evaluation:\n"
+        "  --source FILES        evaluate on all of these files instead (any --data.* field)\n"
+        "  --workers N           number of workers (any --parallel.* field)\n"
         "  --task.*, --training.global-batch-size",
     )
     parser.add_argument("run", help="folder or URI of a run, or its name among the runs of $PERCEIVER_HOME")

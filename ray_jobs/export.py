@@ -1,22 +1,20 @@
-"""`python -m ray_jobs.export RUN --out FOLDER [--format perceiver|transformers|onnx] [--upload OWNER/NAME]`: a model as
-files that last.
+"""`python -m ray_jobs.export RUN --out FOLDER [--format perceiver|transformers|onnx] [--upload OWNER/NAME]`: writes
+a model as files to keep or share.
 
 Needs no Ray: it stands here with the other jobs so that a cluster can run it where the checkpoints lie.
 """
 
 from __future__ import annotations
 
-import argparse
-
 import perceiver
 from perceiver.inference.export import FORMATS, upload
-from perceiver.terminal import add_checkpoint_option, add_trust_option, summary
+from perceiver.terminal import CommandParser, add_checkpoint_option, add_trust_option, summary
 from ray_jobs.cli import main_entry, refuse_empty
 from ray_jobs.program import program
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog=program("ray_jobs.export"), description=summary(__doc__).partition("\n\n")[0])
+    parser = CommandParser(prog=program("ray_jobs.export"), description=summary(__doc__).partition("\n\n")[0])
     parser.add_argument("run", help="folder or name of a run, an exported folder, or a name on the hub")
     parser.add_argument("--out", required=True, help="folder to write: a new one, or one that holds an earlier export and nothing else")
     add_checkpoint_option(parser)

@@ -1,11 +1,10 @@
-"""`perceiver init NAME --data SOURCE`: writes NAME.py, an experiment on that data with all that it is made of, to be changed and trained.
+"""`perceiver init NAME --data SOURCE`: writes NAME.py, an experiment on that data with all its settings, for you to change and train.
 
-The task is chosen by what the data holds, as `perceiver data SOURCE` says: classes of pictures or texts, a language model, a table.
+The data decides the task: classes of pictures or texts, a language model, a table. `perceiver data SOURCE` shows which.
 """
 
 from __future__ import annotations
 
-import argparse
 import ast
 import dataclasses
 import importlib
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from perceiver.config import Config, DataConfig, Experiment, UserError, check_folder_name
+from perceiver.terminal import CommandParser, summary
 from ray_jobs.cli import main_entry, parse_experiment, refuse_empty
 from ray_jobs.data import add_encoding, find
 from ray_jobs.data_found import Found
@@ -32,8 +32,8 @@ _WIDTH = 100
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog=program("ray_jobs.init"), description=(__doc__ or "").partition(": ")[2])
-    parser.add_argument("name", help="of the experiment: its file, function and run")
+    parser = CommandParser(prog=program("ray_jobs.init"), description=summary(__doc__))
+    parser.add_argument("name", help="name of the experiment: of its file, function and run")
     parser.add_argument("--data", required=True, metavar="SOURCE", help="a file, a folder or a glob")
     parser.add_argument("--text-column", help="column with the text (default: text, or the one with the most text)")
     add_encoding(parser)

@@ -9,6 +9,7 @@ from dataclasses import replace
 from perceiver.config import UserError
 from perceiver.housekeeping import read_labels, save_labels
 from perceiver.runs import Run
+from perceiver.terminal import CommandParser
 from ray_jobs.cli import main_entry, refuse_empty
 
 
@@ -20,7 +21,7 @@ def main(argv: list[str]) -> int:
 
 
 def _tag(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="perceiver tag",
         description="Adds tags to a run, removes them (--remove), or prints them. perceiver runs --tag TAG finds it.",
     )
@@ -47,7 +48,7 @@ def _tag(argv: list[str]) -> int:
 
 
 def _note(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="perceiver note", description="Writes a note on a run in place of the one before, or prints it.")
+    parser = CommandParser(prog="perceiver note", description="Writes a note on a run in place of the one before, or prints it.")
     parser.add_argument("run", help="folder of a run, or its name among those of $PERCEIVER_HOME")
     parser.add_argument("text", nargs="*", metavar="TEXT", help='the note; "": remove it; none: print it')
     args = parser.parse_args(argv)

@@ -1,7 +1,7 @@
-"""`perceiver lr-find EXPERIMENT [--field value ...]`: a learning-rate range test, as a picture with the rate to begin with.
+"""`perceiver lr-find EXPERIMENT [--field value ...]`: runs a learning-rate range test and suggests a rate to begin with.
 
-A short training in this process, without Ray, whose learning rate grows from --from to --to; it ends where the loss runs away. Nothing
-of it is kept but the picture. The data has to be prepared (`perceiver preprocess EXPERIMENT`).
+A short training in this process, without Ray, whose learning rate grows from --from to --to. It ends where the loss runs away, and only
+a picture of the losses is kept. The data must have been prepared (`perceiver preprocess EXPERIMENT`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from perceiver.config import UserError
 from perceiver.data.storage import write_file
 from perceiver.datasets import Dataset, with_prepared_tokenizer, with_tokenizer
 from perceiver.plots import png, range_curve
-from perceiver.terminal import summary
+from perceiver.terminal import CommandParser, summary
 from perceiver.training.lr_range import FEWEST, device_of, range_test
 from perceiver.training.parallel import choose_arithmetic, join_world
 from ray_jobs.cli import main_entry, naming_words, parse_experiment
@@ -31,7 +31,7 @@ logger = logging.getLogger("ray_jobs.lr_find")  # which __name__ is not where it
 
 def main(argv: list[str]) -> int:
     argv = show_progress(argv)
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog=program("ray_jobs.lr_find"), description=summary(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False, add_help=False,
     )  # fmt: skip

@@ -78,11 +78,12 @@ def override(config: Config, args: Sequence[str], prog: str) -> Config:
 
 
 _BESIDES = {
-    "ray_jobs.train": "Besides the fields: --seeds 5 or --seeds 0,1,7 (each seed is a run of its own, NAME-seed-N, and a table ends it); "
-    "--fork RUN[@STEP] and --fork-weights-only (a new run that begins as another was); --write-config FILE.yaml (writes the "
-    "experiment as a file, and ends); --allow-changed-code; --trust-code; --verbose; "
-    "--quiet. --workers 2..8 is elastic. --callbacks earlystop divergence adds callbacks (or yours, module:Class), whose fields are then "
-    "--callbacks.0.patience, --callbacks.1.factor, ...: with --help after them all are listed."
+    "ray_jobs.train": "Options besides the fields: --seeds 5 or --seeds 0,1,7 (a run NAME-seed-N each, and a table that compares them); "
+    "--fork RUN[@STEP] and --fork-weights-only (start from a checkpoint of another run); --write-config FILE.yaml (only write the "
+    "experiment as a file); --allow-changed-code (continue although your code has changed); --trust-code (run a run's code); "
+    "--verbose; --quiet. --workers 2..8 makes the run elastic. --callbacks earlystop divergence adds callbacks "
+    "(your own as module:Class); "
+    "their fields are --callbacks.0.patience, --callbacks.1.factor, ..., and --help after the names lists them."
 }
 """What a job's help says of options that are no fields."""
 

@@ -1,7 +1,7 @@
-"""`python -m ray_jobs.plan PRESET [--field value ...] [--device NAME]`: what a training takes, before it is paid for.
+"""`python -m ray_jobs.plan PRESET [--field value ...] [--device NAME]`: computes what a training takes, before it starts.
 
-Parameters, FLOPs, memory of a GPU by kind, the largest micro-batch, traffic, checkpoints, time. Arithmetic of the configuration: it
-starts no cluster and needs no GPU.
+Prints parameters, FLOPs, memory of a GPU by kind, the largest micro-batch, traffic, size of checkpoints, and time. All of it follows
+from the configuration: no cluster is started, and no GPU is needed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from perceiver.data.balance import described
 from perceiver.datasets import Dataset, train_counts, with_tokenizer
 from perceiver.models import PerceiverARConfig
 from perceiver.tasks import build_task
-from perceiver.terminal import summary
+from perceiver.terminal import CommandParser, number_of, summary
 from perceiver.training.run import total_steps
 from ray_jobs.cli import main_entry, parse_experiment
 from ray_jobs.memory_check import largest, layout_of, share, step_of, usable
@@ -134,12 +134,15 @@ def lines(plan: Plan, experiment: Experiment, device: Device, name: str, mfu: fl
     yield f"  computation        {_si(plan.flops_per_unit)}FLOP per {plan.unit.removesuffix('s')}, {_si(plan.flops_per_step)}FLOP per step"
     yield (
         f"  step               {experiment.training.global_batch_size:,} examples, {plan.units_per_step:,.0f} {plan.unit}: "
-        f"{share(experiment):,} examples a worker, {layout.accumulated} micro-batch{'es' if layout.accumulated > 1 else ''} of "
+        f"{share(experiment):,} examples a worker, {number_of(layout.accumulated, 'micro-batch', 'micro-batches')} of "
         f"{plan.micro_batch}"
     )
     if (balance := _balance(experiment)) is not None:
         yield f"  classes of an epoch {balance}"
-    yield (f"  layout             {layout.shards} shards x {parallel.replicas} replicas; recomputed: {describe(parallel.recompute_every)}")
+    yield (
+        f"  layout             {number_of(layout.shards, 'shard')} x {number_of(parallel.replicas, 'replica')}; "
+        f"recomputed: {describe(parallel.recompute_every)}"
+    )
     yield "  memory of a GPU     at its fullest moment    at most of this kind"
     divisor, size = (GIB, "GiB") if plan.memory.total >= GIB / 2 else (2.0**20, "MiB")
     for field in fields(Memory):
@@ -201,7 +204,7 @@ def find_device(name: str, memory: float | None, flops: float | None) -> Device:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog=program("ray_jobs.plan"), description=summary(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False, add_help=False,
     )  # fmt: skip

@@ -11,7 +11,6 @@ again: parts that are written are not computed again.
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import os
@@ -35,7 +34,7 @@ from perceiver.inference.parts import from_plain, read_part, to_plain
 from perceiver.inference.predict import MODES, PredictOptions, predict_rows
 from perceiver.inference.rows import rows_from_table, rows_to_table
 from perceiver.models import PerceiverARConfig
-from perceiver.terminal import add_checkpoint_option, add_trust_option
+from perceiver.terminal import CommandParser, add_checkpoint_option, add_trust_option, number_of
 from ray_jobs.cli import JobFailed, main_entry, refuse_empty
 from ray_jobs.logs import show_progress
 from ray_jobs.predict_job import ERRORS, Placement, PredictJob, finish, part_name, plan
@@ -66,7 +65,7 @@ def main(argv: list[str]) -> int:
     if file is not None:
         rows = join(output, [part_name(number) for number in range(summary["parts"])], file)
         remove_folder(output)
-        logger.info(f"wrote {file}: {rows:,} rows")
+        logger.info(f"wrote {file}: {number_of(rows, 'row')}")
     if summary["errors"] == summary["rows"]:
         raise JobFailed(f"none of the {summary['rows']:,} rows could be computed; the first: {summary['first_error']}")
     return 0
@@ -86,7 +85,7 @@ def parse(argv: list[str]) -> tuple[PredictJob, str, Placement, Description]:
         UserError: a value out of range.
         SystemExit: an unknown argument, or `--help`.
     """
-    parser = argparse.ArgumentParser(prog=program("ray_jobs.predict"), description=(__doc__ or "").partition("\n\n")[2])
+    parser = CommandParser(prog=program("ray_jobs.predict"), description=(__doc__ or "").partition("\n\n")[2])
     parser.add_argument("run", help="folder or name of a run, an exported folder, or a name on the hub")
     parser.add_argument("--input", nargs="+", required=True, metavar="PATH", help="files or folders")
     parser.add_argument(
@@ -162,7 +161,7 @@ def predict(job: PredictJob, output: str, placement: Placement, model: Descripti
     todo = [part for part in parts if part_name(part.number) not in there]
     total = sum(part.rows for part in parts)
     before = f", {len(parts) - len(todo):,} of them done before" if len(todo) < len(parts) else ""
-    logger.info(f"{total:,} rows in {len(parts):,} part{'s' * (len(parts) != 1)}{before}")
+    logger.info(f"{number_of(total, 'row')} in {number_of(len(parts), 'part')}{before}")
     started, done, bad = time.monotonic(), 0, 0
     if todo:
         for result in _compute(job, todo, output, placement, model):
@@ -170,11 +169,12 @@ def predict(job: PredictJob, output: str, placement: Placement, model: Descripti
             bad += result["errors"]
             rate = done / (time.monotonic() - started)
             left = sum(part.rows for part in todo) - done
-            logger.info(f"{total - left:,} of {total:,} rows, {rate:,.1f} rows/s" + (f", {bad:,} with errors" if bad else ""))
+            logger.info(f"{total - left:,} of {number_of(total, 'row')}, {rate:,.1f} rows/s" + (f", {bad:,} with errors" if bad else ""))
     seconds = time.monotonic() - started
     summary = finish(parts, output)
     logger.info(
-        f"finished: {summary['rows']:,} rows in {output}, {summary['errors']:,} with errors" + (f" ({ERRORS})" if summary["errors"] else "")
+        f"finished: {number_of(summary['rows'], 'row')} in {output}, {summary['errors']:,} with errors"
+        + (f" ({ERRORS})" if summary["errors"] else "")
     )
     return summary | {"rows_now": done, "seconds_now": seconds}
 

@@ -21,6 +21,7 @@ from perceiver.models import check_model
 from perceiver.tasks import Task
 from perceiver.tasks.check import check_task, checked_task
 from perceiver.tasks.check_calls import tried
+from perceiver.terminal import number_of
 from perceiver.training.optim import check_groups
 from ray_jobs.ray_env import use_gpus
 from ray_jobs.read_ahead import DATA_CPUS
@@ -125,11 +126,11 @@ def plan_resources(experiment: Experiment) -> Resources:
     field, least = ("parallel.min-workers", parallel.min_workers) if parallel.min_workers else ("parallel.workers", parallel.workers)
     if gpu and total.get("GPU", 0) < least:
         raise UserError(
-            f"{field} is {least} but the cluster has {total.get('GPU', 0):g} GPUs: use at most that many workers, "
+            f"{field} is {least} but the cluster has {number_of(total.get('GPU', 0.0), 'GPU')}: use at most that many workers, "
             "--parallel.wait-minutes for a cluster that grows, or --parallel.device cpu"
         )
     if not gpu and least > cores:
-        raise UserError(f"{field} is {least} but the cluster has {cores} CPUs: use at most that many workers")
+        raise UserError(f"{field} is {least} but the cluster has {number_of(cores, 'CPU')}: use at most that many workers")
     if parallel.cpus_per_worker:
         share = parallel.cpus_per_worker
     elif parallel.min_workers:
@@ -138,8 +139,9 @@ def plan_resources(experiment: Experiment) -> Resources:
         share = min(1.0, math.floor((cpus - DATA_CPUS) / parallel.workers * 100) / 100)
     if share <= 0 or least * share + DATA_CPUS > cpus:
         raise UserError(
-            f"{least} workers with {share:g} CPUs each and a data task with {DATA_CPUS:g} need "
-            f"{least * share + DATA_CPUS:g} CPUs but the cluster has {cpus:g}: "
+            f"{number_of(least, 'worker')} with {number_of(share, 'CPU')}{' each' if least > 1 else ''} "
+            f"and a data task with {DATA_CPUS:g} need "
+            f"{number_of(least * share + DATA_CPUS, 'CPU')} but the cluster has {cpus:g}: "
             f"lower {field} or parallel.cpus-per-worker"
         )
     return Resources(parallel.workers, gpu, share, parallel.threads_per_worker, parallel.min_workers)
@@ -163,7 +165,7 @@ def _share_of_a_node() -> float:
             return max(fitting)
     raise UserError(
         f"an elastic run on nodes with {', '.join(f'{cpus:g}' for cpus in sizes)} CPUs would leave none for its data tasks: set "
-        f"parallel.cpus-per-worker, so that {DATA_CPUS:g} CPUs of a full node stay free"
+        f"parallel.cpus-per-worker, so that {number_of(DATA_CPUS, 'CPU')} of a full node stay free"
     )
 
 

@@ -24,6 +24,7 @@ from perceiver.data.storage import list_folder, remove_file
 from perceiver.data.tokenizers import keep_tokenizer, load_tokenizer
 from perceiver.data_settings import prepare_settings, task_kind
 from perceiver.datasets import check_fits, data_folder, with_tokenizer
+from perceiver.terminal import number_of
 from ray_jobs.cli import main_entry, parse_experiment
 from ray_jobs.logs import show_progress
 from ray_jobs.passes import duration, held, hold_out, make_job, remove_staging, run_pieces, run_shards
@@ -207,7 +208,7 @@ def _finish(
 def _summary(folder: str, manifest: Manifest, source: Source, seconds: float) -> None:
     logger.info(f"prepared in {duration(seconds)}: {folder}")
     for name, split in manifest.splits.items():
-        parts = [f"{split.rows:,} rows"]
+        parts = [number_of(split.rows, "row")]
         if manifest.image_shape is not None:
             height, width, channels = manifest.image_shape
             parts.append(f"images of {height} x {width} x {channels}")
@@ -219,12 +220,12 @@ def _summary(folder: str, manifest: Manifest, source: Source, seconds: float) ->
             parts.append(f"{split.bytes:,} bytes")
         else:
             parts += [
-                f"{split.tokens:,} tokens",
+                number_of(split.tokens, "token"),
                 f"{split.bytes:,} bytes",
-                f"{split.words:,} words",
-                f"{split.documents:,} documents",
+                number_of(split.words, "word"),
+                number_of(split.documents, "document"),
             ]
-        parts.append(f"{len(split.shards):,} shard{'s' * (len(split.shards) != 1)}")
+        parts.append(number_of(len(split.shards), "shard"))
         logger.info(f"  {name + ':':<6} {', '.join(parts)}")
     if manifest.columns is not None:
         logger.info(f"  columns: {', '.join(f'{name} {tuple(shape)} {dtype}' for name, (shape, dtype) in manifest.columns.items())}")

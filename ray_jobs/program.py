@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    pass
+STARTED_AS = "PERCEIVER_STARTED_AS"
+"""Environment variable of processes that a command starts: the program that the user typed."""
+
+
+def started_as() -> str:
+    """Name of the program that the user started: "perceiver", or the file of a module."""
+    return os.environ.get(STARTED_AS) or Path(sys.argv[0]).name
 
 
 def program(module: str) -> str:
-    """How the job of a module is started here: `perceiver COMMAND` in a process that was, else `python -m MODULE`."""
-    if Path(sys.argv[0]).name != "perceiver":
+    """The command line that starts a module's job, spelled as the user spelled it: `perceiver COMMAND` or `python -m MODULE`."""
+    if started_as() != "perceiver":
         return f"python -m {module}"
     name, _, rest = module.rpartition(".")[2].partition(" ")
     return " ".join(filter(None, ("perceiver", name.replace("_", "-").removeprefix("train-"), rest)))

@@ -1,11 +1,11 @@
-"""`python -m ray_jobs.push RUN OWNER/NAME [--public] [--license NAME] [--yes]`: a model to the Hugging Face hub, with its card.
+"""`python -m ray_jobs.push RUN OWNER/NAME [--public] [--license NAME] [--yes]`: uploads a model to the Hugging Face hub, with its card.
 
-Shows what will be uploaded and asks first. A repository that it makes is private. The token is that of `hf auth login`, or $HF_TOKEN.
+Shows what will be uploaded and asks first. A new repository is private unless --public is given.
+The token is that of `hf auth login`, or $HF_TOKEN.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 from pathlib import Path
@@ -15,13 +15,13 @@ from perceiver.config import UserError
 from perceiver.inference.card import CARD, check_license
 from perceiver.inference.export import FORMATS, read_config, upload
 from perceiver.interop.pretrained import is_hub_name
-from perceiver.terminal import add_checkpoint_option, add_trust_option, summary
+from perceiver.terminal import CommandParser, add_checkpoint_option, add_trust_option, summary
 from ray_jobs.cli import main_entry, refuse_empty
 from ray_jobs.program import program
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog=program("ray_jobs.push"), description=summary(__doc__).partition("\n\n")[0])
+    parser = CommandParser(prog=program("ray_jobs.push"), description=summary(__doc__))
     parser.add_argument("run", help="folder or name of a run, or an exported folder, which is uploaded as it is")
     parser.add_argument("name", help="OWNER/NAME on the hub")
     add_checkpoint_option(parser)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import shlex
 from collections.abc import Iterator
 from dataclasses import replace
@@ -12,14 +11,14 @@ from perceiver.config import UserError
 from perceiver.disk import read_json
 from perceiver.provenance import MAIN, differences_here
 from perceiver.runs import Run
-from perceiver.terminal import add_trust_option, summary
+from perceiver.terminal import CommandParser, add_trust_option, number_of, summary
 from ray_jobs.cli import main_entry, refuse_empty
 from ray_jobs.logs import show_progress
 from ray_jobs.program import program
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog=program("ray_jobs.reproduce"), description=summary(__doc__))
+    parser = CommandParser(prog=program("ray_jobs.reproduce"), description=summary(__doc__))
     parser.add_argument("run", help="folder or name of a run")
     parser.add_argument("--run", dest="again", action="store_true", help="train it again under another name, and compare the weights")
     parser.add_argument("--name", help="of the new run; default: RUN-again")
@@ -54,7 +53,7 @@ def describe(run: Run, content: dict[str, Any] | None) -> Iterator[str]:
     yield f"in:        {content['folder']}"
     for name, code in content["code"].items():
         changes = f", with the changes in {run.diff_file(name)}" if code["changed"] else ""
-        new = f", and {len(code['untracked'])} files that git does not know" if code["untracked"] else ""
+        new = f", and {number_of(len(code['untracked']), 'file')} that git does not know" if code["untracked"] else ""
         yield f"code:      {name} at commit {code['commit']} of {code['root']}{changes}{new}"
     machine = content["machine"]
     yield f"machine:   {machine['processor']}, {machine['cores']} cores, {machine['system']}"

@@ -19,7 +19,7 @@ from perceiver.checkpoints import best_of
 from perceiver.config import UserError, flatten, home, nearest
 from perceiver.housekeeping import read_labels
 from perceiver.runs import DamagedRun, Run, runs
-from perceiver.terminal import summary
+from perceiver.terminal import CommandParser, summary
 from ray_jobs.cli import main_entry, refuse_empty
 from ray_jobs.program import program
 from ray_jobs.where import Condition
@@ -31,7 +31,7 @@ _BARS = "▁▂▃▄▅▆▇█"
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog=program("ray_jobs.runs"), description=summary(__doc__))
+    parser = CommandParser(prog=program("ray_jobs.runs"), description=summary(__doc__))
     parser.add_argument("folder", nargs="?", help="folder of runs; default: $PERCEIVER_HOME/runs")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     parser.add_argument("--where", metavar="CONDITION", help='only runs that meet it: "optim.lr>1e-3 and val_acc>0.9"')

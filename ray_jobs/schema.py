@@ -12,13 +12,13 @@ from pathlib import Path
 
 from perceiver.catalog import CATALOG
 from perceiver.config import UserError
-from perceiver.terminal import summary
+from perceiver.terminal import CommandParser, summary
 from ray_jobs.cli import main_entry, refuse_empty
 from ray_jobs.program import program
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog=program("ray_jobs.schema"), description=summary(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", metavar="FILE", help="write it there instead of printing it")

@@ -16,6 +16,7 @@ from typing import Self
 
 from perceiver.config import Experiment, UserError
 from perceiver.runs import Run
+from ray_jobs.program import STARTED_AS, started_as
 
 logger = logging.getLogger(__name__)
 OPTION = "--seeds"
@@ -139,7 +140,7 @@ class Processes:
         words: arguments of `ray_jobs.train` without a seed and a name, which are added to them.
         environment: of the processes.
         """
-        self._words, self._environment = tuple(words), dict(environment)
+        self._words, self._environment = tuple(words), {**environment, STARTED_AS: started_as()}
         self._running: set[subprocess.Popen[str]] = set()
         self._signal: int | None = None
 

@@ -22,7 +22,7 @@ from perceiver.generation.options import add_generation_options, given_generatio
 from perceiver.inference.load import Description, describe
 from perceiver.inference.predict import MODES, PredictOptions
 from perceiver.inference.served import OPTIONS, mode_of
-from perceiver.terminal import add_checkpoint_option, add_trust_option
+from perceiver.terminal import CommandParser, add_checkpoint_option, add_trust_option
 from ray_jobs.cli import JobFailed, main_entry, refuse_empty
 from ray_jobs.logs import show_progress
 from ray_jobs.program import program
@@ -51,7 +51,7 @@ def parse(argv: list[str]) -> tuple[ServeSettings, argparse.Namespace, Descripti
         UserError: a value out of range, no token where one is needed, or Ray Serve is not installed.
         SystemExit: an unknown argument, or `--help`.
     """
-    parser = argparse.ArgumentParser(prog=program("ray_jobs.serve"), description=(__doc__ or "").partition("\n\n")[2])
+    parser = CommandParser(prog=program("ray_jobs.serve"), description=(__doc__ or "").partition("\n\n")[2])
     parser.add_argument("run", help="folder or name of a run, or an exported folder")
     parser.add_argument("--mode", choices=MODES, help="what to compute (default: what the model's task is for)")
     add_checkpoint_option(parser)

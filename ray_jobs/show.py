@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from typing import Any
 
@@ -11,14 +10,14 @@ from perceiver.disk import finite
 from perceiver.evaluations import evaluations
 from perceiver.housekeeping import readable_size, size_of
 from perceiver.runs import Run
-from perceiver.terminal import summary
+from perceiver.terminal import CommandParser, number_of, summary
 from ray_jobs.cli import main_entry, refuse_empty
 from ray_jobs.program import program
 from ray_jobs.runs import describe, print_table, sparkline
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog=program("ray_jobs.show"), description=summary(__doc__))
+    parser = CommandParser(prog=program("ray_jobs.show"), description=summary(__doc__))
     parser.add_argument("run", help="folder of a run, or its name among those of $PERCEIVER_HOME")
     parser.add_argument("--fields", action="store_true", help="also all fields of its configuration")
     parser.add_argument("--json", action="store_true", help="print all of it as one JSON object")
@@ -69,7 +68,7 @@ def _print(found: dict[str, Any], fields: bool) -> None:
         print(f"{found['name']}: damaged: {found['reason']}")
         return
     of = "" if found["of"] is None else f" of {found['of']:,}"
-    hours = "" if found["hours"] is None else f", {found['hours']:.3g} hours of training"
+    hours = "" if found["hours"] is None else f", {number_of(float(format(found['hours'], '.3g')), 'hour')} of training"
     print(f"{found['name']}: {found['task']} ({found['preset']}), {found['status']}, step {found['step']:,}{of}{hours}")
     print(f"folder {found['folder']}, {found['MiB']:,} MiB; version {found['version'] or 'unknown'}; data {found['data']}")
     for name in ("note", "stopped", "failure"):

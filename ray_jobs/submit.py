@@ -23,7 +23,7 @@ from ray.runtime_env import RuntimeEnv
 from ray.util.state import list_nodes
 
 from perceiver.config import Experiment, UserError, nearest
-from perceiver.terminal import summary
+from perceiver.terminal import CommandParser, number_of, summary
 from ray_jobs.cli import JobFailed, main_entry, parse_experiment
 from ray_jobs.main import COMMANDS, JOBS
 from ray_jobs.preflight import check_experiment
@@ -42,7 +42,7 @@ STOPPED = 130
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog=program("ray_jobs.submit"), description=summary(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--address", help=f"of the cluster's dashboard; default $RAY_API_SERVER_ADDRESS or {DEFAULT_ADDRESS}")
@@ -184,7 +184,7 @@ def check_room(client: JobSubmissionClient, experiment: Experiment | None) -> No
     field, least = ("parallel.min-workers", parallel.min_workers) if parallel.min_workers else ("parallel.workers", parallel.workers)
     if total[kind] < least:
         raise UserError(
-            f"{field} is {least} but the cluster's {len(nodes)} nodes have {total[kind]:g} {kind}s: use fewer "
+            f"{field} is {least} but the cluster has {number_of(total[kind], kind)} on {number_of(len(nodes), 'node')}: use fewer "
             "workers, or --parallel.wait-minutes for a cluster that grows"
         )
 

@@ -6,7 +6,6 @@ run's stay where they are.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +24,7 @@ from perceiver.housekeeping import (
     unused,
 )
 from perceiver.runs import Run
+from perceiver.terminal import CommandParser, number_of
 from ray_jobs.cli import main_entry, refuse_empty
 from ray_jobs.runs import named_runs, print_table
 
@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
     if not argv or argv[0] not in ACTIONS:
         raise UserError(f"say what to do: one of {', '.join(ACTIONS)}")
     action, *rest = argv
-    parser = argparse.ArgumentParser(prog=f"perceiver {action}", description=ACTIONS[action])
+    parser = CommandParser(prog=f"perceiver {action}", description=ACTIONS[action])
     parser.add_argument("runs", nargs="+", metavar="RUN", help="runs: folders, names among those of $PERCEIVER_HOME, or a folder of runs")
     parser.add_argument("--yes", action="store_true", help="do not ask")
     if action == "archive":
@@ -132,11 +132,11 @@ def _prune(runs: Sequence[Run], yes: bool, keep: int, metric: str | None, unfini
         if not number:
             print("nothing to remove")
             return 0
-        if not _agreed(f"remove {number} checkpoints, {readable_size(size)}?", yes):
+        if not _agreed(f"remove {number_of(number, 'checkpoint')}, {readable_size(size)}?", yes):
             return 1
         for paths in goes.values():
             remove_checkpoints(paths)
-    print(f"removed {number} checkpoints: {readable_size(size)}")
+    print(f"removed {number_of(number, 'checkpoint')}: {readable_size(size)}")
     return 0
 
 

@@ -22,6 +22,7 @@ from perceiver.runs import Run
 from perceiver.tasks import build_task
 from perceiver.tasks.baselines import Baseline
 from perceiver.tasks.check import check_guess
+from perceiver.terminal import number_of
 from perceiver.training.fork import resolved
 from perceiver.training.meters import duration
 from perceiver.training.profiling import check_profile
@@ -78,7 +79,7 @@ def main(argv: list[str]) -> int:
     with naming_words(words), room_for_seeds(experiment, seeds) as capacity:
         if capacity.concurrent == 1:
             return 0 if train_seeds(experiment, seeds, train, baselines) else 1
-        logger.info(f"{len(seeds)} seeds, {capacity.why}")
+        logger.info(f"{number_of(len(seeds), 'seed')}, {capacity.why}")
         _, rest = take_seeds(typed)
         with Processes([*rest, *capacity.words()], joining()) as processes:
             try:

@@ -12,6 +12,7 @@ import numpy as np
 
 from perceiver.pages import Page, are_numbers, color, far_apart, parallel_coordinates
 from perceiver.runs import Run
+from perceiver.terminal import number_of
 from tuning import replicates
 from tuning.pareto import LABELS, front_charts
 from tuning.trials import Trial
@@ -31,7 +32,9 @@ def page_of_sweep(folder: Path, trials: Sequence[Trial], settings: dict[str, Any
     """
     page = Page(folder.name)
     metric, fields = settings["metric"], sorted({field for trial in trials for field in trial["values"]})
-    page.paragraph(f"{settings['preset']}, {settings['scheduler']}, {len(trials)} trials; {metric}: {_better(settings)} is better")
+    page.paragraph(
+        f"{settings['preset']}, {settings['scheduler']}, {number_of(len(trials), 'trial')}; {metric}: {_better(settings)} is better"
+    )
     header = ["place", "trial", f"best {metric}", "at step", "last", "step", "examples", "seconds", "status", *fields]
     rows = []
     for place, trial in enumerate(trials, 1):

@@ -6,7 +6,6 @@ page with curves, classes, samples over steps, speed, events and configuration.
 
 from __future__ import annotations
 
-import argparse
 import math
 import re
 import shlex
@@ -25,7 +24,7 @@ from perceiver.config import UserError, home
 from perceiver.data.storage import write_file
 from perceiver.plots import GREY, NUM_COLORS, color, far_apart, frame, log_scale, new_figure, plain, png, step_axis
 from perceiver.runs import Run
-from perceiver.terminal import summary
+from perceiver.terminal import CommandParser, number_of, summary
 from ray_jobs.cli import main_entry, refuse_empty
 from ray_jobs.program import program
 from ray_jobs.run_pages import page_of_runs
@@ -46,7 +45,7 @@ STATUSES = ("finished", "stopped", "diverged", "failed", "refused", "running")
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog=program("tuning.report"), description=summary(__doc__))
+    parser = CommandParser(prog=program("tuning.report"), description=summary(__doc__))
     parser.add_argument("names", nargs="+", metavar="RUN", help="a sweep, or runs: folders, names in $PERCEIVER_HOME, or a folder of runs")
     parser.add_argument("--out", metavar="FILE", help="of runs: the page to write; default: report.html here")
     parser.add_argument("--metric", help="of runs: what they are compared by (val_acc); default: what chooses the best checkpoint")
@@ -152,7 +151,7 @@ def counts(trials: Sequence[Trial]) -> str:
     kinds = Counter(failure(trial["reason"]) for trial in trials if trial["status"] == "failed")
     del kinds[""]
     text = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
-    return f"{len(trials)} trials: {', '.join(parts)}" + (f" (of the failed ones {text})" if text else "")
+    return f"{number_of(len(trials), 'trial')}: {', '.join(parts)}" + (f" (of the failed ones {text})" if text else "")
 
 
 def failure(reason: str) -> str:

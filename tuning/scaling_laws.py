@@ -1,8 +1,8 @@
 """`python -m tuning.scaling_laws clm-... --budgets 1e12,3e12 --channels 48,64,96,128`: trains isoFLOP studies of Perceiver AR.
 
 For each budget every width is trained on as many steps as the budget pays for, by the FLOPs that perceiver/costs/flops.py
-counts (prefix, latents and output apart, backward twice the forward). The study is a sweep (`tuning.sweep`) of those
-trainings, so it continues when started again. Parabolas over model sizes give each budget's best size; a power law over the
+counts (prefix, latents and output apart, backward twice the forward). The study is a sweep of these trainings,
+so the same command continues it. Parabolas over model sizes give each budget's best size; a power law over the
 budgets gives the exponents, with intervals (tuning/power_law.py; arXiv 2203.15556, Section 3.2, Approach 2).
 """
 
@@ -23,7 +23,7 @@ from perceiver.disk import write_json
 from perceiver.models import PerceiverARConfig, check_model
 from perceiver.plots import GREY, color, frame, log_scale, new_figure, png
 from perceiver.tasks import build_task
-from perceiver.terminal import summary
+from perceiver.terminal import CommandParser, summary
 from ray_jobs.cli import main_entry, refuse_empty
 from ray_jobs.logs import show_progress
 from ray_jobs.program import program
@@ -41,7 +41,7 @@ LEAST_STEPS = 30
 
 def main(argv: list[str]) -> int:
     argv = show_progress(argv)
-    parser = argparse.ArgumentParser(prog=program("tuning.scaling_laws"), description=summary(__doc__), allow_abbrev=False,
+    parser = CommandParser(prog=program("tuning.scaling_laws"), description=summary(__doc__), allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("preset", help="of a causal language model")
     parser.add_argument("--budgets", required=True, help="training FLOPs, separated by commas: at least two")

@@ -1,7 +1,9 @@
-"""`python -m tuning.sweep SWEEP [--trials N ...] [--field value ...]`: many trainings of one preset with Ray Tune, or their continuation.
+"""`python -m tuning.sweep SWEEP [--trials N ...] [--field value ...]`: trains a preset many times with different settings, by Ray Tune.
 
-A trial is a training as `ray_jobs.train` runs it, in a run folder of its own. A sweep is a folder: its settings, one run per
-trial, Ray Tune's state, and what came out. The same command continues a sweep that was stopped or killed.
+The same command continues a sweep that was stopped or killed.
+
+Each trial is a training as `perceiver train` runs it, in a run folder of its own. The folder of a sweep holds its settings, the runs of
+its trials, Ray Tune's state, and the results.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from perceiver.datasets import Dataset, with_tokenizer
 from perceiver.disk import write_json
 from perceiver.extensions import code_of
 from perceiver.runs import held
-from perceiver.terminal import summary
+from perceiver.terminal import CommandParser, number_of, summary
 from perceiver.training.meters import duration
 from perceiver.training.run import total_steps
 from perceiver.trust import trust
@@ -75,7 +77,7 @@ OPTIONS = {
 
 def main(argv: list[str]) -> int:
     argv = show_progress(argv)
-    parser = argparse.ArgumentParser(prog=program("tuning.sweep"), description=summary(__doc__), allow_abbrev=False,
+    parser = CommandParser(prog=program("tuning.sweep"), description=summary(__doc__), allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=f"sweeps: {', '.join(SWEEPS)}, or file.py:function",
     )  # fmt: skip
@@ -167,8 +169,8 @@ def run_sweep(sweep: Sweep, folder: Path, concurrent: int | None = None) -> list
         capacity = plan_capacity(base.parallel, concurrent)
         write_json(folder / SETTINGS, {**describe(sweep), "version": perceiver.__version__})
         steps = total_steps(base, dataset.manifest.splits["train"].rows)
-        length = "" if sweep.points else f"; {steps:,} steps in a whole training"
-        logger.info(f"sweep of {sweep.size} trials in {folder}: {capacity.why}{length}")
+        length = "" if sweep.points else f"; {number_of(steps, 'step')} in a whole training"
+        logger.info(f"sweep of {number_of(sweep.size, 'trial')} in {folder}: {capacity.why}{length}")
         started = time.monotonic()
         fit(sweep, folder, base, capacity, steps)
         trials = report.write(folder)

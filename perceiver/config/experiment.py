@@ -18,26 +18,26 @@ from perceiver.config.training import TrainingConfig
 
 
 class Experiment(Config):
-    """All of one training."""
+    """A training with all its settings."""
 
     preset: str = ""
     """What the command line named: a preset, module:function, file.py:function. Set by whoever finds the experiment."""
     task: TaskConfig
-    """What is learned."""
+    """The task: what the model learns."""
     model: ModelConfig
-    """By which model."""
+    """The model and its sizes."""
     data: DataConfig = DataConfig()
-    """From which data."""
+    """The data: where it comes from, how it is prepared and shuffled."""
     optim: OptimConfig = OptimConfig()
-    """How it is optimised."""
+    """Optimizer and learning-rate schedule."""
     training: TrainingConfig = TrainingConfig()
-    """Batch, length, seed, precision."""
+    """Batch size, length, seed, precision, and what the training starts from."""
     parallel: ParallelConfig = ParallelConfig()
     """Workers and devices."""
     run: RunConfig = RunConfig()
-    """Name, storage, reporting."""
+    """Name and folder of the run; how often it logs, validates and saves."""
     callbacks: tuple[CallbackConfig, ...] = ()
-    """What else happens while training: each watches it, and may keep a state of its own in the checkpoints."""
+    """Callbacks, which watch the training. Each may keep a state of its own in the checkpoints."""
 
     @property
     def run_name(self) -> str:

@@ -203,8 +203,8 @@ class OptimConfig(Config):
     weight_decay: float = 0.01
     """Weight decay on matrices; biases, norms and embeddings of positions get none."""
     weight_decay_end: float | None = None
-    """Weight decay of the last step, which is reached along half a cosine (arXiv 2104.14294); those of groups change by the same factor.
-    None: the same in all steps."""
+    """Weight decay at the last step, reached along half a cosine (arXiv 2104.14294). The weight decays of groups change by the same
+    factor. None: constant."""
     schedule: ScheduleConfig = Constant()
     """The learning rate after the warm-up: constant, linear, cosine, flatcosine, wsd, inversesquareroot, onecycle, warmrestarts, or a
     class of yours (module:Class)."""
@@ -213,13 +213,13 @@ class OptimConfig(Config):
     max_grad_norm: float | None = None
     """Clip the global gradient norm to this; None: no clipping."""
     groups: tuple[str, ...] = ()
-    """Parameters by their names, each as PATTERN:lr=FACTOR,decay=WEIGHT_DECAY,from=STEP,freeze with any of these: 'encoder.*:lr=0.1'.
-    Factors multiply; of weight decays and first steps the last counts."""
+    """Settings for some parameters, chosen by name: PATTERN:lr=FACTOR,decay=WEIGHT_DECAY,from=STEP,freeze with any of these, such as
+    'encoder.*:lr=0.1'. Where several patterns match, the factors multiply, and the last weight decay and first step count."""
     layer_decay: float | None = None
-    """Each layer's learning rate as a multiple of the next one's (0.8, say); None: all the same."""
+    """Learning rate of each layer as a multiple of the next layer's (0.8, say); None: the same for all."""
     ema_decay: float | None = None
-    """Keep an exponential moving average of the weights with this decay (0.999, say) beside them: validated as val_ema_..., saved, and
-    named by checkpoints as best:ema, last:ema or STEP:ema; None: no average."""
+    """Keep an exponential moving average of the weights, with this decay (0.999, say). It is validated as val_ema_..., saved in
+    checkpoints, and named best:ema, last:ema or STEP:ema. None: no average."""
 
     def check(self, where: str) -> None:
         if not self.lr > 0:

@@ -11,33 +11,36 @@ class ParallelConfig(Config):
     """How a run is laid out on machines. Not part of its identity."""
 
     workers: int = 1
-    """Workers, one a GPU (or one a process on CPUs); `--workers N` for short."""
+    """Number of workers, one for each GPU (or one process each on CPUs); short: --workers N."""
     min_workers: int | None = None
-    """Elastic: start with as many workers as there is room for, from this number up to `workers`, and grow and shrink with the
-    cluster; `--workers 2..8` for short. None: always exactly `workers`."""
+    """Elastic runs: start with at least this many workers and at most `workers`, and grow and shrink with the cluster; short: --workers
+    2..8. None: always exactly `workers`."""
     resize_seconds: float = 60.0
-    """Elastic: seconds between looks for room for more workers. A larger number of workers continues from the last checkpoint."""
+    """Elastic runs: seconds between checks for room for more workers. To use it, the run continues from its last checkpoint with more
+    workers."""
     replicas: int = 1
-    """Copies of the model: each is sharded over workers / replicas neighbours (HSDP: one a node, say); 1: over all workers."""
+    """Copies of the model, each sharded over workers / replicas neighbouring workers (HSDP: one copy for each node, say). 1: one copy,
+    sharded over all workers."""
     micro_batch_size: int | None = None
-    """Examples that a worker computes at once; its share of the global batch is accumulated from such parts. None: all at once."""
+    """Examples that a worker computes at once. Gradients of its share of the global batch are accumulated over such parts. None: the
+    whole share at once."""
     activation_checkpointing: int | Literal["auto"] = 0
-    """Recompute every n-th layer in the backward pass to save memory; 0: none, 1: all; auto: as few as the memory plan says that fit."""
+    """Recompute every n-th layer in the backward pass to save memory. 0: none; 1: all; auto: as few as fit, by the memory plan."""
     cpu_offload: bool = False
     """Keep parameters, gradients and optimizer state in the host's memory and update them there (no effect on CPUs)."""
     compile: bool = False
     """torch.compile each layer."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: GPUs where the cluster has them, or its autoscaler may start machines with them."""
+    """auto: GPUs where the cluster has them or its autoscaler may start machines with them, otherwise CPUs."""
     device_memory_gib: float | None = None
-    """GiB of memory of a worker's device, for the check whether a step fits; None: as found."""
+    """Memory of a worker's device in GiB, for the check whether a step fits; None: as found."""
     cpus_per_worker: float | None = None
-    """CPUs reserved in Ray for a worker; None: chosen so that data tasks still fit."""
+    """CPUs to reserve in Ray for each worker; None: chosen so that data tasks still fit."""
     threads_per_worker: int | None = None
     """Compute threads of a CPU worker; None: the machine's cores divided by its workers."""
     wait_minutes: float = 0.0
-    """How long to wait for a cluster to grow to the size that the run needs (its autoscaler is asked to add machines); 0: start
-    with what is there, or fail."""
+    """How long to wait for the cluster to grow to the size that the run needs (its autoscaler is asked for machines). 0: do not wait;
+    start with what is there, or fail."""
     address: str | None = None
     """Ray cluster to join; None: the one this process runs in, else $RAY_ADDRESS, else a new local one."""
 
@@ -74,8 +77,8 @@ class RunConfig(Config):
     name: str = ""
     """Name of the run; "": the preset's name."""
     storage: str = ""
-    """Folder of all runs, on a file system that all nodes share (or there is one node); or s3://, gs://, ...: checkpoints and
-    records are copied there from local folders, and a run continues from there on any machine. "": $PERCEIVER_HOME/runs."""
+    """Folder of all runs, on a file system that all nodes share (if there are several); or s3://, gs://, ...: checkpoints and records are
+    then copied there from local folders, and the run can continue on any machine. "": $PERCEIVER_HOME/runs."""
     log_every: int = 10
     """Steps between lines of progress and metrics."""
     val_every: int = 500
@@ -85,23 +88,23 @@ class RunConfig(Config):
     checkpoint_every: int = 500
     """Steps between checkpoints (there is always one at the end)."""
     keep_checkpoints: int = 2
-    """How many of the newest checkpoints are kept; the best are kept besides. (A validation that is among the best so far makes a
-    checkpoint of its own.)"""
+    """Number of newest checkpoints to keep; the best ones are kept besides. (A validation that is among the best so far saves a
+    checkpoint.)"""
     keep_best: int = 1
-    """How many of the best checkpoints are kept, by run.best-metric."""
+    """Number of best checkpoints to keep, by run.best-metric."""
     best_metric: str = "val_loss"
-    """Metric that names the best checkpoint: a validation metric of the task (val_loss, val_acc, ...)."""
+    """Validation metric that decides which checkpoint is the best (val_loss, val_acc, ...)."""
     max_failures: int = 3
-    """How often a run restarts by itself from its last checkpoint when a worker dies; -1: without limit."""
+    """Number of times that a run restarts by itself from its last checkpoint after a worker died; -1: no limit."""
     stall_minutes: float = 30.0
-    """Minutes without any progress of a worker (one line of code, one step) after which it is ended and the run restarts from its last
-    checkpoint. A worker whose process does not answer at all is ended after one minute."""
+    """Minutes without progress after which a worker is ended and the run restarts from its last checkpoint. A worker whose process does
+    not answer at all is ended after one minute."""
 
     profile: str | None = None
-    """Steps to profile on the first worker, FIRST..LAST counted from 1 (20..25): a trace for Perfetto and a table of the operators that
-    cost most, in the run's folder under profile."""
+    """Steps to profile on the first worker, FIRST..LAST counted from 1 (20..25). Writes a trace for Perfetto and a table of the most
+    expensive operators to the run's folder, under profile."""
     layer_grad_norms: bool = False
-    """Whether the gradient's norm of each layer is among the metrics, grad_norm/LAYER, at each line of progress."""
+    """Add the norm of the gradient of each layer (grad_norm/LAYER) to the logged metrics."""
 
     def check(self, where: str) -> None:
         if self.profile is not None:

@@ -15,25 +15,24 @@ class TrainingConfig(Config):
     max_epochs: int | None = None
     """Length in epochs (passes over the training set)."""
     max_steps: int | None = None
-    """Length in optimizer steps; together with max-epochs, whichever ends first."""
+    """Length in optimizer steps. With max-epochs also set, the training ends at whichever comes first."""
     seed: int = 0
-    """Seed of initial weights, order, masks, shifts and dropout."""
+    """Seed of initial weights, data order, masks, random shifts and dropout."""
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
-    """tf32: on GPUs matrix products take fp32 numbers with a mantissa of 10 bits, which is several times as fast. bf16: parameters are
-    cast to bfloat16 for forward and backward, reductions and updates stay fp32."""
+    """fp32: full precision. tf32: on GPUs, matrix products round their fp32 inputs to 10 bits of mantissa, which is several times as
+    fast. bf16: forward and backward passes use bfloat16; reductions and updates stay in fp32."""
     deterministic: bool = False
-    """Use deterministic algorithms only, so that a run gives the same bits every time on GPUs as well (on CPUs it always does);
-    slower."""
+    """Use deterministic algorithms only, so that a run gives the same bits every time on GPUs as well; slower. On CPUs it always does."""
     skip_not_finite: int = 0
-    """Number of steps with a loss or gradient that is NaN or infinite that may be skipped before the run ends; 0: the first ends it.
-    Any other number costs a wait for the device at every step."""
+    """Number of steps with a NaN or infinite loss or gradient to skip before the run ends; 0: the first one ends it. Any other number
+    makes every step wait for the device."""
     on_spike: Literal["ignore", "skip", "rollback"] = "ignore"
-    """A step whose loss is far above the usual, or not finite: skip: its update is left out; rollback: the weights become those of the
-    last good checkpoint. Both wait for the device at every step."""
+    """What to do when the loss of a step is far above the usual, or not finite. ignore: nothing; skip: leave out its update; rollback:
+    return to the weights of the last good checkpoint. The last two make every step wait for the device."""
     spike_deviations: float = 8.0
-    """A spike is a loss above the median of the last 100 steps by this number of standard deviations (by their median deviation)."""
+    """A spike is a loss this many standard deviations above the median of the last 100 steps (estimated by their median deviation)."""
     max_spikes: int = 10
-    """Number of spikes that are answered so before the run ends."""
+    """Number of spikes to answer in this way. The next one ends the run."""
     init_from: str | None = None
     """Start from the whole model of a run (its folder or name) or of other weights (a folder, a file, a name on the hub)."""
     init_encoder_from: str | None = None
@@ -41,11 +40,10 @@ class TrainingConfig(Config):
     init_checkpoint: str = "best"
     """Which checkpoint of that run: best, last, or a step."""
     fork: str | None = None
-    """Start from a checkpoint of another run: RUN (its last one), RUN@best or RUN@STEP; --fork for short. Weights, optimizer state,
-    step count and place in the data order are taken over; every field may be changed that they do not depend on."""
+    """Start from a checkpoint of another run: RUN (its last one), RUN@best or RUN@STEP; short: --fork. Takes over weights, optimizer
+    state, step count and place in the data order. Fields on which these do not depend may be changed."""
     fork_weights_only: bool = False
-    """With --fork: take over only the weights that fit; optimizer, step count and data order start afresh. --fork-weights-only for
-    short."""
+    """With --fork: take over only the weights that fit; optimizer, step count and data order start afresh. Short: --fork-weights-only."""
 
     def check(self, where: str) -> None:
         check_positive(self, where, "global_batch_size", "max_steps", "max_epochs")

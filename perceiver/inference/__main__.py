@@ -15,7 +15,7 @@ import perceiver
 from perceiver.config import UserError
 from perceiver.generation.options import GenerationOptions, add_generation_options, given_generation_options
 from perceiver.inference.trained import TrainedModel
-from perceiver.terminal import add_checkpoint_option, add_trust_option, print_anything
+from perceiver.terminal import CommandParser, add_checkpoint_option, add_trust_option, print_anything
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -58,7 +58,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """The arguments of the command line."""
     words = sys.argv[1:] if argv is None else argv
     chosen = words[1] if words[:1] == ["--action"] and len(words) > 1 else None  # as the commands of `perceiver` begin
-    parser = argparse.ArgumentParser(prog=_program(), description=f"{DESCRIPTIONS.get(chosen or '', DESCRIPTION)} {DIALOGUE}")
+    parser = CommandParser(prog=_program(), description=f"{DESCRIPTIONS.get(chosen or '', DESCRIPTION)} {DIALOGUE}")
     parser.add_argument("run", help="folder or name of a run, an exported folder, published weights, or a name on the hub")
     parser.add_argument("prompt", nargs="*", help=f"{PROMPTS.get(chosen or '', 'texts or image files')}; none: ask for them")
     action = argparse.SUPPRESS if chosen in ACTIONS else "what to do (default: what the model was trained for)"

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from perceiver.config import UserError
+from perceiver.terminal import CommandParser
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -51,7 +52,7 @@ def _run(args: argparse.Namespace) -> Iterator[str]:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="perceiver flow", description="Writes the optical flow from each frame to the next as a .flo file and as a picture."
     )
     parser.add_argument("run", help="folder or name of a run, an exported folder, or published weights")
@@ -60,7 +61,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=4, help="parts of a frame computed at once (%(default)s)")
     parser.add_argument("--checkpoint", default="best", help="best (default), last, or a step; best:ema and so on are averaged weights")
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, ...")
-    parser.add_argument("--trust-code", action="store_true", help="run code that the run brings and that was never run from this account")
+    parser.add_argument(
+        "--trust-code", action="store_true", help="run the code saved with the run although it has never been run from this account"
+    )
     return parser.parse_args(argv)
 
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from perceiver.config import UserError
-from perceiver.terminal import add_checkpoint_option, add_trust_option
+from perceiver.terminal import CommandParser, add_checkpoint_option, add_trust_option
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="perceiver play", description="Continues a MIDI file, or starts from nothing, and writes the result as a new MIDI file."
     )
     parser.add_argument("run", help="folder or name of a run, an exported folder, or published weights")

@@ -35,7 +35,7 @@ class PerceiverARConfig(ModelConfig):
     max_seq_len: int = 4096
     """Longest input in tokens, prefix and latents together."""
     max_latents: int = 512
-    """Positions at the end of the input that are latents and predict; the prefix holds at most the rest."""
+    """Number of latents: the last positions of the input, which predict. The prefix holds at most the rest."""
     num_channels: int = 512
     """Channels of all layers."""
     num_heads: int = 8
@@ -49,17 +49,17 @@ class PerceiverARConfig(ModelConfig):
     cross_attention_widening_factor: int = 4
     """Hidden channels of the cross-attention's MLP as a multiple of num_channels."""
     cross_attention_dropout: float = 0.5
-    """Share of prefix positions left out in training (prefix dropout)."""
+    """Share of the prefix positions to leave out in training (prefix dropout)."""
     post_attention_dropout: float = 0.0
     """Dropout on attention weights."""
     residual_dropout: float = 0.0
     """Dropout on layer outputs before they are added."""
     abs_pos_emb: bool = True
-    """Learned position embedding; rotary embedding then covers half of each head's channels, otherwise all."""
+    """Use a learned position embedding. Rotary embedding then covers half of each head's channels, otherwise all."""
     output_norm: bool = False
-    """LayerNorm before the output matrix."""
+    """Apply LayerNorm before the output matrix."""
     output_bias: bool = True
-    """Bias per token at the output (the output matrix is the token embedding)."""
+    """Add a bias for each token at the output (whose matrix is the token embedding)."""
     init_scale: float = 0.02
     """Standard deviation of initial weights."""
 

@@ -32,18 +32,18 @@ class PerceiverIOConfig(ModelConfig):
     num_latent_channels: int = 1280
     """Channels of the latents."""
     input: InputConfig = TextInput()
-    """What goes in."""
+    """How the input becomes vectors that the latents attend to."""
     encoder: EncoderConfig = EncoderConfig()
-    """Input to latents."""
+    """The encoder: latents attend to the input, then to themselves."""
     decoder: DecoderConfig = DecoderConfig()
-    """Latents to output."""
+    """The decoder: output queries attend to the latents."""
     output: OutputConfig = TextOutput()
-    """What comes out."""
+    """The output: its queries, and the head that makes predictions of them."""
     init_scale: float = 0.02
     """Standard deviation of initial weights."""
     init: Literal["normal", "local"] = "normal"
-    """normal: all matrices random, as published. local: a text model's attention starts at neighbouring positions, without which
-    a small one does not learn from random weights (docs/text-chain.md); init_scale is then that of the embeddings."""
+    """normal: all matrices random, as published. local: the attention of a text model starts at neighbouring positions
+    (docs/text-chain.md); without it, a small model does not learn from random weights. init_scale is then that of the embeddings."""
 
     def build(self) -> nn.Module:
         return PerceiverIO(self)

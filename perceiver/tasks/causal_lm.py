@@ -30,9 +30,9 @@ class CausalLMConfig(NextTokenConfig):
     takes_any: ClassVar[bool] = True
 
     sample_prompt: str = "The "
-    """Prompt of the sample continuation that validation writes."""
+    """Prompt of the sample text that each validation writes."""
     sample_tokens: int = 128
-    """Length of that continuation in tokens; 0: none."""
+    """Length of the sample text in tokens; 0: write none."""
 
     @classmethod
     def of_model(cls, model: ModelConfig) -> TaskConfig | None:

@@ -21,12 +21,12 @@ class ClassSettings(TaskConfig):
     measured: ClassVar[tuple[str, ...]] = ("measured_weights",)
 
     class_weights: tuple[str, ...] = ()
-    """Weights of the classes in the training loss: "balanced", or a number for each class in their order; none: all are 1. balanced: rows
-    of the training split / (classes * rows of the class), so that each class counts alike. Validation is not weighted."""
+    """Weights of the classes in the training loss: a number for each class, in order, or "balanced": rows of the training split /
+    (classes * rows of the class), so that each class counts alike. Empty: all are 1. Validation is not weighted."""
     leave_out: tuple[str, ...] = ()
-    """Labels whose rows are not used (they are counted). Set where the classes are looked up in the data and class-names chooses some."""
+    """Labels whose rows are left out (and counted). Set automatically where class-names chooses some of the classes that the data has."""
     measured_weights: tuple[float, ...] = ()
-    """The balanced weights, set by the training."""
+    """The balanced weights; set by the training."""
 
     def check(self, where: str) -> None:
         super().check(where)

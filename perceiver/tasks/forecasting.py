@@ -33,7 +33,7 @@ class ForecastingConfig(TaskConfig):
     measured = ("mean", "scale")
 
     season: int = 24
-    """Steps after which a series is expected to repeat: the baseline says the last season again."""
+    """Number of steps after which a series is expected to repeat. The baseline repeats the last season."""
     mean: tuple[float, ...] = ()
     """Mean of each series in the training split, set by the training."""
     scale: tuple[float, ...] = ()

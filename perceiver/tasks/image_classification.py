@@ -47,13 +47,13 @@ class ImageClassificationConfig(ClassSettings):
     class_names: tuple[str, ...] | None = None
     """Names of the classes, in the order of their labels; None: their numbers, or those of the data, if model.output.num-classes is 0."""
     random_crop: int | None = None
-    """Training images are cropped to this side length at a random place; None: not cropped."""
+    """Crop training images to this side length at a random place; None: do not crop."""
     random_rotation: float = 0.0
-    """Training images are rotated by a random angle of at most this many degrees."""
+    """Rotate training images by a random angle of at most this many degrees."""
     random_scaling: float = 0.0
-    """Training images are scaled at random by at most this share of their size (0.1: from 90% to 110%)."""
+    """Scale training images at random by at most this share of their size (0.1: 90% to 110%)."""
     random_shift: float = 0.0
-    """Training images are moved at random by at most this share of their width and height."""
+    """Move training images at random by at most this share of their width and height."""
 
     def check(self, where: str) -> None:
         super().check(where)

@@ -35,18 +35,18 @@ class MaskedLMConfig(TaskConfig):
     abilities: ClassVar[tuple[str, ...]] = ("fill_mask", "embed")
 
     mask_probability: float = 0.15
-    """Share of words (or tokens) chosen; of those 80% are masked, 10% replaced at random, 10% kept."""
+    """Share of the words (or tokens) that are chosen. Of these, 80% are masked, 10% replaced at random and 10% kept."""
     val_mask_probability: float | None = None
-    """The same in validation, so that trainings with other shares can be compared; None: as mask_probability."""
+    """The same in validation, so that trainings with different shares can be compared; None: as mask_probability."""
     whole_words: bool = True
     """Choose whole words instead of single tokens."""
     static: bool = False
-    """The same masks in every epoch instead of new ones."""
+    """Use the same masks in every epoch, not new ones."""
     sample_texts: tuple[str, ...] = ("I have watched this[ movie] and it was[ great].",)
-    """Sentences that validation fills in: what stands in brackets is masked, all its tokens, the space before a word as in
-    training; [MASK] is one masked token."""
+    """Sentences for validation to fill in. All tokens of what stands in brackets are masked, with the space before a word as in training;
+    [MASK] is one masked token."""
     sample_predictions: int = 3
-    """How many of the best predictions it writes for each."""
+    """Number of best predictions to write for each sentence."""
 
     @classmethod
     def of_model(cls, model: ModelConfig) -> TaskConfig | None:

@@ -30,14 +30,16 @@ class NextTokenConfig(TaskConfig):
     """Next-token prediction on windows of a stream."""
 
     random_shift: bool = False
-    """Shift all window boundaries by a random offset each epoch (training only)."""
+    """Shift all window boundaries by a random offset in each epoch (training only)."""
     min_seq_len: int | None = None
-    """Windows are cut to a random length from here to max_seq_len in training, all of a step to the same; None: not cut."""
+    """Cut training windows to a random length between this and max_seq_len, the same for all windows of a step. None: do not cut."""
     seq_len_multiple: int = 1
-    """Random lengths are rounded down to multiples of it (not below min_seq_len): with 64 a GPU's kernels fit, and few lengths differ."""
+    """Round random lengths down to a multiple of this (not below min_seq_len). 64 suits a GPU's kernels, and leaves few different
+    lengths."""
     val_stride: int | None = None
-    """Validation scores the last max_latents targets of windows that start this number of tokens apart; None: max_seq_len (windows
-    do not overlap); max_latents: every target is scored once, those of a text's beginning with the text there is before them."""
+    """Distance in tokens between the starts of validation windows; each window scores its last max_latents targets. None: max_seq_len
+    (windows do not overlap). max_latents: every target is scored once, with all the text before it that fits (at a text's beginning,
+    what there is)."""
 
 
 A = TypeVar("A", bound=TaskConfig)

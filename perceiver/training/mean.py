@@ -17,6 +17,7 @@ from perceiver.config import UserError
 from perceiver.config.optimization import raw_metric
 from perceiver.data.storage import write_file
 from perceiver.runs import Parent, Run
+from perceiver.terminal import number_of
 from perceiver.training.checkpoint_files import ShardWriter, all_tensors, check_files
 from perceiver.training.state import AVERAGE
 
@@ -64,7 +65,7 @@ def save_mean(run: Run, chosen: Sequence[CheckpointInfo], target: Run) -> Checkp
     # An average of its own would begin where a fork of this run does.
     section = replace(trained.run, name=target.name, best_metric=raw_metric(trained.run.best_metric))
     target.change_experiment(replace(trained, optim=replace(trained.optim, ema_decay=None), run=section))
-    target.save_result({"step": made.step}, f"it is the mean of {len(chosen)} checkpoints")
+    target.save_result({"step": made.step}, f"it is the mean of {number_of(len(chosen), 'checkpoint')}")
     return made
 
 

@@ -12,6 +12,7 @@ from perceiver.data.mixture import Mixture
 from perceiver.data.order import Order
 from perceiver.disk import json_bytes
 from perceiver.runs import Run
+from perceiver.terminal import number_of
 from perceiver.training.loop import StepResult
 from perceiver.training.parallel import World
 
@@ -53,7 +54,7 @@ class Finiteness:
         self._keep(self.skipped)
         if len(self.skipped) > self._limit:
             raise NotFinite(
-                f"the loss or gradient was not finite at {len(self.skipped)} steps, the last at step {step}, and "
+                f"the loss or gradient was not finite at {number_of(len(self.skipped), 'step')}, the last at step {step}, and "
                 f"training.skip-not-finite is {self._limit}; {REMEDY} (the steps' rows are in {self._file})"
             )
 

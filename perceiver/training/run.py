@@ -19,6 +19,7 @@ from perceiver.data.storage import list_folder, read_file, write_file
 from perceiver.data.tokenizers import kept_file
 from perceiver.runs import Run
 from perceiver.tasks import build_task
+from perceiver.terminal import number_of
 from perceiver.training.average import averaged, begin_average
 from perceiver.training.batches import ReadAll, make_train_loader, make_val_loaders, read_here
 from perceiver.training.callbacks import MEET, PAUSE, SAVE, STOP, Callback, TrainingView
@@ -197,10 +198,10 @@ class Training:
             self.recorder.say(f"balanced classes: {described(np.bincount(order.copies.labels).tolist(), names, order.copies.most)}")
         step, epoch = self.state.step, self.train_feed.order.steps_per_epoch
         begin = f"continuing from step {step:,}" if step else "starting"
-        workers = f"{self.world.size} worker{'s' if self.world.size > 1 else ''} ({self.world.device.type})"
+        workers = f"{number_of(self.world.size, 'worker')} ({self.world.device.type})"
         self.recorder.say(
-            f"{begin}: {self.total_steps:,} steps of {self.experiment.training.global_batch_size} examples, "
-            f"{self.total_steps / epoch:.3g} epochs of {self.train_feed.split.rows:,} examples, on {workers}"
+            f"{begin}: {number_of(self.total_steps, 'step')} of {number_of(self.experiment.training.global_batch_size, 'example')}, "
+            f"{self.total_steps / epoch:.3g} epochs of {number_of(self.train_feed.split.rows, 'example')}, on {workers}"
         )
 
     def _train(self) -> None:

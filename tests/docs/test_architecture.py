@@ -11,8 +11,8 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 # What a room may import of the project, besides itself.
 ARROWS = {
     "perceiver.config": set(),
-    "perceiver.catalog": set(),
-    "perceiver.terminal": set(),
+    "perceiver.catalog": {"perceiver.terminal"},
+    "perceiver.terminal": {"perceiver.config"},
     "perceiver.version": set(),
     "perceiver.plots": set(),
     "perceiver.pages": set(),
@@ -52,8 +52,8 @@ ARROWS = {
     "perceiver.interop": {"perceiver.config", "perceiver.models"},
     "perceiver.training": {
         "perceiver.checkpoints", "perceiver.config", "perceiver.costs", "perceiver.data", "perceiver.disk", "perceiver.extensions",
-        "perceiver.models", "perceiver.interop", "perceiver.run_files", "perceiver.runs", "perceiver.tasks", "perceiver.trust",
-        "perceiver.version",
+        "perceiver.models", "perceiver.interop", "perceiver.run_files", "perceiver.runs", "perceiver.tasks", "perceiver.terminal",
+        "perceiver.trust", "perceiver.version",
     },
     "perceiver.inference": {
         "perceiver.config", "perceiver.models", "perceiver.data", "perceiver.datasets", "perceiver.disk", "perceiver.generation",

@@ -9,10 +9,12 @@ import tomllib
 
 import pytest
 
+from perceiver.terminal import number_of
 from ray_jobs import completion
 from ray_jobs.cli import main_entry
 from ray_jobs.help import show_help
 from ray_jobs.main import COMMANDS, main
+from ray_jobs.program import STARTED_AS, program, started_as
 from tests.conftest import ROOT
 from tests.tuning.test_tuning import make_run
 
@@ -219,3 +221,52 @@ def test_tasks_and_models_load_no_compiler():
     code = "import sys, perceiver.tasks, perceiver.presets; print({'torch._dynamo', 'torch._inductor'} & sys.modules.keys() or 'none')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.strip() == "none"
+
+
+WRONG_ARGUMENTS = {
+    "option that does not exist": ("runs --jsn", "option --jsn does not exist, did you mean --json?"),
+    "misspelled beside one that is missing": (
+        "push mine name/model --licence mit --yess",
+        "option --licence does not exist, did you mean --license?",
+    ),
+    "misspelled and so missing": ("predict mine --inptu a --output b", "option --inptu does not exist, did you mean --input?"),
+    "argument too many": ("presets all", "argument 'all' is one too many;"),
+    "missing": ("export", "run and --out are missing;"),
+    "missing, with one that may be missing": ("tag", "run is missing;"),
+    "no number": ("generate mine hello --max-new-tokens many", "--max-new-tokens is 'many' and must be a whole number;"),
+    "no choice": ("completion bsh", "shell is 'bsh' and must be one of bash, zsh, fish;"),
+    "no value": ("compare a b --price-per-hour", "--price-per-hour needs a value;"),
+    "value of a switch": ("rm mine --yes=1", "--yes takes no value, and is given '1';"),
+}
+
+
+@pytest.mark.parametrize("typed, said", WRONG_ARGUMENTS.values(), ids=WRONG_ARGUMENTS)
+def test_a_wrong_argument_of_any_command_is_one_sentence_and_status_2(typed, said, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(typed.split())
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert error.startswith(f"error: {said} ") and error.endswith(" --help lists what can be given\n") and error.count("\n") == 1
+
+
+def test_all_commands_report_wrong_arguments_alike():
+    sources = [path for package in ("perceiver", "ray_jobs", "tuning") for path in (ROOT / package).rglob("*.py")]
+    parsers = {path.name: path.read_text().count("argparse.ArgumentParser(") for path in sources}
+    # The one of submit reads the words of another command, and reports nothing.
+    assert {name: number for name, number in parsers.items() if number} == {"submit.py": 1}
+
+
+@pytest.mark.parametrize(
+    "count, words", [(1, "1 batch"), (0, "0 batches"), (1200, "1,200 batches"), (1.0, "1 batch"), (0.5, "0.5 batches")]
+)
+def test_one_thing_is_counted_in_the_singular(count, words):
+    assert number_of(count, "batch", "batches") == words
+
+
+def test_trainings_that_a_command_starts_print_commands_as_they_were_typed(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/somewhere/bin/perceiver", "train"])
+    started = {STARTED_AS: started_as()}
+    monkeypatch.setattr(sys, "argv", ["/somewhere/ray_jobs/train.py"])
+    assert program("ray_jobs.evaluate") == "python -m ray_jobs.evaluate"
+    monkeypatch.setenv(STARTED_AS, started[STARTED_AS])
+    assert program("ray_jobs.evaluate") == "perceiver evaluate"
