@@ -6,7 +6,7 @@ import argparse
 import io
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NoReturn
 
 from perceiver.config import nearest
@@ -42,6 +42,18 @@ class CommandParser(argparse.ArgumentParser):
             option = next((word.partition("=")[0] for word in unknown if word.startswith("-")), None)
             self.error(f"argument {unknown[0]!r} is one too many" if option is None else self._no_option(option))
         return found
+
+    def parse_with_fields(self, args: Sequence[str], others: Collection[str]) -> tuple[argparse.Namespace, list[str]]:
+        """Parses the arguments that it has; returns what is found, and the other words, which are fields of an experiment.
+
+        A word without a dot that is none of `others` and near one of its own options is reported with that option's name.
+        """
+        found, rest = self.parse_known_args(args)
+        for word in rest:
+            option = word.partition("=")[0]
+            if option.startswith("--") and "." not in option and option not in others and (said := self._no_option(option)).endswith("?"):
+                self.error(said)
+        return found, rest
 
     def error(self, message: str) -> NoReturn:
         """Prints what is wrong and where the help is, and ends the process with status 2."""

@@ -28,7 +28,7 @@ from perceiver.training.remote_copy import find_run
 from perceiver.training.state import has_average
 from ray_jobs.cli import main_entry, refuse_empty
 from ray_jobs.logs import show_progress
-from ray_jobs.overrides import override
+from ray_jobs.overrides import UNDOTTED, override
 from ray_jobs.preflight import check_experiment, plan_resources
 from ray_jobs.program import program
 
@@ -53,7 +53,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("run", help="folder or URI of a run, or its name among the runs of $PERCEIVER_HOME")
     add_checkpoint_option(parser)
     add_trust_option(parser)
-    args, overrides = parser.parse_known_args(argv)
+    args, overrides = parser.parse_with_fields(argv, UNDOTTED)
     refuse_empty(args, ("run",))
     evaluate_run(args.run, args.checkpoint, overrides, trust_code=args.trust_code)
     return 0

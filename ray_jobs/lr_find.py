@@ -23,6 +23,7 @@ from perceiver.training.lr_range import FEWEST, device_of, range_test
 from perceiver.training.parallel import choose_arithmetic, join_world
 from ray_jobs.cli import main_entry, naming_words, parse_experiment
 from ray_jobs.logs import show_progress
+from ray_jobs.overrides import UNDOTTED
 from ray_jobs.preflight import check_experiment
 from ray_jobs.program import program
 
@@ -39,7 +40,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--to", dest="high", type=float, default=1.0, metavar="RATE", help="last learning rate (%(default)g)")
     parser.add_argument("--steps", type=int, default=100, help="optimizer steps, at most (%(default)s)")
     parser.add_argument("--out", metavar="FILE", help="the picture; default: lr-find-NAME.png here")
-    own, rest = parser.parse_known_args(argv)
+    own, rest = parser.parse_with_fields(argv, UNDOTTED)
     if not rest or "-h" in rest or "--help" in rest:
         print(parser.format_help())
     experiment = with_tokenizer(parse_experiment(rest, "ray_jobs.lr_find"))

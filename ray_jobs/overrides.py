@@ -39,6 +39,8 @@ _CALLBACKS = "--callbacks"
 
 FLAGS = {"--fork-weights-only": ("--training.fork-weights-only", "True")}
 """Shortcuts that take no value."""
+UNDOTTED = frozenset({*SHORTCUTS, *FLAGS, *(f"--{field.name}" for field in dataclasses.fields(Experiment))})
+"""Words of a command line about fields that have no dot."""
 
 
 Config = TypeVar("Config")

@@ -23,6 +23,7 @@ from perceiver.terminal import CommandParser, number_of, summary
 from perceiver.training.run import total_steps
 from ray_jobs.cli import main_entry, parse_experiment
 from ray_jobs.memory_check import largest, layout_of, share, step_of, usable
+from ray_jobs.overrides import UNDOTTED
 from ray_jobs.preflight import check_experiment
 from ray_jobs.program import program
 from ray_jobs.recomputation import describe, resolve
@@ -220,7 +221,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--network", type=float, default=whole.inter_node / GB, metavar="GB/S", help="a machine gets from others (%(default)g: 400 Gbit/s)"
     )
-    own, rest = parser.parse_known_args(argv)
+    own, rest = parser.parse_with_fields(argv, UNDOTTED)
     if not rest or rest[0] in ("-h", "--help"):
         print(parser.format_help())
     if not 0 < own.mfu <= 1:

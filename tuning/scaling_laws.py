@@ -26,6 +26,7 @@ from perceiver.tasks import build_task
 from perceiver.terminal import CommandParser, summary
 from ray_jobs.cli import main_entry, refuse_empty
 from ray_jobs.logs import show_progress
+from ray_jobs.overrides import UNDOTTED
 from ray_jobs.program import program
 from tuning.power_law import Measurement, Study, fit_study
 from tuning.scaling_page import page_of_study
@@ -50,7 +51,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--name", help="folder of the study; default: the preset's name and -scaling")
     parser.add_argument("--storage", help="folder of all sweeps; default: $PERCEIVER_HOME/sweeps")
     parser.add_argument("--concurrent", type=int, help="trainings at once; default: as many as the cluster has room for")
-    args, overrides = parser.parse_known_args(argv)
+    args, overrides = parser.parse_with_fields(argv, UNDOTTED)
     refuse_empty(args, ("preset",))
     budgets, channels = _numbers("budgets", args.budgets, 2), [int(c) for c in _numbers("channels", args.channels, 3)]
     sweep, skipped = plan(args.preset, overrides, budgets, channels)

@@ -37,6 +37,7 @@ from perceiver.trust import trust
 from ray_jobs.capacity import Capacity, plan_capacity
 from ray_jobs.cli import main_entry, refuse_empty
 from ray_jobs.logs import show_progress
+from ray_jobs.overrides import UNDOTTED
 from ray_jobs.preflight import check_experiment
 from ray_jobs.program import program
 from ray_jobs.ray_env import connect
@@ -102,7 +103,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--concurrent", type=int, help="trials at once; default: as many as the cluster has room for")
     for option, kind in OPTIONS.items():
         parser.add_argument(f"--{option}", type=kind[0], help=kind[1])
-    args, overrides = parser.parse_known_args(argv)
+    args, overrides = parser.parse_with_fields(argv, UNDOTTED)
     refuse_empty(args, ("sweep",))
     sweep = find_sweep(args.sweep, args.space)
     given = {option: getattr(args, option) for option in OPTIONS if getattr(args, option) is not None}

@@ -230,6 +230,8 @@ WRONG_ARGUMENTS = {
         "option --licence does not exist, did you mean --license?",
     ),
     "misspelled and so missing": ("predict mine --inptu a --output b", "option --inptu does not exist, did you mean --input?"),
+    "of a command that takes fields too": ("sweep quickstart --trails 3", "option --trails does not exist, did you mean --trials?"),
+    "the same, with its value": ("evaluate mine --chekpoint=last", "option --chekpoint does not exist, did you mean --checkpoint?"),
     "argument too many": ("presets all", "argument 'all' is one too many;"),
     "missing": ("export", "run and --out are missing;"),
     "missing, with one that may be missing": ("tag", "run is missing;"),
