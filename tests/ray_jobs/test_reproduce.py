@@ -58,7 +58,7 @@ def test_command_commit_changes_packages_and_machine_are_on_record_and_shown(run
     for words in (
         "perceiver train 'my file.py:small' --optim.lr 0.1",
         f"at commit {code['commit']}",
-        "1 files that git does not know",
+        "1 file that git does not know",
         "torch",
     ):
         assert words in output
