@@ -32,13 +32,12 @@ from typing import Any
 from unittest import mock
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 from torch.nn.attention import SDPBackend
 
 from benchmarks import generation
 from benchmarks.gpu_beside import others, reference
 from benchmarks.gpu_measuring import Check, float32_products, line, random_batch, report_step, same, seconds, synchronize, take_steps
+from benchmarks.gpu_parity import parity
 from perceiver.config import Experiment
 from perceiver.costs.activations import Layout
 from perceiver.costs.devices import peak_flops
@@ -59,44 +58,6 @@ RATE_SIZE = 8192
 
 
 # ----------------------------------------------------------------------------------------------------------------- parts
-
-
-def parity(check: Check) -> None:
-    """Logits and gradients of small models against those in fp64 on the CPU."""
-    for name in ("clm-wikitext-small", "mlm-imdb-small", "quickstart"):
-        config = PRESETS[name]().model
-        experiment = replace(PRESETS[name](), model=without_dropout(config))
-        batch = random_batch(experiment, 2, None, torch.device("cpu"))
-        task = build_task(experiment)
-        expected = gradients(task, build_model(experiment.model).double(), batch)
-        for precision, dtype, most in (("fp32", torch.float32, 1e-3), ("bf16", torch.bfloat16, 0.1)):
-            model = build_model(experiment.model).to(check.device, dtype)
-            found = gradients(task, model, {key: value.to(check.device) for key, value in batch.items()})
-            error = float((found - expected).norm() / expected.norm())
-            check.add(f"{name} {precision}: relative error of the gradient", error, "", f"< {most:g}", error < most)
-
-
-def without_dropout(config: Any) -> Any:
-    """The model without random choices."""
-    changes: dict[str, Any] = {}
-    for name in ("post_attention_dropout", "residual_dropout"):
-        if hasattr(config, name):
-            changes[name] = 0.0
-    for name in ("encoder", "decoder"):
-        if hasattr(config, name):
-            changes[name] = replace(getattr(config, name), dropout=0.0)
-    return replace(config, **changes)
-
-
-def gradients(task: Any, model: nn.Module, batch: Batch) -> Tensor:
-    """The gradient of a batch's mean loss as one fp64 vector on the CPU. Batches of numbers take the model's type."""
-    dtype = next(model.parameters()).dtype
-    if "images" in batch:
-        loss = F.cross_entropy(model((batch["images"].double() / 127.5 - 1).to(dtype)).float().double(), batch["labels"], reduction="sum")
-    else:
-        loss, _ = task.loss(model, batch)
-    (loss / task.num_targets(batch)).backward()
-    return torch.cat([p.grad.detach().double().flatten().cpu() for p in model.parameters() if p.grad is not None])
 
 
 def attention_kernels(check: Check) -> None:

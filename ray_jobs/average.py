@@ -28,7 +28,7 @@ def main(argv: list[str]) -> int:
     name = args.name or f"{run.name}-mean"
     check_folder_name("--name", name)
     run.load(args.trust_code)
-    # Here and not above: a mistake is told without PyTorch.
+    # Here and not above: a mistake is reported without PyTorch.
     from perceiver.training.mean import save_mean
 
     made = save_mean(run, chosen, Run(run.folder.with_name(name)))

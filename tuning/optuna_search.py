@@ -28,7 +28,7 @@ class Optuna(OptunaSearch):
     """TPE (tree-structured Parzen estimator) over a sweep's space, for the metric alone or for the metric and its cost.
 
     Two objectives are optimized at once (Optuna's multi-objective TPE), so that samples go where trials are not beaten. Finished
-    trials of earlier sweeps are told before the first sample is drawn.
+    trials of earlier sweeps are added to the study before the first sample is drawn.
     """
 
     def __init__(self, sweep: Sweep, first: Sequence[Mapping[str, Any]]) -> None:
@@ -62,7 +62,7 @@ def objectives(sweep: Sweep) -> tuple[list[str], list[str]]:
 def tell(study: optuna.Study, space: Mapping[str, Any], sweep: Sweep) -> None:
     """Tells a study the finished trials of a sweep's earlier ones that lie in its space, and logs how many these are."""
     for folder in map(Path, sweep.warm_start):
-        told, outside, trials = 0, 0, read_trials(folder)
+        added, outside, trials = 0, 0, read_trials(folder)
         for trial in trials:
             values = _results(trial, sweep)
             if trial["status"] != "finished" or values is None:
@@ -72,15 +72,15 @@ def tell(study: optuna.Study, space: Mapping[str, Any], sweep: Sweep) -> None:
             except (TypeError, ValueError):  # a value that the space does not have
                 outside += 1
             else:
-                told += 1
+                added += 1
         logger.info(
-            f"{told} of the {len(trials)} trials of {folder.name} are known to the search"
+            f"{added} of the {len(trials)} trials of {folder.name} are known to the search"
             + (f" ({outside} lie outside of the space)" if outside else "")
         )
         lengths = {trial["examples"] for trial in trials if trial["status"] == "finished"}
-        if told and read_settings(folder)["preset"] != sweep.preset:
+        if added and read_settings(folder)["preset"] != sweep.preset:
             logger.warning(f"the trials of {folder.name} are of {read_settings(folder)['preset']}, and these of {sweep.preset}")
-        if told and len(lengths) > 1:
+        if added and len(lengths) > 1:
             logger.warning(f"the trials of {folder.name} are of different lengths: their results are compared all the same")
 
 

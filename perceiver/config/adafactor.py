@@ -42,7 +42,7 @@ class Adafactor(torch.optim.Adafactor):
     def _step_whole(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any], states: dict[Tensor, dict[str, Any]]) -> None:
         whole = torch.nn.Parameter(_whole(parameter), requires_grad=True)
         whole.grad = _whole(gradient)
-        # PyTorch's own step, told that this is all there is.
+        # PyTorch's own step, as if these were all the parameters.
         self.param_groups, self.state = [{**group, "params": [whole]}], {whole: states[parameter]}
         super().step()
         if isinstance(parameter, DTensor):

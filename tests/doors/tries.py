@@ -113,15 +113,15 @@ def configurations(folder: Path) -> Attempt:
 
     def attempt(rng: random.Random | None) -> str:
         if rng is None:
-            return _told(["images"], lambda: use(from_dict(trees["images"])))
+            return _trying(["images"], lambda: use(from_dict(trees["images"])))
         name = rng.choice(list(trees))
-        tree, told = trees[name], [name]
+        tree, words = trees[name], [name]
         for _ in range(rng.randint(1, 2)):
             where, how = rng.choice(places(tree)), rng.choice(["set", "set", "set", "drop", "add"])
             value = _value(_at(tree, where), rng)
             tree = changed(tree, where, how, value)
-            told.append(f"{'.'.join(map(str, where))} {how} {value!r:.40}")
-        return _told(told, lambda: use(from_dict(tree)))
+            words.append(f"{'.'.join(map(str, where))} {how} {value!r:.40}")
+        return _trying(words, lambda: use(from_dict(tree)))
 
     return attempt
 
@@ -151,14 +151,14 @@ def command_lines(folder: Path) -> Attempt:
 
     def attempt(rng: random.Random | None) -> str:
         if rng is None:
-            return _told(names, lambda: use(parse_experiment([names[0], "--optim.lr", "1e-3"], "ray_jobs.train")))
+            return _trying(names, lambda: use(parse_experiment([names[0], "--optim.lr", "1e-3"], "ray_jobs.train")))
         name = rng.choice(names)
         words = [name]
         for _ in range(rng.randint(1, 3)):
             field = rng.choice([field for field in trees[name] if field != "preset"])
             value = _value(trees[name][field], rng)
             words += [f"--{field.replace('_', '-')}", value if isinstance(value, str) else str(value)]
-        return _told(words, lambda: use(parse_experiment(words, "ray_jobs.train")))
+        return _trying(words, lambda: use(parse_experiment(words, "ray_jobs.train")))
 
     return attempt
 
@@ -170,7 +170,7 @@ def experiment_files(folder: Path) -> Attempt:
     def attempt(rng: random.Random | None) -> str:
         name, path = rng.choice(list(texts)) if rng else "images", folder / "experiment.yaml"
         path.write_bytes(_damaged(texts[name].encode(), rng))
-        return _told([name], lambda: use(find_experiment(str(path))))
+        return _trying([name], lambda: use(find_experiment(str(path))))
 
     return attempt
 
@@ -191,7 +191,7 @@ def data_files(kind: str) -> Callable[[Path], Attempt]:
             shutil.copytree(folder / "good", folder / "in")
             (folder / "in" / good.relative_to(folder / "good")).write_bytes(_damaged(content, rng))
             with without_ray():
-                return _told([good.name], lambda: prepare(folder / "in", folder / "out", kind))
+                return _trying([good.name], lambda: prepare(folder / "in", folder / "out", kind))
 
         return attempt
 
@@ -203,7 +203,7 @@ def prepared_data(folder: Path) -> Attempt:
     source = write_data(folder / "source", "jsonl").parent
     chosen = small_data("txt-clf-imdb-all", folder / "good", source, length=20)
     with without_ray():
-        _told([], lambda: prepare(source, folder / "good", "jsonl"))
+        _trying([], lambda: prepare(source, folder / "good", "jsonl"))
     place = Path(load_prepared(chosen)[0])
     files = sorted(path.relative_to(folder / "good") for path in place.iterdir() if path.is_file())
     expected = _blocks(str(place), Manifest.load(str(place)))
@@ -219,7 +219,7 @@ def prepared_data(folder: Path) -> Attempt:
             if _blocks(*load_prepared(damaged)) != expected:
                 raise Fault("its rows are others, and nothing was said")
 
-        return _told([name], read)
+        return _trying([name], read)
 
     return attempt
 
@@ -247,7 +247,7 @@ def run_folders(folder: Path) -> Attempt:
             Run(folder / "runs" / "run").load()
             _compare(_weights(folder / "runs" / "run"), expected)
 
-        return _told([name], load)
+        return _trying([name], load)
 
     return attempt
 
@@ -263,7 +263,7 @@ def model_folders(folder: Path) -> Attempt:
         shutil.copytree(good, folder / "model")
         name = rng.choice(files) if rng else files[0]
         (folder / "model" / name).write_bytes(_damaged((good / name).read_bytes(), rng))
-        return _told([name], lambda: _compare(_weights(folder / "model"), expected, name.suffix == ".safetensors"))
+        return _trying([name], lambda: _compare(_weights(folder / "model"), expected, name.suffix == ".safetensors"))
 
     return attempt
 
@@ -308,7 +308,7 @@ def commands(folder: Path) -> Attempt:
 
     def attempt(rng: random.Random | None) -> str:
         if rng is None:
-            return _told(["plan", "points-shapes"], lambda: perceiver_command(["plan", "points-shapes"]))
+            return _trying(["plan", "points-shapes"], lambda: perceiver_command(["plan", "points-shapes"]))
         words = [rng.choice(names)]
         if rng.random() < 0.9:
             words.append(rng.choice(texts[:4] if rng.random() < 0.8 else texts))
@@ -323,7 +323,7 @@ def commands(folder: Path) -> Attempt:
                 if (status := perceiver_command(words)) not in (0, None):
                     raise SystemExit(status)
 
-        return _told(words, call)
+        return _trying(words, call)
 
     return attempt
 
@@ -338,7 +338,7 @@ def _damaged(content: bytes, rng: random.Random | None) -> bytes:
     return content if rng is None else mutate(content, rng)
 
 
-def _told(words: list[Any], action: Callable[[], object]) -> str:
+def _trying(words: list[Any], action: Callable[[], object]) -> str:
     """Calls a door without showing what it prints; any error carries what had been tried."""
     text = " ".join(map(str, words))
     try:

@@ -138,9 +138,9 @@ def test_a_search_for_two_things_knows_what_earlier_sweeps_found(tmp_path):
     algorithm.set_search_properties(made.metric, made.mode, sweep.param_space(made))
     study = algorithm.searcher._ot_study
     assert [direction.name for direction in study.directions] == ["MAXIMIZE", "MINIMIZE"]
-    told = [trial for trial in study.trials if trial.state.name == "COMPLETE"]
-    assert [trial.values for trial in told] == [[0.9, 2000.0], [0.8, 1000.0]]  # the third lies outside of the space
-    assert {trial.params["values/model.num_latents"] for trial in told} == {16}
+    known = [trial for trial in study.trials if trial.state.name == "COMPLETE"]
+    assert [trial.values for trial in known] == [[0.9, 2000.0], [0.8, 1000.0]]  # the third lies outside of the space
+    assert {trial.params["values/model.num_latents"] for trial in known} == {16}
     first = algorithm.suggest("one")["values"]
     assert first == {"optim.lr": 3e-3, "model.num_latents": 16}  # the preset's own
     algorithm.on_trial_complete("one", {"val_acc": 0.95, "parameters": 500.0})
