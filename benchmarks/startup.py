@@ -8,10 +8,11 @@ makes the help that is kept. Prints the median and least time, the processor's t
 the peak memory of each. The list of runs has 20, made for the occasion.
 
 With --train it is `perceiver train quickstart` from the command to the first step's metrics, on prepared data, alternately with the code
-of each tree; and how much of the first step's time was waiting for its batch.
+of each tree: seconds, the processor's seconds of all processes together, and how much of the first step's time was waiting for its batch.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -95,18 +96,42 @@ def first_steps(preset: str, trees: list[Path], repeats: int, out: Path | None) 
 
 
 def first_step(preset: str, name: str, tree: Path, environment: dict[str, str], runs: Path) -> dict[str, float]:
-    """Seconds from a command to its first step's metrics, and what that step waited for."""
+    """Seconds from a command to its first step's metrics, the processor's seconds of all its processes, and what the step waited for."""
     words = [*COMMAND, "train", preset, "--name", name, "--training.max-steps", "3", "--run.log-every", "1", "--run.val-batches", "1"]
     metrics, started = runs / name / "metrics.jsonl", time.perf_counter()
-    process = subprocess.Popen(words, env=environment, cwd=tree, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    while not (metrics.exists() and metrics.read_text().strip()):
-        if process.poll() is not None and not metrics.exists():
-            raise SystemExit(f"the training ended without a step: {process.stderr.read()[-500:] if process.stderr else ''}")
-        time.sleep(0.02)
-    seconds = time.perf_counter() - started
-    process.communicate()
+    with tempfile.TemporaryFile("w+") as errors:  # a pipe that nobody reads would stop the training when it is full
+        process = subprocess.Popen(words, env=environment, cwd=tree, stdout=subprocess.DEVNULL, stderr=errors, text=True)
+        used: dict[int, float] = {}
+        while not (metrics.exists() and metrics.read_text().strip()):
+            if process.poll() is not None and not (metrics.exists() and metrics.read_text().strip()):
+                errors.seek(0)
+                raise SystemExit(f"the training ended without a step: {errors.read()[-500:]}")
+            used |= processor_seconds(process.pid)
+            time.sleep(0.1)
+        seconds = time.perf_counter() - started
+        process.wait()
     first = json.loads(metrics.read_text().splitlines()[0])
-    return {"first_step_s": seconds, "its_seconds": first["step_seconds"], "waiting_s": first["step_seconds"] * first["data_wait"]}
+    return {
+        "first_step_s": seconds,
+        "cpu_s": sum(used.values()),
+        "its_seconds": first["step_seconds"],
+        "waiting_s": first["step_seconds"] * first["data_wait"],
+    }
+
+
+def processor_seconds(root: int) -> dict[int, float]:
+    """The processor's seconds so far of a process and all that it started, by their numbers (Linux)."""
+    found, parents = {}, {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended
+            fields = stat.read_text().rpartition(")")[2].split()
+            parents[int(stat.parent.name)] = int(fields[1])
+            found[int(stat.parent.name)] = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    family, size = {root}, 0
+    while len(family) > size:
+        size = len(family)
+        family |= {number for number, parent in parents.items() if parent in family}
+    return {number: found[number] for number in family if number in found}
 
 
 def measure(words: list[str], environment: dict[str, str]) -> tuple[float, float, float]:

@@ -26,11 +26,11 @@ from perceiver.training.remote_copy import RemoteCopy
 from ray_jobs.cli import JobFailed
 from ray_jobs.first_step import start_early
 from ray_jobs.messages import Messages
+from ray_jobs.on_workers import evaluate_worker, train_worker
 from ray_jobs.preflight import Resources
 from ray_jobs.read_ahead import DataShare
 from ray_jobs.rendezvous import Network
 from ray_jobs.scale import poll_seconds
-from ray_jobs.worker import evaluate_worker, train_worker
 
 
 class TrainingFailed(JobFailed):

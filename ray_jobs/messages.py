@@ -6,17 +6,15 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from ray_jobs.mailbox import Beat, Item, Mailbox
 from ray_jobs.ray_env import lost_processes
-from ray_jobs.watch import Beat, Watch, end_process
+from ray_jobs.watch import Watch, end_process
 
 logger = logging.getLogger(__name__)
-Item = str | tuple[int, str] | dict[str, Any] | Beat
-"""What workers send to the driver: a sign of life, a line with its level, metrics, or a report of what they do."""
 SIGN_OF_LIFE = ""
 """What a worker says when it begins: nobody waits for it any more."""
 START_PATIENCE = 60.0
@@ -25,35 +23,6 @@ PUMP_EVERY = 0.5
 """Seconds between two looks of the driver for what has come."""
 LOST_PATIENCE = 60.0
 """Seconds without an answer of Ray after which the cluster is lost."""
-
-
-@ray.remote(num_cpus=0)
-class _Mailbox:
-    def __init__(self) -> None:
-        self._items: list[Item] = []
-        self._interrupted = False
-        self._started = 0
-
-    def start(self) -> int:
-        """Counts a start of the workers; which one it is, the first: 1."""
-        self._started += 1
-        return self._started
-
-    def put(self, item: Item) -> None:
-        self._items.append(item)
-
-    def put_all(self, items: list[Item]) -> None:
-        self._items += items
-
-    def take(self) -> list[Item]:
-        items, self._items = self._items, []
-        return items
-
-    def interrupt(self) -> None:
-        self._interrupted = True
-
-    def is_interrupted(self) -> bool:
-        return self._interrupted
 
 
 class Messages:
@@ -68,7 +37,7 @@ class Messages:
     ) -> None:
         # On this node: losing another machine must not lose the run's messages. Its process may be lost and is then replaced.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        self.actor = _Mailbox.options(scheduling_strategy=here, max_restarts=-1).remote()  # type: ignore[attr-defined]
+        self.actor = Mailbox.options(scheduling_strategy=here, max_restarts=-1).remote()  # type: ignore[attr-defined]
         self.interrupted = False
         """Whether the workers have been asked to save and end."""
         self.lost: str | None = None

@@ -22,6 +22,8 @@ VARIABLES = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
 """Environment of Ray's processes in a job, where the user has not set these."""
+ALONE = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
+"""The same where the cluster is this machine, which nobody takes away: one process less that starts and polls."""
 PORT = "RAY_GCS_SERVER_PORT"
 """Read by Ray where it starts a cluster: the port of the cluster's address."""
 ADDRESS_PATIENCE = 5.0
@@ -66,6 +68,7 @@ def connect(parallel: ParallelConfig, dashboard: bool = False) -> Iterator[None]
         # The token that Ray makes for a cluster of this process alone is nothing that a user need act on.
         logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
         cpus, port = os.cpu_count() or 1, _free_port()
+        settings["runtime_env"]["env_vars"] |= {name: value for name, value in ALONE.items() if name not in os.environ}
         settings["runtime_env"]["env_vars"]["RAY_ADDRESS"] = f"{ray.util.get_node_ip_address()}:{port}"
         os.environ[PORT] = str(port)
         try:

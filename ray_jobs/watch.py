@@ -22,6 +22,7 @@ import torch.distributed
 
 from perceiver.training.callbacks import Callback
 from perceiver.training.loop import StepResult
+from ray_jobs.mailbox import Beat
 
 EVERY = 5.0
 """Seconds between two reports of a worker."""
@@ -29,25 +30,6 @@ SILENCE = 60.0
 """Seconds without a report after which a worker is ended."""
 PROJECT = Path(__file__).resolve().parent.parent
 COLLECTIVES = Path(torch.distributed.__file__).resolve().parent
-
-
-@dataclass(frozen=True)
-class Beat:
-    """What a worker reports."""
-
-    rank: int
-    pid: int
-    node: str
-    """Ray's id of its node."""
-    host: str
-    step: int
-    """Optimizer steps taken."""
-    place: str
-    """The line of this package that it is at."""
-    together: bool
-    """Whether it waits for the other workers there."""
-    ended: bool = False
-    """Whether its function has returned: nothing more is expected of it."""
 
 
 class Steps(Callback):

@@ -124,8 +124,8 @@ def _attention(
     extra: float = e * (queries * (c.q_channels + c.v_channels + c.qk_channels) + keys * (c.qk_channels + c.v_channels))
     if not layout.cuda and (dropout or c.qk_channels != c.v_channels):
         weights = batch * heads * num_queries * num_keys
-        # Softmax; with dropout also its decisions (a byte) and what it leaves.
-        kept += weights * (e + (e + 1 if dropout else 0))
+        # Softmax; with dropout also what it leaves.
+        kept += weights * (e + (e if dropout else 0))
         extra = e * (2 * weights + queries * c.q_channels)  # gradients of softmax's output and input
         working = e * (weights + keys * c.v_channels)  # scores; values side by side for the product
     else:
@@ -143,9 +143,10 @@ def _factored(layout: Layout, config: PerceiverIOConfig, num_inputs: int, shared
     latents = batch * config.num_latents
     weights = latents * heads * num_inputs
     c = config.encoder_cross_attention()
-    # Softmax; with dropout its decisions. The weights times the norm's scale are not kept, as pixels need no gradient. Means in
-    # input channels twice, and per value channel.
-    kept: float = weights * (FP32 + (1 if config.encoder.dropout else 0)) + FP32 * latents * (2 * heads * c.kv_channels + c.v_channels)
+    # Softmax; with dropout what it leaves (GPUs: its decisions). The weights times the norm's scale are not kept, as pixels need no
+    # gradient. Means in input channels twice, and per value channel.
+    left = 0 if not config.encoder.dropout else 1 if layout.cuda else FP32
+    kept: float = weights * (FP32 + left) + FP32 * latents * (2 * heads * c.kv_channels + c.v_channels)
     kept += FP32 * (1 if shared else latents) * heads * c.kv_channels * 2
     if layout.element_size < FP32:
         kept += FP32 * num_inputs * c.kv_channels  # the table of positions

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from perceiver.models.dropout import drop
+from perceiver.models.dropout import softmax_drop
 
 LONG_ENOUGH_TO_SPLIT = 512
 """CPU kernels compute what causality masks. From this length on, the first half of the queries is left alone with the
@@ -93,5 +93,5 @@ def _attend_plainly(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropou
     scores = (q * q.shape[-1] ** -0.5) @ k.mT
     if mask is not None:
         scores = scores.masked_fill_(~mask, -torch.inf)
-    weights, scale = drop(scores.softmax(dim=-1), dropout)
+    weights, scale = softmax_drop(scores, dropout)
     return weights @ (v * scale if dropout else v)

@@ -23,7 +23,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from perceiver.models.dropout import drop
+from perceiver.models.dropout import softmax_drop
 from perceiver.models.shapes import AttentionChannels
 
 
@@ -101,7 +101,7 @@ def factored_attention(attention: AttentionParts, norm: nn.LayerNorm, queries: T
     left = torch.cat([q_gain[..., :num_pixel], -q_gain.sum(-1, keepdim=True), constant], dim=-1)
     right = torch.cat([pixels * rstd[..., None], (mean * rstd)[..., None], torch.ones_like(rstd)[..., None]], dim=-1)
     scores = torch.addcmul(left @ right.transpose(1, 2)[:, None], scores, rstd[:, None, None])
-    weights, scale = drop(scores.softmax(dim=-1), attention.dropout if attention.training else 0.0)
+    weights, scale = softmax_drop(scores, attention.dropout if attention.training else 0.0)
 
     # Weighted means of the normed input: (B, H, L, C)
     scaled = weights * (rstd * scale)[:, None, None]

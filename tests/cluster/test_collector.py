@@ -7,15 +7,15 @@ import pytest
 from ray_jobs import watch
 from ray_jobs.collector import DIRECTLY, Collector, beats_to
 from ray_jobs.collector import EVERY as NODE_EVERY
-from ray_jobs.messages import _Mailbox
-from ray_jobs.watch import Beat, Watch
+from ray_jobs.mailbox import Beat, Mailbox
+from ray_jobs.watch import Watch
 
 
 class Counted:
     """The driver's mailbox, with its messages counted."""
 
     def __init__(self):
-        self.mailbox = _Mailbox.__ray_metadata__.modified_class()
+        self.mailbox = Mailbox.__ray_metadata__.modified_class()
         self.messages = 0
         self.put_all = SimpleNamespace(remote=self._put_all)
 

@@ -16,7 +16,7 @@ from tests.faults.cluster import Cluster
 from tests.faults.mounts import fill, read_only
 from tests.support.jobs import Job
 
-WORKER, CONTROLLER, MAILBOX = "ray::RayTrainWorker", "ray::TrainController", "ray::_Mailbox"
+WORKER, CONTROLLER, MAILBOX = "ray::RayTrainWorker", "ray::TrainController", "ray::Mailbox"
 
 
 @dataclass

@@ -9,7 +9,7 @@ from torch.nn.attention.bias import CausalBias
 from perceiver.models import attend as kernels
 from perceiver.models.attend import LONG_ENOUGH_TO_SPLIT, attend, head_sizes, pad_heads
 from perceiver.models.attention import KeyValueCache
-from perceiver.models.dropout import drop
+from perceiver.models.dropout import softmax_drop
 from perceiver.models.perceiver_ar import causal_padding_mask
 from perceiver.models.position import fourier_features, rotation, token_positions
 
@@ -68,10 +68,11 @@ def test_dropout_keeps_the_mean_of_attention(causal: bool) -> None:
 
 
 @pytest.mark.parametrize("probability", [0.1, 0.5, 0.999])
-def test_drop_zeroes_the_wanted_share_and_nothing_else(probability: float) -> None:
+def test_dropout_zeroes_the_wanted_share_of_weights_and_nothing_else(probability: float) -> None:
     torch.manual_seed(0)
-    weights = torch.rand(333, 3001) + 0.5  # a size that no 64-bit number ends with
-    dropped, scale = drop(weights, probability)
+    scores = torch.rand(333, 3001)  # a size that no 64-bit number ends with
+    weights = scores.softmax(-1)
+    dropped, scale = softmax_drop(scores, probability)
     zero = dropped == 0
     assert abs(float(zero.double().mean()) - probability) < 2e-3
     torch.testing.assert_close(dropped[~zero], weights[~zero], atol=0, rtol=0)
@@ -81,14 +82,37 @@ def test_drop_zeroes_the_wanted_share_and_nothing_else(probability: float) -> No
     assert abs(float(together) - probability**2) < 3e-3
 
 
-def test_drop_follows_the_seed_and_probability_zero_draws_nothing() -> None:
-    weights = torch.rand(10, 10)
+@pytest.mark.parametrize("masked", [False, True])
+def test_dropout_has_the_bits_of_softmax_and_masked_fill_forward_and_backward(masked: bool) -> None:
+    scores, gradient = torch.randn(3, 7, 33, generator=torch.Generator().manual_seed(0)), torch.randn(3, 7, 33)
+    if masked:
+        scores = scores.masked_fill(torch.arange(33) % 3 == 1, -torch.inf)
+    scores[0, 0, 0] = 200.0  # the other weights of this row underflow to 0
+    fused, plain = scores.clone().requires_grad_(), scores.clone().requires_grad_()
+    torch.manual_seed(1)
+    dropped, _ = softmax_drop(fused, 0.3)
+    dropped.backward(gradient)
+    torch.manual_seed(1)
+    numbers = torch.empty(-(-scores.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+    decided = numbers.view(torch.int16)[: scores.numel()].view_as(scores) < round(0.3 * 2**16) - 2**15
+    expected = plain.softmax(-1).masked_fill(decided, 0.0)
+    expected.backward(gradient)
+    assert torch.equal(dropped, expected)
+    assert torch.equal(fused.grad, plain.grad)
+
+
+def test_dropout_follows_the_seed_and_probability_zero_draws_nothing() -> None:
+    scores = torch.rand(10, 10)
     torch.manual_seed(3)
-    first, _ = drop(weights, 0.5)
+    first, _ = softmax_drop(scores, 0.5)
     torch.manual_seed(3)
-    second, _ = drop(weights, 0.5)
+    second, _ = softmax_drop(scores, 0.5)
     assert torch.equal(first, second)
-    assert drop(weights, 0.0) == (weights, 1.0)
+    state = torch.get_rng_state()
+    undisturbed, scale = softmax_drop(scores, 0.0)
+    assert torch.equal(undisturbed, scores.softmax(-1))
+    assert scale == 1.0
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_ring_keeps_the_newest() -> None:

@@ -272,3 +272,9 @@ def test_trainings_that_a_command_starts_print_commands_as_they_were_typed(monke
     assert program("ray_jobs.evaluate") == "python -m ray_jobs.evaluate"
     monkeypatch.setenv(STARTED_AS, started[STARTED_AS])
     assert program("ray_jobs.evaluate") == "perceiver evaluate"
+
+
+def test_the_process_that_workers_report_to_needs_no_pytorch_and_the_one_that_starts_them_not_what_they_run():
+    assert loaded("import ray_jobs.mailbox") <= {"ray", "numpy"}
+    code = "import sys, ray_jobs.on_workers; sys.stderr.write(' '.join(name for name in sys.modules if name.startswith('perceiver')))"
+    assert loaded(code) == set()

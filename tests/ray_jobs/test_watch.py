@@ -8,7 +8,8 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from ray_jobs.watch import Beat, Steps, Watch, end_process, reporting, where
+from ray_jobs.mailbox import Beat
+from ray_jobs.watch import Steps, Watch, end_process, reporting, where
 
 WORKING = Beat(rank=0, pid=10, node="a", host="h", step=5, place="loss (base.py, line 3)", together=False)
 WAITING = replace(WORKING, place="all_sum (parallel.py, line 41)", together=True)
