@@ -20,6 +20,9 @@ VARIABLES = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # no second copy of workers' prints
     "RAY_DATA_PARQUET_FOOTER_NUM_ACTORS": "1",  # instead of 32 readers of footers
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # A thread that has done its half of an operation looks for the other one in a loop, and then sleeps. By default it looks for long,
+    # and where another process takes a core, it keeps the very thread from running that it waits for (docs/speed.md).
+    "GOMP_SPINCOUNT": "3000",
 }
 """Environment of Ray's processes in a job, where the user has not set these."""
 ALONE = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}

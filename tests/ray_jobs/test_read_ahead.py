@@ -104,12 +104,20 @@ def most_at_once(spans):
     return most
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("workers", "cpus"), [(1, 2), (3, 8)])
+QUICK = [(1, 2), (3, 8)]
+OTHERS = [pair for pair in product([1, 2, 3, 8], [2, 3, 4, 8, 12]) if pair not in QUICK]
+
+
+@pytest.mark.parametrize(
+    ("workers", "cpus"),
+    [*(pytest.param(*pair, marks=pytest.mark.slow) for pair in QUICK), *(pytest.param(*pair, marks=pytest.mark.long) for pair in OTHERS)],
+)
 def test_tasks_at_once_in_training_and_in_a_validation_while_the_training_is_open(workers, cpus, monkeypatch):
     monkeypatch.setattr("os.cpu_count", lambda: cpus - 1)  # a local cluster has one more
 
-    @ray.remote(num_cpus=1)
+    held = min(1.0, (cpus - DATA_CPUS) / workers)  # what `plan_resources` gives each of them
+
+    @ray.remote(num_cpus=held)
     class Worker:
         def read(self, share):
             from perceiver.data.order import ReadTask
@@ -122,7 +130,7 @@ def test_tasks_at_once_in_training_and_in_a_validation_while_the_training_is_ope
 
     with connect(ParallelConfig()):
         actors = [Worker.remote() for _ in range(workers)]
-        share = DataShare(cpus_per_worker=1.0)
+        share = DataShare(cpus_per_worker=held)
         limit = share.here(workers)
         found = ray.get([actor.read.remote(share) for actor in actors])
     for train, val in found:
