@@ -21,7 +21,7 @@ from perceiver.config.core import (
 from perceiver.config.data import DataConfig, TokenizerTraining
 from perceiver.config.experiment import Experiment
 from perceiver.config.optimization import Adam, AdamW, Constant, Cosine, OptimConfig, OptimizerConfig, ScheduleConfig
-from perceiver.config.optimizers import Adafactor, Lamb, Lion, Muon, Sgd
+from perceiver.config.optimizers import Adafactor, AdamW8bit, Lamb, Lion, Muon, Sgd
 from perceiver.config.parts import CallbackConfig, ModelConfig, TaskConfig
 from perceiver.config.running import ParallelConfig, RunConfig
 from perceiver.config.schedules import FlatCosine, InverseSquareRoot, Linear, OneCycle, WarmRestarts, Wsd
@@ -31,6 +31,7 @@ __all__ = [
     "Adafactor",
     "Adam",
     "AdamW",
+    "AdamW8bit",
     "CallbackConfig",
     "Config",
     "Constant",

@@ -61,9 +61,9 @@ class OptimizerConfig(Config):
         """
         raise NotImplementedError(f"{type(self).__name__} needs a method build(groups, lr) that returns a torch optimizer")
 
-    def state_size(self, shape: tuple[int, ...], shards: int = 1, hidden: bool = False) -> int:
-        """How many numbers (fp32) a worker keeps for a parameter, without a counter of steps: what `perceiver plan` and the check of memory
-        count. Two moments by default; an optimizer that keeps anything else says so here.
+    def state_size(self, shape: tuple[int, ...], shards: int = 1, hidden: bool = False) -> float:
+        """How many numbers (fp32; one of 8 bits is a quarter) a worker keeps for a parameter, without a counter of steps: what
+        `perceiver plan` and the check of memory count. Two moments by default; an optimizer that keeps anything else says so here.
 
         Args:
             shape: of the whole parameter.
@@ -197,7 +197,7 @@ class OptimConfig(Config):
     """Optimizer and learning-rate schedule."""
 
     optimizer: OptimizerConfig = AdamW()
-    """The optimizer: adamw, adam, sgd, lion, lamb, muon, or a class of yours (module:Class)."""
+    """The optimizer: adamw, adamw8bit, adam, sgd, lion, lamb, muon, adafactor, or a class of yours (module:Class)."""
     lr: float = 1e-3
     """Peak learning rate."""
     weight_decay: float = 0.01

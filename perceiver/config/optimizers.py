@@ -53,6 +53,21 @@ class Lion(OptimizerConfig):
         return shard_size(shape, shards)
 
 
+class AdamW8bit(AdamW):
+    """AdamW whose moments are kept in 8 bits (arXiv 2110.02861): about a quarter of the memory, in longer steps."""
+
+    def build(self, groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
+        from perceiver.config.adamw8bit import AdamW8bit as Implementation
+
+        return Implementation(groups, lr=lr, betas=float_pair(self.betas), eps=self.eps)
+
+    def state_size(self, shape: tuple[int, ...], shards: int = 1, hidden: bool = False) -> float:
+        from perceiver.config.adamw8bit import row_blocks
+
+        size, blocks = shard_size(shape, shards), row_blocks(shape)
+        return 2 * size if blocks is None else 2 * (size / 4 + shard_size((shape[0], blocks), shards))
+
+
 class Lamb(Adam):
     """LAMB (arXiv 1904.00962): Adam whose step in each weight is as long as a share of the weight, for very large batches."""
 
