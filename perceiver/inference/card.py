@@ -19,9 +19,16 @@ _CALLS = {
     "fill_mask": 'model.fill_mask("some <mask> text")',
     "generate": 'model.generate("The meaning of", max_new_tokens=100)',
     "play": 'model.play("prompt.mid")',
+    "flow": "model.flow({example})",
     "predict": "model.predict(rows)  # a table with the columns that the task reads",
 }
-_EXAMPLES = {"text": '"some text"', "image": '"picture.png"', "arrays": "rows"}
+_EXAMPLES = {
+    "text": '"some text"',
+    "image": '"picture.png"',
+    "audio": '"sound.wav"',
+    "arrays": "rows",
+    "frames": '("first.png", "second.png")',
+}
 
 
 def check_license(license: str | None) -> None:

@@ -14,6 +14,8 @@ import perceiver
 from perceiver.config import DataConfig, ModelConfig, UserError
 from perceiver.inference import graph
 from perceiver.inference.card import card, source_of
+from perceiver.inference.trained import TrainedModel
+from perceiver.models import build_model
 from ray_jobs import push
 from tests.support.trained import write_run
 
@@ -37,6 +39,22 @@ def test_a_card_has_the_fields_that_the_hub_reads(runs, task):
     (result,) = head["model-index"][0]["results"]
     assert result["metrics"] == [{"type": "loss", "value": 1.0, "name": "val_loss"}]
     assert f"# {task}" in body and "| val_loss | 1 |" in body and "- run " in body and "step 1" in body
+
+
+CALLS = {
+    "optical-flow-small": ({}, 'model.flow(("first.png", "second.png"))'),
+    "multimodal-small": ({}, "model.predict(rows)"),
+    "audio-clf-small": ({"model.output.num-classes": 3, "model.input.num-samples": 4000}, 'model.classify("sound.wav")'),
+    "sam-small": ({}, 'model.play("prompt.mid")'),
+}
+
+
+@pytest.mark.parametrize("preset", CALLS)
+def test_a_card_says_how_a_model_of_any_kind_is_called(preset):
+    fields, line = CALLS[preset]
+    made = perceiver.experiment(preset, fields)
+    model = TrainedModel(model=build_model(made.model, seed=0), config=made.model, task=made.task, data=made.data)
+    assert line in card(model)
 
 
 def test_a_card_tells_no_place_of_this_machine_and_survives_the_export(runs, tmp_path):
