@@ -1,16 +1,18 @@
 """A training step on all cores while another process takes one of them, by how threads wait for each other.
 
-    python -m benchmarks.busy_neighbour [--workload img-clf-mnist] [--threads 2]
+    python -m benchmarks.busy_neighbour [--workload img-clf-mnist] [--threads 2] [--out results.json]
 
 Each line is a process of its own: the median of nine steps with the machine at rest, then beside a process that computes all the time.
 GOMP_SPINCOUNT is how often a thread looks for the others in a loop before it sleeps (GNU's OpenMP, which PyTorch brings).
 """
 
 import argparse
+import json
 import os
 import statistics
 import subprocess
 import sys
+from pathlib import Path
 
 from benchmarks.step_time import WORKLOADS, build_side, timed_step
 
@@ -41,6 +43,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--workload", choices=WORKLOADS, default="img-clf-mnist")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--out", type=Path, help="JSON file")
     parser.add_argument("--here", action="store_true", help="measure in this process alone")
     args = parser.parse_args()
     if args.here:
@@ -53,6 +56,10 @@ def main() -> None:
         beside = {name: measured(args.workload, *way) for name, way in ways.items()}
     finally:
         neighbour.kill()
+    if args.out:
+        found = {"workload": args.workload, "unit": "ms", "ways": list(ways)}
+        found |= {"at_rest": list(alone.values()), "beside_a_busy_process": list(beside.values())}
+        args.out.write_text(json.dumps(found, indent=1) + "\n")
     for name in ways:
         print(f"{name:40} at rest {alone[name]:6.0f} ms   beside a busy process {beside[name]:6.0f} ms")
 

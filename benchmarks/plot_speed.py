@@ -33,8 +33,8 @@ def main() -> None:
     third.barh([place + 0.2 for place in places], busy["at_rest"], 0.4, color="0.7", label="at rest")
     third.barh([place - 0.2 for place in places], busy["beside_a_busy_process"], 0.4, color="tab:blue", label="beside a busy process")
     third.set_yticks(list(places), busy["ways"], fontsize=8)
-    third.set_title("MNIST's step, ms, two threads", fontsize=10)
-    third.legend(fontsize=8, loc="upper right")
+    third.set_title("MNIST's step, ms", fontsize=10)
+    third.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2)
     figure.savefig(sys.argv[1], dpi=80)
 
 

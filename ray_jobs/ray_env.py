@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,7 @@ def connect(parallel: ParallelConfig, dashboard: bool = False) -> Iterator[None]
     address = parallel.address or os.environ.get("RAY_ADDRESS")
     quiet()
     leave_out_hints()
-    variables = {name: value for name, value in VARIABLES.items() if name not in os.environ}
+    variables = unset_variables(os.environ)
     os.environ.update(variables)
     settings: dict[str, Any] = {
         "log_to_driver": False,
@@ -87,6 +87,14 @@ def connect(parallel: ParallelConfig, dashboard: bool = False) -> Iterator[None]
         yield
     finally:
         _leave()
+
+
+def unset_variables(environment: Mapping[str, str]) -> dict[str, str]:
+    """Those of `VARIABLES` that the user has not set; nor how threads wait, where the user has said so by OpenMP's own variable, which the
+    other one would overrule.
+    """
+    own = set(environment) | ({"GOMP_SPINCOUNT"} if "OMP_WAIT_POLICY" in environment else set())
+    return {name: value for name, value in VARIABLES.items() if name not in own}
 
 
 def joining() -> dict[str, str]:

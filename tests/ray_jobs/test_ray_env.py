@@ -8,7 +8,7 @@ import pytest
 import ray
 
 from perceiver.config import ParallelConfig, UserError
-from ray_jobs.ray_env import check_address, connect
+from ray_jobs.ray_env import VARIABLES, check_address, connect, unset_variables
 from ray_jobs.ray_hints import leave_out_hints
 
 OTHER = "import ray, sys; ray.init(address='local', num_cpus=1, include_dashboard=False); print('up', flush=True); sys.stdin.read()"
@@ -55,3 +55,9 @@ def test_a_hint_of_rays_that_is_no_matter_of_the_users_is_not_printed_and_all_el
     worker.print_to_stdstream({"lines": [hint], "pid": "raylet"}, ignore_prefix=False)
     worker.print_to_stdstream({"lines": [hint, "a node has failed"], "pid": "raylet"}, ignore_prefix=False)
     assert printed == [(["a node has failed"], {"ignore_prefix": False})]
+
+
+def test_variables_of_the_user_are_kept_and_how_threads_wait_is_not_overruled():
+    assert unset_variables({}) == VARIABLES
+    assert "GOMP_SPINCOUNT" not in unset_variables({"GOMP_SPINCOUNT": "7"})
+    assert set(VARIABLES) - set(unset_variables({"OMP_WAIT_POLICY": "ACTIVE"})) == {"GOMP_SPINCOUNT"}
