@@ -13,6 +13,7 @@ from perceiver.costs.activations import Layout
 from perceiver.costs.devices import DEVICES, GIB
 from perceiver.costs.memory import Step, largest_micro_batch, step_memory
 from perceiver.tasks import build_task
+from perceiver.training.parallel import is_alone
 
 CONTEXT = 1.5 * GIB
 """Of a GPU: its context, kernels, and the buffers of NCCL. An assumption, as is the next."""
@@ -43,6 +44,7 @@ def layout_of(experiment: Experiment, cuda: bool = True) -> Layout:
         micro_batch_size=-(-examples // count),
         accumulated=count,
         shards=parallel.workers // parallel.replicas,
+        alone=is_alone(parallel.workers, parallel),
         precision=experiment.training.precision,
         checkpoint_every=parallel.recompute_every,
         cpu_offload=parallel.cpu_offload,
