@@ -12,12 +12,12 @@ from perceiver.catalog import CATALOG
 from perceiver.config import Config, Experiment, UserError, check_tree, flatten, nearest, spelled, to_dict
 from perceiver.config.core import check_values, is_builtin
 from perceiver.config.values import words
-from perceiver.config_files import ExperimentFile, read_experiment_file
+from perceiver.config_files import PRESET, YAML, ExperimentFile, read_experiment_file
 from perceiver.extensions import call, code_of, code_of_file, installed_experiments, is_reference, load_object, load_point
 from perceiver.runs import Run
 from perceiver.trust import check_trust, trust
 
-FILES = (".json", ".yaml", ".yml")
+FILES = (".json", *YAML)
 """Kinds of files that experiments are saved in."""
 
 
@@ -124,10 +124,19 @@ def _storage(experiment: Experiment, folder: Path) -> str:
 def _read_file(path: Path) -> Experiment:
     """The experiment of a .json or .yaml file: a whole one, or "preset" and what differs from it."""
     file = read_experiment_file(path)
-    base = None if file.base is None else find_experiment(_beside(path, file.base))
+    base = None if file.base is None else _base(file, file.base)
     experiment = file.experiment(base)
     name = experiment.run.name or ("" if base is not None and file.says_nothing_more else path.stem)
     return replace(experiment, preset=str(path), run=replace(experiment.run, name=name))
+
+
+def _base(file: ExperimentFile, name: str) -> Experiment:
+    """What a file starts from."""
+    try:
+        return find_experiment(_beside(file.path, name))
+    except UserError as error:
+        line = file.line((PRESET,))
+        raise UserError(f"{file.path}{'' if line is None else f', line {line}'}: {error}") from None
 
 
 def _beside(path: Path, base: str) -> str:
