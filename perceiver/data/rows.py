@@ -108,6 +108,7 @@ class EventRows(_StreamRows):
     has_split_tables = prepared_by_training = True
     least_length = (2, "an event is predicted from another one")
     made_from = "performances"
+    new_rows = "midi"
     formats = ("midi",)
     expected = ".mid or .midi files"
 
