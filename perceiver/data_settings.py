@@ -98,7 +98,7 @@ def settings_without_tokenizer(experiment: Experiment) -> dict[str, Any]:
         settings |= _label_settings(experiment)
     settings |= experiment.task.prepared_settings(experiment.model)
     if KINDS[kind].has_columns:
-        return settings | {"columns": array_rows(experiment).to_json()} | _encoding(data)
+        return settings | {"columns": array_rows(experiment).to_json()} | _encoding(data) | _tokenizer_beside(experiment)
     if not KINDS[kind].is_text and not KINDS[kind].is_stream:
         return settings
     max_seq_len, vocab_size = text_limits(experiment)
@@ -121,6 +121,17 @@ def settings_without_tokenizer(experiment: Experiment) -> dict[str, Any]:
     if data.prepare == "stream":
         settings |= {"prepare": "stream", "most_rows_per_chunk": data.rows_per_block * (data.shuffle_window_blocks or STREAM_BLOCKS)}
     return settings | {"row_length": max_seq_len, "document_marks": experiment.task.document_marks}
+
+
+def _tokenizer_beside(experiment: Experiment) -> dict[str, Any]:
+    """The tokenizer of texts that stand beside other inputs, whose file lies with the data; nothing of bytes, which have none."""
+    num_ids, data = experiment.model.num_text_ids(), experiment.data
+    if num_ids is None:
+        return {}
+    fingerprint = tokenizer_of(data).fingerprint
+    if fingerprint["vocab_size"] > num_ids:
+        raise UserError(f"data.tokenizer {data.tokenizer} has {fingerprint['vocab_size']} ids, but the model's vocab_size is {num_ids}")
+    return {} if fingerprint["sha256"] is None else {"tokenizer": fingerprint}
 
 
 def _encoding(data: DataConfig) -> dict[str, Any]:

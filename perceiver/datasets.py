@@ -142,9 +142,9 @@ def _not_prepared(experiment: Experiment, settings: dict[str, Any]) -> NotPrepar
 
 
 def needs_tokenizer(experiment: Experiment) -> bool:
-    """Whether the experiment's data is made from text."""
+    """Whether the experiment's data is made from text, or has some."""
     kind = KINDS.get(experiment.task.kind)
-    return kind is not None and kind.is_text
+    return kind is not None and kind.is_text or experiment.model.num_text_ids() is not None
 
 
 def with_tokenizer(experiment: Experiment) -> Experiment:

@@ -25,14 +25,17 @@ class Found:
     words: list[str]
     """Fields that the preset is given, as on a command line."""
     is_table: bool = False
-    """Whether it is a table of numbers, of which columns are predicted."""
+    """Whether it is a table, of which columns are predicted."""
+    table_words: list[str] = field(default_factory=list)
+    """Fields that the preset `tables` is given to learn from all columns, where another one learns from the text alone."""
     facts: Facts = field(default_factory=Facts)
     """What a page shows besides."""
 
     @property
     def commands(self) -> list[str]:
         """The commands that train on it."""
-        return [f"train: {_command(self.preset, self.words)}"]
+        found = [f"train: {_command(self.preset, self.words)}"]
+        return [*found, f"with all columns: {_command('tables', self.table_words)}"] if self.table_words else found
 
 
 def class_counts(found: Source, label: str) -> dict[str, Counter[str]]:

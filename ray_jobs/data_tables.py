@@ -5,11 +5,13 @@ from __future__ import annotations
 import reprlib
 
 from perceiver.config import DataConfig, UserError
+from perceiver.config.data import TEXT_LENGTH
 from perceiver.data.files import InputFile
 from perceiver.data.labels import class_order
 from perceiver.data.sources import resolve
 from perceiver.data.survey import (
     LENGTHS,
+    ColumnSurvey,
     TableSurvey,
     label_column,
     labels_column,
@@ -57,7 +59,7 @@ def table_found(lines: list[str], source: str, text: str | None, label: str | No
         types = ", ".join(f"{kind} {count:,}" for kind, count in column.types.most_common())
         numbers = column.is_number and column.low <= column.high
         shown = f"{column.low:.6g} to {column.high:.6g}, mean {column.mean:.6g}" if numbers else f"such as {reprlib.repr(column.example)}"
-        lines.append(f"  {name:{width}}  {types}; {shown}")
+        lines.append(f"  {name:{width}}  {types}; {shown}; {_read_as(column, found.rows)}")
     if len(found.columns) > SHOWN:
         lines.append(f"  ... {len(found.columns):,} in all")
     words = ["--data.source", source, *(["--data.encoding", encoding] if encoding != "utf-8" else [])]
@@ -96,24 +98,46 @@ def table_found(lines: list[str], source: str, text: str | None, label: str | No
     elif values is not None:
         lines.append(f"classes in {label!r}: {shown_counts({name: values[name] for name in class_order(values)})}")
         facts.classes["rows"] = values
-    return Found(lines, "txt-clf", [*words, *(["--data.label-column", label] if label != "label" else [])], facts=facts)
+    beside = [name for name in _usable(found) if name not in (text, label)]
+    own = words[: words.index("--data.text-column")] if "--data.text-column" in words else words
+    table_words = [*own, "--task.targets", label] if beside and found.columns[text].reading(found.rows) == "text" else []
+    words += ["--data.label-column", label] if label != "label" else []
+    return Found(lines, "txt-clf", words, facts=facts, table_words=table_words)
 
 
 def _numbers(lines: list[str], source: str, words: list[str], found: TableSurvey, files: list[InputFile]) -> Found:
-    """What is learned from a table of numbers: the target is guessed, and said to be."""
+    """What is learned from a table of numbers and categories: the target is guessed, and said to be."""
     target = target_column(found)
     facts = Facts(survey=found, files=files, target=target)
-    inputs = [name for name, column in found.columns.items() if column.is_number and name != target]
+    inputs = [name for name in _usable(found) if name != target]
     if target is None or not inputs:
-        raise UserError(f"{source} has no texts, and no two columns of which numbers could be learned (it has: {', '.join(found.columns)})")
-    lines = [*lines, f"to predict: {target!r} (a guess: --task.targets names others), from {len(inputs):,} columns of numbers"]
-    if left := [name for name, column in found.columns.items() if not column.is_number and name != target]:
-        lines.append(f"not used: {', '.join(map(repr, left[:SHOWN]))} (texts)")
+        raise UserError(f"{source} has no texts, and no two columns of which one could be learned (it has: {', '.join(found.columns)})")
+    lines = [*lines, f"to predict: {target!r} (a guess: --task.targets names others), from {number_of(len(inputs), 'other column')}"]
+    if left := [name for name in found.columns if name not in (*inputs, target)]:
+        lines.append(f"not used: {', '.join(map(repr, left[:SHOWN]))} (different in nearly every row)")
     column = found.columns[target]
     if column.values is not None and not column.types.keys() & {"float", "list"}:
         lines.append(f"classes in {target!r}: {shown_counts({name: column.values[name] for name in class_order(column.values)})}")
         facts.classes["rows"] = column.values
     return Found(lines, "tables", [*words, "--task.targets", target], is_table=True, facts=facts)
+
+
+def _usable(found: TableSurvey) -> list[str]:
+    """The columns that the preset `tables` takes by itself."""
+    return [name for name, column in found.columns.items() if column.is_number or column.reading(found.rows) is not None]
+
+
+def _read_as(column: ColumnSurvey, rows: int) -> str:
+    """How the preset `tables` reads a column."""
+    if column.is_number:
+        return "numbers"
+    if column.types.keys() - {"str", "missing"}:
+        return "not read by tables"
+    reading = column.reading(rows)
+    if reading == "text":
+        return f"text (tables takes its first {TEXT_LENGTH} tokens)"
+    values = len(column.values or ())
+    return f"{number_of(values, 'category', 'categories')}" if reading == "category" else "different in nearly every row: left out"
 
 
 def _texts(found: TableSurvey, column: str) -> list[str]:

@@ -34,7 +34,7 @@ from perceiver.data.tables import Columns
 from perceiver.data.times import TimeColumn, together_by
 from perceiver.data.tokenizers import tokenizer_of
 from perceiver.data_settings import array_rows, stored_shape
-from perceiver.datasets import check_image_shape
+from perceiver.datasets import check_image_shape, needs_tokenizer
 from perceiver.disk import locked
 
 logger = logging.getLogger(__name__)
@@ -86,7 +86,7 @@ def make_job(experiment: Experiment, settings: dict[str, Any], folder: str, fing
         row_length=settings.get("row_length", 0) if shape is None else shape[0] * shape[1] * shape[2],
         rows_per_block=data.rows_per_block,
         blocks_per_shard=data.blocks_per_shard,
-        tokenizer=tokenizer_of(data) if rows.is_text else None,
+        tokenizer=tokenizer_of(data) if needs_tokenizer(experiment) else None,
         document_marks=settings.get("document_marks", ""),
         arrays=array_rows(experiment) if rows.has_columns else rows.stored_columns(),
         long_texts=data.long_texts,

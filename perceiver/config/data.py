@@ -6,6 +6,9 @@ from typing import Literal
 
 from perceiver.config.core import Config, UserError, check_positive, home
 
+TEXT_LENGTH = 256
+"""Tokens of a text in a column of a table that go into a model, unless its configuration has another number."""
+
 
 class DataConfig(Config):
     """Where the data comes from, how it is prepared, and how it is shuffled."""

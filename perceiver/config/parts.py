@@ -39,6 +39,10 @@ class ModelConfig(Config):
         """Of a model that reads text: its longest input in tokens, and the number of token ids. None: it reads something else."""
         return None
 
+    def num_text_ids(self) -> int | None:
+        """Number of token ids of texts that go in beside other things, such as columns of a table. None: there are no such texts."""
+        return None
+
     def batch_shape(self) -> tuple[Any, ...] | None:
         """Of a model that takes one tensor: its shape, as `perceiver.models.tensor_shapes.Shape` writes it: ("B", 28, 28). By it the model
         is written as ONNX. None: it takes something else.

@@ -8,7 +8,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from perceiver.config import UserError
 from perceiver.data.csv_values import field_value
@@ -23,6 +23,10 @@ LENGTHS = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 _LABEL_NAMES = ("label", "labels", "tags", "class", "category", "target", "sentiment", "stars", "rating", "y")
 _MOST_VALUES = 1000
 """Different values of a column that are counted; a column with more is no label."""
+
+
+Reading = Literal["number", "category", "text"]
+"""What a model takes a column of a table as."""
 
 
 @dataclass
@@ -89,6 +93,19 @@ class ColumnSurvey:
     def is_quantity(self) -> bool:
         """Whether its values are real numbers, which name no classes."""
         return bool(self.types["float"]) and any("." in value and "e" not in value for value in self.values or ("0.5",))
+
+    def reading(self, rows: int) -> Reading | None:
+        """How a model takes its texts: as free text, of which most are different and have several words or are long; as categories, of
+        which each occurs often. None: as neither, such as the names of rows, or one value in all of them.
+
+        Args:
+            rows: of the table.
+        """
+        values = math.inf if self.values is None else len(self.values)
+        few = 2 <= values <= max(2, rows // 3)
+        if self.is_prose and not (few and values <= max(20, rows // 20)):
+            return "text" if values > 1 else None
+        return "category" if few else None
 
     @property
     def is_prose(self) -> bool:

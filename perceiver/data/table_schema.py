@@ -19,7 +19,7 @@ from perceiver.data.rows import ArrayRows
 from perceiver.data.sources import resolve
 from perceiver.data.spans import Unreadable
 from perceiver.data.storage import open_folder
-from perceiver.data.survey import table_rows
+from perceiver.data.survey import ColumnSurvey, Reading, table_rows
 from perceiver.data.tables import open_parquet
 
 _LOOKED_AT = 1000
@@ -57,6 +57,31 @@ class TableSchema:
 
     def is_text(self, column: str) -> bool:
         return pa.types.is_string(self.types[column]) or pa.types.is_large_string(self.types[column])
+
+    def reading(self, column: str) -> Reading | None:
+        """How a model takes a column of texts, by all files: see `perceiver.data.survey.ColumnSurvey.reading`.
+
+        Raises:
+            UserError: a file lacks the column or cannot be read.
+        """
+        found, rows = ColumnSurvey(), 0
+        for file in self.files:
+            for table in _tables(file, [column], 1 << 14):
+                rows += table.num_rows
+                for value in table[column].to_pylist():
+                    found.add(value)
+        return found.reading(rows)
+
+    def texts(self, column: str, rows: int) -> Iterator[list[str]]:
+        """All texts of a column over all files, some at once.
+
+        Raises:
+            UserError: a file lacks the column or cannot be read.
+        """
+        for file in self.files:
+            for table in _tables(file, [column], 1 << 14):
+                for first in range(0, table.num_rows, rows):
+                    yield [text for text in table[column].slice(first, rows).to_pylist() if text]
 
     def is_whole(self, column: str, in_lists: bool = False) -> bool:
         """Whether a row has one whole number, or true and false; or lists of such."""

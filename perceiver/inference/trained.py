@@ -167,23 +167,25 @@ class TrainedModel:
 
     def play(
         self,
-        prompt: str | Path | np.ndarray | None = None,
+        prompt: str | Path | bytes | np.ndarray | None = None,
         *,
         max_new_tokens: int = 1024,
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
         seed: int | None = None,
+        row_id: int | str = 0,
     ) -> np.ndarray:
         """Continues a performance; returns all its events, the prompt's first: uint16 (n,), for `perceiver.data.midi.write_midi`.
 
         Args:
-            prompt: a MIDI file, or events; None: begin from nothing. Of a long one the last max_seq_len events are used.
+            prompt: a MIDI file, its bytes, or events; None: begin from nothing. Of a long one the last max_seq_len events are used.
             max_new_tokens: events to add.
             temperature: 0 takes the most likely event; otherwise logits are divided by it and an event is drawn.
             top_k: sample only from the k most likely events.
             top_p: sample only from the fewest events that have this probability together.
             seed: of the sampling; None: another one at each call.
+            row_id: what is drawn depends on the seed and this id alone.
 
         Raises:
             UserError: the model's task is another one, the prompt is no MIDI file with notes, or an argument is out of range.
@@ -195,7 +197,7 @@ class TrainedModel:
         used = torch.from_numpy(events[-config.max_seq_len :].astype(np.int64))[None].to(self.device)
         sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=new_seed() if seed is None else seed)
         num_latents = min(config.max_latents, used.shape[1])
-        new = generate(self.model, used, max_new_tokens=max_new_tokens, num_latents=num_latents, sampling=sampling)
+        new = generate(self.model, used, max_new_tokens=max_new_tokens, num_latents=num_latents, sampling=sampling, row_ids=[row_id])
         return np.concatenate([events, new[0].cpu().numpy().astype(np.uint16)])
 
     def fill_mask(self, text: str | Sequence[str], *, top_k: int = 1, batch_size: int = 8) -> Any:

@@ -51,6 +51,10 @@ class InputConfig(Config):
         """Of text: the longest input in tokens and the number of ids; None for anything else."""
         return None
 
+    def num_text_ids(self) -> int | None:
+        """Number of token ids of texts that go in beside other things; None: there are no such texts."""
+        return None
+
     def batch_shape(self) -> Shape | None:
         """Shape of the tensor that the adapter takes; None: it is not checked."""
         return None

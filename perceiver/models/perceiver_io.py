@@ -51,6 +51,9 @@ class PerceiverIOConfig(ModelConfig):
     def text_limits(self) -> tuple[int, int] | None:
         return self.input.text_limits()
 
+    def num_text_ids(self) -> int | None:
+        return self.input.num_text_ids()
+
     def batch_shape(self) -> Shape | None:
         return self.input.batch_shape()
 

@@ -25,7 +25,7 @@ from tests.support.preparing import write_idx
 def command(lines, name):
     """The experiment of a command that is offered."""
     words = shlex.split(next(line for line in lines if line.startswith(name)).partition(":")[2])
-    assert words[:2] == ["perceiver", name]
+    assert words[:2] == ["perceiver", "train"]
     return parse_experiment(words[2:], "ray_jobs.train")
 
 
@@ -56,15 +56,21 @@ def test_a_table_of_numbers_is_none_of_texts_and_offers_its_last_column(tmp_path
     rows = [f"r{i},{i / 3:.2f},{'' if i == 3 else i % 5},{['north', 'south'][i % 2]},{i * 1.5 if i % 4 else 'NA'}" for i in range(40)]
     (tmp_path / "in.csv").write_text("\n".join(["id,area,rooms,district,price", *rows]))
     lines = look(str(tmp_path / "in.csv"))
-    assert "  rooms     int 39, missing 1; 0 to 4, mean 1.97436" in lines and "not used: 'id', 'district' (texts)" in lines
+    assert (
+        "  rooms     int 39, missing 1; 0 to 4, mean 1.97436; numbers" in lines
+        and "not used: 'id' (different in nearly every row)" in lines
+    )
     chosen = command(lines, "train")
-    assert (chosen.task.targets, chosen.task.loss, chosen.model.input.columns) == (("price",), "mse", ("area", "rooms"))
+    assert (chosen.task.targets, chosen.task.loss, chosen.model.input.columns) == (("price",), "mse", ("area", "rooms", "district"))
+    assert chosen.model.input.shapes == ("scalar", "scalar", "category")
 
 
 def test_a_table_of_texts_may_have_numbers_beside_them(tmp_path):
     rows = "".join(f'"a film that {i} people saw",{i / 7:.2f},{["good", "bad"][i % 2]}\n' for i in range(12))
     (tmp_path / "in.csv").write_text(f"review,price,sentiment\n{rows}")
-    assert command(look(str(tmp_path / "in.csv")), "train").data.label_column == "sentiment"
+    lines = look(str(tmp_path / "in.csv"))
+    assert command(lines, "train").data.label_column == "sentiment"
+    assert command(lines, "with all columns").task.targets == ("sentiment",)
 
 
 def test_pictures_that_cannot_be_read_are_named_and_left_out_by_the_command(tmp_path):
