@@ -25,7 +25,7 @@ from perceiver.tasks.check import check_guess
 from perceiver.terminal import number_of
 from perceiver.training.fork import resolved
 from perceiver.training.meters import duration
-from perceiver.training.profiling import check_profile
+from perceiver.training.profiling import check_profile, check_snapshot
 from perceiver.training.remote_copy import RemoteCopy
 from perceiver.training.run import save_experiment, total_steps
 from perceiver.trust import trust
@@ -164,7 +164,7 @@ def run(
         check_validation(experiment, data_folder, manifest)
         check_data(trained, manifest)
         steps = total_steps(experiment, manifest.splits["train"].rows)
-        check_profile(experiment.run.profile, steps)
+        check_profile(experiment.run, steps)
         if fork is not None:
             fork.check_data(manifest.digest, steps)
         if longer:
@@ -186,6 +186,7 @@ def run(
         with connect(experiment.parallel):
             resources = plan_resources(experiment)
             check_precision(experiment, resources.gpu)
+            check_snapshot(experiment.run, resources.gpu)
             experiment, chosen = fit_memory(experiment, resources.gpu)
             if dataset is None:
                 prepare(experiment)
