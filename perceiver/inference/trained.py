@@ -55,7 +55,7 @@ class TrainedModel:
     provenance: dict[str, Any] = field(default_factory=dict)
     """Where the weights come from: goes into exports."""
     experiment: Experiment | None = None
-    """What it was trained by, of a run's model; None of all others."""
+    """What it was trained by, of a run's model (its tokenizer may lie elsewhere now: see `data`); None of all others."""
 
     def __repr__(self) -> str:
         """One line: what it is, its size, and where."""

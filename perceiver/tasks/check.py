@@ -78,20 +78,19 @@ def checked_task(experiment: Experiment) -> Task[Any, Any]:
     return task
 
 
-def check_guess(experiment: Experiment, parts: Sequence[Component], trained_on: Manifest | None = None) -> None:
+def check_guess(task: Task[Any, Any], parts: Sequence[Component], trained_on: Manifest | None = None) -> None:
     """Makes the baselines of a task of the user's, which are shown when a training or an evaluation ends.
 
     Args:
-        experiment: with what its task measures.
+        task: with what it measures.
         parts: the data sets that are validated on.
         trained_on: the data set that the model was trained on, where it is not that of each part.
 
     Raises:
         UserError: `guess` fails, returns something else, or speaks of a metric that `metrics` does not give for its sums.
     """
-    if is_builtin(type_name(type(experiment.task))):
+    if is_builtin(type_name(type(task.config))):
         return
-    task = checked_task(experiment)
     for part in parts:
         guess = call(task, "guess", part.manifest, trained_on or part.manifest)
         if guess is None:

@@ -318,14 +318,31 @@ def _part_loader(
 def make_val_loaders(
     experiment: Experiment, task: Task, folder: str, manifest: Manifest, numbered: bool = False
 ) -> list[tuple[Component, Loader]]:
-    """The loaders of an experiment's validation data: one, or one of each data set of a mixture.
+    """`val_loaders` with an experiment's settings."""
+    size = experiment.parallel.micro_batch_size
+    return val_loaders(
+        task, folder, manifest, data=experiment.data, training=experiment.training, micro_batch_size=size, numbered=numbered
+    )  # fmt: skip
+
+
+def val_loaders(
+    task: Task,
+    folder: str,
+    manifest: Manifest,
+    *,
+    data: DataConfig,
+    training: TrainingConfig,
+    micro_batch_size: int | None,
+    numbered: bool = False,
+) -> list[tuple[Component, Loader]]:
+    """The loaders of validation data: one, or one of each data set of a mixture.
 
     Args:
         numbered: whether batches say which rows their examples are (`SplitLoader.numbered`).
     """
-    data, training, most = experiment.data, experiment.training, experiment.parallel.micro_batch_size
     loaders: list[tuple[Component, Loader]] = []
     for part in components(folder, manifest):
-        loader = make_loader(task, part.folder, part.manifest.splits["val"], False, data=data, training=training, micro_batch_size=most)
+        split = part.manifest.splits["val"]
+        loader = make_loader(task, part.folder, split, False, data=data, training=training, micro_batch_size=micro_batch_size)
         loaders.append((part, replace(loader, numbered=numbered)))
     return loaders

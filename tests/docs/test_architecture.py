@@ -56,7 +56,8 @@ ARROWS = {
         "perceiver.trust", "perceiver.version",
     },
     "perceiver.inference": {
-        "perceiver.config", "perceiver.models", "perceiver.data", "perceiver.datasets", "perceiver.disk", "perceiver.generation",
+        "perceiver.config", "perceiver.models", "perceiver.data", "perceiver.data_settings", "perceiver.datasets", "perceiver.disk",
+        "perceiver.generation",
         "perceiver.interop",
         "perceiver.runs", "perceiver.tasks", "perceiver.terminal", "perceiver.training",
     },

@@ -29,7 +29,7 @@ from perceiver.data.rows import ArrayRows
 from perceiver.models.initialize import initialize
 from perceiver.tasks.base import Task, dummy_split
 from perceiver.tasks.baselines import Guess
-from perceiver.tasks.check import check_guess, check_task
+from perceiver.tasks.check import check_guess, check_task, checked_task
 from ray_jobs.preflight import check_experiment
 
 
@@ -206,12 +206,12 @@ def test_what_keeps_the_contract_passes():
 
 
 def of_parts(**methods):
-    """The regression with other methods, and one data set that it was prepared for."""
+    """The task of the regression with other methods, and one data set that it was prepared for."""
     made = experiment(**methods)
     rows = made.task.rows(made.model, made.data)
     splits = {name: replace(dummy_split(rows, 2), name=name) for name in ("train", "val")}
     manifest = Manifest(kind="arrays", settings={}, settings_digest="", splits=splits, columns=rows.to_json())
-    return made, [Component("", 1.0, "nowhere", manifest)]
+    return checked_task(made), [Component("", 1.0, "nowhere", manifest)]
 
 
 SUMS = {"loss": np.float64(4), "targets": np.float64(2), "mae": np.float64(3)}
