@@ -200,8 +200,8 @@ def _label_settings(spec: DataSpec) -> dict[str, Any]:
 
 
 def _channels(spec: DataSpec) -> int:
-    shape = getattr(getattr(spec.model, "input", None), "image_shape", (0, 0, 3))
-    return int(shape[-1])
+    shape = spec.model.picture_shape()
+    return 3 if shape is None else shape[-1]
 
 
 def stored_shape(spec: DataSpec, first: tuple[int, int, int]) -> tuple[int, int, int]:

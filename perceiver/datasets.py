@@ -222,7 +222,7 @@ def check_fits(experiment: DataSpec, manifest: Manifest) -> None:
     Raises:
         UserError: images of another shape, or more classes than the model has.
     """
-    classes = getattr(getattr(experiment.model, "output", None), "num_classes", None)
+    classes = experiment.model.number_of_classes()
     if manifest.num_classes is not None and classes is not None and manifest.num_classes > classes:
         raise UserError(f"the data has labels up to {manifest.num_classes - 1}, but model.output.num_classes is {classes}")
     if manifest.image_shape is not None:

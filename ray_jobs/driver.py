@@ -96,8 +96,10 @@ def evaluate_checkpoint(
     origin: str | None = None,
     averaged: bool = False,
 ) -> dict[str, Any]:
-    """Evaluates a checkpoint of an experiment on the validation split of prepared data: its "metrics", the "sums" that they are made from, and what each
-    of the "examples" adds to these, by the names of data sets ("" of the only one).
+    """Evaluates a checkpoint of an experiment on the validation split of prepared data.
+
+    Returns its "metrics", the "sums" that they are made from, and what each of the "examples" adds to these, by the names of data sets
+    ("" of the only one).
 
     `origin`: URI of the run in an object store, from which workers on other machines get the checkpoint. `averaged`: evaluate its averaged
     weights.

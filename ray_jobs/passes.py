@@ -129,7 +129,7 @@ def _classes(spec: DataSpec, source: Source) -> tuple[int, tuple[str, ...]]:
 
     Where the model has no classes the task does not look at labels (it draws pictures, say), and those of the files are taken as they are.
     """
-    classes = getattr(getattr(spec.model, "output", None), "num_classes", None)
+    classes = spec.model.number_of_classes()
     if classes is not None:
         return classes, getattr(spec.task, "class_names", None) or ()
     found = sorted(label_counts(source, spec.data.label_column))

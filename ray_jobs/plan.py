@@ -26,7 +26,6 @@ from perceiver.costs.memory import (
 from perceiver.costs.scale import GB, Cluster, step_time
 from perceiver.data.balance import described
 from perceiver.datasets import Dataset, train_counts, with_tokenizer
-from perceiver.models import PerceiverARConfig
 from perceiver.tasks import build_task
 from perceiver.terminal import CommandParser, number_of, summary
 from perceiver.training.run import total_steps
@@ -49,6 +48,8 @@ class Plan:
     unit: str
     """What throughput counts: tokens or examples."""
     units_per_step: float
+    targets_per_step: int | None
+    """How many of these are predicted, where not all are."""
     flops_per_unit: float
     steps: int | None
     """None: not known before the data is prepared."""
@@ -88,6 +89,7 @@ def make_plan(experiment: Experiment, device: Device, mfu: float) -> Plan:
         parameters=num_parameters(experiment.model),
         unit=unit,
         units_per_step=batch * per_example,
+        targets_per_step=None if (targets := task.targets_per_example()) is None else batch * targets,
         flops_per_unit=task.flops_per_example() / per_example,
         steps=_steps(experiment),
         memory=step_memory(step, layout),
@@ -183,9 +185,8 @@ def lines(plan: Plan, experiment: Experiment, device: Device, name: str, mfu: fl
         f"  whole training     {plan.steps:,} steps, {plan.steps * plan.units_per_step:,.0f} {plan.unit}, "
         f"{_si(plan.steps * plan.flops_per_step)}FLOP: {hours:,.1f} hours, {hours * parallel.workers:,.0f} GPU-hours"
     )
-    if isinstance(experiment.model, PerceiverARConfig):
-        latents = min(experiment.model.max_latents, experiment.model.max_seq_len)
-        yield f"  of these tokens    {plan.steps * experiment.training.global_batch_size * latents:,} are targets"
+    if plan.targets_per_step is not None:
+        yield f"  of these {plan.unit:<10}{plan.steps * plan.targets_per_step:,} are targets"
 
 
 def _si(value: float) -> str:
