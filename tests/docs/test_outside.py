@@ -299,7 +299,7 @@ def test_the_examples_keep_the_contract(folder):
 
 
 MISTAKES = {
-    "no loss": ("    def loss(self, model, batch):", "    def lost(self, model, batch):", "Can't instantiate abstract class ForecastTask"),
+    "no loss": ("    def loss(self, model, batch):", "    def lost(self, model, batch):", "ForecastTask needs a method loss"),
     "mean": ('return (each * batch["valid"]).sum(), {', 'return each[batch["valid"]].mean(), {', "it is the mean, and must be the sum"),
     "not reduced": (
         'return (each * batch["valid"]).sum(), {',
