@@ -121,6 +121,7 @@ def build_sharded(
         for module in model.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(world.device))
+    model.reset_buffers()
     model.init_weights(training.seed)
     if alone and training.precision == "bf16":
         compute_in(torch.bfloat16, model, layers)
