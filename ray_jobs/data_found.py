@@ -40,10 +40,11 @@ class Found:
 
 def class_counts(found: Source, label: str) -> dict[str, Counter[str]]:
     """How often each label occurs, by split: "train", "val", or "all" where validation is held out of them."""
-    train = label_counts(found, label, "train")
+    train = label_counts(found, label, "train", skip=True)
     splits = dict.fromkeys(file.split for file in found.inputs)
     return {
-        "all" if split == "hash" else split: train if split in ("train", "hash") else label_counts(found, label, split) for split in splits
+        "all" if split == "hash" else split: train if split in ("train", "hash") else label_counts(found, label, split, skip=True)
+        for split in splits
     }
 
 

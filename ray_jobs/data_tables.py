@@ -46,6 +46,7 @@ def table_found(lines: list[str], source: str, text: str | None, label: str | No
     resolved = resolve(DataConfig(source=source, encoding=encoding, val_fraction=0.1), "tokens")
     files = [file for file in resolved.files if file.format in TABLES]
     found = survey_columns(files)
+    files = [file for file in files if file.path not in found.unreadable]
     if not found.rows:
         raise UserError("; ".join(found.faults.first) or f"{source} has no rows")
     if (image := found.columns.get("image")) is not None and image.types.keys() & {"dict", "bytes"}:
@@ -63,10 +64,15 @@ def table_found(lines: list[str], source: str, text: str | None, label: str | No
     if len(found.columns) > SHOWN:
         lines.append(f"  ... {len(found.columns):,} in all")
     words = ["--data.source", source, *(["--data.encoding", encoding] if encoding != "utf-8" else [])]
+    if damaged := list(found.unreadable.values()):
+        more = ", ..." if len(damaged) > SHOWN else ""
+        lines.append(f"{number_of(len(damaged), 'file')} left out, as {'they' if len(damaged) > 1 else 'it'} cannot be read: "
+                     f"{'; '.join(damaged[:SHOWN])}{more}")  # fmt: skip
+    if damaged or found.faults.counts.total():
+        words += ["--data.on-error", "skip"]
     if faults := found.faults.counts.total():
         more = ", ..." if faults > len(found.faults.first) else ""
         lines.append(f"{number_of(faults, 'row')} cannot be read: {'; '.join(found.faults.first)}{more}")
-        words += ["--data.on-error", "skip"]
     if found.not_utf_8:
         lines.append(f"{number_of(found.not_utf_8, 'row')} not in UTF-8: --data.encoding names another encoding, such as latin-1 or cp1252")
     text = text or text_column(found)

@@ -90,6 +90,7 @@ def make_job(experiment: Experiment, settings: dict[str, Any], folder: str, fing
         document_marks=settings.get("document_marks", ""),
         arrays=array_rows(experiment) if rows.has_columns else rows.stored_columns(),
         long_texts=data.long_texts,
+        text_stride=data.text_stride,
     )
 
 
@@ -132,7 +133,7 @@ def _classes(experiment: Experiment, source: Source) -> tuple[int, tuple[str, ..
     classes = getattr(getattr(experiment.model, "output", None), "num_classes", None)
     if classes is not None:
         return classes, getattr(experiment.task, "class_names", None) or ()
-    found = sorted(label_counts(source, experiment.data.label_column))
+    found = sorted(label_counts(source, experiment.data.label_column, skip=experiment.data.on_error == "skip"))
     if all(label.isdecimal() for label in found):
         return max(map(int, found), default=0) + 1, ()
     return len(found), tuple(found)

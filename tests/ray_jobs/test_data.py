@@ -2,6 +2,7 @@
 
 import base64
 import csv
+import gzip
 import io
 import json
 import re
@@ -71,6 +72,24 @@ def test_a_table_of_texts_may_have_numbers_beside_them(tmp_path):
     lines = look(str(tmp_path / "in.csv"))
     assert command(lines, "train").data.label_column == "sentiment"
     assert command(lines, "with all columns").task.targets == ("sentiment",)
+
+
+def test_a_damaged_file_among_others_is_named_and_left_out_by_the_command(tmp_path):
+    rows = "".join(f'{{"text": "a film that {i} people saw", "label": {i % 2}}}\n' for i in range(12)).encode()
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.jsonl.gz").write_bytes(gzip.compress(rows))
+    whole = (tmp_path / "b.jsonl.gz").read_bytes()
+    (tmp_path / "b.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "c.parquet").write_bytes(b"PAR1 and no more")
+    lines = look(str(tmp_path))
+    (named,) = (line for line in lines if "left out" in line)
+    assert named.startswith("2 files left out, as they cannot be read: ") and "b.jsonl.gz is truncated" in named and "c.parquet" in named
+    assert "12 rows, columns:" in lines and command(lines, "train").data.on_error == "skip"
+    table = [f"--data.source={tmp_path}", "--data.on-error=skip", "--task.targets=label", "--model.input.columns=text"]
+    assert parse_experiment(["tables", *table], "x").model.input.shapes == ("text:25",), "a damaged file is left out here, too"
+    (tmp_path / "a.jsonl.gz").unlink()
+    with pytest.raises(UserError, match="is truncated"):
+        look(str(tmp_path))
 
 
 def test_pictures_that_cannot_be_read_are_named_and_left_out_by_the_command(tmp_path):
