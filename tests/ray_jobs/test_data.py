@@ -20,6 +20,7 @@ from perceiver.data.examples_shown import thumbnail
 from ray_jobs.cli import parse_experiment
 from ray_jobs.data import look, main
 from tests.data.test_picture_folders import picture, split_folder
+from tests.support.flow_files import sintel
 from tests.support.preparing import write_idx
 
 
@@ -160,7 +161,7 @@ def test_of_texts_without_classes_it_offers_a_language_model(tmp_path):
 
 def test_nothing_that_is_known_is_named(tmp_path):
     (tmp_path / "a.xyz").write_text("?")
-    with pytest.raises(UserError, match="has no pictures, sounds, texts, tables or MIDI files"):
+    with pytest.raises(UserError, match="has no pictures, sounds, texts, tables, MIDI files or frames"):
         look(str(tmp_path))
 
 
@@ -225,3 +226,12 @@ def write_pictures(folder, kind):
                 entry = tarfile.TarInfo(name)
                 entry.size = len(content)
                 archive.addfile(entry, io.BytesIO(content))
+
+
+def test_of_frames_with_their_flow_it_says_pairs_and_scenes(tmp_path):
+    sintel(tmp_path / "sintel", frames=3)
+    lines = look(str(tmp_path / "sintel"))
+    (pairs,) = (line for line in lines if "of frames with their optical flow" in line)
+    assert pairs == "8 pairs of frames with their optical flow, of 32 x 48"
+    assert "2 scenes: pairs of a scene are all for training or all for validation" in lines
+    assert command(lines, "train").preset == "optical-flow-small"
