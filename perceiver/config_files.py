@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Sequence
+from inspect import isabstract
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args, get_origin
 
-from perceiver.config import Experiment, UserError, load_tree, nearest, to_dict
-from perceiver.config.core import find_type, is_builtin, look_here
+from perceiver.config import Config, Experiment, UserError, load_tree, nearest, to_dict
+from perceiver.config.core import PACKAGE, FieldError, find_type, import_builtins, is_builtin, look_here, subclasses
+from perceiver.config.values import field_types, short, wanted
 from perceiver.disk import read_json, whole_file
 
 if TYPE_CHECKING:
@@ -16,6 +19,10 @@ if TYPE_CHECKING:
 
 PRESET = "preset"
 """Key of what a file starts from."""
+YAML = (".yaml", ".yml")
+"""Endings of such files."""
+MOST_LISTED = 15
+"""Fields that a message lists where none is spelled like the one that does not exist."""
 Lines = dict[tuple[str, ...], int]
 """Lines of a file's keys, by their places in the tree."""
 
@@ -50,14 +57,27 @@ class ExperimentFile:
         """
         changes = {key: value for key, value in self.content.items() if key != PRESET}
         if base is None:
-            whole = self._checked({"type": "Experiment", **self.content}, ())
+            whole = self._checked({"type": "Experiment", **self.content}, (), Experiment)
         else:
             whole = self._merged(to_dict(base), changes, ())
-        return load_tree(whole, Experiment, str(self.path))
+        try:
+            return load_tree(whole, Experiment, str(self.path))
+        except FieldError as error:
+            raise self.error(error.place, f"is {short(error.value)} and must be {_expected(error.hint)}") from None
+
+    def line(self, place: tuple[str, ...]) -> int | None:
+        """The line of a field, or of the nearest node above it that the file has; None: it has neither, or is no YAML."""
+        lines = {tuple(name.replace("-", "_") for name in where): line for where, line in self.lines.items()}
+        return next((lines[place[:end]] for end in range(len(place), 0, -1) if place[:end] in lines), None)
+
+    def error(self, place: tuple[str, ...], what: str) -> UserError:
+        """A mistake in a field, with its line."""
+        line = self.line(tuple(name.replace("-", "_") for name in place))
+        return UserError(f"{self.path}{'' if line is None else f', line {line}'}: {'.'.join(place)} {what}")
 
     def _merged(self, tree: dict[str, Any], changes: dict[str, Any], place: tuple[str, ...]) -> dict[str, Any]:
         """A saved tree with some of its fields changed. A node of another "type" takes none of the old one's fields."""
-        result = dict(tree)
+        result, hints = dict(tree), field_types(find_type(tree["type"]))
         for key, value in changes.items():
             name, here = str(key).replace("-", "_"), (*place, str(key))
             if name not in tree and name != "type":
@@ -66,31 +86,46 @@ class ExperimentFile:
             if isinstance(value, dict) and isinstance(old, dict) and _same_type(value.get("type", old["type"]), old["type"]):
                 result[name] = self._merged(old, {k: v for k, v in value.items() if k != "type"}, here)
             else:
-                result[name] = self._checked(value, here)
+                result[name] = self._checked(value, here, hints.get(name, Any))
         return result
 
-    def _checked(self, value: Any, place: tuple[str, ...]) -> Any:
-        """A part of the file that stands for itself, with its keys as fields are spelled."""
+    def _checked(self, value: Any, place: tuple[str, ...], hint: Any) -> Any:
+        """A part of the file that stands for itself, with its keys as fields are spelled. `hint`: annotation of its field."""
         if isinstance(value, list):
-            return [self._checked(member, (*place, str(number))) for number, member in enumerate(value)]
+            member = next(iter(get_args(hint)), Any)
+            return [self._checked(part, (*place, str(number)), member) for number, part in enumerate(value)]
         if not isinstance(value, dict):
             return value
-        plain = {str(key).replace("-", "_"): self._checked(member, (*place, str(key))) for key, member in value.items()}
-        if isinstance(plain.get("type"), str):
-            look_here()
-            cls = find_type(plain["type"])
+        cls = self._type(value["type"], (*place, "type"), hint) if isinstance(value.get("type"), str) else None
+        hints = {} if cls is None else field_types(cls)
+        names = {key: str(key).replace("-", "_") for key in value}
+        plain = {name: self._checked(value[key], (*place, str(key)), hints.get(name, Any)) for key, name in names.items()}
+        if cls is not None:
             fields = [field.name for field in dataclasses.fields(cls)]
             kept = cls.upgrade({name: member for name, member in plain.items() if name != "type"})  # without those that were renamed
-            for key in value:
-                name = str(key).replace("-", "_")
+            for key, name in names.items():
                 if name != "type" and name not in fields and name in kept:
                     raise self._unknown((*place, str(key)), fields)
         return plain
 
+    def _type(self, name: str, place: tuple[str, ...], hint: Any) -> type[Config]:
+        """The class of a "type" in the file."""
+        look_here()
+        try:
+            return find_type(name)
+        except UserError as error:
+            if ":" in name:
+                raise self.error(place, f"is {name!r}: {error}") from None
+            kinds = _kinds(hint)
+            close = [kind for kind in kinds if kind.lower() == name.lower()]
+            near = f", did you mean {close[0]}?" if close else nearest(name, kinds)
+            listed = f"; there are {', '.join(kinds)}" if kinds else ""
+            raise self.error(place, f"is {name!r}, and there is no such class{near}{listed}, and yours as MODULE:CLASS") from None
+
     def _unknown(self, place: tuple[str, ...], known: list[str]) -> UserError:
-        line = f", line {self.lines[place]}" if place in self.lines else ""
         name = place[-1].replace("-", "_")
-        return UserError(f"{self.path}{line}: field {'.'.join(place)} does not exist{nearest(name, known)}")
+        line = f", line {self.lines[place]}" if place in self.lines else ""
+        return UserError(f"{self.path}{line}: field {'.'.join(place)} does not exist{nearest(name, known) or _some(known)}")
 
 
 def read_experiment_file(path: Path) -> ExperimentFile:
@@ -105,8 +140,45 @@ def read_experiment_file(path: Path) -> ExperimentFile:
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no experiment: a mapping with task, model, data, ... or preset is expected")
     if not {"type", "task", PRESET} & content.keys():
+        fields = [PRESET, *(field.name for field in dataclasses.fields(Experiment) if field.name != PRESET)]
+        for key in content:
+            if str(key).replace("-", "_") not in fields and (near := nearest(str(key), fields)):
+                line = f", line {lines[(str(key),)]}" if (str(key),) in lines else ""
+                raise UserError(f"{path}{line}: field {key} does not exist{near}")
         raise UserError(f"{path} needs a preset to start from (`preset: quickstart`), or task and model with their types")
     return ExperimentFile(path, content, lines)
+
+
+def with_line(message: str, words: Sequence[str]) -> str:
+    """The message of an error with file and line before it, where it is about a field that a command line's YAML file sets.
+
+    Args:
+        message: of the error.
+        words: the command line. Fields that it sets are not the file's any more.
+    """
+    name = next((word for word in words if word.endswith(YAML)), "")
+    typed = {word.partition("=")[0].lstrip("-").replace("-", "_") for word in words if word.startswith("--")}
+    if not name or message.startswith((f"{name}:", f"{name},", f"{name} ")):
+        return message
+    where = _place(Path(name), message, typed)
+    return message if where is None else f"{where}: {message}"
+
+
+def _place(path: Path, message: str, without: set[str]) -> str | None:
+    """File and line of the first field of a message that a file, or the one that it starts from, sets; None: there is none."""
+    try:
+        file = read_experiment_file(path.expanduser())
+    except UserError:
+        return None
+    lines = {tuple(name.replace("-", "_") for name in place): line for place, line in file.lines.items()}
+    for found in re.findall(r"[a-z][a-z0-9_-]*(?:\.[a-z0-9_-]+)+", message):
+        field = found.replace("-", "_")
+        if field not in without and (line := lines.get(tuple(field.split(".")))) is not None:
+            return f"{path}, line {line}"
+    if file.base is None or not file.base.endswith(YAML):
+        return None
+    base = Path(file.base).expanduser()
+    return _place(base if base.exists() else path.expanduser().parent / file.base, message, without)
 
 
 def write_experiment_file(path: Path, experiment: Experiment, base: Experiment | None, base_name: str) -> None:
@@ -123,7 +195,7 @@ def write_experiment_file(path: Path, experiment: Experiment, base: Experiment |
     """
     import yaml
 
-    if path.suffix not in (".yaml", ".yml"):
+    if path.suffix not in YAML:
         raise UserError(f"--write-config is {path} and must end in .yaml")
     if path.exists():
         raise UserError(f"--write-config is {path}, which exists already: name another file, or remove it")
@@ -154,6 +226,28 @@ def _different(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
         else:
             result[name] = _short_types(value)
     return result
+
+
+def _some(fields: Sequence[str]) -> str:
+    return f"; there are {', '.join(sorted(fields)[:MOST_LISTED])}{', ...' if len(fields) > MOST_LISTED else ''}"
+
+
+def _expected(hint: Any) -> str:
+    """What a field of a file may hold, in words."""
+    if not (kinds := _kinds(hint)):
+        return wanted(hint)
+    many = get_origin(hint) in (tuple, list)
+    return f"{'a list of mappings, each with its type' if many else 'a mapping of fields'} (type: {', '.join(kinds)})"
+
+
+def _kinds(hint: Any) -> list[str]:
+    """The classes of configurations that a field may hold, as files name them; empty: it holds none."""
+    for choice in (hint, *get_args(hint)):
+        if isinstance(choice, type) and issubclass(choice, Config):
+            import_builtins()
+            found = list(subclasses(choice).values()) or [choice]
+            return sorted({cls.__name__ for cls in found if cls.__module__.partition(".")[0] == PACKAGE and not isabstract(cls)})
+    return []
 
 
 def _short_types(value: Any) -> Any:
@@ -190,6 +284,10 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], Lines]:
             loader.dispose()
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror})") from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f", line {mark.line + 1}" if mark is not None else ""
+        raise UserError(f"{path}{where} is no YAML: {' '.join(str(error.problem or error.context).split())}") from None
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
         raise UserError(f"{path} is no YAML ({' '.join(str(error).split())})") from None
     if not isinstance(content, dict):

@@ -12,12 +12,12 @@ from perceiver.catalog import CATALOG
 from perceiver.config import Config, Experiment, UserError, check_tree, flatten, nearest, spelled, to_dict
 from perceiver.config.core import check_values, is_builtin
 from perceiver.config.values import words
-from perceiver.config_files import ExperimentFile, read_experiment_file
+from perceiver.config_files import PRESET, YAML, ExperimentFile, read_experiment_file
 from perceiver.extensions import call, code_of, code_of_file, installed_experiments, is_reference, load_object, load_point
 from perceiver.runs import Run
 from perceiver.trust import check_trust, trust
 
-FILES = (".json", ".yaml", ".yml")
+FILES = (".json", *YAML)
 """Kinds of files that experiments are saved in."""
 
 
@@ -124,10 +124,19 @@ def _storage(experiment: Experiment, folder: Path) -> str:
 def _read_file(path: Path) -> Experiment:
     """The experiment of a .json or .yaml file: a whole one, or "preset" and what differs from it."""
     file = read_experiment_file(path)
-    base = None if file.base is None else find_experiment(_beside(path, file.base))
+    base = None if file.base is None else _base(file, file.base)
     experiment = file.experiment(base)
     name = experiment.run.name or ("" if base is not None and file.says_nothing_more else path.stem)
     return replace(experiment, preset=str(path), run=replace(experiment.run, name=name))
+
+
+def _base(file: ExperimentFile, name: str) -> Experiment:
+    """What a file starts from."""
+    try:
+        return find_experiment(_beside(file.path, name))
+    except UserError as error:
+        line = file.line((PRESET,))
+        raise UserError(f"{file.path}{'' if line is None else f', line {line}'}: {error}") from None
 
 
 def _beside(path: Path, base: str) -> str:
@@ -151,26 +160,28 @@ def seen_from(name: str, folder: Path) -> str:
 # -------------------------------------------------------------------------------------------------- words of a command line
 
 
-def command_words(
-    experiment: Experiment,
-    keep: Callable[[str], bool] = lambda name: True,
-) -> list[str]:
-    """The words after a job's name that make this experiment: what it started from, and the fields that differ from that.
+def command_words(preset: str, tree: dict[str, Any], keep: Callable[[str], bool] = lambda name: True) -> list[str]:
+    """The words after a job's name that make an experiment again: what it started from, and the fields that differ from that.
 
     Args:
+        preset: what it started from.
+        tree: the experiment, or some of its sections by their names, as plain data.
         keep: which fields are named, by their dotted names; all by default.
     """
     try:
-        base: Experiment | None = find_experiment(experiment.preset)
+        base = to_dict(find_experiment(preset))
     except UserError:  # a file that has gone, say: then all fields are given
-        base = None
-    changed = differing(experiment, base)
-    return [experiment.preset, *(word for name, value in changed.items() if keep(name) for word in field_words(name, value))]
+        base = {}
+    return [preset, *(word for name, value in _changed(tree, base).items() if keep(name) for word in field_words(name, value))]
 
 
 def differing(config: Config, base: Config | None) -> dict[str, Any]:
     """Fields of a tree that differ from another's, by dotted names, as plain data; a node of another class as NAME: "module:Class"."""
-    new, old = flatten(to_dict(config)), flatten(to_dict(base)) if base is not None else {}
+    return _changed(to_dict(config), to_dict(base) if base is not None else {})
+
+
+def _changed(tree: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
+    new, old = flatten(tree), flatten(base)
     changed = {name: value for name, value in new.items() if name not in ("preset", "type") and old.get(name, ...) != value}
     return {
         name.removesuffix(".type"): value.partition(":")[2].lower() if name.endswith(".type") and is_builtin(value) else value

@@ -157,7 +157,7 @@ def main_entry(main: Callable[[list[str]], int | None], argv: list[str] | None =
         _check_text(words)
         status = main(words)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_located(str(error), words)}", file=sys.stderr)
         status = 2
     except JobFailed as error:
         print(f"failed: {error}", file=sys.stderr)
@@ -166,6 +166,15 @@ def main_entry(main: Callable[[list[str]], int | None], argv: list[str] | None =
         print(str(error) or "\nstopped; the same command continues", file=sys.stderr)
         status = 130
     sys.exit(status or 0)
+
+
+def _located(message: str, words: Sequence[str]) -> str:
+    """A message with the line of the experiment's file that it is about."""
+    if not any(word.endswith((".yaml", ".yml")) for word in words):
+        return message
+    from perceiver.config_files import with_line
+
+    return with_line(message, words)
 
 
 def _check_text(words: Sequence[str]) -> None:

@@ -31,6 +31,10 @@ class Found:
     facts: Facts = field(default_factory=Facts)
     """What a page shows besides."""
 
+    def as_table(self) -> Found:
+        """The same as a table, of which all columns are read."""
+        return Found(self.lines, "tables", self.table_words, is_table=True, facts=self.facts)
+
     @property
     def commands(self) -> list[str]:
         """The commands that train on it."""

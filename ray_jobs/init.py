@@ -57,7 +57,7 @@ def main(argv: list[str]) -> int:
     DataConfig(encoding=args.encoding).check_encoding()
     found = find(source, args.text_column, args.label_column, args.encoding)
     if args.targets and found.table_words:  # of all columns, and not of the text alone
-        found = dataclasses.replace(found, preset="tables", words=found.table_words, is_table=True)
+        found = found.as_table()
     words = [*found.words, "--name", args.name]
     if found.is_table and args.targets:
         words += ["--task.targets", *args.targets]

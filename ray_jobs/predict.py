@@ -35,7 +35,6 @@ from perceiver.inference.part import Part
 from perceiver.inference.parts import from_plain, read_part, to_plain
 from perceiver.inference.predict import MODES, PredictOptions, predict_rows
 from perceiver.inference.rows import rows_from_table, rows_to_table
-from perceiver.models import PerceiverARConfig
 from perceiver.terminal import CommandParser, add_checkpoint_option, add_trust_option, number_of
 from ray_jobs.cli import JobFailed, main_entry, refuse_empty
 from ray_jobs.data import add_encoding
@@ -120,9 +119,9 @@ def parse(argv: list[str]) -> tuple[PredictJob, str, Placement, Description]:
     options = PredictOptions(mode=mode, batch_size=args.batch_size, **given_generation_options(args))
     with _named_as_typed():
         options.check()
-        if options.mode == "generate" and isinstance(model.config, PerceiverARConfig):
-            if options.num_latents is not None and options.num_latents > model.config.max_latents:
-                raise UserError(f"num_latents is {options.num_latents} and must be at most the model's {model.config.max_latents}")
+        causal = model.config.causal_limits() if model.config is not None and options.mode == "generate" else None
+        if causal is not None and options.num_latents is not None and options.num_latents > causal[1]:
+            raise UserError(f"num_latents is {options.num_latents} and must be at most the model's {causal[1]}")
     if model.abilities and MODES[options.mode].ability not in model.abilities:
         can = ", ".join(name for name, mode in MODES.items() if mode.ability in model.abilities)
         raise UserError(f"--mode is {options.mode}, but {model.name} can only {can}")

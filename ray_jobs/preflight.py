@@ -22,7 +22,9 @@ from perceiver.tasks import Task
 from perceiver.tasks.check import check_task, checked_task
 from perceiver.tasks.check_calls import tried
 from perceiver.terminal import number_of
+from perceiver.training.noise_scale import check_noise_scale
 from perceiver.training.optim import check_groups
+from perceiver.training.profiling import check_snapshot
 from ray_jobs.ray_env import use_gpus
 from ray_jobs.read_ahead import DATA_CPUS
 
@@ -51,6 +53,8 @@ def check_experiment(experiment: Experiment) -> None:
     if experiment.data.mixture:
         mixture_sources(experiment.data)
     check_best_metric(experiment, task)
+    check_snapshot(experiment.run, experiment.parallel.device != "cpu")  # of auto it is known when the cluster is
+    check_noise_scale(experiment.run.noise_scale, experiment.training.global_batch_size)
     check_balance(experiment, task)
     for number, callback in enumerate(experiment.callbacks):
         tried(callback, "check_metrics", f"callbacks.{number}.", metric_names(experiment, task))

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from perceiver import provenance
 from perceiver.checkpoints import CheckpointInfo, best_of
-from perceiver.config import Experiment
+from perceiver.config import Experiment, to_dict
 from perceiver.data.components import Component
 from perceiver.data.manifest import Manifest
 from perceiver.data.storage import write_file
@@ -21,11 +21,11 @@ from perceiver.plots import png, training_curves
 from perceiver.runs import Run
 from perceiver.tasks import build_task
 from perceiver.tasks.baselines import Baseline
-from perceiver.tasks.check import check_guess
+from perceiver.tasks.check import check_guess, checked_task
 from perceiver.terminal import number_of
 from perceiver.training.fork import resolved
 from perceiver.training.meters import duration
-from perceiver.training.profiling import check_profile
+from perceiver.training.profiling import check_profile, check_snapshot
 from perceiver.training.remote_copy import RemoteCopy
 from perceiver.training.run import save_experiment, total_steps
 from perceiver.trust import trust
@@ -164,7 +164,7 @@ def run(
         check_validation(experiment, data_folder, manifest)
         check_data(trained, manifest)
         steps = total_steps(experiment, manifest.splits["train"].rows)
-        check_profile(experiment.run.profile, steps)
+        check_profile(experiment.run, steps)
         if fork is not None:
             fork.check_data(manifest.digest, steps)
         if longer:
@@ -175,7 +175,7 @@ def run(
     if known is not None:
         check_prepared(known.folder, known.manifest)
         if not experiment.task.measured:
-            check_guess(experiment, known.parts)
+            check_guess(checked_task(experiment), known.parts)
 
     from ray_jobs import driver
     from ray_jobs.preprocess import prepare
@@ -186,13 +186,14 @@ def run(
         with connect(experiment.parallel):
             resources = plan_resources(experiment)
             check_precision(experiment, resources.gpu)
+            check_snapshot(experiment.run, resources.gpu)
             experiment, chosen = fit_memory(experiment, resources.gpu)
             if dataset is None:
                 prepare(experiment)
                 dataset = Dataset.find(experiment)
             experiment, data_folder, manifest = dataset.measured(), dataset.folder, dataset.manifest
             check_prepared(data_folder, manifest)
-            check_guess(experiment, dataset.parts)
+            check_guess(checked_task(experiment), dataset.parts)
             warn_of_warmup(experiment, manifest)
             if longer:
                 trained.forget_result()
@@ -200,7 +201,7 @@ def run(
                     remote.forget_result()
             trained.save_code(code)
             save_experiment(trained, experiment, manifest, data_folder)
-            words = [*program("ray_jobs.train").split(), *(command_words(experiment) if argv is None else argv)]
+            words = [*program("ray_jobs.train").split(), *(command_words(experiment.preset, to_dict(experiment)) if argv is None else argv)]
             provenance.record(trained, words, manifest.digest, resources.workers, "GPU" if resources.gpu else "CPU")
             if remote is not None:
                 remote.send_records()

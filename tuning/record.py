@@ -12,6 +12,7 @@ from ray.tune import Callback, Stopper
 
 from perceiver.runs import Run
 from tuning.constraints import REFUSED
+from tuning.edits import Edit
 from tuning.sweeps import Sweep
 from tuning.trial import FAILED, VALUES, run_name
 from tuning.trials import EVENTS, TRIALS, diverged, prune, read_trials
@@ -36,8 +37,9 @@ class StopDiverged(Stopper):
 class Record(Callback):
     """Writes `events.jsonl`, logs lines of progress, and throws checkpoints of losing trials away as trials end."""
 
-    def __init__(self, folder: Path, sweep: Sweep, steps: int) -> None:
+    def __init__(self, folder: Path, sweep: Sweep, steps: int, edit: Edit | None = None) -> None:
         self._folder, self._sweep, self._steps = folder, sweep, steps
+        self._kept, self._size = (0, sweep.size) if edit is None else (len(edit.kept), edit.size)
 
     def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         self._write(trial, "start")
@@ -50,7 +52,7 @@ class Record(Callback):
         if metric not in result:
             return
         self._write(trial, "report", step=result["step"], examples=result["examples"], loss=result.get("loss"), value=result[metric])
-        over = f"{sum(t.is_finished() for t in trials)} of {self._sweep.size} trials over"
+        over = f"{self._kept + sum(t.is_finished() for t in trials)} of {self._size} trials over"
         logger.info(f"{run_name(trial.trial_id)}: step {result['step']:,}  {metric} {result[metric]:.4f}  ({over})")
 
     def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:

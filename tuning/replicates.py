@@ -18,6 +18,18 @@ def sample_of(trial: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in trial["values"].items() if name != SEED}
 
 
+def is_default(trial: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
+    """Whether a trial has the preset's own values of all fields that are varied, but for those that functions draw."""
+    drawn = {name for name, domain in settings["space"].items() if str(domain).startswith("Function ")}
+    own, values = settings["default"], sample_of(trial)
+    return bool(own.keys() - drawn) and all(_plain(values.get(name)) == _plain(value) for name, value in own.items() if name not in drawn)
+
+
+def _plain(value: Any) -> Any:
+    """A value as files have it, in which a sequence is a list."""
+    return list(value) if isinstance(value, tuple) else value
+
+
 def samples(trials: Sequence[Trial]) -> list[list[Trial]]:
     """The trials by their samples, in the order in which the samples come first."""
     found: dict[str, list[Trial]] = {}
@@ -56,7 +68,7 @@ def rows(trials: Sequence[Trial], settings: Mapping[str, Any]) -> list[list[Any]
 def gain(trials: Sequence[Trial], settings: Mapping[str, Any]) -> tuple[str, bool | None]:
     """The best sample against the preset's own values, by their means over seeds; and whether it is better. None: not known."""
     found = samples(trials)
-    default = next((sample for sample in found if sample_of(sample[0]) == settings["default"] and settings["default"]), None)
+    default = next((sample for sample in found if is_default(sample[0], settings)), None)
     if default is None or not _values(default):
         return "the preset's own values were not among the trials, or have no result", None
     if default is found[0]:

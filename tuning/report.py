@@ -163,7 +163,7 @@ def failure(reason: str) -> str:
 
 def gain(trials: Sequence[Trial], settings: dict[str, Any]) -> tuple[str, bool | None]:
     """The winner against the preset's own values, at the last step that both have reached; and whether it is better. None: not known."""
-    default = next((t for t in trials if t["values"] == settings["default"] and settings["default"]), None)
+    default = next((trial for trial in trials if replicates.is_default(trial, settings)), None)
     if default is None:
         return "the preset's own values were not among the trials", None
     if default is trials[0]:

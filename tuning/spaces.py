@@ -5,13 +5,19 @@ from __future__ import annotations
 import ast
 import hashlib
 import inspect
+import itertools
+import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
+from functools import partial
 from typing import Any
 
+import numpy as np
 from ray import tune
-from ray.tune.search.sample import Categorical, Domain, Float, Function, Integer, LogUniform, Quantized
+from ray.tune.search.sample import Categorical, Domain, Float, Function, Integer, LogUniform, Normal, Quantized
+from ray.tune.search.variant_generator import generate_variants
 
 from perceiver.config import UserError, nearest
 
@@ -127,12 +133,104 @@ def _unwrapped(sampler: Any) -> Any:
 
 
 def _sampler(sampler: Any) -> str:
-    return f"{_sampler(sampler.sampler)} in steps of {sampler.q}" if isinstance(sampler, Quantized) else str(sampler)
+    if isinstance(sampler, Quantized):
+        return f"{_sampler(sampler.sampler)} in steps of {sampler.q}"
+    return f"Normal of {sampler.mean} and {sampler.sd}" if isinstance(sampler, Normal) else str(sampler)
 
 
 def _source(function: Callable[..., Any]) -> str:
+    """What tells a function from others in every process: its source, and the plain values that it takes from around it."""
+    return hashlib.sha256(_text(function).encode()).hexdigest()[:16]
+
+
+def _text(function: Any) -> str:
+    if isinstance(function, partial):
+        return f"{_text(function.func)} {_known(function.args)} {_known(function.keywords)}"
     try:
         text = inspect.getsource(function)
-    except (OSError, TypeError):  # typed in, or not written in Python
-        text = getattr(function, "__qualname__", type(function).__name__)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    except (OSError, TypeError):
+        if inspect.isroutine(function) or isinstance(function, type):  # typed in, or not written in Python
+            return str(function.__qualname__)
+        return f"{_text(type(function))} {_known(vars(function) if hasattr(function, '__dict__') else {})}"  # an object that is called
+    cells = getattr(function, "__closure__", None)
+    return f"{text} {_known(inspect.getclosurevars(function).nonlocals)}" if cells else text
+
+
+def _known(value: Any) -> str:
+    """A value as text; of what is no plain data its class alone, as its own text may hold its address in memory."""
+    return json.dumps(value, sort_keys=True, default=lambda member: _text(member) if callable(member) else type(member).__qualname__)
+
+
+def grids(space: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Every combination of the values of a space's grids; one that is empty where it has none."""
+    listed = {name: domain["grid_search"] for name, domain in space.items() if isinstance(domain, dict)}
+    return (dict(zip(listed, chosen, strict=True)) for chosen in itertools.product(*listed.values()))
+
+
+def draw(space: Mapping[str, Any], random_state: np.random.RandomState, fixed: Mapping[str, Any]) -> dict[str, Any]:
+    """One sample of a space, as Ray Tune draws it.
+
+    Args:
+        space: dotted field -> domain.
+        random_state: draws.
+        fixed: values of some of the fields; at least of those that are grids.
+
+    Raises:
+        UserError: a function of the space fails; it names the field.
+    """
+    mixed = {**space, **fixed}
+    functions = {name: domain for name, domain in mixed.items() if isinstance(domain, Function)}
+    rest = {name: value for name, value in mixed.items() if name not in functions}
+    _, spec = next(generate_variants({"config": {"values": rest}}, random_state=random_state))
+    values: dict[str, Any] = spec["config"]["values"]
+    for name, domain in functions.items():  # when all else is drawn, as Ray Tune does it
+        values[name] = called(name, domain, values)
+    return {name: values[name] for name in mixed}
+
+
+def called(name: str, domain: Function, values: Mapping[str, Any]) -> Any:
+    """What the function of a field says where the other fields have the given values.
+
+    Raises:
+        UserError: it fails; the field is named.
+    """
+    try:
+        return domain.func({"values": dict(values)}) if domain.pass_config else domain.func()
+    except Exception as error:
+        with suppress(Exception):
+            return domain.sample(config={"values": dict(values)})  # which knows functions that are written as Ray Tune once had them
+        raise UserError(
+            f"the function of {name} in the sweep's space fails with {type(error).__name__}: {error}; it is given the values of the other "
+            f'fields by their names: tune.sample_from(lambda config: config["values"]["{next(iter(values), "optim.lr")}"])'
+        ) from error
+
+
+def holds(domain: Any, value: Any, values: Mapping[str, Any]) -> bool:
+    """Whether a value can come from a domain.
+
+    Args:
+        domain: of a field.
+        value: of that field.
+        values: those of all fields, on which a function's value may depend.
+    """
+    if isinstance(domain, dict):
+        return plain(value) in map(plain, domain["grid_search"])
+    if isinstance(domain, Categorical):
+        return plain(value) in map(plain, domain.categories)
+    if isinstance(domain, Function):
+        try:
+            return plain(called("", domain, values)) == plain(value)
+        except UserError:  # it asks for what a trial of another space does not have
+            return False
+    if not isinstance(domain, (Float, Integer)) or isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    quantized = isinstance(domain.sampler, Quantized)
+    if quantized and abs(value / domain.sampler.q - round(value / domain.sampler.q)) > 1e-6:
+        return False
+    last = domain.upper - 1 if isinstance(domain, Integer) and not quantized else domain.upper
+    return bool(domain.lower <= value <= last) and (isinstance(domain, Float) or value == int(value))
+
+
+def plain(value: Any) -> Any:
+    """A value as it is read from JSON, in which a sequence is a list."""
+    return json.loads(json.dumps(value))

@@ -9,25 +9,23 @@ its trials, Ray Tune's state, and the results.
 from __future__ import annotations
 
 import argparse
-import json
+import itertools
 import logging
 import os
 import random
-import shlex
-import shutil
 import time
 import warnings
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from ray import tune
+from ray.tune.search.sample import Function
 
-import perceiver
 from perceiver.comparison import SEED
-from perceiver.config import Experiment, UserError, check_folder_name, check_tree, differences, digest, flatten, home, to_dict
+from perceiver.config import Experiment, UserError, check_folder_name, check_tree, home, to_dict
 from perceiver.datasets import Dataset, with_tokenizer
-from perceiver.disk import write_json
 from perceiver.extensions import code_of
 from perceiver.runs import held
 from perceiver.terminal import CommandParser, number_of, summary
@@ -42,24 +40,22 @@ from ray_jobs.preflight import check_experiment
 from ray_jobs.program import program
 from ray_jobs.ray_env import connect
 from ray_jobs.seeds import parse_seeds
-from ray_jobs.train_checks import check_free, ready_callbacks
+from ray_jobs.train_checks import ready_callbacks
 from tuning import report
 from tuning.constraints import COSTS
+from tuning.edits import Edit
 from tuning.record import Record, StopDiverged
 from tuning.schedulers import scheduler, search, slot
-from tuning.spaces import DOMAINS, check_space, described
+from tuning.settings import TUNE, check_folder, describe, forget_unbegun, settle
+from tuning.spaces import DOMAINS, check_space, draw, grids
 from tuning.sweeps import SWEEPS, Sweep, check_sweep, find_sweep, trial_experiment
-from tuning.trial import VALUES, run_trial
+from tuning.trial import run_trial
 from tuning.trials import SETTINGS, TRIALS, prune
 
 logger = logging.getLogger("tuning.sweep")  # which __name__ is not where it is run as a program
 
-TUNE = "tune"
-"""In a sweep's folder: Ray Tune's state."""
-LATER = ("constraints", "against", "seeds", "warm_start")
-"""Fields of a sweep that it describes only where they are set."""
-FIRST_VERSION = "0.1.0"
-"""Of this package: its sweeps do not say which version began them."""
+SAMPLES = 8
+"""Drawn of a space to try its functions."""
 OPTIONS = {
     "trials": (int, "samples of the space, each with every combination of its grids"),
     "search": (str, "how samples are drawn: random, or optuna (an extra package)"),
@@ -97,7 +93,11 @@ def main(argv: list[str]) -> int:
         "--warm-start", metavar="SWEEP", action="append", default=[],
         help="an earlier sweep, by its name or folder, whose finished trials the search knows from the start (with --search optuna)",
     )  # fmt: skip
-    parser.add_argument("--resume", action="store_true", help="continue the sweep that is there, and never begin another one")
+    parser.add_argument(
+        "--resume", action="store_true",
+        help="continue the sweep that is there, also with other settings: says what has changed, keeps the trials that fit, and draws "
+        "the rest anew; never begins another sweep",
+    )  # fmt: skip
     parser.add_argument("--name", help="folder of the sweep; default: the sweep's name")
     parser.add_argument("--storage", help="folder of all sweeps; default: $PERCEIVER_HOME/sweeps")
     parser.add_argument("--concurrent", type=int, help="trials at once; default: as many as the cluster has room for")
@@ -115,7 +115,7 @@ def main(argv: list[str]) -> int:
     folder = sweep_folder(args.storage, args.name or args.sweep.rpartition(":")[2].replace("_", "-"))
     if args.resume and not (folder / SETTINGS).exists():
         raise UserError(f"--resume: there is no sweep in {folder} to continue")
-    run_sweep(sweep, folder, args.concurrent)
+    run_sweep(sweep, folder, args.concurrent, args.resume)
     return 0
 
 
@@ -143,8 +143,14 @@ def earlier_sweep(name: str, storage: str | None) -> str:
     raise UserError(f"--warm-start is {name!r}, and there is no sweep of that name or folder")
 
 
-def run_sweep(sweep: Sweep, folder: Path, concurrent: int | None = None) -> list[dict[str, Any]]:
+def run_sweep(sweep: Sweep, folder: Path, concurrent: int | None = None, resume: bool = False) -> list[dict[str, Any]]:
     """Runs a sweep to its end, or continues it, and returns its trials, best first (see `tuning.trials.read_trials`).
+
+    Args:
+        sweep: what is run.
+        folder: where it is kept.
+        concurrent: trials at once; None: as many as the cluster has room for.
+        resume: a sweep that is there may have had other settings: its trials count where they fit.
 
     Raises:
         UserError: a mistake in the sweep, another sweep in the same folder, or trials that the cluster has no room for.
@@ -158,7 +164,7 @@ def run_sweep(sweep: Sweep, folder: Path, concurrent: int | None = None) -> list
         raise UserError("a sweep's trials have a fixed number of workers: say --workers N")
     check_experiment(base)
     ready_callbacks(base)
-    check_folder(sweep, folder)
+    changes = check_folder(sweep, folder, resume)
     dataset = Dataset.find_early(base)
     # Ray Train frees what the workers of a stopped trial held by way of the dashboard's state service.
     with held(folder), connect(base.parallel, dashboard=True):
@@ -168,14 +174,20 @@ def run_sweep(sweep: Sweep, folder: Path, concurrent: int | None = None) -> list
             prepare(base)
             dataset = Dataset.find(base)
         capacity = plan_capacity(base.parallel, concurrent)
-        write_json(folder / SETTINGS, {**describe(sweep), "version": perceiver.__version__})
+        edit = settle(sweep, folder, changes)
+        size = edit.size if edit is not None else sweep.size
         steps = total_steps(base, dataset.manifest.splits["train"].rows)
         length = "" if sweep.points else f"; {number_of(steps, 'step')} in a whole training"
-        logger.info(f"sweep of {number_of(sweep.size, 'trial')} in {folder}: {capacity.why}{length}")
+        logger.info(f"sweep of {number_of(size, 'trial')} in {folder}: {capacity.why}{length}")
         started = time.monotonic()
-        fit(sweep, folder, base, capacity, steps)
+        try:
+            if edit is None or edit.new:
+                fit(sweep, folder, base, capacity, steps, edit)
+        except Exception:
+            forget_unbegun(folder)
+            raise
         trials = report.write(folder)
-        if sum(trial["status"] != "running" for trial in trials) < sweep.size:
+        if sum(trial["status"] != "running" for trial in trials) < size:
             raise KeyboardInterrupt  # Ray Tune has taken the signal, saved its state, and returned
         prune(folder, trials, sweep.keep)
     logger.info(f"finished after {duration(time.monotonic() - started)}")
@@ -203,55 +215,23 @@ def check_values(sweep: Sweep) -> None:
             check_tree(experiment)
 
     check_space(sweep.space, check)
+    _check_functions(sweep, base)
     for point in sweep.points:
         trial_experiment(base, point)
 
 
-def check_folder(sweep: Sweep, folder: Path) -> None:
-    """Refuses another sweep in the same folder, and one whose experiment another version of this package took for another one.
-
-    Raises:
-        UserError: names the differences.
-    """
-    path = folder / SETTINGS
-    if not path.exists():
-        check_free(folder, SETTINGS, "--name")
-    else:
-        there, wanted = json.loads(path.read_text()), json.loads(json.dumps(describe(sweep)))
-        version = there.pop("version", FIRST_VERSION)
-        if version != perceiver.__version__ and there | {"experiment": None} == wanted | {"experiment": None} and there != wanted:
-            raise UserError(
-                f"{folder} holds a sweep that version {version} began, and in version {perceiver.__version__} its trials would be of "
-                "another experiment: choose another --name, or continue it with the version that began it"
-            )
-        changes = differences(flatten(there), flatten(wanted))
-        if changes and not any((folder / TRIALS).glob(f"*/{VALUES}")):
-            # It ended before its first trial: by a mistake in its space, say, which is mended now.
-            logger.info(f"no trial of the sweep in {folder} had begun: it is replaced ({'; '.join(changes)})")
-            shutil.rmtree(folder / TUNE, ignore_errors=True)
-            return
-        if changes:
-            # What follows from other changes is left out where there are any.
-            changes = [line for line in changes if not line.startswith(("default.", "experiment:", "mode:"))] or changes
-            raise UserError(
-                f"{folder} holds another sweep ({'; '.join(changes)}): choose another --name (with --search optuna --warm-start "
-                f"{folder.name} it knows what was found here), or the settings as they were"
-            )
+def _check_functions(sweep: Sweep, base: Experiment) -> None:
+    """Draws a few samples where a space has functions: what one raises, or says that fits no field, would show in Ray Tune alone."""
+    if not any(isinstance(domain, Function) for domain in sweep.space.values()):
+        return
+    random_state = np.random.RandomState(abs(sweep.seed))
+    for combination in itertools.islice(grids(sweep.space), SAMPLES):
+        for _ in range(SAMPLES):
+            trial_experiment(base, draw(sweep.space, random_state, combination))
 
 
-def describe(sweep: Sweep) -> dict[str, Any]:
-    """A sweep as JSON-ready data: what makes it the same sweep."""
-    plain = {f.name: getattr(sweep, f.name) for f in fields(sweep) if f.name not in ("space", "points", "overrides")}
-    space = {name: described(domain) for name, domain in sweep.space.items()}
-    # Sweeps of before these were there are the same without them.
-    plain = {name: value for name, value in plain.items() if value or name not in LATER}
-    identity = sweep.experiment().identity
-    return {**plain, "mode": sweep.mode, "space": space, "points": list(map(dict, sweep.points)), "default": sweep.default(),
-            "experiment": digest(identity), "overrides": shlex.join(sweep.overrides)}  # fmt: skip
-
-
-def fit(sweep: Sweep, folder: Path, base: Experiment, capacity: Capacity, steps: int) -> None:
-    """Runs the trials with Ray Tune, or those that are not over yet."""
+def fit(sweep: Sweep, folder: Path, base: Experiment, capacity: Capacity, steps: int, edit: Edit | None = None) -> None:
+    """Runs the trials with Ray Tune, or those that are not over yet. Each change of the settings begins a state of Ray Tune's."""
     examples = steps * base.training.global_batch_size
     parallel = replace(base.parallel, cpus_per_worker=capacity.cpus_per_worker, threads_per_worker=capacity.threads_per_worker)
     trust(code := code_of(base))  # which this process has imported, by whatever name
@@ -273,35 +253,52 @@ def fit(sweep: Sweep, folder: Path, base: Experiment, capacity: Capacity, steps:
     logging.getLogger("ray.tune.search.variant_generator").setLevel(logging.ERROR)
     logging.getLogger("ray.tune.execution.tune_controller").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", message="Consider boosting PBT")
+    # What has ended under earlier settings is known to a search as that of an earlier sweep is.
+    searched = sweep if edit is None else replace(sweep, warm_start=(*sweep.warm_start, str(folder)))
     random.seed(sweep.seed)  # Ray's population-based training draws from here
-    state = folder / TUNE
+    state = folder / (TUNE if edit is None else f"{TUNE}-{edit.number}")
     if tune.Tuner.can_restore(str(state)):
         logger.info("continuing the sweep")
-        tuner = tune.Tuner.restore(str(state), trainable=trainable, param_space=param_space(sweep), resume_unfinished=True)
+        tuner = tune.Tuner.restore(str(state), trainable=trainable, param_space=param_space(sweep, edit), resume_unfinished=True)
     else:
         tuner = tune.Tuner(
             trainable,
-            param_space=param_space(sweep),
+            param_space=param_space(sweep, edit),
             tune_config=tune.TuneConfig(
                 metric=sweep.metric,
                 mode=sweep.mode,
-                scheduler=scheduler(sweep, examples, folder),
-                search_alg=search(sweep, capacity.concurrent),
-                num_samples=1 if sweep.points else sweep.trials,
+                scheduler=scheduler(sweep, examples, folder, tuple(edit.kept) if edit is not None else ()),
+                search_alg=search(searched, capacity.concurrent, edit),
+                num_samples=number_of_samples(sweep, edit),
                 max_concurrent_trials=None,
             ),
             run_config=tune.RunConfig(
-                name=state.name, storage_path=str(folder), callbacks=[Record(folder, sweep, steps)], verbose=0, stop=StopDiverged(),
+                name=state.name, storage_path=str(folder), callbacks=[Record(folder, sweep, steps, edit)], verbose=0, stop=StopDiverged(),
                 failure_config=tune.FailureConfig(max_failures=0),
             ),
         )  # fmt: skip
     tuner.fit()
 
 
-def param_space(sweep: Sweep) -> dict[str, Any]:
+def number_of_samples(sweep: Sweep, edit: Edit | None) -> int:
+    """How often Ray Tune draws from `param_space`."""
+    if edit is not None and edit.points is None:
+        return edit.new
+    return 1 if sweep.points or edit is not None else sweep.trials
+
+
+def param_space(sweep: Sweep, edit: Edit | None = None) -> dict[str, Any]:
+    """What Ray Tune draws from: the space, or listed values."""
+    if edit is not None and edit.points is not None:
+        return {"values": tune.grid_search([_whole(point) for point in edit.points])}
     if sweep.points:
         return {"values": tune.grid_search([{**point, **seed} for point in sweep.points for seed in _seeds(sweep)])}
     return {"values": {**sweep.space, **({SEED: tune.grid_search(list(sweep.seeds))} if sweep.seeds else {})}}
+
+
+def _whole(point: dict[str, Any]) -> dict[str, Any]:
+    """Values with tuples for lists, which Ray Tune would take apart."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in point.items()}
 
 
 def _seeds(sweep: Sweep) -> list[dict[str, int]]:

@@ -27,6 +27,10 @@ from tuning.sweeps import trial_experiment
 
 VALUES, FAILED, COSTS = "values.json", "failed.txt", "costs.json"
 """In a trial's run folder: its values of the fields that are varied; why it failed; what a whole training of it costs."""
+EARLIER = "earlier.json"
+"""In a trial's run folder: names under which it was run before, by which events know it."""
+WAITING = "waiting"
+"""In a sweep's folder: runs of interrupted trials whose sweep has changed since; the first new trial of the same values continues them."""
 KEEP_ALL = 1_000_000
 
 
@@ -48,8 +52,9 @@ def run_trial(config: dict[str, Any], settings: dict[str, Any]) -> None:
     Code(settings["code"]).install()
     name = run_name(tune.get_context().get_trial_id())
     run = Path(settings["trials"]) / name
-    run.mkdir(parents=True, exist_ok=True)
     values = config["values"]
+    take_waiting(run, values)
+    run.mkdir(parents=True, exist_ok=True)
     write_json(run / VALUES, values)
     (run / FAILED).unlink(missing_ok=True)
     reported, over = -1, threading.Event()
@@ -121,3 +126,23 @@ def _continue_from_donor(run: Path, experiment: Experiment, values: dict[str, An
         place = json.loads((Path(folder) / "place.json").read_text())
     if place["run"] != run.name:
         take_over(run.parent / place["run"], place["step"], run, experiment, values)
+
+
+def take_waiting(run: Path, values: dict[str, Any]) -> None:
+    """Makes an interrupted trial of the same values, where there is one, the run of this one, unless that has begun."""
+    run.parent.mkdir(parents=True, exist_ok=True)
+    for path in sorted((run.parents[1] / WAITING).glob(f"*/{VALUES}")):
+        try:
+            if json.loads(path.read_text()) != json.loads(json.dumps(values)):
+                continue
+            left = path.parent
+            write_json(left / EARLIER, [*(name for name in earlier_names(left) if name != left.name), left.name])
+            left.rename(run)
+        except OSError:  # another trial of the same values has taken it, or this one has begun
+            continue
+        return
+
+
+def earlier_names(run: Path) -> list[str]:
+    """The names under which a trial was run before its sweep changed."""
+    return json.loads((run / EARLIER).read_text()) if (run / EARLIER).exists() else []

@@ -17,7 +17,7 @@ from perceiver.runs import Run
 from tuning.constraints import REFUSED
 from tuning.population import exchanges
 from tuning.replicates import ranked
-from tuning.trial import COSTS, VALUES
+from tuning.trial import COSTS, VALUES, earlier_names
 
 Trial = dict[str, Any]
 
@@ -35,11 +35,16 @@ def read_settings(folder: Path) -> dict[str, Any]:
     return read_json(folder / SETTINGS)
 
 
-def read_trials(folder: Path) -> list[Trial]:
+def read_trials(folder: Path, place: str = TRIALS) -> list[Trial]:
     """All trials of a sweep, best first: those with the metric by its best value, then the others; with seeds by the mean over them.
 
-    Each has trial, status (finished, stopped, diverged, failed, refused, running), reason, metric, value (its best), step and examples
-    reached, loss (the last), seconds (of running), spans (start and end times), values (of the fields that are varied).
+    Args:
+        folder: of the sweep.
+        place: of the runs in it.
+
+    Returns:
+        Each has trial, status (finished, stopped, diverged, failed, refused, running), reason, metric, value (its best), step and examples
+        reached, loss (the last), seconds (of running), spans (start and end times), values (of the fields that are varied).
     """
     settings = read_settings(folder)
     metric, sign = settings["metric"], -1 if settings["mode"] == "max" else 1
@@ -47,9 +52,9 @@ def read_trials(folder: Path) -> list[Trial]:
     for event in read_events(folder):
         events.setdefault(event["trial"], []).append(event)
     trials = []
-    for path in sorted((folder / TRIALS).glob(f"*/{VALUES}")):
+    for path in sorted((folder / place).glob(f"*/{VALUES}")):
         run = path.parent
-        own = events.get(run.name, [])
+        own = [event for name in (*earlier_names(run), run.name) for event in events.get(name, [])]
         metrics = Run(run).metrics()
         values = [(r[metric], r["step"]) for r in metrics if metric in r and np.isfinite(r[metric])]
         best = min(values, key=lambda v: sign * v[0], default=(None, None))

@@ -33,6 +33,24 @@ class UserError(Exception):
     """An error caused by the user, reported in one sentence: the field, the value, and what would be right. Exit status 2."""
 
 
+class FieldError(UserError):
+    """A field's value that does not fit it, with the field's place in the tree.
+
+    Attributes:
+        place: names of fields, and numbers in lists, from the root: ("callbacks", "0", "patience").
+        value: what is there.
+        hint: the field's annotation.
+    """
+
+    def __init__(self, message: str, place: tuple[str, ...], value: Any, hint: Any) -> None:
+        super().__init__(message)
+        self.place, self.value, self.hint = place, value, hint
+
+    def inside(self, *place: str) -> FieldError:
+        """The same seen from a node further up."""
+        return FieldError(str(self), (*place, *self.place), self.value, self.hint)
+
+
 def home() -> Path:
     """The folder for prepared data and runs by default: $PERCEIVER_HOME, or ~/perceiver."""
     return Path(os.environ.get("PERCEIVER_HOME", "~/perceiver")).expanduser()
@@ -111,16 +129,27 @@ def from_dict(data: Any, *, foreign: bool = False) -> Any:
         hints, made = field_types(cls), dict[str, Any]()
         for name, value in values.items():
             hint = hints.get(name, Any)
-            made[name] = of_type(from_dict(value, foreign=foreign), hint)
+            try:
+                made[name] = of_type(from_dict(value, foreign=foreign), hint)
+            except FieldError as error:
+                raise error.inside(name) from None
             if not fits(made[name], hint):
-                raise UserError(f"{cls.__name__}.{name} is {short(made[name])} and must be {wanted(hint)}")
+                message = f"{cls.__name__}.{name} is {short(made[name])} and must be {wanted(hint)}"
+                raise FieldError(message, (name,), made[name], hint)
         try:
             return cls(**made)
         except TypeError as error:
             raise UserError(f"saved {cls.__name__} is incomplete or damaged ({error})") from None
     if isinstance(data, list):
-        return tuple(from_dict(value, foreign=foreign) for value in data)
+        return tuple(_member(number, value, foreign) for number, value in enumerate(data))
     return data
+
+
+def _member(number: int, value: Any, foreign: bool) -> Any:
+    try:
+        return from_dict(value, foreign=foreign)
+    except FieldError as error:
+        raise error.inside(str(number)) from None
 
 
 def load_tree(data: Any, cls: type[T], what: str, *, foreign: bool = False) -> T:
@@ -134,6 +163,8 @@ def load_tree(data: Any, cls: type[T], what: str, *, foreign: bool = False) -> T
     """
     try:
         config = from_dict(data, foreign=foreign)
+    except FieldError as error:
+        raise FieldError(f"{what}: {error}", error.place, error.value, error.hint) from None
     except UserError as error:
         raise UserError(f"{what}: {error}") from None
     except RecursionError:

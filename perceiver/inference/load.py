@@ -153,7 +153,7 @@ def load_run(run: Run, checkpoint: str, device: torch.device, trust_code: bool =
     }
     return TrainedModel(
         model=model, config=experiment.model, task=experiment.task, data=data, seed=experiment.training.seed, tokenizer=tokenizer,
-        photos=KINDS[experiment.task.kind].keeps_photos, name=run.name, provenance=provenance, experiment=replace(experiment, data=data),
+        photos=KINDS[experiment.task.kind].keeps_photos, name=run.name, provenance=provenance, experiment=experiment,
     )  # fmt: skip
 
 

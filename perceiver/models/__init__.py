@@ -99,5 +99,6 @@ def build_model(config: ModelConfig, seed: int = 0) -> Any:
             )
             raise UserError(f"{empty[0]} would have no numbers: {why}")
         model.to_empty(device=device)
+        model.reset_buffers()
         model.init_weights(seed)
     return model

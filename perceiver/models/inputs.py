@@ -55,6 +55,10 @@ class InputConfig(Config):
         """Number of token ids of texts that go in beside other things; None: there are no such texts."""
         return None
 
+    def picture_shape(self) -> tuple[int, int, int] | None:
+        """Of pictures: their height, width and channels; None for anything else."""
+        return None
+
     def batch_shape(self) -> Shape | None:
         """Shape of the tensor that the adapter takes; None: it is not checked."""
         return None
@@ -135,6 +139,9 @@ class ImageInput(InputConfig):
     def num_positions(self) -> int:
         height, width, _ = self.image_shape
         return height * width
+
+    def picture_shape(self) -> tuple[int, int, int]:
+        return self.image_shape
 
     def batch_shape(self) -> Shape:
         return "B", *self.image_shape

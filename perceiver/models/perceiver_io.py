@@ -54,6 +54,12 @@ class PerceiverIOConfig(ModelConfig):
     def num_text_ids(self) -> int | None:
         return self.input.num_text_ids()
 
+    def picture_shape(self) -> tuple[int, int, int] | None:
+        return self.input.picture_shape()
+
+    def number_of_classes(self) -> int | None:
+        return self.output.number_of_classes()
+
     def batch_shape(self) -> Shape | None:
         return self.input.batch_shape()
 

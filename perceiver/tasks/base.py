@@ -234,6 +234,10 @@ class Task(ABC, Generic[C, M]):
         """What throughput is counted in and how many of it an example holds, e.g. ("tokens", 4096)."""
         return "examples", 1
 
+    def targets_per_example(self) -> int | None:
+        """How many of an example's units (`throughput_unit`) are predicted at most, where that is not all of them; else None."""
+        return None
+
     def step_sizes(self) -> StepSizes:
         """What of an example the model computes at once at most, where that is not all: for the memory of a step."""
         return StepSizes()

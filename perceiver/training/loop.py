@@ -16,13 +16,13 @@ from perceiver.tasks.base import EACH
 from perceiver.training.average import update_average
 from perceiver.training.batches import Batch
 from perceiver.training.callbacks import REQUESTS
-from perceiver.training.grad_norms import layer_grad_norms
 from perceiver.training.optim import set_step
-from perceiver.training.parallel import World
+from perceiver.training.parallel import World, reduce_gradients
 from perceiver.training.state import TrainState
 
 if TYPE_CHECKING:
     from perceiver.tasks.base import Task
+    from perceiver.training.grad_norms import Gradients
     from perceiver.training.spikes import Spikes
 
 
@@ -38,8 +38,8 @@ class StepResult:
     """This worker's other sums, as `Task.loss` gives them: float64."""
     grad_norm: Tensor
     lr: float
-    layer_norms: dict[str, Tensor] = field(default_factory=dict)
-    """Norm of each layer's gradient before clipping, by its name; empty where nobody asked."""
+    gradients: dict[str, Tensor] = field(default_factory=dict)
+    """What was measured of the gradient before clipping, by names of metrics; empty where nobody asked."""
     requests: frozenset[str] = frozenset()
     """What callbacks on any worker have asked for, as all workers know at this step."""
     skipped: bool = False
@@ -59,7 +59,7 @@ def fit(
     after_step: Callable[[StepResult], bool | None],
     requests: Callable[[], Collection[str]] = lambda: (),
     skip: bool = False,
-    layer_norms: Callable[[int], bool] = lambda step: False,
+    gradients: Gradients | None = None,
     rate: Callable[[int, int], float] | None = None,
     spikes: Spikes | None = None,
 ) -> None:
@@ -73,7 +73,7 @@ def fit(
         requests: called before every step on each worker, whose requests travel with the number of targets: to agree takes no
             communication of its own.
         rate: the learning rate by the step (from 0) and their number; None: as `optim` says.
-        layer_norms: whether a step (from 1) is to have the norm of each layer's gradient. The same on all workers.
+        gradients: measures those of some steps, the same ones on all workers.
         skip: leave model and optimizer as they are where loss or gradient are not finite; all workers then wait for each step's end.
         spikes: leave them as they are where it finds a spike, too.
     """
@@ -81,6 +81,8 @@ def fit(
     max_norm = optim.max_grad_norm or float("inf")
     for micro_batches in batches:
         seed_step(seed, state.step, world.rank)
+        if gradients is not None and gradients.before(state.step + 1, task, state.model, micro_batches, world):
+            seed_step(seed, state.step, world.rank)  # the step is the same as without
         lr = (rate or optim.learning_rate)(state.step, total_steps)
         set_step(state.optimizer, optim, state.step, total_steps, lr)
         optim.optimizer.before_step(state.optimizer, state.step)
@@ -90,13 +92,13 @@ def fit(
         loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
         sums: dict[str, Tensor] = {}
         for number, batch in enumerate(micro_batches, 1):
-            state.model.set_requires_gradient_sync(number == len(micro_batches))
+            reduce_gradients(state.model, number == len(micro_batches))
             part, parts = task.loss(state.model, batch)
             # Sharding averages gradients over the workers; times their number, it sums them.
             (part * (world.size / targets.clamp(min=1))).backward()
             loss_sum += part.detach()
             add_to(sums, parts)
-        norms = layer_grad_norms(state.model) if layer_norms(state.step + 1) else {}
+        measured = gradients.after(state.step + 1, state.model) if gradients is not None else {}
         grad_norm = nn.utils.clip_grad_norm_(parameters, max_norm)
         skipped = skip and not _all_finite(loss_sum, grad_norm, world)
         spike = not skipped and spikes is not None and spikes.is_spike(loss_sum, targets, grad_norm)
@@ -106,7 +108,7 @@ def fit(
                 update_average(state.average, state.model, optim.ema_decay, state.step)
         state.optimizer.zero_grad()
         state.step += 1
-        if after_step(StepResult(loss_sum, targets, sums, grad_norm, lr, norms, agreed.requests(), skipped, spike)):
+        if after_step(StepResult(loss_sum, targets, sums, grad_norm, lr, measured, agreed.requests(), skipped, spike)):
             return
 
 

@@ -25,6 +25,7 @@ from perceiver.training.batches import ReadAll, make_train_loader, make_val_load
 from perceiver.training.callbacks import MEET, PAUSE, SAVE, STOP, Callback, TrainingView
 from perceiver.training.checkpoint import Checkpointer
 from perceiver.training.fork import find_fork
+from perceiver.training.grad_norms import measured_gradients
 from perceiver.training.hooks import Callbacks, read_states
 from perceiver.training.init_from import find_start
 from perceiver.training.loop import StepResult, add_to, agree, fit
@@ -34,7 +35,7 @@ from perceiver.training.not_finite import Finiteness, NotFinite
 from perceiver.training.optim import build_optimizer, freeze
 from perceiver.training.parallel import World, build_sharded
 from perceiver.training.prefetch import HeadStart
-from perceiver.training.profiling import Profiler
+from perceiver.training.profiling import watching
 from perceiver.training.record import Recorder
 from perceiver.training.remote_copy import RemoteCopy
 from perceiver.training.spikes import SETTLED, LossSpikes, Spikes
@@ -110,8 +111,7 @@ class Training:
         if resumed is None:
             self._begin()
         self.view = TrainingView(experiment, task, self.state, world, run_folder, self.total_steps)
-        profiler = [Profiler(experiment.run.profile)] if experiment.run.profile is not None else []
-        self.callbacks = Callbacks(self.view, [*callbacks, *profiler], experiment.callbacks)
+        self.callbacks = Callbacks(self.view, [*callbacks, *watching(experiment.run)], experiment.callbacks)
         saved = read_states(resumed.path) if resumed else {}
         self.callbacks.load_states(saved.get("callbacks", ()))
         self.stopped: str | None = saved.get("stopped")
@@ -122,6 +122,7 @@ class Training:
         self.stop_step = self.state.step if self.stopped else min(self.total_steps, stop_at or self.total_steps)
         unit, per_example = task.throughput_unit()
         self.recorder = Recorder(run_folder, self.state.step, self.total_steps, unit, world.rank == 0)
+        self.gradients = measured_gradients(experiment, self.train_feed.order, world, Run(run_folder))
         batch = experiment.training.global_batch_size
         peak = peak_flops(world.device)
         self.meter_settings: dict[str, Any] = {
@@ -212,8 +213,7 @@ class Training:
             fit(
                 experiment.optim, experiment.training.seed, self.task, self.state, batches, self.world, self.total_steps,
                 self._after_step, self.view.take_requests, experiment.training.skip_not_finite > 0,
-                lambda step: experiment.run.layer_grad_norms and step % experiment.run.log_every == 0,
-                spikes=self.spikes if self.spikes.active else None,
+                self.gradients, spikes=self.spikes if self.spikes.active else None,
             )  # fmt: skip
         finally:
             batches.close()
@@ -278,7 +278,7 @@ class Training:
         metrics = {**self._losses(), "lr": result.lr}
         if not result.skipped and not result.spike:  # else the norms are those of no update
             metrics["grad_norm"] = norm.item()
-            metrics |= {f"grad_norm/{name}": value.item() for name, value in result.layer_norms.items()}
+            metrics |= self.gradients.metrics(result.gradients)
         self.finiteness.check(self.state.step, metrics["loss"], metrics.get("grad_norm", 0.0))
         metrics |= self.meter.report(self.state.step)
         metrics["checkpoint_seconds"] = self.checkpointer.blocked_seconds

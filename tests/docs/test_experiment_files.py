@@ -12,7 +12,7 @@ from perceiver.config import UserError, to_dict
 from perceiver.config.schema import experiment_schema, field_documents
 from perceiver.config.training import TrainingConfig
 from perceiver.experiments import find_experiment
-from ray_jobs.cli import parse_experiment
+from ray_jobs.cli import main_entry, parse_experiment
 from ray_jobs.main import main
 
 
@@ -79,12 +79,24 @@ MISTAKES = {
     "preset: quickstart\noptim:\n  schedule:\n    type: Cosine\n    min_lr_fracton: 0\n": "line 5: field optim.schedule.min_lr_fracton",
     "preset: quickstart\noptim:\n  schedule:\n    type: Constant\n    dekay: 1\n": "line 5: field optim.schedule.dekay does not",
     "preset: quickstart\noptim: {lr: 1}\noptim: {lr: 2}\n": "typo.yaml, line 3: optim is given twice, first in line 2",
-    "preset: quickstart\noptim: {lr: high}\n": "OptimConfig.lr is 'high' and must be float",
-    "preset: quickstat\n": "quickstat.* does not exist, did you mean quickstart",
+    "preset: quickstart\noptim: {lr: high}\n": "typo.yaml, line 2: optim.lr is 'high' and must be float",
+    "preset: quickstart\noptim:\n  learning_rate: 1\n": "line 3: field optim.learning_rate does not exist; there are ema_decay, ",
+    "preset: quickstart\ntraining:\n  seed: 1\n  max-steps: 1.5\n": "line 4: training.max_steps is 1.5 and must be int or None",
+    "preset: quickstart\ntraining:\n  precision: fp64\n": "line 3: training.precision is 'fp64' and must be one of fp32, tf32, bf16",
+    "preset: quickstart\nrun: 3\n": "line 2: run is 3 and must be a mapping of fields",
+    "preset: quickstart\ncallbacks:\n- type: EarlyStop\n  patience: many\n": "line 4: callbacks.0.patience is 'many' and must be int",
+    "preset: quickstart\ncallbacks: [earlystop]\n": r"line 2: callbacks is \('earlystop',\) and must be a list of mappings.*EarlyStop, Ml",
+    "preset: quickstart\noptim:\n  optimizer:\n    type: Adamw\n": "line 4: optim.optimizer.type is 'Adamw'.* did you mean AdamW.*Lion",
+    "preset: quickstart\noptim: {optimizer: {type: Lyon}}\n": "line 2: optim.optimizer.type is 'Lyon'.*, did you mean Lion",
+    "preset: quickstart\noptim: {optimizer: {type: 'nowhere_at:All'}}\n": "optim.optimizer.type is 'nowhere_at:All': .*cannot be loaded",
+    "preset: [quickstart]\n": r"line 1: preset is \('quickstart',\) and must be str",
+    "presett: quickstart\n": "line 1: field presett does not exist, did you mean preset",
+    "preset: quickstat\n": "typo.yaml, line 1: .*quickstat.* does not exist, did you mean quickstart",
     "- 1\n": "holds no experiment",
     "": "holds no experiment",
     "optim: {lr: 1}\n": "needs a preset to start from",
-    "preset: [\n": "is no YAML",
+    "preset: [\n": "typo.yaml, line 2 is no YAML: ",
+    "preset: quickstart\n  optim:\n": "typo.yaml, line 2 is no YAML: mapping values are not allowed here",
 }
 
 
@@ -94,6 +106,25 @@ def test_a_mistake_in_a_file_is_one_sentence_with_its_line(text, here):
     with pytest.raises(UserError, match=MISTAKES[text]) as caught:
         find_experiment("typo.yaml")
     assert "\n" not in str(caught.value)
+
+
+CHECKED = {
+    "a file": ("preset: quickstart\noptim:\n  lr: -1\n", [], "error: exp.yaml, line 3: optim.lr is -1"),
+    "another spelling": ("preset: quickstart\noptim:\n  warmup_steps: -1\n", [], "error: exp.yaml, line 3: optim.warmup-steps is -1"),
+    "the file below": ("preset: base.yaml\n", [], "error: base.yaml, line 4: model.encoder.dropout is 3"),
+    "the command line": ("preset: quickstart\noptim:\n  lr: 1\n", ["--optim.lr", "-1"], "error: optim.lr is -1"),
+    "a preset": ("preset: quickstart\noptim:\n  lr: 1\n", ["--training.seed", "-1"], "error: training.seed is -1"),
+}
+
+
+@pytest.mark.parametrize(("text", "words", "message"), CHECKED.values(), ids=CHECKED)
+@pytest.mark.parametrize("command", [["train"], ["sweep", "--space", "optim.warmup_steps=choice(0,1)"]])
+def test_a_value_that_a_check_refuses_is_named_with_the_line_that_sets_it(command, text, words, message, here, capsys):
+    (here / "exp.yaml").write_text(text)
+    (here / "base.yaml").write_text("preset: quickstart\nmodel:\n  encoder:\n    dropout: 3\n")
+    with pytest.raises(SystemExit) as stop:
+        main_entry(main, [command[0], "exp.yaml", *command[1:], *words])
+    assert stop.value.code == 2 and capsys.readouterr().err.startswith(message)
 
 
 def test_numbers_are_read_as_people_write_them_and_keys_in_both_spellings(here):

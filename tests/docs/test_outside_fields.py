@@ -89,7 +89,7 @@ def test_fields_of_every_type_are_written_as_yaml(tmp_path):
     write_experiment_file(path, changed, base, "quickstart")
     assert read_experiment_file(path).experiment(base) == changed
     path.write_text(path.read_text().replace("mode: EXACT", "mode: SLOW"))
-    with pytest.raises(UserError, match="EveryField.mode is 'SLOW' and must be one of FAST, EXACT"):
+    with pytest.raises(UserError, match="line 4: task.mode is 'SLOW' and must be one of FAST, EXACT"):
         read_experiment_file(path).experiment(base)
 
 

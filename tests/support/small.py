@@ -58,7 +58,7 @@ def heard() -> Iterator[list[str]]:
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
-    loggers = [logging.getLogger(name) for name in ("perceiver", "ray_jobs")]
+    loggers = [logging.getLogger(name) for name in ("perceiver", "ray_jobs", "tuning")]
     before = [logger.level for logger in loggers]
     for logger in loggers:
         logger.addHandler(handler)

@@ -39,6 +39,7 @@ from ray_jobs.train_checks import check_start, check_validation
 from tests.conftest import ROOT
 from tests.support.preparing import evaluating_here
 from tests.support.small import heard, image_experiment, masked_experiment, text_experiment, write_stream
+from tests.support.weights import full
 
 OLD = ROOT / "tests/support/files/run-before-safetensors.tar.gz"
 """A run of 6 steps on `write_images` by two workers, of which step 3 is kept, written when checkpoints were DCP's own; with the
@@ -56,7 +57,7 @@ def train(experiment: Experiment, data: Path, folder: Path, stop_at: int | None 
         if values is not None:
             training.validate = lambda: {"val_loss": values[training.state.step]}
         training.run()
-    return {name: p.full_tensor().detach().numpy() for name, p in training.state.model.named_parameters()}, said
+    return {name: full(p).numpy() for name, p in training.state.model.named_parameters()}, said
 
 
 def same(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> bool:

@@ -4,13 +4,15 @@ import gzip
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
-from perceiver.config import Experiment, UserError
+from perceiver.config import Experiment, RunConfig, UserError
 from perceiver.runs import Run
-from perceiver.training.profiling import check_profile
+from perceiver.training.profiling import MemorySnapshot, check_profile, check_snapshot
 from ray_jobs.cli import parse_experiment
 from ray_jobs.preflight import check_experiment
 from tests.support.small import heard, image_experiment
@@ -56,9 +58,56 @@ def test_steps_to_profile_that_are_none_are_refused_before_the_training():
     for text in ("25..20", "x", "0..3", "3.."):
         with pytest.raises(UserError, match=r"--run.profile is .* and must be FIRST..LAST, two steps counted from 1"):
             check_experiment(parse_experiment(["quickstart", "--run.profile", text], "x"))
-    check_profile("20..25", 20)
-    with pytest.raises(UserError, match="--run.profile is 20..25, but the run ends at step 19"):
-        check_profile("20..25", 19)
+    for field in ("profile", "memory_snapshot"):
+        check_profile(RunConfig(**{field: "20..25"}), 20)
+        with pytest.raises(UserError, match=f"--run.{field.replace('_', '-')} is 20..25, but the run ends at step 19"):
+            check_profile(RunConfig(**{field: "20..25"}), 19)
+
+
+def test_a_memory_snapshot_is_refused_on_cpus_with_what_there_is_instead(images, tmp_path):
+    words = ["quickstart", "--run.memory-snapshot", "20..25"]
+    check_experiment(parse_experiment(words, "x"))
+    for refused in (lambda: check_experiment(parse_experiment([*words, "--parallel.device", "cpu"], "x")),
+                    lambda: check_snapshot(RunConfig(memory_snapshot="2"), False)):  # fmt: skip
+        with pytest.raises(UserError, match="--run.memory-snapshot records .* on GPUs gives: this run computes on CPUs"):
+            refused()
+    with pytest.raises(UserError, match=r"--run.memory-snapshot is '25..20' and must be FIRST..LAST"):
+        check_experiment(parse_experiment(["quickstart", "--run.memory-snapshot", "25..20"], "x"))
+    with heard() as lines:
+        train(with_run(memory_snapshot="2..3"), images, tmp_path)
+    assert len([line for line in lines if "the first worker computes on a CPU, and no snapshot is written" in line]) == 1
+    assert not list(Run(tmp_path).profile_folder.glob("memory*")) and Run(tmp_path).result()["step"] == 12
+
+
+@pytest.mark.parametrize("dies", [False, True])
+def test_a_memory_snapshot_records_from_its_first_step_to_its_last_or_to_where_memory_runs_out(dies, tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr("torch.cuda.memory._record_memory_history", lambda enabled="all", **_: calls.append(enabled))
+    monkeypatch.setattr("torch.cuda.memory._dump_snapshot", lambda path: (calls.append("dump"), Path(path).write_text("x")))
+    snapshot = MemorySnapshot("3..5")
+    world = SimpleNamespace(rank=0, device=SimpleNamespace(type="cuda"))
+    snapshot.training = SimpleNamespace(world=world, run_folder=tmp_path, step=0)
+    snapshot.on_start(snapshot.training)
+    for step in (1, 2):
+        snapshot.after_step(step, None)
+        assert calls == ["all"] * (step == 2)
+    for step in (3,) if dies else (3, 4, 5, 6):
+        snapshot.after_step(step, None)
+    snapshot.on_end(4 if dies else 6, {}, torch.OutOfMemoryError() if dies else None)
+    assert calls == ["all", "dump", None]
+    assert [path.name for path in Run(tmp_path).profile_folder.iterdir()] == ["memory-3-4.pickle" if dies else "memory-3-5.pickle"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpus_memory_snapshot_has_the_allocations_of_its_steps(tmp_path):
+    snapshot = MemorySnapshot("1..2")
+    snapshot.training = SimpleNamespace(world=SimpleNamespace(rank=0, device=torch.device("cuda")), run_folder=tmp_path, step=0)
+    snapshot.on_start(snapshot.training)
+    kept = torch.zeros(1 << 20, device="cuda")
+    snapshot.after_step(1, None)
+    snapshot.after_step(2, None)
+    content = (Run(tmp_path).profile_folder / "memory-1-2.pickle").read_bytes()
+    assert b"device_traces" in content and b"test_profiling.py" in content and kept.numel() == 1 << 20
 
 
 def check_norms(folder: Path) -> None:

@@ -76,7 +76,7 @@ def swept(monkeypatch, tmp_path, *words: str):
     found = []
     monkeypatch.setattr(sweep, "connect", lambda parallel, dashboard: nullcontext())
     monkeypatch.setattr(sweep, "plan_capacity", lambda parallel, concurrent: sweep.Capacity(1, 1.0, 1, "room for one"))
-    monkeypatch.setattr(sweep, "fit", lambda _, folder, base, capacity, steps: found.extend((base, steps)))
+    monkeypatch.setattr(sweep, "fit", lambda _, folder, base, capacity, steps, edit: found.extend((base, steps)))
     monkeypatch.setattr(report, "write", lambda folder: [])
     with pytest.raises(KeyboardInterrupt):  # no trial was run
         sweep.run_sweep(replace(GOOD, preset="clm-c4-small", overrides=words), tmp_path / "sweep")
@@ -275,6 +275,17 @@ def test_the_report_orders_the_trials_names_what_became_of_them_and_what_was_gai
     assert "at step 20 the winner (trial-0) has val_loss 1.5000, the preset's own values (trial-1) 1.9000: better" in lines
     assert "python -m ray_jobs.train quickstart --optim.lr 0.3" in lines
     assert {"results.csv", "results.parquet", "report.html", "report.png"} <= {path.name for path in folder.iterdir()}
+
+
+def test_the_presets_own_values_are_found_where_another_field_depends_on_them_and_where_they_are_several(folder):
+    depends, betas = tune.sample_from(lambda config: 5), tune.choice([(0.9, 0.95), (0.9, 0.999)])
+    made = replace(GOOD, space={**GOOD.space, "optim.warmup_steps": depends, "optim.optimizer.betas": betas})
+    write_json(folder / "sweep.json", sweep.describe(made))
+    for number, rate in enumerate((0.1, 3e-3, 0.3)):
+        values = {"optim.lr": rate, "optim.warmup_steps": 5, "optim.optimizer.betas": [0.9, 0.999]}
+        write_json(folder / "trials" / f"trial-{number}" / "values.json", values)
+    for settings in (report.read_settings(folder), sweep.describe(made)):
+        assert "the preset's own values (trial-1) 1.9000: better" in report.gain(report.read_trials(folder), settings)[0]
 
 
 def test_the_result_files_have_one_type_for_each_field_whatever_was_varied(folder):
