@@ -39,7 +39,7 @@ class Found:
     def commands(self) -> list[str]:
         """The commands that train on it."""
         found = [f"train: {_command(self.preset, self.words)}"]
-        return [*found, f"with all columns: {_command('tables', self.table_words)}"] if self.table_words else found
+        return [*found, f"train on all columns: {_command('tables', self.table_words)}"] if self.table_words else found
 
 
 def class_counts(found: Source, label: str) -> dict[str, Counter[str]]:

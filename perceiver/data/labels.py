@@ -52,10 +52,7 @@ def label_counts(source: Source, label_column: str, split: str | None = None, se
         try:
             for value in _each(file, label_column, several, skip):
                 if isinstance(value, float) and math.isfinite(value) and not value.is_integer():
-                    raise UserError(
-                        f"{file.name} has label {value!r} in --data.label-column {label_column}, and classes are whole numbers or names: "
-                        "for quantities train the preset tables"
-                    )
+                    raise UserError(_no_class(file, value, label_column))
                 if isinstance(value, (list, dict)):
                     raise UserError(
                         f"{file.name} has a {type(value).__name__} as a label, and each row has one class: the presets img-tags and "
@@ -67,6 +64,8 @@ def label_counts(source: Source, label_column: str, split: str | None = None, se
             if not skip:
                 raise UserError(str(error.args[-1])) from None
             continue
+        if (real := _real_number(own)) is not None and not several:
+            raise UserError(_no_class(file, real, label_column))
         counts += own
         if len(counts) > MOST_CLASSES:
             raise UserError(
@@ -74,6 +73,22 @@ def label_counts(source: Source, label_column: str, split: str | None = None, se
                 f"{next(iter(counts))!r}: name the column with the class"
             )
     return counts
+
+
+def _no_class(file: InputFile, value: float, label_column: str) -> str:
+    return (
+        f"{file.name} has label {value!r} in --data.label-column {label_column}, and classes are whole numbers or names: for quantities train "
+        f"the preset tables, --task.targets {label_column}"
+    )
+
+
+def _real_number(labels: Counter[str]) -> float | None:
+    """The first label that is no whole number, where all are numbers, as those of a .csv file are texts; else None."""
+    try:
+        numbers = [float(text) for text in labels]
+    except ValueError:
+        return None
+    return next((number for number in numbers if math.isfinite(number) and not number.is_integer()), None)
 
 
 def _each(file: InputFile, column: str, several: bool, skip: bool) -> Iterator[Any]:

@@ -72,7 +72,16 @@ def test_a_table_of_texts_may_have_numbers_beside_them(tmp_path):
     (tmp_path / "in.csv").write_text(f"review,price,sentiment\n{rows}")
     lines = look(str(tmp_path / "in.csv"))
     assert command(lines, "train").data.label_column == "sentiment"
-    assert command(lines, "with all columns").task.targets == ("sentiment",)
+    assert command(lines, "train on all columns").task.targets == ("sentiment",)
+
+
+def test_a_real_number_is_no_class_and_a_quantity_is_learned_from_the_text(tmp_path):
+    rows = "".join(f"a film that {i} people saw,{i / 7:.2f}\n" for i in range(12))
+    (tmp_path / "in.csv").write_text(f"text,label\n{rows}")
+    found = command(look(str(tmp_path / "in.csv")), "train on all columns")
+    assert (found.preset, found.task.targets, found.task.loss, found.model.input.columns) == ("tables", ("label",), "mse", ("text",))
+    with pytest.raises(UserError, match=r"has label 0.14 .* the preset tables, --task.targets label"):
+        parse_experiment(["txt-clf", "--data.source", str(tmp_path / "in.csv")], "x")
 
 
 def test_a_damaged_file_among_others_is_named_and_left_out_by_the_command(tmp_path):
