@@ -156,6 +156,14 @@ def settings_without_tokenizer(spec: DataSpec) -> dict[str, Any]:
     if KINDS[kind].has_labels:
         if data.long_texts != "cut":  # the usual way has no mark in the settings: it is older than the others
             settings |= {"long_texts": data.long_texts}
+        if data.long_texts == "stride":
+            row_length = max_seq_len - KINDS[kind].added_ids
+            if (stride := data.text_stride or max(1, row_length // 2)) > row_length:
+                raise UserError(
+                    f"--data.text-stride is {stride} and must be at most {row_length}, the tokens of a text that the model takes: what "
+                    "lies between two parts would be lost"
+                )
+            settings |= {"text_stride": stride}
         return settings | {"label_column": data.label_column, "row_length": max_seq_len - KINDS[kind].added_ids}
     if data.prepare == "stream":
         settings |= {"prepare": "stream", "most_rows_per_chunk": data.rows_per_block * (data.shuffle_window_blocks or STREAM_BLOCKS)}

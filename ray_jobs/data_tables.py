@@ -46,6 +46,7 @@ def table_found(lines: list[str], source: str, text: str | None, label: str | No
     resolved = resolve(DataConfig(source=source, encoding=encoding, val_fraction=0.1), "tokens")
     files = [file for file in resolved.files if file.format in TABLES]
     found = survey_columns(files)
+    files = [file for file in files if file.path not in found.unreadable]
     if not found.rows:
         raise UserError("; ".join(found.faults.first) or f"{source} has no rows")
     if (image := found.columns.get("image")) is not None and image.types.keys() & {"dict", "bytes"}:
@@ -63,10 +64,15 @@ def table_found(lines: list[str], source: str, text: str | None, label: str | No
     if len(found.columns) > SHOWN:
         lines.append(f"  ... {len(found.columns):,} in all")
     words = ["--data.source", source, *(["--data.encoding", encoding] if encoding != "utf-8" else [])]
+    if damaged := list(found.unreadable.values()):
+        more = ", ..." if len(damaged) > SHOWN else ""
+        lines.append(f"{number_of(len(damaged), 'file')} left out, as {'they' if len(damaged) > 1 else 'it'} cannot be read: "
+                     f"{'; '.join(damaged[:SHOWN])}{more}")  # fmt: skip
+    if damaged or found.faults.counts.total():
+        words += ["--data.on-error", "skip"]
     if faults := found.faults.counts.total():
         more = ", ..." if faults > len(found.faults.first) else ""
         lines.append(f"{number_of(faults, 'row')} cannot be read: {'; '.join(found.faults.first)}{more}")
-        words += ["--data.on-error", "skip"]
     if found.not_utf_8:
         lines.append(f"{number_of(found.not_utf_8, 'row')} not in UTF-8: --data.encoding names another encoding, such as latin-1 or cp1252")
     text = text or text_column(found)
@@ -74,6 +80,7 @@ def table_found(lines: list[str], source: str, text: str | None, label: str | No
         return _numbers(lines, source, words, found, files)
     survey_texts(found, files, text, _CONTEXT)
     lines += _texts(found, text)
+    own = list(words)
     words += ["--data.text-column", text] if text != "text" else []
     if (tags := labels_column(found) if label is None else label) is not None and (counts := found.columns[tags].labels):
         lines.append(f"labels in {tags!r}, any number a row: {shown_counts({name: counts[name] for name in class_order(counts)})}")
@@ -85,7 +92,8 @@ def table_found(lines: list[str], source: str, text: str | None, label: str | No
         real = [name for name, column in found.columns.items() if column.is_quantity]
         no_classes = f", and {real[0]!r} holds real numbers, which are none" if real else ""
         lines = [*lines, f"no column has few different values: no classes{no_classes}"]
-        return Found(lines, "clm-wikitext-small", words, facts=facts)
+        quantity = ["--task.targets", real[0]] if real and found.columns[text].reading(found.rows) == "text" else []
+        return Found(lines, "clm-wikitext-small", words, facts=facts, table_words=[*own, *quantity] if quantity else [])
     values = found.columns[label].values
     if found.columns[label].is_quantity:
         example = found.columns[label].example
@@ -99,7 +107,6 @@ def table_found(lines: list[str], source: str, text: str | None, label: str | No
         lines.append(f"classes in {label!r}: {shown_counts({name: values[name] for name in class_order(values)})}")
         facts.classes["rows"] = values
     beside = [name for name in _usable(found) if name not in (text, label)]
-    own = words[: words.index("--data.text-column")] if "--data.text-column" in words else words
     table_words = [*own, "--task.targets", label] if beside and found.columns[text].reading(found.rows) == "text" else []
     words += ["--data.label-column", label] if label != "label" else []
     return Found(lines, "txt-clf", words, facts=facts, table_words=table_words)

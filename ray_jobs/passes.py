@@ -90,6 +90,7 @@ def make_job(spec: DataSpec, settings: dict[str, Any], folder: str, fingerprint:
         document_marks=settings.get("document_marks", ""),
         arrays=array_rows(spec) if rows.has_columns else rows.stored_columns(),
         long_texts=data.long_texts,
+        text_stride=data.text_stride,
     )
 
 
@@ -132,7 +133,7 @@ def _classes(spec: DataSpec, source: Source) -> tuple[int, tuple[str, ...]]:
     classes = spec.model.number_of_classes()
     if classes is not None:
         return classes, getattr(spec.task, "class_names", None) or ()
-    found = sorted(label_counts(source, spec.data.label_column))
+    found = sorted(label_counts(source, spec.data.label_column, skip=spec.data.on_error == "skip"))
     if all(label.isdecimal() for label in found):
         return max(map(int, found), default=0) + 1, ()
     return len(found), tuple(found)

@@ -177,7 +177,7 @@ def _finish(
         for name in shards
     }
     if any(found["texts"] for found in long.values()):
-        stats["long_texts"] = {name: {**found, "lost": found["tokens"] - splits[name].tokens} for name, found in long.items()}
+        stats["long_texts"] = {name: {**found, "lost": max(0, found["tokens"] - splits[name].tokens)} for name, found in long.items()}
     fitted = {name: {what: sum(note["splits"][name][what] for note in notes) for what in ("cut", "filled")} for name in shards}
     if any(sum(found.values()) for found in fitted.values()):
         stats["fitted"] = fitted
@@ -246,7 +246,8 @@ def _summary(folder: str, manifest: Manifest, source: Source, seconds: float) ->
     for name, found in manifest.stats.get("long_texts", {}).items():
         if found["texts"]:
             lost = f"{found['lost']:,} of {found['tokens']:,} tokens ({found['lost'] / found['tokens']:.1%}) are lost"
-            became = lost if found["lost"] else "they are split"
+            stride = manifest.settings.get("text_stride")
+            became = lost if found["lost"] else f"their parts begin {stride:,} tokens after each other" if stride else "they are split"
             length, documents = manifest.splits[name].row_length, manifest.splits[name].documents
             logger.info(f"  long: {found['texts']:,} of {documents:,} {name} documents have more than {length:,} tokens: {became}")
     for name, found in manifest.stats.get("fitted", {}).items():

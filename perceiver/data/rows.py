@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -359,8 +360,8 @@ def _value(example: Mapping[str, Any], name: str, column: Column) -> Any:
         array = np.asarray(value)
         with np.errstate(over="ignore", invalid="ignore"):
             converted = array.astype(column.dtype)
-    except (ValueError, TypeError, OverflowError) as error:
-        raise BadExample("wrong type", f"{name} cannot be read as {column.dtype} ({error})") from None
+    except (ValueError, TypeError, OverflowError):
+        raise BadExample("wrong type", f"{name} cannot be read as {column.dtype}: {reprlib.repr(value)}") from None
     if array.shape != column.shape:
         raise BadExample("other shape", f"{name} has shape {array.shape} and must have {column.shape}")
     if np.issubdtype(converted.dtype, np.integer) and not np.array_equal(converted, array):
