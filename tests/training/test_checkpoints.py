@@ -480,8 +480,10 @@ def test_evaluating_on_data_without_a_target_is_one_sentence(tmp_path, monkeypat
 
 def test_a_training_that_is_over_leaves_no_thread_and_no_group(images, tmp_path):
     """A notebook, say, has many after each other."""
-    counts = []
+    threads, groups = [], []
     for number in range(4):
         train(image_experiment(), images, tmp_path / str(number))
-        counts.append((len(os.listdir("/proc/self/task")), len(dist.distributed_c10d._world.pg_map)))
-    assert len(set(counts[1:])) == 1, counts  # threads, groups
+        threads.append(len(os.listdir("/proc/self/task")))
+        groups.append(len(dist.distributed_c10d._world.pg_map))
+    assert len(set(groups)) == 1
+    assert threads[-1] <= threads[0] + 1  # one may be about to end; a group has three
