@@ -18,7 +18,7 @@ from perceiver.data.manifest import MANIFEST, DamagedData, Manifest
 from perceiver.data.rows import KINDS
 from perceiver.data.shards import broken_files, read_block
 from perceiver.data.sources import is_path, is_shipped, mixture_sources, resolve
-from perceiver.data.storage import list_folder, open_folder
+from perceiver.data.storage import check_store, list_folder, open_folder
 from perceiver.data.tokenizers import kept_file, tokenizer_is_there
 from perceiver.data_settings import DataSpec, prepare_settings, settings_without_tokenizer, task_kind
 from perceiver.experiments import command_words
@@ -123,7 +123,8 @@ def train_counts(manifests: Sequence[Manifest]) -> list[int]:
 
 
 def check_sources(experiment: DataSpec) -> None:
-    """Looks whether the local files of an experiment's data are there, and are what its task is made from.
+    """Looks whether the local files of an experiment's data are there, and are what its task is made from; of others, whether their object
+    store can be reached.
 
     Raises:
         UserError: the first source that is not.
@@ -131,7 +132,11 @@ def check_sources(experiment: DataSpec) -> None:
     data, kind = experiment.data, task_kind(experiment)
     alone = [replace(data, source=part.source, mixture=()) for part in mixture_sources(data)] if data.mixture else [data]
     for part in alone:
-        if all("://" not in source and is_path(source) for source in (part.source, part.val_source) if source):
+        sources = [source for source in (part.source, part.val_source) if source]
+        for source in sources:
+            if "://" in source:
+                check_store(source)
+        if all("://" not in source and is_path(source) for source in sources):
             resolve(part, kind)
 
 

@@ -16,6 +16,7 @@ from ray.data._internal.execution.backpressure_policy import ENABLED_BACKPRESSUR
 from perceiver.config import UserError
 from perceiver.data.chunks import SomePieces
 from perceiver.data.pieces import Piece
+from perceiver.data.storage import NoStore
 from perceiver.training.batches import Loader
 from ray_jobs.read_ahead import DATA_CPUS, TASK_BYTES, DataShare, ReadAhead
 from ray_jobs.shipping import Shipped
@@ -117,6 +118,8 @@ def _read(items: pa.Table, shipped: Shipped[Loader], rest: _Rest | None = None) 
             loader = loader.with_pieces([SomePieces(n, there if i == number else {}, partial(rest.fetch, i)) for i, n in counted])
         try:
             yield loader.read(loader.task_type(**item))
+        except NoStore:
+            raise  # a broken connection: the task is repeated
         except UserError as error:  # as data: Ray would wrap the exception in its own
             yield pa.table({_FAULT: [str(error)]})
             return

@@ -18,6 +18,7 @@ from ray.train.torch import get_device
 
 from perceiver.config import Experiment, UserError, from_dict
 from perceiver.data.manifest import Manifest
+from perceiver.data.storage import NoStore
 from perceiver.data_settings import DataSpec, OtherData
 from perceiver.datasets import preprocess_command
 from perceiver.extensions import Code
@@ -94,6 +95,8 @@ def _train(
     except CallbackError as error:  # as above
         _note_failure(run, remote, True, str(error))
         raise
+    except NoStore:
+        raise  # a broken connection: the run restarts
     except (NotFinite, UserError) as error:
         # Raised by all workers alike, and again at every restart: end the run instead of restarting it.
         if world.rank == 0:

@@ -20,7 +20,7 @@ from perceiver.config import UserError
 from perceiver.data import media_rows  # noqa: F401  (its kinds make themselves known)
 from perceiver.data.row_kind import ENDINGS
 from perceiver.data.rows import KINDS
-from perceiver.data.storage import open_folder
+from perceiver.data.storage import check_store, open_folder
 
 Format = Literal["text", "wikitext", "jsonl", "csv", "arrow", "parquet", "wikitext-rows", "idx", "picture", "tar", "midi", "flow", "sound"]
 FORMATS: dict[str, Format] = {
@@ -166,6 +166,7 @@ def list_files(source: str, field: str, names: Collection[str]) -> list[tuple[st
         if not paths:
             raise UserError(f"{field} {source} matches no file")
         return [(str(Path(p).absolute()), Path(p).relative_to(root).as_posix(), Path(p).stat().st_size) for p in paths]
+    check_store(source)
     filesystem, path = open_folder(source)
     prefix = source.partition("://")[0] + "://" if "://" in source else ""
     try:

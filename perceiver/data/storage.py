@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import os
+import socket
 import time
+import urllib.parse
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache, wraps
@@ -24,10 +28,23 @@ RETRY_SECONDS = 30
 """How long an object store is asked again that does not answer."""
 PAUSES = (0.5, 1.0, 2.0, 4.0)
 """Seconds before an object store of fsspec's is asked once more. Those of pyarrow do so by themselves."""
+STORE_PATIENCE = 10.0
+"""Seconds in which an object store's host must be reached when a process first uses it."""
+DOOR_PATIENCE = 1.5
+"""The same before a command does anything else."""
+UNREACHED_FOR = 60.0
+"""Seconds in which a host that was not reached is tried once only."""
+HOSTS = {"gs": "storage.googleapis.com", "gcs": "storage.googleapis.com", "s3": "s3.{region}.amazonaws.com"}
+"""Hosts of object stores that pyarrow reads by itself; by scheme."""
 LASTING = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
 """Errors that come again."""
+_UNREACHED: dict[tuple[str, int], float] = {}
 P = ParamSpec("P")
 R = TypeVar("R")
+
+
+class NoStore(UserError, ConnectionError):
+    """The host of an object store cannot be reached."""
 
 
 def patient(function: Callable[Concatenate[str | Path, P], R]) -> Callable[Concatenate[str | Path, P], R]:
@@ -53,21 +70,80 @@ def patient(function: Callable[Concatenate[str | Path, P], R]) -> Callable[Conca
 
 @lru_cache(maxsize=64)
 def open_folder(folder: str | Path) -> tuple[pafs.FileSystem, str]:
-    """The file system of a local path or URI, and the path in it. What pyarrow does not know goes through fsspec."""
+    """The file system of a local path or URI, and the path in it. What pyarrow does not know goes through fsspec.
+
+    Raises:
+        NoStore: the object store's host cannot be reached.
+        UserError: the object store's name is wrong, or its library is not installed.
+    """
     text = str(folder)
     if "://" not in text:
         return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(text))
+    check_store(text, STORE_PATIENCE)
     if text.startswith(("gs://", "gcs://")) and "retry_limit_seconds" not in text:
         # By itself it tries for 15 minutes, in which no Ctrl-C is heard.
         text += ("&" if "?" in text else "?") + f"retry_limit_seconds={RETRY_SECONDS}"
     try:
         filesystem, path = pafs.FileSystem.from_uri(text)
-    except pa.ArrowInvalid:
+    except pa.ArrowInvalid as error:
         import fsspec
 
-        remote, path = fsspec.core.url_to_fs(text)
+        try:
+            remote, path = fsspec.core.url_to_fs(text)
+        except (ValueError, ImportError) as other:  # fsspec knows no such scheme, or its library is not there
+            known = text.partition("://")[0] in HOSTS
+            raise UserError(f"{folder} cannot be opened: {str(error if known else other).strip().splitlines()[0]}") from None
         filesystem = pafs.PyFileSystem(pafs.FSSpecHandler(remote))
     return filesystem, path.rstrip("/")
+
+
+def check_store(uri: str, patience: float = DOOR_PATIENCE) -> None:
+    """Looks whether an object store's host can be reached: the library that asks it does so for minutes, in which no Ctrl-C is heard.
+
+    Where a proxy stands between, or the URI's store is none of `HOSTS`, nothing is looked at.
+
+    Args:
+        patience: seconds in which it is tried.
+
+    Raises:
+        NoStore: it cannot.
+    """
+    if (place := _store_of(uri)) is None:
+        return
+    if time.monotonic() - _UNREACHED.get(place, -math.inf) < UNREACHED_FOR:
+        end, pause = 0.0, 0.0  # a command that asks once more need not wait once more
+    else:
+        end, pause = time.monotonic() + patience, 0.5
+    while True:
+        try:
+            socket.create_connection(place, timeout=max(1.0, end - time.monotonic())).close()
+            return
+        except OSError as error:
+            if time.monotonic() + pause > end:
+                _UNREACHED[place] = time.monotonic()
+                raise NoStore(
+                    f"{uri} cannot be reached: {place[0]}, port {place[1]}: {error.strerror or error}; is there a network?"
+                ) from None
+        time.sleep(pause)
+        pause *= 2
+
+
+def _store_of(uri: str) -> tuple[str, int] | None:
+    """Host and port of the object store that a URI names, as pyarrow finds it; None: it is not known here."""
+    parts = urllib.parse.urlsplit(uri)
+    if parts.scheme not in HOSTS or urllib.request.getproxies().keys() & {"https", "http", "all"}:
+        return None
+    options = dict(urllib.parse.parse_qsl(parts.query))
+    variables = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL") if parts.scheme == "s3" else ("CLOUD_STORAGE_EMULATOR_ENDPOINT",)
+    given = options.get("endpoint_override") or next((os.environ[name] for name in variables if os.environ.get(name)), "")
+    region = options.get("region") or os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
+    found = urllib.parse.urlsplit(given if "://" in given else f"//{given}") if given else None
+    scheme = options.get("scheme") or (found.scheme if found else "") or "https"
+    try:
+        host, port = (found.hostname, found.port) if found else (HOSTS[parts.scheme].format(region=region), None)
+    except ValueError:  # a port that is no number: pyarrow says so
+        return None
+    return None if not host else (host, port or (80 if scheme == "http" else 443))
 
 
 @contextmanager

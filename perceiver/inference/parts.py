@@ -22,7 +22,7 @@ from perceiver.data.files import OF_SAVED, PACKINGS, InputFile, format_of
 from perceiver.data.read_excel import EXCEL, is_excel
 from perceiver.data.read_tables import is_json_array, open_arrow
 from perceiver.data.rows import ArrayRows
-from perceiver.data.storage import open_folder
+from perceiver.data.storage import check_store, open_folder
 from perceiver.inference.csv_parts import csv_cuts, csv_rows_of, excel_count, excel_rows_of
 from perceiver.inference.frames import FRAMES, IMAGES, MUSIC, SOUNDS, frame_cuts, frames_rows, is_flow, media_row
 from perceiver.inference.line_parts import LINES, array_values, bytes_of, json_row, line_cuts, line_part, unpacked_chunks
@@ -47,6 +47,7 @@ def list_inputs(inputs: Sequence[str], kind: Kind | None = None) -> list[tuple[s
     """
     found = []
     for given in inputs:
+        check_store(given)
         filesystem, path = open_folder(given)
         prefix = given.partition("://")[0] + "://" if "://" in given else ""
         info = filesystem.get_file_info(path)

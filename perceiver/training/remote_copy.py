@@ -16,6 +16,7 @@ from pathlib import Path
 from perceiver.checkpoints import MARKER, STEPS, CheckpointInfo, DamagedCheckpoint, damaged_name, parse_marker
 from perceiver.config import RunConfig, UserError, home
 from perceiver.data.storage import (
+    check_store,
     copy_file,
     file_hash,
     list_folder,
@@ -192,4 +193,6 @@ def find_run(source: str | Path, storage: str | Path | None = None) -> Run | Non
     """A run that is given by its path, its URI in an object store (then fetched), or its name among those of `storage` or
     $PERCEIVER_HOME; else None.
     """
+    if "://" in str(source):
+        check_store(str(source))
     return fetch_run(str(source)) if "://" in str(source) else Run.find(source, storage)
