@@ -54,8 +54,9 @@ class RemoteCopy:
     def check(self) -> None:
         """Raises UserError where the store cannot be reached or read."""
         try:
+            check_store(self.uri)
             list_folder(self.uri)
-        except (OSError, ValueError, ImportError) as error:
+        except (OSError, ValueError, ImportError, UserError) as error:
             raise UserError(f"run.storage {self.uri.rpartition('/')[0]} cannot be read: {str(error).splitlines()[0]}") from error
 
     def send_shards(self, checkpoint: str, files: Iterable[str]) -> None:
