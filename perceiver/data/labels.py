@@ -77,8 +77,8 @@ def label_counts(source: Source, label_column: str, split: str | None = None, se
 
 def _no_class(file: InputFile, value: float, label_column: str) -> str:
     return (
-        f"{file.name} has label {value!r} in --data.label-column {label_column}, and classes are whole numbers or names: for quantities train "
-        f"the preset tables, --task.targets {label_column}"
+        f"{file.name} has label {value!r} in --data.label-column {label_column}, and classes are whole numbers or names: for quantities "
+        f"train the preset tables, --task.targets {label_column}"
     )
 
 
