@@ -56,6 +56,9 @@ def main(argv: list[str]) -> int:
     refuse_empty(args, ("source",))
     DataConfig(encoding=args.encoding).check_encoding()
     run = Run.find(args.source) if is_path(args.source) or "/" not in args.source else None
+    here = Path(args.source).expanduser()
+    if run is not None and here.exists() and here.absolute() != run.folder:
+        run = None  # data of this name in the working folder, beside a run elsewhere that has it, too
     if args.html is not None:
         write_page(args.source, args.html, args.text_column, args.label_column, run is not None, args.encoding)
         return 0
@@ -116,7 +119,7 @@ def of_run(run: Run) -> list[str]:
             f"longer than the model takes: {found['texts']:,} {name} texts, {found['lost']:,} of {found['tokens']:,} tokens lost"
             for name, found in stats.get("long_texts", {}).items()
         ]
-        lines += [f"held out {stats['held_out']}"] * ("held_out" in stats)
+        lines += [f"held out {how}"] if (how := stats.get("held_out")) else []
         lines += [f"skipped: {count:,} x {reason}" for reason, count in stats.get("skipped", {}).items()]
     return [*lines, "", f"look at the source: {shlex.join(['perceiver', 'data', data.source])}"] if is_path(data.source) else lines
 
