@@ -10,7 +10,7 @@ from typing import Any
 
 from perceiver.config import UserError
 from perceiver.data.files import MARKS, Format, Found, InputFile, format_of
-from perceiver.data.storage import open_folder
+from perceiver.data.storage import open_folder, whole_place
 
 _TABLES = ("metadata.csv", "metadata.jsonl")
 _FILE_COLUMNS = ("file_name", "image", "path", "file")
@@ -146,6 +146,5 @@ def _there(folder: str) -> dict[str, tuple[str, int]]:
     import pyarrow.fs as pafs
 
     filesystem, place = open_folder(folder)
-    prefix = folder.partition("://")[0] + "://" if "://" in folder else ""
     infos = filesystem.get_file_info(pafs.FileSelector(place, recursive=True))
-    return {i.path[len(place) :].strip("/"): (prefix + i.path, i.size) for i in infos if i.type == pafs.FileType.File}
+    return {i.path[len(place) :].strip("/"): (whole_place(folder, i.path), i.size) for i in infos if i.type == pafs.FileType.File}

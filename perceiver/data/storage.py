@@ -70,6 +70,12 @@ def open_folder(folder: str | Path) -> tuple[pafs.FileSystem, str]:
     return filesystem, path.rstrip("/")
 
 
+def whole_place(folder: str | Path, path: str) -> str:
+    """A path in a folder's file system as a path or URI: with the folder's scheme, which the paths of some file systems have themselves."""
+    scheme, mark, _ = str(folder).partition("://")
+    return path if not mark or "://" in path else f"{scheme}://{path}"
+
+
 @contextmanager
 def atomic_file(folder: str | Path, name: str) -> Iterator[BinaryIO]:
     """A file of a folder to write to, which appears whole or, where the body raises, not at all.
