@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import os
 import shlex
 import shutil
 import sys
@@ -149,7 +150,7 @@ def main_entry(main: Callable[[list[str]], int | None], argv: list[str] | None =
     """Runs a job's main and ends the process.
 
     A user's mistake is printed as one line, exit status 2; a
-    job that failed with its reason, exit status 1; an interruption has exit status 130.
+    job that failed with its reason, exit status 1; an interruption has exit status 130; 141: nobody reads the output any more.
     """
     print_anything()
     try:
@@ -165,6 +166,9 @@ def main_entry(main: Callable[[list[str]], int | None], argv: list[str] | None =
     except KeyboardInterrupt as error:
         print(str(error) or "\nstopped; the same command continues", file=sys.stderr)
         status = 130
+    except BrokenPipeError:  # whoever reads the output has had enough: `perceiver runs --json | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it closes it
+        status = 141
     sys.exit(status or 0)
 
 

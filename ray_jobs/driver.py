@@ -31,6 +31,7 @@ from ray_jobs.on_workers import evaluate_worker, train_worker
 from ray_jobs.preflight import Resources
 from ray_jobs.read_ahead import DataShare
 from ray_jobs.rendezvous import Network
+from ray_jobs.restarts import SayRestarts
 from ray_jobs.scale import poll_seconds
 
 
@@ -163,6 +164,7 @@ def _fit(
                 name=trained.name,  # Ray's own metrics and logs are tagged with it
                 storage_path=str(trained.ray_folder),
                 failure_config=FailureConfig(max_failures=experiment.run.max_failures),
+                callbacks=[SayRestarts(messages.actor, experiment.run.max_failures)],
             ),
         )
         try:

@@ -14,6 +14,7 @@ from perceiver.costs.activations import Layout
 from perceiver.costs.devices import DEVICES, GIB
 from perceiver.costs.memory import Step, largest_micro_batch, step_memory
 from perceiver.tasks import build_task
+from perceiver.training.optim import freeze
 from perceiver.training.parallel import is_alone
 
 CONTEXT = 1.5 * GIB
@@ -61,8 +62,14 @@ def layout(training: TrainingConfig, parallel: ParallelConfig, optim: OptimConfi
 
 
 def step_of(experiment: Experiment) -> Step:
-    """The training step of an experiment, of which memory is worked out."""
-    return build_task(experiment).step()
+    """The training step of an experiment, of which memory is worked out; counted where `optim.groups` freezes parameters."""
+    task, optim = build_task(experiment), experiment.optim
+    if not any(group.freeze for group in optim.parsed_groups):
+        return task.step()
+    with torch.device("meta"):
+        model = task.build_model()
+    freeze(model, optim)
+    return task.count(model)
 
 
 def check_fits(experiment: Experiment, limit: float, cuda: bool = True) -> None:

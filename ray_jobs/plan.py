@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 
 from perceiver.config import Experiment, UserError
+from perceiver.costs.count import CountedStep
 from perceiver.costs.devices import DEVICES, GIB, Device
 from perceiver.costs.flops import num_parameters
 from perceiver.costs.memory import (
@@ -84,13 +85,14 @@ def make_plan(experiment: Experiment, device: Device, mfu: float) -> Plan:
     task, layout, parallel = build_task(experiment), layout_of(experiment), experiment.parallel
     step, limit, batch = step_of(experiment), usable(device.memory), experiment.training.global_batch_size
     unit, per_example = task.throughput_unit()
+    flops = step.flops_per_example() if isinstance(step, CountedStep) else task.flops_per_example()
     peak = {"bf16": device.bf16, "tf32": device.tf32_peak, "fp32": device.fp32}[experiment.training.precision]
     return Plan(
         parameters=num_parameters(experiment.model),
         unit=unit,
         units_per_step=batch * per_example,
         targets_per_step=None if (targets := task.targets_per_example()) is None else batch * targets,
-        flops_per_unit=task.flops_per_example() / per_example,
+        flops_per_unit=flops / per_example,
         steps=_steps(experiment),
         memory=step_memory(step, layout),
         most=most_of_each(step, layout),
@@ -103,7 +105,7 @@ def make_plan(experiment: Experiment, device: Device, mfu: float) -> Plan:
         },
         traffic=step_traffic(step, layout, parallel.replicas),
         checkpoint=checkpoint_bytes(step, layout),
-        seconds_per_step=batch * task.flops_per_example() / (parallel.workers * peak * mfu),
+        seconds_per_step=batch * flops / (parallel.workers * peak * mfu),
     )
 
 

@@ -100,7 +100,9 @@ def check_longer(experiment: Experiment, trained: Run, manifest: Manifest, steps
         place = trained.folder if Path(experiment.run.storage_path) != home() / "runs" else trained.name
         return shlex.join([*program("ray_jobs.train").split(), "--fork", f"{place}@{step}", "--name", f"{trained.name}-longer", *words])
 
-    check_extension(trained, old, experiment, old_steps, steps, command)
+    epoch = -(-manifest.splits["train"].rows // experiment.training.global_batch_size)
+    old, new = (replace(run, optim=run.optim.in_steps(epoch)) for run in (old, experiment))
+    check_extension(trained, old, new, old_steps, steps, command)
 
 
 def check_fork(experiment: Experiment, trained: Run, checkpoints: list[CheckpointInfo]) -> Fork | None:
@@ -191,6 +193,9 @@ def check_data(trained: Run, manifest: Manifest) -> None:
 
 def warn_of_warmup(experiment: Experiment, manifest: Manifest) -> None:
     """Says so where a run ends before its learning rate has risen to what is given."""
-    steps, warmup = total_steps(experiment, manifest.splits["train"].rows), experiment.optim.warmup_steps
+    rows = manifest.splits["train"].rows
+    steps, optim = total_steps(experiment, rows), experiment.optim
+    warmup = optim.in_steps(-(-rows // experiment.training.global_batch_size)).warmup_steps
     if warmup >= steps:
-        logger.warning(f"optim.warmup-steps is {warmup:,}, but the run has {steps:,} steps: the learning rate never reaches optim.lr")
+        given = f"steps is {warmup:,}" if optim.warmup_epochs is None else f"epochs is {optim.warmup_epochs:g} ({warmup:,} steps)"
+        logger.warning(f"optim.warmup-{given}, but the run has {steps:,} steps: the learning rate never reaches optim.lr")

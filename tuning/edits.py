@@ -157,7 +157,7 @@ def _fitting(trial: Trial, sweep: Sweep, base: Mapping[str, Any]) -> tuple[Value
         now = {name for point in sweep.points for name in point} | ({SEED} if sweep.seeds else set())
     if gone := [name for name in had if name not in now and plain(had[name]) != base[name]]:
         return had, f"{gone[0]} is {had[gone[0]]!r} there, and no longer varied"
-    values = {name: had.get(name, base[name]) for name in sorted(now, key=list(had | dict.fromkeys(now)).index)}
+    values = {name: had.get(name, base[name]) for name in [*(name for name in had if name in now), *sorted(now - had.keys())]}
     if sweep.seeds and values[SEED] not in sweep.seeds:
         return values, f"its seed {values[SEED]} is none of {', '.join(map(str, sweep.seeds))}"
     if sweep.points:

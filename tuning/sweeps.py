@@ -74,6 +74,12 @@ class Sweep:
     seed: int = 0
     """Of the samples (the seed of the trainings is training.seed)."""
 
+    def __post_init__(self) -> None:
+        # Fields may be spelled as on the command line.
+        object.__setattr__(self, "space", {name.replace("-", "_"): domain for name, domain in self.space.items()})
+        points = tuple({name.replace("-", "_"): value for name, value in point.items()} for point in self.points)
+        object.__setattr__(self, "points", points)
+
     @property
     def mode(self) -> Literal["min", "max"]:
         return "max" if build_task(self.experiment()).higher_is_better(self.metric) else "min"
@@ -145,7 +151,7 @@ def check_sweep(sweep: Sweep) -> None:
         raise UserError("a sweep needs either a space or points")
     fields = flatten(to_dict(sweep.experiment()))
     for name in [*sweep.space, *(name for point in sweep.points for name in point)]:
-        if name.replace("-", "_") not in fields:
+        if name not in fields:
             raise UserError(f"field {name} of the sweep's space does not exist{nearest(name, fields)}")
         if name.startswith(("run.", "parallel.workers")):
             raise UserError(f"field {name} cannot be varied: it is no part of what is trained")

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from perceiver.config.core import Config, UserError, spelled
@@ -128,6 +128,16 @@ class ScheduleConfig(Config):
         """
         raise NotImplementedError(f"{type(self).__name__} needs a method factor(step, total_steps) that returns a number")
 
+    def in_steps(self, epoch: int) -> ScheduleConfig:
+        """The same with what is given in epochs as steps, of which an epoch has a number. Overridden where there is such."""
+        return self
+
+
+def check_epochs(where: str, name: str, value: float | None) -> None:
+    """Raises UserError for a number of epochs that is not above 0."""
+    if value is not None and not value > 0:
+        raise UserError(f"--{spelled(where + name)} is {value} and must be above 0, or None for steps")
+
 
 class Constant(ScheduleConfig):
     """The peak learning rate to the end."""
@@ -210,6 +220,8 @@ class OptimConfig(Config):
     class of yours (module:Class)."""
     warmup_steps: int = 0
     """Steps over which the learning rate rises linearly from 0."""
+    warmup_epochs: float | None = None
+    """The same in epochs (0.5, say), in place of warmup_steps; None: as warmup_steps says."""
     max_grad_norm: float | None = None
     """Clip the global gradient norm to this; None: no clipping."""
     groups: tuple[str, ...] = ()
@@ -226,6 +238,7 @@ class OptimConfig(Config):
             raise UserError(f"{where}lr is {self.lr} and must be above 0")
         if self.warmup_steps < 0:
             raise UserError(f"{where}warmup-steps is {self.warmup_steps} and must not be negative")
+        check_epochs(where, "warmup_epochs", self.warmup_epochs)
         if self.weight_decay < 0:
             raise UserError(f"{where}weight-decay is {self.weight_decay} and must not be negative")
         if self.weight_decay_end is not None and (self.weight_decay_end < 0 or not self.weight_decay):
@@ -249,6 +262,17 @@ class OptimConfig(Config):
             UserError: it says something else.
         """
         return [ParameterGroup.parse(text) for text in self.groups]
+
+    def in_steps(self, epoch: int) -> OptimConfig:
+        """The same with all that is given in epochs as steps. `learning_rate` needs it.
+
+        Args:
+            epoch: steps of an epoch.
+        """
+        schedule = self.schedule.in_steps(epoch)
+        if self.warmup_epochs is None:
+            return self if schedule is self.schedule else replace(self, schedule=schedule)
+        return replace(self, schedule=schedule, warmup_steps=round(self.warmup_epochs * epoch), warmup_epochs=None)
 
     def learning_rate(self, step: int, total_steps: int) -> float:
         """The learning rate of step `step` (from 0) of `total_steps`: linear warm-up from 0, then the schedule."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from perceiver.config.core import UserError, check_positive, spelled
-from perceiver.config.optimization import ScheduleConfig
+from perceiver.config.optimization import ScheduleConfig, check_epochs
 
 
 def _check_fraction(where: str, name: str, value: float) -> None:
@@ -63,9 +64,17 @@ class InverseSquareRoot(ScheduleConfig):
 
     timescale: int = 1000
     """Steps after which it is the peak divided by the square root of 2; the number of warm-up steps is usual."""
+    timescale_epochs: float | None = None
+    """The same in epochs, in place of `timescale`; None: as `timescale` says."""
 
     def check(self, where: str) -> None:
         check_positive(self, where, "timescale")
+        check_epochs(where, "timescale_epochs", self.timescale_epochs)
+
+    def in_steps(self, epoch: int) -> ScheduleConfig:
+        if self.timescale_epochs is None:
+            return self
+        return replace(self, timescale=max(1, round(self.timescale_epochs * epoch)), timescale_epochs=None)
 
     def factor(self, step: int, total_steps: int) -> float:
         return math.sqrt(self.timescale / (self.timescale + step))
@@ -97,6 +106,8 @@ class WarmRestarts(ScheduleConfig):
 
     cycle_steps: int = 1000
     """Steps of the first cycle."""
+    cycle_epochs: float | None = None
+    """The same in epochs, in place of cycle_steps; None: as cycle_steps says."""
     growth: float = 2.0
     """How many times as long each cycle is as the one before."""
     min_lr_fraction: float = 0.0
@@ -104,9 +115,15 @@ class WarmRestarts(ScheduleConfig):
 
     def check(self, where: str) -> None:
         check_positive(self, where, "cycle_steps")
+        check_epochs(where, "cycle_epochs", self.cycle_epochs)
         if not self.growth >= 1:
             raise UserError(f"--{spelled(where)}growth is {self.growth} and must be at least 1")
         _check_fraction(where, "min-lr-fraction", self.min_lr_fraction)
+
+    def in_steps(self, epoch: int) -> ScheduleConfig:
+        if self.cycle_epochs is None:
+            return self
+        return replace(self, cycle_steps=max(1, round(self.cycle_epochs * epoch)), cycle_epochs=None)
 
     def factor(self, step: int, total_steps: int) -> float:
         length, begun = self.cycle_steps, 0

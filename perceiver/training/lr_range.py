@@ -6,11 +6,13 @@ The loss falls as long as rates are small enough to be stable; where it begins t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from perceiver.config import Experiment
 from perceiver.data.manifest import Manifest
@@ -20,7 +22,7 @@ from perceiver.training.batches import read_here, train_loader
 from perceiver.training.fork import find_fork
 from perceiver.training.init_from import find_start
 from perceiver.training.loop import StepResult, fit
-from perceiver.training.parallel import World
+from perceiver.training.parallel import World, join_world
 from perceiver.training.prefetch import Prefetch
 from perceiver.training.run import build_state
 
@@ -69,6 +71,17 @@ class RangeTest:
 def ramp(low: float, high: float, steps: int) -> Callable[[int], float]:
     """Rates from `low` to `high`, each the same multiple of the one before, by the step from 0."""
     return lambda step: low * (high / low) ** (step / max(1, steps - 1))
+
+
+@contextmanager
+def alone_on(device: torch.device) -> Iterator[World]:
+    """The world of this process alone on a device. A process group that is begun for it is closed in the end."""
+    begun = not dist.is_initialized()
+    try:
+        yield join_world(device)
+    finally:
+        if begun:
+            dist.destroy_process_group()
 
 
 def range_test(

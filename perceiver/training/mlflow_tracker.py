@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import uuid
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,8 @@ LONGEST_VALUE = 6000
 """Characters of a parameter that MLflow takes."""
 MOST_PARAMETERS = 100
 """In one call, that MLflow takes."""
+FOLDER = "samples"
+"""Of MLflow's files of a run."""
 STATUS = {"finished": "FINISHED", "failed": "FAILED", "paused": "KILLED"}
 
 
@@ -58,8 +61,8 @@ class _Mlflow(Tracker):
 
     def __init__(self, config: Mlflow) -> None:
         self.config = config
-        self._sent: dict[str, int] = {}
-        """The last step of each metric that an earlier start has sent."""
+        self._sent: dict[str, set[int]] = {}
+        """Steps of each metric and sample that earlier starts have sent."""
 
     def open(self, run: TrackedRun) -> str:
         storage = run.run.folder.parent
@@ -69,6 +72,7 @@ class _Mlflow(Tracker):
         # MLflow makes and migrates the tables of a database that it meets; two runs that do so at once leave it broken for good.
         file = Path(uri.removeprefix(SQLITE))
         with locked(file.with_name(f".{file.name}.lock")):
+            make_database(file)
             return self._open(run, uri, storage)
 
     def _open(self, run: TrackedRun, uri: str, storage: Path) -> str:
@@ -86,7 +90,11 @@ class _Mlflow(Tracker):
         else:
             client.update_run(there.info.run_id, status="RUNNING")
             for name in there.data.metrics:
-                self._sent[name] = max(metric.step for metric in client.get_metric_history(there.info.run_id, name))
+                self._sent[name] = {metric.step for metric in client.get_metric_history(there.info.run_id, name)}
+            for file in client.list_artifacts(there.info.run_id, FOLDER):
+                name, _, step = Path(file.path).stem.rpartition("-")
+                if step.isdecimal():
+                    self._sent.setdefault(f"{FOLDER}/{name}", set()).add(int(step))
         self._id = there.info.run_id
         # Fields that are no part of a run's identity may have changed since it began; what MLflow has of one is never changed.
         new = [Param(name, value) for name, value in parameters.items() if name not in there.data.params]
@@ -137,7 +145,8 @@ class _Mlflow(Tracker):
         return tags
 
     def has(self, name: str, step: int) -> bool:
-        return step <= self._sent.get(_plain(name), -1)
+        plain = _plain(name)
+        return step in self._sent.get(plain, ()) or step in self._sent.get(f"{FOLDER}/{plain}", ())
 
     def metrics(self, step: int, values: dict[str, float], seconds: float) -> None:
         from mlflow.entities import Metric
@@ -145,16 +154,33 @@ class _Mlflow(Tracker):
         self._client.log_batch(self._id, metrics=[Metric(_plain(name), value, int(seconds * 1000), step) for name, value in values.items()])
 
     def text(self, step: int, name: str, text: str) -> None:
-        self._client.log_text(self._id, text, f"samples/{_plain(name)}-{step:08d}.txt")
+        self._client.log_text(self._id, text, f"{FOLDER}/{_plain(name)}-{step:08d}.txt")
 
     def image(self, step: int, name: str, image: np.ndarray) -> None:
-        self._client.log_image(self._id, image, f"samples/{_plain(name)}-{step:08d}.png")
+        self._client.log_image(self._id, image, f"{FOLDER}/{_plain(name)}-{step:08d}.png")
 
     def checkpoint(self, step: int, path: Path) -> None:
         self._client.set_tag(self._id, "perceiver.checkpoint", str(path))
 
     def close(self, status: str) -> None:
         self._client.set_terminated(self._id, STATUS[status])
+
+
+def make_database(file: Path) -> None:
+    """Makes MLflow's tables in a file that is not there yet. It has its name when they are all there: a start that is killed meanwhile
+    leaves nothing that the next one would take for a database.
+    """
+    if file.exists() and file.stat().st_size:
+        return
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    for left in file.parent.glob(f".{file.name}.new-*"):  # with SQLite's journals
+        left.unlink()
+    new = file.with_name(f".{file.name}.new-{uuid.uuid4().hex[:8]}")  # MLflow keeps connections by the names of files
+    store = SqlAlchemyStore(f"{SQLITE}{new}", (file.parent / "mlflow-artifacts").as_uri())
+    store.engine.dispose()
+    os.replace(new, file)
 
 
 def _plain(name: str) -> str:

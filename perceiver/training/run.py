@@ -211,8 +211,8 @@ class Training:
         self.meter = Meter(wait_seconds=lambda: batches.wait_seconds, step=step, **self.meter_settings)
         try:
             fit(
-                experiment.optim, experiment.training.seed, self.task, self.state, batches, self.world, self.total_steps,
-                self._after_step, self.view.take_requests, experiment.training.skip_not_finite > 0,
+                experiment.optim.in_steps(self.train_feed.order.steps_per_epoch), experiment.training.seed, self.task, self.state, batches,
+                self.world, self.total_steps, self._after_step, self.view.take_requests, experiment.training.skip_not_finite > 0,
                 self.gradients, spikes=self.spikes if self.spikes.active else None,
             )  # fmt: skip
         finally:

@@ -1,7 +1,8 @@
 """Sends what a run measures to a tracker (MLflow, Weights & Biases), in a thread: a tracker that fails or is slow stops no step.
 
 A tracker's run is the same one after a restart. Points that it has already are not sent again: steps that are taken once more, since
-the last checkpoint, have the values that they had.
+the last checkpoint, have the values that they had. Points that it lacks, as the process that measured them was killed before it had
+sent them, are sent from the run's records.
 """
 
 from __future__ import annotations
@@ -10,24 +11,26 @@ import importlib.util
 import json
 import logging
 import queue
+import re
 import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from perceiver.config import Experiment, UserError, flatten, to_dict
 from perceiver.config.core import is_builtin
 from perceiver.disk import write_json
 from perceiver.runs import Parent, Run
+from perceiver.terminal import number_of
 from perceiver.training.callbacks import Callback, TrainingView
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
-    import numpy as np
-
     from perceiver.tasks.base import Sample
 
 logger = logging.getLogger(__name__)
@@ -40,6 +43,8 @@ RETRY_SECONDS = (0.5, 2.0)
 """Pauses before a record is tried again."""
 REOPEN_SECONDS = 30.0
 """Pause before a tracker that could not be opened is tried again."""
+SAMPLES = (".txt", ".png")
+"""Endings of the files of samples that trackers take."""
 _NOTES = threading.Lock()
 
 
@@ -81,7 +86,7 @@ class Tracker(ABC):
 
     @abstractmethod
     def has(self, name: str, step: int) -> bool:
-        """Whether an earlier start of the run has sent this metric or sample of this step."""
+        """Whether the tracker has this metric or sample of this step from an earlier start of the run. Asked after `open`."""
 
     @abstractmethod
     def metrics(self, step: int, values: dict[str, float], seconds: float) -> None:
@@ -119,11 +124,14 @@ class Tracking(Callback):
     _open: bool = False
     _opened_at: float = float("-inf")
     _warned: bool = False
+    _begin: int = 0
+    """The step from which this start continues."""
 
     def on_start(self, training: TrainingView) -> None:
         if training.world.rank > 0:
             return
         self._described = describe_run(training.experiment, Run(training.run_folder))
+        self._begin = training.step
         self._thread = threading.Thread(target=self._send, name=f"{self.tracker.name} tracker", daemon=True)
         self._thread.start()
         self._put(lambda: None)  # the run appears before its first step is taken
@@ -159,6 +167,37 @@ class Tracking(Callback):
         if self.lost:
             logger.warning("%s: %d records of this start were not sent; metrics.jsonl has all", self.tracker.name, self.lost)
 
+    def _catch_up(self) -> None:
+        """Sends what the run's records have up to the step from which it continues and the tracker has not, step by step."""
+        missing = self._lacking(self._begin)
+        if missing:
+            steps = number_of(len({step for step, _ in missing}), "step")
+            logger.info("%s: sends what it lacks of %s up to step %s", self.tracker.name, steps, f"{self._begin:,}")
+        for _, send in missing:
+            self._try(send)
+
+    def _lacking(self, last: int) -> list[tuple[int, Callable[[], None]]]:
+        """What is to be sent of steps up to the last, each with its step, in their order."""
+        run, now, has = self._described.run, time.time(), self.tracker.has
+        found: list[tuple[int, Callable[[], None]]] = [
+            (step, partial(self._saved_sample, step, name, path)) for name, step, path in saved_samples(run) if not has(name, step)
+        ]
+        for record in run.metrics():
+            step = record["step"]
+            values = {name: value for name, value in record.items() if name != "step" and value is not None and not has(name, step)}
+            if values:
+                found.append((step, partial(self.tracker.metrics, step, values, now)))
+        return sorted(((step, send) for step, send in found if step <= last), key=lambda entry: entry[0])
+
+    def _saved_sample(self, step: int, name: str, path: Path) -> None:
+        if path.suffix == ".txt":
+            self.tracker.text(step, name, path.read_text())
+            return
+        from PIL import Image
+
+        with Image.open(path) as picture:
+            self.tracker.image(step, name, np.asarray(picture.convert("RGB")))
+
     def _metrics(self, step: int, values: dict[str, float], seconds: float) -> None:
         values = {name: value for name, value in values.items() if not self.tracker.has(name, step)}
         if values:
@@ -182,17 +221,21 @@ class Tracking(Callback):
 
     def _send(self) -> None:
         while (send := self._queue.get()) is not None:
-            for pause in (*RETRY_SECONDS, None):
-                try:
-                    self._ensure_open()
-                    send()
+            self._try(send)
+
+    def _try(self, send: Callable[[], None]) -> None:
+        """Sends something, with a tracker that is open; what fails is tried again, and then lost."""
+        for pause in (*RETRY_SECONDS, None):
+            try:
+                self._ensure_open()
+                send()
+                break
+            except Exception as error:  # whatever a tracker meets, it is no reason to stop a step
+                if pause is None or not self._open:
+                    self.lost += 1
+                    self._warn(error)
                     break
-                except Exception as error:  # whatever a tracker meets, it is no reason to stop a step
-                    if pause is None or not self._open:
-                        self.lost += 1
-                        self._warn(error)
-                        break
-                    time.sleep(pause)
+                time.sleep(pause)
 
     def _ensure_open(self) -> None:
         if self._open:
@@ -203,6 +246,7 @@ class Tracking(Callback):
         place = self.tracker.open(self._described)
         self._open = True
         logger.info("%s: %s", self.tracker.name, place)
+        self._catch_up()
 
     def _warn(self, error: Exception) -> None:
         if not self._warned:
@@ -234,6 +278,12 @@ def describe_run(experiment: Experiment, run: Run) -> TrackedRun:
     labels = _read(run.labels_file).get("tags", ())
     named = {name: value for name, value in tags.items() if value}
     return TrackedRun(run, run.name, experiment.preset, parameters, named, parent, tuple(labels))
+
+
+def saved_samples(run: Run) -> list[tuple[str, int, Path]]:
+    """Text and picture samples in a run's folder: name, step, file."""
+    named = ((path, re.fullmatch(r"(.+)-(\d{8})", path.stem)) for path in sorted(run.samples_folder.glob("*")) if path.suffix in SAMPLES)
+    return [(found[1], int(found[2]), path) for path, found in named if found is not None]
 
 
 def note_of(run: Run, key: str) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from perceiver.config import CallbackConfig, UserError
 from perceiver.training.callbacks import Callback
 from perceiver.training.tracking import TrackedRun, Tracker, Tracking, check_installed
+from perceiver.training.wandb_files import steps_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -61,7 +62,12 @@ class _Wandb(Tracker):
 
     def __init__(self, config: Wandb) -> None:
         self.config = config
-        self._sent = self._last = -1
+        self._sent: set[int] = set()
+        """Steps that earlier starts have sent."""
+        self._below = 0
+        """Earlier starts have sent all steps below."""
+        self._row: tuple[int, dict[str, Any]] | None = None
+        """Values of the last step. They are sent as one when those of the next come, so that of a step W&B has all or nothing."""
 
     def open(self, run: TrackedRun) -> str:
         import wandb
@@ -71,11 +77,11 @@ class _Wandb(Tracker):
         self._key = f"wandb {config.entity}/{project}"
         note = run.note(self._key)
         self._run, self._id = run, note.get("id") or uuid.uuid4().hex[:12]
-        # Files of an offline run cannot be asked what they have. W&B writes a step when the next one comes, and not where the process
-        # is killed before: so it is noted then.
-        self._sent = self._last = note.get("step", -1)
-        run.save_note(self._key, {"id": self._id, "step": self._last})
         folder = run.run.trackers_folder
+        written = steps_of(folder, self._id)
+        # Where offline files are gone (sent, and removed by `wandb sync --clean`), what was noted counts.
+        self._sent, self._below = (written, 0) if written is not None else (set(), note.get("step", -1) + 1)
+        run.save_note(self._key, {**note, "id": self._id})
         folder.mkdir(parents=True, exist_ok=True)
         tags = [*run.labels, *([f"fork of {run.parent}"] if run.parent is not None and run.parent.whole else [])]
         self._wandb: Any = wandb.init(
@@ -95,11 +101,12 @@ class _Wandb(Tracker):
             settings=wandb.Settings(console="off", disable_git=True, silent=True),
         )
         if config.mode != "offline":
+            self._sent, self._below = set(), self._wandb.starting_step  # what its server has
             return self._wandb.url or config.mode
         return f"offline run {self._id} (wandb sync {shlex.quote(str(folder / 'wandb'))}/offline-run-*-{self._id})"
 
     def has(self, name: str, step: int) -> bool:
-        return step <= self._sent
+        return step < self._below or step in self._sent
 
     def metrics(self, step: int, values: dict[str, float], seconds: float) -> None:
         self._log(step, values)
@@ -118,12 +125,19 @@ class _Wandb(Tracker):
         self._wandb.summary["checkpoint"] = str(path)
 
     def close(self, status: str) -> None:
+        self._send_row()
         self._wandb.summary["status"] = status
         self._wandb.finish(exit_code=1 if status == "failed" else 0)
-        self._run.save_note(self._key, {"id": self._id, "step": self._last})
 
     def _log(self, step: int, values: dict[str, Any]) -> None:
-        if step > self._last:
-            self._run.save_note(self._key, {"id": self._id, "step": self._last})
-            self._last = step
-        self._wandb.log(values, step=step)
+        if self._row is not None and self._row[0] != step:
+            self._send_row()
+        self._row = (step, {**(self._row[1] if self._row is not None else {}), **values})
+
+    def _send_row(self) -> None:
+        if self._row is None:
+            return
+        step, values = self._row
+        self._wandb.log(values, step=step, commit=True)
+        self._row = None
+        self._run.save_note(self._key, {"id": self._id, "step": step})

@@ -198,3 +198,11 @@ def test_a_run_of_a_version_with_another_order_keeps_it(tmp_path):
     other = replace(experiment, data=replace(experiment.data, lanes=4))
     with pytest.raises(UserError, match="data.lanes"):
         check_run(in_its_order(other, run), run)
+
+
+def test_output_that_nobody_reads_any_more_is_no_error():
+    code = "import sys; from ray_jobs.cli import main_entry; main_entry(lambda argv: [print('x' * 999) for _ in range(9999)] and None, [])"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT)
+    process.stdout.read(10)
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait(60) == 141

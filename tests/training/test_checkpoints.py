@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
@@ -475,3 +476,14 @@ def test_evaluating_on_data_without_a_target_is_one_sentence(tmp_path, monkeypat
     )
     with pytest.raises(UserError, match="the validation data in .* has no target"):
         evaluate_run(tmp_path / "run", "last")
+
+
+def test_a_training_that_is_over_leaves_no_thread_and_no_group(images, tmp_path):
+    """A notebook, say, has many after each other."""
+    threads, groups = [], []
+    for number in range(4):
+        train(image_experiment(), images, tmp_path / str(number))
+        threads.append(len(os.listdir("/proc/self/task")))
+        groups.append(len(dist.distributed_c10d._world.pg_map))
+    assert len(set(groups)) == 1
+    assert threads[-1] <= threads[0] + 1  # one may be about to end; a group has three

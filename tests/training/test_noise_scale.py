@@ -20,6 +20,7 @@ from perceiver.training.run import build_state
 from ray_jobs.cli import parse_experiment
 from ray_jobs.preflight import check_experiment
 from tests.support.small import image_experiment
+from tests.support.weights import full
 from tests.training.test_callbacks import same, train
 from tests.training.test_training import run
 
@@ -61,7 +62,7 @@ def test_a_step_is_measured_by_the_gradients_of_its_examples(images, tmp_path):
     for number in range(12):
         state.model.zero_grad()
         task.loss(state.model, {name: value[number : number + 1] for name, value in batch.items()})[0].backward()
-        each.append(torch.cat([p.grad.full_tensor().flatten() for p in state.model.parameters()]))
+        each.append(torch.cat([full(p.grad).flatten() for p in state.model.parameters()]))
     gradients = torch.stack(each).double()
     large, small = gradients.mean(0).square().sum(), gradients[::2].mean(0).square().sum()
     record = records(tmp_path)[1]

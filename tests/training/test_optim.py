@@ -122,6 +122,24 @@ def test_up_to_where_a_longer_run_has_the_same_learning_rates(schedule, same):
     assert next((step for step, (one, other) in enumerate(pairs) if one != other), 100) in (same, same + 1)
 
 
+def test_lengths_in_epochs_are_steps_of_the_data(images, tmp_path):
+    made = image_experiment(max_steps=20, global_batch_size=10)
+    schedule = WarmRestarts(cycle_epochs=0.5, growth=1)
+    optim = replace(made.optim, warmup_steps=99, warmup_epochs=0.25, schedule=schedule)
+    epoch = -(-Manifest.load(str(images)).splits["train"].rows // 10)
+    steps = optim.in_steps(epoch)
+    assert (steps.warmup_steps, steps.schedule) == (round(0.25 * epoch), WarmRestarts(cycle_steps=round(0.5 * epoch), growth=1))
+    assert InverseSquareRoot(timescale_epochs=2).in_steps(7) == InverseSquareRoot(timescale=14)
+    assert made.optim.in_steps(epoch) is made.optim
+    train(replace(made, optim=optim), images, tmp_path / "epochs")
+    rates = [record["lr"] for record in Run(tmp_path / "epochs").metrics() if "lr" in record]
+    assert rates == [steps.learning_rate(step, 20) for step in range(20)] and len(set(rates)) > 4
+    restarts = ["--optim.schedule", "warmrestarts", "--optim.schedule.cycle-epochs", "-1"]
+    for words, message in ((["--optim.warmup-epochs", "0"], "--optim.warmup-epochs is 0"), (restarts, "cycle-epochs is -1")):
+        with pytest.raises(UserError, match=message):
+            check_experiment(parse_experiment(["quickstart", *words], "x"))
+
+
 def test_every_schedule_and_optimizer_is_chosen_by_its_name_and_checked():
     for name in ("linear", "wsd", "inversesquareroot", "onecycle", "warmrestarts"):
         assert type(parse_experiment(["quickstart", "--optim.schedule", name], "x").optim.schedule).__name__.lower() == name

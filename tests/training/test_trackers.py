@@ -15,13 +15,15 @@ from perceiver.disk import write_json
 from perceiver.runs import Parent, Run
 from perceiver.training import tracking
 from perceiver.training.callbacks import Callback
-from perceiver.training.mlflow_tracker import Mlflow
+from perceiver.training.mlflow_tracker import Mlflow, make_database
 from perceiver.training.tracking import Tracker, Tracking
+from perceiver.training.wandb_files import steps_of
 from perceiver.training.wandb_tracker import Wandb
 from ray_jobs.cli import parse_experiment
 from tests.support.small import heard, image_experiment
 from tests.support.wandb_files import read_offline
 from tests.training.test_callbacks import same, train
+from tests.training.test_training import run
 
 SENT: dict[str, list] = {}
 
@@ -49,6 +51,8 @@ class Kept(Tracker):
             raise OSError("no answer")
         if self.config.trouble == "slow":
             assert WAIT.wait(20)
+        if self.config.trouble == "killed" and step > 4:
+            return  # what waits in a process that is killed
         self.sent += [(name, step, value) for name, value in values.items()]
 
     def text(self, step, name, text):
@@ -94,6 +98,33 @@ def test_a_tracker_has_each_metric_and_sample_of_each_step_once_though_the_run_w
     assert [value for name, _, value in sent if name == "status"] == ["failed", "finished"]
     recorded = {record["step"]: record["loss"] for record in Run(tmp_path / "run").metrics() if "loss" in record}
     assert {step: value for name, step, value in sent if name == "loss"} == recorded
+
+
+def test_what_a_killed_process_had_not_sent_is_sent_from_the_records_once(images, tmp_path):
+    train(tracked(Keeping(key="lost", trouble="killed")), images, tmp_path / "run", kill_at=8)
+    with heard() as lines:
+        train(tracked(Keeping(key="lost")), images, tmp_path / "run")
+    sent = SENT["lost"]
+    assert [step for name, step, _ in sent if name == "loss"] == list(range(1, 13))
+    assert [step for name, step, _ in sent if name == "val_loss"] == [6, 12] == [step for name, step, _ in sent if name == "confusion"]
+    assert "kept: sends what it lacks of 2 steps up to step 6" in lines
+    recorded = {record["step"]: record["loss"] for record in Run(tmp_path / "run").metrics() if "loss" in record}
+    assert {step: value for name, step, value in sent if name == "loss"} == recorded
+
+
+def test_a_tracker_that_fails_while_it_catches_up_is_sent_nothing_twice(images, tmp_path, monkeypatch):
+    monkeypatch.setattr(tracking, "RETRY_SECONDS", (0.0, 0.0))
+    train(tracked(max_steps=12), images, tmp_path / "run", kill_at=8)
+    metrics, failures = Kept.metrics, iter([False, True, False, True, True])
+
+    def failing(self, step, values, seconds):
+        if next(failures, False):
+            raise OSError("no answer")
+        metrics(self, step, values, seconds)
+
+    monkeypatch.setattr(Kept, "metrics", failing)
+    train(tracked(Keeping(key="again")), images, tmp_path / "run")
+    assert [step for name, step, _ in SENT["again"] if name == "loss"] == list(range(1, 13))
 
 
 @pytest.mark.parametrize("trouble", ["closed", "fails"])
@@ -240,6 +271,70 @@ def test_files_of_wandb_have_a_killed_run_under_one_id_with_one_point_a_step(ima
     assert all(any(name.startswith("samples/confusion") for name in row) for row in history if "val_loss" in row)
     config = {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in runs[0].config.update}
     assert config["optim.lr"] == 0.005
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tracker", [Wandb(mode="offline"), Mlflow()])
+def test_a_tracker_has_every_point_of_a_run_whose_process_died_without_a_word(tracker, images, tmp_path):
+    """At a validation, which W&B gets with the next step, and of which a checkpoint is saved: it is never measured again."""
+    pytest.importorskip(type(tracker).__name__.lower())
+    made, folder = tracked(tracker), tmp_path / "runs" / "killed"
+    run(made, images, folder, stop_at=6)
+    assert [checkpoint.step for checkpoint in Run(folder).checkpoints()][-1] == 6
+    run(made, images, folder)
+    if isinstance(tracker, Wandb):
+        history, runs = read_offline(Run(folder).trackers_folder)
+        points = {name: [row["_step"] for row in history if name in row] for name in ("loss", "val_loss")}
+        assert len({run.run_id for run in runs}) == 1 and len(runs) >= 2
+    else:
+        from mlflow import MlflowClient
+
+        client = MlflowClient(f"sqlite:///{tmp_path / 'runs' / 'mlflow.db'}")
+        (found,) = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
+        points = {name: [point.step for point in client.get_metric_history(found.info.run_id, name)] for name in ("loss", "val_loss")}
+        pictures = {file.path for file in client.list_artifacts(found.info.run_id, "samples")}
+        assert {"samples/confusion-00000006.png", "samples/confusion-00000012.png"} <= pictures
+    assert points == {"loss": list(range(1, 13)), "val_loss": [6, 12]}
+
+
+def test_offline_files_that_are_gone_are_sent_ones_and_what_was_cut_off_is_left_out(images, tmp_path):
+    pytest.importorskip("wandb")
+    train(tracked(Wandb(mode="offline")), images, tmp_path / "run")
+    folder = Run(tmp_path / "run").trackers_folder
+    run_id = tracking.note_of(Run(tmp_path / "run"), "wandb /perceiver")["id"]
+    assert steps_of(folder, run_id) == set(range(1, 13)) and steps_of(folder, "other") is None
+    (file,) = folder.glob("wandb/offline-run-*/*.wandb")
+    file.write_bytes(file.read_bytes()[:-40])
+    assert steps_of(folder, run_id) >= set(range(1, 12))
+    assert tracking.note_of(Run(tmp_path / "run"), "wandb /perceiver")["step"] == 12
+
+
+def test_mlflows_database_has_its_name_when_it_is_whole(tmp_path, monkeypatch):
+    pytest.importorskip("mlflow")
+    pytest.importorskip("sqlalchemy")
+    from mlflow import MlflowClient
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    file = tmp_path / "runs" / "mlflow.db"
+    made = SqlAlchemyStore.__init__
+
+    def killed(self, uri, *args):
+        made(self, uri, *args)
+        assert not file.exists()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(SqlAlchemyStore, "__init__", killed)
+        make_database(file)
+    assert not file.exists()
+    (tmp_path / "runs" / ".mlflow.db.new-1").write_bytes(b"half")
+    make_database(file)
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["mlflow.db"]
+    before = file.read_bytes()
+    make_database(file)
+    assert file.read_bytes() == before
+    client = MlflowClient(f"sqlite:///{file}")
+    assert client.create_run(client.create_experiment("mine")).info.status == "RUNNING"
 
 
 def test_notes_of_a_run_that_are_damaged_are_begun_anew(tmp_path):

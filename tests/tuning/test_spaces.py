@@ -33,6 +33,13 @@ def test_domains_that_nothing_can_be_drawn_from_or_that_do_not_fit_are_named(dom
         checked(optim__lr=domain)
 
 
+def test_fields_may_be_spelled_as_on_the_command_line():
+    made = Sweep(preset="quickstart", space={"optim.warmup-steps": tune.choice([0, 50])})
+    check_values(made)
+    assert made.default() == {"optim.warmup_steps": 50}
+    assert Sweep(preset="quickstart", points=({"optim.warmup-steps": 3},)).points == ({"optim.warmup_steps": 3},)
+
+
 def test_ranges_of_whole_numbers_are_checked_at_both_ends():
     checked(model__num_latents=tune.randint(8, 33))
     with pytest.raises(UserError, match=r"range from 5 to 3"):
