@@ -13,7 +13,7 @@ from perceiver.config import DataConfig, UserError
 from perceiver.data.examples import is_code
 from perceiver.data.examples_shown import text_begin
 from perceiver.data.files import format_of, list_files
-from perceiver.data.picture_folders import picture_folder
+from perceiver.data.picture_folders import names_pictures, picture_folder
 from perceiver.data.sources import NAMED, is_path, resolve
 from perceiver.datasets import Dataset
 from perceiver.inference.frames import is_flow
@@ -144,7 +144,12 @@ def find(source: str, text: str | None = None, label: str | None = None, encodin
     if not single and any(is_flow(inner) for _, inner, _ in listed):
         return flows_found(lines, source)
     pictures = bool(formats.keys() & {"picture", "idx", "tar"}) and not single or formats.keys() <= {"tar"} and bool(formats)
-    if pictures or (not single and picture_folder(listed, "data", source, label or "label")):
+    if (
+        pictures
+        or single
+        and names_pictures(listed[0][0], source)
+        or (not single and picture_folder(listed, "data", source, label or "label"))
+    ):
         return pictures_found(lines, source, label or "label")
     given = ["--data.source", source]
     if "sound" in formats:

@@ -107,6 +107,20 @@ def rows_of_table(path: str, name: str) -> Iterator[dict[str, Any]]:
         raise UserError(f"{name} cannot be read as a table ({str(error).splitlines()[0]})") from None
 
 
+def names_pictures(path: str, name: str) -> bool:
+    """Whether the first row of a table (.csv, .jsonl) names a picture in one of the columns for it."""
+    if not path.lower().endswith((".csv", ".jsonl")):
+        return False
+    try:
+        row = next(rows_of_table(path, name), None)
+    except UserError:
+        return False
+    if not isinstance(row, dict):
+        return False
+    column = next((column for column in _FILE_COLUMNS if column in row), None)
+    return column is not None and isinstance(row[column], str) and format_of(row[column]) == "picture"
+
+
 def _in_table(
     name: str,
     rows: Iterator[dict[str, Any]],
