@@ -13,7 +13,7 @@ from perceiver.config import DataConfig, UserError
 from perceiver.data.examples import is_code
 from perceiver.data.examples_shown import text_begin
 from perceiver.data.files import format_of, list_files
-from perceiver.data.picture_folders import picture_folder
+from perceiver.data.picture_folders import names_pictures, picture_folder
 from perceiver.data.sources import NAMED, is_path, resolve
 from perceiver.datasets import Dataset
 from perceiver.inference.frames import is_flow
@@ -56,6 +56,9 @@ def main(argv: list[str]) -> int:
     refuse_empty(args, ("source",))
     DataConfig(encoding=args.encoding).check_encoding()
     run = Run.find(args.source) if is_path(args.source) or "/" not in args.source else None
+    here = Path(args.source).expanduser()
+    if run is not None and here.exists() and here.absolute() != run.folder:
+        run = None  # data of this name in the working folder, beside a run elsewhere that has it, too
     if args.html is not None:
         write_page(args.source, args.html, args.text_column, args.label_column, run is not None, args.encoding)
         return 0
@@ -116,7 +119,7 @@ def of_run(run: Run) -> list[str]:
             f"longer than the model takes: {found['texts']:,} {name} texts, {found['lost']:,} of {found['tokens']:,} tokens lost"
             for name, found in stats.get("long_texts", {}).items()
         ]
-        lines += [f"held out {stats['held_out']}"] * ("held_out" in stats)
+        lines += [f"held out {how}"] if (how := stats.get("held_out")) else []
         lines += [f"skipped: {count:,} x {reason}" for reason, count in stats.get("skipped", {}).items()]
     return [*lines, "", f"look at the source: {shlex.join(['perceiver', 'data', data.source])}"] if is_path(data.source) else lines
 
@@ -141,7 +144,12 @@ def find(source: str, text: str | None = None, label: str | None = None, encodin
     if not single and any(is_flow(inner) for _, inner, _ in listed):
         return flows_found(lines, source)
     pictures = bool(formats.keys() & {"picture", "idx", "tar"}) and not single or formats.keys() <= {"tar"} and bool(formats)
-    if pictures or (not single and picture_folder(listed, "data", source, label or "label")):
+    if (
+        pictures
+        or single
+        and names_pictures(listed[0][0], source)
+        or (not single and picture_folder(listed, "data", source, label or "label"))
+    ):
         return pictures_found(lines, source, label or "label")
     given = ["--data.source", source]
     if "sound" in formats:

@@ -40,7 +40,7 @@ class DataConfig(Config):
     all must then have the same size."""
     long_texts: Literal["cut", "split", "stride", "refuse"] = "cut"
     """What to do with labelled texts that are longer than the model's input. cut: keep their beginning; split: make each part a row of
-    its own with the same label; stride: the same with parts that overlap; refuse: stop with an error that names the first such text."""
+    its own with the same label; stride: the same, overlapping; refuse: stop and name the first such text."""
     text_stride: int | None = None
     """With long-texts stride: tokens between the beginnings of two parts of a text. None: half of what the model takes."""
     encoding: str = "utf-8"

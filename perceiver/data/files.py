@@ -20,7 +20,7 @@ from perceiver.config import UserError
 from perceiver.data import media_rows  # noqa: F401  (its kinds make themselves known)
 from perceiver.data.row_kind import ENDINGS
 from perceiver.data.rows import KINDS
-from perceiver.data.storage import check_store, open_folder
+from perceiver.data.storage import check_store, open_folder, whole_place
 
 Format = Literal["text", "wikitext", "jsonl", "csv", "arrow", "parquet", "wikitext-rows", "idx", "picture", "tar", "midi", "flow", "sound"]
 FORMATS: dict[str, Format] = {
@@ -167,9 +167,8 @@ def list_files(source: str, field: str, names: Collection[str]) -> list[tuple[st
             raise UserError(f"{field} {source} matches no file")
         return [(str(Path(p).absolute()), Path(p).relative_to(root).as_posix(), Path(p).stat().st_size) for p in paths]
     check_store(source)
-    filesystem, path = open_folder(source)
-    prefix = source.partition("://")[0] + "://" if "://" in source else ""
     try:
+        filesystem, path = open_folder(source)
         info = filesystem.get_file_info(path)
     except OSError as error:
         raise UserError(f"{field} {source} cannot be read: {str(error).strip().splitlines()[0]}") from None
@@ -178,13 +177,15 @@ def list_files(source: str, field: str, names: Collection[str]) -> list[tuple[st
         hint = f", did you mean {near[0]}?" if near else ""
         raise UserError(f"{field} {source} does not exist: it is no file, folder or glob, and no named data set ({', '.join(names)}){hint}")
     if info.type == pafs.FileType.File:
-        return [(prefix + path, "", info.size)]
-    if not prefix:
+        return [(whole_place(source, path), "", info.size or 0)]
+    if "://" not in source:
         visible = sorted(_walk(path, f"{field} {source}"))
     else:
         infos = filesystem.get_file_info(pafs.FileSelector(path, recursive=True))
         inner = {i.path: i.path[len(path) :].strip("/") for i in infos if i.type == pafs.FileType.File}
-        visible = sorted((prefix + i.path, inner[i.path], i.size) for i in infos if i.path in inner and not _HIDDEN.search(inner[i.path]))
+        visible = sorted(
+            (whole_place(source, i.path), inner[i.path], i.size) for i in infos if i.path in inner and not _HIDDEN.search(inner[i.path])
+        )
     if not visible:
         raise UserError(f"{field} {source} is a folder without files")
     return visible

@@ -10,7 +10,7 @@ from typing import Any
 
 from perceiver.config import UserError
 from perceiver.data.files import MARKS, Format, Found, InputFile, format_of
-from perceiver.data.storage import open_folder
+from perceiver.data.storage import open_folder, whole_place
 
 _TABLES = ("metadata.csv", "metadata.jsonl")
 _FILE_COLUMNS = ("file_name", "image", "path", "file")
@@ -107,6 +107,20 @@ def rows_of_table(path: str, name: str) -> Iterator[dict[str, Any]]:
         raise UserError(f"{name} cannot be read as a table ({str(error).splitlines()[0]})") from None
 
 
+def names_pictures(path: str, name: str) -> bool:
+    """Whether the first row of a table (.csv, .jsonl) names a picture in one of the columns for it."""
+    if not path.lower().endswith((".csv", ".jsonl")):
+        return False
+    try:
+        row = next(rows_of_table(path, name), None)
+    except UserError:
+        return False
+    if not isinstance(row, dict):
+        return False
+    column = next((column for column in _FILE_COLUMNS if column in row), None)
+    return column is not None and isinstance(row[column], str) and format_of(row[column]) == "picture"
+
+
 def _in_table(
     name: str,
     rows: Iterator[dict[str, Any]],
@@ -146,6 +160,5 @@ def _there(folder: str) -> dict[str, tuple[str, int]]:
     import pyarrow.fs as pafs
 
     filesystem, place = open_folder(folder)
-    prefix = folder.partition("://")[0] + "://" if "://" in folder else ""
     infos = filesystem.get_file_info(pafs.FileSelector(place, recursive=True))
-    return {i.path[len(place) :].strip("/"): (prefix + i.path, i.size) for i in infos if i.type == pafs.FileType.File}
+    return {i.path[len(place) :].strip("/"): (whole_place(folder, i.path), i.size) for i in infos if i.type == pafs.FileType.File}

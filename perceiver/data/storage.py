@@ -146,6 +146,12 @@ def _store_of(uri: str) -> tuple[str, int] | None:
     return None if not host else (host, port or (80 if scheme == "http" else 443))
 
 
+def whole_place(folder: str | Path, path: str) -> str:
+    """A path in a folder's file system as a path or URI: with the folder's scheme, which the paths of some file systems have themselves."""
+    scheme, mark, _ = str(folder).partition("://")
+    return path if not mark or "://" in path else f"{scheme}://{path}"
+
+
 @contextmanager
 def atomic_file(folder: str | Path, name: str) -> Iterator[BinaryIO]:
     """A file of a folder to write to, which appears whole or, where the body raises, not at all.

@@ -47,6 +47,8 @@ def tar_rows(path: str, name: str, start: int, num: int, wanted: Wanted) -> list
                     Row(f"{name}/{member}" if member else name, None, content))  # fmt: skip
         if len(rows) == num:
             break
+    if len(rows) < num:  # it ends in the middle of the last one, which was planned as a fault
+        rows.append(Row(name, None, "is no readable .tar file: its end is missing"))
     return rows
 
 
@@ -56,12 +58,13 @@ def _examples(path: str, start: int, kind: str, read: bool = False) -> Iterator[
     Members of an example share their name up to the first dot.
     """
     filesystem, inner = open_folder(path)
-    wanted, key, begin, yielded, member_name = _MEDIA.get(kind, ""), "", start, False, ""
+    wanted, key, begin, yielded, member_name, end = _MEDIA.get(kind, ""), "", start, False, "", start
     try:
         with filesystem.open_input_file(inner) as source:
             source.seek(start)
             with tarfile.open(fileobj=source, mode="r:") as archive:
                 for member in archive:
+                    end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
                     folder, slash, base = member.name.rpartition("/")
                     if (this := folder + slash + base.partition(".")[0]) != key:
                         key, begin, yielded = this, member.offset, False
@@ -71,11 +74,22 @@ def _examples(path: str, start: int, kind: str, read: bool = False) -> Iterator[
                     if member.size > spans.MOST_RECORD:
                         yield begin, member.name, f"has {member.size:,} bytes, more than {spans.MOST_RECORD >> 20:,} MiB"
                         continue
-                    content = archive.extractfile(member) if read else None
-                    yield begin, member.name, content.read() if content is not None else b""
+                    yield begin, member.name, _content(archive, member) if read else b""
+                source.seek(archive.offset)  # damage after the first member is an end to it, as the zeros are that should be here
+                if (rest := source.read(tarfile.BLOCKSIZE)) and (len(rest) < tarfile.BLOCKSIZE or any(rest)):
+                    raise tarfile.ReadError("its end is missing")
     except (tarfile.TarError, OSError, EOFError) as error:
         after = f" after {member_name}" if member_name else ""
-        yield begin, "", f"is no readable .tar file{after} ({(str(error) or 'damaged').splitlines()[0]})"
+        yield end, "", f"is no readable .tar file{after} ({(str(error) or 'damaged').splitlines()[0]})"
+
+
+def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes | str:
+    """A member's content, or what is wrong with it: the archive ends in the middle of it."""
+    try:
+        content = archive.extractfile(member)
+        return b"" if content is None else content.read()
+    except (tarfile.TarError, OSError, EOFError) as error:
+        return f"cannot be read ({(str(error) or 'damaged').splitlines()[0]})"
 
 
 def idx_images(path: str, name: str) -> int:

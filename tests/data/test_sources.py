@@ -341,3 +341,44 @@ def test_other_columns_are_named(tmp_path):
     pq.write_table(pa.table({"text": [1]}), tmp_path / "b.parquet")
     with pytest.raises(UserError, match=r"b.parquet column 'text' holds int64, not text"):
         documents(tmp_path / "b.parquet")
+
+
+def test_a_file_behind_an_address_of_the_web_is_read_as_a_local_one(tmp_path):
+    import threading
+    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+    from perceiver.inference.parts import list_inputs, plan_parts, read_part
+    from ray_jobs.data import look
+
+    rows = "".join(f"some words {i} of a text,{i % 2}\n" for i in range(30))
+    (tmp_path / "in.csv").write_text(f"text,label\n{rows}")
+    content = (tmp_path / "in.csv").read_bytes()
+
+    class Server(BaseHTTPRequestHandler):
+        """Answers requests for parts of the file, as servers of files do."""
+
+        def do_GET(self):
+            first, _, last = self.headers.get("Range", f"bytes=0-{len(content) - 1}").removeprefix("bytes=").partition("-")
+            part = content[int(first) : int(last) + 1]
+            self.send_response(206 if "Range" in self.headers else 200)
+            self.send_header("Content-Length", str(len(part)))
+            self.send_header("Content-Range", f"bytes {first}-{int(first) + len(part) - 1}/{len(content)}")
+            self.send_header("Accept-Ranges", "bytes")
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(part)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *args):
+            """Nothing."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        address = f"http://127.0.0.1:{server.server_port}/in.csv"
+        assert look(address)[1:] == [line.replace(str(tmp_path / "in.csv"), address) for line in look(str(tmp_path / "in.csv"))[1:]]
+        (part,) = plan_parts(list_inputs([address]), 50, "text", None)
+        assert [row.value for row in read_part(part, "text", "text", None)][:2] == ["some words 0 of a text", "some words 1 of a text"]
+    finally:
+        server.shutdown()

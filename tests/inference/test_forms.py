@@ -82,6 +82,17 @@ def test_what_follows_a_tar_s_damage_is_one_row_that_says_so(tmp_path: Path) -> 
         read(tmp_path / "c.tar", kind="audio")
 
 
+def test_a_tar_that_is_cut_anywhere_has_as_many_rows_as_were_planned(tmp_path: Path) -> None:
+    whole = shard(tmp_path / "a.tar").read_bytes()
+    for size in range(1600, 10_200, 250):  # from the first picture on to the end of the last
+        (tmp_path / "a.tar").write_bytes(whole[:size])
+        for rows_per_part in (1, 3):
+            rows = read(tmp_path / "a.tar", rows_per_part=rows_per_part)  # refuses another number than planned
+            good = [row for row in rows if row.error is None]
+            assert values(good) == [0, 10, 20, 30, 40][: len(good)]
+            assert size % 512 == 0 or 1 <= len(rows) - len(good) <= 2, "what is lost is said"
+
+
 def test_images_of_an_idx_file_are_rows(tmp_path: Path) -> None:
     write_idx(tmp_path, "t10k", 5, seed=1)
     expected = np.random.default_rng(1).integers(0, 256, (5, 28, 28), np.uint8)

@@ -17,6 +17,7 @@ from perceiver.models import (
     ArrayInput,
     ArrayOutput,
     AudioInput,
+    Categories,
     ClassOutput,
     DecoderConfig,
     EmbeddingOutput,
@@ -28,6 +29,7 @@ from perceiver.models import (
     OutputConfig,
     PerceiverIOConfig,
     StemInput,
+    TableInput,
     VideoInput,
     build_model,
 )
@@ -98,6 +100,16 @@ INPUTS: dict[str, tuple[InputConfig, Any]] = {
         normal(B, 9, 12, 3),
     ),
     "several": (MULTI, {"sound": normal(B, 24), "points": normal(B, N, 3)}),
+    "table": (
+        TableInput(
+            columns=("n", "c", "t"),
+            shapes=("2", "category", "text:6"),
+            num_channels=8,
+            vocab_size=9,
+            categories=(Categories(column="c", values=("x", "y")),),
+        ),
+        {"numbers": normal(B, 2), "ids": torch.tensor([[1, 3, 4, 5, -1, -1, -1]] * (B - 1) + [[0, 6, 7, 8, 1, 2, 3]])},
+    ),
 }
 MASKABLE = {"set", "learned", "coordinates", "rotary", "events"}
 

@@ -75,6 +75,17 @@ def test_a_table_of_texts_may_have_numbers_beside_them(tmp_path):
     assert command(lines, "train on all columns").task.targets == ("sentiment",)
 
 
+def test_a_table_that_names_pictures_is_one_of_pictures(tmp_path):
+    rows = []
+    for i in range(6):
+        picture(tmp_path / "in" / f"{i}.png", ["red", "blue"][i % 2], i, size=(8, 8))
+        rows.append(f"in/{i}.png,{['red', 'blue'][i % 2]}\n")
+    (tmp_path / "list.csv").write_text("file_name,label\n" + "".join(rows))
+    lines = look(str(tmp_path / "list.csv"))
+    assert "pictures: 8 x 8; 0 grey, 6 in colour" in lines
+    assert command(lines, "train").task.class_names == ("blue", "red")
+
+
 def test_a_real_number_is_no_class_and_a_quantity_is_learned_from_the_text(tmp_path):
     rows = "".join(f"a film that {i} people saw,{i / 7:.2f}\n" for i in range(12))
     (tmp_path / "in.csv").write_text(f"text,label\n{rows}")

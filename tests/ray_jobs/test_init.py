@@ -113,3 +113,19 @@ def test_of_a_run_it_says_what_it_was_trained_on(tmp_path, monkeypatch, capsys):
     assert lines[0] == f"mine: {source}, prepared in {data_folder(experiment)}"
     assert "  classes: bad (18), good (18)" in lines and "  classes: bad (2), good (2)" in lines and "held out by class" in lines
     assert lines[-1] == f"look at the source: perceiver data {source}"
+
+
+def test_data_in_the_working_folder_is_meant_where_a_run_elsewhere_has_its_name(tmp_path, monkeypatch, capsys):
+    serially(monkeypatch)
+    rows = "".join(f"{i},{i * 2.5}\n" for i in range(30))
+    (tmp_path / "numbers.csv").write_text(f"a,b\n{rows}")
+    experiment = parse_experiment(["tables", "--data.source", str(tmp_path / "numbers.csv"), "--task.targets", "b", "--name", "mine"], "x")
+    run = Run(tmp_path / "home" / "runs" / "mine")
+    run.folder.mkdir(parents=True)
+    save_experiment(run, experiment, prepare(experiment), data_folder(experiment))
+    capsys.readouterr()
+    assert data.main(["mine"]) == 0
+    assert capsys.readouterr().out.startswith(f"mine: {tmp_path / 'numbers.csv'}, prepared in ")
+    source_of("texts", tmp_path / "here" / "mine")
+    assert data.main(["mine"]) == 0
+    assert capsys.readouterr().out.startswith("mine: 1 file, ")
