@@ -10,7 +10,8 @@ from typing import Any
 
 from perceiver.catalog import CATALOG
 from perceiver.config import Config, Experiment, UserError, check_tree, flatten, nearest, spelled, to_dict
-from perceiver.config.core import check_values, is_builtin
+from perceiver.config.checks import check_values
+from perceiver.config.core import is_builtin
 from perceiver.config.values import words
 from perceiver.config_files import PRESET, YAML, ExperimentFile, read_experiment_file
 from perceiver.extensions import call, code_of, code_of_file, installed_experiments, is_reference, load_object, load_point

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import io
 import re
+import shutil
 import sys
+import textwrap
 from collections.abc import Collection, Sequence
 from typing import Any, NoReturn
 
@@ -51,7 +53,13 @@ class CommandParser(argparse.ArgumentParser):
         found, rest = self.parse_known_args(args)
         for word in rest:
             option = word.partition("=")[0]
-            if option.startswith("--") and "." not in option and option not in others and (said := self._no_option(option)).endswith("?"):
+            if (
+                option.startswith("--")
+                and option != "--help"
+                and "." not in option
+                and option not in others
+                and (said := self._no_option(option)).endswith("?")
+            ):
                 self.error(said)
         return found, rest
 
@@ -109,11 +117,24 @@ def print_anything() -> None:
 
 
 def summary(documentation: str | None) -> str:
-    """What a module's docstring says of its command: without the command line that it begins with, which `--help` shows itself."""
+    """What a module's docstring says of its command, its paragraphs filled to the width of the terminal: without the command line that it
+    begins with, which `--help` shows itself.
+    """
     text = documentation or ""
     if text.startswith("`"):
         text = text.partition(": ")[2]
-    return text[:1].upper() + text[1:]
+    return filled(text[:1].upper() + text[1:])
+
+
+def filled(text: str, indent: str = "") -> str:
+    """Paragraphs filled to the width of the terminal.
+
+    Args:
+        indent: before all lines of a paragraph but its first.
+    """
+    width = max(40, shutil.get_terminal_size().columns - 2)
+    paragraphs = (" ".join(paragraph.split()) for paragraph in text.strip().split("\n\n"))
+    return "\n\n".join(textwrap.fill(paragraph, width, subsequent_indent=indent, break_on_hyphens=False) for paragraph in paragraphs)
 
 
 def add_checkpoint_option(parser: argparse.ArgumentParser) -> None:

@@ -7,15 +7,13 @@ import contextlib
 import dataclasses
 import os
 import shlex
-import shutil
 import sys
-import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from perceiver.config import Experiment, RunConfig, UserError
-from perceiver.terminal import print_anything
+from perceiver.terminal import filled, print_anything
 from ray_jobs.overrides import FLAGS, SHORTCUTS, override
 from ray_jobs.program import program
 
@@ -50,16 +48,16 @@ def parse_experiment(argv: Sequence[str], prog: str) -> Experiment:
         print(f"usage: {program(prog)} EXPERIMENT [--field value ...]")
         if prog == "ray_jobs.train":
             print(f"       {program(prog)} --fork RUN[@STEP] --name NAME [--field value ...]")
-        print("\nEXPERIMENT is a preset, or one of your own: FILE.py:FUNCTION, MODULE:FUNCTION, a run's folder, a .json or a .yaml file.")
-        print(f"`{program(prog)} EXPERIMENT --help` lists its fields.\n")
-        width = shutil.get_terminal_size().columns
-        print(textwrap.fill(f"presets: {names}", width, subsequent_indent="  ", break_on_hyphens=False))
+        own = "EXPERIMENT is a preset, or one of your own: FILE.py:FUNCTION, MODULE:FUNCTION, a run's folder, a .json or a .yaml file."
+        print(f"\n{filled(own)}\n{filled(f'`{program(prog)} EXPERIMENT --help` lists its fields.')}\n")
+        print(filled(f"presets: {names}", "  "))
         shortcuts = [*(f"{short} = {long}" for short, long in SHORTCUTS.items()), *FLAGS]
-        text = f"shortcuts: {', '.join(shortcuts)}; --workers 2..8 is elastic"
-        print(textwrap.fill(text, width, subsequent_indent="  ", break_on_hyphens=False))
+        print(filled(f"shortcuts: {', '.join(shortcuts)}; --workers 2..8 is elastic", "  "))
         if prog == "ray_jobs.train":
-            print("several seeds: --seeds 5 (from --training.seed on) or --seeds 0,1,7; each is a run NAME-seed-N; a table compares them")
-        print(f"as a file: EXPERIMENT [--field value ...] {WRITE_CONFIG} FILE.yaml only writes the file; {program(prog)} FILE.yaml uses it")
+            seeds = "--seeds 5 (from --training.seed on) or --seeds 0,1,7; each is a run NAME-seed-N; a table compares them"
+            print(filled(f"several seeds: {seeds}", "  "))
+        written = f"EXPERIMENT [--field value ...] {WRITE_CONFIG} FILE.yaml only writes the file; {program(prog)} FILE.yaml uses it"
+        print(filled(f"as a file: {written}", "  "))
         raise SystemExit(0)
     # Here and not above: to parse nothing takes none of the models and tasks.
     from perceiver.experiments import find_experiment

@@ -32,8 +32,10 @@ logger = logging.getLogger("ray_jobs.lr_find")  # which __name__ is not where it
 
 def main(argv: list[str]) -> int:
     argv = show_progress(argv)
+    name = program("ray_jobs.lr_find")
     parser = CommandParser(
-        prog=program("ray_jobs.lr_find"), description=summary(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog=name, usage=f"{name} EXPERIMENT [option value ...] [--field value ...]", description=summary(__doc__),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False, add_help=False,
     )  # fmt: skip
     parser.add_argument("--from", dest="low", type=float, default=1e-6, metavar="RATE", help="first learning rate (%(default)g)")

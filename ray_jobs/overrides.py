@@ -70,7 +70,9 @@ def override(config: Config, args: Sequence[str], prog: str) -> Config:
                 default=config,
                 args=args,
                 prog=program(prog),
-                description="\n\n".join(filter(None, [type(config).__doc__, _BESIDES.get(prog.partition(" ")[0])])),
+                description="\n\n".join(
+                    filter(None, [" ".join((type(config).__doc__ or "").split()), _BESIDES.get(prog.partition(" ")[0])])
+                ),
             )
     except SystemExit as stop:
         if stop.code in (0, None):

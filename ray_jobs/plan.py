@@ -217,8 +217,10 @@ def find_device(name: str, memory: float | None, flops: float | None) -> Device:
 
 
 def main(argv: list[str]) -> int:
+    name = program("ray_jobs.plan")
     parser = CommandParser(
-        prog=program("ray_jobs.plan"), description=summary(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog=name, usage=f"{name} EXPERIMENT [option value ...] [--field value ...]", description=summary(__doc__),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False, add_help=False,
     )  # fmt: skip
     parser.add_argument("--device", default="a100-40gb", help=f"kind of GPU: {', '.join(DEVICES)} (%(default)s)")

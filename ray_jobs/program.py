@@ -16,8 +16,12 @@ def started_as() -> str:
 
 
 def program(module: str) -> str:
-    """The command line that starts a module's job, spelled as the user spelled it: `perceiver COMMAND` or `python -m MODULE`."""
+    """The command line that starts a module's job, spelled as the user spelled it: `perceiver COMMAND` or `python -m MODULE`.
+
+    After a space there may be arguments, which stay as they are.
+    """
     if started_as() != "perceiver":
         return f"python -m {module}"
-    name, _, rest = module.rpartition(".")[2].partition(" ")
+    path, _, rest = module.partition(" ")
+    name = path.rpartition(".")[2]
     return " ".join(filter(None, ("perceiver", name.replace("_", "-").removeprefix("train-"), rest)))

@@ -1,7 +1,6 @@
 """`python -m ray_jobs.submit [options] JOB [arguments]`: checks a job, submits it to a Ray cluster, follows it to its end.
 
-JOB is train, preprocess, train_tokenizer, evaluate, predict, export (of `ray_jobs`), sweep or scaling_laws (of `tuning`). The exit
-status is that of the job. Ctrl-C leaves the job running (or stops it, with `--on-interrupt stop`); `--follow ID` watches it again.
+The exit status is that of the job. Ctrl-C leaves the job running (or stops it, with `--on-interrupt stop`); `--follow ID` watches it again.
 """
 
 from __future__ import annotations
@@ -53,7 +52,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--working-dir", default=".", help="folder to upload, without what .rayignore names (%(default)s)")
     parser.add_argument("--runtime-env", type=Path, help="YAML with packages, such as cluster/runtime_env.yaml")
     parser.add_argument("--patience", type=float, default=60, help="seconds to wait for a cluster that does not answer (%(default)g)")
-    parser.add_argument("job", nargs="?", help=", ".join(JOBS))
+    parser.add_argument("job", nargs="?", help=f"one of {', '.join(JOBS)}")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="of the job")
     args = parser.parse_args(argv)
     if args.job in COMMANDS and COMMANDS[args.job].job:  # scaling-laws for scaling_laws, and the like

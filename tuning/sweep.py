@@ -28,7 +28,7 @@ from perceiver.config import Experiment, UserError, check_folder_name, check_tre
 from perceiver.datasets import Dataset, with_tokenizer
 from perceiver.extensions import code_of
 from perceiver.runs import held
-from perceiver.terminal import CommandParser, number_of, summary
+from perceiver.terminal import CommandParser, filled, number_of, summary
 from perceiver.training.meters import duration
 from perceiver.training.run import total_steps
 from perceiver.trust import trust
@@ -76,7 +76,7 @@ def main(argv: list[str]) -> int:
     argv = show_progress(argv)
     parser = CommandParser(prog=program("tuning.sweep"), description=summary(__doc__), allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=f"sweeps: {', '.join(SWEEPS)}, or file.py:function",
+        epilog=filled(f"sweeps: {', '.join(SWEEPS)}, or file.py:function", "  "),
     )  # fmt: skip
     parser.add_argument("sweep", help="a sweep, or with --space an experiment")
     parser.add_argument(

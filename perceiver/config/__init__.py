@@ -1,10 +1,9 @@
 """The one configuration tree: an `Experiment` names a task, its model, its data, its optimisation and its run."""
 
+from perceiver.config.checks import check_folder_name, check_tree
 from perceiver.config.core import (
     Config,
     UserError,
-    check_folder_name,
-    check_tree,
     differences,
     digest,
     flatten,

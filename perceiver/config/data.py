@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from perceiver.config.core import Config, UserError, check_positive, home
+from perceiver.config.checks import check_positive
+from perceiver.config.core import Config, UserError, home
 
 TEXT_LENGTH = 256
 """Tokens of a text in a column of a table that go into a model, unless its configuration has another number."""

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from perceiver.config.core import Config, check_folder_name, flatten, is_builtin, to_dict
+from perceiver.config.checks import check_folder_name
+from perceiver.config.core import Config, flatten, is_builtin, to_dict
 from perceiver.config.data import DataConfig
 from perceiver.config.optimization import OptimConfig
 from perceiver.config.parts import CallbackConfig, ModelConfig, TaskConfig

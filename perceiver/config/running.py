@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from perceiver.config.core import Config, UserError, check_positive, home, spelled
+from perceiver.config.checks import check_positive
+from perceiver.config.core import Config, UserError, home, spelled
 
 
 class ParallelConfig(Config):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from perceiver.config.core import UserError, check_positive, spelled
+from perceiver.config.checks import check_positive
+from perceiver.config.core import UserError, spelled
 from perceiver.config.optimization import ScheduleConfig, check_epochs
 
 

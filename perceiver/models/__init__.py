@@ -5,7 +5,8 @@ from typing import Any
 import torch
 
 from perceiver.config import ModelConfig, UserError, spelled
-from perceiver.config.core import check_nodes, nodes
+from perceiver.config.checks import check_nodes
+from perceiver.config.core import nodes
 from perceiver.models.array_input import ArrayInput
 from perceiver.models.array_outputs import ArrayOutput, EmbeddingOutput, HeadsOutput
 from perceiver.models.autoencoder_output import AutoencoderOutput

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from perceiver.config import CallbackConfig, Experiment, UserError, nearest, spelled
-from perceiver.config.core import check_positive
+from perceiver.config.checks import check_positive
 from perceiver.config.optimization import raw_metric
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from typing import Any, Literal, Optional
 import pytest
 
 from perceiver.config import Config, TaskConfig, UserError, from_dict, to_dict
-from perceiver.config.core import check_values
+from perceiver.config.checks import check_values
 from perceiver.config.schema import experiment_schema
 from perceiver.config_files import read_experiment_file, write_experiment_file
 from perceiver.experiments import differing, field_words

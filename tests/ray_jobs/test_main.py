@@ -278,3 +278,23 @@ def test_the_process_that_workers_report_to_needs_no_pytorch_and_the_one_that_st
     assert loaded("import ray_jobs.mailbox") <= {"ray", "numpy"}
     code = "import sys, ray_jobs.on_workers; sys.stderr.write(' '.join(name for name in sys.modules if name.startswith('perceiver')))"
     assert loaded(code) == set()
+
+
+def test_a_command_is_spelled_with_the_experiment_as_it_was_typed(monkeypatch):
+    monkeypatch.setenv("PERCEIVER_STARTED_AS", "perceiver")
+    assert program("ray_jobs.train ./files/weather.py:tiny") == "perceiver train ./files/weather.py:tiny"
+    assert program("ray_jobs.train_tokenizer out.json") == "perceiver tokenizer out.json"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_each_command_shows_its_help(name, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    try:
+        status = main([name, "--help"])
+    except SystemExit as stop:
+        status = stop.code
+    shown = capsys.readouterr().out
+    assert status in (0, None) and "usage: " in shown and len(shown.splitlines()) > 4
+    described = [line for line in shown.splitlines() if not line.startswith(("usage:", " "))]
+    # Where fields are listed, tyro makes one line of each paragraph.
+    assert "[OPTIONS]" in shown or not [line for line in described if len(line) > 80], "text is filled to the width of the terminal"
