@@ -141,7 +141,9 @@ def largest_size(check: Check, experiment: Experiment, sizes: tuple[int, ...]) -
     """The first of some sizes whose step the plan lets fit."""
     step, limit = build_task(experiment).step(), torch.cuda.mem_get_info(check.device)[1] * 0.93
     for size in sizes:
-        layout = Layout(micro_batch_size=size, accumulated=1, shards=1, precision="bf16", checkpoint_every=0, cpu_offload=False, cuda=True)
+        layout = Layout(
+            micro_batch_size=size, accumulated=1, alone=True, precision="bf16", checkpoint_every=0, cpu_offload=False, cuda=True
+        )
         if step_memory(step, layout).total < limit:
             return size
     return None

@@ -175,7 +175,7 @@ def report_step(
         check.add(f"{what}: MFU", 100 * mfu, "%", f">= {goal:.0%}" if goal else "", mfu >= goal if goal else None)
     if steps.peak_bytes:
         layout = Layout(
-            micro_batch_size=size, accumulated=1, shards=1, precision=experiment.training.precision,
+            micro_batch_size=size, accumulated=1, alone=True, precision=experiment.training.precision,
             checkpoint_every=experiment.parallel.recompute_every, cpu_offload=False, cuda=True, optimizer=experiment.optim.optimizer,
         )  # fmt: skip
         planned = step_memory(build_task(experiment).step(), layout).total

@@ -7,11 +7,11 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
-from typing import Any
+from typing import Any, Generic, TypeVar, cast
 
 import pyarrow.fs as pafs
 
-from perceiver.config import Experiment, UserError, differences, digest, flatten
+from perceiver.config import DataConfig, Experiment, UserError, differences, digest, flatten, to_dict
 from perceiver.data.components import Component, components
 from perceiver.data.examples import is_code
 from perceiver.data.manifest import MANIFEST, DamagedData, Manifest
@@ -20,11 +20,13 @@ from perceiver.data.shards import broken_files, read_block
 from perceiver.data.sources import is_path, is_shipped, mixture_sources, resolve
 from perceiver.data.storage import list_folder, open_folder
 from perceiver.data.tokenizers import kept_file, tokenizer_is_there
-from perceiver.data_settings import prepare_settings, settings_without_tokenizer, task_kind
+from perceiver.data_settings import DataSpec, prepare_settings, settings_without_tokenizer, task_kind
 from perceiver.experiments import command_words
 
 _READING_ONLY = ("shuffle_window_blocks", "lanes", "balance")
 """Fields of the data's configuration that preparation does not depend on."""
+
+S = TypeVar("S", bound=DataSpec)
 
 
 class NotPrepared(UserError):
@@ -40,16 +42,16 @@ class NotPrepared(UserError):
 
 
 @dataclass(frozen=True)
-class Dataset:
-    """The prepared data of an experiment."""
+class Dataset(Generic[S]):
+    """The prepared data of an experiment, or of an `OtherData`."""
 
-    experiment: Experiment
+    experiment: S
     """With a tokenizer that is there (`with_tokenizer`)."""
     folder: str
     manifest: Manifest
 
     @classmethod
-    def find(cls, experiment: Experiment) -> Dataset:
+    def find(cls, experiment: S) -> Dataset[S]:
         """The data that was prepared for an experiment.
 
         Raises:
@@ -72,7 +74,7 @@ class Dataset:
         return cls(experiment, folder, manifest)
 
     @classmethod
-    def find_early(cls, experiment: Experiment) -> Dataset | None:
+    def find_early(cls, experiment: S) -> Dataset[S] | None:
         """The same before anything is held; None where the job itself prepares it, at once: shipped data, text that is streamed, and,
         where they are not prepared yet, what a function of the user's makes and arrays, pictures and texts with classes in files.
 
@@ -90,7 +92,7 @@ class Dataset:
         return None
 
     @classmethod
-    def find_prepared(cls, experiment: Experiment) -> Dataset | None:
+    def find_prepared(cls, experiment: S) -> Dataset[S] | None:
         """The same where it is prepared, whoever does that; else None."""
         return cls.find(experiment) if MANIFEST in list_folder(data_folder(experiment)) else None
 
@@ -99,7 +101,7 @@ class Dataset:
         """The data sets of a mixture; of other prepared data itself alone."""
         return components(self.folder, self.manifest)
 
-    def measured(self) -> Experiment:
+    def measured(self: Dataset[Experiment]) -> Experiment:
         """The experiment with what its task measures of the training split.
 
         Raises:
@@ -120,7 +122,7 @@ def train_counts(manifests: Sequence[Manifest]) -> list[int]:
     return [sum(column) for column in zip_longest(*found, fillvalue=0)]
 
 
-def check_sources(experiment: Experiment) -> None:
+def check_sources(experiment: DataSpec) -> None:
     """Looks whether the local files of an experiment's data are there, and are what its task is made from.
 
     Raises:
@@ -133,7 +135,7 @@ def check_sources(experiment: Experiment) -> None:
             resolve(part, kind)
 
 
-def _not_prepared(experiment: Experiment, settings: dict[str, Any]) -> NotPrepared:
+def _not_prepared(experiment: DataSpec, settings: dict[str, Any]) -> NotPrepared:
     others = [
         f"{name} ({'; '.join(differences(flatten(other.settings), flatten(settings)))})" for name, other in _others(experiment, settings)
     ]
@@ -141,13 +143,13 @@ def _not_prepared(experiment: Experiment, settings: dict[str, Any]) -> NotPrepar
     return NotPrepared(f"data of {experiment.preset} is not prepared", preprocess_command(experiment), after)
 
 
-def needs_tokenizer(experiment: Experiment) -> bool:
-    """Whether the experiment's data is made from text."""
-    kind = KINDS.get(experiment.task.kind)
-    return kind is not None and kind.is_text
+def needs_tokenizer(spec: DataSpec) -> bool:
+    """Whether the experiment's data is made from text, or has some."""
+    kind = KINDS.get(spec.task.kind)
+    return kind is not None and kind.is_text or spec.model.num_text_ids() is not None
 
 
-def with_tokenizer(experiment: Experiment) -> Experiment:
+def with_tokenizer(experiment: S) -> S:
     """The experiment with a tokenizer that is there: its own, else the copy in the one data set prepared for it.
 
     So a prepared data set is enough to train on another machine. Without any, the experiment as it is.
@@ -170,22 +172,26 @@ def with_tokenizer(experiment: Experiment) -> Experiment:
             f"data.tokenizer is {data.tokenizer}, which is not there, and data was prepared with {len(found)} others: give "
             f"--data.tokenizer {' or '.join(found)}"
         )
-    return replace(experiment, data=replace(data, tokenizer=found[0])) if found else experiment
+    return _with_data(experiment, replace(data, tokenizer=found[0])) if found else experiment
 
 
-def with_prepared_tokenizer(experiment: Experiment, folder: str, manifest: Manifest) -> Experiment:
+def with_prepared_tokenizer(experiment: S, folder: str, manifest: Manifest) -> S:
     """The experiment with the copy of its tokenizer that lies beside its shards, where all workers read."""
     if (manifest.tokenizer or {}).get("sha256") is None:
         return experiment
-    return replace(experiment, data=replace(experiment.data, tokenizer=f"{folder}/{kept_file(list_folder(folder))}"))
+    return _with_data(experiment, replace(experiment.data, tokenizer=f"{folder}/{kept_file(list_folder(folder))}"))
 
 
-def data_folder(experiment: Experiment) -> str:
+def _with_data(experiment: S, data: DataConfig) -> S:
+    return cast(S, replace(cast(Any, experiment), data=data))
+
+
+def data_folder(experiment: DataSpec) -> str:
     """Where the experiment's prepared data lies: its name holds the source, the kind, and a hash of the settings."""
     return _folder(experiment, prepare_settings(experiment))
 
 
-def _folder(experiment: Experiment, settings: dict[str, Any]) -> str:
+def _folder(experiment: DataSpec, settings: dict[str, Any]) -> str:
     return f"{experiment.data.root_path.rstrip('/')}/{_slug(settings)}-{digest(settings, 8)}"
 
 
@@ -195,7 +201,7 @@ def _slug(settings: dict[str, Any]) -> str:
     return f"{re.sub(r'[^A-Za-z0-9]+', '-', name).strip('-').lower() or 'data'}-{settings['kind']}"
 
 
-def _others(experiment: Experiment, settings: dict[str, Any]) -> list[tuple[str, Manifest]]:
+def _others(experiment: DataSpec, settings: dict[str, Any]) -> list[tuple[str, Manifest]]:
     """Data sets of the same source and kind that were prepared with other settings."""
     filesystem, root = open_folder(experiment.data.root_path)
     infos = filesystem.get_file_info(pafs.FileSelector(root, allow_not_found=True))
@@ -210,20 +216,20 @@ def _others(experiment: Experiment, settings: dict[str, Any]) -> list[tuple[str,
     return found
 
 
-def check_fits(experiment: Experiment, manifest: Manifest) -> None:
+def check_fits(experiment: DataSpec, manifest: Manifest) -> None:
     """Whether prepared data suits the experiment's model.
 
     Raises:
         UserError: images of another shape, or more classes than the model has.
     """
-    classes = getattr(getattr(experiment.model, "output", None), "num_classes", None)
+    classes = experiment.model.number_of_classes()
     if manifest.num_classes is not None and classes is not None and manifest.num_classes > classes:
         raise UserError(f"the data has labels up to {manifest.num_classes - 1}, but model.output.num_classes is {classes}")
     if manifest.image_shape is not None:
         check_image_shape(experiment, manifest.image_shape)
 
 
-def check_image_shape(experiment: Experiment, image_shape: tuple[int, int, int]) -> None:
+def check_image_shape(experiment: DataSpec, image_shape: tuple[int, int, int]) -> None:
     """Whether images of this shape (height, width, channels) are what the task and its model take.
 
     Raises:
@@ -232,12 +238,13 @@ def check_image_shape(experiment: Experiment, image_shape: tuple[int, int, int])
     experiment.task.check_images(experiment.model, image_shape)
 
 
-def preprocess_command(experiment: Experiment) -> str:
+def preprocess_command(experiment: DataSpec) -> str:
     """The command that prepares the experiment's data, with what differs from what it started from."""
 
     def matters(name: str) -> bool:
         section, _, field = name.partition(".")
         stream = experiment.data.prepare == "stream" and field == "shuffle_window_blocks"
-        return section in ("data", "model", "task") and (stream or not (section == "data" and field in _READING_ONLY))
+        return stream or not (section == "data" and field in _READING_ONLY)
 
-    return shlex.join(["perceiver", "preprocess", *command_words(experiment, matters)])
+    sections = {name: to_dict(getattr(experiment, name)) for name in ("task", "model", "data")}
+    return shlex.join(["perceiver", "preprocess", *command_words(experiment.preset, sections, matters)])

@@ -160,26 +160,28 @@ def seen_from(name: str, folder: Path) -> str:
 # -------------------------------------------------------------------------------------------------- words of a command line
 
 
-def command_words(
-    experiment: Experiment,
-    keep: Callable[[str], bool] = lambda name: True,
-) -> list[str]:
-    """The words after a job's name that make this experiment: what it started from, and the fields that differ from that.
+def command_words(preset: str, tree: dict[str, Any], keep: Callable[[str], bool] = lambda name: True) -> list[str]:
+    """The words after a job's name that make an experiment again: what it started from, and the fields that differ from that.
 
     Args:
+        preset: what it started from.
+        tree: the experiment, or some of its sections by their names, as plain data.
         keep: which fields are named, by their dotted names; all by default.
     """
     try:
-        base: Experiment | None = find_experiment(experiment.preset)
+        base = to_dict(find_experiment(preset))
     except UserError:  # a file that has gone, say: then all fields are given
-        base = None
-    changed = differing(experiment, base)
-    return [experiment.preset, *(word for name, value in changed.items() if keep(name) for word in field_words(name, value))]
+        base = {}
+    return [preset, *(word for name, value in _changed(tree, base).items() if keep(name) for word in field_words(name, value))]
 
 
 def differing(config: Config, base: Config | None) -> dict[str, Any]:
     """Fields of a tree that differ from another's, by dotted names, as plain data; a node of another class as NAME: "module:Class"."""
-    new, old = flatten(to_dict(config)), flatten(to_dict(base)) if base is not None else {}
+    return _changed(to_dict(config), to_dict(base) if base is not None else {})
+
+
+def _changed(tree: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
+    new, old = flatten(tree), flatten(base)
     changed = {name: value for name, value in new.items() if name not in ("preset", "type") and old.get(name, ...) != value}
     return {
         name.removesuffix(".type"): value.partition(":")[2].lower() if name.endswith(".type") and is_builtin(value) else value

@@ -16,12 +16,13 @@ from perceiver.data.files import format_of, list_files
 from perceiver.data.picture_folders import picture_folder
 from perceiver.data.sources import NAMED, is_path, resolve
 from perceiver.datasets import Dataset
+from perceiver.inference.frames import is_flow
 from perceiver.runs import Run
 from perceiver.terminal import CommandParser, number_of, summary
 from ray_jobs.cli import main_entry, refuse_empty
 from ray_jobs.data_code import of_code
 from ray_jobs.data_found import Found, shown_counts
-from ray_jobs.data_media import pictures_found, sounds_found
+from ray_jobs.data_media import flows_found, pictures_found, sounds_found
 from ray_jobs.data_page import Facts, page_of
 from ray_jobs.data_tables import TABLES, table_found
 from ray_jobs.program import program
@@ -137,6 +138,8 @@ def find(source: str, text: str | None = None, label: str | None = None, encodin
     formats = Counter(form for path, _, _ in listed if (form := format_of(path)) is not None)
     lines = [f"{source}: {number_of(len(listed), 'file')}, {sum(size for _, _, size in listed):,} bytes"]
     single = len(listed) == 1 and not listed[0][1]
+    if not single and any(is_flow(inner) for _, inner, _ in listed):
+        return flows_found(lines, source)
     pictures = bool(formats.keys() & {"picture", "idx", "tar"}) and not single or formats.keys() <= {"tar"} and bool(formats)
     if pictures or (not single and picture_folder(listed, "data", source, label or "label")):
         return pictures_found(lines, source, label or "label")
@@ -156,7 +159,7 @@ def find(source: str, text: str | None = None, label: str | None = None, encodin
         lines.append(f"{number_of(len(texts), 'file')} of text without classes, {size:,} bytes{each}")
         lines += [f"such as {texts[0].name}: {reprlib.repr(begin)}"] if (begin := text_begin(texts[0])) else []
         return Found(lines, "clm-wikitext-small", given, facts=Facts(begins=[(file.name, text_begin(file)) for file in texts[:_BEGINS]]))
-    raise UserError(f"{source} has no pictures, sounds, texts, tables or MIDI files")
+    raise UserError(f"{source} has no pictures, sounds, texts, tables, MIDI files or frames with their optical flow")
 
 
 if __name__ == "__main__":

@@ -25,22 +25,30 @@ class Found:
     words: list[str]
     """Fields that the preset is given, as on a command line."""
     is_table: bool = False
-    """Whether it is a table of numbers, of which columns are predicted."""
+    """Whether it is a table, of which columns are predicted."""
+    table_words: list[str] = field(default_factory=list)
+    """Fields that the preset `tables` is given to learn from all columns, where another one learns from the text alone."""
     facts: Facts = field(default_factory=Facts)
     """What a page shows besides."""
+
+    def as_table(self) -> Found:
+        """The same as a table, of which all columns are read."""
+        return Found(self.lines, "tables", self.table_words, is_table=True, facts=self.facts)
 
     @property
     def commands(self) -> list[str]:
         """The commands that train on it."""
-        return [f"train: {_command(self.preset, self.words)}"]
+        found = [f"train: {_command(self.preset, self.words)}"]
+        return [*found, f"train on all columns: {_command('tables', self.table_words)}"] if self.table_words else found
 
 
 def class_counts(found: Source, label: str) -> dict[str, Counter[str]]:
     """How often each label occurs, by split: "train", "val", or "all" where validation is held out of them."""
-    train = label_counts(found, label, "train")
+    train = label_counts(found, label, "train", skip=True)
     splits = dict.fromkeys(file.split for file in found.inputs)
     return {
-        "all" if split == "hash" else split: train if split in ("train", "hash") else label_counts(found, label, split) for split in splits
+        "all" if split == "hash" else split: train if split in ("train", "hash") else label_counts(found, label, split, skip=True)
+        for split in splits
     }
 
 

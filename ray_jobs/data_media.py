@@ -5,12 +5,17 @@ from __future__ import annotations
 from collections import Counter
 
 from perceiver.config import DataConfig, UserError
+from perceiver.data.files import InputFile
 from perceiver.data.labels import picture_sizes, unreadable_pictures
+from perceiver.data.read_images import image_shape
 from perceiver.data.sound_lengths import MOST_LOOKED_AT, sound_infos
 from perceiver.data.sources import resolve
+from perceiver.terminal import number_of
 from ray_jobs.data_found import SHOWN, Found, class_counts, class_lines
 from ray_jobs.data_page import Facts
 
+MOST_PAIRS = 200
+"""Pairs of frames whose sizes are looked up, evenly drawn from all."""
 _FAULTS = 3
 """Pictures that cannot be read which are named, at most."""
 
@@ -31,6 +36,21 @@ def pictures_found(lines: list[str], source: str, label: str) -> Found:
     words = ["--data.source", source, *(["--data.label-column", label] if label != "label" else [])]
     words += ["--data.on-error", "skip"] if bad else []
     return Found(lines, "img-clf", words, facts=Facts(classes=dict(classes), pictures=found, label=label))
+
+
+def flows_found(lines: list[str], source: str) -> Found:
+    """Pairs of frames with their optical flow: how many, of which sizes and scenes."""
+    found = resolve(DataConfig(source=source, val_fraction=0.1), "flow")
+    sizes: Counter[tuple[int, int]] = Counter()
+    for file in found.files[:: max(1, -(-len(found.files) // MOST_PAIRS))]:
+        frame = InputFile(path=file.beside[0], name=file.name, format="picture", size=0)
+        sizes[image_shape(frame)[:2]] += 1
+    scenes = {file.group for file in found.files if file.group}
+    shown = ", ".join(f"{height} x {width}" for height, width in sorted(sizes)[:SHOWN])
+    lines = [*lines, f"{number_of(len(found.files), 'pair')} of frames with their optical flow, of {shown}"]
+    if scenes:
+        lines.append(f"{number_of(len(scenes), 'scene')}: pairs of a scene are all for training or all for validation")
+    return Found(lines, "optical-flow-small", ["--data.source", source])
 
 
 def sounds_found(lines: list[str], source: str, label: str | None) -> Found:

@@ -18,7 +18,8 @@ from ray.train.torch import TorchTrainer
 
 from perceiver.config import Experiment, UserError, to_dict
 from perceiver.data.manifest import Manifest
-from perceiver.datasets import with_prepared_tokenizer
+from perceiver.data_settings import OtherData
+from perceiver.datasets import Dataset, with_prepared_tokenizer
 from perceiver.extensions import code_of
 from perceiver.runs import Run
 from perceiver.terminal import number_of
@@ -30,6 +31,7 @@ from ray_jobs.on_workers import evaluate_worker, train_worker
 from ray_jobs.preflight import Resources
 from ray_jobs.read_ahead import DataShare
 from ray_jobs.rendezvous import Network
+from ray_jobs.restarts import SayRestarts
 from ray_jobs.scale import poll_seconds
 
 
@@ -70,6 +72,7 @@ def train(
     if remote is not None:
         remote.forget_failure()
     failed, interrupted = None, False
+    experiment = with_prepared_tokenizer(experiment, data_folder, Manifest.load(data_folder))
     settings = {"stop_at": stop_at, "begun": begun or time.time()}
     try:
         interrupted = _fit(train_worker, experiment, data_folder, trained, resources, settings, on_report, run_until_interrupted)
@@ -87,23 +90,26 @@ def train(
 
 def evaluate_checkpoint(
     experiment: Experiment,
-    data_folder: str,
+    dataset: Dataset[OtherData],
     trained: Run,
     resources: Resources,
     checkpoint: Path,
     origin: str | None = None,
     averaged: bool = False,
 ) -> dict[str, Any]:
-    """Evaluates a checkpoint on the validation split of prepared data: its "metrics", the "sums" that they are made from, and what each
-    of the "examples" adds to these, by the names of data sets ("" of the only one).
+    """Evaluates a checkpoint of an experiment on the validation split of prepared data.
+
+    Returns its "metrics", the "sums" that they are made from, and what each of the "examples" adds to these, by the names of data sets
+    ("" of the only one).
 
     `origin`: URI of the run in an object store, from which workers on other machines get the checkpoint. `averaged`: evaluate its averaged
     weights.
     """
     results: list[dict[str, Any]] = []
-    settings = {"checkpoint": str(checkpoint), "origin": origin, "averaged": averaged}
+    read = with_prepared_tokenizer(dataset.experiment, dataset.folder, dataset.manifest)
+    settings = {"data": to_dict(read.data), "checkpoint": str(checkpoint), "origin": origin, "averaged": averaged}
     try:
-        _fit(evaluate_worker, experiment, data_folder, trained, resources, settings, results.append)
+        _fit(evaluate_worker, experiment, dataset.folder, trained, resources, settings, results.append)
     except TrainingFailed:
         if faults := [result["fault"] for result in results if "fault" in result]:
             raise UserError(faults[0]) from None
@@ -128,7 +134,6 @@ def _fit(
     if (seconds := poll_seconds(resources.workers)) > 2:  # Ray's own interval, at which 512 workers would be asked 256 times a second
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", f"{seconds:g}")
     # What Ray keeps of a run is rebuilt by every start: our own checkpoints say where to continue.
-    experiment = with_prepared_tokenizer(experiment, data_folder, Manifest.load(data_folder))
     shutil.rmtree(trained.ray_folder, ignore_errors=True)
     stall = 60 * experiment.run.stall_minutes
     share = DataShare(others=_held_by_others(), cpus_per_worker=resources.cpus_per_worker)
@@ -159,6 +164,7 @@ def _fit(
                 name=trained.name,  # Ray's own metrics and logs are tagged with it
                 storage_path=str(trained.ray_folder),
                 failure_config=FailureConfig(max_failures=experiment.run.max_failures),
+                callbacks=[SayRestarts(messages.actor, experiment.run.max_failures)],
             ),
         )
         try:

@@ -6,20 +6,21 @@ from __future__ import annotations
 
 import argparse
 import logging
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from perceiver.checkpoints import CheckpointInfo
-from perceiver.config import Experiment, UserError
+from perceiver.config import DataConfig, Experiment, UserError
 from perceiver.config.optimization import AVERAGED, averaged_of
 from perceiver.data.manifest import Manifest
 from perceiver.data.storage import copy_file
+from perceiver.data_settings import OtherData
 from perceiver.datasets import Dataset
 from perceiver.disk import write_json
 from perceiver.evaluations import save_examples
 from perceiver.runs import Run
-from perceiver.tasks import build_task
 from perceiver.tasks.baselines import Baseline
 from perceiver.tasks.check import check_guess
 from perceiver.terminal import CommandParser, add_checkpoint_option, add_trust_option, summary
@@ -28,7 +29,7 @@ from perceiver.training.remote_copy import find_run
 from perceiver.training.state import has_average
 from ray_jobs.cli import main_entry, refuse_empty
 from ray_jobs.logs import show_progress
-from ray_jobs.overrides import UNDOTTED, override
+from ray_jobs.overrides import SHORTCUTS, UNDOTTED, override
 from ray_jobs.preflight import check_experiment, plan_resources
 from ray_jobs.program import program
 
@@ -81,18 +82,11 @@ def evaluate_run(
     if found is None:
         raise Run.missing(run)
     trained, _ = found.load(trust_code)
-    if trained.data.mixture:  # which takes the place of data.source: given here, it is another source in any case
-        trained = replace(trained, data=replace(trained.data, source=""))
     experiment = override(trained, overrides or [], f"ray_jobs.evaluate {run}")
     if experiment.model != trained.model:
         raise UserError("the model of a run cannot be changed: only data, task, parallel and the batch size may be overridden")
-    if experiment.data.tokenizer == trained.data.tokenizer and found.tokenizer_file.is_file():
-        experiment = replace(experiment, data=replace(experiment.data, tokenizer=str(found.tokenizer_file)))
-    other = experiment.data.source != trained.data.source
-    if other:
-        data = replace(experiment.data, source="", val_source=experiment.data.source, mixture=(), prepare="shards")
-        experiment = replace(experiment, data=data)
     check_experiment(experiment)
+    data, other = _data(experiment.data, trained.data, found, overrides or [])
     chosen = found.checkpoint(checkpoint, trained.run.best_metric)
     check_files(chosen.path)
     _, averaged = averaged_of(checkpoint)
@@ -102,27 +96,30 @@ def evaluate_run(
         )
 
     from ray_jobs import driver
-    from ray_jobs.preprocess import prepare
+    from ray_jobs.preprocess import prepare_data
     from ray_jobs.ray_env import connect
 
     with connect(experiment.parallel):
         resources = plan_resources(experiment)
+        asked = OtherData.of(experiment, data)
         if other:
-            prepare(experiment)
-        dataset = Dataset.find(experiment)
-        experiment, data_folder, manifest = dataset.experiment, dataset.folder, dataset.manifest
+            prepare_data(asked, experiment.parallel)
+        dataset = Dataset.find(asked)
+        data_folder, manifest, parts = dataset.folder, dataset.manifest, dataset.parts
+        task = experiment.task.build(experiment.model, dataset.experiment.data, experiment.training.seed)
         trained_on = _trained_on(trained) if other else None
-        check_guess(experiment, dataset.parts, trained_on)
+        check_guess(task, parts, trained_on)
         origin = str(run) if "://" in str(run) else None
-        result = driver.evaluate_checkpoint(experiment, data_folder, found, resources, chosen.path, origin, averaged)
+        result = driver.evaluate_checkpoint(experiment, dataset, found, resources, chosen.path, origin, averaged)
     if not result["metrics"]:
         raise UserError(f"the validation data in {data_folder} has no target, so nothing can be measured on it")
-    task, parts = build_task(experiment), dataset.parts
     baselines = task.baselines(parts, trained_on) | task.measured_baselines(result["metrics"])
     path = found.evaluation_file(chosen.step, manifest.digest, averaged)
     result["baselines"] = {name: asdict(baseline) for name, baseline in baselines.items()}
     examples = result.pop("examples")
-    content = _content(experiment, chosen, data_folder, manifest.digest, result)
+    source = " ".join(data.mixture) or data.source or data.val_source
+    where_from = {"folder": data_folder, "source": source, "digest": manifest.digest}
+    content = {"checkpoint": chosen.path.name, "data": where_from, **result}
     write_json(path, content)
     apart = save_examples(path, examples)
     where = str(path)
@@ -135,9 +132,15 @@ def evaluate_run(
     return result["metrics"]
 
 
-def _content(experiment: Experiment, chosen: CheckpointInfo, data_folder: str, digest: str, result: dict[str, Any]) -> dict[str, Any]:
-    source = " ".join(experiment.data.mixture) or experiment.data.source or experiment.data.val_source
-    return {"checkpoint": chosen.path.name, "data": {"folder": data_folder, "source": source, "digest": digest}, **result}
+def _data(asked: DataConfig, trained: DataConfig, run: Run, overrides: Sequence[str]) -> tuple[DataConfig, bool]:
+    """What is evaluated on, and whether that is other data than the run's own: then all of it, whatever is validation data there."""
+    if asked.tokenizer == trained.tokenizer and run.tokenizer_file.is_file():
+        asked = replace(asked, tokenizer=str(run.tokenizer_file))
+    # The source beside a mixture is read by nobody: given here, it is another one in any case.
+    named = any(SHORTCUTS.get(word := text.partition("=")[0], word) == "--data.source" for text in overrides)
+    if not (named if trained.mixture else asked.source != trained.source):
+        return asked, False
+    return replace(asked, source="", val_source=asked.source, mixture=(), prepare="shards"), True
 
 
 def _trained_on(trained: Experiment) -> Manifest | None:

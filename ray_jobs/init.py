@@ -39,7 +39,10 @@ def main(argv: list[str]) -> int:
     add_encoding(parser)
     parser.add_argument("--label-column", help="column with the class (default: label, or one that has few different values)")
     parser.add_argument(
-        "--targets", nargs="+", metavar="COLUMN", help="columns of a table of numbers that are predicted (default: label, or the last one)"
+        "--targets",
+        nargs="+",
+        metavar="COLUMN",
+        help="columns of a table that are predicted, by all others (default: label, or the last one)",
     )
     args = parser.parse_args(argv)
     refuse_empty(args, ("name", "data"))
@@ -53,11 +56,13 @@ def main(argv: list[str]) -> int:
     source = str(Path(args.data).expanduser().absolute()) if "://" not in args.data else args.data
     DataConfig(encoding=args.encoding).check_encoding()
     found = find(source, args.text_column, args.label_column, args.encoding)
+    if args.targets and found.table_words:  # of all columns, and not of the text alone
+        found = found.as_table()
     words = [*found.words, "--name", args.name]
     if found.is_table and args.targets:
         words += ["--task.targets", *args.targets]
     elif args.targets:
-        raise UserError(f"--targets is {' '.join(args.targets)}, and {args.data} is no table of numbers: leave it out")
+        raise UserError(f"--targets is {' '.join(args.targets)}, and {args.data} is no table: leave it out")
     experiment = parse_experiment([found.preset, *words], "ray_jobs.init")
     file.write_text(text_of(experiment, found, function))
     print("\n".join(found.lines))

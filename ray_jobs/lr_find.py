@@ -19,8 +19,8 @@ from perceiver.data.storage import write_file
 from perceiver.datasets import Dataset, with_prepared_tokenizer, with_tokenizer
 from perceiver.plots import png, range_curve
 from perceiver.terminal import CommandParser, summary
-from perceiver.training.lr_range import FEWEST, device_of, range_test
-from perceiver.training.parallel import choose_arithmetic, join_world
+from perceiver.training.lr_range import FEWEST, alone_on, device_of, range_test
+from perceiver.training.parallel import choose_arithmetic
 from ray_jobs.cli import main_entry, naming_words, parse_experiment
 from ray_jobs.logs import show_progress
 from ray_jobs.overrides import UNDOTTED
@@ -65,7 +65,8 @@ def main(argv: list[str]) -> int:
         if step % every == 0 or step == 1:
             logger.info(f"step {step:,}/{own.steps:,}  lr {rate:.2e}  loss {loss:.4f}")
 
-    found = range_test(experiment, dataset.folder, dataset.manifest, join_world(device), own.low, own.high, own.steps, on_step)
+    with alone_on(device) as world:
+        found = range_test(experiment, dataset.folder, dataset.manifest, world, own.low, own.high, own.steps, on_step)
     if found.diverged:
         logger.info(f"ended at step {len(found.rates):,}, learning rate {found.rates[-1]:.2e}: the loss runs away")
     picture = range_curve(

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 
-from perceiver.config import Experiment, UserError
+from perceiver.config import Experiment, OptimConfig, ParallelConfig, TrainingConfig, UserError
 from perceiver.costs.activations import Layout
 from perceiver.costs.devices import DEVICES, GIB
 from perceiver.costs.memory import Step, largest_micro_batch, step_memory
 from perceiver.tasks import build_task
+from perceiver.training.optim import freeze
+from perceiver.training.parallel import is_alone
 
 CONTEXT = 1.5 * GIB
 """Of a GPU: its context, kernels, and the buffers of NCCL. An assumption, as is the next."""
@@ -30,51 +33,69 @@ def usable(memory: float) -> float:
     return memory * (1 - FRAGMENTS) - CONTEXT
 
 
-def share(experiment: Experiment) -> int:
+def share(training: TrainingConfig, parallel: ParallelConfig) -> int:
     """Examples of a global batch that the worker with the most of them takes."""
-    return -(-experiment.training.global_batch_size // experiment.parallel.workers)
+    return -(-training.global_batch_size // parallel.workers)
 
 
 def layout_of(experiment: Experiment, cuda: bool = True) -> Layout:
-    """The layout of an experiment's training step on one of its workers (see `Loader.micro_batches`)."""
-    parallel, examples = experiment.parallel, share(experiment)
+    """The layout of an experiment's training step on one of its workers."""
+    return layout(experiment.training, experiment.parallel, experiment.optim, cuda)
+
+
+def layout(training: TrainingConfig, parallel: ParallelConfig, optim: OptimConfig, cuda: bool = True) -> Layout:
+    """The layout of a training step on one of the workers (see `Loader.micro_batches`)."""
+    examples = share(training, parallel)
     count = -(-examples // min(parallel.micro_batch_size or examples, examples))
     return Layout(
         micro_batch_size=-(-examples // count),
         accumulated=count,
         shards=parallel.workers // parallel.replicas,
-        precision=experiment.training.precision,
+        alone=is_alone(parallel.workers, parallel),
+        precision=training.precision,
         checkpoint_every=parallel.recompute_every,
         cpu_offload=parallel.cpu_offload,
         cuda=cuda,
-        averaged=experiment.optim.ema_decay is not None,
-        optimizer=experiment.optim.optimizer,
+        averaged=optim.ema_decay is not None,
+        optimizer=optim.optimizer,
     )
 
 
 def step_of(experiment: Experiment) -> Step:
-    """The training step of an experiment, of which memory is worked out."""
-    return build_task(experiment).step()
+    """The training step of an experiment, of which memory is worked out; counted where `optim.groups` freezes parameters."""
+    task, optim = build_task(experiment), experiment.optim
+    if not any(group.freeze for group in optim.parsed_groups):
+        return task.step()
+    with torch.device("meta"):
+        model = task.build_model()
+    freeze(model, optim)
+    return task.count(model)
 
 
-def largest(experiment: Experiment, limit: float, cuda: bool = True) -> int:
-    """The largest micro-batch whose step takes at most `limit` bytes of a worker's device; 0: none."""
-    return largest_micro_batch(step_of(experiment), layout_of(experiment, cuda), limit, share(experiment))
+def check_fits(experiment: Experiment, limit: float, cuda: bool = True) -> None:
+    """Checks that an experiment's step fits into `limit` bytes; see `check_step_fits`."""
+    check_step_fits(step_of(experiment), experiment.training, experiment.parallel, experiment.optim, limit, cuda)
 
 
-def check_fits(experiment: Experiment, limit: float, cuda: bool = True, where: str = "a device") -> None:
+def check_step_fits(
+    step: Step, training: TrainingConfig, parallel: ParallelConfig, optim: OptimConfig, limit: float, cuda: bool, where: str = "a device"
+) -> None:
     """Checks that a step fits into `limit` bytes.
 
     Raises:
         UserError: it does not; says which change would make it fit.
     """
-    layout = layout_of(experiment, cuda)
-    needed = step_memory(step_of(experiment), layout).total
+    own = layout(training, parallel, optim, cuda)
+    needed = step_memory(step, own).total
     if needed <= limit:
         return
+
+    def largest(parallel: ParallelConfig) -> int:
+        return largest_micro_batch(step, layout(training, parallel, optim, cuda), limit, share(training, parallel))
+
     raise UserError(
-        f"a step with a micro-batch of {layout.micro_batch_size} needs {_size(needed)} but {where} has {_size(limit)} for "
-        f"it: {_what_would(experiment, limit, cuda)}"
+        f"a step with a micro-batch of {own.micro_batch_size} needs {_size(needed)} but {where} has {_size(limit)} for "
+        f"it: {_what_would(parallel, largest, cuda)}"
     )
 
 
@@ -82,51 +103,53 @@ def _size(memory: float) -> str:
     return f"{memory / GIB:.1f} GiB" if memory >= GIB else f"{memory / 2**20:.1f} MiB"
 
 
-def _what_would(experiment: Experiment, limit: float, cuda: bool) -> str:
-    """The least change that makes a step fit."""
-    parallel = experiment.parallel
+def _what_would(parallel: ParallelConfig, largest: Callable[[ParallelConfig], int], cuda: bool) -> str:
+    """The least change that makes a step fit.
+
+    Args:
+        largest: the largest micro-batch that fits with other settings of the workers; 0: none.
+    """
     micro_batch = "--parallel.micro-batch-size"
-    if size := largest(experiment, limit, cuda):
+    if size := largest(parallel):
         return f"{micro_batch} {size} fits"
-    recomputed = replace(experiment, parallel=replace(parallel, activation_checkpointing=1))
-    if size := largest(recomputed, limit, cuda):
+    recomputed = replace(parallel, activation_checkpointing=1)
+    if size := largest(recomputed):
         return f"--parallel.activation-checkpointing 1 with {micro_batch} {size} fits"
     for factor in (2, 4, 8, 16, 32, 64):
-        more = replace(recomputed, parallel=replace(recomputed.parallel, workers=parallel.workers * factor))
-        if cuda and (size := largest(more, limit, cuda)):
-            return f"--workers {more.parallel.workers} with --parallel.activation-checkpointing 1 and {micro_batch} {size} fits"
-    offloaded = replace(recomputed, parallel=replace(recomputed.parallel, cpu_offload=True))
-    if cuda and (size := largest(offloaded, limit, cuda)):
+        more = replace(recomputed, workers=parallel.workers * factor)
+        if cuda and (size := largest(more)):
+            return f"--workers {more.workers} with --parallel.activation-checkpointing 1 and {micro_batch} {size} fits"
+    if cuda and (size := largest(replace(recomputed, cpu_offload=True))):
         return f"--parallel.cpu-offload True with --parallel.activation-checkpointing 1 and {micro_batch} {size} fits"
     return "it takes devices with more memory, or a smaller model"
 
 
-def memory_limit(experiment: Experiment, gpu: bool) -> tuple[Experiment, float | None, str]:
+def memory_limit(parallel: ParallelConfig, gpu: bool) -> tuple[ParallelConfig, float | None, str]:
     """What a step may take in the joined cluster: parallel.device-memory-gib, else the GPUs' memory, else that of the nodes.
 
     Returns:
-        The experiment with as few workers as it may have (an elastic run's least, of which each holds the most); the bytes of a worker,
+        The settings with as few workers as there may be (an elastic run's least, of which each holds the most); the bytes of a worker,
         None where nobody knows the memory of the GPUs; and whose they are, for a message.
     """
-    given, least, suffix = experiment.parallel.device_memory_gib, experiment.parallel.min_workers, ""
+    given, least, suffix = parallel.device_memory_gib, parallel.min_workers, ""
     if least is not None:
-        experiment = replace(experiment, parallel=replace(experiment.parallel, workers=least, min_workers=None))
+        parallel = replace(parallel, workers=least, min_workers=None)
         suffix = f" (where parallel.min-workers, {least}, are all there are)"
     if not gpu:
-        return experiment, given * GIB if given else _node_memory(experiment.parallel.workers), f"each worker{suffix}"
+        return parallel, given * GIB if given else _node_memory(parallel.workers), f"each worker{suffix}"
     memory = given * GIB if given else _gpu_memory()
-    return experiment, memory and usable(memory), f"a GPU of {_size(memory or 0)}{suffix}"
+    return parallel, memory and usable(memory), f"a GPU of {_size(memory or 0)}{suffix}"
 
 
 def check_memory(experiment: Experiment, gpu: bool) -> None:
     """Checks a training in the joined cluster; see `memory_limit`.
 
     Raises:
-        UserError: see `check_fits`.
+        UserError: see `check_step_fits`.
     """
-    experiment, limit, where = memory_limit(experiment, gpu)
+    parallel, limit, where = memory_limit(experiment.parallel, gpu)
     if limit is not None:
-        check_fits(experiment, limit, gpu, where)
+        check_step_fits(step_of(experiment), experiment.training, parallel, experiment.optim, limit, gpu, where)
 
 
 def check_precision(experiment: Experiment, gpu: bool) -> None:
@@ -148,12 +171,12 @@ def out_of_memory(experiment: Experiment, error: BaseException) -> str:
     """What a worker without memory left says: what a step was expected to take, and what takes less."""
     whose = "device" if isinstance(error, torch.OutOfMemoryError) else "machine"
     reason = str(error).strip().partition("\n")[0] or type(error).__name__
-    layout, step = layout_of(experiment), step_of(experiment)
-    size, every = layout.micro_batch_size, layout.checkpoint_every
-    less = [("--parallel.micro-batch-size", size // 2, replace(layout, micro_batch_size=size // 2))] if size > 1 else []
+    own, step = layout_of(experiment), step_of(experiment)
+    size, every = own.micro_batch_size, own.checkpoint_every
+    less = [("--parallel.micro-batch-size", size // 2, replace(own, micro_batch_size=size // 2))] if size > 1 else []
     if every != 1:
-        less.append(("--parallel.activation-checkpointing", 1, replace(layout, checkpoint_every=1)))
-    now = step_memory(step, layout).total
+        less.append(("--parallel.activation-checkpointing", 1, replace(own, checkpoint_every=1)))
+    now = step_memory(step, own).total
     sizes = [(f"{field} {value}", step_memory(step, changed).total) for field, value, changed in less]
     changes = [f"{change} ({_size(needed)})" for change, needed in sizes if needed < now]
     return (

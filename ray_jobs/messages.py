@@ -11,7 +11,8 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ray_jobs.mailbox import Beat, Item, Mailbox
-from ray_jobs.ray_env import lost_processes
+from ray_jobs.patience import Patience
+from ray_jobs.ray_env import lost_processes, own_processes
 from ray_jobs.watch import Watch, end_process
 
 logger = logging.getLogger(__name__)
@@ -21,8 +22,6 @@ START_PATIENCE = 60.0
 """Seconds without a sign of the workers after which the driver says what they may be waiting for."""
 PUMP_EVERY = 0.5
 """Seconds between two looks of the driver for what has come."""
-LOST_PATIENCE = 60.0
-"""Seconds without an answer of Ray after which the cluster is lost."""
 
 
 class Messages:
@@ -88,8 +87,8 @@ class Messages:
 
     def _take(self) -> tuple[list[Item], bool]:
         """What has come, and whether the actor still knows what was sent to it: it is replaced where its process is lost."""
-        start, answer = time.monotonic(), None
-        kept = True
+        answer, kept = None, True
+        patience = Patience(own_processes(), logger.warning)
         while True:
             if gone := lost_processes():
                 self.lost = f"the {gone} on this machine ended, and with it Ray's local cluster"
@@ -105,9 +104,8 @@ class Messages:
                     logger.debug("%s", error)
                 answer, kept = None, False
                 time.sleep(0.2)
-            waited = time.monotonic() - start
-            if waited > LOST_PATIENCE:
-                self.lost = f"Ray has not answered for {waited:.0f} s"
+            if lost := patience.is_lost():
+                self.lost = lost
                 return [], False
             self._watch.pause(1.0)
 

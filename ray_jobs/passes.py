@@ -13,7 +13,7 @@ from typing import Any
 
 import pyarrow.fs as pafs
 
-from perceiver.config import Experiment, UserError, digest
+from perceiver.config import UserError, digest
 from perceiver.data.files import InputFile
 from perceiver.data.held_out import choose, is_chosen, list_keys, listed
 from perceiver.data.labels import label_counts
@@ -33,8 +33,8 @@ from perceiver.data.storage import (
 from perceiver.data.tables import Columns
 from perceiver.data.times import TimeColumn, together_by
 from perceiver.data.tokenizers import tokenizer_of
-from perceiver.data_settings import array_rows, stored_shape
-from perceiver.datasets import check_image_shape
+from perceiver.data_settings import DataSpec, array_rows, stored_shape
+from perceiver.datasets import check_image_shape, needs_tokenizer
 from perceiver.disk import locked
 
 logger = logging.getLogger(__name__)
@@ -43,30 +43,30 @@ PIECE_FORMAT = 3
 """Of what pass 1 leaves for pass 2: who changes it raises it, so that a preparation stopped before begins again."""
 
 
-def make_job(experiment: Experiment, settings: dict[str, Any], folder: str, fingerprint: dict[str, Any], source: Source) -> Job:
+def make_job(spec: DataSpec, settings: dict[str, Any], folder: str, fingerprint: dict[str, Any], source: Source) -> Job:
     """What all tasks need to know. Looks at the first image for the images' shape.
 
     Raises:
         UserError: images of a shape that the model does not take.
     """
-    data, kind = experiment.data, settings["kind"]
+    data, kind = spec.data, settings["kind"]
     rows, shape = KINDS[kind], None
     if rows.one_shape:
         shape = _first_image_shape(source, skip=data.on_error == "skip")
         if data.image_size is not None or all(file.format in ("picture", "tar") for file in source.files):
-            shape = stored_shape(experiment, shape)
-        check_image_shape(experiment, shape)
+            shape = stored_shape(spec, shape)
+        check_image_shape(spec, shape)
     together = together_by(data)
     if together is not None:
         _check_groups(together, source, kind)
-    num_classes, class_names = _classes(experiment, source) if rows.has_labels else (0, ())
+    num_classes, class_names = _classes(spec, source) if rows.has_labels else (0, ())
     columns = Columns(
         text=data.text_column,
         label=data.label_column if rows.has_labels else None,
         num_classes=num_classes,
         class_names=class_names,
         tags=rows.has_tags,
-        left_out=tuple(getattr(experiment.task, "leave_out", ())),
+        left_out=tuple(getattr(spec.task, "leave_out", ())),
         group=together,
         image_shape=shape,
         fit_images=data.image_size is not None,
@@ -86,10 +86,11 @@ def make_job(experiment: Experiment, settings: dict[str, Any], folder: str, fing
         row_length=settings.get("row_length", 0) if shape is None else shape[0] * shape[1] * shape[2],
         rows_per_block=data.rows_per_block,
         blocks_per_shard=data.blocks_per_shard,
-        tokenizer=tokenizer_of(data) if rows.is_text else None,
+        tokenizer=tokenizer_of(data) if needs_tokenizer(spec) else None,
         document_marks=settings.get("document_marks", ""),
-        arrays=array_rows(experiment) if rows.has_columns else rows.stored_columns(),
+        arrays=array_rows(spec) if rows.has_columns else rows.stored_columns(),
         long_texts=data.long_texts,
+        text_stride=data.text_stride,
     )
 
 
@@ -124,15 +125,15 @@ def _check_groups(column: str, source: Source, kind: str) -> None:
             raise UserError(f"{field} is {column}, and {file.name} has no columns: it needs {what}{pictures}")
 
 
-def _classes(experiment: Experiment, source: Source) -> tuple[int, tuple[str, ...]]:
+def _classes(spec: DataSpec, source: Source) -> tuple[int, tuple[str, ...]]:
     """How many classes labels may name, and their names (none: labels are numbers).
 
     Where the model has no classes the task does not look at labels (it draws pictures, say), and those of the files are taken as they are.
     """
-    classes = getattr(getattr(experiment.model, "output", None), "num_classes", None)
+    classes = spec.model.number_of_classes()
     if classes is not None:
-        return classes, getattr(experiment.task, "class_names", None) or ()
-    found = sorted(label_counts(source, experiment.data.label_column))
+        return classes, getattr(spec.task, "class_names", None) or ()
+    found = sorted(label_counts(source, spec.data.label_column, skip=spec.data.on_error == "skip"))
     if all(label.isdecimal() for label in found):
         return max(map(int, found), default=0) + 1, ()
     return len(found), tuple(found)
@@ -154,9 +155,9 @@ def _staging_prefix(folder: str) -> str:
     return f"{root}/.staging-{name}-"
 
 
-def hold_out(experiment: Experiment, job: Job, pieces: list[Piece], piece_bytes: int) -> tuple[Job, dict[str, Any]]:
+def hold_out(spec: DataSpec, job: Job, pieces: list[Piece], piece_bytes: int) -> tuple[Job, dict[str, Any]]:
     """The job with what is held out for validation, where that is chosen by class or by group; and what the manifest says of it."""
-    if not is_chosen(job, pieces, experiment.data.stratify):
+    if not is_chosen(job, pieces, spec.data.stratify):
         return job, {}
     _same_layout(job, pieces, piece_bytes)
     there = listed(job, len(pieces))
@@ -190,7 +191,7 @@ def run_pieces(job: Job, pieces: list[Piece], piece_bytes: int) -> list[dict[str
     return [notes[i] for i in range(len(pieces))]
 
 
-def run_shards(experiment: Experiment, job: Job, notes: list[dict[str, Any]], source: Source) -> dict[str, list[dict[str, Any]]]:
+def run_shards(spec: DataSpec, job: Job, notes: list[dict[str, Any]], source: Source) -> dict[str, list[dict[str, Any]]]:
     """Pass 2: the notes on all shards, by split.
 
     Raises:
@@ -202,10 +203,10 @@ def run_shards(experiment: Experiment, job: Job, notes: list[dict[str, Any]], so
         found = plan_shards(job, notes, split)
         if not found:
             remove_folder(job.staging)
-            raise UserError(_empty_split(experiment, split, source))
+            raise UserError(_empty_split(spec, split, source))
         if job.rows.is_text and job.rows.has_labels and not any(note["splits"][split]["tokens"] for note in notes):
             remove_folder(job.staging)
-            raise UserError(f"{_source_name(experiment)} has no text for the {split} split: all of its documents are empty")
+            raise UserError(f"{_source_name(spec)} has no text for the {split} split: all of its documents are empty")
         plans += found
     done = finished_shards(job, plans)
     todo = [i for i in range(len(plans)) if i not in done]
@@ -217,17 +218,17 @@ def run_shards(experiment: Experiment, job: Job, notes: list[dict[str, Any]], so
     return {split: [done[i] for i, plan in enumerate(plans) if plan.split == split] for split in wanted}
 
 
-def _source_name(experiment: Experiment) -> str:
-    data = experiment.data
+def _source_name(spec: DataSpec) -> str:
+    data = spec.data
     return f"data.source {data.source}" if data.source else f"data.val_source {data.val_source}"
 
 
-def _empty_split(experiment: Experiment, split: str, source: Source) -> str:
-    what = _source_name(experiment)
+def _empty_split(spec: DataSpec, split: str, source: Source) -> str:
+    what = _source_name(spec)
     if any(file.split == "hash" for file in source.inputs):
         return (
-            f"{what} has too few {KINDS[experiment.task.kind].made_from}: none fell into the {split} split (data.val_fraction is "
-            f"{experiment.data.val_fraction}); give validation files as data.val_source, or change data.val_fraction"
+            f"{what} has too few {KINDS[spec.task.kind].made_from}: none fell into the {split} split (data.val_fraction is "
+            f"{spec.data.val_fraction}); give validation files as data.val_source, or change data.val_fraction"
         )
     return f"{what} has no rows for the {split} split: everything in it is empty or was skipped"
 

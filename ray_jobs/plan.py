@@ -11,18 +11,27 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 
 from perceiver.config import Experiment, UserError
+from perceiver.costs.count import CountedStep
 from perceiver.costs.devices import DEVICES, GIB, Device
 from perceiver.costs.flops import num_parameters
-from perceiver.costs.memory import Memory, Traffic, checkpoint_bytes, most_of_each, optimizer_bytes, step_memory, step_traffic
+from perceiver.costs.memory import (
+    Memory,
+    Traffic,
+    checkpoint_bytes,
+    largest_micro_batch,
+    most_of_each,
+    optimizer_bytes,
+    step_memory,
+    step_traffic,
+)
 from perceiver.costs.scale import GB, Cluster, step_time
 from perceiver.data.balance import described
 from perceiver.datasets import Dataset, train_counts, with_tokenizer
-from perceiver.models import PerceiverARConfig
 from perceiver.tasks import build_task
 from perceiver.terminal import CommandParser, number_of, summary
 from perceiver.training.run import total_steps
 from ray_jobs.cli import main_entry, parse_experiment
-from ray_jobs.memory_check import largest, layout_of, share, step_of, usable
+from ray_jobs.memory_check import layout_of, share, step_of, usable
 from ray_jobs.overrides import UNDOTTED
 from ray_jobs.preflight import check_experiment
 from ray_jobs.program import program
@@ -40,6 +49,8 @@ class Plan:
     unit: str
     """What throughput counts: tokens or examples."""
     units_per_step: float
+    targets_per_step: int | None
+    """How many of these are predicted, where not all are."""
     flops_per_unit: float
     steps: int | None
     """None: not known before the data is prepared."""
@@ -74,12 +85,14 @@ def make_plan(experiment: Experiment, device: Device, mfu: float) -> Plan:
     task, layout, parallel = build_task(experiment), layout_of(experiment), experiment.parallel
     step, limit, batch = step_of(experiment), usable(device.memory), experiment.training.global_batch_size
     unit, per_example = task.throughput_unit()
+    flops = step.flops_per_example() if isinstance(step, CountedStep) else task.flops_per_example()
     peak = {"bf16": device.bf16, "tf32": device.tf32_peak, "fp32": device.fp32}[experiment.training.precision]
     return Plan(
         parameters=num_parameters(experiment.model),
         unit=unit,
         units_per_step=batch * per_example,
-        flops_per_unit=task.flops_per_example() / per_example,
+        targets_per_step=None if (targets := task.targets_per_example()) is None else batch * targets,
+        flops_per_unit=flops / per_example,
         steps=_steps(experiment),
         memory=step_memory(step, layout),
         most=most_of_each(step, layout),
@@ -87,12 +100,12 @@ def make_plan(experiment: Experiment, device: Device, mfu: float) -> Plan:
         limit=limit,
         micro_batch=layout.micro_batch_size,
         largest_micro_batches={
-            name: largest(replace(experiment, parallel=replace(parallel, activation_checkpointing=every)), limit)
+            name: largest_micro_batch(step, replace(layout, checkpoint_every=every), limit, share(experiment.training, parallel))
             for name, every in (("no layer", 0), ("every second layer", 2), ("every layer", 1))
         },
         traffic=step_traffic(step, layout, parallel.replicas),
         checkpoint=checkpoint_bytes(step, layout),
-        seconds_per_step=batch * task.flops_per_example() / (parallel.workers * peak * mfu),
+        seconds_per_step=batch * flops / (parallel.workers * peak * mfu),
     )
 
 
@@ -135,7 +148,7 @@ def lines(plan: Plan, experiment: Experiment, device: Device, name: str, mfu: fl
     yield f"  computation        {_si(plan.flops_per_unit)}FLOP per {plan.unit.removesuffix('s')}, {_si(plan.flops_per_step)}FLOP per step"
     yield (
         f"  step               {experiment.training.global_batch_size:,} examples, {plan.units_per_step:,.0f} {plan.unit}: "
-        f"{share(experiment):,} examples a worker, {number_of(layout.accumulated, 'micro-batch', 'micro-batches')} of "
+        f"{share(experiment.training, parallel):,} examples a worker, {number_of(layout.accumulated, 'micro-batch', 'micro-batches')} of "
         f"{plan.micro_batch}"
     )
     if (balance := _balance(experiment)) is not None:
@@ -174,9 +187,8 @@ def lines(plan: Plan, experiment: Experiment, device: Device, name: str, mfu: fl
         f"  whole training     {plan.steps:,} steps, {plan.steps * plan.units_per_step:,.0f} {plan.unit}, "
         f"{_si(plan.steps * plan.flops_per_step)}FLOP: {hours:,.1f} hours, {hours * parallel.workers:,.0f} GPU-hours"
     )
-    if isinstance(experiment.model, PerceiverARConfig):
-        latents = min(experiment.model.max_latents, experiment.model.max_seq_len)
-        yield f"  of these tokens    {plan.steps * experiment.training.global_batch_size * latents:,} are targets"
+    if plan.targets_per_step is not None:
+        yield f"  of these {plan.unit:<10}{plan.steps * plan.targets_per_step:,} are targets"
 
 
 def _si(value: float) -> str:

@@ -1,9 +1,11 @@
 """`python -m ray_jobs.predict RUN --input FILES --output OUTPUT [--mode MODE]`: a trained model on many inputs, on Ray
 Data.
 
-Modes: classify, flow, fill-mask, embed (mean of the latents), score (loss of each document), generate, and predict: what a
-task of your own says of rows of arrays. Inputs are lines of .txt files, objects of .jsonl or .json files, rows of .csv, .tsv,
-.parquet and .arrow files, image or sound files, or, for flow, pairs of frames: img1 and img2 of a name, else neighbouring numbers. OUTPUT
+Modes: classify, flow, fill-mask, embed (mean of the latents), score (loss of each document), generate, play (continues MIDI files), and
+predict: what models of tables and tasks of your own say of rows of arrays. Inputs are lines of .txt files, objects of .jsonl or .json
+files, rows of .csv, .tsv, .parquet and .arrow files (of which a column may have the bytes or the path of a picture or sound), folders of
+datasets.save_to_disk, image, sound or MIDI files, pictures in .tar (WebDataset) or idx files, or, for flow, pairs of frames: those of
+.flo files beside them, else img1 and img2 of a name, else neighbouring numbers. OUTPUT
 is a file (.csv, .jsonl or .parquet) with exactly one row for each input row, in order, with its id, or a folder, which gets such rows as
 several parquet files, and _errors.jsonl with the rows that could not be computed. A job that was stopped continues when it is started
 again: parts that are written are not computed again.
@@ -22,7 +24,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from perceiver.config import ParallelConfig, UserError
+from perceiver.config import DataConfig, ParallelConfig, UserError
 from perceiver.data.rows import KINDS
 from perceiver.data.storage import atomic_file, list_folder, remove_folder
 from perceiver.generation.options import add_generation_options, given_generation_options
@@ -33,9 +35,9 @@ from perceiver.inference.part import Part
 from perceiver.inference.parts import from_plain, read_part, to_plain
 from perceiver.inference.predict import MODES, PredictOptions, predict_rows
 from perceiver.inference.rows import rows_from_table, rows_to_table
-from perceiver.models import PerceiverARConfig
 from perceiver.terminal import CommandParser, add_checkpoint_option, add_trust_option, number_of
 from ray_jobs.cli import JobFailed, main_entry, refuse_empty
+from ray_jobs.data import add_encoding
 from ray_jobs.logs import show_progress
 from ray_jobs.predict_job import ERRORS, Placement, PredictJob, finish, part_name, plan
 from ray_jobs.predict_page import SHOWN, write_page
@@ -97,6 +99,7 @@ def parse(argv: list[str]) -> tuple[PredictJob, str, Placement, Description]:
     add_trust_option(parser)
     parser.add_argument("--column", help='column with the text or image (default: that of the training, else "text" or "image")')
     parser.add_argument("--id-column", help="column with the rows' ids (default: file name and row number)")
+    add_encoding(parser)
     parser.add_argument("--batch-size", type=int, default=PredictOptions.batch_size, help="rows computed at once (%(default)s)")
     parser.add_argument("--rows-per-part", type=int, default=1000, help="rows of an output file (%(default)s)")
     parser.add_argument("--actors", type=int, default=1, help="model replicas, each on a GPU or on a share of the CPUs (1)")
@@ -107,6 +110,7 @@ def parse(argv: list[str]) -> tuple[PredictJob, str, Placement, Description]:
     add_generation_options(parser, defaults, "fill-mask: fills a row; generate: number of most likely tokens to draw from")
     args = parser.parse_args(argv)
     refuse_empty(args, ("run",))
+    DataConfig(encoding=args.encoding).check_encoding()
     for name in ("batch_size", "rows_per_part", "actors"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)} and must be at least 1")
@@ -115,9 +119,9 @@ def parse(argv: list[str]) -> tuple[PredictJob, str, Placement, Description]:
     options = PredictOptions(mode=mode, batch_size=args.batch_size, **given_generation_options(args))
     with _named_as_typed():
         options.check()
-        if options.mode == "generate" and isinstance(model.config, PerceiverARConfig):
-            if options.num_latents is not None and options.num_latents > model.config.max_latents:
-                raise UserError(f"num_latents is {options.num_latents} and must be at most the model's {model.config.max_latents}")
+        causal = model.config.causal_limits() if model.config is not None and options.mode == "generate" else None
+        if causal is not None and options.num_latents is not None and options.num_latents > causal[1]:
+            raise UserError(f"num_latents is {options.num_latents} and must be at most the model's {causal[1]}")
     if model.abilities and MODES[options.mode].ability not in model.abilities:
         can = ", ".join(name for name, mode in MODES.items() if mode.ability in model.abilities)
         raise UserError(f"--mode is {options.mode}, but {model.name} can only {can}")
@@ -140,6 +144,7 @@ def parse(argv: list[str]) -> tuple[PredictJob, str, Placement, Description]:
         precision=args.precision,
         options=options,
         arrays=None if arrays is None else arrays.to_json(missing=True),
+        encoding="utf-8" if args.encoding.lower() in ("utf-8", "utf8") else args.encoding,
     )
     page = _absolute(args.html) if args.html else None
     return job, _absolute(args.output), Placement(actors=args.actors, device=args.device, address=args.address, page=page), model

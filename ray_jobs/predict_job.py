@@ -42,6 +42,9 @@ class PredictJob:
     arrays: dict[str, Any] | None = None
     """The columns of rows of arrays (`ArrayRows.to_json`)."""
 
+    encoding: str = "utf-8"
+    """Of text in the input."""
+
     @property
     def reads(self) -> tuple[Kind, str, str | None, ArrayRows | None]:
         """What `read_part` takes besides a part."""
@@ -73,6 +76,8 @@ def plan(job: PredictJob, output: str) -> list[Part]:
     settings = flatten(dataclasses.asdict(job) | {"files": {name: size for _, name, size in files}})
     if job.arrays is None:
         del settings["arrays"]
+    if job.encoding == "utf-8":
+        del settings["encoding"]
     settings = json.loads(json.dumps(settings))
     _check_apart(job.inputs, output)
     there = list_folder(output)
@@ -83,7 +88,7 @@ def plan(job: PredictJob, output: str) -> list[Part]:
         return parts
     if any(not name.startswith(".") for name in there):  # a first start may have been stopped in the middle of its first file
         raise UserError(f"--output {output} is not empty and holds no earlier output: choose another folder")
-    parts = plan_parts(files, job.rows_per_part, job.column, job.id_column, job.rows)
+    parts = plan_parts(files, job.rows_per_part, job.column, job.id_column, job.rows, job.kind, job.encoding)
     if not parts:
         raise UserError("--input has no rows")
     content = json.dumps({"settings": settings, "parts": to_plain(parts)}, indent=1) + "\n"

@@ -9,7 +9,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
-from perceiver.config import Experiment, check_tree, digest
+from perceiver.config import Experiment, ParallelConfig, check_tree, digest
 from perceiver.data.chunks import fingerprint as stream_fingerprint
 from perceiver.data.components import Component, mixture_manifest
 from perceiver.data.examples import check_repeatable, is_code
@@ -22,7 +22,7 @@ from perceiver.data.shards import broken_files
 from perceiver.data.sources import Source, is_path, mixture_sources, resolve
 from perceiver.data.storage import list_folder, remove_file
 from perceiver.data.tokenizers import keep_tokenizer, load_tokenizer
-from perceiver.data_settings import prepare_settings, task_kind
+from perceiver.data_settings import DataSpec, OtherData, prepare_settings, task_kind
 from perceiver.datasets import check_fits, data_folder, with_tokenizer
 from perceiver.terminal import number_of
 from ray_jobs.cli import main_entry, parse_experiment
@@ -42,74 +42,77 @@ def main(argv: list[str]) -> int:
 
 
 def prepare(experiment: Experiment, piece_bytes: int = PIECE_BYTES) -> Manifest:
-    """Prepares an experiment's data, or continues a stopped preparation, or finds that there is nothing to do.
+    """`prepare_data` for an experiment's own data."""
+    return prepare_data(experiment, experiment.parallel, piece_bytes)
+
+
+def prepare_data(spec: DataSpec, parallel: ParallelConfig, piece_bytes: int = PIECE_BYTES) -> Manifest:
+    """Prepares data, or continues a stopped preparation, or finds that there is nothing to do.
 
     Joins the Ray cluster of this process, else runs a local one for the time being.
 
     Args:
+        parallel: how Ray is reached.
         piece_bytes: input bytes of a task. The result does not depend on it.
 
     Raises:
-        UserError: a mistake in the experiment or its source, or a fault in an input file. No data set is left then.
+        UserError: a mistake in the settings or the source, or a fault in an input file. No data set is left then.
     """
     started = time.monotonic()
-    experiment = with_tokenizer(experiment)
-    if experiment.data.mixture:
-        return _prepare_mixture(experiment, piece_bytes)
-    settings, folder = prepare_settings(experiment), data_folder(experiment)
+    spec = with_tokenizer(spec)
+    if spec.data.mixture:
+        return _prepare_mixture(spec, parallel, piece_bytes)
+    settings, folder = prepare_settings(spec), data_folder(spec)
     old = _whole_or_removed(folder)
-    own = any(is_path(source) or is_code(source) for source in (experiment.data.source, experiment.data.val_source) if source)
+    own = any(is_path(source) or is_code(source) for source in (spec.data.source, spec.data.val_source) if source)
     if old is not None and not own:  # the name stands for the content: no network is needed
-        return _nothing_to_do(experiment, folder, old)
-    source = resolve(experiment.data, task_kind(experiment))
-    if experiment.data.prepare == "stream":
+        return _nothing_to_do(spec, folder, old)
+    source = resolve(spec.data, task_kind(spec))
+    if spec.data.prepare == "stream":
         from ray_jobs.streaming import prepare_stream
 
         if old is None:
-            return prepare_stream(experiment, source, folder)
-        refuse_changed_source(experiment, folder, old, stream_fingerprint(source))
-        return _nothing_to_do(experiment, folder, old)
-    fingerprint = source_fingerprint(experiment, source)
+            return prepare_stream(spec, parallel, source, folder)
+        refuse_changed_source(spec.data, folder, old, stream_fingerprint(source))
+        return _nothing_to_do(spec, folder, old)
+    fingerprint = source_fingerprint(spec.data, source)
     if old is not None:
-        refuse_changed_source(experiment, folder, old, fingerprint)
-        return _nothing_to_do(experiment, folder, old)
+        refuse_changed_source(spec.data, folder, old, fingerprint)
+        return _nothing_to_do(spec, folder, old)
     if not all(file.format in ("picture", "sound") for file in source.files):  # of pictures the same ones are counted
         refuse_same_files(fingerprint)
     check_repeatable(source.parts)
-    job = make_job(experiment, settings, folder, fingerprint, source)
+    job = make_job(spec, settings, folder, fingerprint, source)
 
     from ray_jobs.ray_env import connect
 
-    with held(job), connect(experiment.parallel):
+    with held(job), connect(parallel):
         pieces = cut_pieces(source.inputs, piece_bytes)
-        job, chosen = hold_out(experiment, job, pieces, piece_bytes)
+        job, chosen = hold_out(spec, job, pieces, piece_bytes)
         notes = run_pieces(job, pieces, piece_bytes)
-        shards = run_shards(experiment, job, notes, source)
+        shards = run_shards(spec, job, notes, source)
         manifest = _finish(job, settings, fingerprint, notes, shards, chosen)
     _summary(folder, manifest, source, time.monotonic() - started)
     return manifest
 
 
-def _prepare_mixture(experiment: Experiment, piece_bytes: int) -> Manifest:
+def _prepare_mixture(spec: DataSpec, parallel: ParallelConfig, piece_bytes: int) -> Manifest:
     """Prepares each source as the data set that it is by itself, and writes the manifest that says how they are mixed."""
     from ray_jobs.ray_env import connect
 
-    settings, folder = prepare_settings(experiment), data_folder(experiment)
-    found = [
-        (part, replace(experiment, data=replace(experiment.data, source=part.source, mixture=())))
-        for part in mixture_sources(experiment.data)
-    ]
+    settings, folder = prepare_settings(spec), data_folder(spec)
+    found = [(part, OtherData.of(spec, replace(spec.data, source=part.source, mixture=()))) for part in mixture_sources(spec.data)]
     missing = [alone for _, alone in found if MANIFEST not in list_folder(data_folder(alone))]
     for alone in missing:  # a mistake in the last source is found before the first is prepared
         resolve(alone.data, task_kind(alone))
     parts = []
-    with connect(experiment.parallel) if missing else nullcontext():  # one cluster for all of them
+    with connect(parallel) if missing else nullcontext():  # one cluster for all of them
         for part, alone in found:
-            manifest = prepare(alone, piece_bytes)
+            manifest = prepare_data(alone, parallel, piece_bytes)
             parts.append(Component(part.name, part.share, data_folder(alone), manifest))
     manifest = mixture_manifest(settings, parts)
     if _whole_or_removed(folder) != manifest:
-        keep_tokenizer(load_tokenizer(experiment.data.tokenizer), folder)
+        keep_tokenizer(load_tokenizer(spec.data.tokenizer), folder)
         manifest.save(folder)
     logger.info(f"mixture of {' and '.join(f'{part.share:.1%} {part.name}' for part in parts)}: {folder}")
     return manifest
@@ -136,10 +139,10 @@ def _whole_or_removed(folder: str) -> Manifest | None:
     return None
 
 
-def _nothing_to_do(experiment: Experiment, folder: str, manifest: Manifest) -> Manifest:
-    check_fits(experiment, manifest)
+def _nothing_to_do(spec: DataSpec, folder: str, manifest: Manifest) -> Manifest:
+    check_fits(spec, manifest)
     skipped = f" ({_skipped(manifest)})" if manifest.stats.get("skipped") else ""
-    logger.info(f"data of {experiment.preset} is prepared{skipped}, nothing to do: {folder}")
+    logger.info(f"data of {spec.preset} is prepared{skipped}, nothing to do: {folder}")
     return manifest
 
 
@@ -174,7 +177,7 @@ def _finish(
         for name in shards
     }
     if any(found["texts"] for found in long.values()):
-        stats["long_texts"] = {name: {**found, "lost": found["tokens"] - splits[name].tokens} for name, found in long.items()}
+        stats["long_texts"] = {name: {**found, "lost": max(0, found["tokens"] - splits[name].tokens)} for name, found in long.items()}
     fitted = {name: {what: sum(note["splits"][name][what] for note in notes) for what in ("cut", "filled")} for name in shards}
     if any(sum(found.values()) for found in fitted.values()):
         stats["fitted"] = fitted
@@ -243,7 +246,8 @@ def _summary(folder: str, manifest: Manifest, source: Source, seconds: float) ->
     for name, found in manifest.stats.get("long_texts", {}).items():
         if found["texts"]:
             lost = f"{found['lost']:,} of {found['tokens']:,} tokens ({found['lost'] / found['tokens']:.1%}) are lost"
-            became = lost if found["lost"] else "they are split"
+            stride = manifest.settings.get("text_stride")
+            became = lost if found["lost"] else f"their parts begin {stride:,} tokens after each other" if stride else "they are split"
             length, documents = manifest.splits[name].row_length, manifest.splits[name].documents
             logger.info(f"  long: {found['texts']:,} of {documents:,} {name} documents have more than {length:,} tokens: {became}")
     for name, found in manifest.stats.get("fitted", {}).items():

@@ -119,6 +119,14 @@ def lost_processes() -> str | None:
     return next((kind for kind in ("raylet", "gcs_server") if kind in dead), None)
 
 
+def own_processes() -> list[int]:
+    """The ids of the processes that this process's local cluster rests on; none where the cluster is another's."""
+    node = ray._private.worker._global_node
+    if node is None or not node.head:
+        return []
+    return [info.process.pid for kind in ("raylet", "gcs_server") for info in node.all_processes.get(kind, [])]
+
+
 def check_address(address: str) -> None:
     """Looks whether anything listens at HOST:PORT: Ray itself would try for minutes.
 

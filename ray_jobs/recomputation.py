@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from perceiver.config import Experiment, UserError
+from perceiver.costs.activations import Layout
 from perceiver.costs.devices import GIB
-from perceiver.costs.memory import step_memory
-from ray_jobs.memory_check import check_fits, layout_of, memory_limit, step_of
+from perceiver.costs.memory import Step, step_memory
+from ray_jobs.memory_check import check_step_fits, layout, layout_of, memory_limit, step_of
 
 
 def settings(num_layers: int) -> Iterator[int]:
@@ -22,9 +23,8 @@ def settings(num_layers: int) -> Iterator[int]:
         before = recomputed
 
 
-def least(experiment: Experiment, limit: float, cuda: bool = True) -> int:
+def least(step: Step, layout: Layout, limit: float) -> int:
     """The setting with the fewest recomputed layers with which a step takes at most `limit` bytes; 1, all, where none does."""
-    step, layout = step_of(experiment), layout_of(experiment, cuda)
     num_layers = len(step.units(layout.shards)) - 1
     fitting = (n for n in settings(num_layers) if step_memory(step, replace(layout, checkpoint_every=n)).total <= limit)
     return next(fitting, 1)
@@ -40,13 +40,16 @@ def resolve(experiment: Experiment, limit: float, cuda: bool = True) -> tuple[Ex
     parallel = experiment.parallel
     if parallel.activation_checkpointing != "auto":
         return experiment, None
-    step, every = step_of(experiment), least(experiment, limit, cuda)
-    layout = layout_of(experiment, cuda)
+    every, line = _chosen(step_of(experiment), layout_of(experiment, cuda), limit)
+    return replace(experiment, parallel=replace(parallel, activation_checkpointing=every)), line
+
+
+def _chosen(step: Step, layout: Layout, limit: float) -> tuple[int, str]:
+    """The number that "auto" stands for, and a line that says so."""
+    every = least(step, layout, limit)
     chosen, plain = (step_memory(step, replace(layout, checkpoint_every=n)).total / GIB for n in (every, 0))
     line = f"--parallel.activation-checkpointing auto: {every} ({describe(every)} recomputed), {chosen:.2f} of {limit / GIB:.2f} GiB"
-    if every:
-        line += f"; {plain:.2f} without recomputing"
-    return replace(experiment, parallel=replace(parallel, activation_checkpointing=every)), line
+    return every, f"{line}; {plain:.2f} without recomputing" if every else line
 
 
 def fit_memory(experiment: Experiment, gpu: bool) -> tuple[Experiment, str | None]:
@@ -55,15 +58,19 @@ def fit_memory(experiment: Experiment, gpu: bool) -> tuple[Experiment, str | Non
     Raises:
         UserError: no setting fits, or nobody knows the memory that "auto" is to be chosen by.
     """
-    smallest, limit, where = memory_limit(experiment, gpu)
+    training, optim, auto = experiment.training, experiment.optim, experiment.parallel.activation_checkpointing == "auto"
+    smallest, limit, where = memory_limit(experiment.parallel, gpu)
     if limit is None:
-        if experiment.parallel.activation_checkpointing == "auto":
+        if auto:
             raise UserError(
                 "--parallel.activation-checkpointing is 'auto', but the memory of the cluster's GPUs is not known: give "
                 "--parallel.device-memory-gib, or a number (0: no layer is recomputed, 1: all)"
             )
         return experiment, None
-    smallest, line = resolve(smallest, limit, gpu)
-    check_fits(smallest, limit, gpu, where)
-    every = smallest.parallel.activation_checkpointing
-    return replace(experiment, parallel=replace(experiment.parallel, activation_checkpointing=every)), line
+    step, line = step_of(experiment), None
+    if auto:
+        every, line = _chosen(step, layout(training, smallest, optim, gpu), limit)
+        smallest = replace(smallest, activation_checkpointing=every)
+        experiment = replace(experiment, parallel=replace(experiment.parallel, activation_checkpointing=every))
+    check_step_fits(step, training, smallest, optim, limit, gpu, where)
+    return experiment, line

@@ -109,8 +109,9 @@ def build_app(backend: Backend, interface: Interface, token_hash: str | None) ->
 
     @app.post("/predict")
     async def predict(body: request_type) -> JSONResponse:  # type: ignore[valid-type]
-        rows = [{**given.model_dump(exclude_none=True)} for given in body.rows]  # type: ignore[attr-defined]
-        rows = [{**given, "id": str(given.get("id", number))} for number, given in enumerate(rows)]
+        # A null is what a row lacks, which is not the same as a column that is left out.
+        rows = [given.model_dump(exclude_unset=True) for given in body.rows]  # type: ignore[attr-defined]
+        rows = [{**given, "id": str(number if given.get("id") is None else given["id"])} for number, given in enumerate(rows)]
         options = _given(body)
         answers = await backend.predict(rows, options)
         if all(answer["error"] is not None for answer in answers):
@@ -170,8 +171,10 @@ def _event(data: Mapping[str, Any]) -> str:
 def _types(interface: Interface) -> tuple[type[BaseModel], type[BaseModel], type[BaseModel]]:
     """The types of a row, of a request of /predict and of one of /stream."""
     identity: Any = (str | int | None, None)
-    if interface.columns:
-        fields: dict[str, Any] = dict.fromkeys(interface.columns, (Any, None))
+    if interface.kind == "frames":
+        fields: dict[str, Any] = dict.fromkeys(interface.columns, (str, ...))
+    elif interface.columns:
+        fields = dict.fromkeys(interface.columns, (Any, None))
     else:
         fields = {interface.column: (str, ...)}
     row = create_model("Row", __config__=_EMPTY, **{**fields, "id": identity})

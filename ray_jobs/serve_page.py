@@ -20,7 +20,8 @@ button { font: inherit; margin: .8rem .5rem 0 0; padding: .3rem 1rem; }
 <h1 id="name">Perceiver</h1>
 <p id="what">Give the server's token to see what is served here.</p>
 <label for="token">Token, if the server wants one</label><input type="password" id="token" autocomplete="off">
-<div id="image-part" hidden><label for="file">Image</label><input type="file" id="file" accept="image/*"></div>
+<div id="file-part" hidden><label for="file" id="file-label">Image</label><input type="file" id="file"></div>
+<div id="second-part" hidden><label for="second">Second frame</label><input type="file" id="second" accept="image/*"></div>
 <div id="text-part"><label for="text" id="text-label">Text</label><textarea id="text"></textarea></div>
 <div id="options-part" hidden><label for="options">Options (JSON)</label><input id="options" value="{}"></div>
 <button id="go">Predict</button><button id="stream" hidden>Stream</button>
@@ -29,20 +30,26 @@ button { font: inherit; margin: .8rem .5rem 0 0; padding: .3rem 1rem; }
 "use strict";
 let model = {{interface}};  // null: the server tells it only to those who have the token
 let fields = [], kind = "text";
+const files = {
+  image: ["Image", "image/*"], audio: ["Sound file", "audio/*"], midi: ["MIDI file to continue (none: from nothing)", ".mid,.midi"],
+  frames: ["First frame", "image/*"],
+};
 const of = id => document.getElementById(id);
 function setUp() {
   fields = Object.keys(model.row).filter(name => name !== "id");
   kind = model.row[fields[0]];
   of("name").textContent = model.model;
   of("what").textContent = `checkpoint ${model.checkpoint}, mode ${model.mode}`;
-  of("image-part").hidden = kind !== "image";
-  of("text-part").hidden = kind === "image";
+  of("file-part").hidden = !(kind in files);
+  of("second-part").hidden = kind !== "frames";
+  of("text-part").hidden = kind in files;
+  if (kind in files) [of("file-label").textContent, of("file").accept] = files[kind];
   of("options-part").hidden = model.options.length === 0;
   of("options").placeholder = model.options.join(", ");
   of("stream").hidden = model.mode !== "generate";
   if (kind === "arrays") {
     of("text-label").textContent = "Row (JSON)";
-    of("text").value = JSON.stringify(Object.fromEntries(fields.map(name => [name, []])));
+    of("text").value = JSON.stringify(model.example);
   }
 }
 if (model) setUp();
@@ -60,11 +67,17 @@ function show(text, bad) { of("answer").textContent = text; of("answer").classNa
 async function row() {
   if (!model) throw "give the token first";
   if (kind === "arrays") return JSON.parse(of("text").value);
-  if (kind !== "image") return {[fields[0]]: of("text").value};
-  const bytes = new Uint8Array(await of("file").files[0].arrayBuffer());
+  if (!(kind in files)) return {[fields[0]]: of("text").value};
+  const found = {[fields[0]]: await base64(of("file").files[0])};
+  if (kind === "frames") found[fields[1]] = await base64(of("second").files[0]);
+  return found;
+}
+async function base64(file) {
+  if (!file) { if (kind === "midi") return ""; throw "choose a file first"; }
+  const bytes = new Uint8Array(await file.arrayBuffer());
   let text = "";
   for (let i = 0; i < bytes.length; i += 32768) text += String.fromCharCode(...bytes.subarray(i, i + 32768));
-  return {[fields[0]]: btoa(text)};
+  return btoa(text);
 }
 function send(path, body) {
   const headers = {"Content-Type": "application/json"};

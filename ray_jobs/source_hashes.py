@@ -8,7 +8,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from perceiver.config import Experiment, UserError
+from perceiver.config import DataConfig, UserError
 from perceiver.data.files import InputFile
 from perceiver.data.manifest import Manifest
 from perceiver.data.sources import Source, same_file
@@ -26,11 +26,11 @@ HASHES = ".source-hashes.json"
 """File in data.root that keeps the hashes of source files by path, size and time, so that they are not read again."""
 
 
-def source_fingerprint(experiment: Experiment, source: Source) -> dict[str, Any]:
+def source_fingerprint(data: DataConfig, source: Source) -> dict[str, Any]:
     """What the source is: of files names, sizes and hashes; of the hub names, sizes and its revision; of code what stands for it."""
     paths = [p for f in source.files for p in (f.path, f.labels_path, *f.beside) if p is not None]
     local = [p for p in paths if "://" not in p]
-    hashes = _hashes(local, experiment.data.root_path)
+    hashes = _hashes(local, data.root_path)
 
     def entry(file: InputFile) -> dict[str, Any]:
         result: dict[str, Any] = {
@@ -91,12 +91,12 @@ def refuse_same_files(fingerprint: dict[str, Any]) -> None:
             raise UserError(same_file(train[file["sha256"]], file["name"]))
 
 
-def refuse_changed_source(experiment: Experiment, folder: str, old: Manifest, fingerprint: dict[str, Any]) -> None:
+def refuse_changed_source(data: DataConfig, folder: str, old: Manifest, fingerprint: dict[str, Any]) -> None:
     """Raises UserError where prepared data was made from other files than the source has now."""
     before, now = _entries(old.source), _entries(fingerprint)
     changed = sorted({name for name, split in before.keys() | now.keys() if before.get((name, split)) != now.get((name, split))})
     if changed:
-        what, more = experiment.data.source or experiment.data.val_source, ", ..." if len(changed) > 5 else ""
+        what, more = data.source or data.val_source, ", ..." if len(changed) > 5 else ""
         hint = ""
         if any(entry["content"].startswith("code:") for entry in now.values() if "content" in entry):
             hint = " (of code without a method fingerprint() the source file counts, with all that it imports from beside it)"

@@ -6,7 +6,7 @@ import logging
 import time
 from typing import Any
 
-from perceiver.config import Experiment, UserError, digest
+from perceiver.config import ParallelConfig, UserError, digest
 from perceiver.data.chunks import Size, chunk_ids, chunk_rows, chunks_of, fingerprint, measure, sample_pieces
 from perceiver.data.files import InputFile
 from perceiver.data.manifest import Manifest, Split
@@ -16,13 +16,13 @@ from perceiver.data.preparation import Job
 from perceiver.data.prepare import make_split
 from perceiver.data.sources import Source
 from perceiver.data.tokenizers import keep_tokenizer
-from perceiver.data_settings import prepare_settings
+from perceiver.data_settings import DataSpec, prepare_settings
 from ray_jobs.passes import held, in_parallel, make_job, remove_staging, run_pieces, run_shards
 
 logger = logging.getLogger(__name__)
 
 
-def prepare_stream(experiment: Experiment, source: Source, folder: str) -> Manifest:
+def prepare_stream(spec: DataSpec, parallel: ParallelConfig, source: Source, folder: str) -> Manifest:
     """Makes the manifest of a source that is streamed, and shards of its validation data.
 
     Raises:
@@ -33,16 +33,16 @@ def prepare_stream(experiment: Experiment, source: Source, folder: str) -> Manif
     started = time.monotonic()
     files = [file for file in source.files if file.split != "val"]
     known = fingerprint(source)
-    settings = prepare_settings(experiment)
-    job = make_job(experiment, settings, folder, known, source)
-    with held(job), connect(experiment.parallel):
+    settings = prepare_settings(spec)
+    job = make_job(spec, settings, folder, known, source)
+    with held(job), connect(parallel):
         sizes = _measure(job, files)
-        described = _describe(experiment, job, files, sizes)
+        described = _describe(spec, job, files, sizes)
         train, val = chunks_of(files, described, job.row_length)
         val = val or cut_pieces(tuple(file for file in source.files if file.split == "val"))
         notes = run_pieces(job, val, PIECE_BYTES)
         val_source = Source(files=tuple(span.input_file for piece in val for span in piece.spans))
-        shards = run_shards(experiment, job, notes, val_source)
+        shards = run_shards(spec, job, notes, val_source)
         rows = len(train) * described["rows"]
         split = Split(
             name="train", kind="tokens", rows=rows, tokens=rows * job.row_length + 1,
@@ -79,14 +79,14 @@ def _measure(job: Job, files: list[InputFile]) -> list[Size]:
     return [Size(**found[i]) for i in range(len(files))]
 
 
-def _describe(experiment: Experiment, job: Job, files: list[InputFile], sizes: list[Size]) -> dict[str, Any]:
+def _describe(spec: DataSpec, job: Job, files: list[InputFile], sizes: list[Size]) -> dict[str, Any]:
     """What determines the chunks, beside the files: for the manifest."""
     pieces = sample_pieces(files, sizes)
     counts = dict(in_parallel(lambda i: {"ids": len(chunk_ids(job, pieces[i]))}, list(range(len(pieces)))))
     tokens, total = sum(count["ids"] for count in counts.values()), sum(piece.size for piece in pieces)
     if not tokens:
-        raise UserError(f"data.source {experiment.data.source} has no text: everything in it is empty or was skipped")
-    data = experiment.data
+        raise UserError(f"data.source {spec.data.source} has no text: everything in it is empty or was skipped")
+    data = spec.data
     most = data.rows_per_block * (data.shuffle_window_blocks or STREAM_BLOCKS)
     rows = chunk_rows(sum(size.bytes for size in sizes), tokens / total, job.row_length, most)
     return {

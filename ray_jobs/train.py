@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from perceiver import provenance
 from perceiver.checkpoints import CheckpointInfo, best_of
-from perceiver.config import Experiment
+from perceiver.config import Experiment, to_dict
 from perceiver.data.components import Component
 from perceiver.data.manifest import Manifest
 from perceiver.data.storage import write_file
@@ -21,7 +21,7 @@ from perceiver.plots import png, training_curves
 from perceiver.runs import Run
 from perceiver.tasks import build_task
 from perceiver.tasks.baselines import Baseline
-from perceiver.tasks.check import check_guess
+from perceiver.tasks.check import check_guess, checked_task
 from perceiver.terminal import number_of
 from perceiver.training.fork import resolved
 from perceiver.training.meters import duration
@@ -175,7 +175,7 @@ def run(
     if known is not None:
         check_prepared(known.folder, known.manifest)
         if not experiment.task.measured:
-            check_guess(experiment, known.parts)
+            check_guess(checked_task(experiment), known.parts)
 
     from ray_jobs import driver
     from ray_jobs.preprocess import prepare
@@ -193,7 +193,7 @@ def run(
                 dataset = Dataset.find(experiment)
             experiment, data_folder, manifest = dataset.measured(), dataset.folder, dataset.manifest
             check_prepared(data_folder, manifest)
-            check_guess(experiment, dataset.parts)
+            check_guess(checked_task(experiment), dataset.parts)
             warn_of_warmup(experiment, manifest)
             if longer:
                 trained.forget_result()
@@ -201,7 +201,7 @@ def run(
                     remote.forget_result()
             trained.save_code(code)
             save_experiment(trained, experiment, manifest, data_folder)
-            words = [*program("ray_jobs.train").split(), *(command_words(experiment) if argv is None else argv)]
+            words = [*program("ray_jobs.train").split(), *(command_words(experiment.preset, to_dict(experiment)) if argv is None else argv)]
             provenance.record(trained, words, manifest.digest, resources.workers, "GPU" if resources.gpu else "CPU")
             if remote is not None:
                 remote.send_records()

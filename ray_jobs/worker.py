@@ -18,11 +18,12 @@ from ray.train.torch import get_device
 
 from perceiver.config import Experiment, UserError, from_dict
 from perceiver.data.manifest import Manifest
+from perceiver.data_settings import DataSpec, OtherData
 from perceiver.datasets import preprocess_command
 from perceiver.extensions import Code
 from perceiver.runs import Run
 from perceiver.tasks import build_task
-from perceiver.training.batches import ReadAll, make_val_loaders
+from perceiver.training.batches import ReadAll, val_loaders
 from perceiver.training.callbacks import Callback
 from perceiver.training.hooks import CallbackError
 from perceiver.training.loop import StepResult
@@ -110,11 +111,11 @@ def _train(
         raise
 
 
-def _with_repair(error: DataFault, experiment: Experiment) -> str:
+def _with_repair(error: DataFault, spec: DataSpec) -> str:
     """A fault in the data, with what mends it."""
-    if experiment.data.prepare == "stream":
+    if spec.data.prepare == "stream":
         return f"{error}: mend it and start again"
-    return f"{error}: remove it and run `{preprocess_command(experiment)}`"
+    return f"{error}: remove it and run `{preprocess_command(spec)}`"
 
 
 def _note_failure(run: Run, remote: RemoteCopy | None, users: bool, reason: str) -> None:
@@ -131,9 +132,10 @@ def evaluate_worker(config: dict[str, Any]) -> None:
 
 
 def _evaluate(config: dict[str, Any], experiment: Experiment, world: World) -> None:
-    task = build_task(experiment)
-    manifest = Manifest.load(config["data_folder"])
-    loaders = make_val_loaders(experiment, task, config["data_folder"], manifest, numbered=True)
+    data, training = from_dict(config["data"]), experiment.training
+    task = experiment.task.build(experiment.model, data, training.seed)
+    folder, size = config["data_folder"], experiment.parallel.micro_batch_size
+    loaders = val_loaders(task, folder, Manifest.load(folder), data=data, training=training, micro_batch_size=size, numbered=True)
     model = build_state(experiment, task, world).model
     checkpoint = Path(config["checkpoint"])
     if config["origin"] is not None:  # this machine may not have it yet
@@ -148,7 +150,7 @@ def _evaluate(config: dict[str, Any], experiment: Experiment, world: World) -> N
     try:
         metrics, sums, _ = evaluate(task, model, loaders, world, _reader(config, world), keep=examples.__setitem__)
     except DataFault as error:
-        ray.get(config["messages"].put.remote({"fault": _with_repair(error, experiment)}))
+        ray.get(config["messages"].put.remote({"fault": _with_repair(error, OtherData.of(experiment, data))}))
         raise
     if world.rank == 0:
         counts = {name: value.tolist() for name, value in sums.items() if value.size <= MOST_KEPT}

@@ -20,7 +20,7 @@ from perceiver.config import Experiment, UserError
 from perceiver.costs.flops import num_parameters
 from perceiver.data.storage import write_file
 from perceiver.disk import write_json
-from perceiver.models import PerceiverARConfig, check_model
+from perceiver.models import check_model
 from perceiver.plots import GREY, color, frame, log_scale, new_figure, png
 from perceiver.tasks import build_task
 from perceiver.terminal import CommandParser, summary
@@ -76,7 +76,8 @@ def plan(preset: str, overrides: Sequence[str], budgets: Sequence[float], channe
     """
     base = Sweep(preset=preset, overrides=tuple(overrides), points=({},), scheduler="fifo", reports=4, keep=1)
     experiment = base.experiment()
-    if experiment.task.kind != "tokens" or not isinstance(experiment.model, PerceiverARConfig):
+    of_text = experiment.task.kind == "tokens" and build_task(experiment).targets_per_example() is not None
+    if not of_text or not hasattr(experiment.model, "num_channels"):
         raise UserError(f"scaling laws need a causal language model, and {preset} is none: clm-wikitext-small, say")
     points, skipped = [], []
     for budget in budgets:
@@ -107,14 +108,14 @@ def measurements(base: Experiment, trials: Sequence[dict[str, Any]], budgets: Se
         if trial["status"] != "finished":
             continue
         experiment = trial_experiment(base, trial["values"])
-        model, steps = experiment.model, experiment.training.max_steps
-        assert isinstance(model, PerceiverARConfig) and steps is not None  # as `plan` made them
+        steps, targets = experiment.training.max_steps, build_task(experiment).targets_per_example()
+        assert steps is not None and targets is not None  # as `plan` made them
         spent = steps * step_flops(experiment)
         found.append(
             Measurement(
                 budget=min(budgets, key=lambda b: abs(np.log(b / spent))),
-                parameters=num_parameters(model),
-                tokens=steps * experiment.training.global_batch_size * model.max_latents,
+                parameters=num_parameters(experiment.model),
+                tokens=steps * experiment.training.global_batch_size * targets,
                 loss=trial["last_value"],
             )
         )

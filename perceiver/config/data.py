@@ -6,6 +6,9 @@ from typing import Literal
 
 from perceiver.config.core import Config, UserError, check_positive, home
 
+TEXT_LENGTH = 256
+"""Tokens of a text in a column of a table that go into a model, unless its configuration has another number."""
+
 
 class DataConfig(Config):
     """Where the data comes from, how it is prepared, and how it is shuffled."""
@@ -35,9 +38,11 @@ class DataConfig(Config):
     image_size: int | None = None
     """Scale pictures until their shorter side has this many pixels, and cut out the square in the middle. None: leave them as they are;
     all must then have the same size."""
-    long_texts: Literal["cut", "split", "refuse"] = "cut"
+    long_texts: Literal["cut", "split", "stride", "refuse"] = "cut"
     """What to do with labelled texts that are longer than the model's input. cut: keep their beginning; split: make each part a row of
-    its own with the same label; refuse: stop with an error that names the first such text."""
+    its own with the same label; stride: the same with parts that overlap; refuse: stop with an error that names the first such text."""
+    text_stride: int | None = None
+    """With long-texts stride: tokens between the beginnings of two parts of a text. None: half of what the model takes."""
     encoding: str = "utf-8"
     """Encoding of text files, .csv and .jsonl: utf-8, utf-16, latin-1, or another that Python knows."""
     tokenizer: str = "bytes"
@@ -75,10 +80,14 @@ class DataConfig(Config):
         check_positive(self, where, "rows_per_block", "blocks_per_shard", "shuffle_window_blocks", "lanes")
         if not 0 <= self.val_fraction < 1:
             raise UserError(f"{where}val-fraction is {self.val_fraction} and must be at least 0 and below 1")
-        check_positive(self, where, "image_size")
+        check_positive(self, where, "image_size", "text_stride")
         if self.balance is not None and self.balance < 2:
             raise UserError(f"--{where}balance is {self.balance} and must be at least 2, or left out: rows of rare classes come again")
         self.check_encoding(where)
+        if self.text_stride is not None and self.long_texts != "stride":
+            raise UserError(
+                f"--{where}text-stride is {self.text_stride}, and --{where}long-texts is {self.long_texts}: give stride, or leave it out"
+            )
         if self.time_column is not None and self.group_column is not None:
             raise UserError(f"--{where}time-column and --{where}group-column are both given: leave one out")
 

@@ -39,6 +39,22 @@ class ModelConfig(Config):
         """Of a model that reads text: its longest input in tokens, and the number of token ids. None: it reads something else."""
         return None
 
+    def num_text_ids(self) -> int | None:
+        """Number of token ids of texts that go in beside other things, such as columns of a table. None: there are no such texts."""
+        return None
+
+    def causal_limits(self) -> tuple[int, int] | None:
+        """Of a causal model of ids with `text_limits`: its longest input, and how many of the last positions predict. None: it is none."""
+        return None
+
+    def picture_shape(self) -> tuple[int, int, int] | None:
+        """Of a model that reads pictures: their height, width and channels. None: it reads something else."""
+        return None
+
+    def number_of_classes(self) -> int | None:
+        """Of a model that gives classes: how many (0: as many as the data has). None: it gives something else."""
+        return None
+
     def batch_shape(self) -> tuple[Any, ...] | None:
         """Of a model that takes one tensor: its shape, as `perceiver.models.tensor_shapes.Shape` writes it: ("B", 28, 28). By it the model
         is written as ONNX. None: it takes something else.

@@ -104,8 +104,8 @@ class RunConfig(Config):
     """Steps to profile on the first worker, FIRST..LAST counted from 1 (20..25). Writes a trace for Perfetto and a table of the most
     expensive operators to the run's folder, under profile."""
     memory_snapshot: str | None = None
-    """Steps, FIRST..LAST, in which a GPU's allocations are recorded on the first worker, with where in the code they were made. Writes
-    profile/memory-FIRST-LAST.pickle into the run's folder, for https://pytorch.org/memory_viz; also where a step runs out of memory."""
+    """Steps, FIRST..LAST, in which the first worker's GPU records its allocations, and where in the code they were made, to
+    profile/memory-FIRST-LAST.pickle in the run's folder (for pytorch.org/memory_viz); also where memory runs out."""
     layer_grad_norms: bool = False
     """Add the norm of the gradient of each layer (grad_norm/LAYER) to the logged metrics."""
     noise_scale: bool = False

@@ -42,6 +42,8 @@ class Layout:
     """Micro-batches of a step."""
     shards: int = 1
     """Devices that share the parameters: workers / replicas."""
+    alone: bool = False
+    """One worker that keeps its model whole (`perceiver/training/whole.py`): nothing to gather or to reduce."""
     precision: str = "fp32"
     checkpoint_every: int = 0
     """Every n-th layer is recomputed; 0: none."""

@@ -6,7 +6,7 @@ every moment by kind; the moment with the most is the answer. tests/costs/test_m
 Activations are those of `activations.py` or, counted, of `count.py`. Of FSDP2 (`perceiver/training/parallel.py`): a shard of
 parameters, gradients and the optimizer's state in fp32; the whole parameters of the layer at work in the type of computation, the next
 layer's as they arrive, gradients before they are reduced, and the reduction's input in fp32. Parameters outside of layers (embeddings)
-stay whole from forward to backward.
+stay whole from forward to backward. One worker alone shards nothing.
 
 Not counted: what the allocator loses to fragments, the device's context, the communication library's own buffers.
 """
@@ -208,6 +208,9 @@ def step_traffic(step: Step, layout: Layout, replicas: int = 1) -> Traffic:
 
 def _moments(step: Step, layout: Layout) -> Iterator[Memory]:
     """What is in memory at the moments of a step that can have the most."""
+    if layout.alone:
+        yield from _moments_alone(step, layout)
+        return
     e, shards = layout.element_size, layout.shards
     parts = step.units(shards)
     *layers, root = parts
@@ -254,6 +257,47 @@ def _moments(step: Step, layout: Layout) -> Iterator[Memory]:
     live["gathered"] = 0.0
     yield _memory(live, reduced=(e + FP32) * root.trained - e * loss.shared_gradient)
     yield _memory(base, gradients=owned * FP32 * trained)
+
+
+def _moments_alone(step: Step, layout: Layout) -> Iterator[Memory]:
+    """The same of one worker alone, which has nothing to gather or to reduce (`perceiver/training/whole.py`): in fp32 gradients appear
+    where they stay, in bf16 there are copies of all parameters, and a layer's gradients in bf16 before they are cast.
+    """
+    copied = layout.element_size if layout.element_size < FP32 else 0
+    parts = step.units(1)
+    *layers, root = parts
+    size, trained = sum(unit.size for unit in parts), sum(unit.trained for unit in parts)
+    base = {"parameters": FP32 * size, "optimizer": optimizer_bytes(parts, layout), "gathered": copied * float(size)}
+    calls, loss = step.walk(layout)
+    live, accumulates = defaultdict(float, base), layout.accumulated > 1
+    live["gradients"] = FP32 * trained if accumulates else 0.0
+
+    for call in calls:
+        yield _memory(live, activations=call.held + call.saved + call.working)
+        live["activations"] += call.held + (call.saved if _keeps(call, layout) else 0.0)
+    live["activations"] += loss.held
+    yield _memory(live, loss=loss.peak)
+
+    live["reduced"] += layout.element_size * loss.shared_gradient
+    done: set[int] = set()
+    for call in reversed(calls):
+        if not call.trained:
+            break
+        unit = layers[call.unit]
+        if not _keeps(call, layout):
+            live["activations"] += call.saved
+        first = call.unit not in done
+        if first and not accumulates and not copied:
+            live["gradients"] += FP32 * unit.trained
+        yield _memory(live, activations=call.extra, reduced=copied * unit.trained)
+        live["activations"] -= call.saved + call.held
+        if first and not accumulates and copied:
+            live["gradients"] += FP32 * unit.trained
+        done.add(call.unit)
+    live["activations"] = 0.0
+    # Embeddings: a dense gradient, added to that of the output matrix where it is the same one.
+    yield _memory(live, reduced=layout.element_size * root.trained)
+    yield _memory(base, gradients=FP32 * float(trained))
 
 
 def _keeps(call: Call, layout: Layout) -> bool:

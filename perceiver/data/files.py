@@ -37,7 +37,7 @@ CUT = ("text", "wikitext", "jsonl")
 _NEVER_PACKED = ("parquet", "arrow", "midi", "picture", "tar", "sound")
 UNCUT: tuple[Format, ...] = ("csv", "arrow", "tar")
 """Formats of tables and archives that are read from their beginning, by one task each."""
-_OF_SAVED = re.compile(r"(^|/)((dataset_info|state|dataset_dict)\.json|cache-[^/]*\.arrow)$")
+OF_SAVED = re.compile(r"(^|/)((dataset_info|state|dataset_dict)\.json|cache-[^/]*\.arrow)$")
 """Files that `datasets.save_to_disk` and the cache of `datasets` write beside the rows."""
 SAME = "same file"
 """Mark of a path that leads to a file which another path leads to: for no split."""
@@ -111,7 +111,7 @@ def files_of(source: str, label: str, kind: str, field: str, names: Collection[s
     saved = any(re.search(r"(^|/)state\.json$", inner) for _, inner, _ in listed)
     for path, inner, size in listed:
         form = format_of(path)
-        if saved and _OF_SAVED.search(inner):
+        if saved and OF_SAVED.search(inner):
             continue
         if form not in KINDS[kind].formats or (form == "idx" and not _labels_paths(path)):
             continue

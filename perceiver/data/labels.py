@@ -32,11 +32,12 @@ MOST_BYTES = 64 << 20
 """Bytes of picture files that are decoded to find those that cannot be read: a few seconds."""
 
 
-def label_counts(source: Source, label_column: str, split: str | None = None, several: bool = False) -> Counter[str]:
+def label_counts(source: Source, label_column: str, split: str | None = None, several: bool = False, skip: bool = False) -> Counter[str]:
     """How often each label occurs, by its text (`label_text`), in the files of a split (None: of all).
 
     Args:
         several: each row has any number of them.
+        skip: leave out files that cannot be read, and rows without a label, as the preparation then does.
 
     Raises:
         UserError: a file that cannot be read, labels that are no classes.
@@ -47,22 +48,25 @@ def label_counts(source: Source, label_column: str, split: str | None = None, se
             continue
         if isinstance(file, ExamplePart):
             raise UserError("--model.output.num-classes is 0, and classes are looked up in files, not in what code yields: give the number")
+        own: Counter[str] = Counter()
         try:
-            for value in _each(file, label_column, several):
+            for value in _each(file, label_column, several, skip):
                 if isinstance(value, float) and math.isfinite(value) and not value.is_integer():
-                    raise UserError(
-                        f"{file.name} has label {value!r} in --data.label-column {label_column}, and classes are whole numbers or names: "
-                        "for quantities train the preset tables"
-                    )
+                    raise UserError(_no_class(file, value, label_column))
                 if isinstance(value, (list, dict)):
                     raise UserError(
                         f"{file.name} has a {type(value).__name__} as a label, and each row has one class: the presets img-tags and "
                         "txt-tags take lists of labels"
                     )
                 if value is not None:
-                    counts[label_text(value)] += 1
+                    own[label_text(value)] += 1
         except Unreadable as error:
-            raise UserError(str(error.args[-1])) from None
+            if not skip:
+                raise UserError(str(error.args[-1])) from None
+            continue
+        if (real := _real_number(own)) is not None and not several:
+            raise UserError(_no_class(file, real, label_column))
+        counts += own
         if len(counts) > MOST_CLASSES:
             raise UserError(
                 f"{file.name} has more than {MOST_CLASSES:,} different labels in --data.label-column {label_column}, such as "
@@ -71,9 +75,25 @@ def label_counts(source: Source, label_column: str, split: str | None = None, se
     return counts
 
 
-def _each(file: InputFile, column: str, several: bool) -> Iterator[Any]:
+def _no_class(file: InputFile, value: float, label_column: str) -> str:
+    return (
+        f"{file.name} has label {value!r} in --data.label-column {label_column}, and classes are whole numbers or names: for quantities "
+        f"train the preset tables, --task.targets {label_column}"
+    )
+
+
+def _real_number(labels: Counter[str]) -> float | None:
+    """The first label that is no whole number, where all are numbers, as those of a .csv file are texts; else None."""
+    try:
+        numbers = [float(text) for text in labels]
+    except ValueError:
+        return None
+    return next((number for number in numbers if math.isfinite(number) and not number.is_integer()), None)
+
+
+def _each(file: InputFile, column: str, several: bool, skip: bool) -> Iterator[Any]:
     """The labels of a file, one by one; those that are none are left to the preparation, which names their rows."""
-    for value in _labels(file, column):
+    for value in _labels(file, column, skip):
         if not several:
             yield value
             continue
@@ -90,7 +110,7 @@ def class_order(labels: Counter[str]) -> tuple[str, ...]:
     return tuple(sorted(labels))
 
 
-def _labels(file: InputFile, column: str) -> Iterator[Any]:
+def _labels(file: InputFile, column: str, skip: bool) -> Iterator[Any]:
     span, nothing = Span(file, 0, sys.maxsize if file.format in ("parquet", "arrow") else file.size), Problems(skip=True)
     if file.format in ("picture", "sound"):
         yield file.label
@@ -110,6 +130,8 @@ def _labels(file: InputFile, column: str) -> Iterator[Any]:
         for row in rows:
             if isinstance(row, dict):
                 if column not in row:
+                    if skip:
+                        continue
                     raise Unreadable("missing field", f"{file.name} has no field {column!r} (it has: {', '.join(map(str, row))})")
                 yield row[column]
 

@@ -14,7 +14,7 @@ from perceiver.data.preparation import Job, PieceWriter, Preparation, ShardParts
 from perceiver.data.read_documents import Documents, read_documents
 from perceiver.data.rows import DocumentRows, TaggedDocumentRows
 from perceiver.data.spans import Problems, Span
-from perceiver.data.text import count_words, split_long, truncate
+from perceiver.data.text import count_words, split_long, stride_long, truncate
 
 
 @dataclass(frozen=True)
@@ -76,11 +76,14 @@ class DocumentPreparation(Preparation):
                 text = part.documents.texts[np.flatnonzero(part.chosen)[first]]
                 raise UserError(
                     f"{span.file.name}: a text has {part.lengths[first]:,} tokens, and the model takes {limit:,} ({reprlib.repr(text)}): "
-                    "--data.long-texts cut or split takes it, a larger max-seq-len too"
+                    "--data.long-texts cut, split or stride takes it, a larger max-seq-len too"
                 )
             if self.job.long_texts == "split":
                 parts, lengths = split_long(part.lengths, limit)
                 ids, labels = part.ids, np.repeat(labels, parts, axis=0)
+            elif self.job.long_texts == "stride":
+                parts, ids, lengths = stride_long(part.ids, part.lengths, limit, self.job.text_stride or max(1, limit // 2))
+                labels = np.repeat(labels, parts, axis=0)
             else:
                 ids, lengths = truncate(part.ids, part.lengths, limit)
             counts = {"rows": len(lengths), "tokens": len(ids), "long": int(np.count_nonzero(is_long)), "all_tokens": len(part.ids)}

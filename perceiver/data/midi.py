@@ -174,18 +174,19 @@ def read_midi(data: bytes) -> np.ndarray:
     return encode(notes, [Pedal(change.value, float(change.time)) for change in controls])
 
 
-def midi_file(path: str | Path, what: str) -> np.ndarray:
-    """The events of a MIDI file on this machine; `what` is what messages call it.
+def midi_file(path: str | Path | bytes, what: str) -> np.ndarray:
+    """The events of a MIDI file on this machine, or of its content; `what` is what messages call it.
 
     Raises:
         UserError: it is not there, or no MIDI file with notes.
     """
+    name = what if isinstance(path, bytes) else f"{what} {path}"
     try:
-        return read_midi(Path(path).expanduser().read_bytes())
+        return read_midi(path if isinstance(path, bytes) else Path(path).expanduser().read_bytes())
     except OSError as error:
-        raise UserError(f"{what} {path} cannot be read ({error.strerror})") from None
+        raise UserError(f"{name} cannot be read ({error.strerror})") from None
     except NotMidi as error:
-        raise UserError(f"{what} {path} {error}") from None
+        raise UserError(f"{name} {error}") from None
 
 
 def write_midi(ids: Iterable[int]) -> bytes:

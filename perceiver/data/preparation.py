@@ -54,8 +54,10 @@ class Job:
     """"eos": an end id after each document; "cls-sep": each document between [CLS] and [SEP]."""
     arrays: ArrayRows | None = None
     """The columns of rows of arrays."""
-    long_texts: Literal["cut", "split", "refuse"] = "cut"
+    long_texts: Literal["cut", "split", "stride", "refuse"] = "cut"
     """What becomes of documents that are longer than a row."""
+    text_stride: int | None = None
+    """Of long_texts stride: ids between the beginnings of two parts; None: half a row."""
     held_out: np.ndarray | None = None
     """Keys of what goes to validation, sorted, where it was chosen by class or by group (`held_out.py`); None: those of small hash."""
     preparation: type[Preparation] = field(init=False)

@@ -42,7 +42,7 @@ class RowKind(ABC):
     """The same for a person."""
     made_from: ClassVar[str] = "documents"
     """What its rows are made from, in the plural."""
-    new_rows: ClassVar[Literal["text", "image", "audio", "arrays", "frames"]] = "text"
+    new_rows: ClassVar[Literal["text", "image", "audio", "midi", "arrays", "frames"]] = "text"
     """What a row of new input holds, where a trained model is applied."""
     prepared_by_training: ClassVar[bool] = False
     """Whether a training (or a sweep) makes them of files by itself, where they are not made yet; else it names the command."""

@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -108,6 +109,7 @@ class EventRows(_StreamRows):
     has_split_tables = prepared_by_training = True
     least_length = (2, "an event is predicted from another one")
     made_from = "performances"
+    new_rows = "midi"
     formats = ("midi",)
     expected = ".mid or .midi files"
 
@@ -276,15 +278,15 @@ class ArrayRows(RowKind):
         return {name: _value(example, name, column) for name, column in self.columns.items()}
 
     def missing(self, names: Iterable[str]) -> ArrayRows:
-        """The same columns, of which these, of real numbers, may hold nothing in a row: it is read as NaN."""
+        """The same columns, of which these, of real numbers or texts, may hold nothing in a row: it is read as NaN or an empty text."""
         found = ArrayRows.from_json(self.to_json())
         found.may_miss = frozenset(names)
         return found
 
     def filled(self, example: Mapping[str, Any]) -> Mapping[str, Any]:
-        """An example with NaN where it holds None in a column that may miss."""
+        """An example with NaN or an empty text where it holds None in a column that may miss."""
         gaps = [name for name in self.may_miss if name in example and example[name] is None]
-        return {**example, **{name: np.full(self.columns[name].shape, math.nan) for name in gaps}} if gaps else example
+        return {**example, **{name: _nothing(self.columns[name]) for name in gaps}} if gaps else example
 
     def stack(self, examples: list[dict[str, Any]]) -> pa.Table:
         """Rows of what `values` has returned."""
@@ -331,6 +333,11 @@ class ArrayRows(RowKind):
         return self.table([example] * num_rows, "zeros")
 
 
+def _nothing(column: Column) -> Any:
+    """What stands for a value that is missing."""
+    return np.full(column.shape, math.nan) if column.is_number else "" if column.dtype == "string" else b""
+
+
 def _arrow_type(column: Column) -> pa.DataType:
     if not column.is_number:
         return pa.string() if column.dtype == "string" else pa.binary()
@@ -346,18 +353,28 @@ def _value(example: Mapping[str, Any], name: str, column: Column) -> Any:
         kind = str if column.dtype == "string" else bytes
         if not isinstance(value, kind):
             raise BadExample("wrong type", f"{name} is a {type(value).__name__} and must be {column.dtype}")
+        if isinstance(value, str) and not _is_unicode(value):
+            raise BadExample("not UTF-8", f"{name} has a lone surrogate, which no UTF-8 text can hold")
         return value
     try:
         array = np.asarray(value)
         with np.errstate(over="ignore", invalid="ignore"):
             converted = array.astype(column.dtype)
-    except (ValueError, TypeError, OverflowError) as error:
-        raise BadExample("wrong type", f"{name} cannot be read as {column.dtype} ({error})") from None
+    except (ValueError, TypeError, OverflowError):
+        raise BadExample("wrong type", f"{name} cannot be read as {column.dtype}: {reprlib.repr(value)}") from None
     if array.shape != column.shape:
         raise BadExample("other shape", f"{name} has shape {array.shape} and must have {column.shape}")
     if np.issubdtype(converted.dtype, np.integer) and not np.array_equal(converted, array):
         raise BadExample("wrong value", f"{name} has values that {column.dtype} cannot hold")
     return converted if column.shape else converted.item()
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def rows_of(kind: str, row_length: int, columns: RowKind | None = None) -> RowKind:

@@ -8,14 +8,14 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from perceiver.config import UserError
 from perceiver.data.csv_values import field_value
 from perceiver.data.files import InputFile
 from perceiver.data.read_documents import parsed_lines
 from perceiver.data.read_tables import array_rows, csv_rows, is_json_array, open_arrow
-from perceiver.data.spans import SHOWN, Problems, Span, Unreadable
+from perceiver.data.spans import SHOWN, Problems, Span, Unreadable, chunks
 from perceiver.data.tables import label_text, open_parquet
 
 LENGTHS = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
@@ -23,6 +23,10 @@ LENGTHS = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 _LABEL_NAMES = ("label", "labels", "tags", "class", "category", "target", "sentiment", "stars", "rating", "y")
 _MOST_VALUES = 1000
 """Different values of a column that are counted; a column with more is no label."""
+
+
+Reading = Literal["number", "category", "text"]
+"""What a model takes a column of a table as."""
 
 
 @dataclass
@@ -90,6 +94,19 @@ class ColumnSurvey:
         """Whether its values are real numbers, which name no classes."""
         return bool(self.types["float"]) and any("." in value and "e" not in value for value in self.values or ("0.5",))
 
+    def reading(self, rows: int) -> Reading | None:
+        """How a model takes its texts: as free text, of which most are different and have several words or are long; as categories, of
+        which each occurs often. None: as neither, such as the names of rows, or one value in all of them.
+
+        Args:
+            rows: of the table.
+        """
+        values = math.inf if self.values is None else len(self.values)
+        few = 2 <= values <= max(2, rows // 3)
+        if self.is_prose and not (few and values <= max(20, rows // 20)):
+            return "text" if values > 1 else None
+        return "category" if few else None
+
     @property
     def is_prose(self) -> bool:
         """Whether its texts are of several words, and no names of categories, dates or the like."""
@@ -117,6 +134,8 @@ class TableSurvey:
     """Rows that cannot be read."""
     not_utf_8: int = 0
     """Rows with bytes that are no UTF-8."""
+    unreadable: dict[str, str] = field(default_factory=dict)
+    """Files that cannot be read to their end, by their paths: what is wrong with each. Their rows count for nothing."""
 
 
 def _is_int(text: str) -> bool:
@@ -163,9 +182,12 @@ def table_rows(file: InputFile, problems: Problems | None = None) -> Iterator[di
 
 
 def survey_columns(files: list[InputFile]) -> TableSurvey:
-    """Columns of tables with their types and values."""
+    """Columns of tables with their types and values. Raises UserError where no file can be read."""
     found = TableSurvey()
     for file in files:
+        if fault := damage_of(file):
+            found.unreadable[file.path] = fault
+            continue
         for row in table_rows(file, found.faults):
             found.rows += 1
             found.not_utf_8 += any(isinstance(value, str) and not value.isascii() and _has_bytes(value) for value in row.values())
@@ -173,10 +195,31 @@ def survey_columns(files: list[InputFile]) -> TableSurvey:
                 if (column := found.columns.get(str(name))) is None:
                     column = found.columns[str(name)] = ColumnSurvey()
                 column.add(value, file.format == "csv")
+    if found.unreadable and len(found.unreadable) == len(files):
+        raise UserError(next(iter(found.unreadable.values())))
     if all(file.format == "csv" for file in files):
         for column in found.columns.values():
             column.settle()
     return found
+
+
+def damage_of(file: InputFile) -> str:
+    """What is wrong with a packed file, or one of another encoding, which is read as a whole or not at all; "" where it is sound."""
+    try:
+        if file.compressed:
+            for _ in chunks(Span(file, 0, 0), 0):
+                pass
+        elif file.format in ("csv", "jsonl"):
+            next(chunks(Span(file, 0, 0), 0), None)
+        elif file.format == "parquet":
+            with open_parquet(file):
+                pass
+        elif file.format == "arrow":
+            with open_arrow(file):
+                pass
+    except Unreadable as error:
+        return str(error.args[-1])
+    return ""
 
 
 def _has_bytes(text: str) -> bool:

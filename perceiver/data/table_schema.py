@@ -19,7 +19,7 @@ from perceiver.data.rows import ArrayRows
 from perceiver.data.sources import resolve
 from perceiver.data.spans import Unreadable
 from perceiver.data.storage import open_folder
-from perceiver.data.survey import table_rows
+from perceiver.data.survey import ColumnSurvey, Reading, damage_of, table_rows
 from perceiver.data.tables import open_parquet
 
 _LOOKED_AT = 1000
@@ -42,12 +42,27 @@ class TableSchema:
             raise UserError(
                 f"data.source {data.source} is code: name files of tables ({ArrayRows.expected}), whose columns can be looked up"
             )
+        self._skip = data.on_error == "skip"
+        if self._skip:
+            faults = {file: damage_of(file) for file in self.files}
+            self.files = tuple(file for file, fault in faults.items() if not fault)
+            if not self.files:
+                raise UserError(next(iter(faults.values())))
         self.name = self.files[0].name
-        first = next((table for table in _tables(self.files[0], None, _LOOKED_AT) if table.num_rows), None)
+        first = next((table for table in self._tables(self.files[0], None, _LOOKED_AT) if table.num_rows), None)
         if first is None:
             raise UserError(f"{self.name} has no rows")
         self.types = {field.name: _bare(field.type) for field in first.schema}
         self._rows: list[dict[str, Any]] = first.slice(0, _LOOKED_AT).to_pylist()
+
+    def _tables(self, file: InputFile, columns: list[str] | None, rows: int) -> Iterator[pa.Table]:
+        """Some rows at once of a file's columns (None: of all); without faulty ones where these are skipped."""
+        if self._skip and file.format == "jsonl":
+            found = _from_objects(list(table_rows(file)))
+            _check_columns(file, columns, found.column_names)
+            yield found if columns is None else found.select(columns)
+        else:
+            yield from _tables(file, columns, rows)
 
     def check(self, column: str, field: str) -> None:
         """Raises UserError where there is no such column; names those that there are."""
@@ -57,6 +72,31 @@ class TableSchema:
 
     def is_text(self, column: str) -> bool:
         return pa.types.is_string(self.types[column]) or pa.types.is_large_string(self.types[column])
+
+    def reading(self, column: str) -> Reading | None:
+        """How a model takes a column of texts, by all files: see `perceiver.data.survey.ColumnSurvey.reading`.
+
+        Raises:
+            UserError: a file lacks the column or cannot be read.
+        """
+        found, rows = ColumnSurvey(), 0
+        for file in self.files:
+            for table in self._tables(file, [column], 1 << 14):
+                rows += table.num_rows
+                for value in table[column].to_pylist():
+                    found.add(value)
+        return found.reading(rows)
+
+    def texts(self, column: str, rows: int) -> Iterator[list[str]]:
+        """All texts of a column over all files, some at once.
+
+        Raises:
+            UserError: a file lacks the column or cannot be read.
+        """
+        for file in self.files:
+            for table in self._tables(file, [column], 1 << 14):
+                for first in range(0, table.num_rows, rows):
+                    yield [text for text in table[column].slice(first, rows).to_pylist() if text]
 
     def is_whole(self, column: str, in_lists: bool = False) -> bool:
         """Whether a row has one whole number, or true and false; or lists of such."""
@@ -106,7 +146,7 @@ class TableSchema:
         """
         found = [math.nan]
         for file in self.files:
-            for table in _tables(file, [column], 1 << 14):
+            for table in self._tables(file, [column], 1 << 14):
                 found.append(pc.max(_flat(table[column])).as_py())
         return max((value for value in found if value is not None and not math.isnan(value)), default=math.nan)
 
@@ -118,7 +158,7 @@ class TableSchema:
         """
         found: set[Any] = set()
         for file in self.files:
-            for table in _tables(file, [column], 1 << 16):
+            for table in self._tables(file, [column], 1 << 16):
                 found.update(pc.unique(table[column]).drop_null().to_pylist())
         try:
             return sorted(found)
@@ -186,7 +226,13 @@ def _tables(file: InputFile, columns: list[str] | None, rows: int) -> Iterator[p
 def _from_objects(rows: list[dict[str, Any]]) -> pa.Table:
     """Objects as rows, of whose names each may lack some."""
     names = dict.fromkeys(name for row in rows for name in row)
-    return pa.table({name: pa.array([row.get(name) for row in rows]) for name in names})
+    columns = {}
+    for name in names:
+        try:
+            columns[name] = pa.array([row.get(name) for row in rows])
+        except pa.ArrowException:
+            raise UserError(f"column {name!r} holds numbers in one row and texts or lists in another: make them alike") from None
+    return pa.table(columns)
 
 
 def _check_columns(file: InputFile, columns: list[str] | None, there: list[str]) -> None:

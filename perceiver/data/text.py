@@ -73,6 +73,27 @@ def split_long(lengths: np.ndarray, limit: int) -> tuple[np.ndarray, np.ndarray]
     return parts, sizes
 
 
+def stride_long(ids: np.ndarray, lengths: np.ndarray, limit: int, stride: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Joined documents, each longer one as parts of `limit` ids that begin `stride` ids after each other, until one reaches its end.
+
+    Args:
+        ids: of all documents, joined.
+        lengths: of each document.
+        limit: ids of a part; the last one of a document may be shorter.
+        stride: 1 .. limit.
+
+    Returns:
+        Number of parts of each document, the parts' ids, joined, and their lengths.
+    """
+    parts = 1 + np.maximum(0, -(-(lengths - limit) // stride))
+    document = np.repeat(np.arange(len(lengths)), parts)
+    number = np.arange(len(document)) - np.repeat(np.cumsum(parts) - parts, parts)
+    sizes = np.minimum(limit, lengths[document] - number * stride)
+    begins = (np.cumsum(lengths) - lengths)[document] + number * stride
+    places = np.repeat(begins - (np.cumsum(sizes) - sizes), sizes) + np.arange(int(sizes.sum()))
+    return parts, ids[places], sizes
+
+
 def windows(block: np.ndarray, shift: int = 0) -> np.ndarray:
     """Windows of T + 1 ids that overlap by one, from `shift` on: a row's ids and the next one's first.
 

@@ -18,7 +18,7 @@ _CALLS = {
     "classify": "model.classify({example})",
     "fill_mask": 'model.fill_mask("some <mask> text")',
     "generate": 'model.generate("The meaning of", max_new_tokens=100)',
-    "play": 'model.play("prompt.mid")',
+    "play": "model.play({example})",
     "flow": "model.flow({example})",
     "predict": "model.predict(rows)  # a table with the columns that the task reads",
 }
@@ -26,6 +26,7 @@ _EXAMPLES = {
     "text": '"some text"',
     "image": '"picture.png"',
     "audio": '"sound.wav"',
+    "midi": '"prompt.mid"',
     "arrays": "rows",
     "frames": '("first.png", "second.png")',
 }

@@ -31,7 +31,6 @@ from perceiver.inference.card import CARD, card
 from perceiver.inference.graph import GRAPHS, write_graph
 from perceiver.interop import transformers
 from perceiver.interop.foreign import check_weights
-from perceiver.models import ImageInput, PerceiverIOConfig
 
 if TYPE_CHECKING:
     from perceiver.inference.trained import TrainedModel
@@ -71,7 +70,6 @@ def export(trained: TrainedModel, folder: str | Path, format: str = "perceiver",
     check_weights(weights, trained.name)
     if format == "transformers":
         config = _transformers_config(trained)
-        assert isinstance(trained.config, PerceiverIOConfig)  # or there were no such configuration
         weights = transformers.to_transformers(weights, trained.config)
     else:
         config = our_config(trained)
@@ -319,7 +317,7 @@ def _write_tokenizer(tokenizer: Tokenizer | None, folder: Path, format: str, con
 
 def _transformers_config(trained: TrainedModel) -> dict[str, Any]:
     config = transformers.config_to_transformers(trained.config)
-    if isinstance(trained.config, PerceiverIOConfig) and isinstance(trained.config.input, ImageInput):
+    if trained.config.picture_shape() is not None:
         config["id2label"] = {str(i): name for i, name in enumerate(trained.class_names)}
         config["label2id"] = {name: i for i, name in enumerate(trained.class_names)}
     config["torch_dtype"] = str(next(trained.model.parameters()).dtype).removeprefix("torch.")

@@ -1,4 +1,4 @@
-"""Image and sound files as input rows of batch inference: each by itself, or two frames that follow each other."""
+"""Image, sound and MIDI files as input rows of batch inference: each by itself, or two frames that follow each other."""
 
 from __future__ import annotations
 
@@ -7,30 +7,40 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from perceiver.config import UserError
-from perceiver.data.flow_pairs import consecutive
+from perceiver.data.flow_pairs import consecutive, pairs_of
 from perceiver.data.rows import ArrayRows
-from perceiver.data.storage import open_folder
-from perceiver.inference.rows import Row, Wanted
+from perceiver.inference.rows import WANTED, Row, Wanted, file_bytes
 
 SOUNDS = (".wav", ".flac", ".ogg", ".mp3", ".aiff", ".aif")
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
-_WANTED = {"arrays": "row of arrays", "text": "text", "image": "image", "audio": "sound", "frames": "pair of frames"}
+MUSIC = (".mid", ".midi")
+_KINDS = {**dict.fromkeys(IMAGES, "image"), **dict.fromkeys(SOUNDS, "audio"), **dict.fromkeys(MUSIC, "midi")}
+_NAMES = {"image": "an image file", "audio": "a sound file", "midi": "a MIDI file"}
+FLOWS = (".flo", ".pfm")
+"""Endings of files of optical flow."""
 FRAMES = ArrayRows(first=((), "binary"), second=((), "binary"))
 """What a row of two frames has: image files."""
 
 
 def frame_cuts(paths: Mapping[str, str], rows_per_part: int) -> Iterator[dict[str, Any]]:
-    """Parts of pairs of frames: both of each pair in turn.
+    """Parts of pairs of frames: both of each pair in turn. Where files of optical flow lie beside them, the pairs are those that these
+    belong to, as in training.
 
     Raises:
         UserError: no two frames follow each other.
     """
-    pairs = consecutive(paths)
+    known = [pair for name in sorted(paths) if is_flow(name) for pair in pairs_of(name, paths)]
+    pairs = list(dict.fromkeys((pair.first, pair.second) for pair in known)) or consecutive(name for name in paths if not is_flow(name))
     if paths and not pairs:
         raise UserError(f"--input has no two frames that follow each other, only {', '.join(sorted(paths)[:3])}: name them by numbers")
     for i in range(0, len(pairs), rows_per_part):
         names = tuple(name for pair in pairs[i : i + rows_per_part] for name in pair)
         yield {"paths": tuple(paths[name] for name in names), "names": names, "rows": len(names) // 2}
+
+
+def is_flow(name: str) -> bool:
+    """Whether a file says how pixels move, and is no frame."""
+    return name.lower().endswith(FLOWS) or "/flow_occ/" in f"/{name}" or "/flow_noc/" in f"/{name}"
 
 
 def frames_rows(paths: Sequence[str], names: Sequence[str]) -> list[Row]:
@@ -45,13 +55,11 @@ def frames_rows(paths: Sequence[str], names: Sequence[str]) -> list[Row]:
 
 
 def media_row(path: str, name: str, wanted: Wanted) -> Row:
-    """An image or sound file as a row."""
-    what = "a sound file" if PurePosixPath(path).suffix.lower() in SOUNDS else "an image file"
-    if what != {"image": "an image file", "audio": "a sound file"}.get(wanted.kind):
-        return Row(name, None, f"{what} is no {_WANTED[wanted.kind]}")
-    filesystem, inner = open_folder(path)
+    """An image, sound or MIDI file as a row."""
+    kind = _KINDS[PurePosixPath(path).suffix.lower()]
+    if kind != wanted.kind:
+        return Row(name, None, f"{_NAMES[kind]} is no {WANTED[wanted.kind]}")
     try:
-        with filesystem.open_input_stream(inner, compression=None) as source:
-            return Row(name, source.read())
+        return Row(name, file_bytes(path))
     except OSError as error:
         return Row(name, None, f"cannot be read ({error})")

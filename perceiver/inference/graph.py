@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from perceiver.config import UserError
-from perceiver.models import PerceiverARConfig
 from perceiver.models.tensor_shapes import Shape
 
 if TYPE_CHECKING:
@@ -30,7 +29,7 @@ INPUT, PADDING, OUTPUT = "input", "padding", "output"
 """Names of what the graph takes and gives."""
 
 
-class NextToken(nn.Module):
+class WholeWindow(nn.Module):
     """A causal model for a whole window: (B, max_seq_len) ids, padded on the left, to the logits of the next token (B, vocabulary)."""
 
     def __init__(self, model: nn.Module, prefix_len: int) -> None:
@@ -100,9 +99,10 @@ def check_agreement(
 def _module_and_shapes(trained: TrainedModel) -> tuple[nn.Module, list[Shape]]:
     """What is written, and the shapes of what it takes."""
     config = trained.config
-    if isinstance(config, PerceiverARConfig):
-        window: Shape = ("B", config.max_seq_len)
-        return NextToken(trained.model, config.max_seq_len - config.max_latents), [window, window]
+    if (causal := config.causal_limits()) is not None:
+        longest, latents = causal
+        window: Shape = ("B", longest)
+        return WholeWindow(trained.model, longest - latents), [window, window]
     shape = config.batch_shape()
     if shape is None:
         what = type(getattr(config, "input", config)).__name__
@@ -121,7 +121,7 @@ def _examples(trained: TrainedModel, shapes: list[Shape], size: int, length: int
         return (torch.randn(sizes[0], generator=generator),)
     ids = torch.randint(limits[1], sizes[0], generator=generator)
     padding = torch.zeros(sizes[1], dtype=torch.bool)
-    if isinstance(trained.config, PerceiverARConfig):
+    if trained.config.causal_limits() is not None:
         padding[0, :2] = True
     else:
         padding[0, -1] = True

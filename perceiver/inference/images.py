@@ -21,7 +21,6 @@ from perceiver.data.images import (
     random_crop,
     scale,
 )
-from perceiver.models import ImageInput
 
 ImageLike = Any
 """An image: a path, the bytes of a PNG or JPEG file, an array or tensor (height, width[, channels]) of uint8,
@@ -29,12 +28,13 @@ or a Pillow image. Several: a list of them, or an array or tensor (images, heigh
 
 
 def images_of(
-    values: Sequence[Any], config: ImageInput, crop: int | None = None, photos: bool = False, size: int | None = None
+    values: Sequence[Any], shape: tuple[int, int, int], crop: int | None = None, photos: bool = False, size: int | None = None
 ) -> np.ndarray:
     """Images of a user as a model takes them: float32 (B, height, width, channels).
 
     Args:
         values: see `ImageLike`.
+        shape: of the model's pictures: height, width, channels.
         crop: side length that larger images are cut to, in the middle, as in validation; None: none is cut.
         photos: images of any size, see `photo`; otherwise they must have the model's size, and pixels are scaled to
             [-1, 1].
@@ -44,10 +44,10 @@ def images_of(
         UserError: what is no image, or has another size than the model's.
     """
     if photos:
-        return np.stack([photo(_pixels(value)[0], *config.image_shape[:2]) for value in values])
+        return np.stack([photo(_pixels(value)[0], *shape[:2]) for value in values])
     if size is not None:
-        values = [fitted(_pixels(value)[0], size, config.image_shape[2]) for value in values]
-    return scale(np.stack([_image(value, config, crop) for value in values]))
+        values = [fitted(_pixels(value)[0], size, shape[2]) for value in values]
+    return scale(np.stack([_image(value, shape, crop) for value in values]))
 
 
 def photo(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -64,13 +64,13 @@ def photo(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
     return (scaled - IMAGENET_MEAN) / IMAGENET_DEVIATION
 
 
-def _image(value: Any, config: ImageInput, crop: int | None) -> np.ndarray:
+def _image(value: Any, shape: tuple[int, int, int], crop: int | None) -> np.ndarray:
     pixels, name = _pixels(value)
-    height, width, channels = config.image_shape
+    height, width, channels = shape
     pixels = _with_channels(pixels, channels)
     if crop is not None and min(pixels.shape[:2]) >= crop and pixels.shape[:2] != (height, width):
         pixels = random_crop(pixels[None], crop, np.full((1, 2), 0.5))[0]
-    if pixels.shape != config.image_shape:
+    if pixels.shape != shape:
         raise UserError(
             f"{name} is {pixels.shape[0]} x {pixels.shape[1]} pixels with {pixels.shape[2]} channels and must be "
             f"{height} x {width} with {channels}, as the model was trained"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import csv
 import io
 import json
@@ -23,7 +24,8 @@ def join(folder: str, names: Sequence[str], output: str) -> int:
     """Writes the parts of a folder, in order, as one file that appears whole or not at all; the number of its rows.
 
     Probabilities of classes go by the names of the classes: in .csv a column "probability_NAME" each, in .jsonl an object, in .parquet a
-    struct. So do several numbers that were predicted, by the names of their columns; one alone is a number. Other lists are JSON in .csv.
+    struct. So do several numbers that were predicted, by the names of their columns; one alone is a number. Other lists are JSON
+    in .csv. Bytes are base64 in .csv and .jsonl.
     """
     root, _, name = output.rpartition("/")
     write = WRITERS[suffix_of(output)]
@@ -66,7 +68,12 @@ def _rows(table: pa.Table) -> Iterator[dict[str, Any]]:
         part = table.slice(start, _AT_ONCE)
         short = {field.name for field in part.schema if _is_float32(field.type)}
         for row in part.to_pylist():
-            yield {name: _shortened(value) if name in short else value for name, value in row.items()}
+            yield {name: _shortened(value) if name in short else _written(value) for name, value in row.items()}
+
+
+def _written(value: Any) -> Any:
+    """Bytes, such as those of a MIDI file, as base64."""
+    return base64.b64encode(value).decode() if isinstance(value, bytes) else value
 
 
 def _is_float32(kind: pa.DataType) -> bool:

@@ -16,6 +16,7 @@ from perceiver.config.optimization import AVERAGED, averaged_of
 from perceiver.data.rows import KINDS, ArrayRows
 from perceiver.data.tokenizer_base import TOKENIZER_FILES, Tokenizer
 from perceiver.data.tokenizers import tokenizer_of
+from perceiver.datasets import needs_tokenizer
 from perceiver.inference.card import source_of
 from perceiver.inference.export import CONFIG, WEIGHTS, download, read_config
 from perceiver.inference.trained import TrainedModel
@@ -139,7 +140,7 @@ def load_run(run: Run, checkpoint: str, device: torch.device, trust_code: bool =
     copy, data = run.tokenizer_file, experiment.data
     if copy.is_file():
         data = replace(data, tokenizer=str(copy))
-    tokenizer = model_tokenizer(experiment.model, data) if KINDS[experiment.task.kind].is_text else None
+    tokenizer = model_tokenizer(experiment.model, data) if needs_tokenizer(experiment) else None
     provenance = {
         "run": run.name,
         "preset": experiment.preset,
@@ -152,7 +153,7 @@ def load_run(run: Run, checkpoint: str, device: torch.device, trust_code: bool =
     }
     return TrainedModel(
         model=model, config=experiment.model, task=experiment.task, data=data, seed=experiment.training.seed, tokenizer=tokenizer,
-        photos=KINDS[experiment.task.kind].keeps_photos, name=run.name, provenance=provenance, experiment=replace(experiment, data=data),
+        photos=KINDS[experiment.task.kind].keeps_photos, name=run.name, provenance=provenance, experiment=experiment,
     )  # fmt: skip
 
 
@@ -216,10 +217,11 @@ def model_tokenizer(config: ModelConfig, data: DataConfig) -> Tokenizer | None:
     Raises:
         UserError: it is missing or has more ids than the model.
     """
-    limits = config.text_limits()
-    if limits is None:
+    limits, vocab_size = config.text_limits(), config.num_text_ids()
+    if limits is not None:
+        _, vocab_size = limits
+    if vocab_size is None:
         return None
-    _, vocab_size = limits
     tokenizer = tokenizer_of(data)
     if tokenizer.vocab_size > vocab_size:
         raise UserError(f"tokenizer {data.tokenizer} has {tokenizer.vocab_size} ids, but the model's vocab_size is {vocab_size}")

@@ -27,11 +27,13 @@ class Part:
     """First byte of a file of lines or of a .csv file (unpacked)."""
     stop: int = 0
     """Byte after the last."""
+    encoding: str = "utf-8"
+    """Of text."""
 
 
-def as_input_file(path: str, name: str) -> InputFile:
+def as_input_file(path: str, name: str, encoding: str = "utf-8") -> InputFile:
     """A file, as the readers of training data take it."""
-    return InputFile(path=path, name=name, format="jsonl", size=0)
+    return InputFile(path=path, name=name, format="jsonl", size=0, encoding=encoding)
 
 
 @contextmanager

@@ -1,7 +1,8 @@
 """Input files of batch inference, of any size, cut into parts, the same parts at every call; their rows, each with an id.
 
-Rows are the lines of .txt files, the objects of .jsonl (.json, .ndjson), the rows of .csv, .tsv, .xlsx, .parquet and .arrow, and image and
-sound files (a file a row). Files of lines and rows of text may be packed (.gz, .bz2, .zst).
+Rows are the lines of .txt files, the objects of .jsonl (.json, .ndjson), the rows of .csv, .tsv, .xlsx, .parquet and .arrow (whose columns
+may name files), image, sound and MIDI files (a file a row), and the pictures or sounds in .tar and idx files. Files of lines and rows of
+text may be packed (.gz, .bz2, .zst).
 """
 
 from __future__ import annotations
@@ -17,20 +18,22 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from perceiver.config import UserError
-from perceiver.data.files import PACKINGS, InputFile
+from perceiver.data.files import OF_SAVED, PACKINGS, InputFile, format_of
 from perceiver.data.read_excel import EXCEL, is_excel
 from perceiver.data.read_tables import is_json_array, open_arrow
 from perceiver.data.rows import ArrayRows
 from perceiver.data.storage import open_folder
 from perceiver.inference.csv_parts import csv_cuts, csv_rows_of, excel_count, excel_rows_of
-from perceiver.inference.frames import FRAMES, IMAGES, SOUNDS, frame_cuts, frames_rows, media_row
+from perceiver.inference.frames import FRAMES, IMAGES, MUSIC, SOUNDS, frame_cuts, frames_rows, is_flow, media_row
 from perceiver.inference.line_parts import LINES, array_values, bytes_of, json_row, line_cuts, line_part, unpacked_chunks
+from perceiver.inference.media_parts import idx_images, idx_rows, tar_cuts, tar_rows
 from perceiver.inference.part import Part, as_input_file, named
 from perceiver.inference.rows import Kind, Row, Wanted, checked_row
 
 _CSV, _ARROW = (".csv", ".tsv", *EXCEL), (".arrow", ".feather")
+_TAR = ".tar"
 _TABLES = (*_CSV, ".parquet", *_ARROW)
-_MEDIA = (*IMAGES, *SOUNDS)
+_MEDIA = (*IMAGES, *SOUNDS, *MUSIC)
 """Endings of files that are a row each."""
 
 
@@ -56,19 +59,29 @@ def list_inputs(inputs: Sequence[str], kind: Kind | None = None) -> list[tuple[s
                     found.append((prefix + file.path, name, file.size))
         else:
             raise UserError(f"--input {given} does not exist: give files or folders")
-    known = {item for item in found if _suffix(item[0]) in (*LINES, *_TABLES, *_MEDIA)}
-    if kind in ("image", "audio", "frames") and any(_suffix(path) in _MEDIA for path, _, _ in known):
+    saved = any(name.rpartition("/")[2] == "state.json" for _, name, _ in found)  # as `datasets.save_to_disk` writes a data set
+    found = [item for item in found if not (saved and OF_SAVED.search(item[1]))]
+    known = {item for item in found if _suffix(item[0]) in (*LINES, *_TABLES, *_MEDIA, _TAR) or is_idx(item[0])}
+    if kind == "frames":
+        known |= {item for item in found if is_flow(item[1])}
+    if kind in ("image", "audio", "midi", "frames") and any(_suffix(path) in _MEDIA for path, _, _ in known):
         known = {item for item in known if _suffix(item[0]) not in (*LINES, *_CSV)}
     readable = sorted(known, key=lambda item: (item[1], item[0]))
     if not readable:
-        raise UserError(f"--input has no file that can be read: {', '.join((*LINES, *_TABLES, *_MEDIA))}")
+        raise UserError(f"--input has no file that can be read: {', '.join((*LINES, *_TABLES, *_MEDIA, _TAR))} or idx")
     if len({name for _, name, _ in readable}) < len(readable):
         raise UserError("--input has two files of the same name: rows of both would have the same ids")
     return readable
 
 
 def plan_parts(
-    files: Sequence[tuple[str, str, int]], rows_per_part: int, column: str, id_column: str | None, arrays: ArrayRows | None = None
+    files: Sequence[tuple[str, str, int]],
+    rows_per_part: int,
+    column: str,
+    id_column: str | None,
+    arrays: ArrayRows | None = None,
+    kind: Kind = "text",
+    encoding: str = "utf-8",
 ) -> list[Part]:
     """Cuts files into parts of at most `rows_per_part` rows. Reads files of text once, of parquet files the footers.
 
@@ -77,6 +90,8 @@ def plan_parts(
     Args:
         column: with the text or image.
         arrays: what rows of arrays have instead.
+        kind: of the rows.
+        encoding: of text.
 
     Raises:
         UserError: a file that is damaged or lacks the column.
@@ -84,37 +99,53 @@ def plan_parts(
     cuts: list[dict[str, Any]] = []
     images = [(path, name) for path, name, _ in files if _suffix(path) in _MEDIA]
     if arrays == FRAMES:
-        cuts += frame_cuts({name: path for path, name in images if _suffix(path) in IMAGES}, rows_per_part)
+        cuts += frame_cuts({name: path for path, name, _ in files if _suffix(path) in IMAGES or is_flow(name)}, rows_per_part)
         images = []
+    columns = () if arrays is not None else Wanted(kind, column, id_column).columns
     for i in range(0, len(images), rows_per_part):
         paths, names = zip(*images[i : i + rows_per_part], strict=True)
         cuts.append({"paths": paths, "names": names, "rows": len(paths)})
     for path, name, _ in files:
         file = {"paths": (path,), "names": (name,)}
         if _suffix(path) == ".parquet":
-            rows = _parquet_rows(path, name, (column,) if arrays is None else (), id_column, arrays)
+            rows = _parquet_rows(path, name, columns, id_column, arrays)
             cuts += [file | {"first": first, "rows": min(rows_per_part, rows - first)} for first in range(0, rows, rows_per_part)]
         elif _suffix(path) in _ARROW:
-            rows = _arrow_rows(path, name, (column,) if arrays is None else (), id_column, arrays)
+            rows = _arrow_rows(path, name, columns, id_column, arrays)
             cuts += [file | {"first": first, "rows": min(rows_per_part, rows - first)} for first in range(0, rows, rows_per_part)]
         elif _suffix(path) in _CSV:
-            check = partial(_check_columns, name, columns=(column,) if arrays is None else (), id_column=id_column, arrays=arrays)
+            check = partial(_check_columns, name, columns=columns, id_column=id_column, arrays=arrays)
             with named(name):
                 if is_excel(path):
                     rows = excel_count(path, name, check)
                     cuts += [file | {"first": first, "rows": min(rows_per_part, rows - first)} for first in range(0, rows, rows_per_part)]
                 else:
-                    cuts += [file | cut for cut in csv_cuts(unpacked_chunks(path, 0), path, name, rows_per_part, check)]
-        elif is_json_array(as_input_file(path, name)):
-            cuts += [file | {"rows": sum(1 for _ in array_values(path, name))}]
+                    cuts += [file | cut for cut in csv_cuts(unpacked_chunks(path, 0, encoding), path, name, rows_per_part, check)]
+        elif _suffix(path) == _TAR:
+            cuts += [file | cut for cut in tar_cuts(path, name, rows_per_part, kind)]
+        elif is_idx(path):
+            rows = idx_images(path, name)
+            cuts += [file | {"first": first, "rows": min(rows_per_part, rows - first)} for first in range(0, rows, rows_per_part)]
+        elif _is_array(path, name, encoding):
+            cuts += [file | {"rows": sum(1 for _ in array_values(path, name, encoding))}]
         elif _suffix(path) in LINES:
-            cuts += [file | cut for cut in line_cuts(path, name, rows_per_part)]
-    return [Part(number=number, **cut) for number, cut in enumerate(cuts)]
+            cuts += [file | cut for cut in line_cuts(path, name, rows_per_part, encoding)]
+    return [Part(number=number, encoding=encoding, **cut) for number, cut in enumerate(cuts)]
+
+
+def is_idx(path: str) -> bool:
+    """Whether a file is one of images as MNIST has them."""
+    return format_of(path) == "idx" and "images" in path.rpartition("/")[2]
+
+
+def _is_array(path: str, name: str, encoding: str) -> bool:
+    with named(name):
+        return is_json_array(as_input_file(path, name, encoding))
 
 
 def to_plain(parts: Sequence[Part]) -> list[dict[str, Any]]:
     """Parts as JSON-ready data."""
-    return [asdict(part) for part in parts]
+    return [{name: value for name, value in asdict(part).items() if (name, value) != ("encoding", "utf-8")} for part in parts]
 
 
 def from_plain(data: Sequence[dict[str, Any]]) -> list[Part]:
@@ -128,11 +159,16 @@ def read_part(part: Part, kind: Kind, column: str, id_column: str | None, arrays
     Raises:
         UserError: the file has changed since it was cut.
     """
-    suffix, wanted = _suffix(part.paths[0]), Wanted(kind, column, id_column, arrays)
+    folder = part.paths[0].rpartition("/")[0]
+    suffix, wanted = _suffix(part.paths[0]), Wanted(kind, column, id_column, arrays, folder)
     if suffix in IMAGES and arrays == FRAMES:
         rows = frames_rows(part.paths, part.names)
     elif suffix in _MEDIA:
         rows = [media_row(path, name, wanted) for path, name in zip(part.paths, part.names, strict=True)]
+    elif suffix == _TAR:
+        rows = tar_rows(part.paths[0], part.names[0], part.start, part.rows, wanted)
+    elif is_idx(part.paths[0]):
+        rows = idx_rows(part.paths[0], part.names[0], part.first, part.rows, wanted)
     elif suffix == ".parquet":
         rows = _parquet_part(part, wanted)
     elif suffix in _ARROW:
@@ -142,9 +178,9 @@ def read_part(part: Part, kind: Kind, column: str, id_column: str | None, arrays
             rows = excel_rows_of(part.paths[0], part.names[0], part.first, part.rows, wanted)
     elif suffix in _CSV:
         path, name = part.paths[0], part.names[0]
-        rows = csv_rows_of(unpacked_chunks(path, 0), bytes_of(part), path, name, part.first, part.start, wanted)
-    elif is_json_array(as_input_file(part.paths[0], part.names[0])):
-        values = array_values(part.paths[0], part.names[0])
+        rows = csv_rows_of(unpacked_chunks(path, 0, part.encoding), bytes_of(part), path, name, part.first, part.start, wanted)
+    elif _is_array(part.paths[0], part.names[0], part.encoding):
+        values = array_values(part.paths[0], part.names[0], part.encoding)
         rows = [json_row(value, f"{part.names[0]}:{number}", wanted) for number, value in values]
     else:
         rows = line_part(part, wanted, objects=suffix != ".txt")
@@ -167,9 +203,10 @@ def _suffix(path: str) -> str:
 
 def _check_columns(name: str, there: Sequence[str], columns: Sequence[str], id_column: str | None, arrays: ArrayRows | None) -> None:
     """Raises UserError where a file lacks what is read of it."""
-    for wanted in (*columns, *([id_column] if id_column else [])):
-        if wanted not in there:
-            raise UserError(f"{name} has no column {wanted!r} (it has: {', '.join(there)}): see --column and --id-column")
+    for choice in (columns, (id_column,) if id_column else ()):
+        if choice and not set(choice) & set(there):
+            names = " or ".join(map(repr, choice))
+            raise UserError(f"{name} has no column {names} (it has: {', '.join(there)}): see --column and --id-column")
     if arrays is not None and not set(arrays.columns) & set(there):
         raise UserError(f"{name} has none of the columns {', '.join(arrays.columns)} (it has: {', '.join(there)})")
 

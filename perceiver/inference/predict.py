@@ -43,7 +43,7 @@ class PredictOptions(GenerationOptions):
             raise UserError(f"batch_size is {self.batch_size} and must be at least 1")
         if self.mode == "fill-mask" and self.top_k is not None:
             check_top_k(self.top_k)
-        if self.mode != "generate":
+        if self.mode not in ("generate", "play"):
             return
         super().check()
         if self.max_new_tokens < 1:
@@ -92,6 +92,20 @@ def _generate(model: TrainedModel, values: list[Any], options: PredictOptions, p
     return [(text,) for text in texts]
 
 
+def _play(model: TrainedModel, values: list[Any], options: PredictOptions, places: list[str]) -> list[tuple]:
+    from perceiver.data.midi import decode, write_midi
+
+    found = []
+    for value, place in zip(values, places, strict=True):
+        events = model.play(
+            value or None, max_new_tokens=options.max_new_tokens, temperature=options.temperature, top_k=options.top_k,
+            top_p=options.top_p, seed=options.seed, row_id=place,
+        )  # fmt: skip
+        notes = decode(events)
+        found.append((write_midi(events), len(notes), max((note.end for note in notes), default=0.0)))
+    return found
+
+
 def _flow(model: TrainedModel, values: list[Any], options: PredictOptions, places: list[str]) -> list[tuple]:
     found = model.flow([(value["first"], value["second"]) for value in values], batch_size=options.batch_size)
     return [(*flow.shape[:2], flow.reshape(-1)) for flow in found]
@@ -132,6 +146,7 @@ MODES: dict[str, Mode] = {
     "flow": Mode("flow", (("height", pa.int32()), ("width", pa.int32()), ("flow", pa.list_(pa.float32()))), _flow),
     "embed": Mode("embed", (("embedding", pa.list_(pa.float32())),), _embed),
     "score": Mode("score", (("loss", pa.float64()), ("bits_per_byte", pa.float64()), ("tokens", pa.int64())), _score),
+    "play": Mode("play", (("midi", pa.binary()), ("notes", pa.int32()), ("seconds", pa.float32())), _play),
     "generate": Mode("generate", (("text", pa.string()),), _generate),
 }
 

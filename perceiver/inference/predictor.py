@@ -72,7 +72,7 @@ class Predictor:
     def example(self) -> dict[str, np.ndarray]:
         """What the task says of one row of zeros: it tells the names, types and shapes of all its predictions."""
         zeros = self.rows.zeros(1)
-        texts = [name for name, column in self.rows.columns.items() if not column.is_number]
+        texts = [name for name, column in self.rows.columns.items() if not column.is_number and name not in self.rows.may_miss]
         try:
             return self.batch(zeros, 0)
         except UserError:

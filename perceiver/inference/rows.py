@@ -1,7 +1,7 @@
 """Input rows of batch inference: what a row holds, or what is wrong with it, and rows as tables that can be sent.
 
-A row is a text, an image, a sound, two frames, or some of the arrays that a task reads (their targets may be missing). A row that cannot
-be read is a row all the same: it has an error in place of its value.
+A row is a text, an image, a sound, a MIDI file, two frames, or some of the arrays that a task reads (their targets may be missing).
+A row that cannot be read is a row all the same: it has an error in place of its value.
 """
 
 from __future__ import annotations
@@ -15,11 +15,22 @@ import pyarrow as pa
 
 from perceiver.config import UserError
 from perceiver.data.rows import ArrayRows, Column
+from perceiver.data.sound_folders import FILE_COLUMNS
+from perceiver.data.storage import open_folder
 
-Kind = Literal["text", "image", "audio", "arrays", "frames"]
+Kind = Literal["text", "image", "audio", "midi", "arrays", "frames"]
 
 
-_NEEDED = {"text": "text", "image": "the bytes of an image", "audio": "the bytes of a sound"}
+WANTED = {
+    "arrays": "row of arrays", "text": "text", "image": "image", "audio": "sound", "midi": "MIDI file", "frames": "pair of frames",
+}  # fmt: skip
+"""What a row is, by its kind."""
+_NEEDED = {
+    "text": "text", "image": "the bytes of an image or its path", "audio": "the bytes of a sound or its path",
+    "midi": "the bytes of a MIDI file or its path",
+}  # fmt: skip
+_MEDIA = ("image", "audio", "midi")
+"""Kinds whose value is a file's content."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +56,16 @@ class Wanted:
     column: str
     id_column: str | None
     arrays: ArrayRows | None = None
+    folder: str | None = None
+    """Of the table, where its rows may name files by their paths from there."""
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Names of the columns with its value."""
-        return (self.column,) if self.arrays is None else tuple(self.arrays.columns)
+        """Names of the columns with its value; of files, unless one was chosen, those that name them, of which the first there counts."""
+        if self.arrays is not None:
+            return tuple(self.arrays.columns)
+        usual = FILE_COLUMNS if self.column == self.kind and self.kind in _MEDIA else ()
+        return tuple(dict.fromkeys((self.column, *usual)))
 
 
 def checked_row(values: dict[str, Any], given: Any, place: str, wanted: Wanted) -> Row:
@@ -62,13 +78,26 @@ def checked_row(values: dict[str, Any], given: Any, place: str, wanted: Wanted) 
         return Row(place, None, f"the id in {id_column!r} has a lone surrogate, which no UTF-8 text can hold")
     if wanted.arrays is not None:
         return _arrays_row(values, identity, place, wanted.arrays)
-    value = values[column]
-    if kind in ("image", "audio") and isinstance(value, dict):
-        value = value.get("bytes")
+    value = next((values[name] for name in wanted.columns if values.get(name) is not None), None)
+    if kind in _MEDIA and isinstance(value, dict):
+        value = value.get("path") if value.get("bytes") is None else value["bytes"]
+    value = None if kind in _MEDIA and value == "" else value
+    if kind in _MEDIA and isinstance(value, str) and wanted.folder is not None:
+        try:
+            value = file_bytes(value if "://" in value or value.startswith("/") else f"{wanted.folder}/{value}")
+        except (OSError, UserError) as error:
+            return Row(identity, None, f"names {value!r}, which cannot be read ({str(error).splitlines()[0]})", place)
     if not isinstance(value, str if kind == "text" else bytes):
         what = "is missing or null" if value is None else f"is {type(value).__name__}"
         return Row(identity, None, f"{column!r} {what}, not {_NEEDED[kind]}", place)
     return Row(identity, value, None, place)
+
+
+def file_bytes(path: str) -> bytes:
+    """The content of a file, local or in an object store."""
+    filesystem, inner = open_folder(path)
+    with filesystem.open_input_stream(inner, compression=None) as source:
+        return source.read()
 
 
 # --------------------------------------------------------------------------------------------------------------- arrays

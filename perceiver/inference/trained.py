@@ -25,7 +25,6 @@ from perceiver.inference import measure
 from perceiver.inference.images import ImageLike, images_of
 from perceiver.inference.predictor import Predictor
 from perceiver.inference.sounds import SoundLike, sounds_of
-from perceiver.models import ClassOutput, ImageInput, PerceiverARConfig, PerceiverIOConfig, TextInput
 from perceiver.models.attention_maps import recorded_maps
 
 Result = TypeVar("Result")
@@ -55,7 +54,7 @@ class TrainedModel:
     provenance: dict[str, Any] = field(default_factory=dict)
     """Where the weights come from: goes into exports."""
     experiment: Experiment | None = None
-    """What it was trained by, of a run's model; None of all others."""
+    """What it was trained by, of a run's model (its tokenizer may lie elsewhere now: see `data`); None of all others."""
 
     def __repr__(self) -> str:
         """One line: what it is, its size, and where."""
@@ -79,8 +78,7 @@ class TrainedModel:
         """Names of the classes of a classifier; their numbers where they have none."""
         if names := getattr(self.task, "class_names", None):
             return names
-        assert isinstance(self.config, PerceiverIOConfig) and isinstance(self.config.output, ClassOutput)
-        return tuple(str(i) for i in range(self.config.output.num_classes))
+        return tuple(str(i) for i in range(self.config.number_of_classes() or 0))
 
     def generate(
         self,
@@ -167,35 +165,36 @@ class TrainedModel:
 
     def play(
         self,
-        prompt: str | Path | np.ndarray | None = None,
+        prompt: str | Path | bytes | np.ndarray | None = None,
         *,
         max_new_tokens: int = 1024,
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
         seed: int | None = None,
+        row_id: int | str = 0,
     ) -> np.ndarray:
         """Continues a performance; returns all its events, the prompt's first: uint16 (n,), for `perceiver.data.midi.write_midi`.
 
         Args:
-            prompt: a MIDI file, or events; None: begin from nothing. Of a long one the last max_seq_len events are used.
+            prompt: a MIDI file, its bytes, or events; None: begin from nothing. Of a long one the last max_seq_len events are used.
             max_new_tokens: events to add.
             temperature: 0 takes the most likely event; otherwise logits are divided by it and an event is drawn.
             top_k: sample only from the k most likely events.
             top_p: sample only from the fewest events that have this probability together.
             seed: of the sampling; None: another one at each call.
+            row_id: what is drawn depends on the seed and this id alone.
 
         Raises:
             UserError: the model's task is another one, the prompt is no MIDI file with notes, or an argument is out of range.
         """
         self._require("play")
-        config = self.config
-        assert isinstance(config, PerceiverARConfig)
+        longest, latents = self._causal_limits()
         events = FROM_NOTHING if prompt is None else prompt if isinstance(prompt, np.ndarray) else midi_file(prompt, "the prompt")
-        used = torch.from_numpy(events[-config.max_seq_len :].astype(np.int64))[None].to(self.device)
+        used = torch.from_numpy(events[-longest:].astype(np.int64))[None].to(self.device)
         sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=new_seed() if seed is None else seed)
-        num_latents = min(config.max_latents, used.shape[1])
-        new = generate(self.model, used, max_new_tokens=max_new_tokens, num_latents=num_latents, sampling=sampling)
+        num_latents = min(latents, used.shape[1])
+        new = generate(self.model, used, max_new_tokens=max_new_tokens, num_latents=num_latents, sampling=sampling, row_ids=[row_id])
         return np.concatenate([events, new[0].cpu().numpy().astype(np.uint16)])
 
     def fill_mask(self, text: str | Sequence[str], *, top_k: int = 1, batch_size: int = 8) -> Any:
@@ -306,7 +305,7 @@ class TrainedModel:
         return export(self, folder, format, license)
 
     def _embed(self, batch: Sequence[Any], pool: bool) -> Sequence[np.ndarray]:
-        if not isinstance(self.config, PerceiverARConfig):
+        if self.config.causal_limits() is None:
             return measure.embed(self.model, *self._inputs(batch), pool)
         assert self.tokenizer is not None
         rows = [self.tokenizer.encode(check_text(text)) for text in batch]
@@ -324,23 +323,37 @@ class TrainedModel:
             self.predictor.predict(table, max(1, table.num_rows))
         else:
             batch = list(inputs) if isinstance(inputs, (list, tuple)) or getattr(inputs, "ndim", 0) == 4 else [inputs]
-            if isinstance(self.config, PerceiverARConfig):
+            if self.config.causal_limits() is not None:
                 self._embed(batch, pool=True)
             else:
                 self.model.encode(*self._inputs(batch))  # type: ignore[operator]
 
     def _inputs(self, batch: Sequence[Any]) -> tuple[Any, torch.Tensor | None]:
-        """Inputs of a Perceiver IO model, and where they are padding."""
-        assert isinstance(self.config, PerceiverIOConfig)
+        """Inputs of a model that is not causal, and where they are padding."""
         if KINDS[self.task.kind].new_rows == "audio":
             stored = self.task.prepared_settings(self.config)
             return torch.from_numpy(sounds_of(batch, stored["sample_rate"], stored["row_length"])).to(self.device), None
-        if isinstance(self.config.input, ImageInput):
+        if (shape := self.config.picture_shape()) is not None:
             crop = getattr(self.task, "random_crop", None)
-            pixels = images_of(batch, self.config.input, crop, self.photos, self.data.image_size)
+            pixels = images_of(batch, shape, crop, self.photos, self.data.image_size)
             return torch.from_numpy(pixels).to(self.device), None
-        assert isinstance(self.config.input, TextInput) and self.tokenizer is not None
-        return pad_right(measure.document_rows(self.tokenizer, batch, self.config.input.max_seq_len), self.device)
+        limits = self.config.text_limits()
+        if limits is None or self.tokenizer is None:
+            raise UserError(f"{self.name} reads neither pictures nor text (its model's picture_shape() and text_limits() are None)")
+        return pad_right(measure.document_rows(self.tokenizer, batch, limits[0]), self.device)
+
+    def _causal_limits(self) -> tuple[int, int]:
+        """Longest input and latents of a causal model.
+
+        Raises:
+            UserError: it is none.
+        """
+        limits = self.config.causal_limits()
+        if limits is None:
+            raise UserError(
+                f"{self.name} continues nothing: its model is not causal ({type(self.config).__name__}.causal_limits() is None)"
+            )
+        return limits
 
     def _require(self, ability: str) -> Tokenizer:
         """The tokenizer, of a model that can do this; a model of images has none.

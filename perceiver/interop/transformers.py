@@ -209,8 +209,9 @@ _TO_TRANSFORMERS_LAYER: Rules = (
 )
 
 
-def to_transformers(state_dict: StateDict, config: PerceiverIOConfig) -> StateDict:
-    """The inverse of `from_transformers`: our weights under the names of transformers."""
+def to_transformers(state_dict: StateDict, config: ModelConfig) -> StateDict:
+    """The inverse of `from_transformers`: our weights under the names of transformers, of a model with a `config_to_transformers`."""
+    assert isinstance(config, PerceiverIOConfig)  # as that has seen
     decoder = "perceiver.decoder." if isinstance(config.output, TextOutput) else "perceiver.decoder.decoder."
     several: Rules = (
         *((rf"encoder\.input_adapter\.own\.{ours}$", f"perceiver.input_preprocessor.padding.{their}") for their, ours in _PARTS),

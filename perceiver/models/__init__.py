@@ -22,13 +22,14 @@ from perceiver.models.perceiver_io import PerceiverIO, PerceiverIOConfig
 from perceiver.models.perceiver_io_parts import PerceiverEncoder
 from perceiver.models.published_stems import ConvolutionInput, LearnedPositionInput
 from perceiver.models.resampler import Resampler
-from perceiver.models.table_input import TableInput
+from perceiver.models.table_input import Categories, TableInput
 
 __all__ = [
     "ArrayInput",
     "ArrayOutput",
     "AudioInput",
     "AutoencoderOutput",
+    "Categories",
     "ClassInput",
     "ClassOutput",
     "ConvolutionInput",
@@ -98,5 +99,6 @@ def build_model(config: ModelConfig, seed: int = 0) -> Any:
             )
             raise UserError(f"{empty[0]} would have no numbers: {why}")
         model.to_empty(device=device)
+        model.reset_buffers()
         model.init_weights(seed)
     return model

@@ -51,6 +51,14 @@ class InputConfig(Config):
         """Of text: the longest input in tokens and the number of ids; None for anything else."""
         return None
 
+    def num_text_ids(self) -> int | None:
+        """Number of token ids of texts that go in beside other things; None: there are no such texts."""
+        return None
+
+    def picture_shape(self) -> tuple[int, int, int] | None:
+        """Of pictures: their height, width and channels; None for anything else."""
+        return None
+
     def batch_shape(self) -> Shape | None:
         """Shape of the tensor that the adapter takes; None: it is not checked."""
         return None
@@ -131,6 +139,9 @@ class ImageInput(InputConfig):
     def num_positions(self) -> int:
         height, width, _ = self.image_shape
         return height * width
+
+    def picture_shape(self) -> tuple[int, int, int]:
+        return self.image_shape
 
     def batch_shape(self) -> Shape:
         return "B", *self.image_shape

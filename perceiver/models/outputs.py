@@ -88,6 +88,10 @@ class OutputConfig(Config):
         """Number and channels of the queries, and channels of the output."""
         raise NotImplementedError(f"{type(self).__name__} needs a method queries(model) that returns OutputQueries")
 
+    def number_of_classes(self) -> int | None:
+        """How many classes it gives, by default its field `num_classes`; None: it has none."""
+        return getattr(self, "num_classes", None)
+
     def build_queries(self, model: ModelSizes) -> nn.Module | None:
         """A module that makes queries of the batch: takes what the model's input takes and the adapted input (B, N, C), returns
         (B, M, Q). None: `ask` does without.

@@ -69,6 +69,9 @@ class PerceiverARConfig(ModelConfig):
     def text_limits(self) -> tuple[int, int]:
         return self.max_seq_len, self.vocab_size
 
+    def causal_limits(self) -> tuple[int, int]:
+        return self.max_seq_len, self.max_latents
+
     def check(self, where: str) -> None:
         check_sizes(self, where, except_for="num_self_attention_rotary_layers")
         check_heads(self.num_heads, self.num_channels, "model.num-heads", "model.num-channels")

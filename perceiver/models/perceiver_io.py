@@ -51,6 +51,15 @@ class PerceiverIOConfig(ModelConfig):
     def text_limits(self) -> tuple[int, int] | None:
         return self.input.text_limits()
 
+    def num_text_ids(self) -> int | None:
+        return self.input.num_text_ids()
+
+    def picture_shape(self) -> tuple[int, int, int] | None:
+        return self.input.picture_shape()
+
+    def number_of_classes(self) -> int | None:
+        return self.output.number_of_classes()
+
     def batch_shape(self) -> Shape | None:
         return self.input.batch_shape()
 

@@ -1,4 +1,4 @@
-"""Experiments on a user's own tables of numbers."""
+"""Experiments on a user's own tables of numbers, categories and texts."""
 
 from dataclasses import replace
 

@@ -234,6 +234,10 @@ class Task(ABC, Generic[C, M]):
         """What throughput is counted in and how many of it an example holds, e.g. ("tokens", 4096)."""
         return "examples", 1
 
+    def targets_per_example(self) -> int | None:
+        """How many of an example's units (`throughput_unit`) are predicted at most, where that is not all of them; else None."""
+        return None
+
     def step_sizes(self) -> StepSizes:
         """What of an example the model computes at once at most, where that is not all: for the memory of a step."""
         return StepSizes()
@@ -250,7 +254,12 @@ class Task(ABC, Generic[C, M]):
     def counted_step(self) -> CountedStep:
         """What a training step takes, counted on the meta device."""
         with torch.device("meta"):
-            return CountedStep(self.build_model(), self.loss, {name: t.to("meta") for name, t in self.dummy_batch(2).items()})
+            return self.count(self.build_model())
+
+    def count(self, model: nn.Module) -> CountedStep:
+        """What a training step of its model takes, of which parameters may be frozen: on the meta device, where it is counted."""
+        with torch.device("meta"):
+            return CountedStep(model, self.loss, {name: t.to("meta") for name, t in self.dummy_batch(2).items()})
 
     def dummy_rows(self, size: int) -> pa.Table:
         """Rows that `collate` takes, whose values are not looked at."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -18,12 +19,21 @@ from perceiver.data.components import Component
 from perceiver.data.manifest import Manifest
 from perceiver.data.row_kind import KINDS
 from perceiver.data.rows import ArrayRows
-from perceiver.tasks.base import IGNORE_INDEX, Batch, Sample, Task, dummy_split
+from perceiver.tasks.base import EACH, Batch, Sample, Task
 from perceiver.tasks.baselines import Guess
+from perceiver.tasks.check_batches import (
+    RANDOM,
+    batch_of,
+    check_batches,
+    check_examples,
+    check_rows,
+    names_columns,
+    rows_with_targets,
+    split_of,
+)
 from perceiver.tasks.check_calls import call, name_of, shape_of, tried
 from perceiver.tasks.check_model import check_optimizer, check_step, checked_model
 
-_RANDOM = "random choices must be functions of (self.seed, epoch, row), see perceiver.data.order.uniforms"
 TOLERANCE = 1e-3
 """Relative difference of sums that counts as none: of float32, in any order."""
 
@@ -45,16 +55,32 @@ def check_task(experiment: Experiment, rows: pa.Table | None = None) -> None:
     task = checked_task(experiment)
     call(task, "check")
     _check_settings(task)
+    with _one_thread():
+        _check_model_and_task(experiment, task, rows)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Two rows are computed fastest so, and on a busy machine many times faster."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _check_model_and_task(experiment: Experiment, task: Task[Any, Any], rows: pa.Table | None) -> None:
     model = checked_model(experiment)
     check_optimizer(experiment, model)
     if rows is None:
-        if not _names_columns(task):
+        if not names_columns(task):
             return
-        rows = _random_rows(task)
-        _check_examples(task, rows.drop_columns(["row", "epoch"]))
+        rows = rows_with_targets(task)
+        check_examples(task, rows.drop_columns(["row", "epoch"]))
     rows = rows.slice(0, 2)
-    rows = _check_rows(task, rows)
-    batch = _check_batches(task, rows)
+    rows = check_rows(task, rows)
+    batch = check_batches(task, rows)
     if next(iter(model.parameters())).is_meta:
         _loss(task, model, {name: tensor.to("meta") for name, tensor in batch.items()})
         return
@@ -78,20 +104,19 @@ def checked_task(experiment: Experiment) -> Task[Any, Any]:
     return task
 
 
-def check_guess(experiment: Experiment, parts: Sequence[Component], trained_on: Manifest | None = None) -> None:
+def check_guess(task: Task[Any, Any], parts: Sequence[Component], trained_on: Manifest | None = None) -> None:
     """Makes the baselines of a task of the user's, which are shown when a training or an evaluation ends.
 
     Args:
-        experiment: with what its task measures.
+        task: with what it measures.
         parts: the data sets that are validated on.
         trained_on: the data set that the model was trained on, where it is not that of each part.
 
     Raises:
         UserError: `guess` fails, returns something else, or speaks of a metric that `metrics` does not give for its sums.
     """
-    if is_builtin(type_name(type(experiment.task))):
+    if is_builtin(type_name(type(task.config))):
         return
-    task = checked_task(experiment)
     for part in parts:
         guess = call(task, "guess", part.manifest, trained_on or part.manifest)
         if guess is None:
@@ -122,109 +147,16 @@ def _check_settings(task: Task[Any, Any]) -> None:
     for name, direction in task.metric_directions.items():
         if direction not in ("min", "max"):
             raise UserError(f'{name_of(task)}.metric_directions says {direction!r} of {name!r} and must say "min" or "max"')
-    if _names_columns(task):
+    if names_columns(task):
         rows = call(config, "rows", task.model_config, task.data)
         if not isinstance(rows, ArrayRows):
             raise UserError(f"{name_of(config)}.rows returned {shape_of(rows)} and must return a perceiver.data.rows.ArrayRows")
     unit = call(task, "throughput_unit")
     if not (isinstance(unit, tuple) and len(unit) == 2 and isinstance(unit[0], str) and type(unit[1]) is int and unit[1] > 0):
         raise UserError(f'{name_of(task)}.throughput_unit returned {unit!r} and must return a name and a number, such as ("tokens", 512)')
-
-
-def _random_rows(task: Task[Any, Any]) -> pa.Table:
-    """Two rows of small random numbers: what a task is tried on where there is no data."""
-    rng = np.random.default_rng(0)
-    columns = task.rows.columns
-    empty: dict[str, Any] = {"string": "text", "binary": b"bytes"}
-    examples = [
-        {
-            name: (rng.random(column.shape) * (1 if np.dtype(column.dtype).kind == "f" else 2)).astype(column.dtype)
-            if column.is_number
-            else empty[column.dtype]
-            for name, column in columns.items()
-        }
-        for _ in range(2)
-    ]
-    table = task.rows.table(examples, "random rows")
-    return table.append_column("row", pa.array([0, 1], pa.int64())).append_column("epoch", pa.array([0, 0], pa.int64()))
-
-
-def _check_examples(task: Task[Any, Any], block: pa.Table) -> None:
-    """One block as it is stored, whose rows are made examples twice."""
-    once, again = (call(task, "examples", block, _split(task, block.num_rows), 0, 0, True) for _ in range(2))
-    if not isinstance(once, pa.Table) or once.num_rows != block.num_rows:
-        found = f"{once.num_rows} rows" if isinstance(once, pa.Table) else shape_of(once)
-        raise UserError(f"{name_of(task)}.examples of {block.num_rows} rows returned {found} and must return a pyarrow.Table with as many")
-    if not once.equals(again):
-        raise UserError(f"{name_of(task)}.examples gave other rows the second time: {_RANDOM}")
-
-
-def _check_rows(task: Task[Any, Any], rows: pa.Table) -> pa.Table:
-    """The rows as `collate` gets them, with `decode` and `arrange`."""
-    split = _split(task, rows.num_rows)
-    if split is None:
-        return rows
-    for train in (True, False):
-        decoded = call(task, "decode", rows, split, train)
-        if not isinstance(decoded, pa.Table) or decoded.num_rows != rows.num_rows:
-            found = f"{decoded.num_rows} rows" if isinstance(decoded, pa.Table) else shape_of(decoded)
-            raise UserError(f"{name_of(task)}.decode of {rows.num_rows} rows returned {found} and must return a pyarrow.Table with as many")
-        if not decoded.equals(call(task, "decode", rows, split, train)):
-            raise UserError(f"{name_of(task)}.decode gave other rows the second time: {_RANDOM}")
-    arranged = call(task, "arrange", decoded)
-    if not isinstance(arranged, pa.Table) or sorted(arranged["row"].to_pylist()) != sorted(decoded["row"].to_pylist()):
-        raise UserError(f"{name_of(task)}.arrange must return the same rows in any order, as a pyarrow.Table")
-    return decoded
-
-
-def _check_batches(task: Task[Any, Any], rows: pa.Table) -> Batch:
-    """Three examples of which the last is padding."""
-    batch = _batch(task, rows, 3)
-    for train in (True, False):
-        once, again = (_batch(task, rows, 3, train) for _ in range(2))
-        for name, tensor in once.items():
-            if not _same(tensor, again[name]):
-                raise UserError(f"{name_of(task)}.collate gave another {name!r} for the same rows: {_RANDOM}")
-    swapped = _batch(task, rows.take([1, 0]), 2)
-    for name, tensor in swapped.items():
-        if tensor.shape[1:] == batch[name].shape[1:] and not _same(tensor[[1, 0]], batch[name][:2]):
-            raise UserError(f"{name_of(task)}.collate makes {name!r} of a row depend on the other rows of its batch")
-    padded, whole = _targets(task, batch), _targets(task, _batch(task, rows, 2))
-    if padded != whole:
-        rule = f'its "labels" must be {IGNORE_INDEX}' if "labels" in batch else 'num_targets must leave it out (see "valid")'
-        raise UserError(f"{name_of(task)} counts {padded - whole} targets in an example of padding, which must have none: {rule}")
-    try:
-        _batch(task, rows.slice(0, 0), 2)
-    except UserError as error:
-        raise UserError(f"{error}, for a batch without rows, which a worker may have at the end of an epoch") from error
-    return batch
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors have the same values; NaN, which may stand for a missing one, is the same as NaN."""
-    return one.shape == other.shape and torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
-
-
-def _batch(task: Task[Any, Any], rows: pa.Table, size: int, train: bool = False) -> Batch:
-    batch = call(task, "collate", rows, size, _split(task, size), train, 0)
-    if not isinstance(batch, dict) or not batch or not all(isinstance(value, Tensor) for value in batch.values()):
-        kinds = {name: name_of(value) for name, value in batch.items()} if isinstance(batch, dict) else name_of(batch)
-        raise UserError(f"{name_of(task)}.collate returned {kinds} and must return a dictionary of tensors")
-    wrong = {name: tuple(tensor.shape) for name, tensor in batch.items() if tensor.dim() == 0 or len(tensor) != size}
-    if wrong:
-        raise UserError(f"{name_of(task)}.collate of {size} examples returned {wrong}: the first dimension must be {size}")
-    return batch
-
-
-def _split(task: Task[Any, Any], size: int) -> Any:
-    return dummy_split(task.rows, size) if _names_columns(task) else None
-
-
-def _targets(task: Task[Any, Any], batch: Batch) -> int:
-    targets = call(task, "num_targets", batch)
-    if not isinstance(targets, Tensor) or targets.dim() or targets.is_floating_point():
-        raise UserError(f"{name_of(task)}.num_targets returned {shape_of(targets)} and must return a whole number as a tensor of shape ()")
-    return int(targets)
+    targets = call(task, "targets_per_example")
+    if targets is not None and not (type(targets) is int and 0 < targets <= unit[1]):
+        raise UserError(f"{name_of(task)}.targets_per_example returned {targets!r} and must return None or a number from 1 to {unit[1]}")
 
 
 def _loss(task: Task[Any, Any], model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -251,8 +183,16 @@ def _check_loss(task: Task[Any, Any], model: nn.Module, rows: pa.Table, batch: B
         raise UserError(f"{name_of(task)}.loss returned a loss without gradient: is it computed from the model's output?")
     model.eval()
     with torch.no_grad():
-        both, together = (_loss(task, model, _batch(task, rows, size))[0].item() for size in (2, 3))
-        each = [_loss(task, model, _batch(task, rows.slice(i, 1), 1))[0].item() for i in range(2)]
+        again = _loss(task, model, batch_of(task, rows, 2))[0].item()
+        (whole, sums), (padded, _) = (_loss(task, model, batch_of(task, rows, size)) for size in (2, 3))
+        alone = [_loss(task, model, batch_of(task, rows.slice(i, 1), 1)) for i in range(2)]
+    both, together, each = whole.item(), padded.item(), [loss.item() for loss, _ in alone]
+    if not math.isfinite(both):
+        raise UserError(f"{name_of(task)}.loss is {both} for the first two rows where the model is not training (model.eval())")
+    if not _near(both, again):
+        raise UserError(
+            f"{name_of(task)}.loss of the same batch is {again:.6g} and then {both:.6g}, where the model is not training: {RANDOM}"
+        )
     if not _near(both, together):
         raise UserError(
             f"{name_of(task)}.loss of two rows is {both:.6g}, but {together:.6g} with an example of padding, which must add nothing"
@@ -262,6 +202,22 @@ def _check_loss(task: Task[Any, Any], model: nn.Module, rows: pa.Table, batch: B
         raise UserError(
             f"{name_of(task)}.loss of two rows is {both:.6g}, of each alone {each[0]:.6g} and {each[1]:.6g}{mean or ': they must add up'}"
         )
+    for name, value in sums.items():
+        if name.startswith(EACH):
+            continue
+        if missing := [i for i, (_, found) in enumerate(alone) if name not in found]:
+            raise UserError(f"{name_of(task)}.loss gave {name!r} among the sums of two rows, but not of row {missing[0]} alone")
+        total, ones = _total(value), [_total(found[name]) for _, found in alone]
+        if math.isfinite(total) and not _near(total, sum(ones)):
+            mean = "a mean, and must be a sum" if _near(total, sum(ones) / 2) else "no sum, as it does not add up"
+            raise UserError(
+                f"{name_of(task)}.loss gave {name!r} as {total:.6g} of two rows, {ones[0]:.6g} and {ones[1]:.6g} of each alone: "
+                f"it is {mean}"
+            )
+
+
+def _total(value: Tensor) -> float:
+    return float(value.double().sum())
 
 
 def _near(one: float, other: float) -> bool:
@@ -283,7 +239,7 @@ def _check_samples(task: Task[Any, Any], model: nn.Module, batch: Batch, best_me
     with torch.no_grad():
         loss, parts = _loss(task, model, batch)
     sums = {name: value.double().numpy() for name, value in {**parts, "loss": loss, "targets": call(task, "num_targets", batch)}.items()}
-    split = _split(task, 2)
+    split = split_of(task, 2)
     if split is None:
         return
     metrics = call(task, "metrics", sums, split)
@@ -291,7 +247,8 @@ def _check_samples(task: Task[Any, Any], model: nn.Module, batch: Batch, best_me
         raise UserError(f"{name_of(task)}.metrics returned {shape_of(metrics)} and must return a dictionary of numbers")
     for name, value in metrics.items():
         if not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise UserError(f"{name_of(task)}.metrics gave {name!r} as {value!r} and must give finite numbers, as float")
+            shown = repr(value) if np.ndim(value) == 0 and isinstance(value, (int, float, np.generic)) else shape_of(value)
+            raise UserError(f"{name_of(task)}.metrics gave {name!r} as {shown} and must give finite numbers, as float")
         if name not in task.metric_directions:
             raise UserError(
                 f"{name_of(task)}.metrics gave {name!r}, but metric_directions does not say whether low or high values are better: "
@@ -308,16 +265,11 @@ def _check_samples(task: Task[Any, Any], model: nn.Module, batch: Batch, best_me
 
 
 def _check_predict(task: Task[Any, Any], model: nn.Module, rows: pa.Table) -> None:
-    if type(task).predict is Task.predict or not _names_columns(task):
+    if type(task).predict is Task.predict or not names_columns(task):
         return
     with torch.no_grad():
-        result = call(task, "predict", model, _batch(task, rows, 2))
+        result = call(task, "predict", model, batch_of(task, rows, 2))
     good = isinstance(result, dict) and all(isinstance(value, Tensor) and value.dim() and len(value) == 2 for value in result.values())
     if not good:
         shapes = {name: shape_of(value) for name, value in result.items()} if isinstance(result, dict) else name_of(result)
         raise UserError(f"{name_of(task)}.predict of 2 examples returned {shapes} and must return a dictionary of tensors (2, ...)")
-
-
-def _names_columns(task: Task[Any, Any]) -> bool:
-    kind = KINDS.get(task.config.kind)
-    return kind is not None and kind.has_columns

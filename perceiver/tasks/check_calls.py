@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from perceiver.config import UserError, type_name
@@ -29,6 +31,8 @@ def call(owner: Any, method: str, *args: Any) -> Any:
     except UserError:
         raise
     except Exception as error:
+        if (lacks := _lacks(error)) is not None:
+            raise UserError(lacks) from error
         shapes = f" (batch: {_shapes(args)})" if _shapes(args) else ""
         raise UserError(f"{name_of(owner)}.{method} fails: {_first_line(place_of(error))}{shapes}") from error
 
@@ -36,6 +40,17 @@ def call(owner: Any, method: str, *args: Any) -> Any:
 def tried(owner: Any, method: str, *args: Any) -> Any:
     """The same of an object that may be of this package: faults of its own are no mistakes of the user's and pass as they are."""
     return getattr(owner, method)(*args) if is_builtin(type_name(type(owner))) else call(owner, method, *args)
+
+
+def _lacks(error: Exception) -> str | None:
+    """The sentence for a class that lacks a method of its base class; None: the error is another one."""
+    if isinstance(error, NotImplementedError) and " needs a method " in str(error):
+        return str(error)
+    found = re.search(r"abstract class '?(\w+)'? (?:with|without an implementation for) abstract methods? (.+)", str(error))
+    if found is None or not isinstance(error, TypeError):
+        return None
+    methods = found[2].replace("'", "").split(", ")
+    return f"{found[1]} needs a method {methods[0]}" if len(methods) == 1 else f"{found[1]} needs the methods {', '.join(methods)}"
 
 
 def _first_line(text: str) -> str:
@@ -51,6 +66,8 @@ def shape_of(value: Any) -> str:
     """A value as a message describes it: "a tensor of shape (2, 3) and type torch.float32", "an int"."""
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)} and type {value.dtype}"
+    if isinstance(value, np.ndarray):
+        return f"an array of shape {value.shape} and type {value.dtype}"
     return "None" if value is None else with_article(name_of(value))
 
 

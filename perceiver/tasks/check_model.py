@@ -74,8 +74,8 @@ def _check_buffers(model: nn.Module, seed: int) -> None:
     given = {name: buffer.clone() for name, buffer in buffers}
     for _, buffer in buffers:
         buffer.fill_(math.nan)
-    call(model, "init_weights", seed)
     call(model, "reset_buffers")
+    call(model, "init_weights", seed)
     for name, buffer in model.named_buffers():
         if name in given and bool((buffer.isnan() & ~given[name].isnan()).any()):
             raise UserError(

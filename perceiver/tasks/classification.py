@@ -52,7 +52,7 @@ def with_classes(experiment: Experiment) -> Experiment:
         named: dict[str, Any] = {"class_names": said}
         output = replace(model.output, num_classes=len(said))
         return replace(experiment, model=replace(model, output=output), task=replace(task, **named))
-    counts = label_counts(source, data.label_column, "train", task.several_classes)
+    counts = label_counts(source, data.label_column, "train", task.several_classes, data.on_error == "skip")
     given = tuple(getattr(task, "class_names", None) or ())
     if missing := [name for name in given if name not in counts]:
         raise UserError(f"--task.class-names has {missing[0]!r}, which no training label is (there are: {_listed(counts)})")

@@ -71,6 +71,9 @@ class Autoregressive(Task[A, PerceiverARConfig]):
     def throughput_unit(self) -> tuple[str, int]:
         return "tokens", self._mean_length
 
+    def targets_per_example(self) -> int:
+        return self.model_config.max_latents
+
     def step_sizes(self) -> StepSizes:
         """A step of the longest windows; logits a chunk at a time."""
         return StepSizes(chunk_elements=CHUNK_ELEMENTS)

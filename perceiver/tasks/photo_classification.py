@@ -99,7 +99,7 @@ def _with_names(experiment: Experiment) -> Experiment:
     source = resolve(data, task.kind)
     if not all(file.format in ("picture", "tar") for file in source.files):
         return experiment
-    counts = label_counts(source, data.label_column, "train")
+    counts = label_counts(source, data.label_column, "train", skip=data.on_error == "skip")
     if all(name.isdecimal() for name in counts):
         return experiment
     if len(counts) != number:

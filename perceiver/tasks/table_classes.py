@@ -12,7 +12,7 @@ from perceiver.config import UserError
 from perceiver.data.manifest import Split
 from perceiver.tasks.base import IGNORE_INDEX, Batch, padded
 from perceiver.tasks.classification import Classification
-from perceiver.tasks.table_task import TableSettings, TableTask
+from perceiver.tasks.table_task import TableSettings, TableTask, model_input
 
 
 class TableClassification(TableTask, Classification[TableSettings]):
@@ -32,14 +32,14 @@ class TableClassification(TableTask, Classification[TableSettings]):
         return with_classes(super().dummy_rows(size), [self.config])
 
     def collate(self, rows: pa.Table, size: int, split: Split, train: bool, step: int) -> Batch:
-        batch = {"inputs": self.inputs(rows, size)}
+        batch = self.inputs(rows, size)
         if self.config.targets[0] in rows.column_names:
             labels = class_numbers(self.config, rows) if rows.num_rows else np.empty(0, np.int64)
             batch["labels"] = padded(labels, size, IGNORE_INDEX)
         return batch
 
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
-        return model(batch["inputs"])
+        return model(model_input(batch))
 
     def metrics(self, sums: dict[str, np.ndarray], split: Split) -> dict[str, float]:
         confusion = sums["confusion"].astype(np.float64)

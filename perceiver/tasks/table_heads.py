@@ -16,14 +16,14 @@ from perceiver.data.manifest import Split
 from perceiver.data.rows import ArrayRows
 from perceiver.data.table_schema import TableSchema
 from perceiver.models import HeadsOutput, PerceiverIOConfig, TableInput
-from perceiver.models.table_input import text_of
 from perceiver.tasks.base import EACH, IGNORE_INDEX, Batch, Sample, Task, loss_of_sources, of_examples, padded
 from perceiver.tasks.table_classes import TableClassification, with_classes
+from perceiver.tasks.table_columns import with_columns
 from perceiver.tasks.table_labels import TableLabels
 from perceiver.tasks.table_measure import measured
 from perceiver.tasks.table_numbers import TableRegression
 from perceiver.tasks.table_positions import TablePositions
-from perceiver.tasks.table_task import TableSettings
+from perceiver.tasks.table_task import TableSettings, model_input
 
 LOSSES = ("classes", "positions", "labels", "mse", "mae", "huber", "gaussian", "quantiles")
 _KINDS: dict[str, Any] = {"classes": TableClassification, "positions": TablePositions, "labels": TableLabels}
@@ -104,17 +104,11 @@ class TableHeadsConfig(TaskConfig):
         for head in heads:
             schema.check(head.name, "--task.heads")
         names = {head.name for head in heads}
-        given = tuple(name for word in model.input.columns for name in word.split(",") if name)
-        columns = given or tuple(name for name in schema.types if name not in names and schema.is_numeric(name))
-        if not columns:
-            raise UserError(f"{schema.name} has no column of numbers beside the targets: model.input.columns needs one")
-        if both := sorted(names & set(columns)):
-            raise UserError(f"--model.input.columns and --task.heads both name {both[0]!r}: what is predicted cannot go in")
+        table = with_columns(model.input, schema, names, experiment.data, "--task.heads")
         channels = getattr(model.output, "num_query_channels", 64)
         found = [replace(head, loss=head.loss_for(schema, head.targets)).with_targets(schema) for head in heads]
         output = HeadsOutput(names=tuple(head.name for head in heads), heads=tuple(part.output(number, channels) for part, number in found))
-        shapes = tuple(text_of(schema.shape(name, "--model.input.columns")) for name in columns)
-        made = replace(model, input=replace(model.input, columns=columns, shapes=shapes), output=output)
+        made = replace(model, input=table, output=output)
         return replace(experiment, task=replace(self, parts=tuple(part for part, _ in found)), model=made)
 
     def rows(self, model: ModelConfig, data: DataConfig) -> ArrayRows:
@@ -188,7 +182,7 @@ class TableHeads(Task[TableHeadsConfig, PerceiverIOConfig]):
         batch: Batch = {"valid": padded(np.ones(rows.num_rows, bool), size)}
         for name, task in self.parts.items():
             for key, values in task.collate(rows, size, split, train, step).items():
-                batch["inputs" if key == "inputs" else f"{name}.{key}"] = values
+                batch[key if key in ("inputs", "input_ids") else f"{name}.{key}"] = values
         return batch
 
     def num_targets(self, batch: Batch) -> Tensor:
@@ -196,7 +190,7 @@ class TableHeads(Task[TableHeadsConfig, PerceiverIOConfig]):
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Weighted sums of the heads' losses; a head whose target is missing in a row adds nothing of it."""
-        said, valid = model(batch["inputs"]), batch["valid"]
+        said, valid = model(model_input(batch)), batch["valid"]
         total, each = torch.zeros((), device=valid.device), torch.zeros(len(valid), dtype=torch.float64, device=valid.device)
         sums: dict[str, Tensor] = {}
         for part, (name, task) in zip(self.config.parts, self.parts.items(), strict=True):
@@ -231,7 +225,7 @@ class TableHeads(Task[TableHeadsConfig, PerceiverIOConfig]):
 
     def predict(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """What each head says, as COLUMN_NAME."""
-        said = model(batch["inputs"])
+        said = model(model_input(batch))
         found: dict[str, Tensor] = {}
         for name, task in self.parts.items():
             own = task.predict(_saying(said[name]), _own(batch, name))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from perceiver.data.manifest import Split
 from perceiver.tasks.base import Batch, of_examples
 from perceiver.tasks.class_metrics import MOST_RANKED, area_metrics, mean_f1, score_counts
-from perceiver.tasks.table_task import NumberTargets, losses_of_sources
+from perceiver.tasks.table_task import NumberTargets, losses_of_sources, model_input
 
 
 class TableLabels(NumberTargets):
@@ -20,7 +20,7 @@ class TableLabels(NumberTargets):
     baseline_metrics = {"acc": ("baseline_acc", "always what is commoner")}
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        given, logits = ~batch["targets"].isnan(), model(batch["inputs"]).float()
+        given, logits = ~batch["targets"].isnan(), model(model_input(batch)).float()
         targets = batch["targets"].nan_to_num(0.0)
         each = torch.where(given, F.binary_cross_entropy_with_logits(logits, targets, reduction="none"), 0.0)
         if torch.is_grad_enabled():
@@ -43,7 +43,7 @@ class TableLabels(NumberTargets):
         return found
 
     def predict(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        return {"probabilities": model(batch["inputs"]).float().sigmoid()}
+        return {"probabilities": model(model_input(batch)).float().sigmoid()}
 
     def prediction_names(self) -> dict[str, tuple[str, ...]]:
         return {"probabilities": self.config.number_names}

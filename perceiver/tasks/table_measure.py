@@ -29,11 +29,11 @@ def measured(settings: Sequence[S], numbers: Sequence[int], model: ModelConfig, 
         blocks: all blocks of the split.
     """
     table = input_of(model)
-    inputs = [Moments(channels) for _, channels in table.sizes()]
+    inputs = {cells.name: Moments(cells.channels) for cells in table.numbers()}
     targets = [Moments(number) for number in numbers]
     for block in blocks:
         arrays = rows.arrays(block)
-        for name, moments in zip(table.columns, inputs, strict=True):
+        for name, moments in inputs.items():
             moments.add(arrays[name].reshape(-1, moments.size))
         for own, moments in zip(settings, targets, strict=True):
             if own.loss == "classes":
@@ -45,8 +45,8 @@ def measured(settings: Sequence[S], numbers: Sequence[int], model: ModelConfig, 
     return [
         replace(
             own.counted(target.mean.tolist()) if own.loss == "classes" else own,
-            input_mean=tuple(value for moments in inputs for value in moments.mean.tolist()),
-            input_scale=tuple(value for moments in inputs for value in moments.scale.tolist()),
+            input_mean=tuple(value for moments in inputs.values() for value in moments.mean.tolist()),
+            input_scale=tuple(value for moments in inputs.values() for value in moments.scale.tolist()),
             target_mean=tuple(target.mean.tolist()),
             target_scale=tuple(target.scale.tolist()),
         )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from perceiver.data.manifest import Split
 from perceiver.tasks.base import Batch, of_examples
-from perceiver.tasks.table_task import NumberTargets, losses_of_sources
+from perceiver.tasks.table_task import NumberTargets, losses_of_sources, model_input
 
 
 class TableRegression(NumberTargets):
@@ -25,7 +25,7 @@ class TableRegression(NumberTargets):
 
     def said(self, model: nn.Module, batch: Batch) -> Tensor:
         """(B, targets, outputs of one), in standard deviations from the mean."""
-        return model(batch["inputs"]).float().unflatten(1, (-1, self.config.outputs_per_target))
+        return model(model_input(batch)).float().unflatten(1, (-1, self.config.outputs_per_target))
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         given, said = ~batch["targets"].isnan(), self.said(model, batch)

@@ -15,7 +15,7 @@ from perceiver.config import UserError
 from perceiver.data.manifest import Split
 from perceiver.tasks.base import IGNORE_INDEX, Batch, loss_of_sources, of_examples, padded
 from perceiver.tasks.class_metrics import class_table, mean_f1, mean_iou
-from perceiver.tasks.table_task import TableSettings, TableTask, flat
+from perceiver.tasks.table_task import TableSettings, TableTask, flat, model_input
 
 
 class TablePositions(TableTask):
@@ -26,14 +26,14 @@ class TablePositions(TableTask):
 
     def collate(self, rows: pa.Table, size: int, split: Split, train: bool, step: int) -> Batch:
         """The inputs, and "labels" (size, M), unless the rows lack their column."""
-        batch = {"inputs": self.inputs(rows, size)}
+        batch = self.inputs(rows, size)
         if self.config.targets[0] in rows.column_names:
             batch["labels"] = padded(position_classes(self.config, self.rows.arrays(rows), rows.num_rows), size, IGNORE_INDEX)
         return batch
 
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
         """(B, M, K)."""
-        return model(batch["inputs"]).float()
+        return model(model_input(batch)).float()
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         logits, labels = self.logits(model, batch), batch["labels"]

@@ -16,8 +16,9 @@ from perceiver.data.labels import MOST_CLASSES
 from perceiver.data.manifest import Split
 from perceiver.data.rows import ArrayRows
 from perceiver.data.table_schema import TableSchema
+from perceiver.data.tokenizers import tokenizer_of
 from perceiver.models import ArrayOutput, ClassOutput, OutputConfig, PerceiverIOConfig, TableInput, ValueOutput
-from perceiver.models.table_input import shape_of, text_of
+from perceiver.models.table_input import Cells, shape_of, text_of
 from perceiver.tasks.base import IGNORE_INDEX, Batch, Task, loss_of_sources, padded
 from perceiver.tasks.class_settings import ClassSettings
 
@@ -147,7 +148,10 @@ class TableSettings(ClassSettings):
 
     def rows(self, model: ModelConfig, data: DataConfig) -> ArrayRows:
         table = input_of(model)
-        columns = {name: (shape_of(text), "float32") for name, text in zip(table.columns, table.shapes, strict=True)}
+        columns: dict[str, tuple[tuple[int, ...], str]] = {
+            name: (shape_of(text), "float32") if cells.kind == "numbers" else ((), "string")
+            for name, text, cells in zip(table.columns, table.shapes, table.cells(), strict=True)
+        }
         kind = "float32" if self.loss not in ("classes", "positions") else "string" if self.class_names else "int64"
         targets = {name: (shape_of(text), kind) for name, text in zip(self.targets, self.target_shapes, strict=True)}
         return ArrayRows(**columns, **targets).missing([*columns, *(targets if kind == "float32" else ())])
@@ -160,6 +164,12 @@ def input_of(model: ModelConfig) -> TableInput:
     return found
 
 
+def model_input(batch: Batch) -> Any:
+    """What the model takes of a batch: its numbers, where it has categories or texts with their ids."""
+    ids = batch.get("input_ids")
+    return batch["inputs"] if ids is None else {"numbers": batch["inputs"], "ids": ids}
+
+
 def flat(arrays: dict[str, np.ndarray], names: tuple[str, ...], num_rows: int) -> np.ndarray:
     """Columns side by side, (rows, numbers of a row)."""
     return np.concatenate([arrays[name].reshape(num_rows, math.prod(arrays[name].shape[1:])) for name in names], axis=1)
@@ -168,18 +178,38 @@ def flat(arrays: dict[str, np.ndarray], names: tuple[str, ...], num_rows: int) -
 class TableTask(Task[TableSettings, PerceiverIOConfig]):
     """What the tasks on tables share: the input, normalised."""
 
-    def inputs(self, rows: pa.Table, size: int) -> Tensor:
-        """(size, numbers of a row): each channel of a column with the mean 0 and the deviation 1 that it has in the training split."""
+    def inputs(self, rows: pa.Table, size: int) -> Batch:
+        """What goes in of rows, of which `model_input` makes what the model takes.
+
+        "inputs" (size, numbers of a row): each channel of a column with the mean 0 and the deviation 1 that it has in the training split.
+        Where there are categories or texts, "input_ids" (size, ids of a row) int64, as `TableAdapter` takes them.
+        """
         arrays, table, config = self.rows.arrays(rows), input_of(self.model_config), self.config
-        found, first = [], 0
-        for name, (positions, channels) in zip(table.columns, table.sizes(), strict=True):
-            values = arrays[name].reshape(rows.num_rows, positions, channels).astype(np.float64)
+        found, first = [np.empty((rows.num_rows, 0), np.float32)], 0
+        for cells in table.numbers():
+            values = arrays[cells.name].reshape(rows.num_rows, cells.positions, cells.channels).astype(np.float64)
             if config.input_mean:
-                place = slice(first, first + channels)
+                place = slice(first, first + cells.channels)
                 values = (values - np.array(config.input_mean[place])) / np.array(config.input_scale[place])
-            found.append(values.reshape(rows.num_rows, positions * channels).astype(np.float32))
-            first += channels
-        return padded(np.concatenate(found, axis=1), size)
+            found.append(values.reshape(rows.num_rows, cells.positions * cells.channels).astype(np.float32))
+            first += cells.channels
+        batch = {"inputs": padded(np.concatenate(found, axis=1), size)}
+        if ids := [self._ids(cells, rows[cells.name].to_pylist()) for cells in table.ids()]:
+            batch["input_ids"] = padded(np.concatenate(ids, axis=1), size, -1)
+        return batch
+
+    def _ids(self, cells: Cells, values: list[str]) -> np.ndarray:
+        """Numbers of categories (n, 1), or tokens of texts (n, positions) and -1 after them."""
+        if cells.kind == "category":
+            numbers = {name: number for number, name in enumerate(cells.values, 1)}
+            return np.array([[numbers.get(value, 0)] for value in values], np.int64).reshape(-1, 1)
+        ids, lengths = tokenizer_of(self.data).encode_batch(values)
+        ends = np.cumsum(lengths)
+        found = np.full((len(values), cells.positions), -1, np.int64)
+        for row, (end, length) in enumerate(zip(ends, lengths, strict=True)):
+            taken = min(length, cells.positions)
+            found[row, :taken] = ids[end - length : end - length + taken]
+        return found
 
 
 class NumberTargets(TableTask):
@@ -187,7 +217,7 @@ class NumberTargets(TableTask):
 
     def collate(self, rows: pa.Table, size: int, split: Split, train: bool, step: int) -> Batch:
         """The inputs, and "targets" (size, numbers), NaN where there is none, unless the rows lack a column of them."""
-        batch, names = {"inputs": self.inputs(rows, size)}, self.config.targets
+        batch, names = self.inputs(rows, size), self.config.targets
         if all(name in rows.column_names for name in names):
             batch["targets"] = padded(flat(self.rows.arrays(rows), names, rows.num_rows), size, math.nan)
         return batch

@@ -264,24 +264,36 @@ def _make_loader(
 
 
 def make_train_loader(experiment: Experiment, task: Task, folder: str, manifest: Manifest) -> Loader:
-    """The loader of an experiment's training data: of one data set, or of the mixture that the manifest names.
+    """`train_loader` with an experiment's settings.
 
     Raises:
         UserError: files that are streamed have changed.
     """
-    parts, data, training = components(folder, manifest), experiment.data, experiment.training
-    most = experiment.parallel.micro_batch_size
+    size = experiment.parallel.micro_batch_size
+    return train_loader(task, folder, manifest, data=experiment.data, training=experiment.training, micro_batch_size=size)
+
+
+def train_loader(
+    task: Task, folder: str, manifest: Manifest, *, data: DataConfig, training: TrainingConfig, micro_batch_size: int | None
+) -> Loader:
+    """The loader of training data: of one data set, or of the mixture that the manifest names.
+
+    Raises:
+        UserError: files that are streamed have changed.
+    """
+    parts = components(folder, manifest)
     if not manifest.mixture:
-        return _part_loader(task, parts[0], data.source, data, training, most)
+        return _part_loader(task, parts[0], data.source, data, training, micro_batch_size)
     sources = {source.name: source.source for source in mixture_sources(data)}
-    loaders = tuple(_part_loader(task, part, sources[part.name], data, training, most) for part in parts)
+    loaders = tuple(_part_loader(task, part, sources[part.name], data, training, micro_batch_size) for part in parts)
     order = Mixture(
         orders=tuple(loader.order for loader in loaders),
         shares=tuple(part.share for part in parts),
         global_batch_size=training.global_batch_size,
     )
     return MixtureLoader(
-        task=task, folder=folder, split=manifest.splits["train"], order=order, train=True, micro_batch_size=most, loaders=loaders,
+        task=task, folder=folder, split=manifest.splits["train"], order=order, train=True, micro_batch_size=micro_batch_size,
+        loaders=loaders,
     )  # fmt: skip
 
 
@@ -306,14 +318,31 @@ def _part_loader(
 def make_val_loaders(
     experiment: Experiment, task: Task, folder: str, manifest: Manifest, numbered: bool = False
 ) -> list[tuple[Component, Loader]]:
-    """The loaders of an experiment's validation data: one, or one of each data set of a mixture.
+    """`val_loaders` with an experiment's settings."""
+    size = experiment.parallel.micro_batch_size
+    return val_loaders(
+        task, folder, manifest, data=experiment.data, training=experiment.training, micro_batch_size=size, numbered=numbered
+    )  # fmt: skip
+
+
+def val_loaders(
+    task: Task,
+    folder: str,
+    manifest: Manifest,
+    *,
+    data: DataConfig,
+    training: TrainingConfig,
+    micro_batch_size: int | None,
+    numbered: bool = False,
+) -> list[tuple[Component, Loader]]:
+    """The loaders of validation data: one, or one of each data set of a mixture.
 
     Args:
         numbered: whether batches say which rows their examples are (`SplitLoader.numbered`).
     """
-    data, training, most = experiment.data, experiment.training, experiment.parallel.micro_batch_size
     loaders: list[tuple[Component, Loader]] = []
     for part in components(folder, manifest):
-        loader = make_loader(task, part.folder, part.manifest.splits["val"], False, data=data, training=training, micro_batch_size=most)
+        split = part.manifest.splits["val"]
+        loader = make_loader(task, part.folder, split, False, data=data, training=training, micro_batch_size=micro_batch_size)
         loaders.append((part, replace(loader, numbered=numbered)))
     return loaders

@@ -86,7 +86,7 @@ class Checkpointer:
         self.remote = remote
         self.blocked_seconds = 0.0
         self._copies = ThreadPoolExecutor(1, "checkpoint")
-        self._group = dist.new_group(backend="gloo")
+        self._group: dist.ProcessGroup | None = dist.new_group(backend="gloo")
         self._pending: Future | None = None
         self._saved_step = -1
         self._best: list[float] = []
@@ -171,9 +171,13 @@ class Checkpointer:
         self.blocked_seconds += time.perf_counter() - start
 
     def close(self) -> None:
-        """Waits until all is on disk."""
+        """Waits until all is on disk, and ends threads and process group. Called by all workers; nothing is saved after it."""
         start = time.perf_counter()
         self._finish()
+        self._copies.shutdown()
+        if self._group is not None:
+            dist.destroy_process_group(self._group)
+            self._group = None
         self.blocked_seconds += time.perf_counter() - start
 
     def poll(self) -> None:

@@ -17,7 +17,7 @@ from perceiver.training.average import update_average
 from perceiver.training.batches import Batch
 from perceiver.training.callbacks import REQUESTS
 from perceiver.training.optim import set_step
-from perceiver.training.parallel import World
+from perceiver.training.parallel import World, reduce_gradients
 from perceiver.training.state import TrainState
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def fit(
         loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
         sums: dict[str, Tensor] = {}
         for number, batch in enumerate(micro_batches, 1):
-            state.model.set_requires_gradient_sync(number == len(micro_batches))
+            reduce_gradients(state.model, number == len(micro_batches))
             part, parts = task.loss(state.model, batch)
             # Sharding averages gradients over the workers; times their number, it sums them.
             (part * (world.size / targets.clamp(min=1))).backward()

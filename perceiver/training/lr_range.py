@@ -6,21 +6,23 @@ The loss falls as long as rates are small enough to be stable; where it begins t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from perceiver.config import Experiment
 from perceiver.data.manifest import Manifest
 from perceiver.tasks import build_task
 from perceiver.training.average import begin_average
-from perceiver.training.batches import make_train_loader, read_here
+from perceiver.training.batches import read_here, train_loader
 from perceiver.training.fork import find_fork
 from perceiver.training.init_from import find_start
 from perceiver.training.loop import StepResult, fit
-from perceiver.training.parallel import World
+from perceiver.training.parallel import World, join_world
 from perceiver.training.prefetch import Prefetch
 from perceiver.training.run import build_state
 
@@ -71,6 +73,17 @@ def ramp(low: float, high: float, steps: int) -> Callable[[int], float]:
     return lambda step: low * (high / low) ** (step / max(1, steps - 1))
 
 
+@contextmanager
+def alone_on(device: torch.device) -> Iterator[World]:
+    """The world of this process alone on a device. A process group that is begun for it is closed in the end."""
+    begun = not dist.is_initialized()
+    try:
+        yield join_world(device)
+    finally:
+        if begun:
+            dist.destroy_process_group()
+
+
 def range_test(
     experiment: Experiment,
     data_folder: str,
@@ -95,11 +108,10 @@ def range_test(
     Raises:
         UserError: the experiment starts from weights that do not fit.
     """
-    parallel, batch = experiment.parallel, experiment.training.global_batch_size
-    share = parallel.micro_batch_size or -(-batch // parallel.workers)
-    experiment = replace(experiment, parallel=replace(parallel, workers=1, min_workers=None, replicas=1, micro_batch_size=share))
+    parallel, training = experiment.parallel, experiment.training
+    size = parallel.micro_batch_size or -(-training.global_batch_size // parallel.workers)
     task = build_task(experiment)
-    loader = make_train_loader(experiment, task, data_folder, manifest)
+    loader = train_loader(task, data_folder, manifest, data=experiment.data, training=training, micro_batch_size=size)
     state = build_state(experiment, task, world)
     if (fork := find_fork(experiment)) is not None:
         fork.apply(state)
@@ -128,7 +140,7 @@ def range_test(
     batches = Prefetch(loader.steps(read_here, 0, 1, first, first + steps), world.device)
     try:
         fit(
-            experiment.optim, experiment.training.seed, task, state, batches, world, first + steps, after_step,
+            experiment.optim, training.seed, task, state, batches, world, first + steps, after_step,
             rate=lambda step, _: rate(step - first),
         )  # fmt: skip
     finally:

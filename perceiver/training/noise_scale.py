@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from perceiver.config import UserError
+from perceiver.training.parallel import World, reduce_gradients
 
 if TYPE_CHECKING:
     from perceiver.tasks.base import Task
     from perceiver.training.batches import Batch
-    from perceiver.training.parallel import World
 
 SCALE, GRADIENT, NOISE = "noise_scale", "noise_scale/gradient", "noise_scale/noise"
 """Metrics: the noise scale in examples, averaged; this step's estimates: squared norm of the gradient, trace of the covariance."""
@@ -89,7 +89,7 @@ class NoiseScale:
             place += size
         targets = world.all_sum(torch.stack([task.num_targets(batch) * taken for taken, batch in parts]).sum())
         for number, (taken, batch) in enumerate(parts, 1):
-            model.set_requires_gradient_sync(number == len(parts))  # type: ignore[operator]
+            reduce_gradients(model, number == len(parts))
             loss, _ = task.loss(model, batch)  # also of a part without an example that is taken: all workers compute together
             (loss * (taken * world.size / targets.clamp(min=1))).backward()
 

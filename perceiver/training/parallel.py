@@ -5,8 +5,9 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -14,9 +15,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed._composable import checkpoint
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from perceiver.config import ParallelConfig, TrainingConfig
+from perceiver.training.whole import compute_in
 
 # Of malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -95,27 +97,52 @@ def build_sharded(
 ) -> nn.Module:
     """Shards a model that was built on the meta device, gives it memory on this worker, and draws its initial weights.
 
-    Each of `layers` becomes a unit of sharding, recomputation and compilation; what is left belongs to the model itself.
+    Each of `layers` becomes a unit of sharding, recomputation and compilation; what is left belongs to the model itself. One worker alone
+    keeps the whole model: the hooks of sharding took half of a small model's step.
     With `parallel.cpu_offload` the shards stay in the host's memory (pinned for GPUs): a layer's parameters come to the device when they
     are used, gradients go back, and the optimizer computes on the host.
     No process ever holds the whole model. Initial weights depend on the seed alone, not on the number of workers.
     """
-    policy = MixedPrecisionPolicy()
-    if training.precision == "bf16":
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    offload = CPUOffloadPolicy(pin_memory=world.device.type == "cuda") if parallel.cpu_offload else OffloadPolicy()
+    layers = list(layers)
+    alone = is_alone(world.size, parallel)
+    shard = None if alone else _sharding(world, parallel, training)
     for number, layer in enumerate(layers):
         if parallel.recompute_every and number % parallel.recompute_every == 0:
             checkpoint(layer)
         if parallel.compile:
             layer.compile()
-        fully_shard(layer, mesh=world.mesh, mp_policy=policy, offload_policy=offload)
-    # What belongs to no layer stays whole from the forward to the backward pass, so that a loss may use the output matrix.
-    fully_shard(model, mesh=world.mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=False)
+        if shard is not None:
+            shard(layer)
+    if shard is not None:
+        # What belongs to no layer stays whole from the forward to the backward pass, so that a loss may use the output matrix.
+        shard(model, reshard_after_forward=False)
     model.to_empty(device="cpu" if parallel.cpu_offload else world.device)
     if parallel.cpu_offload:  # constants are the model's own and stay on the device
         for module in model.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(world.device))
+    model.reset_buffers()
     model.init_weights(training.seed)
+    if alone and training.precision == "bf16":
+        compute_in(torch.bfloat16, model, layers)
     return model
+
+
+def is_alone(workers: int, parallel: ParallelConfig) -> bool:
+    """Whether a worker keeps its model whole: nobody shares it, and all of it stays on the device."""
+    return workers == 1 and not parallel.cpu_offload
+
+
+def _sharding(world: World, parallel: ParallelConfig, training: TrainingConfig) -> Callable[..., object]:
+    """What makes a module a unit of sharding."""
+    policy = MixedPrecisionPolicy()
+    if training.precision == "bf16":
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    offload = CPUOffloadPolicy(pin_memory=world.device.type == "cuda") if parallel.cpu_offload else OffloadPolicy()
+    return partial(fully_shard, mesh=world.mesh, mp_policy=policy, offload_policy=offload)
+
+
+def reduce_gradients(model: nn.Module, now: bool) -> None:
+    """Whether the next backward pass sums gradients over the workers, or each keeps its own until a later one does."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(now)

@@ -37,7 +37,7 @@ def test_no_setting_with_fewer_recomputed_layers_would_fit(gib):
     experiment, limit = c4(), gib * GIB
     step, layout = step_of(experiment), layout_of(experiment)
     memory = {n: step_memory(step, replace(layout, checkpoint_every=n)).total for n in settings(21)}
-    every = least(experiment, limit)
+    every = least(step, layout, limit)
     if min(memory.values()) > limit:
         assert every == 1
         return
@@ -48,7 +48,7 @@ def test_no_setting_with_fewer_recomputed_layers_would_fit(gib):
 def test_more_memory_means_less_recomputing():
     step, layout = step_of(c4()), layout_of(c4())
     low, high = (step_memory(step, replace(layout, checkpoint_every=n)).total for n in (1, 0))
-    counts = [recomputed(least(c4(), low + (high - low) * part / 10), 21) for part in range(11)]
+    counts = [recomputed(least(step, layout, low + (high - low) * part / 10), 21) for part in range(11)]
     assert counts == sorted(counts, reverse=True) and counts[0] == 21 and counts[-1] == 0 and len(set(counts)) > 4
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from perceiver.config import UserError
+from perceiver.config import DataConfig, UserError
 from perceiver.data.shards import read_block
 from perceiver.data.text import split_long
 from perceiver.datasets import data_folder
@@ -15,14 +15,14 @@ TEXTS = ["ab", "abcdefgh" * 3, "", "0123456789", "x" * 25, "y" * 20]
 LIMIT = 10
 
 
-def rows_of(tmp_path, monkeypatch, how):
+def rows_of(tmp_path, monkeypatch, how, **more):
     """The rows of both splits as texts with labels, the manifest, and what was said."""
     serially(monkeypatch)
     for split in ("train", "val"):
         write_jsonl(tmp_path / f"{split}.jsonl", [{"text": text, "label": i % 2} for i, text in enumerate(TEXTS)])
         with open(tmp_path / f"{split}.jsonl", "a") as file:
             file.write(f'{{"text": "{split}", "label": 1}}\n')
-    chosen = experiment("txt-clf-imdb-all", tmp_path / how, f"{tmp_path}/*.jsonl", LIMIT + 2, long_texts=how)
+    chosen = experiment("txt-clf-imdb-all", tmp_path / how, f"{tmp_path}/*.jsonl", LIMIT + 2, long_texts=how, **more)
     with logged() as lines:
         manifest = preprocess.prepare(chosen)
     split = manifest.splits["train"]
@@ -47,8 +47,33 @@ def test_parts_of_a_long_text_are_rows_of_its_class_and_nothing_is_lost(tmp_path
     assert manifest.splits["train"].documents == 7 and manifest.stats["labels"]["train"] == [5, 7]
 
 
+@pytest.mark.parametrize("stride", [None, 4, 10])
+def test_parts_of_a_long_text_overlap_by_the_stride_and_reach_its_end(tmp_path, monkeypatch, stride):
+    rows, manifest, lines = rows_of(tmp_path, monkeypatch, "stride", text_stride=stride)
+    expected, step = [], stride or LIMIT // 2
+    for i, text in enumerate(TEXTS):
+        first = 0
+        while True:
+            expected.append((text[first : first + LIMIT], i % 2))
+            if first + LIMIT >= len(text):
+                break
+            first += step
+    assert rows == [*expected, ("train", 1)]
+    assert manifest.stats["long_texts"]["train"] == {"texts": 3, "tokens": 86, "lost": 0}
+    assert f"  long: 3 of 7 train documents have more than 10 tokens: their parts begin {step} tokens after each other" in lines
+
+
+def test_a_stride_that_would_lose_tokens_or_has_no_use_is_refused(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="--data.text-stride is 11 and must be at most 10"):
+        rows_of(tmp_path, monkeypatch, "stride", text_stride=11)
+    with pytest.raises(UserError, match="--data.text-stride is 4, and --data.long-texts is cut: give stride"):
+        DataConfig(text_stride=4).check("data.")
+
+
 def test_a_long_text_is_refused_by_its_beginning(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="a text has 24 tokens, and the model takes 10 .*abcdefgh.*: --data.long-texts cut or split"):
+    with pytest.raises(
+        UserError, match="a text has 24 tokens, and the model takes 10 .*abcdefgh.*: --data.long-texts cut, split or stride"
+    ):
         rows_of(tmp_path, monkeypatch, "refuse")
 
 

@@ -56,7 +56,8 @@ ARROWS = {
         "perceiver.trust", "perceiver.version",
     },
     "perceiver.inference": {
-        "perceiver.config", "perceiver.models", "perceiver.data", "perceiver.datasets", "perceiver.disk", "perceiver.generation",
+        "perceiver.config", "perceiver.models", "perceiver.data", "perceiver.data_settings", "perceiver.datasets", "perceiver.disk",
+        "perceiver.generation",
         "perceiver.interop",
         "perceiver.runs", "perceiver.tasks", "perceiver.terminal", "perceiver.training",
     },
@@ -201,3 +202,80 @@ def test_the_table_of_rooms_names_every_file_and_no_other():
             else:
                 named = set(re.findall(r"`([a-z_0-9]+\.py)`", rows[room]))
                 assert named == there, f"{room}: the table lacks {there - named} and has {named - there}"
+
+
+def test_classes_of_tasks_inputs_and_outputs_are_known_in_their_own_rooms_alone():
+    """What others want to know of one, a method of its base class says: so one of a user's own is asked as those of the package are."""
+    classes = {}
+    for room in ("tasks", "models"):
+        for path in files(f"perceiver/{room}"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.ClassDef):
+                    classes[node.name] = {word.id for base in node.bases for word in ast.walk(base) if isinstance(word, ast.Name)}
+    bases = {"TaskConfig", "Task", "InputConfig", "OutputConfig"}
+    found: set[str] = set()
+    while more := {name for name, given in classes.items() if given & (bases | found)} - found - bases:
+        found |= more
+    assert {"ImageClassification", "CausalLM", "TextInput", "ClassOutput", "MultimodalInput", "TableHeads"} <= found
+    knowing = {"perceiver.tasks", "perceiver.models", "perceiver.presets", "perceiver.interop"}  # the last: as others' formats name them
+    for path in (p for package in ("perceiver", "ray_jobs", "tuning") for p in files(package)):
+        if room_of(path) in knowing:
+            continue
+        tree = ast.parse(path.read_text())
+        own = {node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
+        used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} | {
+            node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)
+        }
+        assert not used & found - own, path
+
+
+def test_only_rooms_that_know_a_models_formulas_or_its_cache_name_its_class():
+    """All others ask `ModelConfig`: `text_limits`, `causal_limits`, `picture_shape`, `number_of_classes`."""
+    knowing = {"perceiver.models", "perceiver.tasks", "perceiver.presets", "perceiver.interop", "perceiver.costs", "perceiver.generation"}
+    for path in (p for package in ("perceiver", "ray_jobs", "tuning") for p in files(package)):
+        names = {node.id for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Name)}
+        assert room_of(path) in knowing or not names & {"PerceiverIOConfig", "PerceiverARConfig", "PerceiverIO", "PerceiverAR"}, path
+
+
+CHANGED = {
+    "perceiver/datasets.py": "what a task measures of the data, and the copy of the tokenizer that is there, are its own",
+    "perceiver/experiments.py": "the name and place that it was found by",
+    "perceiver/tasks/audio_classification.py": "sizes and classes that its command line left open, from the data",
+    "perceiver/tasks/classification.py": "the same",
+    "perceiver/tasks/image_classification.py": "the same",
+    "perceiver/tasks/photo_classification.py": "the same",
+    "perceiver/tasks/table_heads.py": "the same",
+    "perceiver/tasks/tables.py": "the same",
+    "perceiver/training/fork.py": "the step that a fork begins from, the same for all workers",
+    "perceiver/training/mean.py": "the new run whose weights are a mean",
+    "ray_jobs/cli.py": "a fork's own beginning and name",
+    "ray_jobs/recomputation.py": "the number that stands for auto",
+    "ray_jobs/reproduce.py": "the new run's name",
+    "ray_jobs/scale.py": "the training on other devices that is asked about",
+    "ray_jobs/seeds.py": "the runs of other seeds",
+    "ray_jobs/train.py": "callbacks as workers get them",
+    "ray_jobs/train_checks.py": "the order that a run of an older version began with",
+    "tuning/sweep.py": "the share of the cluster that a trial has",
+    "tuning/trial.py": "the trial's own run",
+}
+"""Files that change an experiment, and into which other one: it is trained, saved or shown as such."""
+SECTIONS = {"preset", "task", "model", "data", "optim", "training", "parallel", "run", "callbacks"}
+
+
+def test_no_experiment_is_made_up_for_a_function_that_wants_one():
+    """A function takes what it needs (its data, its workers), so that nobody has to put a value into a copy of an experiment for it."""
+    changing = set()
+    for path in (p for package in ("perceiver", "ray_jobs", "tuning") for p in files(package)):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if (
+                isinstance(node, ast.Call)
+                and ast.unparse(node.func).rpartition(".")[2] in ("replace", "Experiment")
+                and room_of(path) != ("perceiver.presets")
+            ):
+                if {keyword.arg for keyword in node.keywords} & SECTIONS:
+                    changing.add(path.relative_to(ROOT).as_posix())
+    assert changing == CHANGED.keys()
+
+
+def room_of(path: Path) -> str:
+    return room(".".join(path.relative_to(ROOT).with_suffix("").parts))

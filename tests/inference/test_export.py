@@ -363,7 +363,7 @@ def test_published_image_models_see_photos_as_transformers_prepares_them(shared,
     assert ours.photos and ours.class_names == names
     path = sorted((shared / "data" / "photos").glob("*.JPEG"))[0]
     prepared = PerceiverImageProcessor()(Image.open(path).convert("RGB"), return_tensors="pt").pixel_values
-    mine = torch.from_numpy(images_of([path], model.config.input, photos=True))
+    mine = torch.from_numpy(images_of([path], model.config.input.image_shape, photos=True))
     # Bicubic scaling is rounded to 8 bits here and there; a few pixels at sharp edges differ by more.
     assert float((mine.permute(0, 3, 1, 2) - prepared).abs().mean()) < 0.01
     with torch.no_grad():

@@ -74,12 +74,12 @@ def with_weights(layer, weights, arguments, named):
 PASSES = {
     "features with padding": (
         lambda: PerceiverEncoder(FEATURES),
-        lambda model: model(torch.randn(3, 7, 8), torch.arange(7)[None] >= torch.tensor([[7], [4], [1]])),
+        lambda model: model(torch.randn(3, 7, 8, dtype=torch.float64), torch.arange(7)[None] >= torch.tensor([[7], [4], [1]])),
         (3, 2, 4, 7),
     ),
     "pixels, factored, three times": (
         lambda: build_model(IMAGES),
-        lambda model: model.encode(torch.randn(2, 6, 5, 1)),
+        lambda model: model.encode(torch.randn(2, 6, 5, 1, dtype=torch.float64)),
         (2, 1, 3, 30),
     ),
     "a causal model with prefix": (lambda: build_model(CAUSAL), lambda model: model(torch.randint(30, (2, 16)), 10), (2, 2, 6, 16)),
@@ -90,12 +90,12 @@ PASSES = {
 @torch.no_grad()
 def test_the_weights_are_those_that_the_layer_attends_with(name):
     build, run, shape = PASSES[name]
-    model = build().eval()
+    model = build().eval().double()  # how far the sums in another order may differ depends on the processor
     torch.manual_seed(0)
     for layer, arguments, named, out in calls_of(model, lambda: run(model)):
         weights = attention_weights(layer, *arguments, **named)
         torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]))
-        torch.testing.assert_close(with_weights(layer, weights, arguments, named), out, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(with_weights(layer, weights.double(), arguments, named), out, atol=1e-5, rtol=1e-5)
     with recorded_maps(model) as maps:
         run(model)
         run(model)

@@ -2,6 +2,7 @@
 
 import base64
 import csv
+import gzip
 import io
 import json
 import re
@@ -19,13 +20,14 @@ from perceiver.data.examples_shown import thumbnail
 from ray_jobs.cli import parse_experiment
 from ray_jobs.data import look, main
 from tests.data.test_picture_folders import picture, split_folder
+from tests.support.flow_files import sintel
 from tests.support.preparing import write_idx
 
 
 def command(lines, name):
     """The experiment of a command that is offered."""
     words = shlex.split(next(line for line in lines if line.startswith(name)).partition(":")[2])
-    assert words[:2] == ["perceiver", name]
+    assert words[:2] == ["perceiver", "train"]
     return parse_experiment(words[2:], "ray_jobs.train")
 
 
@@ -56,15 +58,48 @@ def test_a_table_of_numbers_is_none_of_texts_and_offers_its_last_column(tmp_path
     rows = [f"r{i},{i / 3:.2f},{'' if i == 3 else i % 5},{['north', 'south'][i % 2]},{i * 1.5 if i % 4 else 'NA'}" for i in range(40)]
     (tmp_path / "in.csv").write_text("\n".join(["id,area,rooms,district,price", *rows]))
     lines = look(str(tmp_path / "in.csv"))
-    assert "  rooms     int 39, missing 1; 0 to 4, mean 1.97436" in lines and "not used: 'id', 'district' (texts)" in lines
+    assert (
+        "  rooms     int 39, missing 1; 0 to 4, mean 1.97436; numbers" in lines
+        and "not used: 'id' (different in nearly every row)" in lines
+    )
     chosen = command(lines, "train")
-    assert (chosen.task.targets, chosen.task.loss, chosen.model.input.columns) == (("price",), "mse", ("area", "rooms"))
+    assert (chosen.task.targets, chosen.task.loss, chosen.model.input.columns) == (("price",), "mse", ("area", "rooms", "district"))
+    assert chosen.model.input.shapes == ("scalar", "scalar", "category")
 
 
 def test_a_table_of_texts_may_have_numbers_beside_them(tmp_path):
     rows = "".join(f'"a film that {i} people saw",{i / 7:.2f},{["good", "bad"][i % 2]}\n' for i in range(12))
     (tmp_path / "in.csv").write_text(f"review,price,sentiment\n{rows}")
-    assert command(look(str(tmp_path / "in.csv")), "train").data.label_column == "sentiment"
+    lines = look(str(tmp_path / "in.csv"))
+    assert command(lines, "train").data.label_column == "sentiment"
+    assert command(lines, "train on all columns").task.targets == ("sentiment",)
+
+
+def test_a_real_number_is_no_class_and_a_quantity_is_learned_from_the_text(tmp_path):
+    rows = "".join(f"a film that {i} people saw,{i / 7:.2f}\n" for i in range(12))
+    (tmp_path / "in.csv").write_text(f"text,label\n{rows}")
+    found = command(look(str(tmp_path / "in.csv")), "train on all columns")
+    assert (found.preset, found.task.targets, found.task.loss, found.model.input.columns) == ("tables", ("label",), "mse", ("text",))
+    with pytest.raises(UserError, match=r"has label 0.14 .* the preset tables, --task.targets label"):
+        parse_experiment(["txt-clf", "--data.source", str(tmp_path / "in.csv")], "x")
+
+
+def test_a_damaged_file_among_others_is_named_and_left_out_by_the_command(tmp_path):
+    rows = "".join(f'{{"text": "a film that {i} people saw", "label": {i % 2}}}\n' for i in range(12)).encode()
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.jsonl.gz").write_bytes(gzip.compress(rows))
+    whole = (tmp_path / "b.jsonl.gz").read_bytes()
+    (tmp_path / "b.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "c.parquet").write_bytes(b"PAR1 and no more")
+    lines = look(str(tmp_path))
+    (named,) = (line for line in lines if "left out" in line)
+    assert named.startswith("2 files left out, as they cannot be read: ") and "b.jsonl.gz is truncated" in named and "c.parquet" in named
+    assert "12 rows, columns:" in lines and command(lines, "train").data.on_error == "skip"
+    table = [f"--data.source={tmp_path}", "--data.on-error=skip", "--task.targets=label", "--model.input.columns=text"]
+    assert parse_experiment(["tables", *table], "x").model.input.shapes == ("text:25",), "a damaged file is left out here, too"
+    (tmp_path / "a.jsonl.gz").unlink()
+    with pytest.raises(UserError, match="is truncated"):
+        look(str(tmp_path))
 
 
 def test_pictures_that_cannot_be_read_are_named_and_left_out_by_the_command(tmp_path):
@@ -135,7 +170,7 @@ def test_of_texts_without_classes_it_offers_a_language_model(tmp_path):
 
 def test_nothing_that_is_known_is_named(tmp_path):
     (tmp_path / "a.xyz").write_text("?")
-    with pytest.raises(UserError, match="has no pictures, sounds, texts, tables or MIDI files"):
+    with pytest.raises(UserError, match="has no pictures, sounds, texts, tables, MIDI files or frames"):
         look(str(tmp_path))
 
 
@@ -200,3 +235,12 @@ def write_pictures(folder, kind):
                 entry = tarfile.TarInfo(name)
                 entry.size = len(content)
                 archive.addfile(entry, io.BytesIO(content))
+
+
+def test_of_frames_with_their_flow_it_says_pairs_and_scenes(tmp_path):
+    sintel(tmp_path / "sintel", frames=3)
+    lines = look(str(tmp_path / "sintel"))
+    (pairs,) = (line for line in lines if "of frames with their optical flow" in line)
+    assert pairs == "8 pairs of frames with their optical flow, of 32 x 48"
+    assert "2 scenes: pairs of a scene are all for training or all for validation" in lines
+    assert command(lines, "train").preset == "optical-flow-small"

@@ -38,6 +38,7 @@ def test_a_run_that_lost_a_worker_and_was_stopped_and_killed_ends_bitwise_like_a
     job.wait_for_step(run, 70)
     job.process.send_signal(signal.SIGINT)
     assert job.wait(60) == 130
+    assert re.search(r"worker \d: its process ended, .*the run restarts from its last checkpoint \(failure 1 of 3", job.output)
     step = re.search(r"stopped at step (\d+), checkpoint saved; the same command continues", job.output).group(1)
     job = Job(*command, home=home)
     job.wait_for_step(run, 110)

@@ -18,8 +18,7 @@ from perceiver.data.columns import fixed_array
 from perceiver.data.manifest import Manifest
 from perceiver.data.shards import read_block
 from perceiver.datasets import Dataset
-from perceiver.tasks import build_task
-from perceiver.training.batches import make_val_loaders, read_here
+from perceiver.training.batches import read_here, val_loaders
 from perceiver.training.metrics import evaluate
 from perceiver.training.parallel import join_world
 from perceiver.training.run import build_state
@@ -43,14 +42,18 @@ def evaluating_here(monkeypatch) -> None:
     monkeypatch.setattr("ray_jobs.evaluate.plan_resources", lambda experiment: None)
 
 
-def _evaluate_here(experiment, data_folder, run_folder, resources, checkpoint, origin=None, averaged=False):
+def _evaluate_here(experiment, dataset, run_folder, resources, checkpoint, origin=None, averaged=False):
     """What Ray's workers do for an evaluation."""
-    task, world = build_task(experiment), join_world(torch.device("cpu"))
+    data, training, world = dataset.experiment.data, experiment.training, join_world(torch.device("cpu"))
+    task = experiment.task.build(experiment.model, data, training.seed)
     model = build_state(experiment, task, world).model
     load_model(checkpoint, model)
     if averaged:
         load_average(checkpoint, model)
-    loaders, examples = make_val_loaders(experiment, task, data_folder, Manifest.load(data_folder), numbered=True), {}
+    size, examples = experiment.parallel.micro_batch_size, {}
+    loaders = val_loaders(
+        task, dataset.folder, dataset.manifest, data=data, training=training, micro_batch_size=size, numbered=True
+    )  # fmt: skip
     metrics, sums, _ = evaluate(task, model, loaders, world, read_here, keep=examples.__setitem__)
     return {"metrics": metrics, "sums": {name: value.tolist() for name, value in sums.items()}, "examples": examples}
 

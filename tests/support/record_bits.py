@@ -41,6 +41,7 @@ from tests.support.small import (
     write_images,
     write_stream,
 )
+from tests.support.weights import full
 from tests.training.test_training import run
 
 RECORD = ROOT / "tests/support/files/recorded_bits.json"
@@ -229,7 +230,7 @@ def _train(chosen: Experiment, folder: Path, stop_at: int | None = None) -> str:
         training.run()
     finally:
         torch.set_num_threads(threads)
-    return digest({name: p.full_tensor().detach().numpy() for name, p in training.state.model.named_parameters()})
+    return digest({name: full(p).numpy() for name, p in training.state.model.named_parameters()})
 
 
 def digest(weights: dict[str, np.ndarray]) -> str:

@@ -18,6 +18,7 @@ from perceiver.config import (
     ModelConfig,
     OptimConfig,
     OptimizerConfig,
+    ParallelConfig,
     RunConfig,
     TaskConfig,
     TrainingConfig,
@@ -26,10 +27,12 @@ from perceiver.config import (
 from perceiver.data.components import Component
 from perceiver.data.manifest import Manifest
 from perceiver.data.rows import ArrayRows
+from perceiver.models import build_model
 from perceiver.models.initialize import initialize
-from perceiver.tasks.base import Task, dummy_split
+from perceiver.tasks.base import IGNORE_INDEX, Task, dummy_split
 from perceiver.tasks.baselines import Guess
-from perceiver.tasks.check import check_guess, check_task
+from perceiver.tasks.check import check_guess, check_task, checked_task
+from perceiver.training.parallel import build_sharded, join_world
 from ray_jobs.preflight import check_experiment
 
 
@@ -67,6 +70,20 @@ class Normalized(Net):
         return super().forward(self.norm(x))
 
 
+class Shifted(Net):
+    """With a constant, which `init_weights` leaves to `reset_buffers`."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("shift", torch.empty(4), persistent=False)
+
+    def reset_buffers(self):
+        self.shift.fill_(3.0)
+
+    def forward(self, x):
+        return super().forward(x + self.shift)
+
+
 class Generated(Net):
     def layers(self):
         return (layer for layer in (self.one, self.two))
@@ -81,7 +98,7 @@ class Empty(Net):
         return [self.one]
 
 
-MODELS = {"Net": Net, "Normalized": Normalized, "Generated": Generated, "Empty": Empty}
+MODELS = {"Net": Net, "Shifted": Shifted, "Normalized": Normalized, "Generated": Generated, "Empty": Empty}
 
 
 class Regression(TaskConfig):
@@ -119,6 +136,20 @@ def experiment(model="Net", config=None, **methods):
     )  # fmt: skip
 
 
+def collate_without_labels(self, rows, size, split, train, step):
+    return {**Task.collate(self, rows, size, split, train, step), "labels": torch.full((size,), IGNORE_INDEX)}
+
+
+def loss_with_a_mean(self, model, batch):
+    loss, sums = RegressionTask.loss(self, model, batch)
+    return loss, {"mae": sums["mae"] / batch["valid"].sum().clamp(min=1)}
+
+
+def loss_of_chance(self, model, batch):
+    loss, sums = RegressionTask.loss(self, model, batch)
+    return loss * torch.rand(()), sums
+
+
 def collate_while_training(self, rows, size, split, train, step):
     batch = Task.collate(self, rows, size, split, train, step)
     return {**batch, "x": batch["x"] + torch.randn(1)} if train else batch
@@ -136,6 +167,17 @@ TASKS = {
     "direction": ({"metric_directions": {"loss": "low", "mae": "min"}}, "says 'low' of 'loss'"),
     "each": ({"each": lambda self, model, batch, sums: {"loss": torch.zeros(1)}}, "Changed.each of 3 examples returned"),
     "check": ({"check": lambda self: self.config.horizon}, "Changed.check fails: test_check.py, line"),
+    "an array as metric": (
+        {"metrics": lambda self, sums, split: {"loss": 1.0, "mae": np.ones(3)}},
+        "Changed.metrics gave 'mae' as an array of shape (3,) and type float64 and must give finite numbers",
+    ),
+    "labels without a target": (
+        {"collate": collate_without_labels},
+        'counts no target in any of 16 random rows, so there is nothing to learn: all of its "labels", a tensor of shape (2,)',
+    ),
+    "a mean among the sums": ({"loss": loss_with_a_mean}, "of each alone: it is a mean, and must be a sum"),
+    "a loss of chance": ({"loss": loss_of_chance}, "where the model is not training: random choices must be functions of"),
+    "targets": ({"targets_per_example": lambda self: 2}, "targets_per_example returned 2 and must return None or a number from 1 to 1"),
     "unit": ({"throughput_unit": lambda self: "tokens"}, "Changed.throughput_unit returned 'tokens'"),
     "padding of zeros": (
         {"loss": lambda self, model, batch: (((model(batch["x"]) - batch["y"]) ** 2).sum(), {"mae": torch.zeros(())})},
@@ -167,6 +209,35 @@ def test_a_mistake_in_a_tasks_settings_is_named(mistake):
     with pytest.raises(UserError) as error:
         check_task(experiment(config=config))
     assert message in str(error.value)
+
+
+def test_a_missing_method_is_named_by_its_class_alone():
+    lacking = type("Lacking", (Task,), {})
+    with pytest.raises(UserError) as error:
+        check_task(experiment(config={"build": lambda self, *args: lacking(self, *args)}))
+    assert str(error.value) == "Lacking needs a method loss"
+    with pytest.raises(UserError) as error:
+        check_task(replace(experiment(), task=type("Unbuilt", (TaskConfig,), {})()))
+    assert str(error.value) == "Unbuilt needs a method build(model, data, seed) that returns the task"
+
+
+def test_a_row_of_which_only_some_have_a_target_passes():
+    """Such as a mask that is a column: of two random rows neither may have one."""
+
+    def collate(self, rows, size, split, train, step):
+        batch = Task.collate(self, rows, size, split, train, step)
+        return {**batch, "valid": batch["valid"] & (batch["y"] > 0.7)}
+
+    check_task(experiment(collate=collate))
+
+
+def test_constants_are_set_although_initial_weights_leave_them():
+    check_task(experiment("Shifted"))
+    model = build_model(NetConfig(cls="Shifted"))
+    with torch.device("meta"):
+        empty = NetConfig(cls="Shifted").build()
+    sharded = build_sharded(empty, join_world(torch.device("cpu")), ParallelConfig(), TrainingConfig(max_steps=1), empty.layers())
+    assert (model.shift == 3).all() and (sharded.shift == 3).all()
 
 
 @pytest.mark.parametrize(
@@ -206,12 +277,12 @@ def test_what_keeps_the_contract_passes():
 
 
 def of_parts(**methods):
-    """The regression with other methods, and one data set that it was prepared for."""
+    """The task of the regression with other methods, and one data set that it was prepared for."""
     made = experiment(**methods)
     rows = made.task.rows(made.model, made.data)
     splits = {name: replace(dummy_split(rows, 2), name=name) for name in ("train", "val")}
     manifest = Manifest(kind="arrays", settings={}, settings_digest="", splits=splits, columns=rows.to_json())
-    return made, [Component("", 1.0, "nowhere", manifest)]
+    return checked_task(made), [Component("", 1.0, "nowhere", manifest)]
 
 
 SUMS = {"loss": np.float64(4), "targets": np.float64(2), "mae": np.float64(3)}

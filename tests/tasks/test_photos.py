@@ -149,7 +149,7 @@ def test_validation_sees_a_photo_as_a_prediction_does(tmp_path):
     batch = task.collate(task.decode(row, None, False), 1, None, False, 0)
     model = build_model(experiment().model, 0).eval()
     seen = (batch["images"].float() - 255 * torch.tensor([0.485, 0.456, 0.406])) / (255 * torch.tensor([0.229, 0.224, 0.225]))
-    torch.testing.assert_close(seen, torch.from_numpy(images_of([data], MODEL.input, photos=True)), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(seen, torch.from_numpy(images_of([data], MODEL.input.image_shape, photos=True)), atol=1e-5, rtol=1e-5)
     trained = TrainedModel(model=model, config=experiment().model, task=experiment().task, photos=True)
     with torch.no_grad():
         np.testing.assert_allclose(trained.classify(data).probabilities, task.logits(model, batch).softmax(-1)[0], atol=1e-5)

@@ -153,7 +153,7 @@ def test_a_few_rows_are_learned_by_all_heads_and_predicted_without_targets(file:
         (["mass=tall"], r"task.heads has 'mass=tall', and each must be COLUMN, COLUMN=LOSS or COLUMN=LOSS\*WEIGHT"),
         (["mass=mse*0"], r"task.heads has 'mass=mse\*0'"),
         (["mass", "mass=mae"], "task.heads names 'mass' twice"),
-        (["a", "b", "species", "mass", "awake"], "has no column of numbers beside the targets"),
+        (["a", "b", "species", "mass", "awake"], "has no column beside the targets that a model can take"),
     ],
 )
 def test_heads_that_cannot_be_are_named(heads: list[str], message: str, file: Path) -> None:

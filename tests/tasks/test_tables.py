@@ -81,9 +81,10 @@ def test_lines_of_json_are_a_table_like_parquet(file: Path, table: dict[str, lis
     assert parsed(lines, *words).model == parsed(file, *words).model
 
 
-def test_without_columns_all_numbers_that_are_no_targets_go_in(file: Path) -> None:
-    found = parsed(file, "--task.targets", "y").model.input.columns
-    assert found == ("a", "past", "grid", "next", "size", "seen")
+def test_without_columns_all_numbers_and_categories_that_are_no_targets_go_in(file: Path) -> None:
+    found = parsed(file, "--task.targets", "y").model.input
+    assert found.columns == ("a", "past", "grid", "next", "size", "name", "seen"), "bad has one value in all rows"
+    assert found.shapes[5] == "category" and found.categories[0].values == ("high", "low")
 
 
 @pytest.mark.parametrize(
@@ -105,7 +106,10 @@ def test_what_is_learned_follows_from_the_type_of_the_target(file: Path, targets
     [
         (["--task.targets", "yy"], r"--task.targets names 'yy', which own.parquet does not have, did you mean y\? \(it has: a, past"),
         (["--model.input.columns", "b", "--task.targets", "y"], "--model.input.columns names 'b', which own.parquet does not have"),
-        (["--model.input.columns", "bad", "--task.targets", "y"], "'bad', which holds string .* in own.parquet and must hold numbers"),
+        (
+            ["--model.input.columns", "bad=number", "--task.targets", "y"],
+            "'bad', which holds string .* in own.parquet and must hold numbers",
+        ),
         (["--model.input.columns", "y", "--task.targets", "y"], "both name 'y'"),
         ([], "task.targets is empty"),
         (["--task.targets", "y", "--task.loss", "classes"], "classes are whole numbers from 0 to 9,999"),

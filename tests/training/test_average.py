@@ -18,6 +18,7 @@ from perceiver.training.parallel import join_world
 from perceiver.training.run import Training, save_experiment
 from ray_jobs.preflight import check_experiment
 from tests.support.small import Call, image_experiment
+from tests.support.weights import full
 from tests.training.test_training import run as run_workers
 
 DECAY = 0.8
@@ -39,7 +40,7 @@ def train(made: Experiment, data: Path, folder: Path, stop_at: int | None = None
 
     def note(*_: object) -> None:
         named = training.state.model.named_parameters()
-        weights.append({name: p.full_tensor().detach().clone() for name, p in named})
+        weights.append({name: full(p).clone() for name, p in named})
 
     call = Call(on_start=note, after_step=note)
     training = Training(made, build_task(made), str(data), manifest, world, folder, read_here, [call], stop_at)

@@ -25,6 +25,7 @@ from ray_jobs.cli import parse_experiment
 from ray_jobs.preflight import check_experiment
 from tests.faults.invariants import board
 from tests.support.small import Call, heard, image_experiment
+from tests.support.weights import full
 from tests.training.test_training import run
 
 CALLS: list[tuple] = []
@@ -121,7 +122,7 @@ def train(experiment: Experiment, data: Path, folder: Path, kill_at: int | None 
             training.run()
         return {}
     training.run()
-    return {name: p.full_tensor().detach().numpy() for name, p in training.state.model.named_parameters()}
+    return {name: full(p).numpy() for name, p in training.state.model.named_parameters()}
 
 
 def same(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> bool:
@@ -305,17 +306,17 @@ def test_a_hook_that_does_not_return_is_reported(images, tmp_path, monkeypatch):
 def test_records_that_cannot_be_written_are_one_warning_and_stop_no_step(images, tmp_path, monkeypatch):
     """The disk is full for TensorBoard, the metrics and the samples from step 4 to 7."""
     whole = train(with_callbacks(), images, tmp_path / "whole")
-    full = [False]
+    no_room = [False]
     write_event, append = record.EventsWriter.write_event, record.Recorder._append
 
     def no_space(*args):
         raise OSError(28, "No space left on device")
 
     def switch(step, result):
-        full[0] = 4 <= step <= 7
+        no_room[0] = 4 <= step <= 7
 
-    monkeypatch.setattr(record.EventsWriter, "write_event", lambda *args: no_space() if full[0] else write_event(*args))
-    monkeypatch.setattr(record.Recorder, "_append", lambda *args: no_space() if full[0] else append(*args))
+    monkeypatch.setattr(record.EventsWriter, "write_event", lambda *args: no_space() if no_room[0] else write_event(*args))
+    monkeypatch.setattr(record.Recorder, "_append", lambda *args: no_space() if no_room[0] else append(*args))
     experiment = with_callbacks()
     training = Training(
         experiment, build_task(experiment), str(images), Manifest.load(images), join_world(torch.device("cpu")), tmp_path / "run",
@@ -323,7 +324,7 @@ def test_records_that_cannot_be_written_are_one_warning_and_stop_no_step(images,
     )  # fmt: skip
     with heard() as lines:
         training.run()
-    assert same(whole, {name: p.full_tensor().detach().numpy() for name, p in training.state.model.named_parameters()})
+    assert same(whole, {name: full(p).numpy() for name, p in training.state.model.named_parameters()})
     warnings = [line for line in lines if "records of this run are incomplete" in line]
     assert len(warnings) == 1 and "No space left on device" in warnings[0]
     assert [r["step"] for r in Run(tmp_path / "run").metrics() if "loss" in r] == [1, 2, 3, 8, 9, 10, 11, 12]

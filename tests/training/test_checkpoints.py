@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
@@ -39,6 +40,7 @@ from ray_jobs.train_checks import check_start, check_validation
 from tests.conftest import ROOT
 from tests.support.preparing import evaluating_here
 from tests.support.small import heard, image_experiment, masked_experiment, text_experiment, write_stream
+from tests.support.weights import full
 
 OLD = ROOT / "tests/support/files/run-before-safetensors.tar.gz"
 """A run of 6 steps on `write_images` by two workers, of which step 3 is kept, written when checkpoints were DCP's own; with the
@@ -56,7 +58,7 @@ def train(experiment: Experiment, data: Path, folder: Path, stop_at: int | None 
         if values is not None:
             training.validate = lambda: {"val_loss": values[training.state.step]}
         training.run()
-    return {name: p.full_tensor().detach().numpy() for name, p in training.state.model.named_parameters()}, said
+    return {name: full(p).numpy() for name, p in training.state.model.named_parameters()}, said
 
 
 def same(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> bool:
@@ -474,3 +476,14 @@ def test_evaluating_on_data_without_a_target_is_one_sentence(tmp_path, monkeypat
     )
     with pytest.raises(UserError, match="the validation data in .* has no target"):
         evaluate_run(tmp_path / "run", "last")
+
+
+def test_a_training_that_is_over_leaves_no_thread_and_no_group(images, tmp_path):
+    """A notebook, say, has many after each other."""
+    threads, groups = [], []
+    for number in range(4):
+        train(image_experiment(), images, tmp_path / str(number))
+        threads.append(len(os.listdir("/proc/self/task")))
+        groups.append(len(dist.distributed_c10d._world.pg_map))
+    assert len(set(groups)) == 1
+    assert threads[-1] <= threads[0] + 1  # one may be about to end; a group has three

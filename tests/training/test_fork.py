@@ -19,6 +19,7 @@ from ray_jobs import runs
 from ray_jobs.cli import parse_experiment
 from ray_jobs.train_checks import check_fork, check_longer, is_longer
 from tests.support.small import image_experiment
+from tests.support.weights import full
 from tests.training.test_training import run as run_workers
 
 
@@ -34,7 +35,7 @@ def train(made: Experiment, data: Path, stop_at: int | None = None) -> dict[str,
     training = Training(made, build_task(made), str(data), manifest, world, folder, read_here, stop_at=stop_at)
     save_experiment(Run(folder), made, manifest, str(data))
     training.run()
-    return {name: p.full_tensor().detach().numpy() for name, p in training.state.model.named_parameters()}
+    return {name: full(p).numpy() for name, p in training.state.model.named_parameters()}
 
 
 def same(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> bool:

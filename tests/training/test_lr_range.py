@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from perceiver.config import UserError
 from perceiver.data.manifest import Manifest
@@ -56,7 +57,9 @@ def test_the_command_draws_the_picture_and_prints_the_flag(images, tmp_path, mon
     monkeypatch.setattr(lr_find.Dataset, "find", lambda experiment: Prepared)
     monkeypatch.setattr(lr_find, "parse_experiment", lambda words, prog: image_experiment())
     monkeypatch.chdir(tmp_path)
+    begun = dist.is_initialized()
     status = lr_find.main(["quickstart", "--from", "1e-4", "--to", "10", "--steps", "30"])
+    assert dist.is_initialized() == begun, "the process group that the test began is closed"
     printed = capsys.readouterr().out
     assert [path.name for path in Path().iterdir()] == ["lr-find-quickstart.png"]
     assert status == 0 and " quickstart --optim.lr " in printed

@@ -20,6 +20,7 @@ from perceiver.training.run import build_state
 from ray_jobs.cli import parse_experiment
 from ray_jobs.preflight import check_experiment
 from tests.support.small import image_experiment
+from tests.support.weights import full
 from tests.training.test_callbacks import same, train
 from tests.training.test_training import run
 
@@ -62,7 +63,7 @@ def test_a_step_is_measured_by_the_gradients_of_its_examples(images, tmp_path):
     for number in range(12):
         state.model.zero_grad()
         task.loss(state.model, {name: value[number : number + 1] for name, value in batch.items()})[0].backward()
-        each.append(torch.cat([p.grad.full_tensor().flatten() for p in state.model.parameters()]))
+        each.append(torch.cat([full(p.grad).flatten() for p in state.model.parameters()]))
     gradient, noise = halves(torch.stack(each).double())
     record = records(tmp_path)[1]
     assert record[GRADIENT] == pytest.approx(gradient, rel=1e-4) and record[NOISE] == pytest.approx(noise, rel=1e-4)
@@ -71,17 +72,14 @@ def test_a_step_is_measured_by_the_gradients_of_its_examples(images, tmp_path):
 
 def test_halves_of_an_odd_batch_count_by_their_sizes(images):
     made = measured(batch=5)
-    task, state, world = (
-        build_task(made),
-        build_state(made, build_task(made), join_world(torch.device("cpu"))),
-        join_world(torch.device("cpu")),
-    )
+    world = join_world(torch.device("cpu"))
+    task, state = build_task(made), build_state(made, build_task(made), world)
     batches = next(iter(make_train_loader(made, task, str(images), Manifest.load(str(images))).steps(read_here, 0, 1, 0, 1)))
     each = []
     for number in range(5):
         state.model.zero_grad()
         task.loss(state.model, {name: value[number : number + 1] for name, value in batches[0].items()})[0].backward()
-        each.append(torch.cat([p.grad.full_tensor().flatten() for p in state.model.parameters()]).double())
+        each.append(torch.cat([full(p.grad).flatten() for p in state.model.parameters()]).double())
     state.model.zero_grad()
     first, second = torch.stack(each[::2]).mean(0), torch.stack(each[1::2]).mean(0)
     found = NoiseScale(5, 0, None, ()).estimates(task, state.model, batches, world)

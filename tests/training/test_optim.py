@@ -43,6 +43,7 @@ from perceiver.training.run import Training
 from ray_jobs.cli import parse_experiment
 from ray_jobs.preflight import check_experiment
 from tests.support.small import image_experiment
+from tests.support.weights import full
 from tests.training import test_parallel
 from tests.training.test_parallel import losses, make_data
 
@@ -58,7 +59,7 @@ def train(made: Experiment, data: Path, folder: Path, stop_at: int | None = None
     world = join_world(torch.device("cpu"))
     training = Training(made, build_task(made), str(data), Manifest.load(data), world, folder, read_here, stop_at=stop_at)
     training.run()
-    return {name: p.full_tensor().detach().numpy() for name, p in training.state.model.named_parameters()}
+    return {name: full(p).numpy() for name, p in training.state.model.named_parameters()}
 
 
 def with_optim(**fields) -> Experiment:

@@ -13,6 +13,7 @@ from perceiver.training.parallel import join_world
 from perceiver.training.prefetch import HeadStart, Prefetch
 from perceiver.training.run import Training
 from tests.support.small import image_experiment
+from tests.support.weights import full
 
 WORLD = SimpleNamespace(rank=0, size=1, device=torch.device("cpu"))
 
@@ -78,6 +79,6 @@ def test_reading_begins_before_the_model_is_built_and_rows_are_the_same(images, 
         made, data = image_experiment(), Manifest.load(images)
         training = Training(made, build_task(made), str(images), data, join_world(torch.device("cpu")), tmp_path / str(number), read_all)
         training.run()
-        weights.append([p.full_tensor().detach() for p in training.state.model.parameters()])
+        weights.append([full(p) for p in training.state.model.parameters()])
     assert built == [True, True]
     assert all(torch.equal(one, other) for one, other in zip(*weights, strict=True))

@@ -27,6 +27,7 @@ from ray_jobs.evaluate import evaluate_run
 from tests.support.logged import logged
 from tests.support.preparing import evaluating_here
 from tests.support.small import Call, image_experiment, leave
+from tests.support.weights import full
 
 
 def train_here(rank: int, world: int, port: int, config: dict, data: str, run: str, stop_at: int | None, output: str) -> None:
@@ -48,7 +49,7 @@ def train_here(rank: int, world: int, port: int, config: dict, data: str, run: s
         [Call(after_validation=die)],
     )  # fmt: skip
     training.run()
-    weights = {name: p.full_tensor().detach().numpy() for name, p in training.state.model.named_parameters()}
+    weights = {name: full(p).numpy() for name, p in training.state.model.named_parameters()}
     if rank == 0:
         np.savez(output, **weights)
     leave()

@@ -15,6 +15,7 @@ from perceiver.models import EmbeddingOutput, PerceiverIOConfig, build_model
 from perceiver.training.parallel import build_sharded, join_world
 from tests.models.test_any_input import HEADS, INPUTS, OUTPUTS, POINTS, config_of
 from tests.support.small import leave
+from tests.support.weights import full
 
 WORKERS = 2
 CASES: dict[str, tuple[PerceiverIOConfig, Any]] = {
@@ -60,7 +61,7 @@ def worker(rank: int, port: int) -> None:
             sum(answer.square().sum() for answer in answers).backward()
         gradients = dict(sharded.named_parameters())
         for label, parameter in whole.named_parameters():
-            mean = gradients[label].grad.full_tensor()
+            mean = full(gradients[label].grad)
             torch.testing.assert_close(
                 WORKERS * mean, parameter.grad, atol=1e-8, rtol=1e-7, msg=lambda text, where=f"{name}, {label}": f"{where}: {text}"
             )

@@ -23,6 +23,7 @@ from perceiver.training.not_finite import NotFinite
 from perceiver.training.parallel import join_world
 from perceiver.training.run import Training
 from tests.support.small import Call, image_experiment, leave, loader_of, text_experiment, write_images, write_stream
+from tests.support.weights import full
 
 
 def train_here(rank: int, world: int, port: int, config: dict, data: str, run: str, stop_at: int | None, pipe) -> None:
@@ -36,7 +37,7 @@ def train_here(rank: int, world: int, port: int, config: dict, data: str, run: s
         [Call(after_validation=lambda step, metrics: _die(training) if stop_at is not None and step >= stop_at else None)],
     )  # fmt: skip
     training.run()
-    weights = {name: p.full_tensor().detach().numpy() for name, p in training.state.model.named_parameters()}
+    weights = {name: full(p).numpy() for name, p in training.state.model.named_parameters()}
     if pipe is not None and rank == 0:
         np.savez(pipe, **weights)
     leave()

@@ -1,5 +1,6 @@
 """A training step asks the device for no number: whoever reads one waits until everything that was queued before is done."""
 
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -54,19 +55,20 @@ def write_text(folder: Path, length: int = 16) -> None:
 def train(experiment, write, folder: Path, **hooks) -> int:
     """Trains; nothing may wait in the steps 3 to 8, between which nothing is logged. Returns the last step."""
     write(folder)
-    mode, task = NoWaiting(), build_task(experiment)
+    modes, task = ExitStack(), build_task(experiment)
 
     def after_step(step, result):
         if step == 2:
-            mode.__enter__()
+            modes.enter_context(NoWaiting())
         for hook in hooks.values():
             hook(step, result)
         if step == 8:
-            mode.__exit__(None, None, None)
+            modes.close()
 
     manifest, world = Manifest.load(str(folder)), join_world(torch.device("cpu"))
     training = Training(experiment, task, str(folder), manifest, world, folder / "run", read_here, [Call(after_step=after_step)])
-    training.run()
+    with modes:  # also where a step fails: else it would hold in the tests after this one
+        training.run()
     return training.state.step
 
 
