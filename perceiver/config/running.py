@@ -111,7 +111,7 @@ class RunConfig(Config):
     """Add the norm of the gradient of each layer (grad_norm/LAYER) to the logged metrics."""
     noise_scale: bool = False
     """Add the gradient noise scale to the logged metrics: about the global batch size, in examples, above which a larger one hardly saves
-    steps (arXiv 1812.06162). Takes about half a step more at each line of progress."""
+    steps (arXiv 1812.06162). Takes about a step more at each line of progress."""
 
     def check(self, where: str) -> None:
         if self.profile is not None:

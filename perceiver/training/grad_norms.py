@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from perceiver.data.order import Order, worker_slots
-from perceiver.training.noise_scale import GRADIENT, NOISE, NoiseScale, squared_norm
+from perceiver.training.noise_scale import GRADIENT, NOISE, NoiseScale
 
 if TYPE_CHECKING:
     from perceiver.config import Experiment
@@ -37,12 +37,12 @@ class Gradients:
     every: int
     layers: bool = False
     noise: NoiseScale | None = None
-    _small: Tensor | None = field(default=None, init=False)
+    _noise: dict[str, Tensor] = field(default_factory=dict, init=False)
 
     def before(self, step: int, task: Task[Any, Any], model: nn.Module, micro_batches: list[Batch], world: World) -> bool:
         """Before a step (counted from 1) computes its gradient; whether random numbers were used."""
         wanted = self.noise is not None and step % self.every == 0 and self.noise.measures(step)
-        self._small = self.noise.small(task, model, micro_batches, world) if wanted and self.noise is not None else None
+        self._noise = self.noise.estimates(task, model, micro_batches, world) if wanted and self.noise is not None else {}
         return wanted
 
     def after(self, step: int, model: nn.Module) -> dict[str, Tensor]:
@@ -50,9 +50,7 @@ class Gradients:
         found = {}
         if self.layers and step % self.every == 0:
             found = {f"grad_norm/{name}": norm for name, norm in layer_grad_norms(model).items()}
-        if self._small is not None and self.noise is not None:
-            found |= self.noise.estimates(self._small, squared_norm(model))
-        return found
+        return found | self._noise
 
     def metrics(self, found: Mapping[str, Tensor]) -> dict[str, float]:
         """What `after` gave as numbers, with what follows from them and from those before."""

@@ -126,12 +126,14 @@ class Tracking(Callback):
     _warned: bool = False
     _begin: int = 0
     """The step from which this start continues."""
+    _started: float = 0.0
+    """When it did; when points that are sent later than they were measured are said to have been."""
 
     def on_start(self, training: TrainingView) -> None:
         if training.world.rank > 0:
             return
         self._described = describe_run(training.experiment, Run(training.run_folder))
-        self._begin = training.step
+        self._begin, self._started = training.step, time.time()
         self._thread = threading.Thread(target=self._send, name=f"{self.tracker.name} tracker", daemon=True)
         self._thread.start()
         self._put(lambda: None)  # the run appears before its first step is taken
@@ -178,7 +180,7 @@ class Tracking(Callback):
 
     def _lacking(self, last: int) -> list[tuple[int, Callable[[], None]]]:
         """What is to be sent of steps up to the last, each with its step, in their order."""
-        run, now, has = self._described.run, time.time(), self.tracker.has
+        run, has = self._described.run, self.tracker.has
         found: list[tuple[int, Callable[[], None]]] = [
             (step, partial(self._saved_sample, step, name, path)) for name, step, path in saved_samples(run) if not has(name, step)
         ]
@@ -186,7 +188,7 @@ class Tracking(Callback):
             step = record["step"]
             values = {name: value for name, value in record.items() if name != "step" and value is not None and not has(name, step)}
             if values:
-                found.append((step, partial(self.tracker.metrics, step, values, now)))
+                found.append((step, partial(self.tracker.metrics, step, values, self._started)))
         return sorted(((step, send) for step, send in found if step <= last), key=lambda entry: entry[0])
 
     def _saved_sample(self, step: int, name: str, path: Path) -> None:

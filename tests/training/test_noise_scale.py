@@ -36,19 +36,20 @@ def records(folder: Path) -> dict[int, dict[str, float]]:
     return {record["step"]: record for record in Run(folder).metrics() if NOISE in record}
 
 
-def test_the_estimates_are_those_of_the_true_gradient_and_of_its_covariance_on_average():
+def halves(each: torch.Tensor) -> tuple[float, float]:
+    """The estimates by their definition, from the squared norms of the gradients of the batch and of its halves."""
+    size, large = len(each), each.mean(0).square().sum()
+    small = (each[::2].mean(0).square().sum() + each[1::2].mean(0).square().sum()) / 2
+    return ((size * large - size / 2 * small) / (size / 2)).item(), ((small - large) / (2 / size - 1 / size)).item()
+
+
+def test_the_definition_estimates_the_true_gradient_and_its_covariance_without_bias():
     torch.manual_seed(0)
     true = torch.linspace(-1, 1, 5, dtype=torch.float64)
     spread = torch.tensor([0.5, 1.0, 2.0, 0.1, 3.0], dtype=torch.float64)
-    scale = NoiseScale(9, 0, None, ())
-    found = {GRADIENT: [], NOISE: []}
-    for _ in range(4000):
-        each = true + spread * torch.randn(9, 5, dtype=torch.float64)
-        estimates = scale.estimates(each[::2].mean(0).square().sum(), each.mean(0).square().sum())
-        for name, value in estimates.items():
-            found[name].append(value.item())
-    for name, expected in ((GRADIENT, true.square().sum().item()), (NOISE, spread.square().sum().item())):
-        assert np.mean(found[name]) == pytest.approx(expected, abs=4 * np.std(found[name]) / math.sqrt(4000))
+    found = np.array([halves(true + spread * torch.randn(8, 5, dtype=torch.float64)) for _ in range(4000)])
+    expected = [true.square().sum().item(), spread.square().sum().item()]
+    assert np.all(np.abs(found.mean(0) - expected) < 4 * found.std(0) / math.sqrt(4000))
 
 
 def test_a_step_is_measured_by_the_gradients_of_its_examples(images, tmp_path):
@@ -63,12 +64,27 @@ def test_a_step_is_measured_by_the_gradients_of_its_examples(images, tmp_path):
         state.model.zero_grad()
         task.loss(state.model, {name: value[number : number + 1] for name, value in batch.items()})[0].backward()
         each.append(torch.cat([full(p.grad).flatten() for p in state.model.parameters()]))
-    gradients = torch.stack(each).double()
-    large, small = gradients.mean(0).square().sum(), gradients[::2].mean(0).square().sum()
+    gradient, noise = halves(torch.stack(each).double())
     record = records(tmp_path)[1]
-    assert record[GRADIENT] == pytest.approx((12 * large - 6 * small).item() / 6, rel=1e-4)
-    assert record[NOISE] == pytest.approx(12 * (small - large).item(), rel=1e-4)
-    assert record["grad_norm"] ** 2 == pytest.approx(large.item(), rel=1e-5)
+    assert record[GRADIENT] == pytest.approx(gradient, rel=1e-4) and record[NOISE] == pytest.approx(noise, rel=1e-4)
+    assert noise > 0 and ((gradient <= 0) or record[SCALE] == pytest.approx(noise / gradient, rel=1e-4))
+
+
+def test_halves_of_an_odd_batch_count_by_their_sizes(images):
+    made = measured(batch=5)
+    world = join_world(torch.device("cpu"))
+    task, state = build_task(made), build_state(made, build_task(made), world)
+    batches = next(iter(make_train_loader(made, task, str(images), Manifest.load(str(images))).steps(read_here, 0, 1, 0, 1)))
+    each = []
+    for number in range(5):
+        state.model.zero_grad()
+        task.loss(state.model, {name: value[number : number + 1] for name, value in batches[0].items()})[0].backward()
+        each.append(torch.cat([full(p.grad).flatten() for p in state.model.parameters()]).double())
+    state.model.zero_grad()
+    first, second = torch.stack(each[::2]).mean(0), torch.stack(each[1::2]).mean(0)
+    found = NoiseScale(5, 0, None, ()).estimates(task, state.model, batches, world)
+    assert found[GRADIENT].item() == pytest.approx((first @ second).item(), rel=1e-4)
+    assert found[NOISE].item() == pytest.approx(((first - second).square().sum() / (1 / 3 + 1 / 2)).item(), rel=1e-4)
 
 
 def test_to_measure_it_changes_no_bit_and_a_continued_run_has_the_same_averages(images, tmp_path):
@@ -111,14 +127,16 @@ def test_workers_of_any_number_measure_the_same(images, tmp_path):
 
 def test_the_averages_are_of_both_estimates_and_not_of_their_ratio():
     scale = NoiseScale(8, 0, None, [{GRADIENT: 1.0, NOISE: 10.0}, {"loss": 1.0}, {GRADIENT: None, NOISE: 1.0}])
-    assert scale.scale(3.0, 20.0) == {SCALE: pytest.approx((0.9 * 10 + 0.1 * 20) / (0.9 * 1 + 0.1 * 3))}
+    assert scale.scale(3.0, 20.0) == {SCALE: pytest.approx((0.09 * 10 + 0.1 * 20) / (0.09 * 1 + 0.1 * 3))}
     assert NoiseScale(8, 0, None, ()).scale(-1.0, 20.0) == {}
 
 
 def test_batches_that_are_not_full_are_not_measured_and_one_example_is_refused():
     assert [step for step in range(1, 9) if NoiseScale(4, 0, 10, ()).measures(step)] == [1, 2, 4, 5, 7, 8]
     assert all(NoiseScale(5, 0, 10, ()).measures(step) for step in range(1, 9))
-    with pytest.raises(UserError, match="--run.noise-scale compares .* training.global-batch-size is 1 and must be at least 2"):
+    with pytest.raises(
+        UserError, match="--run.noise-scale compares the halves of a batch.* training.global-batch-size is 1 and must be at least 2"
+    ):
         check_experiment(parse_experiment(["quickstart", "--run.noise-scale", "True", "--training.global-batch-size", "1"], "x"))
 
 
@@ -127,5 +145,5 @@ def test_no_gradient_is_left_behind(images):
     world = join_world(torch.device("cpu"))
     task, state = build_task(made), build_state(made, build_task(made), world)
     batches = next(iter(make_train_loader(made, task, str(images), Manifest.load(str(images))).steps(read_here, 0, 1, 0, 1)))
-    assert NoiseScale(12, 0, None, ()).small(task, state.model, batches, world) > 0
+    assert NoiseScale(12, 0, None, ()).estimates(task, state.model, batches, world)[NOISE] > 0
     assert isinstance(state.model, nn.Module) and all(parameter.grad is None for parameter in state.model.parameters())
