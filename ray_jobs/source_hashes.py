@@ -4,33 +4,49 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from perceiver.config import DataConfig, UserError
-from perceiver.data.files import InputFile
+from perceiver.data.chunks import fingerprint as stream_fingerprint
+from perceiver.data.examples import is_code
+from perceiver.data.files import InputFile, is_glob
 from perceiver.data.manifest import Manifest
-from perceiver.data.sources import Source, same_file
+from perceiver.data.sources import Source, is_path, mixture_sources, resolve, same_file
 from perceiver.data.storage import (
     file_hash,
     list_folder,
     read_file,
     write_file,
 )
+from perceiver.data_settings import OtherData, task_kind
+from perceiver.datasets import Dataset
 
 logger = logging.getLogger(__name__)
 
 
+CHECKED_BYTES = 1 << 30
+"""Where more of a source would have to be read, a training compares names and sizes alone."""
+CHECKED_FILES = 20_000
+"""The same of more files."""
 HASHES = ".source-hashes.json"
 """File in data.root that keeps the hashes of source files by path, size and time, so that they are not read again."""
 
 
-def source_fingerprint(data: DataConfig, source: Source) -> dict[str, Any]:
-    """What the source is: of files names, sizes and hashes; of the hub names, sizes and its revision; of code what stands for it."""
+def source_fingerprint(data: DataConfig, source: Source, most: float = math.inf) -> dict[str, Any]:
+    """What the source is: of files names, sizes and hashes; of the hub names, sizes and its revision; of code what stands for it.
+
+    Args:
+        most: bytes that are read for hashes that are not known yet, at most: where there are more, those of all files are None.
+    """
     paths = [p for f in source.files for p in (f.path, f.labels_path, *f.beside) if p is not None]
     local = [p for p in paths if "://" not in p]
-    hashes = _hashes(local, data.root_path)
+    hashes = _hashes(local, data.root_path, most)
 
     def entry(file: InputFile) -> dict[str, Any]:
         result: dict[str, Any] = {
@@ -54,8 +70,8 @@ def source_fingerprint(data: DataConfig, source: Source) -> dict[str, Any]:
     return result
 
 
-def _hashes(paths: list[str], root: str) -> dict[str, str]:
-    """sha256 of local files, remembered by path, size and time of change.
+def _hashes(paths: list[str], root: str, most: float = math.inf) -> dict[str, str]:
+    """sha256 of local files, remembered by path, size and time of change; none of them where more than `most` bytes would be read.
 
     Raises:
         UserError: a file is missing or cannot be read.
@@ -65,6 +81,8 @@ def _hashes(paths: list[str], root: str) -> dict[str, str]:
         states = {path: [info.st_size, info.st_mtime_ns] for path, info in ((p, os.stat(p)) for p in paths)}
         new = [path for path in states if known.get(path, [None])[:2] != states[path]]
         total = sum(states[path][0] for path in new)
+        if total > most or most < math.inf and len(paths) > CHECKED_FILES:
+            return {}
         if total > 1 << 30:
             logger.info(f"reading {len(new):,} source files once for their hashes ({total / 1e9:.1f} GB)")
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
@@ -73,7 +91,8 @@ def _hashes(paths: list[str], root: str) -> dict[str, str]:
     except OSError as error:
         raise UserError(f"{error.filename or 'a source file'} cannot be read ({error.strerror or error})") from None
     if new:
-        write_file(root, HASHES, json.dumps(known, indent=1).encode())
+        with suppress(OSError):  # data that others prepared may lie where nothing can be written
+            write_file(root, HASHES, json.dumps(known, indent=1).encode())
     return {path: known[path][2] for path in paths}
 
 
@@ -93,17 +112,71 @@ def refuse_same_files(fingerprint: dict[str, Any]) -> None:
 
 def refuse_changed_source(data: DataConfig, folder: str, old: Manifest, fingerprint: dict[str, Any]) -> None:
     """Raises UserError where prepared data was made from other files than the source has now."""
-    before, now = _entries(old.source), _entries(fingerprint)
-    changed = sorted({name for name, split in before.keys() | now.keys() if before.get((name, split)) != now.get((name, split))})
-    if changed:
+    if changed := _changed(old.source, fingerprint):
+        now = _entries(fingerprint)
         what, more = data.source or data.val_source, ", ..." if len(changed) > 5 else ""
         hint = ""
         if any(entry["content"].startswith("code:") for entry in now.values() if "content" in entry):
             hint = " (of code without a method fingerprint() the source file counts, with all that it imports from beside it)"
         raise UserError(
-            f"data.source {what} has changed since {folder} was prepared from it ({', '.join(changed[:5])}{more}){hint}: "
-            "remove that folder, or prepare into another --data.root"
+            f"data.source {what} is not what {folder} was prepared from ({', '.join(changed[:5])}{more}){hint}: it has changed, or is "
+            "another one of the same name; remove that folder, or choose another --data.root"
         )
+
+
+def check_source(dataset: Dataset[Any], begun_on: str | None = None) -> None:
+    """Looks whether prepared data was made from what the source is now, as far as its files, or its code, are on this machine.
+
+    Args:
+        begun_on: digest of the data that a run began with, which it keeps: then a warning is given. None: there is no run yet.
+
+    Raises:
+        UserError: it was made from something else.
+    """
+    spec, data = dataset.experiment, dataset.experiment.data
+    if not data.mixture:
+        found = [(spec, dataset.folder, dataset.manifest)]
+    else:
+        alone = [OtherData.of(spec, replace(data, source=part.source, mixture=())) for part in mixture_sources(data)]
+        found = [(other, part.folder, part.manifest) for other, part in zip(alone, dataset.parts, strict=True)]
+    for each, folder, manifest in found:
+        if not all(_is_here(source) for source in (each.data.source, each.data.val_source) if source):
+            continue
+        source = resolve(each.data, task_kind(each))
+        stream = each.data.prepare == "stream"
+        fingerprint = stream_fingerprint(source) if stream else source_fingerprint(each.data, source, CHECKED_BYTES)
+        try:
+            refuse_changed_source(each.data, folder, manifest, fingerprint)
+        except UserError as error:
+            if begun_on != dataset.manifest.digest:
+                raise
+            logger.warning(f"the run goes on with the data that it began with: {error}")
+
+
+def _is_here(source: str) -> bool:
+    """Whether a source is code, or files of this machine."""
+    if is_code(source):
+        return True
+    path = Path(source).expanduser()
+    return is_path(source) and "://" not in source and (path.exists() or is_glob(source))
+
+
+def _changed(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Names of the files and sources that are not the same. Hashes that are not known (None) fit any."""
+    old, new = _entries(before), _entries(now)
+    return sorted({key[0] for key in old.keys() | new.keys() if not _same(old.get(key), new.get(key))})
+
+
+def _same(old: dict[str, Any] | None, new: dict[str, Any] | None) -> bool:
+    if old is None or new is None:
+        return False
+    common = old.keys() & new.keys()
+    unknown = {name for name in common if "sha256" in name and (_is_unknown(old[name]) or _is_unknown(new[name]))}
+    return all(old[name] == new[name] for name in common - unknown)
+
+
+def _is_unknown(hashes: str | list[str | None] | None) -> bool:
+    return None in hashes if isinstance(hashes, list) else hashes is None
 
 
 def _entries(fingerprint: dict[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:

@@ -39,6 +39,7 @@ from ray_jobs.program import program
 from ray_jobs.ray_env import joining
 from ray_jobs.recomputation import fit_memory
 from ray_jobs.seeds import Processes, parse_seeds, replicate, run_of, take_seeds, train_seeds
+from ray_jobs.source_hashes import check_source
 from ray_jobs.train_checks import (
     check_data,
     check_fork,
@@ -174,6 +175,7 @@ def run(
     known = dataset or (Dataset.find_prepared(experiment) if fork is not None or longer else None)
     if known is not None:
         check_prepared(known.folder, known.manifest)
+        check_source(known, begun_on=trained.load(install_code=False)[1] if trained.exists else None)
         if not experiment.task.measured:
             check_guess(checked_task(experiment), known.parts)
 

@@ -40,6 +40,7 @@ from ray_jobs.preflight import check_experiment
 from ray_jobs.program import program
 from ray_jobs.ray_env import connect
 from ray_jobs.seeds import parse_seeds
+from ray_jobs.source_hashes import check_source
 from ray_jobs.train_checks import ready_callbacks
 from tuning import report
 from tuning.constraints import COSTS
@@ -164,8 +165,11 @@ def run_sweep(sweep: Sweep, folder: Path, concurrent: int | None = None, resume:
         raise UserError("a sweep's trials have a fixed number of workers: say --workers N")
     check_experiment(base)
     ready_callbacks(base)
+    begun = (folder / SETTINGS).exists()
     changes = check_folder(sweep, folder, resume)
     dataset = Dataset.find_early(base)
+    if dataset is not None:
+        check_source(dataset, begun_on=dataset.manifest.digest if begun else None)
     # Ray Train frees what the workers of a stopped trial held by way of the dashboard's state service.
     with held(folder), connect(base.parallel, dashboard=True):
         if dataset is None:

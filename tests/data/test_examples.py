@@ -217,7 +217,7 @@ def test_a_source_that_has_changed_is_not_taken_for_the_prepared_one(folder):
     prepared(chosen)
     (folder / "own_series.py").write_text(SOURCE + "\nMORE = 1\n")
     sys.modules.pop("own_series")
-    with pytest.raises(UserError, match=r"has changed since .* \(own_series:plain\) \(of code without a method fingerprint\(\)"):
+    with pytest.raises(UserError, match=r"is not what .* prepared from \(own_series:plain\) \(of code without a method fingerprint\(\)"):
         preprocess.prepare(chosen)
     named = arrays(folder, "Series", "named")
     prepared(named)

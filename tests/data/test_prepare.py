@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,12 +16,12 @@ from perceiver.data.columns import fixed_array
 from perceiver.data.manifest import MANIFEST, Manifest
 from perceiver.data.shards import read_block
 from perceiver.data.tokenizers import CLS, EOS, SEP, TOKENIZER, ByteTokenizer, load_tokenizer
-from perceiver.datasets import data_folder, with_prepared_tokenizer, with_tokenizer
+from perceiver.datasets import Dataset, data_folder, with_prepared_tokenizer, with_tokenizer
 from perceiver.runs import Run
 from perceiver.training.run import save_experiment
-from ray_jobs import passes, preprocess
+from ray_jobs import passes, preprocess, source_hashes
 from ray_jobs.cli import main_entry
-from ray_jobs.source_hashes import HASHES
+from ray_jobs.source_hashes import HASHES, check_source
 from tests.support import preparing
 from tests.support.logged import logged
 from tests.support.preparing import content, experiment, load_prepared, rows_of, stream_of, texts, write_idx, write_jsonl, write_parquet
@@ -283,8 +284,57 @@ def test_a_changed_source_is_refused(tmp_path):
     prepare(chosen)
     with open(source / "d.txt", "a") as file:
         file.write("more\n")
-    with pytest.raises(UserError, match=r"has changed since .* was prepared from it \(in/d.txt\)"):
+    with pytest.raises(UserError, match=r"is not what .* was prepared from \(in/d.txt\)"):
         prepare(chosen)
+
+
+def test_data_that_was_prepared_from_other_files_is_not_trained_on(tmp_path):
+    """Files of the same name share a folder of prepared data: two tables that are both called train.csv, or one that was edited."""
+    source = mixed_input(tmp_path / "in")
+    chosen = experiment("clm-wikitext", tmp_path / "out", source, val_fraction=0.2)
+    prepare(chosen)
+    there = Dataset.find(chosen)
+    check_source(there)
+    (tmp_path / "elsewhere").mkdir()
+    other = mixed_input(tmp_path / "elsewhere" / "in")
+    moved = experiment("clm-wikitext", tmp_path / "out", other, val_fraction=0.2)
+    check_source(Dataset.find(moved))  # the same content
+    content = (other / "d.txt").read_text()
+    (other / "d.txt").write_text(content[::-1])  # of the same size
+    with pytest.raises(UserError, match=r"elsewhere/in is not what .* was prepared from \(in/d.txt\): it has changed, or is another one"):
+        check_source(Dataset.find(moved))
+    with logged() as lines:  # a run keeps what it began with
+        check_source(Dataset.find(moved), begun_on=there.manifest.digest)
+    assert len(lines) == 1 and "the run goes on with the data that it began with" in lines[0]
+    shutil.rmtree(other)
+    check_source(Dataset.find(moved))  # on another machine there may be nothing but the prepared data
+
+
+def test_of_very_large_files_a_training_compares_names_and_sizes(tmp_path, monkeypatch):
+    source = mixed_input(tmp_path / "in")
+    chosen = experiment("clm-wikitext", tmp_path / "out", source, val_fraction=0.2)
+    prepare(chosen)
+    monkeypatch.setattr(source_hashes, "CHECKED_BYTES", 0)
+    monkeypatch.setattr(source_hashes, "file_hash", lambda *place: pytest.fail("read"))
+    (tmp_path / "out" / HASHES).unlink()
+    check_source(Dataset.find(chosen))
+    with open(source / "d.txt", "a") as file:
+        file.write("more\n")
+    with pytest.raises(UserError, match=r"is not what .* was prepared from \(in/d.txt\)"):
+        check_source(Dataset.find(chosen))
+
+
+def test_prepared_data_that_cannot_be_written_to_is_trained_on(tmp_path, monkeypatch):
+    source = mixed_input(tmp_path / "in")
+    chosen = experiment("clm-wikitext", tmp_path / "out", source, val_fraction=0.2)
+    prepare(chosen)
+    (tmp_path / "out" / HASHES).unlink()
+
+    def refuse(*args):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(source_hashes, "write_file", refuse)
+    check_source(Dataset.find(chosen))
 
 
 def test_a_damaged_data_set_is_refused_and_prepared_again(tmp_path):
