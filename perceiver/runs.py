@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -280,13 +280,24 @@ def runs(storage: str | Path) -> list[Run]:
     return [Run(path.parent) for path in sorted(Path(storage).glob(f"*/{EXPERIMENT}"))]
 
 
-def held(folder: Path) -> AbstractContextManager[None]:
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
     """Holds a run, or a sweep, for this process: two drivers of one would write over each other.
+
+    A folder that this made, and in which nothing is when an error ends it, is gone then: a start that is refused leaves none.
 
     Raises:
         UserError: another process trains it.
     """
-    return locked(folder / LOCK, f"{folder} is being trained by another process: wait for it or stop it")
+    is_new = not folder.exists()
+    with locked(folder / LOCK, f"{folder} is being trained by another process: wait for it or stop it"):
+        try:
+            yield
+        except BaseException:
+            if is_new and [path.name for path in folder.iterdir()] == [LOCK]:
+                (folder / LOCK).unlink()
+                folder.rmdir()
+            raise
 
 
 def _records(lines: Sequence[str]) -> list[dict[str, Any]]:

@@ -179,3 +179,22 @@ def test_a_trial_of_a_sweep_is_not_offered_for_continuing(tmp_path, capsys):
     assert runs.main([str(tmp_path / "sweep" / "trials")]) == 0
     text = capsys.readouterr().out
     assert "continue trial-0" not in text and "the command of the sweep continues" in text
+
+
+def test_a_start_that_is_refused_leaves_no_folder_and_takes_none_away(tmp_path):
+    run = Run(tmp_path / "run")
+    for files in ([], ["log.txt"]):
+        with pytest.raises(UserError, match="refused"), run.held():
+            for name in files:
+                (run.folder / name).touch()
+            raise UserError("refused")
+        assert run.folder.exists() == bool(files)
+    with pytest.raises(UserError), run.held():  # it was there before
+        raise UserError("refused")
+    (run.folder / "log.txt").unlink()
+    with pytest.raises(UserError), run.held():
+        raise UserError("refused")
+    assert run.folder.exists()
+    with run.held(), pytest.raises(UserError, match="is being trained by another process"), Run(run.folder).held():
+        pass
+    assert run.folder.exists()
