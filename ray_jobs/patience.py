@@ -1,4 +1,4 @@
-"""How long an answer of Ray is waited for: a dead cluster is told from one that starves on a machine with too much to do."""
+"""How long an answer of Ray is waited for: one that starves on a machine with too much to do is not taken for dead."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Patience:
 
     Args:
         pids: Ray's own processes on this machine that the answer comes from; none where the cluster is elsewhere.
-        say: what is told of a long wait.
+        say: takes the lines about a long wait.
         look: what a process has done.
         load: how many processes of this machine want a core, for each core.
     """

@@ -150,7 +150,7 @@ def check_source(dataset: Dataset[Any], begun_on: str | None = None) -> None:
         except UserError as error:
             if begun_on != dataset.manifest.digest:
                 raise
-            logger.warning(f"the run goes on with the data that it began with: {error}")
+            logger.warning(f"the run continues with the data that it began with: {error}")
 
 
 def _is_here(source: str) -> bool:

@@ -20,7 +20,7 @@ from perceiver.config import UserError
 from perceiver.data import media_rows  # noqa: F401  (its kinds make themselves known)
 from perceiver.data.row_kind import ENDINGS
 from perceiver.data.rows import KINDS
-from perceiver.data.storage import check_store, open_folder, whole_place
+from perceiver.data.storage import find_place, open_folder, whole_place
 
 Format = Literal["text", "wikitext", "jsonl", "csv", "arrow", "parquet", "wikitext-rows", "idx", "picture", "tar", "midi", "flow", "sound"]
 FORMATS: dict[str, Format] = {
@@ -166,12 +166,7 @@ def list_files(source: str, field: str, names: Collection[str]) -> list[tuple[st
         if not paths:
             raise UserError(f"{field} {source} matches no file")
         return [(str(Path(p).absolute()), Path(p).relative_to(root).as_posix(), Path(p).stat().st_size) for p in paths]
-    check_store(source)
-    try:
-        filesystem, path = open_folder(source)
-        info = filesystem.get_file_info(path)
-    except OSError as error:
-        raise UserError(f"{field} {source} cannot be read: {str(error).strip().splitlines()[0]}") from None
+    filesystem, path, info = find_place(source, field)
     if info.type == pafs.FileType.NotFound:
         near = difflib.get_close_matches(source, names, n=1)
         hint = f", did you mean {near[0]}?" if near else ""

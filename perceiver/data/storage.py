@@ -97,6 +97,23 @@ def open_folder(folder: str | Path) -> tuple[pafs.FileSystem, str]:
     return filesystem, path.rstrip("/")
 
 
+def find_place(place: str, field: str) -> tuple[pafs.FileSystem, str, pafs.FileInfo]:
+    """The file system of a path or URI that a user gave, the path in it, and what is there.
+
+    Args:
+        field: what the user gave it as, for messages.
+
+    Raises:
+        UserError: it cannot be reached or read.
+    """
+    check_store(place)
+    try:
+        filesystem, path = open_folder(place)
+        return filesystem, path, filesystem.get_file_info(path)
+    except OSError as error:
+        raise UserError(f"{field} {place} cannot be read: {str(error).strip().splitlines()[0]}") from None
+
+
 def check_store(uri: str, patience: float = DOOR_PATIENCE) -> None:
     """Looks whether an object store's host can be reached: the library that asks it does so for minutes, in which no Ctrl-C is heard.
 

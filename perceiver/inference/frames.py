@@ -7,13 +7,13 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from perceiver.config import UserError
+from perceiver.data.files import FORMATS
 from perceiver.data.flow_pairs import consecutive, pairs_of
 from perceiver.data.rows import ArrayRows
 from perceiver.inference.rows import WANTED, Row, Wanted, file_bytes
 
-SOUNDS = (".wav", ".flac", ".ogg", ".mp3", ".aiff", ".aif")
-IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
-MUSIC = (".mid", ".midi")
+SOUNDS, IMAGES, MUSIC = (tuple(ending for ending, found in FORMATS.items() if found == name) for name in ("sound", "picture", "midi"))
+"""Endings of files that are a row each."""
 _KINDS = {**dict.fromkeys(IMAGES, "image"), **dict.fromkeys(SOUNDS, "audio"), **dict.fromkeys(MUSIC, "midi")}
 _NAMES = {"image": "an image file", "audio": "a sound file", "midi": "a MIDI file"}
 FLOWS = (".flo", ".pfm")

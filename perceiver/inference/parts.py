@@ -22,7 +22,7 @@ from perceiver.data.files import OF_SAVED, PACKINGS, InputFile, format_of
 from perceiver.data.read_excel import EXCEL, is_excel
 from perceiver.data.read_tables import is_json_array, open_arrow
 from perceiver.data.rows import ArrayRows
-from perceiver.data.storage import check_store, open_folder, whole_place
+from perceiver.data.storage import find_place, open_folder, whole_place
 from perceiver.inference.csv_parts import csv_cuts, csv_rows_of, excel_count, excel_rows_of
 from perceiver.inference.frames import FRAMES, IMAGES, MUSIC, SOUNDS, frame_cuts, frames_rows, is_flow, media_row
 from perceiver.inference.line_parts import LINES, array_values, bytes_of, json_row, line_cuts, line_part, unpacked_chunks
@@ -47,12 +47,7 @@ def list_inputs(inputs: Sequence[str], kind: Kind | None = None) -> list[tuple[s
     """
     found = []
     for given in inputs:
-        check_store(given)
-        try:
-            filesystem, path = open_folder(given)
-            info = filesystem.get_file_info(path)
-        except OSError as error:
-            raise UserError(f"--input {given} cannot be read: {str(error).strip().splitlines()[0]}") from None
+        filesystem, path, info = find_place(given, "--input")
         if info.type == pafs.FileType.File:
             found.append((whole_place(given, path), info.base_name, info.size or 0))
         elif info.type == pafs.FileType.Directory:

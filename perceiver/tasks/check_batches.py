@@ -131,7 +131,7 @@ def batch_of(task: Task[Any, Any], rows: pa.Table, size: int, train: bool = Fals
 
 
 def split_of(task: Task[Any, Any], size: int) -> Any:
-    """A split of so many rows; None of a task whose rows are none of arrays."""
+    """A split of this number of rows; None of a task whose rows are none of arrays."""
     return dummy_split(task.rows, size) if names_columns(task) else None
 
 

@@ -305,7 +305,7 @@ def test_data_that_was_prepared_from_other_files_is_not_trained_on(tmp_path):
         check_source(Dataset.find(moved))
     with logged() as lines:  # a run keeps what it began with
         check_source(Dataset.find(moved), begun_on=there.manifest.digest)
-    assert len(lines) == 1 and "the run goes on with the data that it began with" in lines[0]
+    assert len(lines) == 1 and "the run continues with the data that it began with" in lines[0]
     shutil.rmtree(other)
     check_source(Dataset.find(moved))  # on another machine there may be nothing but the prepared data
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import structure
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 # What a room may import of the project, besides itself.
@@ -69,21 +71,8 @@ def room(module: str) -> str:
 
 
 def imports(path: Path) -> set[str]:
-    """Modules that a file imports at run time (imports for type checkers alone are left out)."""
-    found = set()
-
-    def visit(node: ast.AST) -> None:
-        for child in ast.iter_child_nodes(node):
-            if isinstance(child, ast.If) and isinstance(child.test, ast.Name) and child.test.id == "TYPE_CHECKING":
-                continue
-            if isinstance(child, ast.Import):
-                found.update(alias.name for alias in child.names)
-            elif isinstance(child, ast.ImportFrom) and child.module:
-                found.add(child.module)
-            visit(child)
-
-    visit(ast.parse(path.read_text()))
-    return found
+    """Modules that a file imports at run time."""
+    return {module for module, _ in structure.imports(ast.parse(path.read_text()))}
 
 
 def files(package: str) -> list[Path]:

@@ -1,4 +1,4 @@
-"""A cluster that is dead is told from one that starves."""
+"""A cluster that starves is not taken for a dead one."""
 
 from __future__ import annotations
 

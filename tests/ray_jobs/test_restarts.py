@@ -1,4 +1,4 @@
-"""Losses that a run restarts after are told, with the reason, and none that it does not restart after."""
+"""Each loss that a run restarts after is a line with the reason; one that ends the run is none."""
 
 from __future__ import annotations
 

@@ -25,22 +25,23 @@ def parsed(root: Path) -> dict[str, ast.Module]:
     return {".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__"): ast.parse(path.read_text()) for path in files}
 
 
+def imports(node: ast.AST) -> Iterator[tuple[str, list[str]]]:
+    """What a file imports at run time, also inside functions (imports for type checkers alone are left out): modules, and names of them."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and isinstance(child.test, ast.Name) and child.test.id == "TYPE_CHECKING":
+            continue
+        if isinstance(child, ast.Import):
+            yield from ((alias.name, []) for alias in child.names)
+        elif isinstance(child, ast.ImportFrom) and child.module:
+            yield child.module, [alias.name for alias in child.names]
+        yield from imports(child)
+
+
 def needed(name: str, tree: ast.Module, modules: set[str]) -> set[str]:
     """Modules of the project that a file imports at run time."""
     found: set[str] = set()
-
-    def visit(node: ast.AST) -> None:
-        for child in ast.iter_child_nodes(node):
-            if isinstance(child, ast.If) and isinstance(child.test, ast.Name) and child.test.id == "TYPE_CHECKING":
-                continue
-            if isinstance(child, ast.Import):
-                found.update(alias.name for alias in child.names)
-            elif isinstance(child, ast.ImportFrom) and child.module:
-                inside = {f"{child.module}.{alias.name}" for alias in child.names} & modules
-                found.update(inside or {child.module})
-            visit(child)
-
-    visit(tree)
+    for module, names in imports(tree):
+        found |= {f"{module}.{word}" for word in names} & modules or {module}
     return found & modules - {name}
 
 
