@@ -4,6 +4,7 @@ import gzip
 import json
 import shutil
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +20,8 @@ from perceiver.data.tokenizers import CLS, EOS, SEP, TOKENIZER, ByteTokenizer, l
 from perceiver.datasets import Dataset, data_folder, with_prepared_tokenizer, with_tokenizer
 from perceiver.runs import Run
 from perceiver.training.run import save_experiment
-from ray_jobs import passes, preprocess, source_hashes
-from ray_jobs.cli import main_entry
+from ray_jobs import passes, preprocess, ray_env, source_hashes
+from ray_jobs.cli import main_entry, parse_experiment
 from ray_jobs.source_hashes import HASHES, check_source
 from tests.support import preparing
 from tests.support.logged import logged
@@ -308,6 +309,22 @@ def test_data_that_was_prepared_from_other_files_is_not_trained_on(tmp_path):
     assert len(lines) == 1 and "the run continues with the data that it began with" in lines[0]
     shutil.rmtree(other)
     check_source(Dataset.find(moved))  # on another machine there may be nothing but the prepared data
+
+
+@pytest.mark.parametrize("job", ["ray_jobs.train", "ray_jobs.lr_find", "tuning.sweep"])
+def test_every_job_that_trains_refuses_data_that_was_prepared_from_other_files_before_ray(job, tmp_path, monkeypatch):
+    source = mixed_input(tmp_path / "in")
+    small = ["--data.val-fraction", "0.2", "--model.max-seq-len", "16", "--model.max-latents", "8", "--task.sample-tokens", "0"]
+    places = ["--data.root", str(tmp_path / "out"), "--run.storage", str(tmp_path / "runs")]
+    words = ["clm-wikitext-small", "--data.source", str(source), *places, *small]
+    prepare(parse_experiment(words, job))
+    with open(source / "d.txt", "a") as file:
+        file.write("more\n")
+    monkeypatch.setattr(ray_env, "connect", lambda *_, **__: pytest.fail("Ray was started"))
+    more = ["--space", "optim.lr=loguniform(1e-4, 1e-3)"] if job == "tuning.sweep" else []
+    with pytest.raises(UserError, match=r"is not what .* was prepared from \(in/d.txt\)"):
+        import_module(job).main([*words, *more])
+    assert not list(tmp_path.glob("runs/*"))
 
 
 def test_of_very_large_files_a_training_compares_names_and_sizes(tmp_path, monkeypatch):
