@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from perceiver.config import UserError
 from perceiver.data.manifest import Manifest
+from perceiver.datasets import Dataset
 from perceiver.plots import range_curve
 from perceiver.training.lr_range import RangeTest, ramp, range_test
 from perceiver.training.parallel import join_world
@@ -50,11 +51,8 @@ def test_a_test_ends_where_the_loss_runs_away_and_learns_on_the_way(images):
 
 
 def test_the_command_draws_the_picture_and_prints_the_flag(images, tmp_path, monkeypatch, capsys):
-    class Prepared:
-        folder, manifest = str(images), Manifest.load(images)
-        measured = staticmethod(lambda: image_experiment())
-
-    monkeypatch.setattr(lr_find.Dataset, "find", lambda experiment: Prepared)
+    prepared = Dataset(image_experiment(), str(images), Manifest.load(images))
+    monkeypatch.setattr(lr_find.Dataset, "find", lambda experiment: prepared)
     monkeypatch.setattr(lr_find, "parse_experiment", lambda words, prog: image_experiment())
     monkeypatch.chdir(tmp_path)
     begun = dist.is_initialized()
