@@ -116,7 +116,7 @@ def field_documents(cls: type[Config]) -> dict[str, str]:
 
 
 @functools.cache
-def _own_documents(cls: type[Config]) -> dict[str, str]:
+def _own_documents(cls: type[Any]) -> dict[str, str]:
     """The docstrings under the fields that a class itself defines. Kept, as finding a class's source parses its whole file."""
     try:
         (tree,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
