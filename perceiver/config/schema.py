@@ -109,9 +109,9 @@ def _names(cls: type[Config]) -> list[str]:
 def field_documents(cls: type[Config]) -> dict[str, str]:
     """The docstrings that stand under the fields of a class and of those that it is made from."""
     found: dict[str, str] = {}
-    for base in reversed(cls.__mro__):
-        if isinstance(base, type) and issubclass(base, Config) and base is not Config:
-            found.update(_own_documents(base))
+    bases: list[Any] = [base for base in reversed(cls.__mro__) if issubclass(base, Config) and base is not Config]
+    for base in bases:
+        found.update(_own_documents(base))
     return found
 
 
