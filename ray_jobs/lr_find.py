@@ -11,6 +11,7 @@ import logging
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import shorten
 
 import torch
 
@@ -76,8 +77,9 @@ def main(argv: list[str]) -> int:
     if found.diverged:
         logger.info(f"ended at step {len(found.rates):,}, learning rate {found.rates[-1]:.2e}: the loss runs away")
     picture = range_curve(
-        found.rates, found.losses, found.smoothed, found.lowest, found.suggestion, f"learning-rate range test of {experiment.run_name}"
-    )
+        found.rates, found.losses, found.smoothed, found.lowest, found.suggestion,
+        shorten(f"learning-rate range test of {shlex.join(_without(rest, '--optim.lr'))}", 100),
+    )  # fmt: skip
     write_file(path.absolute().parent, path.name, png(picture))
     print(f"picture: {path.absolute()}")
     if found.suggestion is None:

@@ -183,7 +183,6 @@ def run(
     from ray_jobs.preprocess import prepare
     from ray_jobs.ray_env import connect
 
-    started = time.monotonic()
     with trained.held(), log_file(trained.log_file):
         with connect(experiment.parallel):
             resources = plan_resources(experiment)
@@ -223,7 +222,7 @@ def run(
             raise Interrupted(f"stopped at step {checkpoints[-1].step:,}, checkpoint saved; the same command continues")
         if result is None:
             return {"step": checkpoints[-1].step, **checkpoints[-1].metrics}
-        report(experiment, trained, checkpoints, result, dataset.parts, time.monotonic() - started)
+        report(experiment, trained, checkpoints, result, dataset.parts, time.time() - asked_at)
         return result
 
 
