@@ -94,9 +94,9 @@ def check_longer(experiment: Experiment, trained: Run, manifest: Manifest, steps
     old_steps = total_steps(old, manifest.splits["train"].rows)
 
     def command(step: int) -> str:
-        training = experiment.training
-        lengths = {f"training.{name}": getattr(training, name) for name in ("max_steps", "max_epochs")}
-        words = [word for name, value in lengths.items() for word in field_words(name, value)]
+        lengths = {name: (getattr(old.training, name), getattr(experiment.training, name)) for name in ("max_steps", "max_epochs")}
+        changed = {f"training.{name}": new for name, (before, new) in lengths.items() if new != before}
+        words = [word for name, value in changed.items() for word in field_words(name, value)]
         place = trained.folder if Path(experiment.run.storage_path) != home() / "runs" else trained.name
         return shlex.join([*program("ray_jobs.train").split(), "--fork", f"{place}@{step}", "--name", f"{trained.name}-longer", *words])
 
