@@ -51,6 +51,7 @@ from ray_jobs.train_checks import (
     in_its_order,
     is_longer,
     ready_callbacks,
+    say_groups,
     warn_of_warmup,
 )
 
@@ -196,6 +197,7 @@ def run(
             check_prepared(data_folder, manifest)
             check_guess(checked_task(experiment), dataset.parts)
             warn_of_warmup(experiment, manifest)
+            say_groups(experiment)
             if longer:
                 trained.forget_result()
                 if remote is not None:

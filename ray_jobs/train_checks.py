@@ -23,6 +23,7 @@ from perceiver.training.batches import make_val_loaders
 from perceiver.training.check_callbacks import check_callbacks
 from perceiver.training.fork import Fork, check_extension, find_fork, is_extension
 from perceiver.training.init_from import Start, find_start, forked_run
+from perceiver.training.optim import described_groups
 from perceiver.training.run import total_steps
 from ray_jobs.preflight import check_experiment, local_folder
 from ray_jobs.program import program
@@ -199,3 +200,12 @@ def warn_of_warmup(experiment: Experiment, manifest: Manifest) -> None:
     if warmup >= steps:
         given = f"steps is {warmup:,}" if optim.warmup_epochs is None else f"epochs is {optim.warmup_epochs:g} ({warmup:,} steps)"
         logger.warning(f"optim.warmup-{given}, but the run has {steps:,} steps: the learning rate never reaches optim.lr")
+
+
+def say_groups(experiment: Experiment) -> None:
+    """Says how many parameters each of optim.groups names."""
+    if experiment.optim.groups:
+        with torch.device("meta"):
+            model = build_task(experiment).build_model()
+        for line in described_groups(model, experiment.optim):
+            logger.info(f"optim.groups: {line}")
