@@ -3,7 +3,7 @@
 import json
 import shlex
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -57,6 +57,11 @@ def test_ready_made_sweeps_are_sound_and_describe_themselves_alike_each_time(nam
 def test_a_sweep_that_cannot_be_right_is_refused_with_a_sentence(changes, message):
     with pytest.raises(UserError, match=message):
         sweep.check_values(replace(GOOD, **changes))
+
+
+def test_every_number_and_choice_of_a_sweep_can_be_given_on_the_command_line():
+    written_otherwise = {"preset", "space", "points", "overrides", "constraints", "seeds", "warm_start"}
+    assert {field.name for field in fields(Sweep)} - written_otherwise == set(sweep.OPTIONS)
 
 
 def test_a_sweep_of_a_file_is_found_and_others_are_refused(tmp_path):
