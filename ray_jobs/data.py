@@ -98,8 +98,8 @@ def of_run(run: Run) -> list[str]:
     Raises:
         UserError: its data is not there any more.
     """
-    experiment, _ = run.load()
-    dataset = Dataset.find(experiment)
+    experiment, digest = run.load()
+    dataset = Dataset.find(experiment, digest)
     data, names = experiment.data, getattr(experiment.task, "class_names", None) or ()
     lines = [f"{run.name}: {' and '.join(data.mixture) or data.source}, prepared in {dataset.folder}"]
     for part in dataset.parts:

@@ -27,7 +27,6 @@ from ray_jobs.logs import show_progress
 from ray_jobs.overrides import UNDOTTED
 from ray_jobs.preflight import check_experiment
 from ray_jobs.program import program
-from ray_jobs.source_hashes import check_source
 
 logger = logging.getLogger("ray_jobs.lr_find")  # which __name__ is not where it is run as a program
 
@@ -60,7 +59,6 @@ def main(argv: list[str]) -> int:
     check_experiment(experiment)
     with naming_words(rest):
         dataset = Dataset.find(experiment)
-        check_source(dataset)
     experiment = with_prepared_tokenizer(dataset.measured(), dataset.folder, dataset.manifest)
     if experiment.parallel.threads_per_worker:
         torch.set_num_threads(experiment.parallel.threads_per_worker)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -263,9 +264,9 @@ def in_parallel(function: Callable[[int], dict[str, Any]], items: list[int]) -> 
 def remove_staging(folder: str) -> None:
     """Removes the staging folders of a data set, also those of attempts with other files."""
     filesystem, root = open_folder(folder.rpartition("/")[0])
-    prefix = _staging_prefix(folder).rpartition("/")[2]
+    attempt = re.compile(re.escape(_staging_prefix(folder).rpartition("/")[2]) + "[0-9a-f]{8}")  # not those of a longer name
     for info in filesystem.get_file_info(pafs.FileSelector(root)):
-        if info.base_name.startswith(prefix):
+        if attempt.fullmatch(info.base_name):
             filesystem.delete_dir(info.path)
 
 
