@@ -81,7 +81,7 @@ def swept(monkeypatch, tmp_path, *words: str):
     found = []
     monkeypatch.setattr(sweep, "connect", lambda parallel, dashboard: nullcontext())
     monkeypatch.setattr(sweep, "plan_capacity", lambda parallel, concurrent: sweep.Capacity(1, 1.0, 1, "room for one"))
-    monkeypatch.setattr(sweep, "fit", lambda _, folder, base, capacity, steps, edit: found.extend((base, steps)))
+    monkeypatch.setattr(sweep, "fit", lambda _, folder, base, capacity, steps, digest, edit: found.extend((base, steps)))
     monkeypatch.setattr(report, "write", lambda folder: [])
     with pytest.raises(KeyboardInterrupt):  # no trial was run
         sweep.run_sweep(replace(GOOD, preset="clm-c4-small", overrides=words), tmp_path / "sweep")
