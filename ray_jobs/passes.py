@@ -15,6 +15,8 @@ from typing import Any
 import pyarrow.fs as pafs
 
 from perceiver.config import UserError, digest
+from perceiver.data.duplicates import LeftOut, leave_out, list_rows
+from perceiver.data.duplicates import listed as listed_rows
 from perceiver.data.files import InputFile
 from perceiver.data.held_out import choose, is_chosen, list_keys, listed
 from perceiver.data.labels import label_counts
@@ -168,6 +170,25 @@ def hold_out(spec: DataSpec, job: Job, pieces: list[Piece], piece_bytes: int) ->
     return replace(job, held_out=held_out), stats
 
 
+def find_duplicates(spec: DataSpec, job: Job, pieces: list[Piece], piece_bytes: int) -> dict[str, Any]:
+    """Looks for duplicates where they are not kept. What the manifest says of it.
+
+    Raises:
+        UserError: there are duplicates, and they are refused.
+    """
+    if spec.data.duplicates == "keep":
+        return {}
+    _same_layout(job, pieces, piece_bytes)
+    there = listed_rows(job, len(pieces))
+    for _ in in_parallel(lambda i: list_rows(job, i, pieces[i]), [i for i in range(len(pieces)) if i not in there]):
+        pass
+    try:
+        return leave_out(job, pieces, _source_name(spec), refuse=spec.data.duplicates == "refuse")
+    except UserError:
+        remove_folder(job.staging)
+        raise
+
+
 def _same_layout(job: Job, pieces: list[Piece], piece_bytes: int) -> None:
     """Removes what a preparation left that was stopped and had cut its input otherwise, or was of another version."""
     layout = json.dumps({"piece_bytes": piece_bytes, "pieces": len(pieces), "format": PIECE_FORMAT}).encode()
@@ -176,8 +197,12 @@ def _same_layout(job: Job, pieces: list[Piece], piece_bytes: int) -> None:
     write_file(job.staging, "layout.json", layout)
 
 
-def run_pieces(job: Job, pieces: list[Piece], piece_bytes: int) -> list[dict[str, Any]]:
-    """Pass 1: the notes on all pieces."""
+def run_pieces(job: Job, pieces: list[Piece], piece_bytes: int, select: bool = False) -> list[dict[str, Any]]:
+    """Pass 1: the notes on all pieces.
+
+    Args:
+        select: leave out the duplicates that `find_duplicates` has noted.
+    """
     _same_layout(job, pieces, piece_bytes)
     notes = finished_pieces(job, len(pieces))
     if notes:
@@ -186,7 +211,7 @@ def run_pieces(job: Job, pieces: list[Piece], piece_bytes: int) -> list[dict[str
     weights = [1 if code else piece.size for piece in pieces]
     meter = Meter("parts" if code else "pieces", len(pieces), sum(weights), len(notes), sum(weights[i] for i in notes))
     todo = [i for i in range(len(pieces)) if i not in notes]
-    for i, note in in_parallel(lambda i: make_piece(job, i, pieces[i]), todo):
+    for i, note in in_parallel(lambda i: make_piece(job, i, pieces[i], LeftOut(job, i) if select else None), todo):
         notes[i] = note
         meter.add(weights[i], sum(count["tokens"] for count in note["splits"].values()))
     return [notes[i] for i in range(len(pieces))]

@@ -28,7 +28,7 @@ from perceiver.prepared_folders import find_folder, fingerprint_of, folder_for, 
 from perceiver.terminal import number_of
 from ray_jobs.cli import main_entry, parse_experiment
 from ray_jobs.logs import show_progress
-from ray_jobs.passes import duration, held, hold_out, make_job, remove_staging, run_pieces, run_shards
+from ray_jobs.passes import duration, find_duplicates, held, hold_out, make_job, remove_staging, run_pieces, run_shards
 
 logger = logging.getLogger("ray_jobs.preprocess")  # which __name__ is not where it is run as a program
 
@@ -90,9 +90,10 @@ def prepare_data(spec: DataSpec, parallel: ParallelConfig, piece_bytes: int = PI
             raise UserError(f"{folder} was prepared meanwhile from a source of the same name: run the command again")
         pieces = cut_pieces(source.inputs, piece_bytes)
         job, chosen = hold_out(spec, job, pieces, piece_bytes)
-        notes = run_pieces(job, pieces, piece_bytes)
+        left_out = find_duplicates(spec, job, pieces, piece_bytes)
+        notes = run_pieces(job, pieces, piece_bytes, select=spec.data.duplicates != "keep")
         shards = run_shards(spec, job, notes, source)
-        manifest = _finish(job, settings, fingerprint, notes, shards, chosen)
+        manifest = _finish(job, settings, fingerprint, notes, shards, chosen | left_out)
     _summary(folder, manifest, source, time.monotonic() - started)
     return manifest
 
@@ -168,7 +169,9 @@ def _finish(
     shards: dict[str, list[dict[str, Any]]],
     chosen: dict[str, Any],
 ) -> Manifest:
-    """Writes the manifest, and removes what is not part of the data set. `chosen`: how validation was held out."""
+    """Writes the manifest, and removes what is not part of the data set. `chosen`: how validation was held out, and what was
+    left out as duplicates.
+    """
     splits = {name: make_split(job, notes, shards[name], name) for name in shards}
     histograms = {name: histogram(job, name) for name in shards}
     skipped: Counter[str] = Counter()
@@ -248,10 +251,14 @@ def _summary(folder: str, manifest: Manifest, source: Source, seconds: float) ->
         share = manifest.splits["val"].rows / max(sum(split.rows for split in manifest.splits.values()), 1)
         groups = f" of {manifest.stats['groups']:,}{' times' * ('time' in how)}" if "groups" in manifest.stats else ""
         logger.info(f"  held out {how}{groups}: {share:.1%} of the rows")
-    if repeated := manifest.stats.get("repeated"):
-        logger.info(f"  repeated: {repeated:,} {what} have the content of another one; equal ones are of one split")
+    skip = "(--data.duplicates skip leaves them out)"
+    if (repeated := manifest.stats.get("repeated")) and "duplicates" not in manifest.stats:
+        logger.info(f"  repeated: {repeated:,} {what} have the content of another one; equal ones are of one split {skip}")
+    if found := manifest.stats.get("duplicates"):
+        counts = " and ".join(f"{count:,} {name}" for name, count in found.items() if count)
+        logger.info(f"  duplicates: {counts} {what} with the content of another one are left out")
     if shared := manifest.stats.get("shared_documents"):
-        logger.info(f"  shared: {shared:,} of the {manifest.splits['val'].documents:,} validation {what} occur in training, too")
+        logger.info(f"  shared: {shared:,} of the {manifest.splits['val'].documents:,} validation {what} occur in training, too {skip}")
     if empty := manifest.stats.get("empty_documents"):
         logger.info(f"  empty: {' and '.join(f'{count:,} {name}' for name, count in empty.items() if count)} documents have no text")
     for name, found in manifest.stats.get("long_texts", {}).items():
