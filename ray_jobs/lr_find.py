@@ -43,12 +43,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--to", dest="high", type=float, default=1.0, metavar="RATE", help="last learning rate (%(default)g)")
     parser.add_argument("--steps", type=int, default=100, help="maximum number of optimizer steps (%(default)s)")
     parser.add_argument(
-        "--out", metavar="FILE", help="file for the plot; default: lr-find-NAME.png <<<<<<< /tmp/tmp_odkw7o5/ours
-here, or the next of lr-find-NAME-2.png, ... that is free"
-    )
-=======
-in the current folder")
->>>>>>> /tmp/tmp_odkw7o5/theirs
+        "--out", metavar="FILE",
+        help="file for the plot; default: lr-find-NAME.png in the current folder, or the first of lr-find-NAME-2.png, ... that is free",
+    )  # fmt: skip
     own, rest = parser.parse_with_fields(argv, UNDOTTED)
     if not rest or "-h" in rest or "--help" in rest:
         print(parser.format_help())
