@@ -40,7 +40,6 @@ from ray_jobs.preflight import check_experiment
 from ray_jobs.program import program
 from ray_jobs.ray_env import connect
 from ray_jobs.seeds import parse_seeds
-from ray_jobs.source_hashes import check_source
 from ray_jobs.train_checks import ready_callbacks
 from tuning import report
 from tuning.constraints import COSTS
@@ -51,7 +50,7 @@ from tuning.settings import TUNE, check_folder, describe, forget_unbegun, settle
 from tuning.spaces import DOMAINS, check_space, draw, grids
 from tuning.sweeps import SWEEPS, Sweep, check_sweep, find_sweep, trial_experiment
 from tuning.trial import run_trial
-from tuning.trials import SETTINGS, TRIALS, prune
+from tuning.trials import SETTINGS, TRIALS, data_of_trials, prune
 
 logger = logging.getLogger("tuning.sweep")  # which __name__ is not where it is run as a program
 
@@ -66,6 +65,9 @@ OPTIONS = {
     ),
     "metric": (str, "validation metric of the task by which trials are compared"),
     "reports": (int, "number of validations in a whole training run, at which a scheduler can act"),
+    "reduction": (int, "asha, hyperband: one of this number of trials continues at each rung"),
+    "grace": (float, "asha: share of a whole training that every trial gets"),
+    "perturb": (float, "pbt: share of a whole training between two exchanges"),
     "against": (str, "cost to weigh the metric against in the report, and to minimise with optuna: parameters, flops, memory, seconds"),
     "keep": (int, "number of best trials whose checkpoints are kept"),
     "seed": (int, "seed of the samples (the seed for training is training.seed)"),
@@ -167,18 +169,18 @@ def run_sweep(sweep: Sweep, folder: Path, concurrent: int | None = None, resume:
         raise UserError("a sweep's trials have a fixed number of workers: say --workers N")
     check_experiment(base)
     ready_callbacks(base)
-    begun = (folder / SETTINGS).exists()
     changes = check_folder(sweep, folder, resume)
-    dataset = Dataset.find_early(base)
-    if dataset is not None:
-        check_source(dataset, begun_on=dataset.manifest.digest if begun else None)
+    begun_on = data_of_trials(folder)
+    dataset = Dataset.find_early(base, begun_on)
+    if dataset is not None and begun_on is not None:
+        dataset.warn_of_changes()
     # Ray Train frees what the workers of a stopped trial held by way of the dashboard's state service.
     with held(folder), connect(base.parallel, dashboard=True):
         if dataset is None:
             from ray_jobs.preprocess import prepare
 
             prepare(base)
-            dataset = Dataset.find(base)
+            dataset = Dataset.find(base, begun_on)
         capacity = plan_capacity(base.parallel, concurrent)
         edit = settle(sweep, folder, changes)
         size = edit.size if edit is not None else sweep.size
@@ -188,7 +190,7 @@ def run_sweep(sweep: Sweep, folder: Path, concurrent: int | None = None, resume:
         started = time.monotonic()
         try:
             if edit is None or edit.new:
-                fit(sweep, folder, base, capacity, steps, edit)
+                fit(sweep, folder, base, capacity, steps, dataset.manifest.digest, edit)
         except Exception:
             forget_unbegun(folder)
             raise
@@ -236,13 +238,18 @@ def _check_functions(sweep: Sweep, base: Experiment) -> None:
             trial_experiment(base, draw(sweep.space, random_state, combination))
 
 
-def fit(sweep: Sweep, folder: Path, base: Experiment, capacity: Capacity, steps: int, edit: Edit | None = None) -> None:
-    """Runs the trials with Ray Tune, or those that are not over yet. Each change of the settings begins a state of Ray Tune's."""
+def fit(sweep: Sweep, folder: Path, base: Experiment, capacity: Capacity, steps: int, data: str, edit: Edit | None = None) -> None:
+    """Runs the trials with Ray Tune, or those that are not over yet. Each change of the settings begins a state of Ray Tune's.
+
+    Args:
+        data: digest of the prepared data.
+    """
     examples = steps * base.training.global_batch_size
     parallel = replace(base.parallel, cpus_per_worker=capacity.cpus_per_worker, threads_per_worker=capacity.threads_per_worker)
     trust(code := code_of(base))  # which this process has imported, by whatever name
     settings = {
         "experiment": to_dict(replace(base, parallel=parallel, callbacks=ready_callbacks(base))),
+        "data": data,
         "code": dict(code.files),
         "reports": sweep.reports,
         "examples": examples,

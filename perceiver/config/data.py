@@ -55,6 +55,9 @@ class DataConfig(Config):
     prepare: Literal["shards", "stream"] = "shards"
     """shards: tokenize all text before the training. stream: tokenize the training text while training, and look only at the sizes of its
     files before (language models only; validation data is prepared as shards in any case)."""
+    duplicates: Literal["keep", "skip", "refuse"] = "keep"
+    """What to do with rows that have the content of another one (their number is said in any case). keep: take them; skip: leave them
+    out, those for training where one for validation has the content, too; refuse: stop and say how many there are."""
     on_error: Literal["raise", "skip"] = "raise"
     """What to do about an unreadable input file or row. raise: stop and name it; skip: leave it out and count it."""
     rows_per_block: int = 256
