@@ -56,8 +56,8 @@ class DataConfig(Config):
     """shards: tokenize all text before the training. stream: tokenize the training text while training, and look only at the sizes of its
     files before (language models only; validation data is prepared as shards in any case)."""
     duplicates: Literal["keep", "skip", "refuse"] = "keep"
-    """What to do with rows that have the content of another one (their number is said in any case). keep: take them; skip: leave them
-    out, those for training where one for validation has the content, too; refuse: stop and say how many there are."""
+    """What to do with rows that have the same content as another row (they are counted in any case). keep: use them; skip: keep one of
+    them, the one for validation if there is one; refuse: stop and report their number."""
     on_error: Literal["raise", "skip"] = "raise"
     """What to do about an unreadable input file or row. raise: stop and name it; skip: leave it out and count it."""
     rows_per_block: int = 256
