@@ -11,6 +11,7 @@ import logging
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import shorten
 
 import torch
 
@@ -41,7 +42,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--from", dest="low", type=float, default=1e-6, metavar="RATE", help="first learning rate (%(default)g)")
     parser.add_argument("--to", dest="high", type=float, default=1.0, metavar="RATE", help="last learning rate (%(default)g)")
     parser.add_argument("--steps", type=int, default=100, help="optimizer steps, at most (%(default)s)")
-    parser.add_argument("--out", metavar="FILE", help="the picture; default: lr-find-NAME.png here")
+    parser.add_argument(
+        "--out", metavar="FILE", help="the picture; default: lr-find-NAME.png here, or the next of lr-find-NAME-2.png, ... that is free"
+    )
     own, rest = parser.parse_with_fields(argv, UNDOTTED)
     if not rest or "-h" in rest or "--help" in rest:
         print(parser.format_help())
@@ -50,7 +53,7 @@ def main(argv: list[str]) -> int:
         raise UserError(f"--from is {own.low:g} and --to {own.high:g}: the first rate must be above 0 and below the last")
     if own.steps < FEWEST:
         raise UserError(f"--steps is {own.steps} and must be at least {FEWEST}")
-    path = Path(own.out or f"lr-find-{experiment.run_name}.png").expanduser()
+    path = Path(own.out).expanduser() if own.out else _free(f"lr-find-{experiment.run_name}", ".png")
     if path.suffix != ".png" or not path.absolute().parent.is_dir():
         raise UserError(f"--out is {path} and must be a .png file in a folder that exists")
     check_experiment(experiment)
@@ -72,8 +75,9 @@ def main(argv: list[str]) -> int:
     if found.diverged:
         logger.info(f"ended at step {len(found.rates):,}, learning rate {found.rates[-1]:.2e}: the loss runs away")
     picture = range_curve(
-        found.rates, found.losses, found.smoothed, found.lowest, found.suggestion, f"learning-rate range test of {experiment.run_name}"
-    )
+        found.rates, found.losses, found.smoothed, found.lowest, found.suggestion,
+        shorten(f"learning-rate range test of {shlex.join(_without(rest, '--optim.lr'))}", 100),
+    )  # fmt: skip
     write_file(path.absolute().parent, path.name, png(picture))
     print(f"picture: {path.absolute()}")
     if found.suggestion is None:
@@ -83,6 +87,14 @@ def main(argv: list[str]) -> int:
     words = [*program("ray_jobs.train").split(), *_without(rest, "--optim.lr"), "--optim.lr", f"{found.suggestion:.2g}"]
     print(f"to train with it: {shlex.join(words)}")
     return 0
+
+
+def _free(name: str, ending: str) -> Path:
+    """A file in the working directory that is not there: the name, or the name with the first number from 2 that is free."""
+    path, number = Path(name + ending), 2
+    while path.exists():
+        path, number = Path(f"{name}-{number}{ending}"), number + 1
+    return path
 
 
 def _without(words: Sequence[str], flag: str) -> list[str]:

@@ -51,6 +51,7 @@ from ray_jobs.train_checks import (
     in_its_order,
     is_longer,
     ready_callbacks,
+    say_groups,
     warn_of_warmup,
 )
 
@@ -192,7 +193,6 @@ def run(
     from ray_jobs.preprocess import prepare
     from ray_jobs.ray_env import connect
 
-    started = time.monotonic()
     with trained.held(), log_file(trained.log_file):
         with connect(experiment.parallel):
             resources = plan_resources(experiment)
@@ -206,6 +206,7 @@ def run(
             check_prepared(data_folder, manifest)
             check_guess(checked_task(experiment), dataset.parts)
             warn_of_warmup(experiment, manifest)
+            say_groups(experiment)
             if longer:
                 trained.forget_result()
                 if remote is not None:
@@ -232,7 +233,7 @@ def run(
             raise Interrupted(f"stopped at step {checkpoints[-1].step:,}, checkpoint saved; the same command continues")
         if result is None:
             return {"step": checkpoints[-1].step, **checkpoints[-1].metrics}
-        report(experiment, trained, checkpoints, result, dataset.parts, time.monotonic() - started)
+        report(experiment, trained, checkpoints, result, dataset.parts, time.time() - asked_at)
         return result
 
 

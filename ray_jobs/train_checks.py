@@ -23,6 +23,7 @@ from perceiver.training.batches import make_val_loaders
 from perceiver.training.check_callbacks import check_callbacks
 from perceiver.training.fork import Fork, check_extension, find_fork, is_extension
 from perceiver.training.init_from import Start, find_start, forked_run
+from perceiver.training.optim import described_groups
 from perceiver.training.run import total_steps
 from ray_jobs.preflight import check_experiment, local_folder
 from ray_jobs.program import program
@@ -94,9 +95,9 @@ def check_longer(experiment: Experiment, trained: Run, manifest: Manifest, steps
     old_steps = total_steps(old, manifest.splits["train"].rows)
 
     def command(step: int) -> str:
-        training = experiment.training
-        lengths = {f"training.{name}": getattr(training, name) for name in ("max_steps", "max_epochs")}
-        words = [word for name, value in lengths.items() for word in field_words(name, value)]
+        lengths = {name: (getattr(old.training, name), getattr(experiment.training, name)) for name in ("max_steps", "max_epochs")}
+        changed = {f"training.{name}": new for name, (before, new) in lengths.items() if new != before}
+        words = [word for name, value in changed.items() for word in field_words(name, value)]
         place = trained.folder if Path(experiment.run.storage_path) != home() / "runs" else trained.name
         return shlex.join([*program("ray_jobs.train").split(), "--fork", f"{place}@{step}", "--name", f"{trained.name}-longer", *words])
 
@@ -199,3 +200,12 @@ def warn_of_warmup(experiment: Experiment, manifest: Manifest) -> None:
     if warmup >= steps:
         given = f"steps is {warmup:,}" if optim.warmup_epochs is None else f"epochs is {optim.warmup_epochs:g} ({warmup:,} steps)"
         logger.warning(f"optim.warmup-{given}, but the run has {steps:,} steps: the learning rate never reaches optim.lr")
+
+
+def say_groups(experiment: Experiment) -> None:
+    """Says how many parameters each of optim.groups names."""
+    if experiment.optim.groups:
+        with torch.device("meta"):
+            model = build_task(experiment).build_model()
+        for line in described_groups(model, experiment.optim):
+            logger.info(f"optim.groups: {line}")

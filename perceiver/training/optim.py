@@ -87,6 +87,16 @@ def check_groups(model: nn.Module, config: OptimConfig) -> None:
         raise UserError("--optim.groups freezes all of the model's parameters: leave some to be trained")
 
 
+def described_groups(model: nn.Module, config: OptimConfig) -> list[str]:
+    """A line for each of the groups: how many of the model's parameters its pattern names."""
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    lines = []
+    for text, group in zip(config.groups, config.parsed_groups, strict=True):
+        named = [size for name, size in sizes.items() if fnmatchcase(name, group.pattern)]
+        lines.append(f"{text}: {len(named):,} of {len(sizes):,} tensors, {sum(named):,} of {sum(sizes.values()):,} parameters")
+    return lines
+
+
 def _layer_factors(model: nn.Module, decay: float | None) -> Mapping[str, float]:
     """Of each parameter its learning rate as a multiple, by depth: 1 in the last of the model's `layers()` and after it, less by `decay`
     with each layer before that, and once more for what comes before the first (embeddings, latents).

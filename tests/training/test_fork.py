@@ -168,7 +168,7 @@ def test_a_longer_run_whose_learning_rate_would_have_been_another_is_refused_wit
     with pytest.raises(UserError) as error:
         check_longer(longer, Run(storage / "cosine"), Manifest.load(images), 24)
     assert "with --optim.schedule cosine the learning rate from step 3 on is another in a run of 24" in str(error.value)
-    command = f"--fork {storage}/cosine@12 --name cosine-longer --training.max-steps 24 --training.max-epochs None"
+    command = f"--fork {storage}/cosine@12 --name cosine-longer --training.max-steps 24"
     assert str(error.value).endswith(command)
     words = command.split()
     assert parse_experiment(words, "ray_jobs.train").training.max_steps == 24

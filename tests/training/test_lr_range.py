@@ -62,6 +62,12 @@ def test_the_command_draws_the_picture_and_prints_the_flag(images, tmp_path, mon
     assert [path.name for path in Path().iterdir()] == ["lr-find-quickstart.png"]
     assert status == 0 and " quickstart --optim.lr " in printed
     assert lr_find._without(["a", "--optim.lr", "3", "--optim.lr=4", "--x", "--optim.lr"], "--optim.lr") == ["a", "--x"]
+    first = Path("lr-find-quickstart.png").read_bytes()
+    for _ in range(2):
+        lr_find.main(["quickstart", "--from", "1e-3", "--to", "10", "--steps", "10"])
+    assert sorted(path.name for path in Path().iterdir()) == [
+        "lr-find-quickstart-2.png", "lr-find-quickstart-3.png", "lr-find-quickstart.png",
+    ] and Path("lr-find-quickstart.png").read_bytes() == first  # fmt: skip
     for words, message in (
         (["--from", "1", "--to", "0.1"], "--from is 1 and --to 0.1"),
         (["--steps", "3"], "--steps is 3 and must be at least 10"),

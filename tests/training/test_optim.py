@@ -37,7 +37,7 @@ from perceiver.runs import Run
 from perceiver.tasks import build_task
 from perceiver.training.batches import read_here
 from perceiver.training.checkpoint_files import all_tensors
-from perceiver.training.optim import FACTOR, HIDDEN, build_optimizer, check_groups, set_step
+from perceiver.training.optim import FACTOR, HIDDEN, build_optimizer, check_groups, described_groups, set_step
 from perceiver.training.parallel import join_world
 from perceiver.training.run import Training
 from ray_jobs.cli import parse_experiment
@@ -188,6 +188,20 @@ def test_groups_multiply_rates_and_set_weight_decays_by_name():
         latents, bias = name.startswith("encoder.latents"), name.endswith(".bias")
         assert factor == pytest.approx((0.1 if name.startswith("encoder.") else 1.0) * (0.5 if latents else 1.0))
         assert decay == (0.3 if bias else 0.2 if latents else plain[name][1])
+
+
+def test_each_group_says_how_many_parameters_it_names():
+    made = with_optim(groups=("encoder.latents:freeze", "*.bias:decay=0.3,from=20", "*:lr=0.5"))
+    model = build_task(made).build_model()
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    biases = [size for name, size in sizes.items() if name.endswith(".bias")]
+    of = f"of {len(sizes):,} tensors, "
+    whole = f"of {sum(sizes.values()):,} parameters"
+    assert described_groups(model, made.optim) == [
+        f"encoder.latents:freeze: 1 {of}{sizes['encoder.latents']:,} {whole}",
+        f"*.bias:decay=0.3,from=20: {len(biases):,} {of}{sum(biases):,} {whole}",
+        f"*:lr=0.5: {len(sizes):,} {of}{sum(sizes.values()):,} {whole}",
+    ]
 
 
 def test_deeper_layers_learn_faster_by_the_decay():
