@@ -62,7 +62,7 @@ def label_counts(source: Source, label_column: str, split: str | None = None, se
                     own[label_text(value)] += 1
         except Unreadable as error:
             if not skip:
-                raise UserError(str(error.args[-1])) from None
+                raise UserError(f"{error.args[-1]} (--data.on-error skip leaves out and counts such rows and files)") from None
             continue
         if (real := _real_number(own)) is not None and not several:
             raise UserError(_no_class(file, real, label_column))

@@ -563,7 +563,7 @@ def test_documents_that_are_in_both_splits_are_counted(tmp_path):
         with logged() as lines:
             manifest = preprocess.prepare(chosen, piece)
         assert manifest.stats["shared_documents"] == 4
-        assert "  shared: 4 of the 6 validation documents occur in training, too" in lines
+        assert "  shared: 4 of the 6 validation documents occur in training, too (--data.duplicates skip leaves them out)" in lines
         assert manifest.stats["empty_documents"] == {"train": 1, "val": 1}
         assert "  empty: 1 train and 1 val documents have no text" in lines
     held_out = preprocess.prepare(experiment("clm-wikitext", tmp_path / "o", tmp_path / "train.jsonl", val_fraction=0.3))
@@ -576,7 +576,7 @@ def test_images_that_are_in_both_splits_are_counted(tmp_path):
     with logged() as lines:
         manifest = preprocess.prepare(experiment("img-clf-mnist", tmp_path / "out", tmp_path / "in"))
     assert manifest.stats["shared_documents"] == 4
-    assert "  shared: 4 of the 4 validation images occur in training, too" in lines
+    assert "  shared: 4 of the 4 validation images occur in training, too (--data.duplicates skip leaves them out)" in lines
 
 
 @pytest.mark.parametrize(
