@@ -45,7 +45,7 @@ def time_lines(preset: str, words: list[str]) -> list[str]:
     side_by_side = max(1, min(os.cpu_count() or 1, len(cut_pieces(source.inputs))))
     estimate = seconds * total / measured / side_by_side
     about = "less than a second" if estimate < 1 else f"about {estimate:.0f} s" if estimate < 60 else f"about {duration(estimate)}"
-    what = f"all {total / 1e6:.1f} MB" if measured == total else f"{measured / 1e6:.1f} of {total / 1e6:.1f} MB"
+    what = f"all {total:,} bytes" if measured == total else f"{measured:,} of {total:,} bytes"
     cpus = "on one CPU" if side_by_side == 1 else f"on one CPU, and {side_by_side} work side by side"
     return [f"time to prepare for {preset}: {about} ({what} took {seconds:.2g} s here {cpus}; Ray's start comes to it)"]
 

@@ -377,7 +377,11 @@ def test_a_file_behind_an_address_of_the_web_is_read_as_a_local_one(tmp_path):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         address = f"http://127.0.0.1:{server.server_port}/in.csv"
-        assert look(address)[1:] == [line.replace(str(tmp_path / "in.csv"), address) for line in look(str(tmp_path / "in.csv"))[1:]]
+        there, here = (
+            [line.replace(place, "in.csv") for line in look(place)[1:] if not line.startswith("time to prepare")]
+            for place in (address, str(tmp_path / "in.csv"))
+        )
+        assert there == here
         (part,) = plan_parts(list_inputs([address]), 50, "text", None)
         assert [row.value for row in read_part(part, "text", "text", None)][:2] == ["some words 0 of a text", "some words 1 of a text"]
     finally:

@@ -267,9 +267,10 @@ def test_the_time_to_prepare_is_measured_on_a_part_and_extrapolated(tmp_path, mo
     monkeypatch.setattr(data_time, "SECONDS", 0.0)
     (line,) = [line for line in look(str(tmp_path / "texts.jsonl")) if line.startswith("time to prepare")]
     found = re.fullmatch(
-        r"time to prepare for txt-clf: (.*) \((.*) of (.*) MB took (.*) s here on one CPU; Ray's start comes to it\)", line
+        r"time to prepare for txt-clf: (.*) \((.*) of (.*) bytes took (.*) s here on one CPU; Ray's start comes to it\)", line
     )
-    assert found is not None and float(found[3]) == round(size / 1e6, 1) and 0 < float(found[2]) < float(found[3]) and float(found[4]) > 0
+    measured, total = (int(number.replace(",", "")) for number in found.groups()[1:3])
+    assert 0 < measured < total == size and float(found[4]) > 0
     (tmp_path / "rows.csv").write_text("text,label\n" + "a text,1\nanother,2\n" * 20)
     monkeypatch.setattr(data_time, "MOST_BYTES", 10)
     (line,) = [line for line in look(str(tmp_path / "rows.csv")) if line.startswith("time to prepare")]
