@@ -194,7 +194,7 @@ def run_sweep(sweep: Sweep, folder: Path, concurrent: int | None = None, resume:
             forget_unbegun(folder)
             raise
         trials = report.write(folder)
-        if sum(trial["status"] != "running" for trial in trials) < size:
+        if sum(trial["status"] != "unfinished" for trial in trials) < size:
             raise KeyboardInterrupt  # Ray Tune has taken the signal, saved its state, and returned
         prune(folder, trials, sweep.keep)
     logger.info(f"finished after {duration(time.monotonic() - started)}")
