@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PAGE = "report.html"
-STATUSES = ("finished", "stopped", "diverged", "failed", "refused", "running")
+STATUSES = ("finished", "stopped", "diverged", "failed", "refused", "unfinished")
 
 
 def main(argv: list[str]) -> int:

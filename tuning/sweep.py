@@ -14,7 +14,6 @@ import logging
 import os
 import random
 import time
-import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,6 +43,7 @@ from ray_jobs.train_checks import ready_callbacks
 from tuning import report
 from tuning.constraints import COSTS
 from tuning.edits import Edit
+from tuning.messages import leave_out_messages
 from tuning.record import Record, StopDiverged
 from tuning.schedulers import scheduler, search, slot
 from tuning.settings import TUNE, check_folder, describe, forget_unbegun, settle
@@ -195,7 +195,7 @@ def run_sweep(sweep: Sweep, folder: Path, concurrent: int | None = None, resume:
             forget_unbegun(folder)
             raise
         trials = report.write(folder)
-        if sum(trial["status"] != "running" for trial in trials) < size:
+        if sum(trial["status"] != "unfinished" for trial in trials) < size:
             raise KeyboardInterrupt  # Ray Tune has taken the signal, saved its state, and returned
         prune(folder, trials, sweep.keep)
     logger.info(f"finished after {duration(time.monotonic() - started)}")
@@ -262,10 +262,7 @@ def fit(sweep: Sweep, folder: Path, base: Experiment, capacity: Capacity, steps:
     )
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(capacity.concurrent)
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-    # The preset's values need not be in the space; a failed trial is one line of `Record`, its traceback in error.txt below `tune`.
-    logging.getLogger("ray.tune.search.variant_generator").setLevel(logging.ERROR)
-    logging.getLogger("ray.tune.execution.tune_controller").setLevel(logging.CRITICAL)
-    warnings.filterwarnings("ignore", message="Consider boosting PBT")
+    leave_out_messages()
     # What has ended under earlier settings is known to a search as that of an earlier sweep is.
     searched = sweep if edit is None else replace(sweep, warm_start=(*sweep.warm_start, str(folder)))
     random.seed(sweep.seed)  # Ray's population-based training draws from here
