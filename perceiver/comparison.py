@@ -57,7 +57,10 @@ class ComparedRun:
         self.digest = str(content.get("data", ""))
         self.version = str(content.get("version", ""))
         self.flops_per_example: float | None = content.get("flops_per_example")
-        self.records = run.metrics()
+        # One without records of its own (the mean of checkpoints) has what it was evaluated to.
+        self.records = run.metrics() or [
+            {"step": found.step, **found.metrics} for found in self.evaluations if found.digest == self.digest and not found.averaged
+        ]
         self._curves: dict[str, list[Point]] = {}
 
     @cached_property

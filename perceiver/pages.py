@@ -23,6 +23,7 @@ th { cursor: pointer; background: #f5f5f5; user-select: none } th.up::after { co
 td.number { text-align: right; font-variant-numeric: tabular-nums } pre { white-space: pre-wrap; font-size: .85em; margin: .2em 0 }
 .strip { display: flex; gap: 1em; overflow-x: auto; padding-bottom: .5em } .strip figure { margin: 0; flex: 0 0 auto; max-width: 420px }
 .strip img { max-width: 420px; image-rendering: auto; border: 1px solid #ddd } figcaption { font-size: .8em; color: #666 }
+.strip figure:only-child, .strip figure:only-child img { max-width: 100% }
 .sheet { display: flex; flex-wrap: wrap; gap: .7em } .sheet figure { margin: 0; width: 116px }
 .sheet figcaption { overflow-wrap: anywhere } .sheet img { border: 1px solid #ddd; max-width: 112px }
 .controls { font-size: .9em; margin: .5em 0; display: flex; gap: 2em } .chart { min-height: 120px }

@@ -203,14 +203,17 @@ class Run(RunFiles):
         ]
 
     def last_step(self) -> int:
-        """The step of its last record, found from the end of the file; 0 without any."""
+        """The step of its last record, found from the end of the file; without any that of its result (the mean of checkpoints has no
+        records), or 0.
+        """
         try:
             with open(self.folder / METRICS, "rb") as file:
                 file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL))
                 lines = file.read().splitlines()
         except FileNotFoundError:
-            return 0
-        return next((record["step"] for line in reversed(lines) if (record := _record(line)) is not None), 0)
+            lines = []
+        found = next((record["step"] for line in reversed(lines) if (record := _record(line)) is not None), None)
+        return found if found is not None else int((self.result() or {}).get("step", 0))
 
     def checkpoints(self) -> list[CheckpointInfo]:
         """Its complete checkpoints, oldest first, without those whose marker is damaged."""

@@ -1,5 +1,5 @@
 """`perceiver data SOURCE [--text-column NAME] [--label-column NAME] [--html FILE]`: shows what data
-holds, before anything is prepared, and the command that trains on it. With a run, it shows what that run was trained on.
+contains, before anything is prepared, and the command that trains on it. For a run, it shows the data that it was trained on.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ def main(argv: list[str]) -> int:
     parser = CommandParser(prog=program("ray_jobs.data"), description=summary(__doc__))
     parser.add_argument("source", help="a file, a folder or a glob; code that yields examples, FILE.py:NAME; or a run")
     parser.add_argument("--text-column", help="column with the text (default: text, or the one with the most text)")
-    parser.add_argument("--label-column", help="column with the class (default: label, or one that has few different values)")
+    parser.add_argument("--label-column", help="column with the class (default: label, or one with few distinct values)")
     add_encoding(parser)
-    parser.add_argument("--html", help="file to write a page to: the same, with charts, examples and pictures")
+    parser.add_argument("--html", help="also write this as an HTML page, with charts and examples, to this file")
     args = parser.parse_args(argv)
     refuse_empty(args, ("source",))
     DataConfig(encoding=args.encoding).check_encoding()

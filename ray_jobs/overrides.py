@@ -240,7 +240,7 @@ def _named_class(flag: str, name: str, base: type[Node]) -> type[Node]:
         if issubclass(found, base):
             return found
         raise UserError(f"{flag} is {name}, which is no {base.__name__}")
-    raise UserError(f"{flag} is {name!r}{nearest(name, known)} and must be one of {', '.join(known)}, or a class of yours as module:Class")
+    raise UserError(f"{flag} is {name!r} and must be one of {', '.join(known)}, or a class of yours as module:Class{nearest(name, known)}")
 
 
 def _first_sentence(box: str) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 import ray
 
-from perceiver.config import ParallelConfig, UserError
+from perceiver.config import ParallelConfig, UserError, home
 from ray_jobs.ray_hints import leave_out_hints
 from ray_jobs.ray_sessions import mark, remove_old
 
@@ -58,7 +58,7 @@ def connect(parallel: ParallelConfig, dashboard: bool = False) -> Iterator[None]
     settings: dict[str, Any] = {
         "log_to_driver": False,
         "logging_level": logging.WARNING,
-        "runtime_env": {"env_vars": variables | _python_path()},
+        "runtime_env": {"env_vars": variables | _python_path() | _home()},
     }
     if address:
         check_address(address)
@@ -95,6 +95,13 @@ def unset_variables(environment: Mapping[str, str]) -> dict[str, str]:
     """
     own = set(environment) | ({"GOMP_SPINCOUNT"} if "OMP_WAIT_POLICY" in environment else set())
     return {name: value for name, value in VARIABLES.items() if name not in own}
+
+
+def _home() -> dict[str, str]:
+    """Where this process has its data and runs, for processes of a cluster that may have been started without it."""
+    if "PERCEIVER_HOME" not in os.environ or os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"):
+        return {}
+    return {"PERCEIVER_HOME": str(home().absolute())}
 
 
 def joining() -> dict[str, str]:

@@ -19,6 +19,7 @@ from perceiver.run_files import CHECKPOINTS, CURVE, EXPERIMENT, RECORD_FOLDERS, 
 from perceiver.runs import Run
 from perceiver.tasks import build_task
 from perceiver.tasks.check_calls import tried
+from perceiver.terminal import number_of
 from perceiver.training.batches import make_val_loaders
 from perceiver.training.check_callbacks import check_callbacks
 from perceiver.training.fork import Fork, check_extension, find_fork, is_extension
@@ -193,10 +194,16 @@ def check_data(trained: Run, manifest: Manifest) -> None:
 
 
 def warn_of_warmup(experiment: Experiment, manifest: Manifest) -> None:
-    """Says so where a run ends before its learning rate has risen to what is given."""
+    """Says so where a run ends before its learning rate has risen to what is given, or where it rises twice."""
     rows = manifest.splits["train"].rows
     steps, optim = total_steps(experiment, rows), experiment.optim
-    warmup = optim.in_steps(-(-rows // experiment.training.global_batch_size)).warmup_steps
+    in_steps = optim.in_steps(-(-rows // experiment.training.global_batch_size))
+    warmup = in_steps.warmup_steps
+    if 0 < warmup < steps and (begins := in_steps.schedule.factor(0, steps - warmup)) < 0.5:
+        logger.warning(
+            f"optim.schedule {type(optim.schedule).__name__.lower()} begins at {begins:g} of optim.lr and rises by itself, after a warm-up "
+            f"of {number_of(warmup, 'step')}: --optim.warmup-steps 0 leaves the warm-up out"
+        )
     if warmup >= steps:
         given = f"steps is {warmup:,}" if optim.warmup_epochs is None else f"epochs is {optim.warmup_epochs:g} ({warmup:,} steps)"
         logger.warning(f"optim.warmup-{given}, but the run has {steps:,} steps: the learning rate never reaches optim.lr")

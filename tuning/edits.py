@@ -124,7 +124,7 @@ def plan_edit(folder: Path, sweep: Sweep, number: int) -> Edit:
     fields: Values = plain(flatten(to_dict(base)))
     for trial in (trial for place in (TRIALS, WAITING, ASIDE) for trial in read_trials(folder, place)):
         values, why = _fitting(trial, sweep, fields)
-        ended = trial["status"] != "running"
+        ended = trial["status"] != "unfinished"
         if not why and trial["costs"]:
             try:
                 refuse(sweep.constraints, trial_experiment(base, values), trial["costs"])

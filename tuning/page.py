@@ -55,7 +55,10 @@ def page_of_sweep(folder: Path, trials: Sequence[Trial], settings: dict[str, Any
         label = LABELS[settings["against"]]
         page.heading(f"{metric} against {label}")
         page.chart(
-            front_charts(trials, settings), title="the line is what no finished trial beats", height=420, xaxis={"title": {"text": label}}
+            front_charts(trials, settings),
+            title="circled: trials that no finished trial beats in both",
+            height=420,
+            xaxis={"title": {"text": label}},
         )
     done = [trial for trial in trials if trial["value"] is not None]
     if fields and done:

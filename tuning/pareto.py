@@ -45,8 +45,9 @@ def draw_front(axes: Axes, trials: Sequence[Trial], settings: Mapping[str, Any])
     best = front(trials, settings)
     if best:
         axes.plot(
-            [cost(t, against) for t in best], [t["value"] for t in best], color="C3", linewidth=1.2, drawstyle="steps-post", label="front"
-        )
+            [cost(t, against) for t in best], [t["value"] for t in best], color="C3", linewidth=1.2, drawstyle="steps-post", label="front",
+            marker="o", markersize=10, markerfacecolor="none",
+        )  # fmt: skip
     frame(axes, f"{metric} against {LABELS[against]}", x=LABELS[against], y=metric)
     if far_apart([x for x, *_ in known]):
         log_scale(axes, "x")
@@ -65,8 +66,8 @@ def front_charts(trials: Sequence[Trial], settings: Mapping[str, Any]) -> list[d
         "marker": {"size": 9, "symbol": ["circle" if t["status"] == "finished" else "x" for t in known]},
     }  # fmt: skip
     line = {
-        "type": "scatter", "mode": "lines", "name": "front", "x": [cost(t, against) for t in best], "y": [t["value"] for t in best],
-        "line": {"shape": "hv"},
+        "type": "scatter", "mode": "lines+markers", "name": "front", "x": [cost(t, against) for t in best], "y": [t["value"] for t in best],
+        "line": {"shape": "hv"}, "marker": {"size": 15, "symbol": "circle-open", "line": {"width": 2}},
     }  # fmt: skip
     return [points, line]
 

@@ -75,7 +75,7 @@ class Record(Callback):
         elif Run(run).status() != "finished":
             logger.info(f"{run.name} was stopped")
         if self._sweep.scheduler != "pbt":
-            prune(self._folder, [t for t in read_trials(self._folder) if t["status"] != "running"], self._sweep.keep)
+            prune(self._folder, [t for t in read_trials(self._folder) if t["status"] != "unfinished"], self._sweep.keep)
 
     def _write(self, trial: Any, event: str, **values: Any) -> None:
         line = {"time": time.time(), "trial": run_name(trial.trial_id), "event": event, **values}

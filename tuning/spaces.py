@@ -65,7 +65,7 @@ def _parse_domain(text: str, domain: str) -> Any:
         raise UserError(f"--space {text!r} cannot be read: give FIELD=DOMAIN(VALUE,...) as in {EXAMPLES}") from None
     if call.func.id not in DOMAINS:
         raise UserError(
-            f"--space {text!r}: there is no domain {call.func.id}{nearest(call.func.id, DOMAINS)}; there are {', '.join(DOMAINS)}"
+            f"--space {text!r}: there is no domain {call.func.id}; there are {', '.join(DOMAINS)}{nearest(call.func.id, DOMAINS)}"
         )
     try:
         return DOMAINS[call.func.id](*values)

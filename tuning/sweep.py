@@ -1,8 +1,8 @@
-"""`python -m tuning.sweep SWEEP [--trials N ...] [--field value ...]`: trains a preset many times with different settings, by Ray Tune.
+"""`python -m tuning.sweep SWEEP [--trials N ...] [--field value ...]`: trains a preset many times with different settings, with Ray Tune.
 
 The same command continues a sweep that was stopped or killed.
 
-Each trial is a training as `perceiver train` runs it, in a run folder of its own. The folder of a sweep holds its settings, the runs of
+Each trial is a training run as with `perceiver train`, in a run folder of its own. The folder of a sweep has its settings, the runs of
 its trials, Ray Tune's state, and the results.
 """
 
@@ -14,7 +14,6 @@ import logging
 import os
 import random
 import time
-import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,6 +43,7 @@ from ray_jobs.train_checks import ready_callbacks
 from tuning import report
 from tuning.constraints import COSTS
 from tuning.edits import Edit
+from tuning.messages import leave_out_messages
 from tuning.record import Record, StopDiverged
 from tuning.schedulers import scheduler, search, slot
 from tuning.settings import TUNE, check_folder, describe, forget_unbegun, settle
@@ -57,20 +57,20 @@ logger = logging.getLogger("tuning.sweep")  # which __name__ is not where it is 
 SAMPLES = 8
 """Drawn of a space to try its functions."""
 OPTIONS = {
-    "trials": (int, "samples of the space, each with every combination of its grids"),
+    "trials": (int, "number of samples from the space, each with every combination of the grids"),
     "search": (str, "how samples are drawn: random, or optuna (an extra package)"),
     "scheduler": (
         str,
-        "fifo: all trials run to the end; asha, hyperband: bad ones are stopped early; pbt: bad ones take over good ones' weights",
+        "fifo: all trials run to the end; asha, hyperband: bad trials are stopped early; pbt: bad trials take over weights of good ones",
     ),
-    "metric": (str, "what is compared: a validation metric of the task"),
-    "reports": (int, "validations of a whole training: the moments at which a scheduler can act"),
+    "metric": (str, "validation metric of the task by which trials are compared"),
+    "reports": (int, "number of validations in a whole training run, at which a scheduler can act"),
     "reduction": (int, "asha, hyperband: one of this number of trials continues at each rung"),
     "grace": (float, "asha: share of a whole training that every trial gets"),
     "perturb": (float, "pbt: share of a whole training between two exchanges"),
-    "against": (str, "what the report sets the metric against, and optuna searches by besides: parameters, flops, memory, seconds"),
-    "keep": (int, "best trials whose checkpoints are kept"),
-    "seed": (int, "seed of the samples (that of the trainings is training.seed)"),
+    "against": (str, "cost to weigh the metric against in the report, and to minimise with optuna: parameters, flops, memory, seconds"),
+    "keep": (int, "number of best trials whose checkpoints are kept"),
+    "seed": (int, "seed of the samples (the seed for training is training.seed)"),
 }
 """Fields of a sweep that the command line can change, with their types and help."""
 
@@ -81,29 +81,31 @@ def main(argv: list[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=filled(f"sweeps: {', '.join(SWEEPS)}, or file.py:function", "  "),
     )  # fmt: skip
-    parser.add_argument("sweep", help="a sweep, or with --space an experiment")
+    parser.add_argument("sweep", help="a sweep, or, with --space, an experiment")
     parser.add_argument(
         "--space", metavar="FIELD=DOMAIN", action="append", default=[],
-        help='what is varied, once for each field: "optim.lr=loguniform(1e-4,1e-2)"; domains: '
+        help='field to vary; may be repeated: "optim.lr=loguniform(1e-4,1e-2)"; domains: '
         f"{', '.join(DOMAINS)}. Or FILE.py:FUNCTION, which returns {{field: domain}}",
     )  # fmt: skip
     parser.add_argument(
         "--constraint", metavar="CONDITION", action="append", default=[],
-        help=f'what trials must keep to, refused before they train: "parameters<=2e6"; of {", ".join(COSTS)} and fields',
+        help=f'condition for trials, checked before they train: "parameters<=2e6"; of {", ".join(COSTS)} and fields',
     )  # fmt: skip
-    parser.add_argument("--seeds", help="a number of seeds, or seeds with commas: each sample is trained under all, and ranked by the mean")
+    parser.add_argument(
+        "--seeds", help="number of seeds, or seeds separated by commas: each sample is trained with all of them and ranked by the mean"
+    )
     parser.add_argument(
         "--warm-start", metavar="SWEEP", action="append", default=[],
-        help="an earlier sweep, by its name or folder, whose finished trials the search knows from the start (with --search optuna)",
+        help="an earlier sweep, by name or folder, whose finished trials the search starts with (with --search optuna)",
     )  # fmt: skip
     parser.add_argument(
         "--resume", action="store_true",
-        help="continue the sweep that is there, also with other settings: says what has changed, keeps the trials that fit, and draws "
-        "the rest anew; never begins another sweep",
+        help="continue an existing sweep, even with other settings: lists what has changed, keeps the trials that fit, and draws "
+        "the rest again; never begins a new sweep",
     )  # fmt: skip
     parser.add_argument("--name", help="folder of the sweep; default: the sweep's name")
     parser.add_argument("--storage", help="folder of all sweeps; default: $PERCEIVER_HOME/sweeps")
-    parser.add_argument("--concurrent", type=int, help="trials at once; default: as many as the cluster has room for")
+    parser.add_argument("--concurrent", type=int, help="number of concurrent trials; default: as many as the cluster has room for")
     for option, kind in OPTIONS.items():
         parser.add_argument(f"--{option}", type=kind[0], help=kind[1])
     args, overrides = parser.parse_with_fields(argv, UNDOTTED)
@@ -193,7 +195,7 @@ def run_sweep(sweep: Sweep, folder: Path, concurrent: int | None = None, resume:
             forget_unbegun(folder)
             raise
         trials = report.write(folder)
-        if sum(trial["status"] != "running" for trial in trials) < size:
+        if sum(trial["status"] != "unfinished" for trial in trials) < size:
             raise KeyboardInterrupt  # Ray Tune has taken the signal, saved its state, and returned
         prune(folder, trials, sweep.keep)
     logger.info(f"finished after {duration(time.monotonic() - started)}")
@@ -260,10 +262,7 @@ def fit(sweep: Sweep, folder: Path, base: Experiment, capacity: Capacity, steps:
     )
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(capacity.concurrent)
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-    # The preset's values need not be in the space; a failed trial is one line of `Record`, its traceback in error.txt below `tune`.
-    logging.getLogger("ray.tune.search.variant_generator").setLevel(logging.ERROR)
-    logging.getLogger("ray.tune.execution.tune_controller").setLevel(logging.CRITICAL)
-    warnings.filterwarnings("ignore", message="Consider boosting PBT")
+    leave_out_messages()
     # What has ended under earlier settings is known to a search as that of an earlier sweep is.
     searched = sweep if edit is None else replace(sweep, warm_start=(*sweep.warm_start, str(folder)))
     random.seed(sweep.seed)  # Ray's population-based training draws from here

@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from ray import tune
@@ -86,7 +86,7 @@ class Sweep:
 
     @property
     def has_grid(self) -> bool:
-        return any(isinstance(domain, dict) and "grid_search" in domain for domain in self.space.values())
+        return any(map(_is_grid, self.space.values()))
 
     @property
     def size(self) -> int:
@@ -113,6 +113,10 @@ class Sweep:
         flat = flatten(to_dict(self.experiment()))
         # Ray Tune takes a list apart and leaves a tuple whole.
         return {name: tuple(flat[name]) if isinstance(flat[name], list) else flat[name] for name in self.space}
+
+
+def _is_grid(domain: Any) -> bool:
+    return isinstance(domain, dict) and "grid_search" in domain
 
 
 def trial_experiment(base: Experiment, values: Mapping[str, Any]) -> Experiment:
@@ -207,9 +211,9 @@ def find_sweep(name: str, space: Sequence[str] = ()) -> Sweep:
         found = call(reference, load_object(reference, "search space"), "search space")
         if not isinstance(found, Mapping):
             raise UserError(f"--space {reference} is a {type(found).__name__} and must be a mapping from fields to domains of Ray Tune")
-        return Sweep(preset=name, space=found)
+        return _over(name, found)
     if space:
-        return Sweep(preset=name, space=parse_space(space))
+        return _over(name, parse_space(space))
     if name in SWEEPS:
         return SWEEPS[name]()
     if not is_reference(name):
@@ -223,6 +227,12 @@ def find_sweep(name: str, space: Sequence[str] = ()) -> Sweep:
     if not isinstance(made, Sweep):
         raise UserError(f"sweep {name!r} is a {type(made).__name__} and must be a Sweep or a function that returns one")
     return made
+
+
+def _over(name: str, space: Mapping[str, Any]) -> Sweep:
+    """A sweep over a space; one of grids alone has each combination once: a second training of it would be the same to the last bit."""
+    sweep = Sweep(preset=name, space=space)
+    return replace(sweep, trials=1) if space and all(map(_is_grid, space.values())) else sweep
 
 
 def quickstart() -> Sweep:

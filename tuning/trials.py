@@ -49,8 +49,8 @@ def read_trials(folder: Path, place: str = TRIALS) -> list[Trial]:
         place: of the runs in it.
 
     Returns:
-        Each has trial, status (finished, stopped, diverged, failed, refused, running), reason, metric, value (its best), step and examples
-        reached, loss (the last), seconds (of running), spans (start and end times), values (of the fields that are varied).
+        Each has trial, status (finished, stopped, diverged, failed, refused, unfinished), reason, metric, value (its best), step and
+        examples reached, loss (the last), seconds (of running), spans (start and end times), values (of the fields that are varied).
     """
     settings = read_settings(folder)
     metric, sign = settings["metric"], -1 if settings["mode"] == "max" else 1
@@ -84,7 +84,7 @@ def read_trials(folder: Path, place: str = TRIALS) -> list[Trial]:
 
 def _status(run: Path, events: Sequence[dict], reports: Sequence[dict]) -> tuple[str, str]:
     if not events or events[-1]["event"] != "end":
-        return "running", ""
+        return "unfinished", ""
     if events[-1]["failed"]:
         reason = events[-1]["failed"]
         return ("refused", reason.removeprefix(REFUSED)) if reason.startswith(REFUSED) else ("failed", reason)

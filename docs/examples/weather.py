@@ -111,9 +111,8 @@ class NAdam(OptimizerConfig):
 def tiny():
     return Experiment(
         task=Forecast(),
-        model=PerceiverIOConfig(
-            num_latents=16, num_latent_channels=64, encoder=EncoderConfig(num_self_attention_layers_per_block=2),
-            input=Sensors(), output=Hours(), init_scale=0.1),
+        model=PerceiverIOConfig(num_latents=16, num_latent_channels=64, input=Sensors(), output=Hours(), init_scale=0.1,
+                                encoder=EncoderConfig(num_self_attention_layers_per_block=2)),
         data=DataConfig(source="weather:series"),
         optim=OptimConfig(optimizer=NAdam(), lr=5e-3, schedule=Cosine(), warmup_steps=20, max_grad_norm=1.0),
         training=TrainingConfig(global_batch_size=32, max_epochs=6),

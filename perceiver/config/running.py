@@ -40,8 +40,8 @@ class ParallelConfig(Config):
     threads_per_worker: int | None = None
     """Compute threads of a CPU worker; None: the machine's cores divided by its workers."""
     spare_workers: bool = True
-    """Keep a process ready for each worker, with PyTorch loaded, which replaces it if it is lost; half a minute after the first step, and
-    where the machine has 1 GiB free for each and 2 GiB besides."""
+    """Keep a spare process for each worker, with PyTorch loaded, which replaces it if it is lost. Spares start half a minute after the
+    first step, if the machine has 1 GiB of free memory for each and another 2 GiB."""
     wait_minutes: float = 0.0
     """How long to wait for the cluster to grow to the size that the run needs (its autoscaler is asked for machines). 0: do not wait;
     start with what is there, or fail."""

@@ -139,8 +139,8 @@ def _check_settings(task: Task[Any, Any]) -> None:
     config = task.config
     if config.kind not in KINDS:
         raise UserError(
-            f"{name_of(config)}.kind is {config.kind!r}{nearest(config.kind, KINDS)} and must be one of {', '.join(KINDS)}, "
-            "or a RowKind of yours whose module is imported"
+            f"{name_of(config)}.kind is {config.kind!r} and must be one of {', '.join(KINDS)}, "
+            f"or a RowKind of yours whose module is imported{nearest(config.kind, KINDS)}"
         )
     if unknown := [name for name in config.measured if name not in config.__dataclass_fields__]:
         raise UserError(f"{name_of(config)}.measured names {unknown[0]!r}, which is none of its fields")

@@ -35,6 +35,11 @@ def folder(tmp_path, monkeypatch):
     forget()
 
 
+@pytest.mark.parametrize(("name", "lines"), [("weather", 120), ("transformer", 60)])
+def test_an_own_experiment_and_an_own_model_stay_as_short_as_they_are_said_to_be(name, lines):
+    assert len((ROOT / "docs" / "examples" / f"{name}.py").read_text().splitlines()) <= lines
+
+
 # ------------------------------------------------------------------------------------------------------------------- doors
 
 

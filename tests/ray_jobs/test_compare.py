@@ -60,6 +60,15 @@ def test_only_what_differs_is_shown_with_best_last_and_cost(tmp_path, capsys):
     assert "optim.lr  0.001  0.1" in text and "training.seed" not in text and "perceiver evaluate" in text
 
 
+def test_a_run_without_records_has_what_it_was_evaluated_to(tmp_path, capsys):
+    one, mean = make(tmp_path / "one"), make(tmp_path / "mean", losses=np.array([0.25, 0.35]))
+    (mean / "metrics.jsonl").unlink()
+    write_json(mean / "result.json", {"step": 20, "stopped": "it is the mean of 2 checkpoints"})
+    _, found = json.loads(printed(capsys, one, mean, "--json"))["runs"]
+    assert (found["best"], found["at_step"], found["last"], found["examples"]) == (pytest.approx(0.3), 20, pytest.approx(0.3), 20 * BATCH)
+    assert Run(mean).last_step() == 20 and Run(one).last_step() == 30
+
+
 def test_the_metric_says_which_values_are_better_and_an_unknown_one_is_a_sentence(tmp_path, capsys):
     runs = make(tmp_path / "one"), make(tmp_path / "other")
     found = json.loads(printed(capsys, *runs, "--json", "--metric", "acc"))

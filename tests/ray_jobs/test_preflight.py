@@ -1,6 +1,7 @@
 """What a run asks Ray for, given what the cluster has."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from perceiver.config import UserError
 from ray_jobs.cli import parse_experiment
 from ray_jobs.memory_check import check_precision, is_out_of_memory, out_of_memory
 from ray_jobs.preflight import local_folder, plan_resources
+from ray_jobs.train_checks import warn_of_warmup
 
 
 def cluster(monkeypatch, *cpus: float, gpus: float = 0, types: tuple[str, ...] = (), grows_to: dict[str, float] | None = None) -> None:
@@ -133,3 +135,22 @@ def test_a_folder_that_cannot_be_is_refused_with_what_is_in_the_way(path, reason
 
 def test_to_look_at_a_folder_makes_nothing(tmp_path):
     assert local_folder("run.storage", str(tmp_path / "a" / "b")) == tmp_path / "a" / "b" and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["--optim.schedule", "onecycle"],
+            "onecycle begins at 0.04 of optim.lr and rises by itself, after a warm-up of 50 steps: --optim.warm",
+        ),
+        (["--optim.schedule", "onecycle", "--optim.warmup-steps", "0"], ""),
+        (["--optim.schedule", "warmrestarts"], ""),
+        (["--training.max-steps", "40"], "warmup-steps is 50, but the run has 40 steps: the learning rate never reaches optim.lr"),
+    ],
+)
+def test_a_warmup_that_does_not_go_with_the_run_is_said(words, message, caplog):
+    manifest = SimpleNamespace(splits={"train": SimpleNamespace(rows=6400)})
+    warn_of_warmup(parse_experiment(["quickstart", *words], "x"), manifest)
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == bool(message) and all(message in text for text in said)

@@ -8,7 +8,7 @@ import pytest
 import ray
 
 from perceiver.config import ParallelConfig, UserError
-from ray_jobs.ray_env import VARIABLES, check_address, connect, unset_variables
+from ray_jobs.ray_env import VARIABLES, _home, check_address, connect, unset_variables
 from ray_jobs.ray_hints import leave_out_hints
 
 OTHER = "import ray, sys; ray.init(address='local', num_cpus=1, include_dashboard=False); print('up', flush=True); sys.stdin.read()"
@@ -61,3 +61,14 @@ def test_variables_of_the_user_are_kept_and_how_threads_wait_is_not_overruled():
     assert unset_variables({}) == VARIABLES
     assert "GOMP_SPINCOUNT" not in unset_variables({"GOMP_SPINCOUNT": "7"})
     assert set(VARIABLES) - set(unset_variables({"OMP_WAIT_POLICY": "ACTIVE"})) == {"GOMP_SPINCOUNT"}
+
+
+def test_processes_of_a_cluster_that_was_started_without_it_get_this_ones_home(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PERCEIVER_HOME", "here")
+    assert _home() == {"PERCEIVER_HOME": str(tmp_path / "here")}
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")  # a submitted job, whose own environment Ray would not merge with another
+    assert _home() == {}
+    monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR")
+    monkeypatch.delenv("PERCEIVER_HOME")
+    assert _home() == {}

@@ -198,7 +198,7 @@ SETTINGS = {
     "no rows": ({"rows": lambda self, model, data: None}, "Settings.rows returned None and must return a perceiver.data.rows.ArrayRows"),
     "failing rows": ({"rows": lambda self, model, data: 1 / 0}, "Settings.rows fails: test_check.py, line"),
     "shape": ({"rows": lambda self, model, data: ArrayRows(x=(4, "float32"))}, "column x is (4, 'float32') and must be its shape and its"),
-    "kind": ({"kind": "arays"}, "Settings.kind is 'arays', did you mean arrays?"),
+    "kind": ({"kind": "arays"}, "whose module is imported, did you mean arrays?"),
     "measured": ({"measured": ("mean",)}, "Settings.measured names 'mean', which is none of its fields"),
 }
 

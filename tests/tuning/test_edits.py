@@ -94,7 +94,7 @@ def test_an_interrupted_trial_is_continued_by_the_first_of_its_values_alone_with
     take_waiting(folder / "trials" / "trial-00004", {"optim.lr": 2e-2})
     assert names(folder, "trials") == {"trial-00000", "trial-00003"}
     (trial,) = [trial for trial in read_trials(folder) if trial["trial"] == "trial-00003"]
-    assert trial["status"] == "running" and trial["step"] == 10 and trial["seconds"] == 1.0
+    assert trial["status"] == "unfinished" and trial["step"] == 10 and trial["seconds"] == 1.0
 
 
 def test_moves_that_were_interrupted_are_done_by_the_next_start(folder):

@@ -89,7 +89,7 @@ def test_a_space_on_the_command_line_is_the_one_of_a_file():
         ("optim.lr=0.1", "cannot be read"),
         ("optim.lr=__import__('os').system('true')", "cannot be read"),
         ("optim.lr=choice(open('x'))", "cannot be read"),
-        ("optim.lr=loguniforn(1,2)", "there is no domain loguniforn, did you mean loguniform"),
+        ("optim.lr=loguniforn(1,2)", r"there is no domain loguniforn; there are .*grid, did you mean loguniform\?"),
         ("optim.lr=loguniform(1)", "does not take these values"),
     ],
 )
@@ -105,3 +105,11 @@ def test_fields_that_do_not_exist_and_values_that_do_not_fit_are_named_before_an
         check_values(find_sweep("quickstart", ["optim.learning_rate=uniform(1,2)"]))
     with pytest.raises(UserError, match="lower value to a higher"):
         check_values(find_sweep("quickstart", ["optim.lr=uniform(2,1)"]))
+
+
+def test_a_space_of_grids_alone_has_each_combination_once():
+    assert find_sweep("quickstart", ["optim.lr=grid(0.1,0.2)", "optim.warmup-steps=grid(0,5,9)"]).size == 6
+    assert (
+        find_sweep("quickstart", ["optim.lr=grid(0.1,0.2)", "optim.weight-decay=uniform(0,1)"]).size
+        == 2 * Sweep(preset="quickstart").trials
+    )

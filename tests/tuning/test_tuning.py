@@ -342,7 +342,7 @@ def test_a_trial_is_not_finished_before_ray_tune_says_so(folder):
     """Its process may still be at its last words, for which it needs its checkpoints."""
     events = (folder / "events.jsonl").read_text().splitlines()
     (folder / "events.jsonl").write_text("\n".join(e for e in events if not ('"end"' in e and '"trial-0"' in e)))
-    assert {t["trial"]: t["status"] for t in report.read_trials(folder)}["trial-0"] == "running"
+    assert {t["trial"]: t["status"] for t in report.read_trials(folder)}["trial-0"] == "unfinished"
 
 
 def test_checkpoints_of_losing_trials_are_thrown_away(folder):
