@@ -25,6 +25,7 @@ button { font: inherit; margin: .8rem .5rem 0 0; padding: .3rem 1rem; }
 <div id="text-part"><label for="text" id="text-label">Text</label><textarea id="text"></textarea></div>
 <div id="options-part" hidden><label for="options">Options (JSON)</label><input id="options" value="{}"></div>
 <button id="go">Predict</button><button id="stream" hidden>Stream</button>
+<p><a id="save" download="answer.mid" hidden>Save answer.mid</a></p>
 <pre id="answer" aria-live="polite"></pre>
 <script>
 "use strict";
@@ -63,7 +64,15 @@ of("token").onchange = async () => {
     show("");
   } catch (error) { show(String(error), true); }
 };
-function show(text, bad) { of("answer").textContent = text; of("answer").className = bad ? "error" : ""; }
+function show(text, bad) {
+  of("save").hidden = true;
+  of("answer").textContent = text;
+  of("answer").className = bad ? "error" : "";
+}
+function brief(key, value) {  // of what nobody reads number by number its begin
+  if (Array.isArray(value) && value.length > 64) return [...value.slice(0, 6), `... ${value.length.toLocaleString("en")} in all`];
+  return key === "midi" && value ? `${value.slice(0, 24)}... (a file: base64)` : value;
+}
 async function row() {
   if (!model) throw "give the token first";
   if (kind === "arrays") return JSON.parse(of("text").value);
@@ -90,7 +99,12 @@ of("go").onclick = async () => {
   try {
     const reply = await send("predict", {rows: [await row()], ...options()});
     const found = await reply.json();
-    show(reply.ok ? JSON.stringify(found.rows[0], null, 1) : found.error, !reply.ok);
+    if (!reply.ok) { show(found.error, true); return; }
+    show(JSON.stringify(found.rows[0], brief, 1));
+    if (found.rows[0].midi) {
+      of("save").href = `data:audio/midi;base64,${found.rows[0].midi}`;
+      of("save").hidden = false;
+    }
   } catch (error) { show(String(error), true); }
 };
 of("stream").onclick = async () => {

@@ -43,4 +43,4 @@ def _samples(value: SoundLike, rate: int) -> np.ndarray:
             return resampled(samples, own, rate)
         return as_samples(value)
     except BadSound as error:
-        raise UserError(f"{name} is no sound that can be read: {error}") from None
+        raise UserError(f"{name}: {error}") from None

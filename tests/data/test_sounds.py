@@ -159,4 +159,4 @@ def test_a_folder_of_new_sounds_is_classified_a_file_a_row(tmp_path):
     tables = [predict_rows(trained, read_part(part, "audio", "audio", None), PredictOptions(mode="classify")) for part in parts]
     rows = [row for table in tables for row in table.to_pylist()]
     assert len(rows) == 21 and rows[0]["id"] == "audio/1-0-A-0.wav" and rows[0]["label"] in ("dog", "rain")
-    assert "no sound that can be read" in rows[-1]["error"] and all(row["error"] is None for row in rows[:-1])
+    assert "no sound file that can be read" in rows[-1]["error"] and all(row["error"] is None for row in rows[:-1])

@@ -260,6 +260,19 @@ def test_the_page_shows_answers_and_streams(runs, token):
     assert shown["name"] == "causal" and '"text": "x"' in shown["predicted"] and shown["streamed"] == "a bc" and not shown["bad"]
 
 
+@pytest.mark.skipif(shutil.which("node") is None, reason="the page's script is run by node")
+def test_the_page_shortens_long_lists_and_offers_files_to_save(runs):
+    with client(runs["causal"]) as web:
+        page, interface = web.get("/").text, web.get("/model").json()
+    row = {"id": "0", "flow": [0.5] * 1000, "probabilities": [0.25] * 4, "midi": "TVRoZAAAAAYAAQACAeBNVHJrAAAA"}
+    given = json.dumps([page, {"model": interface, "predict": {"rows": [row]}, "stream": ""}])
+    script = ROOT / "tests/support/files/serve_page.mjs"
+    shown = json.loads(subprocess.run(["node", script], input=given, capture_output=True, text=True, check=True).stdout)
+    found = json.loads(shown["predicted"])
+    assert found["flow"] == [0.5] * 6 + ["... 1,000 in all"] and found["probabilities"] == row["probabilities"]
+    assert found["midi"].startswith("TVRoZAAAAAYAAQACAeBNVHJr...") and shown["saved"] == f"data:audio/midi;base64,{row['midi']}"
+
+
 def test_what_is_served_is_described(runs):
     model = describe(str(runs["images"]))
     interface = interface_of(model.name, "1", model.task, None, "text", model.abilities, mode_of(model.abilities, None, "m"))

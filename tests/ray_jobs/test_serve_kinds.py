@@ -84,7 +84,7 @@ def test_a_sound_is_classified_and_what_is_none_is_refused(tmp_path: Path) -> No
     assert answer.status_code == 200 and answer.json()["rows"] == [said]
     sentences = [
         "'audio' is not the base64 text of a sound file",
-        "no sound that can be read",
+        "no sound file that can be read",
         "rows.0.audio: field required",
         "valid string",
     ]

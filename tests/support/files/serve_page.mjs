@@ -19,5 +19,6 @@ of("text").value = "abc";
 of("options").value = '{"seed": 1}';
 await of("go").onclick();
 const predicted = of("answer").textContent;
+const saved = of("save").hidden ? null : of("save").href;
 await of("stream").onclick();
-console.log(JSON.stringify({sent, name: of("name").textContent, predicted, streamed: of("answer").textContent, bad: of("answer").className}));
+console.log(JSON.stringify({sent, name: of("name").textContent, predicted, saved, streamed: of("answer").textContent, bad: of("answer").className}));
