@@ -132,6 +132,10 @@ def settings_without_tokenizer(spec: DataSpec) -> dict[str, Any]:
         raise UserError("data.prepare is stream, which language models alone can read: leave it out")
     if data.prepare == "stream" and (is_code(data.source) or any(is_code(entry.rpartition("=")[0]) for entry in data.mixture)):
         raise UserError("data.prepare is stream, which reads files alone: leave it out for a data.source that is code")
+    if data.duplicates != "keep":
+        if data.prepare == "stream":
+            raise UserError(f"--data.duplicates is {data.duplicates}, and --data.prepare stream does not look for any: leave one out")
+        settings |= {"duplicates": data.duplicates}
     settings |= _held_out_settings(data, kind)
     if KINDS[kind].has_labels:
         settings |= _label_settings(spec)

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import re
+import logging
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import Any, Generic, TypeVar, cast
 
-import pyarrow.fs as pafs
-
-from perceiver.config import DataConfig, Experiment, UserError, differences, digest, flatten, to_dict
+from perceiver.config import DataConfig, Experiment, UserError, differences, flatten, to_dict
 from perceiver.data.components import Component, components
 from perceiver.data.examples import is_code
-from perceiver.data.manifest import MANIFEST, DamagedData, Manifest
+from perceiver.data.manifest import DamagedData, Manifest
 from perceiver.data.rows import KINDS
 from perceiver.data.shards import broken_files, read_block
 from perceiver.data.sources import is_path, is_shipped, mixture_sources, resolve
-from perceiver.data.storage import check_store, list_folder, open_folder
+from perceiver.data.storage import check_store, list_folder
 from perceiver.data.tokenizers import kept_file, tokenizer_is_there
 from perceiver.data_settings import DataSpec, prepare_settings, settings_without_tokenizer, task_kind
 from perceiver.experiments import command_words
+from perceiver.prepared_folders import find_folder, others_of_the_name, plain_folder, prepared, what_changed
+
+logger = logging.getLogger(__name__)
 
 _READING_ONLY = ("shuffle_window_blocks", "lanes", "balance")
 """Fields of the data's configuration that preparation does not depend on."""
@@ -51,8 +52,11 @@ class Dataset(Generic[S]):
     manifest: Manifest
 
     @classmethod
-    def find(cls, experiment: S) -> Dataset[S]:
+    def find(cls, experiment: S, digest: str | None = None) -> Dataset[S]:
         """The data that was prepared for an experiment.
+
+        Args:
+            digest: of the data that is meant where it is there, whatever the source is now: that which a run was trained on.
 
         Raises:
             UserError: it is not prepared (then the sentence has the command that does it, or why that cannot be done), was
@@ -60,8 +64,8 @@ class Dataset(Generic[S]):
         """
         experiment = with_tokenizer(experiment)
         settings = prepare_settings(experiment)
-        folder = _folder(experiment, settings)
-        if MANIFEST not in list_folder(folder):
+        folder = find_folder(experiment, settings, digest)
+        if folder is None:
             check_sources(experiment)
             raise _not_prepared(experiment, settings)
         try:
@@ -74,9 +78,12 @@ class Dataset(Generic[S]):
         return cls(experiment, folder, manifest)
 
     @classmethod
-    def find_early(cls, experiment: S) -> Dataset[S] | None:
+    def find_early(cls, experiment: S, digest: str | None = None) -> Dataset[S] | None:
         """The same before anything is held; None where the job itself prepares it, at once: shipped data, text that is streamed, and,
         where they are not prepared yet, what a function of the user's makes and arrays, pictures and texts with classes in files.
+
+        Args:
+            digest: see `find`.
 
         Raises:
             UserError: see `find`.
@@ -85,16 +92,23 @@ class Dataset(Generic[S]):
         source, rows = experiment.data.source, KINDS.get(experiment.task.kind)
         readable = is_code(source) or (rows is not None and rows.prepared_by_training and is_path(source))
         if not at_once and not experiment.data.mixture and readable:
-            at_once = MANIFEST not in list_folder(data_folder(experiment))
+            spec = with_tokenizer(experiment)
+            at_once = find_folder(spec, prepare_settings(spec), digest) is None
         if not at_once:
-            return cls.find(experiment)
+            return cls.find(experiment, digest)
         check_sources(experiment)
         return None
 
     @classmethod
-    def find_prepared(cls, experiment: S) -> Dataset[S] | None:
+    def find_prepared(cls, experiment: S, digest: str | None = None) -> Dataset[S] | None:
         """The same where it is prepared, whoever does that; else None."""
-        return cls.find(experiment) if MANIFEST in list_folder(data_folder(experiment)) else None
+        spec = with_tokenizer(experiment)
+        return cls.find(spec, digest) if find_folder(spec, prepare_settings(spec), digest) is not None else None
+
+    def warn_of_changes(self) -> None:
+        """Says so where the source is not any more what the data was prepared from, which is used nevertheless."""
+        if sentence := what_changed(self.experiment, self.folder, self.manifest):
+            logger.warning(f"{sentence}: the training goes on with what it was prepared from")
 
     @property
     def parts(self) -> list[Component]:
@@ -145,6 +159,7 @@ def _not_prepared(experiment: DataSpec, settings: dict[str, Any]) -> NotPrepared
         f"{name} ({'; '.join(differences(flatten(other.settings), flatten(settings)))})" for name, other in _others(experiment, settings)
     ]
     after = f" (prepared with other settings: {', '.join(others)})" if others else ""
+    after += "".join(f" ({other})" for other in others_of_the_name(experiment, settings))
     return NotPrepared(f"data of {experiment.preset} is not prepared", preprocess_command(experiment), after)
 
 
@@ -166,12 +181,13 @@ def with_tokenizer(experiment: S) -> S:
     if not needs_tokenizer(experiment) or tokenizer_is_there(data.tokenizer):
         return experiment
     settings = settings_without_tokenizer(experiment)
-    found = []
+    by_content: dict[str, str] = {}
     for name, other in _others(experiment, settings):
         folder = f"{data.root_path.rstrip('/')}/{name}"
         kept = kept_file(list_folder(folder))
         if kept is not None and {**other.settings, "tokenizer": None} == {**settings, "tokenizer": None}:
-            found.append(f"{folder}/{kept}")
+            by_content.setdefault(str(other.settings["tokenizer"]), f"{folder}/{kept}")
+    found = list(by_content.values())
     if len(found) > 1:
         raise UserError(
             f"data.tokenizer is {data.tokenizer}, which is not there, and data was prepared with {len(found)} others: give "
@@ -192,33 +208,17 @@ def _with_data(experiment: S, data: DataConfig) -> S:
 
 
 def data_folder(experiment: DataSpec) -> str:
-    """Where the experiment's prepared data lies: its name holds the source, the kind, and a hash of the settings."""
-    return _folder(experiment, prepare_settings(experiment))
-
-
-def _folder(experiment: DataSpec, settings: dict[str, Any]) -> str:
-    return f"{experiment.data.root_path.rstrip('/')}/{_slug(settings)}-{digest(settings, 8)}"
-
-
-def _slug(settings: dict[str, Any]) -> str:
-    name = (settings["source"] or settings["val_source"] or "mixture").removeprefix("files:").removeprefix("hub:").removeprefix("code:")
-    name = re.sub(r"\.(gz|bz2|zst|txt|raw|tokens|jsonl|json|csv|tsv|arrow|parquet)\b", "", name)
-    return f"{re.sub(r'[^A-Za-z0-9]+', '-', name).strip('-').lower() or 'data'}-{settings['kind']}"
+    """Where the experiment's prepared data lies: its name holds the source, the kind, and a hash of the settings (and one of the source's
+    content, where other content has that name already). Where it is not prepared yet: the name without.
+    """
+    settings = prepare_settings(experiment)
+    return find_folder(experiment, settings) or plain_folder(experiment.data, settings)
 
 
 def _others(experiment: DataSpec, settings: dict[str, Any]) -> list[tuple[str, Manifest]]:
     """Data sets of the same source and kind that were prepared with other settings."""
-    filesystem, root = open_folder(experiment.data.root_path)
-    infos = filesystem.get_file_info(pafs.FileSelector(root, allow_not_found=True))
-    pattern = re.compile(re.escape(_slug(settings)) + "-[0-9a-f]{8}")
-    names = sorted(info.base_name for info in infos if pattern.fullmatch(info.base_name))
-    found = []
-    for name in names:
-        try:
-            found.append((name, Manifest.load(f"{experiment.data.root_path.rstrip('/')}/{name}")))
-        except UserError:  # not finished, or of another version of the format: nothing to compare
-            continue
-    return found
+    found = [(each.folder, each.manifest) for each in prepared(experiment.data, settings, others=True)]
+    return [(folder.rpartition("/")[2], manifest) for folder, manifest in found if manifest is not None and manifest.settings != settings]
 
 
 def check_fits(experiment: DataSpec, manifest: Manifest) -> None:

@@ -1,6 +1,6 @@
 """`perceiver average RUN [--last K] [--steps N ...]`: writes the mean of a run's checkpoints as a new run, without Ray.
 
-Stochastic weight averaging (arXiv 1803.05407): the mean of the last weights of a training is often better than the last ones.
+Stochastic weight averaging (arXiv 1803.05407): the mean of the last weights of a training run is often better than the last weights.
 A run has as many checkpoints as --run.keep-checkpoints kept, and the best ones.
 """
 
@@ -17,9 +17,9 @@ from ray_jobs.program import program
 def main(argv: list[str]) -> int:
     parser = CommandParser(prog=program("ray_jobs.average"), description=summary(__doc__))
     parser.add_argument("run", help="folder or name of a run")
-    parser.add_argument("--last", type=int, metavar="K", help="average the last K checkpoints; default: all that there are")
+    parser.add_argument("--last", type=int, metavar="K", help="average the last K checkpoints; default: all")
     parser.add_argument("--steps", type=int, nargs="+", metavar="STEP", help="average the checkpoints of these steps")
-    parser.add_argument("--name", help="of the new run, beside the old one; default: RUN-mean")
+    parser.add_argument("--name", help="name of the new run, in the same folder as the old one; default: RUN-mean")
     add_trust_option(parser)
     args = parser.parse_args(argv)
     refuse_empty(args, ("run",))

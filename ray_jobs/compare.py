@@ -1,7 +1,8 @@
-"""`perceiver compare RUN RUN ... [--by FIELD] [--metric M]`: what differs between runs, what each reached, and whether that is chance.
+"""`perceiver compare RUN RUN ... [--by FIELD] [--metric M]`: shows what differs between runs, and whether it is due to chance.
 
-Reads the runs' folders and loads no PyTorch. The first run, or group of runs, is what the others are compared with. Runs that differ in
-their seeds alone are one group; two runs that were evaluated on the same data are compared example by example.
+It shows the settings in which they differ and what each reached. It only reads the runs' folders and loads no PyTorch. All runs are
+compared with the first run or group. Runs that differ only in their seeds form a group; two runs that were evaluated on the same data are
+compared example by example.
 """
 
 from __future__ import annotations
@@ -40,9 +41,11 @@ _SIDE_BY_SIDE = 5
 def main(argv: list[str]) -> int:
     parser = CommandParser(prog=program("ray_jobs.compare"), description=summary(__doc__))
     parser.add_argument("runs", nargs="+", metavar="RUN", help="runs: folders, names among those of $PERCEIVER_HOME, or a folder of runs")
-    parser.add_argument("--metric", help="compare by this metric (val_acc); default: what the first run chooses its best checkpoint by")
-    parser.add_argument("--by", metavar="FIELD", help="group runs by the value of a field (optim.lr); default: by all but their seeds")
-    parser.add_argument("--price-per-hour", type=float, metavar="P", help="price of one device (worker) for an hour, for the cost")
+    parser.add_argument(
+        "--metric", help="metric to compare by (val_acc); default: the one by which the first run selects its best checkpoint"
+    )
+    parser.add_argument("--by", metavar="FIELD", help="group runs by the value of a field (optim.lr); default: by all fields except seeds")
+    parser.add_argument("--price-per-hour", type=float, metavar="P", help="price of one device (worker) per hour, to show the cost")
     parser.add_argument("--plot", metavar="FILE", help="draw the curves over steps, examples, FLOPs and hours (.png, .pdf or .svg)")
     parser.add_argument("--json", action="store_true", help="print all of it as one JSON object")
     args = parser.parse_args(argv)

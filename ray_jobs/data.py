@@ -1,5 +1,5 @@
 """`perceiver data SOURCE [--text-column NAME] [--label-column NAME] [--html FILE]`: shows what data
-holds, before anything is prepared, and the command that trains on it. With a run, it shows what that run was trained on.
+contains, before anything is prepared, and the command that trains on it. For a run, it shows the data that it was trained on.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from ray_jobs.data_found import Found, shown_counts
 from ray_jobs.data_media import flows_found, pictures_found, sounds_found
 from ray_jobs.data_page import Facts, page_of
 from ray_jobs.data_tables import TABLES, table_found
+from ray_jobs.data_time import time_lines
 from ray_jobs.program import program
 
 _STATS = {
@@ -49,9 +50,9 @@ def main(argv: list[str]) -> int:
     parser = CommandParser(prog=program("ray_jobs.data"), description=summary(__doc__))
     parser.add_argument("source", help="a file, a folder or a glob; code that yields examples, FILE.py:NAME; or a run")
     parser.add_argument("--text-column", help="column with the text (default: text, or the one with the most text)")
-    parser.add_argument("--label-column", help="column with the class (default: label, or one that has few different values)")
+    parser.add_argument("--label-column", help="column with the class (default: label, or one with few distinct values)")
     add_encoding(parser)
-    parser.add_argument("--html", help="file to write a page to: the same, with charts, examples and pictures")
+    parser.add_argument("--html", help="also write this as an HTML page, with charts and examples, to this file")
     args = parser.parse_args(argv)
     refuse_empty(args, ("source",))
     DataConfig(encoding=args.encoding).check_encoding()
@@ -77,11 +78,12 @@ def write_page(
     if is_run:
         raise UserError(f"--html is {file}, and {source} is a run: `perceiver show {source} --html {file}` makes its page")
     found = find(source, text, label, encoding)
+    lines = [*found.lines, *time_lines(found.preset, found.words)]
     try:
-        Path(file).write_text(page_of(source, found.lines, found.commands, found.facts), encoding="utf-8")
+        Path(file).write_text(page_of(source, lines, found.commands, found.facts), encoding="utf-8")
     except OSError as error:
         raise UserError(f"--html is {file}, which cannot be written ({error.strerror or error})") from None
-    print("\n".join([*found.lines, "", *found.commands, "", f"page: {file}"]))
+    print("\n".join([*lines, "", *found.commands, "", f"page: {file}"]))
 
 
 def look(source: str, text: str | None = None, label: str | None = None, encoding: str = "utf-8") -> list[str]:
@@ -89,7 +91,7 @@ def look(source: str, text: str | None = None, label: str | None = None, encodin
     if is_code(source):
         return of_code(source)
     found = find(source, text, label, encoding)
-    return [*found.lines, "", *found.commands]
+    return [*found.lines, *time_lines(found.preset, found.words), "", *found.commands]
 
 
 def of_run(run: Run) -> list[str]:
@@ -98,8 +100,8 @@ def of_run(run: Run) -> list[str]:
     Raises:
         UserError: its data is not there any more.
     """
-    experiment, _ = run.load()
-    dataset = Dataset.find(experiment)
+    experiment, digest = run.load()
+    dataset = Dataset.find(experiment, digest)
     data, names = experiment.data, getattr(experiment.task, "class_names", None) or ()
     lines = [f"{run.name}: {' and '.join(data.mixture) or data.source}, prepared in {dataset.folder}"]
     for part in dataset.parts:
@@ -119,6 +121,7 @@ def of_run(run: Run) -> list[str]:
             f"longer than the model takes: {found['texts']:,} {name} texts, {found['lost']:,} of {found['tokens']:,} tokens lost"
             for name, found in stats.get("long_texts", {}).items()
         ]
+        lines += [f"left out as duplicates: {count:,} {name} rows" for name, count in stats.get("duplicates", {}).items() if count]
         lines += [f"held out {how}"] if (how := stats.get("held_out")) else []
         lines += [f"skipped: {count:,} x {reason}" for reason, count in stats.get("skipped", {}).items()]
     return [*lines, "", f"look at the source: {shlex.join(['perceiver', 'data', data.source])}"] if is_path(data.source) else lines

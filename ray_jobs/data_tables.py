@@ -156,7 +156,7 @@ def _texts(found: TableSurvey, column: str) -> list[str]:
             name = f"to {end:,}" if end else f"over {LENGTHS[-1]:,}"
             lines.append(f"  {name:>10}  {count:>9,}  {'#' * max(1, round(40 * count / most))}")
     lines.append(f"longer than {_CONTEXT} bytes (txt-clf's context): {found.longer:,} of {total:,}; {found.cut_bytes:,} bytes would be cut")
-    lines.append(f"duplicates: {found.duplicates:,}")
+    lines.append(f"duplicates: {found.duplicates:,}{' (--data.duplicates skip leaves them out)' if found.duplicates else ''}")
     if found.shared:
         lines.append(f"texts of validation that occur in training: {found.shared:,}")
     return lines

@@ -33,6 +33,7 @@ from ray_jobs.read_ahead import DataShare
 from ray_jobs.rendezvous import Network
 from ray_jobs.restarts import SayRestarts
 from ray_jobs.scale import poll_seconds
+from ray_jobs.spares import TASKS, WORKERS, wanted
 
 
 class TrainingFailed(JobFailed):
@@ -73,7 +74,7 @@ def train(
         remote.forget_failure()
     failed, interrupted = None, False
     experiment = with_prepared_tokenizer(experiment, data_folder, Manifest.load(data_folder))
-    settings = {"stop_at": stop_at, "begun": begun or time.time()}
+    settings = {"stop_at": stop_at, "begun": begun or time.time(), "spares": wanted(experiment)}
     try:
         interrupted = _fit(train_worker, experiment, data_folder, trained, resources, settings, on_report, run_until_interrupted)
     except TrainingFailed as error:
@@ -138,7 +139,8 @@ def _fit(
     stall = 60 * experiment.run.stall_minutes
     share = DataShare(others=_held_by_others(), cpus_per_worker=resources.cpus_per_worker)
     # An elastic run starts with as many workers as find room: nothing may be in their way.
-    early = [] if resources.min_workers else start_early(share.slots(resources.workers, ray.cluster_resources().get("CPU", 0.0)))
+    slots = share.slots(resources.workers, ray.cluster_resources().get("CPU", 0.0))
+    early = [] if resources.min_workers else start_early(slots, TASKS if settings.get("spares") else {})
     with Messages(lambda: _why_no_workers(resources), on_report, stall=stall) as messages:
         trainer = TorchTrainer(
             function,
@@ -165,6 +167,7 @@ def _fit(
                 storage_path=str(trained.ray_folder),
                 failure_config=FailureConfig(max_failures=experiment.run.max_failures),
                 callbacks=[SayRestarts(messages.actor, experiment.run.max_failures)],
+                worker_runtime_env={"env_vars": WORKERS} if settings.get("spares") else None,
             ),
         )
         try:

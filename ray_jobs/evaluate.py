@@ -81,7 +81,7 @@ def evaluate_run(
     found = find_run(run)
     if found is None:
         raise Run.missing(run)
-    trained, _ = found.load(trust_code)
+    trained, digest = found.load(trust_code)
     experiment = override(trained, overrides or [], f"ray_jobs.evaluate {run}")
     if experiment.model != trained.model:
         raise UserError("the model of a run cannot be changed: only data, task, parallel and the batch size may be overridden")
@@ -104,10 +104,10 @@ def evaluate_run(
         asked = OtherData.of(experiment, data)
         if other:
             prepare_data(asked, experiment.parallel)
-        dataset = Dataset.find(asked)
+        dataset = Dataset.find(asked, digest)
         data_folder, manifest, parts = dataset.folder, dataset.manifest, dataset.parts
         task = experiment.task.build(experiment.model, dataset.experiment.data, experiment.training.seed)
-        trained_on = _trained_on(trained) if other else None
+        trained_on = _trained_on(trained, digest) if other else None
         check_guess(task, parts, trained_on)
         origin = str(run) if "://" in str(run) else None
         result = driver.evaluate_checkpoint(experiment, dataset, found, resources, chosen.path, origin, averaged)
@@ -143,10 +143,10 @@ def _data(asked: DataConfig, trained: DataConfig, run: Run, overrides: Sequence[
     return replace(asked, source="", val_source=asked.source, mixture=(), prepare="shards"), True
 
 
-def _trained_on(trained: Experiment) -> Manifest | None:
+def _trained_on(trained: Experiment, digest: str) -> Manifest | None:
     """What a run was trained on, for a baseline on other data; None where it is not here any more."""
     try:
-        return Dataset.find(trained).manifest
+        return Dataset.find(trained, digest).manifest
     except UserError:
         return None
 

@@ -20,7 +20,10 @@ def main(argv: list[str]) -> int:
     add_checkpoint_option(parser)
     add_trust_option(parser)
     parser.add_argument(
-        "--format", choices=FORMATS, default=FORMATS[0], help="ours (default), that of transformers, or ours with an ONNX graph"
+        "--format",
+        choices=FORMATS,
+        default=FORMATS[0],
+        help="perceiver: the default; transformers: for its from_pretrained; onnx: the default with an ONNX graph",
     )
     parser.add_argument("--license", help="license of the weights, for the card: apache-2.0, mit, other, ... (default: none is stated)")
     parser.add_argument("--upload", metavar="OWNER/NAME", help="upload the folder to the Hugging Face hub under this name")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,9 +27,12 @@ MOST_PROCESSES = 16
 """That are started early: the others start when there is more to read."""
 
 
-def start_early(tasks: int) -> list[ray.ObjectRef]:
+def start_early(tasks: int, variables: Mapping[str, str]) -> list[ray.ObjectRef]:
     """Starts what the first reads need beside the workers, which start at the same time: processes of data tasks with their imports,
     and the two actors that Ray Data has in every cluster.
+
+    Args:
+        variables: environment that the workers give to their tasks besides.
 
     Returns:
         What the caller cancels when the training has ended: a full cluster may not have run it.
@@ -36,10 +40,10 @@ def start_early(tasks: int) -> list[ray.ObjectRef]:
     get_or_create_stats_actor()
     get_or_create_autoscaling_coordinator()
     # A process serves tasks of one environment alone: these have that of the tasks which Ray Train's workers start.
-    variables = get_env_vars_to_propagate()
-    variables.setdefault(RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR, DEFAULT_RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_VALUE)
+    environment = get_env_vars_to_propagate() | dict(variables)
+    environment.setdefault(RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR, DEFAULT_RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_VALUE)
     task = ray.remote(num_cpus=DATA_CPUS, max_retries=0)(warm_up)
-    task = task.options(scheduling_strategy="SPREAD", runtime_env={"env_vars": variables})
+    task = task.options(scheduling_strategy="SPREAD", runtime_env={"env_vars": environment})
     return [task.remote() for _ in range(min(tasks, MOST_PROCESSES))]
 
 

@@ -20,6 +20,7 @@ from perceiver.data.storage import NoStore
 from perceiver.training.batches import Loader
 from ray_jobs.read_ahead import DATA_CPUS, TASK_BYTES, DataShare, ReadAhead
 from ray_jobs.shipping import Shipped
+from ray_jobs.spares import of_tasks
 
 UNITS_PER_EXECUTION = 1024
 """Units of one Ray Data execution: enough that its start (0.2 s) is lost in it, few enough to be listed at once."""
@@ -59,7 +60,12 @@ def read_with_ray(loader: Loader, units: Iterator[Any], share: DataShare | None 
         _set_limit(context, share.here(workers), -(-rows * loader.row_bytes // num_tasks))
         plan = ray.data.from_items([_item(loader, unit) for unit in chunk], override_num_blocks=num_tasks)
         tables = plan.map_batches(
-            _read, fn_kwargs={"shipped": shipped, "rest": rest}, batch_size=None, batch_format="pyarrow", num_cpus=DATA_CPUS
+            _read,
+            fn_kwargs={"shipped": shipped, "rest": rest},
+            batch_size=None,
+            batch_format="pyarrow",
+            num_cpus=DATA_CPUS,
+            runtime_env={"env_vars": of_tasks()},
         )
         for table in tables.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2):
             if table.column_names == [_FAULT]:

@@ -37,12 +37,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--data", required=True, metavar="SOURCE", help="a file, a folder or a glob")
     parser.add_argument("--text-column", help="column with the text (default: text, or the one with the most text)")
     add_encoding(parser)
-    parser.add_argument("--label-column", help="column with the class (default: label, or one that has few different values)")
+    parser.add_argument("--label-column", help="column with the class (default: label, or one with few distinct values)")
     parser.add_argument(
         "--targets",
         nargs="+",
         metavar="COLUMN",
-        help="columns of a table that are predicted, by all others (default: label, or the last one)",
+        help="columns of a table to predict from all others (default: label, or the last one)",
     )
     args = parser.parse_args(argv)
     refuse_empty(args, ("name", "data"))

@@ -1,7 +1,7 @@
-"""`perceiver lr-find EXPERIMENT [--field value ...]`: runs a learning-rate range test and suggests a rate to begin with.
+"""`perceiver lr-find EXPERIMENT [--field value ...]`: runs a learning-rate range test and suggests an initial learning rate.
 
-A short training in this process, without Ray, whose learning rate grows from --from to --to. It ends where the loss runs away, and only
-a picture of the losses is kept. The data must have been prepared (`perceiver preprocess EXPERIMENT`).
+This is a short training run in this process, without Ray, whose learning rate grows from --from to --to. It stops when the loss diverges,
+and keeps only a plot of the losses. The data must have been prepared (`perceiver preprocess EXPERIMENT`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from ray_jobs.logs import show_progress
 from ray_jobs.overrides import UNDOTTED
 from ray_jobs.preflight import check_experiment
 from ray_jobs.program import program
-from ray_jobs.source_hashes import check_source
 
 logger = logging.getLogger("ray_jobs.lr_find")  # which __name__ is not where it is run as a program
 
@@ -42,10 +41,11 @@ def main(argv: list[str]) -> int:
     )  # fmt: skip
     parser.add_argument("--from", dest="low", type=float, default=1e-6, metavar="RATE", help="first learning rate (%(default)g)")
     parser.add_argument("--to", dest="high", type=float, default=1.0, metavar="RATE", help="last learning rate (%(default)g)")
-    parser.add_argument("--steps", type=int, default=100, help="optimizer steps, at most (%(default)s)")
+    parser.add_argument("--steps", type=int, default=100, help="maximum number of optimizer steps (%(default)s)")
     parser.add_argument(
-        "--out", metavar="FILE", help="the picture; default: lr-find-NAME.png here, or the next of lr-find-NAME-2.png, ... that is free"
-    )
+        "--out", metavar="FILE",
+        help="file for the plot; default: lr-find-NAME.png in the current folder, or the first of lr-find-NAME-2.png, ... that is free",
+    )  # fmt: skip
     own, rest = parser.parse_with_fields(argv, UNDOTTED)
     if not rest or "-h" in rest or "--help" in rest:
         print(parser.format_help())
@@ -60,7 +60,6 @@ def main(argv: list[str]) -> int:
     check_experiment(experiment)
     with naming_words(rest):
         dataset = Dataset.find(experiment)
-        check_source(dataset)
     experiment = with_prepared_tokenizer(dataset.measured(), dataset.folder, dataset.manifest)
     if experiment.parallel.threads_per_worker:
         torch.set_num_threads(experiment.parallel.threads_per_worker)

@@ -3,6 +3,7 @@
 Ray Train's controller loads the function's module before it starts workers, and needs nothing of it.
 """
 
+from contextlib import suppress
 from typing import Any
 
 
@@ -18,3 +19,15 @@ def evaluate_worker(config: dict[str, Any]) -> None:
     from ray_jobs import worker
 
     worker.evaluate_worker(config)
+
+
+def load() -> None:
+    """Loads what a worker needs into a process that stands ready (`ray_jobs.spares`). A fault is left for the worker to meet, where it is
+    reported.
+    """
+    with suppress(Exception):
+        import ray_jobs.worker  # noqa: F401
+
+
+def load_nothing() -> None:
+    """The same for processes of tasks, which load what they need when they have something to do."""

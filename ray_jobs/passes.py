@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +15,8 @@ from typing import Any
 import pyarrow.fs as pafs
 
 from perceiver.config import UserError, digest
+from perceiver.data.duplicates import LeftOut, leave_out, list_rows
+from perceiver.data.duplicates import listed as listed_rows
 from perceiver.data.files import InputFile
 from perceiver.data.held_out import choose, is_chosen, list_keys, listed
 from perceiver.data.labels import label_counts
@@ -167,6 +170,25 @@ def hold_out(spec: DataSpec, job: Job, pieces: list[Piece], piece_bytes: int) ->
     return replace(job, held_out=held_out), stats
 
 
+def find_duplicates(spec: DataSpec, job: Job, pieces: list[Piece], piece_bytes: int) -> dict[str, Any]:
+    """Looks for duplicates where they are not kept. What the manifest says of it.
+
+    Raises:
+        UserError: there are duplicates, and they are refused.
+    """
+    if spec.data.duplicates == "keep":
+        return {}
+    _same_layout(job, pieces, piece_bytes)
+    there = listed_rows(job, len(pieces))
+    for _ in in_parallel(lambda i: list_rows(job, i, pieces[i]), [i for i in range(len(pieces)) if i not in there]):
+        pass
+    try:
+        return leave_out(job, pieces, _source_name(spec), refuse=spec.data.duplicates == "refuse")
+    except UserError:
+        remove_folder(job.staging)
+        raise
+
+
 def _same_layout(job: Job, pieces: list[Piece], piece_bytes: int) -> None:
     """Removes what a preparation left that was stopped and had cut its input otherwise, or was of another version."""
     layout = json.dumps({"piece_bytes": piece_bytes, "pieces": len(pieces), "format": PIECE_FORMAT}).encode()
@@ -175,8 +197,12 @@ def _same_layout(job: Job, pieces: list[Piece], piece_bytes: int) -> None:
     write_file(job.staging, "layout.json", layout)
 
 
-def run_pieces(job: Job, pieces: list[Piece], piece_bytes: int) -> list[dict[str, Any]]:
-    """Pass 1: the notes on all pieces."""
+def run_pieces(job: Job, pieces: list[Piece], piece_bytes: int, select: bool = False) -> list[dict[str, Any]]:
+    """Pass 1: the notes on all pieces.
+
+    Args:
+        select: leave out the duplicates that `find_duplicates` has noted.
+    """
     _same_layout(job, pieces, piece_bytes)
     notes = finished_pieces(job, len(pieces))
     if notes:
@@ -185,7 +211,7 @@ def run_pieces(job: Job, pieces: list[Piece], piece_bytes: int) -> list[dict[str
     weights = [1 if code else piece.size for piece in pieces]
     meter = Meter("parts" if code else "pieces", len(pieces), sum(weights), len(notes), sum(weights[i] for i in notes))
     todo = [i for i in range(len(pieces)) if i not in notes]
-    for i, note in in_parallel(lambda i: make_piece(job, i, pieces[i]), todo):
+    for i, note in in_parallel(lambda i: make_piece(job, i, pieces[i], LeftOut(job, i) if select else None), todo):
         notes[i] = note
         meter.add(weights[i], sum(count["tokens"] for count in note["splits"].values()))
     return [notes[i] for i in range(len(pieces))]
@@ -263,9 +289,9 @@ def in_parallel(function: Callable[[int], dict[str, Any]], items: list[int]) -> 
 def remove_staging(folder: str) -> None:
     """Removes the staging folders of a data set, also those of attempts with other files."""
     filesystem, root = open_folder(folder.rpartition("/")[0])
-    prefix = _staging_prefix(folder).rpartition("/")[2]
+    attempt = re.compile(re.escape(_staging_prefix(folder).rpartition("/")[2]) + "[0-9a-f]{8}")  # not those of a longer name
     for info in filesystem.get_file_info(pafs.FileSelector(root)):
-        if info.base_name.startswith(prefix):
+        if attempt.fullmatch(info.base_name):
             filesystem.delete_dir(info.path)
 
 

@@ -1,7 +1,7 @@
-"""`python -m ray_jobs.plan PRESET [--field value ...] [--device NAME]`: computes what a training takes, before it starts.
+"""`python -m ray_jobs.plan PRESET [--field value ...] [--device NAME]`: computes what a training run needs, before it starts.
 
-Prints parameters, FLOPs, memory of a GPU by kind, the largest micro-batch, traffic, size of checkpoints, and time. All of it follows
-from the configuration: no cluster is started, and no GPU is needed.
+Prints parameters, FLOPs, GPU memory by what it is used for, the largest micro-batch, traffic, size of checkpoints, and time. All of it is
+computed from the configuration: no cluster is started, and no GPU is needed.
 """
 
 from __future__ import annotations
@@ -225,15 +225,23 @@ def main(argv: list[str]) -> int:
     )  # fmt: skip
     parser.add_argument("--device", default="a100-40gb", help=f"kind of GPU: {', '.join(DEVICES)} (%(default)s)")
     parser.add_argument("--device-memory", type=float, metavar="GIB", help="memory of another kind of GPU, in GiB")
-    parser.add_argument("--device-flops", type=float, metavar="TFLOPS", help="its dense peak in the precision of the training")
-    parser.add_argument("--mfu", type=float, default=0.4, help="share of the peak that is reached (%(default)s)")
+    parser.add_argument("--device-flops", type=float, metavar="TFLOPS", help="its dense peak performance in the precision of the training")
+    parser.add_argument("--mfu", type=float, default=0.4, help="share of the peak performance that is reached (%(default)s)")
     whole = Cluster()
-    parser.add_argument("--gpus-per-node", type=int, default=whole.gpus_per_node, help="GPUs of a machine (%(default)s)")
+    parser.add_argument("--gpus-per-node", type=int, default=whole.gpus_per_node, help="GPUs per machine (%(default)s)")
     parser.add_argument(
-        "--node-link", type=float, default=whole.intra_node / GB, metavar="GB/S", help="a GPU gets from others of its machine (%(default)g)"
+        "--node-link",
+        type=float,
+        default=whole.intra_node / GB,
+        metavar="GB/S",
+        help="bandwidth of a GPU from the others in its machine (%(default)g)",
     )
     parser.add_argument(
-        "--network", type=float, default=whole.inter_node / GB, metavar="GB/S", help="a machine gets from others (%(default)g: 400 Gbit/s)"
+        "--network",
+        type=float,
+        default=whole.inter_node / GB,
+        metavar="GB/S",
+        help="bandwidth of a machine from others (%(default)g: 400 Gbit/s)",
     )
     own, rest = parser.parse_with_fields(argv, UNDOTTED)
     if not rest or rest[0] in ("-h", "--help"):

@@ -1,14 +1,13 @@
-"""`python -m ray_jobs.predict RUN --input FILES --output OUTPUT [--mode MODE]`: a trained model on many inputs, on Ray
-Data.
+"""`python -m ray_jobs.predict RUN --input FILES --output OUTPUT [--mode MODE]`: applies a trained model to many inputs,
+on Ray Data.
 
 Modes: classify, flow, fill-mask, embed (mean of the latents), score (loss of each document), generate, play (continues MIDI files), and
-predict: what models of tables and tasks of your own say of rows of arrays. Inputs are lines of .txt files, objects of .jsonl or .json
-files, rows of .csv, .tsv, .parquet and .arrow files (of which a column may have the bytes or the path of a picture or sound), folders of
-datasets.save_to_disk, image, sound or MIDI files, pictures in .tar (WebDataset) or idx files, or, for flow, pairs of frames: those of
-.flo files beside them, else img1 and img2 of a name, else neighbouring numbers. OUTPUT
-is a file (.csv, .jsonl or .parquet) with exactly one row for each input row, in order, with its id, or a folder, which gets such rows as
-several parquet files, and _errors.jsonl with the rows that could not be computed. A job that was stopped continues when it is started
-again: parts that are written are not computed again.
+predict (tables, and tasks of your own). Inputs are lines of .txt files, objects of .jsonl or .json files, rows of .csv, .tsv, .parquet and
+.arrow files (in which a column may have the bytes or the path of an image or sound), folders of datasets.save_to_disk, image, sound or
+MIDI files, images in .tar (WebDataset) or idx files, or, for flow, pairs of frames: those to which .flo files belong, else img1 and img2
+of the same name, else consecutive numbers. OUTPUT is a file (.csv, .jsonl or .parquet) with exactly one row for each input row, in order,
+with its id, or a folder with such rows as several Parquet files, and _errors.jsonl with the rows that could not be computed. A job that
+was stopped continues when it is started again: parts that have been written are not computed again.
 """
 
 from __future__ import annotations
@@ -91,9 +90,9 @@ def parse(argv: list[str]) -> tuple[PredictJob, str, Placement, Description]:
     parser.add_argument("run", help="folder or name of a run, an exported folder, or a name on the hub")
     parser.add_argument("--input", nargs="+", required=True, metavar="PATH", help="files or folders")
     parser.add_argument(
-        "--output", required=True, metavar="OUTPUT", help="a new file (.csv, .jsonl, .parquet) or folder, or that of the same job before"
+        "--output", required=True, metavar="OUTPUT", help="a new file (.csv, .jsonl, .parquet) or folder, or that of a job to continue"
     )
-    parser.add_argument("--html", metavar="FILE", help=f"page with what was said of the first {SHOWN} rows, of pictures beside them")
+    parser.add_argument("--html", metavar="FILE", help=f"also write an HTML page with the predictions for the first {SHOWN} rows")
     parser.add_argument("--mode", choices=MODES, help="what to compute (default: what the model's task is for)")
     add_checkpoint_option(parser)
     add_trust_option(parser)
@@ -101,13 +100,13 @@ def parse(argv: list[str]) -> tuple[PredictJob, str, Placement, Description]:
     parser.add_argument("--id-column", help="column with the rows' ids (default: file name and row number)")
     add_encoding(parser)
     parser.add_argument("--batch-size", type=int, default=PredictOptions.batch_size, help="rows computed at once (%(default)s)")
-    parser.add_argument("--rows-per-part", type=int, default=1000, help="rows of an output file (%(default)s)")
+    parser.add_argument("--rows-per-part", type=int, default=1000, help="rows per output file (%(default)s)")
     parser.add_argument("--actors", type=int, default=1, help="model replicas, each on a GPU or on a share of the CPUs (1)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: GPUs where the cluster has them")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of weights and computation")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="precision of weights and computation")
     parser.add_argument("--address", help="Ray cluster to join (default: that of $RAY_ADDRESS, else a new local one)")
     defaults = PredictOptions(mode="generate")
-    add_generation_options(parser, defaults, "fill-mask: fills a row; generate: number of most likely tokens to draw from")
+    add_generation_options(parser, defaults, "fill-mask: predictions per row; generate: sample only from the k most likely tokens")
     args = parser.parse_args(argv)
     refuse_empty(args, ("run",))
     DataConfig(encoding=args.encoding).check_encoding()

@@ -9,8 +9,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
-from perceiver.config import Experiment, ParallelConfig, check_tree, digest
-from perceiver.data.chunks import fingerprint as stream_fingerprint
+from perceiver.config import Experiment, ParallelConfig, UserError, check_tree, digest
 from perceiver.data.components import Component, mixture_manifest
 from perceiver.data.examples import check_repeatable, is_code
 from perceiver.data.manifest import MANIFEST, DamagedData, Manifest
@@ -19,16 +18,17 @@ from perceiver.data.preparation import Job
 from perceiver.data.prepare import histogram, make_split, shared_documents, unigram_nats
 from perceiver.data.rows import KINDS
 from perceiver.data.shards import broken_files
+from perceiver.data.source_hashes import changed, refuse_same_files
 from perceiver.data.sources import Source, is_path, mixture_sources, resolve
 from perceiver.data.storage import list_folder, remove_file
 from perceiver.data.tokenizers import keep_tokenizer, load_tokenizer
 from perceiver.data_settings import DataSpec, OtherData, prepare_settings, task_kind
 from perceiver.datasets import check_fits, data_folder, with_tokenizer
+from perceiver.prepared_folders import find_folder, fingerprint_of, folder_for, new_folder, others_of_the_name, prepared
 from perceiver.terminal import number_of
 from ray_jobs.cli import main_entry, parse_experiment
 from ray_jobs.logs import show_progress
-from ray_jobs.passes import duration, held, hold_out, make_job, remove_staging, run_pieces, run_shards
-from ray_jobs.source_hashes import refuse_changed_source, refuse_same_files, source_fingerprint
+from ray_jobs.passes import duration, find_duplicates, held, hold_out, make_job, remove_staging, run_pieces, run_shards
 
 logger = logging.getLogger("ray_jobs.preprocess")  # which __name__ is not where it is run as a program
 
@@ -62,23 +62,22 @@ def prepare_data(spec: DataSpec, parallel: ParallelConfig, piece_bytes: int = PI
     spec = with_tokenizer(spec)
     if spec.data.mixture:
         return _prepare_mixture(spec, parallel, piece_bytes)
-    settings, folder = prepare_settings(spec), data_folder(spec)
-    old = _whole_or_removed(folder)
+    settings = prepare_settings(spec)
     own = any(is_path(source) or is_code(source) for source in (spec.data.source, spec.data.val_source) if source)
-    if old is not None and not own:  # the name stands for the content: no network is needed
-        return _nothing_to_do(spec, folder, old)
+    there = None if own else find_folder(spec, settings)
+    if there is not None and (old := _whole_or_removed(there)) is not None:  # the name stands for the content: no network is needed
+        return _nothing_to_do(spec, there, old)
     source = resolve(spec.data, task_kind(spec))
+    fingerprint = fingerprint_of(spec.data, source)
+    folder = folder_for(spec, settings, fingerprint)
+    if (old := _whole_or_removed(folder)) is not None:
+        return _nothing_to_do(spec, folder, old)
+    for other in others_of_the_name(spec, settings):
+        logger.info(f"{other}; this data has a folder of its own")
     if spec.data.prepare == "stream":
         from ray_jobs.streaming import prepare_stream
 
-        if old is None:
-            return prepare_stream(spec, parallel, source, folder)
-        refuse_changed_source(spec.data, folder, old, stream_fingerprint(source))
-        return _nothing_to_do(spec, folder, old)
-    fingerprint = source_fingerprint(spec.data, source)
-    if old is not None:
-        refuse_changed_source(spec.data, folder, old, fingerprint)
-        return _nothing_to_do(spec, folder, old)
+        return prepare_stream(spec, parallel, source, folder)
     if not all(file.format in ("picture", "sound") for file in source.files):  # of pictures the same ones are counted
         refuse_same_files(fingerprint)
     check_repeatable(source.parts)
@@ -87,11 +86,14 @@ def prepare_data(spec: DataSpec, parallel: ParallelConfig, piece_bytes: int = PI
     from ray_jobs.ray_env import connect
 
     with held(job), connect(parallel):
+        if (old := _whole_or_removed(folder)) is not None and changed(old.source, fingerprint):
+            raise UserError(f"{folder} was prepared meanwhile from a source of the same name: run the command again")
         pieces = cut_pieces(source.inputs, piece_bytes)
         job, chosen = hold_out(spec, job, pieces, piece_bytes)
-        notes = run_pieces(job, pieces, piece_bytes)
+        left_out = find_duplicates(spec, job, pieces, piece_bytes)
+        notes = run_pieces(job, pieces, piece_bytes, select=spec.data.duplicates != "keep")
         shards = run_shards(spec, job, notes, source)
-        manifest = _finish(job, settings, fingerprint, notes, shards, chosen)
+        manifest = _finish(job, settings, fingerprint, notes, shards, chosen | left_out)
     _summary(folder, manifest, source, time.monotonic() - started)
     return manifest
 
@@ -100,9 +102,9 @@ def _prepare_mixture(spec: DataSpec, parallel: ParallelConfig, piece_bytes: int)
     """Prepares each source as the data set that it is by itself, and writes the manifest that says how they are mixed."""
     from ray_jobs.ray_env import connect
 
-    settings, folder = prepare_settings(spec), data_folder(spec)
+    settings = prepare_settings(spec)
     found = [(part, OtherData.of(spec, replace(spec.data, source=part.source, mixture=()))) for part in mixture_sources(spec.data)]
-    missing = [alone for _, alone in found if MANIFEST not in list_folder(data_folder(alone))]
+    missing = [alone for _, alone in found if find_folder(alone, prepare_settings(alone)) is None]
     for alone in missing:  # a mistake in the last source is found before the first is prepared
         resolve(alone.data, task_kind(alone))
     parts = []
@@ -111,11 +113,21 @@ def _prepare_mixture(spec: DataSpec, parallel: ParallelConfig, piece_bytes: int)
             manifest = prepare_data(alone, parallel, piece_bytes)
             parts.append(Component(part.name, part.share, data_folder(alone), manifest))
     manifest = mixture_manifest(settings, parts)
+    folder = _mixture_folder(spec, settings, manifest)
     if _whole_or_removed(folder) != manifest:
         keep_tokenizer(load_tokenizer(spec.data.tokenizer), folder)
         manifest.save(folder)
     logger.info(f"mixture of {' and '.join(f'{part.share:.1%} {part.name}' for part in parts)}: {folder}")
     return manifest
+
+
+def _mixture_folder(spec: DataSpec, settings: dict[str, Any], manifest: Manifest) -> str:
+    """The folder of a mixture: the one whose data sets lie where those of its manifest lie, else a new one."""
+    lie = [part["folder"] for part in manifest.mixture]
+    for each in prepared(spec.data, settings):
+        if each.manifest is not None and [part["folder"] for part in each.manifest.mixture] == lie:
+            return each.folder
+    return new_folder(spec.data, settings, lie)
 
 
 def _whole_or_removed(folder: str) -> Manifest | None:
@@ -157,7 +169,9 @@ def _finish(
     shards: dict[str, list[dict[str, Any]]],
     chosen: dict[str, Any],
 ) -> Manifest:
-    """Writes the manifest, and removes what is not part of the data set. `chosen`: how validation was held out."""
+    """Writes the manifest, and removes what is not part of the data set. `chosen`: how validation was held out, and what was
+    left out as duplicates.
+    """
     splits = {name: make_split(job, notes, shards[name], name) for name in shards}
     histograms = {name: histogram(job, name) for name in shards}
     skipped: Counter[str] = Counter()
@@ -237,10 +251,14 @@ def _summary(folder: str, manifest: Manifest, source: Source, seconds: float) ->
         share = manifest.splits["val"].rows / max(sum(split.rows for split in manifest.splits.values()), 1)
         groups = f" of {manifest.stats['groups']:,}{' times' * ('time' in how)}" if "groups" in manifest.stats else ""
         logger.info(f"  held out {how}{groups}: {share:.1%} of the rows")
-    if repeated := manifest.stats.get("repeated"):
-        logger.info(f"  repeated: {repeated:,} {what} have the content of another one; equal ones are of one split")
+    skip = "(--data.duplicates skip leaves them out)"
+    if (repeated := manifest.stats.get("repeated")) and "duplicates" not in manifest.stats:
+        logger.info(f"  repeated: {repeated:,} {what} have the content of another one; equal ones are of one split {skip}")
+    if found := manifest.stats.get("duplicates"):
+        counts = " and ".join(f"{count:,} {name}" for name, count in found.items() if count)
+        logger.info(f"  duplicates: {counts} {what} with the content of another one are left out")
     if shared := manifest.stats.get("shared_documents"):
-        logger.info(f"  shared: {shared:,} of the {manifest.splits['val'].documents:,} validation {what} occur in training, too")
+        logger.info(f"  shared: {shared:,} of the {manifest.splits['val'].documents:,} validation {what} occur in training, too {skip}")
     if empty := manifest.stats.get("empty_documents"):
         logger.info(f"  empty: {' and '.join(f'{count:,} {name}' for name, count in empty.items() if count)} documents have no text")
     for name, found in manifest.stats.get("long_texts", {}).items():

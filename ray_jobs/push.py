@@ -26,7 +26,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("name", help="OWNER/NAME on the hub")
     add_checkpoint_option(parser)
     add_trust_option(parser)
-    parser.add_argument("--format", choices=FORMATS, default=FORMATS[0], help="as of `perceiver export`")
+    parser.add_argument("--format", choices=FORMATS, default=FORMATS[0], help="format, as for `perceiver export`")
     parser.add_argument("--license", help="license of the weights, for the card: apache-2.0, mit, other, ... (default: none is stated)")
     parser.add_argument("--public", action="store_true", help="a new repository is public, not private")
     parser.add_argument("--yes", action="store_true", help="upload without asking")

@@ -1,4 +1,4 @@
-"""`perceiver reproduce RUN [--run]`: how a run was made; with `--run` it is made again, and its weights are compared bit by bit."""
+"""`perceiver reproduce RUN [--run]`: shows how a run was made; with `--run`, repeats it and compares the weights bit by bit."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def main(argv: list[str]) -> int:
     parser = CommandParser(prog=program("ray_jobs.reproduce"), description=summary(__doc__))
     parser.add_argument("run", help="folder or name of a run")
     parser.add_argument("--run", dest="again", action="store_true", help="train it again under another name, and compare the weights")
-    parser.add_argument("--name", help="of the new run; default: RUN-again")
+    parser.add_argument("--name", help="name of the new run; default: RUN-again")
     add_trust_option(parser)
     args = parser.parse_args(show_progress(argv))
     refuse_empty(args, ("run",))

@@ -1,6 +1,6 @@
-"""`perceiver runs [FOLDER]`: the runs in a folder: what they are, how far they are, and the command that continues each.
+"""`perceiver runs [FOLDER]`: lists the runs in a folder: what they are, their progress, and the command that continues each.
 
-Reads the JSON files of the runs' folders and nothing else, so that it is quick and needs no PyTorch.
+It reads only the JSON files in the runs' folders, so it is fast and needs no PyTorch.
 """
 
 from __future__ import annotations
@@ -33,13 +33,17 @@ _BARS = "▁▂▃▄▅▆▇█"
 def main(argv: list[str]) -> int:
     parser = CommandParser(prog=program("ray_jobs.runs"), description=summary(__doc__))
     parser.add_argument("folder", nargs="?", help="folder of runs; default: $PERCEIVER_HOME/runs")
-    parser.add_argument("--json", action="store_true", help="one JSON object a line")
-    parser.add_argument("--where", metavar="CONDITION", help='only runs that meet it: "optim.lr>1e-3 and val_acc>0.9"')
-    parser.add_argument("--sort", metavar="NAME", help="by a column, field or metric, lowest first")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per line")
+    parser.add_argument("--where", metavar="CONDITION", help='show only runs that satisfy this: "optim.lr>1e-3 and val_acc>0.9"')
+    parser.add_argument("--sort", metavar="NAME", help="sort by a column, field or metric, lowest first")
     parser.add_argument("--reverse", action="store_true", help="with --sort, highest first")
     parser.add_argument("--columns", metavar="NAME,NAME", help=f"columns, fields and metrics to show; default: {','.join(COLUMNS)}")
     parser.add_argument(
-        "--tag", metavar="TAG", action="append", default=[], help="only runs with this tag (perceiver tag); several: all of them"
+        "--tag",
+        metavar="TAG",
+        action="append",
+        default=[],
+        help="show only runs with this tag (perceiver tag); may be repeated: runs with all of them",
     )
     parser.add_argument(
         "--watch", metavar="SECONDS", nargs="?", type=float, const=2.0, help="show the list again every SECONDS (%(const)s) until Ctrl-C"

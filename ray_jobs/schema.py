@@ -1,7 +1,7 @@
-"""`perceiver schema [--out FILE]`: JSON Schema of experiment files, by which editors complete and check them.
+"""`perceiver schema [--out FILE]`: prints the JSON Schema of experiment files, for editors to complete and check them.
 
 With the first line `# yaml-language-server: $schema=FILE` in an experiment's .yaml file, editors with a YAML language server (VS Code,
-Neovim, Emacs) offer its fields with their descriptions and underline what is not a field.
+Neovim, Emacs) suggest its fields with their descriptions and underline unknown ones.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def main(argv: list[str]) -> int:
     parser = CommandParser(
         prog=program("ray_jobs.schema"), description=summary(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", metavar="FILE", help="write it there instead of printing it")
+    parser.add_argument("--out", metavar="FILE", help="write it to this file instead of printing it")
     args = parser.parse_args(argv)
     refuse_empty(args)
     # Here and not above: it takes all models and tasks.

@@ -1,8 +1,8 @@
-"""`python -m ray_jobs.serve RUN [--port 8000] [--replicas N]`: a trained model that answers requests over HTTP, by Ray Serve.
+"""`python -m ray_jobs.serve RUN [--port 8000] [--replicas N]`: serves a trained model over HTTP, with Ray Serve.
 
-POST /predict takes rows as JSON and answers what `perceiver predict` says of them; POST /stream continues a text piece by piece;
-GET /health says whether a model is ready; GET / is a page to try it. Rows of several requests are computed at once. Requests must bring
-a token (--token-file, or $PERCEIVER_SERVE_TOKEN) unless the server is reached from this machine alone.
+POST /predict takes rows as JSON and returns what `perceiver predict` writes for them; POST /stream continues a text piece by piece;
+GET /health tells whether a model is ready; GET / is a page for trying it. Rows of several requests are computed together. Requests must
+send a token (--token-file, or $PERCEIVER_SERVE_TOKEN) unless only this machine can reach the server.
 """
 
 from __future__ import annotations
@@ -56,16 +56,18 @@ def parse(argv: list[str]) -> tuple[ServeSettings, argparse.Namespace, Descripti
     parser.add_argument("--mode", choices=MODES, help="what to compute (default: what the model's task is for)")
     add_checkpoint_option(parser)
     add_trust_option(parser)
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0: all of the machine's (%(default)s)")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: all addresses of the machine (%(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="port to listen at (%(default)s)")
-    parser.add_argument("--token-file", help="file with the token that requests must bring (default: $PERCEIVER_SERVE_TOKEN)")
-    parser.add_argument("--replicas", type=int, default=1, help="models side by side, each on a GPU, or on a share of the CPUs (1)")
+    parser.add_argument("--token-file", help="file with the token that requests must send (default: $PERCEIVER_SERVE_TOKEN)")
+    parser.add_argument("--replicas", type=int, default=1, help="models that run in parallel, each on a GPU or on a share of the CPUs (1)")
     parser.add_argument("--batch-size", type=int, default=PredictOptions.batch_size, help="rows computed at once (%(default)s)")
-    parser.add_argument("--batch-wait", type=float, default=0.01, help="seconds that a row waits for others (%(default)s)")
+    parser.add_argument("--batch-wait", type=float, default=0.01, help="seconds that a row waits for others, at most (%(default)s)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: GPUs where the cluster has them")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of weights and computation")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="precision of weights and computation")
     parser.add_argument("--address", help="Ray cluster to join (default: that of $RAY_ADDRESS, else a new local one)")
-    add_generation_options(parser, PredictOptions(mode="generate"), "fill-mask: fills a row; generate: likely tokens to draw from")
+    add_generation_options(
+        parser, PredictOptions(mode="generate"), "fill-mask: predictions per row; generate: sample only from the k most likely tokens"
+    )
     args = parser.parse_args(argv)
     refuse_empty(args, ("run",))
     for name in ("replicas", "batch_size"):

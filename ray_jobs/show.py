@@ -1,4 +1,4 @@
-"""`perceiver show RUN`: all that is known of a run: how far it is, its metrics, checkpoints, evaluations, tags and note."""
+"""`perceiver show RUN`: shows all that is known about a run: its progress, metrics, checkpoints, evaluations, tags and note."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ray_jobs.runs import describe, print_table, sparkline
 def main(argv: list[str]) -> int:
     parser = CommandParser(prog=program("ray_jobs.show"), description=summary(__doc__))
     parser.add_argument("run", help="folder of a run, or its name among those of $PERCEIVER_HOME")
-    parser.add_argument("--fields", action="store_true", help="also all fields of its configuration")
+    parser.add_argument("--fields", action="store_true", help="also show all fields of its configuration")
     parser.add_argument("--json", action="store_true", help="print all of it as one JSON object")
     args = parser.parse_args(argv)
     refuse_empty(args, ("run",))

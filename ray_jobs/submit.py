@@ -1,6 +1,6 @@
-"""`python -m ray_jobs.submit [options] JOB [arguments]`: checks a job, submits it to a Ray cluster, follows it to its end.
+"""`python -m ray_jobs.submit [options] JOB [arguments]`: checks a job, submits it to a Ray cluster, and follows it to its end.
 
-The exit status is that of the job. Ctrl-C leaves the job running (or stops it, with `--on-interrupt stop`); `--follow ID` watches it again.
+The exit status is that of the job. Ctrl-C leaves the job running (or stops it, with `--on-interrupt stop`); `--follow ID` follows it again.
 """
 
 from __future__ import annotations
@@ -44,16 +44,16 @@ def main(argv: list[str]) -> int:
     parser = CommandParser(
         prog=program("ray_jobs.submit"), description=summary(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--address", help=f"of the cluster's dashboard; default $RAY_API_SERVER_ADDRESS or {DEFAULT_ADDRESS}")
-    parser.add_argument("--id", help="submission id; default: made from job, preset and time")
+    parser.add_argument("--address", help=f"address of the cluster's dashboard; default: $RAY_API_SERVER_ADDRESS or {DEFAULT_ADDRESS}")
+    parser.add_argument("--id", help="submission id; default: derived from job, preset and time")
     parser.add_argument("--no-wait", action="store_true", help="return when the job is accepted")
     parser.add_argument("--on-interrupt", choices=("detach", "stop"), default="detach", help="what Ctrl-C does (%(default)s)")
     parser.add_argument("--follow", metavar="ID", help="follow a job that was submitted before")
-    parser.add_argument("--working-dir", default=".", help="folder to upload, without what .rayignore names (%(default)s)")
+    parser.add_argument("--working-dir", default=".", help="folder to upload, except what .rayignore lists (%(default)s)")
     parser.add_argument("--runtime-env", type=Path, help="YAML with packages, such as cluster/runtime_env.yaml")
-    parser.add_argument("--patience", type=float, default=60, help="seconds to wait for a cluster that does not answer (%(default)g)")
+    parser.add_argument("--patience", type=float, default=60, help="seconds to wait for a cluster that does not respond (%(default)g)")
     parser.add_argument("job", nargs="?", help=f"one of {', '.join(JOBS)}")
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="of the job")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="arguments of the job")
     args = parser.parse_args(argv)
     if args.job in COMMANDS and COMMANDS[args.job].job:  # scaling-laws for scaling_laws, and the like
         args.job = COMMANDS[args.job].module.rpartition(".")[2]

@@ -30,8 +30,8 @@ from ray_jobs.runs import named_runs, print_table
 
 ACTIONS = {
     "rm": "Removes runs with all their files.",
-    "archive": "Packs each run into a file NAME.tar and removes its folder. tar -xf brings it back.",
-    "prune": "Removes all checkpoints of the worse runs, and of the best runs all but the best and the last. Metrics and settings stay.",
+    "archive": "Packs each run into a file NAME.tar and removes its folder. tar -xf restores it.",
+    "prune": "Removes all checkpoints of the worse runs, and all but the best and the last of the best runs. Metrics and settings stay.",
 }
 
 
@@ -43,15 +43,18 @@ def main(argv: list[str]) -> int:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="runs: folders, names among those of $PERCEIVER_HOME, or a folder of runs")
     parser.add_argument("--yes", action="store_true", help="do not ask")
     if action == "archive":
-        parser.add_argument("--to", metavar="FOLDER", help="where the files go; default: archive/ beside the folder of runs")
+        parser.add_argument("--to", metavar="FOLDER", help="folder for the files; default: archive/ next to the folder of runs")
     if action == "prune":
         parser.add_argument(
             "--keep", type=int, default=1, metavar="N", help="number of the best runs that keep their checkpoints (%(default)s)"
         )
         parser.add_argument(
-            "--metric", help="metric by which runs are ranked (val_acc); default: by what the first run chooses its best checkpoint"
+            "--metric",
+            help="metric by which runs are ranked (val_acc); default: the one by which the first run selects its best checkpoint",
         )
-        parser.add_argument("--unfinished", action="store_true", help="also those of unfinished runs, which then start from the beginning")
+        parser.add_argument(
+            "--unfinished", action="store_true", help="also remove checkpoints of unfinished runs, which then start from the beginning"
+        )
     args = parser.parse_args(rest)
     refuse_empty(args, ("runs",))
     found = list(named_runs(args.runs))

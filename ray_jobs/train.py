@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from perceiver import provenance
 from perceiver.checkpoints import CheckpointInfo, best_of
-from perceiver.config import Experiment, to_dict
+from perceiver.config import Experiment, UserError, to_dict
 from perceiver.data.components import Component
 from perceiver.data.manifest import Manifest
 from perceiver.data.storage import write_file
@@ -18,6 +18,7 @@ from perceiver.datasets import Dataset, with_tokenizer
 from perceiver.experiments import command_words
 from perceiver.extensions import code_of
 from perceiver.plots import png, training_curves
+from perceiver.prepared_folders import what_changed
 from perceiver.runs import Run
 from perceiver.tasks import build_task
 from perceiver.tasks.baselines import Baseline
@@ -39,7 +40,6 @@ from ray_jobs.program import program
 from ray_jobs.ray_env import joining
 from ray_jobs.recomputation import fit_memory
 from ray_jobs.seeds import Processes, parse_seeds, replicate, run_of, take_seeds, train_seeds
-from ray_jobs.source_hashes import check_source
 from ray_jobs.train_checks import (
     check_data,
     check_fork,
@@ -97,13 +97,18 @@ def room_for_seeds(experiment: Experiment, seeds: Sequence[int]) -> Iterator[Cap
     Where all are trained already no cluster is asked.
 
     Raises:
-        UserError: data that is not prepared, or a cluster without room for one of them.
+        UserError: data that is not prepared, or that has changed since one of them began, or a cluster without room for one of them.
     """
     experiment = with_tokenizer(experiment)
-    if all(run_of(replicate(experiment, seed)).result() is not None for seed in seeds):
+    runs = [run_of(replicate(experiment, seed)) for seed in seeds]
+    if all(run.result() is not None for run in runs):
         yield ONE
         return
     dataset = Dataset.find_early(experiment)
+    begun = next((run for run in runs if run.exists), None)
+    if begun is not None and (there := Dataset.find_prepared(experiment, begun.load(install_code=False)[1])) is not None:
+        if changes := what_changed(there.experiment, there.folder, there.manifest):  # seeds of different data are not a comparison
+            raise UserError(f"{changes}, which {begun.name} is trained on: choose another --run.name")
 
     from ray_jobs.preprocess import prepare
     from ray_jobs.ray_env import connect
@@ -123,6 +128,7 @@ def run(
     stop_at: int | None = None,
     allow_changed_code: bool = False,
     argv: Sequence[str] | None = None,
+    data: str | None = None,
 ) -> dict[str, float]:
     """Trains an experiment to its end, from its last checkpoint on if there is one, and returns its last metrics.
 
@@ -133,6 +139,7 @@ def run(
         stop_at: end with a validation and a checkpoint at this step, to be continued later.
         allow_changed_code: continue a run although the user's code in it has changed since it began.
         argv: the arguments of the command that asks for it, to be kept with the run; None: those that make the experiment.
+        data: digest of prepared data to train a new run on, whatever its source is now; None: what the source is now.
 
     Raises:
         UserError: a mistake in the experiment, data that is not prepared, another experiment under the same name.
@@ -160,7 +167,8 @@ def run(
     checkpoints = _checkpoints(trained, remote)
     fork = check_fork(experiment, trained, checkpoints)
     start = check_start(experiment, checkpoints) if fork is None else None
-    dataset = Dataset.find_early(experiment)
+    meant = trained.load(install_code=False)[1] if trained.exists else data if fork is None else fork.data
+    dataset = Dataset.find_early(experiment, meant)
 
     def check_prepared(data_folder: str, manifest: Manifest) -> None:
         check_validation(experiment, data_folder, manifest)
@@ -173,10 +181,11 @@ def run(
             check_longer(experiment, trained, manifest, steps)
 
     # What runs were trained on before is there, also where the job itself would prepare it.
-    known = dataset or (Dataset.find_prepared(experiment) if fork is not None or longer else None)
+    known = dataset or (Dataset.find_prepared(experiment, meant) if fork is not None or longer else None)
     if known is not None:
         check_prepared(known.folder, known.manifest)
-        check_source(known, begun_on=trained.load(install_code=False)[1] if trained.exists else None)
+        if meant is not None:
+            known.warn_of_changes()
         if not experiment.task.measured:
             check_guess(checked_task(experiment), known.parts)
 
@@ -192,7 +201,7 @@ def run(
             experiment, chosen = fit_memory(experiment, resources.gpu)
             if dataset is None:
                 prepare(experiment)
-                dataset = Dataset.find(experiment)
+                dataset = Dataset.find(experiment, meant)
             experiment, data_folder, manifest = dataset.measured(), dataset.folder, dataset.manifest
             check_prepared(data_folder, manifest)
             check_guess(checked_task(experiment), dataset.parts)

@@ -43,6 +43,7 @@ from ray_jobs.messages import SIGN_OF_LIFE
 from ray_jobs.metrics_export import MetricsExport
 from ray_jobs.ray_env import draining_nodes
 from ray_jobs.read_ahead import DATA_CPUS, DataShare
+from ray_jobs.spares import Spare
 from ray_jobs.watch import Steps, reporting
 
 logger = logging.getLogger(__name__)
@@ -83,7 +84,7 @@ def _train(
             world,
             run.folder,
             _reader(config, world),
-            [Reports(mailbox), MetricsExport(run.name), DataPatience(), Notice(), Interruption(mailbox), steps, first],
+            [Reports(mailbox), MetricsExport(run.name), DataPatience(), Notice(), Interruption(mailbox), steps, first, *_spare(config)],
             config["stop_at"],
         )
         training.run()
@@ -112,6 +113,10 @@ def _train(
         lines = traceback.format_exception(error)
         _note_failure(run, remote, False, f"worker {world.rank}:\n{''.join(lines)}")
         raise
+
+
+def _spare(config: dict[str, Any]) -> list[Callback]:
+    return [Spare(ray.train.get_context().get_local_world_size())] if config.get("spares") else []
 
 
 def _with_repair(error: DataFault, spec: DataSpec) -> str:

@@ -1,7 +1,7 @@
-"""`python -m tuning.report SWEEP` or `RUN ...`: the report of a sweep at any time, or of runs, as one HTML file that loads nothing.
+"""`python -m tuning.report SWEEP` or `RUN ...`: reports on a sweep, at any time, or on runs, as one HTML file.
 
-Of a sweep it prints the table and writes report.html, report.png, results.csv and results.parquet into its folder; of runs it writes a
-page with curves, classes, samples over steps, speed, events and configuration.
+The file is self-contained. For a sweep, the command prints the table and writes report.html, report.png, results.csv and
+results.parquet into its folder. For runs, it writes a page with curves, classes, samples over steps, speed, events and configuration.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ STATUSES = ("finished", "stopped", "diverged", "failed", "refused", "unfinished"
 def main(argv: list[str]) -> int:
     parser = CommandParser(prog=program("tuning.report"), description=summary(__doc__))
     parser.add_argument("names", nargs="+", metavar="RUN", help="a sweep, or runs: folders, names in $PERCEIVER_HOME, or a folder of runs")
-    parser.add_argument("--out", metavar="FILE", help="of runs: the page to write; default: report.html here")
-    parser.add_argument("--metric", help="of runs: what they are compared by (val_acc); default: what chooses the best checkpoint")
+    parser.add_argument("--out", metavar="FILE", help="for runs: the page to write; default: report.html in the current folder")
+    parser.add_argument("--metric", help="for runs: metric to compare by (val_acc); default: the one that selects the best checkpoint")
     args = parser.parse_args(argv)
     refuse_empty(args, ("names",))
     folder = _sweep_of(args.names[0])

@@ -1,7 +1,7 @@
 """`python -m tuning.scaling_laws clm-... --budgets 1e12,3e12 --channels 48,64,96,128`: trains isoFLOP studies of Perceiver AR.
 
-For each budget every width is trained on as many steps as the budget pays for, by the FLOPs that perceiver/costs/flops.py
-counts (prefix, latents and output apart, backward twice the forward). The study is a sweep of these trainings,
+For each budget, every width is trained for as many steps as the budget allows, by the FLOPs that perceiver/costs/flops.py
+counts (prefix, latents and output separately, the backward pass as twice the forward pass). The study is a sweep of these runs,
 so the same command continues it. Parabolas over model sizes give each budget's best size; a power law over the
 budgets gives the exponents, with intervals (tuning/power_law.py; arXiv 2203.15556, Section 3.2, Approach 2).
 """
@@ -44,13 +44,13 @@ def main(argv: list[str]) -> int:
     argv = show_progress(argv)
     parser = CommandParser(prog=program("tuning.scaling_laws"), description=summary(__doc__), allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("preset", help="of a causal language model")
+    parser.add_argument("preset", help="preset of a causal language model")
     parser.add_argument("--budgets", required=True, help="training FLOPs, separated by commas: at least two")
     parser.add_argument("--channels", required=True, help="widths of the model, separated by commas: at least three")
     parser.add_argument("--predict", type=float, help="a budget to predict the best size for")
     parser.add_argument("--name", help="folder of the study; default: the preset's name and -scaling")
     parser.add_argument("--storage", help="folder of all sweeps; default: $PERCEIVER_HOME/sweeps")
-    parser.add_argument("--concurrent", type=int, help="trainings at once; default: as many as the cluster has room for")
+    parser.add_argument("--concurrent", type=int, help="number of concurrent runs; default: as many as the cluster has room for")
     args, overrides = parser.parse_with_fields(argv, UNDOTTED)
     refuse_empty(args, ("preset",))
     budgets, channels = _numbers("budgets", args.budgets, 2), [int(c) for c in _numbers("channels", args.channels, 3)]

@@ -1,8 +1,8 @@
-"""`python -m tuning.sweep SWEEP [--trials N ...] [--field value ...]`: trains a preset many times with different settings, by Ray Tune.
+"""`python -m tuning.sweep SWEEP [--trials N ...] [--field value ...]`: trains a preset many times with different settings, with Ray Tune.
 
 The same command continues a sweep that was stopped or killed.
 
-Each trial is a training as `perceiver train` runs it, in a run folder of its own. The folder of a sweep holds its settings, the runs of
+Each trial is a training run as with `perceiver train`, in a run folder of its own. The folder of a sweep has its settings, the runs of
 its trials, Ray Tune's state, and the results.
 """
 
@@ -39,7 +39,6 @@ from ray_jobs.preflight import check_experiment
 from ray_jobs.program import program
 from ray_jobs.ray_env import connect
 from ray_jobs.seeds import parse_seeds
-from ray_jobs.source_hashes import check_source
 from ray_jobs.train_checks import ready_callbacks
 from tuning import report
 from tuning.constraints import COSTS
@@ -51,27 +50,27 @@ from tuning.settings import TUNE, check_folder, describe, forget_unbegun, settle
 from tuning.spaces import DOMAINS, check_space, draw, grids
 from tuning.sweeps import SWEEPS, Sweep, check_sweep, find_sweep, trial_experiment
 from tuning.trial import run_trial
-from tuning.trials import SETTINGS, TRIALS, prune
+from tuning.trials import SETTINGS, TRIALS, data_of_trials, prune
 
 logger = logging.getLogger("tuning.sweep")  # which __name__ is not where it is run as a program
 
 SAMPLES = 8
 """Drawn of a space to try its functions."""
 OPTIONS = {
-    "trials": (int, "samples of the space, each with every combination of its grids"),
+    "trials": (int, "number of samples from the space, each with every combination of the grids"),
     "search": (str, "how samples are drawn: random, or optuna (an extra package)"),
     "scheduler": (
         str,
-        "fifo: all trials run to the end; asha, hyperband: bad ones are stopped early; pbt: bad ones take over good ones' weights",
+        "fifo: all trials run to the end; asha, hyperband: bad trials are stopped early; pbt: bad trials take over weights of good ones",
     ),
-    "metric": (str, "what is compared: a validation metric of the task"),
-    "reports": (int, "validations of a whole training: the moments at which a scheduler can act"),
+    "metric": (str, "validation metric of the task by which trials are compared"),
+    "reports": (int, "number of validations in a whole training run, at which a scheduler can act"),
     "reduction": (int, "asha, hyperband: one of this number of trials continues at each rung"),
     "grace": (float, "asha: share of a whole training that every trial gets"),
     "perturb": (float, "pbt: share of a whole training between two exchanges"),
-    "against": (str, "what the report sets the metric against, and optuna searches by besides: parameters, flops, memory, seconds"),
-    "keep": (int, "best trials whose checkpoints are kept"),
-    "seed": (int, "seed of the samples (that of the trainings is training.seed)"),
+    "against": (str, "cost to weigh the metric against in the report, and to minimise with optuna: parameters, flops, memory, seconds"),
+    "keep": (int, "number of best trials whose checkpoints are kept"),
+    "seed": (int, "seed of the samples (the seed for training is training.seed)"),
 }
 """Fields of a sweep that the command line can change, with their types and help."""
 
@@ -82,29 +81,31 @@ def main(argv: list[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=filled(f"sweeps: {', '.join(SWEEPS)}, or file.py:function", "  "),
     )  # fmt: skip
-    parser.add_argument("sweep", help="a sweep, or with --space an experiment")
+    parser.add_argument("sweep", help="a sweep, or, with --space, an experiment")
     parser.add_argument(
         "--space", metavar="FIELD=DOMAIN", action="append", default=[],
-        help='what is varied, once for each field: "optim.lr=loguniform(1e-4,1e-2)"; domains: '
+        help='field to vary; may be repeated: "optim.lr=loguniform(1e-4,1e-2)"; domains: '
         f"{', '.join(DOMAINS)}. Or FILE.py:FUNCTION, which returns {{field: domain}}",
     )  # fmt: skip
     parser.add_argument(
         "--constraint", metavar="CONDITION", action="append", default=[],
-        help=f'what trials must keep to, refused before they train: "parameters<=2e6"; of {", ".join(COSTS)} and fields',
+        help=f'condition for trials, checked before they train: "parameters<=2e6"; of {", ".join(COSTS)} and fields',
     )  # fmt: skip
-    parser.add_argument("--seeds", help="a number of seeds, or seeds with commas: each sample is trained under all, and ranked by the mean")
+    parser.add_argument(
+        "--seeds", help="number of seeds, or seeds separated by commas: each sample is trained with all of them and ranked by the mean"
+    )
     parser.add_argument(
         "--warm-start", metavar="SWEEP", action="append", default=[],
-        help="an earlier sweep, by its name or folder, whose finished trials the search knows from the start (with --search optuna)",
+        help="an earlier sweep, by name or folder, whose finished trials the search starts with (with --search optuna)",
     )  # fmt: skip
     parser.add_argument(
         "--resume", action="store_true",
-        help="continue the sweep that is there, also with other settings: says what has changed, keeps the trials that fit, and draws "
-        "the rest anew; never begins another sweep",
+        help="continue an existing sweep, even with other settings: lists what has changed, keeps the trials that fit, and draws "
+        "the rest again; never begins a new sweep",
     )  # fmt: skip
     parser.add_argument("--name", help="folder of the sweep; default: the sweep's name")
     parser.add_argument("--storage", help="folder of all sweeps; default: $PERCEIVER_HOME/sweeps")
-    parser.add_argument("--concurrent", type=int, help="trials at once; default: as many as the cluster has room for")
+    parser.add_argument("--concurrent", type=int, help="number of concurrent trials; default: as many as the cluster has room for")
     for option, kind in OPTIONS.items():
         parser.add_argument(f"--{option}", type=kind[0], help=kind[1])
     args, overrides = parser.parse_with_fields(argv, UNDOTTED)
@@ -168,18 +169,18 @@ def run_sweep(sweep: Sweep, folder: Path, concurrent: int | None = None, resume:
         raise UserError("a sweep's trials have a fixed number of workers: say --workers N")
     check_experiment(base)
     ready_callbacks(base)
-    begun = (folder / SETTINGS).exists()
     changes = check_folder(sweep, folder, resume)
-    dataset = Dataset.find_early(base)
-    if dataset is not None:
-        check_source(dataset, begun_on=dataset.manifest.digest if begun else None)
+    begun_on = data_of_trials(folder)
+    dataset = Dataset.find_early(base, begun_on)
+    if dataset is not None and begun_on is not None:
+        dataset.warn_of_changes()
     # Ray Train frees what the workers of a stopped trial held by way of the dashboard's state service.
     with held(folder), connect(base.parallel, dashboard=True):
         if dataset is None:
             from ray_jobs.preprocess import prepare
 
             prepare(base)
-            dataset = Dataset.find(base)
+            dataset = Dataset.find(base, begun_on)
         capacity = plan_capacity(base.parallel, concurrent)
         edit = settle(sweep, folder, changes)
         size = edit.size if edit is not None else sweep.size
@@ -189,7 +190,7 @@ def run_sweep(sweep: Sweep, folder: Path, concurrent: int | None = None, resume:
         started = time.monotonic()
         try:
             if edit is None or edit.new:
-                fit(sweep, folder, base, capacity, steps, edit)
+                fit(sweep, folder, base, capacity, steps, dataset.manifest.digest, edit)
         except Exception:
             forget_unbegun(folder)
             raise
@@ -237,13 +238,18 @@ def _check_functions(sweep: Sweep, base: Experiment) -> None:
             trial_experiment(base, draw(sweep.space, random_state, combination))
 
 
-def fit(sweep: Sweep, folder: Path, base: Experiment, capacity: Capacity, steps: int, edit: Edit | None = None) -> None:
-    """Runs the trials with Ray Tune, or those that are not over yet. Each change of the settings begins a state of Ray Tune's."""
+def fit(sweep: Sweep, folder: Path, base: Experiment, capacity: Capacity, steps: int, data: str, edit: Edit | None = None) -> None:
+    """Runs the trials with Ray Tune, or those that are not over yet. Each change of the settings begins a state of Ray Tune's.
+
+    Args:
+        data: digest of the prepared data.
+    """
     examples = steps * base.training.global_batch_size
     parallel = replace(base.parallel, cpus_per_worker=capacity.cpus_per_worker, threads_per_worker=capacity.threads_per_worker)
     trust(code := code_of(base))  # which this process has imported, by whatever name
     settings = {
         "experiment": to_dict(replace(base, parallel=parallel, callbacks=ready_callbacks(base))),
+        "data": data,
         "code": dict(code.files),
         "reports": sweep.reports,
         "examples": examples,

@@ -44,7 +44,7 @@ def run_trial(config: dict[str, Any], settings: dict[str, Any]) -> None:
 
     Args:
         config: {"values": {dotted field: value}}.
-        settings: "experiment": what trials vary (plain data), "code": the source files that it needs,
+        settings: "experiment": what trials vary (plain data), "data": digest of its prepared data, "code": the source files that it needs,
             "reports" and "examples" of a whole training, "population" (bool), "constraints",
             "trials": folder of runs.
     """
@@ -88,7 +88,7 @@ def run_trial(config: dict[str, Any], settings: dict[str, Any]) -> None:
         refuse(settings["constraints"], experiment, found)
         _continue_from_donor(run, experiment, values)
         try:
-            metrics = train.run(experiment, on_report=report_saved)
+            metrics = train.run(experiment, on_report=report_saved, data=settings["data"])
         finally:
             over.set()
     except Exception as error:
@@ -100,7 +100,7 @@ def run_trial(config: dict[str, Any], settings: dict[str, Any]) -> None:
 
 def _experiment(base: Experiment, values: dict[str, Any], name: str, settings: dict[str, Any]) -> tuple[Experiment, int]:
     """The trial's experiment and its steps. Its reports and checkpoints fall on the same steps: nothing reported is taken again."""
-    dataset = Dataset.find(trial_experiment(base, values))
+    dataset = Dataset.find(trial_experiment(base, values), settings["data"])
     experiment = dataset.experiment
     steps = total_steps(experiment, dataset.manifest.splits["train"].rows)
     every = -(-steps // settings["reports"])  # a report comes when its share of the training is full

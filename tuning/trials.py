@@ -35,6 +35,12 @@ def read_settings(folder: Path) -> dict[str, Any]:
     return read_json(folder / SETTINGS)
 
 
+def data_of_trials(folder: Path) -> str | None:
+    """The digest of the data that a sweep's trials are trained on; None: none has begun."""
+    runs = (Run(path.parent) for path in sorted((folder / TRIALS).glob(f"*/{VALUES}")))
+    return next((run.load(install_code=False)[1] for run in runs if run.exists), None)
+
+
 def read_trials(folder: Path, place: str = TRIALS) -> list[Trial]:
     """All trials of a sweep, best first: those with the metric by its best value, then the others; with seeds by the mean over them.
 

@@ -55,6 +55,9 @@ class DataConfig(Config):
     prepare: Literal["shards", "stream"] = "shards"
     """shards: tokenize all text before the training. stream: tokenize the training text while training, and look only at the sizes of its
     files before (language models only; validation data is prepared as shards in any case)."""
+    duplicates: Literal["keep", "skip", "refuse"] = "keep"
+    """What to do with rows that have the content of another one (their number is said in any case). keep: take them; skip: leave them
+    out, those for training where one for validation has the content, too; refuse: stop and say how many there are."""
     on_error: Literal["raise", "skip"] = "raise"
     """What to do about an unreadable input file or row. raise: stop and name it; skip: leave it out and count it."""
     rows_per_block: int = 256
@@ -63,10 +66,10 @@ class DataConfig(Config):
     """Blocks of a shard file."""
     shuffle_window_blocks: int | None = None
     """Number of blocks whose rows are shuffled together. (The blocks themselves are permuted over the whole epoch.) None: 128 divided by
-    the lanes, or all blocks of a data set that has at most 16."""
+    the lanes, or all blocks if the data set has at most 16."""
     lanes: int | None = None
-    """Largest number of places in the epoch's order from which a global batch takes its rows. None: as many as the global batch has rows,
-    up to 512 (see docs/data.md)."""
+    """Largest number of lanes, parallel streams of the epoch's order, from which a global batch takes equal parts. None: as many as the
+    global batch has rows, up to 512 (see docs/data.md)."""
     balance: int | None = None
     """Draw training rows of all classes equally often, and a single row at most this many times in an epoch (10, say). Rows of rare
     classes are repeated, and frequent classes show only some of their rows in each epoch. None: every row once."""
@@ -103,7 +106,7 @@ class DataConfig(Config):
 
 
 class TokenizerTraining(Config):
-    """The training of a tokenizer. If OUT ends in .json, it is a tokenizer.json of Hugging Face's library, otherwise a SentencePiece
+    """Trains a tokenizer. If OUT ends in .json, it is a tokenizer.json of Hugging Face's library, otherwise a SentencePiece
     model.
     """
 

@@ -19,7 +19,7 @@ from perceiver.config.training import TrainingConfig
 
 
 class Experiment(Config):
-    """A training with all its settings."""
+    """A training run with all its settings."""
 
     preset: str = ""
     """What the command line named: a preset, module:function, file.py:function. Set by whoever finds the experiment."""

@@ -39,6 +39,9 @@ class ParallelConfig(Config):
     """CPUs to reserve in Ray for each worker; None: chosen so that data tasks still fit."""
     threads_per_worker: int | None = None
     """Compute threads of a CPU worker; None: the machine's cores divided by its workers."""
+    spare_workers: bool = True
+    """Keep a process ready for each worker, with PyTorch loaded, which replaces it if it is lost; half a minute after the first step, and
+    where the machine has 1 GiB free for each and 2 GiB besides."""
     wait_minutes: float = 0.0
     """How long to wait for the cluster to grow to the size that the run needs (its autoscaler is asked for machines). 0: do not wait;
     start with what is there, or fail."""

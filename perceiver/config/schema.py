@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import inspect
 import textwrap
 from enum import Enum
@@ -108,16 +109,23 @@ def _names(cls: type[Config]) -> list[str]:
 def field_documents(cls: type[Config]) -> dict[str, str]:
     """The docstrings that stand under the fields of a class and of those that it is made from."""
     found: dict[str, str] = {}
-    for base in reversed(cls.__mro__):
-        if not (isinstance(base, type) and issubclass(base, Config)) or base is Config:
-            continue
-        try:
-            (tree,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
-        except (OSError, TypeError, SyntaxError, ValueError):  # typed in, or its file has gone
-            continue
-        assert isinstance(tree, ast.ClassDef)
-        for field, text in zip(tree.body, tree.body[1:], strict=False):
-            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(text, ast.Expr):
-                if isinstance(text.value, ast.Constant) and isinstance(text.value.value, str):
-                    found[field.target.id] = " ".join(text.value.value.split())
+    bases: list[Any] = [base for base in reversed(cls.__mro__) if issubclass(base, Config) and base is not Config]
+    for base in bases:
+        found.update(_own_documents(base))
+    return found
+
+
+@functools.cache
+def _own_documents(cls: type[Any]) -> dict[str, str]:
+    """The docstrings under the fields that a class itself defines. Kept, as finding a class's source parses its whole file."""
+    try:
+        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+    except (OSError, TypeError, SyntaxError, ValueError):  # typed in, or its file has gone
+        return {}
+    assert isinstance(tree, ast.ClassDef)
+    found = {}
+    for field, text in zip(tree.body, tree.body[1:], strict=False):
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(text, ast.Expr):
+            if isinstance(text.value, ast.Constant) and isinstance(text.value.value, str):
+                found[field.target.id] = " ".join(text.value.value.split())
     return found

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 import pyarrow as pa
 
-from perceiver.data.preparation import PieceWriter, Preparation, ShardParts, content_hashes, splits_of
+from perceiver.data.preparation import PieceWriter, Preparation, ShardParts, content_hashes
 from perceiver.data.read_arrays import read_arrays
 from perceiver.data.rows import ArrayRows
 from perceiver.data.spans import Problems, Span
@@ -23,7 +23,7 @@ class ArrayPreparation(Preparation):
         for example, group in read_arrays(span, rows, problems, self.job.columns.group):
             content = rows.contents(example)
             alone = span.file.split == "hash" and group is None  # equal ones are of one split
-            for split, _ in splits_of(span.file, [group or content], self.job.val_fraction, self.job.held_out):
+            for split, _ in self.splits(span.file, [content], [group] if group else None):
                 writers[split].add_example(example, content, None if alone else content_hashes([content]))
 
     def keyed(self, span: Span, problems: Problems) -> Iterator[tuple[np.ndarray, np.ndarray]]:

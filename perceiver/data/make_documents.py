@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from perceiver.config import UserError
-from perceiver.data.preparation import Job, PieceWriter, Preparation, ShardParts, content_hashes, splits_of, strata
+from perceiver.data.preparation import Job, PieceWriter, Preparation, ShardParts, content_hashes, strata
 from perceiver.data.read_documents import Documents, read_documents
 from perceiver.data.rows import DocumentRows, TaggedDocumentRows
 from perceiver.data.spans import Problems, Span
@@ -32,12 +32,13 @@ class Encoded:
     hashes: np.ndarray | None
 
 
-def encoded(job: Job, span: Span, problems: Problems) -> Iterator[Encoded]:
+def encoded(preparation: Preparation, span: Span, problems: Problems) -> Iterator[Encoded]:
     """The documents of a part of the input as ids, by split."""
+    job = preparation.job
     assert job.tokenizer is not None
     for documents in read_documents(span, job.columns, problems):
         texts = [text.encode() for text in documents.texts]
-        for split, chosen in splits_of(span.file, documents.groups or texts, job.val_fraction, job.held_out):
+        for split, chosen in preparation.splits(span.file, texts, documents.groups):
             places = np.flatnonzero(chosen)
             ids, lengths = job.tokenizer.encode_batch([documents.texts[i] for i in places])
             counts = {
@@ -67,7 +68,7 @@ class DocumentPreparation(Preparation):
         return keyed(self.job, span, problems)
 
     def add(self, span: Span, problems: Problems, writers: Mapping[str, PieceWriter]) -> None:
-        for part in encoded(self.job, span, problems):
+        for part in encoded(self, span, problems):
             assert part.documents.labels is not None
             limit, labels = self.job.row_length, part.documents.labels[part.chosen]
             is_long = part.lengths > limit

@@ -15,7 +15,7 @@ from perceiver.data.files import InputFile
 from perceiver.data.flow_formats import NotFlow, read_flow
 from perceiver.data.flow_rows import FlowRows
 from perceiver.data.images import BadImage, decode_image
-from perceiver.data.preparation import PieceWriter, Preparation, ShardParts, content_hashes, splits_of
+from perceiver.data.preparation import PieceWriter, Preparation, ShardParts, content_hashes
 from perceiver.data.rows import BadExample
 from perceiver.data.spans import Problems, Span, Unreadable
 from perceiver.data.storage import open_folder
@@ -45,7 +45,7 @@ class FlowPreparation(Preparation):
                 continue
             together = group or example["flow"]
             content = rows.contents(example)
-            for split, _ in splits_of(span.file, [together], self.job.val_fraction):
+            for split, _ in self.splits(span.file, [content], [together]):
                 writers[split].add_example(example, content, None if span.file.split == "hash" else content_hashes([content]))
 
     def block(self, shard: ShardParts, first: int, num: int) -> pa.Table:

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from perceiver.data.columns import fixed_column
-from perceiver.data.preparation import PieceWriter, Preparation, ShardParts, content_hashes, splits_of, strata
+from perceiver.data.preparation import PieceWriter, Preparation, ShardParts, content_hashes, strata
 from perceiver.data.read_images import read_images
 from perceiver.data.rows import ImageRows, TaggedImageRows
 from perceiver.data.spans import Problems, Span
@@ -27,7 +27,7 @@ class ImagePreparation(Preparation):
         for images in read_images(span, self.job.columns, problems):
             pixels = np.ascontiguousarray(images.pixels)
             contents = [image.tobytes() for image in pixels]
-            for split, chosen in splits_of(span.file, images.groups or contents, self.job.val_fraction, self.job.held_out):
+            for split, chosen in self.splits(span.file, contents, images.groups):
                 values = pixels[chosen].reshape(-1)
                 num = int(np.count_nonzero(chosen))
                 counts = {"rows": num, "bytes": values.nbytes, "documents": num}

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from perceiver.data.media_rows import PhotoRows
-from perceiver.data.preparation import PieceWriter, Preparation, ShardParts, content_hashes, splits_of
+from perceiver.data.preparation import PieceWriter, Preparation, ShardParts, content_hashes
 from perceiver.data.read_photos import read_photos
 from perceiver.data.spans import Problems, Span
 
@@ -26,7 +26,7 @@ class PhotoPreparation(Preparation):
         for photo in read_photos(span, self.job.columns, problems):
             alone = span.file.split == "hash" and photo.group is None  # equal ones are of one split
             hashes = None if alone else content_hashes([photo.content])
-            for split, _ in splits_of(span.file, [photo.group or photo.content], self.job.val_fraction, self.job.held_out):
+            for split, _ in self.splits(span.file, [photo.content], [photo.group] if photo.group else None):
                 writers[split].add_example({"image": photo.content, "label": photo.label}, photo.content, hashes, photo.label)
 
     def block(self, shard: ShardParts, first: int, num: int) -> pa.Table:

@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from perceiver.data.columns import fixed_column
 from perceiver.data.media_rows import SoundRows
-from perceiver.data.preparation import PieceWriter, Preparation, ShardParts, content_hashes, splits_of
+from perceiver.data.preparation import PieceWriter, Preparation, ShardParts, content_hashes
 from perceiver.data.read_sounds import read_sounds
 from perceiver.data.spans import Problems, Span
 
@@ -30,7 +30,7 @@ class SoundPreparation(Preparation):
             alone = span.file.split == "hash" and sound.group is None  # equal ones are of one split
             counts = {"rows": 1, "documents": 1, "bytes": len(content)}
             counts |= {"cut": int(sound.original_length > length), "filled": int(sound.original_length < length)}
-            for split, _ in splits_of(span.file, [sound.group or content], self.job.val_fraction, self.job.held_out):
+            for split, _ in self.splits(span.file, [content], [sound.group] if sound.group else None):
                 hashes = None if alone else content_hashes([content])
                 writers[split].add(sound.samples, counts, np.array([sound.label]), None, hashes)
 

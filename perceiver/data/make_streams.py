@@ -12,7 +12,7 @@ from perceiver.data.examples import ExamplePart
 from perceiver.data.files import InputFile
 from perceiver.data.make_documents import encoded, keyed
 from perceiver.data.midi import NOTE_OFF
-from perceiver.data.preparation import Job, PieceWriter, Preparation, ShardParts, content_hashes, splits_of
+from perceiver.data.preparation import Job, PieceWriter, Preparation, ShardParts, content_hashes
 from perceiver.data.read_midi import read_performance
 from perceiver.data.rows import EventRows, TokenRows
 from perceiver.data.spans import Problems, Span
@@ -40,7 +40,7 @@ class TokenPreparation(StreamPreparation):
         return keyed(self.job, span, problems)
 
     def add(self, span: Span, problems: Problems, writers: Mapping[str, PieceWriter]) -> None:
-        for part in encoded(self.job, span, problems):
+        for part in encoded(self, span, problems):
             documents, chosen = part.documents, part.chosen
             marks = document_marks(self.job, span.file)
             ids = join_documents(part.ids, part.lengths, documents.begins[chosen], documents.complete[chosen], *marks)
@@ -59,7 +59,7 @@ class EventPreparation(StreamPreparation):
             size = -(-(len(events) + 1) // length) * length
             ids = np.full(size, fill_id, np.uint16)
             ids[1 : len(events) + 1] = events
-            for split, _ in splits_of(span.file, [content], self.job.val_fraction):
+            for split, _ in self.splits(span.file, [content]):
                 counts = {"tokens": size, "bytes": len(content), "words": int(np.count_nonzero(events < NOTE_OFF)), "documents": 1}
                 writers[split].add(ids, counts, None, None, None if span.file.split == "hash" else content_hashes([content]))
 

@@ -125,6 +125,7 @@ class Manifest:
     the splits are different files; "empty_documents": how many documents have no ids, by split, where there are any;
     "held_out": "by class" or "by group", where validation was chosen so; "repeated": how many rows have the content of another one
     ("by class"); "groups": how many there are ("by group");
+    "duplicates": how many rows were left out because another one has their content, by split;
     "fitted": how many sounds were cut, and how many filled up with silence, by split;
     "long_texts": how many documents are longer than a row, by split, tokens of all, and how many of these are lost.
     """

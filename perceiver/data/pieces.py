@@ -23,7 +23,7 @@ from perceiver.data import (  # noqa: F401  (they make themselves known)
 from perceiver.data.examples import ExamplePart
 from perceiver.data.files import CUT, InputFile
 from perceiver.data.manifest import SPLITS
-from perceiver.data.preparation import Job, PieceWriter
+from perceiver.data.preparation import Job, PieceWriter, Selection
 from perceiver.data.spans import SECTION, Problems, Span, Unreadable
 from perceiver.data.storage import list_folder, read_file, write_file
 from perceiver.data.tables import parquet_rows
@@ -77,13 +77,17 @@ def _spans(file: InputFile, piece_bytes: int) -> Iterator[tuple[Span, int]]:
             yield Span(file, first, min(first + step, file.size)), min(step, file.size - first)
 
 
-def make_piece(job: Job, index: int, piece: Piece) -> dict[str, Any]:
+def make_piece(job: Job, index: int, piece: Piece, selection: Selection | None = None) -> dict[str, Any]:
     """Pass 1 for one piece: its files in the staging folder, and the note on it, which is also returned.
+
+    Args:
+        selection: what leaves out duplicates.
 
     Raises:
         UserError: faults in the input, the first few together.
     """
     problems, preparation = Problems(job.skip, FAULTS_AT_ONCE), job.preparation(job)
+    preparation.selection = selection
     with ExitStack() as stack:
         writers = {split: PieceWriter(job, index, split, stack) for split in SPLITS}
         for span in piece.spans:

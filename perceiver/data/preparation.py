@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, ClassVar, Literal
@@ -28,6 +28,10 @@ from perceiver.data.tokenizers import Tokenizer
 
 _MOST_ROWS, _BATCH_BYTES = 1024, 8 << 20
 """Rows of arrays that are gathered before they are written, at most, and their bytes."""
+Splits = Iterator[tuple[str, np.ndarray]]
+"""Names of splits, with which of the documents (or images) go there: bool (n,)."""
+Selection = Callable[[Splits, Sequence[bytes]], Splits]
+"""What takes documents out of splits: their contents are given one call after the other."""
 _COUNTED_AT_ONCE = 1 << 16
 """Values counted by one call: what it makes of them then stays in the cache."""
 
@@ -101,6 +105,8 @@ class Preparation(ABC):
 
     def __init__(self, job: Job) -> None:
         self.job = job
+        self.selection: Selection | None = None
+        """What leaves out duplicates (`duplicates.py`)."""
 
     @staticmethod
     def of(kind: str) -> type[Preparation]:
@@ -123,6 +129,14 @@ class Preparation(ABC):
         None: validation cannot be chosen by class or group. Where it is, `add` gives `splits_of` what the keys are hashes of.
         """
         return None
+
+    def splits(self, file: InputFile | ExamplePart, contents: Sequence[bytes], groups: Sequence[bytes] | None = None) -> Splits:
+        """The splits that a file's documents go to, with which ones: those of equal content, or group, to the same.
+
+        Those that are left out as duplicates go nowhere. `add` asks this once for each document, in order.
+        """
+        found = splits_of(file, groups or contents, self.job.val_fraction, self.job.held_out)
+        return found if self.selection is None else self.selection(found, contents)
 
     @abstractmethod
     def block(self, shard: ShardParts, first: int, num: int) -> pa.Table:
@@ -283,9 +297,7 @@ def content_hashes(contents: Sequence[bytes]) -> np.ndarray:
     return np.frombuffer(data, ">u8").astype(np.uint64)
 
 
-def splits_of(
-    file: InputFile | ExamplePart, contents: Any, val_fraction: float, held_out: np.ndarray | None = None
-) -> Iterator[tuple[str, np.ndarray]]:
+def splits_of(file: InputFile | ExamplePart, contents: Any, val_fraction: float, held_out: np.ndarray | None = None) -> Splits:
     """The splits that a file's documents go to, with which ones; those of equal contents (their own, or their groups') go to the same."""
     if file.split != "hash":
         yield file.split, np.ones(len(contents), bool)

@@ -72,15 +72,15 @@ def check_stop(stop: Sequence[str]) -> None:
 def add_generation_options(parser: ArgumentParser, defaults: GenerationOptions, top_k_help: str) -> None:
     """Adds the options of generation to a command line."""
     shown = "(default: %(default)s)"
-    seed = "another one each time" if defaults.seed is None else "%(default)s"
+    seed = "a different one each time" if defaults.seed is None else "%(default)s"
     group = parser.add_argument_group("generation")
     group.add_argument("--max-new-tokens", type=int, default=defaults.max_new_tokens, help=f"length of continuations in tokens {shown}")
-    group.add_argument("--temperature", type=float, default=defaults.temperature, help=f"0 takes the most likely token {shown}")
+    group.add_argument("--temperature", type=float, default=defaults.temperature, help=f"0 always takes the most likely token {shown}")
     group.add_argument("--top-k", type=int, help=top_k_help)
-    group.add_argument("--top-p", type=float, help="sample only from the fewest tokens with this probability together")
-    group.add_argument("--num-latents", type=int, help="prompt tokens that start as latents (default: all that can)")
+    group.add_argument("--top-p", type=float, help="sample only from the smallest set of most likely tokens with this total probability")
+    group.add_argument("--num-latents", type=int, help="number of prompt tokens that start as latents (default: as many as possible)")
     group.add_argument("--stop", nargs="+", default=(), metavar="TEXT", help="strings that end a continuation")
-    group.add_argument("--seed", type=int, default=defaults.seed, help=f"of the sampling (default: {seed})")
+    group.add_argument("--seed", type=int, default=defaults.seed, help=f"seed of the sampling (default: {seed})")
 
 
 def given_generation_options(args: Namespace) -> dict[str, Any]:

@@ -66,12 +66,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add_checkpoint_option(parser)
     add_trust_option(parser)
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, ...")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of weights and computation")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="precision of weights and computation")
     if chosen == "fill_mask":
-        parser.add_argument("--top-k", type=int, help="number of fills of each text (5)")
+        parser.add_argument("--top-k", type=int, help="number of predictions for each text (5)")
     else:
         top_k = "sample only from the k most likely tokens"
-        top_k += "" if chosen == "generate" else "; number of fills (5) or classes (3)"
+        top_k += "" if chosen == "generate" else "; number of predicted fills (5) or classes (3)"
         add_generation_options(parser, GenerationOptions(temperature=0.8), top_k)
     return parser.parse_args(words)
 

@@ -22,7 +22,7 @@ def evaluate(trained: TrainedModel, batches: int | None = None) -> dict[str, flo
         raise UserError(f"{trained.name} cannot be evaluated: it was not loaded from a run, which would know its validation data")
     if batches is not None and batches < 1:
         raise UserError(f"batches is {batches} and must be at least 1, or None for all")
-    dataset = Dataset.find(OtherData.of(experiment, trained.data))
+    dataset = Dataset.find(OtherData.of(experiment, trained.data), trained.provenance.get("data"))
     data, training, size = dataset.experiment.data, experiment.training, experiment.parallel.micro_batch_size
     task = trained.task.build(trained.config, data, trained.seed)
     loaders = val_loaders(task, dataset.folder, dataset.manifest, data=data, training=training, micro_batch_size=size)

@@ -99,7 +99,10 @@ def test_texts_that_occur_twice_are_counted_and_of_one_split(tmp_path):
     write_jsonl(tmp_path / "twice.jsonl", [*rows, *rows[:30], *({**row, "label": 1} for row in rows[:5])])
     with logged() as lines:
         folder, manifest = prepared("txt-clf-imdb-all", tmp_path / "out", tmp_path / "twice.jsonl")
-    assert "  repeated: 35 documents have the content of another one; equal ones are of one split" in lines
+    assert (
+        "  repeated: 35 documents have the content of another one; equal ones are of one split (--data.duplicates skip leaves them out)"
+        in lines
+    )
     assert not texts_of(folder, manifest, "train") & texts_of(folder, manifest, "val")
 
 

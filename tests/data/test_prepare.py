@@ -4,7 +4,6 @@ import gzip
 import json
 import shutil
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -12,17 +11,20 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from perceiver import prepared_folders
 from perceiver.config import UserError
+from perceiver.data import source_hashes
 from perceiver.data.columns import fixed_array
 from perceiver.data.manifest import MANIFEST, Manifest
 from perceiver.data.shards import read_block
+from perceiver.data.source_hashes import HASHES
+from perceiver.data.storage import file_hash
 from perceiver.data.tokenizers import CLS, EOS, SEP, TOKENIZER, ByteTokenizer, load_tokenizer
-from perceiver.datasets import Dataset, data_folder, with_prepared_tokenizer, with_tokenizer
+from perceiver.datasets import Dataset, NotPrepared, data_folder, with_prepared_tokenizer, with_tokenizer
 from perceiver.runs import Run
 from perceiver.training.run import save_experiment
-from ray_jobs import passes, preprocess, ray_env, source_hashes
+from ray_jobs import lr_find, passes, preprocess
 from ray_jobs.cli import main_entry, parse_experiment
-from ray_jobs.source_hashes import HASHES, check_source
 from tests.support import preparing
 from tests.support.logged import logged
 from tests.support.preparing import content, experiment, load_prepared, rows_of, stream_of, texts, write_idx, write_jsonl, write_parquet
@@ -279,66 +281,133 @@ def test_the_manifest_holds_no_places_and_no_times(tmp_path):
     assert results[0] == results[1]
 
 
-def test_a_changed_source_is_refused(tmp_path):
+def test_data_of_a_source_that_was_edited_is_prepared_beside_that_of_before(tmp_path):
     source = mixed_input(tmp_path / "in")
     chosen = experiment("clm-wikitext", tmp_path / "out", source, val_fraction=0.2)
-    prepare(chosen)
-    with open(source / "d.txt", "a") as file:
-        file.write("more\n")
-    with pytest.raises(UserError, match=r"is not what .* was prepared from \(in/d.txt\)"):
-        prepare(chosen)
+    folder, before = prepare(chosen)
+    kept = content(folder)
+    (source / "d.txt").write_text("other text\n" * 30)
+    with pytest.raises(NotPrepared, match=rf"is not prepared: run `.*` \({folder} was prepared from other content: in/d.txt\)"):
+        Dataset.find(chosen)
+    with logged() as lines:
+        again, after = prepare(chosen)
+    assert lines[0] == f"{folder} was prepared from other content: in/d.txt; this data has a folder of its own"
+    assert again.startswith(f"{folder}-") and after.digest != before.digest and content(folder) == kept
+    assert Dataset.find(chosen, before.digest).folder == folder, "a run keeps what it began with"
+    (source / "d.txt").write_text("some text\n" * 30)
+    assert Dataset.find(chosen).folder == folder, "as it was: the data is there"
+    assert not list((tmp_path / "out").glob(".staging*"))
 
 
-def test_data_that_was_prepared_from_other_files_is_not_trained_on(tmp_path):
-    """Files of the same name share a folder of prepared data: two tables that are both called train.csv, or one that was edited."""
+def test_sources_of_one_name_have_a_folder_each_which_every_spelling_finds(tmp_path, monkeypatch):
+    """Two tables that are both called train.csv, say: what counts is what they hold, not where they lie."""
+    roots = {}
+    for name in ("one", "two", "copy"):
+        (tmp_path / name).mkdir()
+        source = mixed_input(tmp_path / name / "in")
+        if name == "two":
+            (source / "d.txt").write_text((source / "d.txt").read_text()[::-1])  # of the same size
+        roots[name] = experiment("clm-wikitext", tmp_path / "out", source, val_fraction=0.2)
+    first, _ = prepare(roots["one"])
+    second, other = prepare(roots["two"])
+    assert second.startswith(f"{first}-") and other.digest != Manifest.load(first).digest
+    fresh, _ = prepare(replace(roots["two"], data=replace(roots["two"].data, root=str(tmp_path / "elsewhere"))))
+    assert content(fresh) == content(second), "the content does not depend on the folder's name"
+    monkeypatch.chdir(tmp_path / "two")
+    for source, folder in {
+        str(tmp_path / "copy" / "in"): first,
+        "../one/in/": first,
+        "in": second,
+        "./in": second,
+        "../two/in": second,
+    }.items():
+        chosen = experiment("clm-wikitext", tmp_path / "out", source, val_fraction=0.2)
+        assert Dataset.find(chosen).folder == data_folder(chosen) == folder
+        with logged() as lines:
+            prepare(chosen)
+        assert len(lines) == 1 and lines[0].endswith(f"nothing to do: {folder}")
+    for name in ("one", "two", "copy"):
+        shutil.rmtree(tmp_path / name)
+    with pytest.raises(UserError, match=r"one/in is not on this machine, and data was prepared from 2 sources of that name \("):
+        Dataset.find(roots["one"])
+    assert Dataset.find(roots["one"], other.digest).folder == second
+    shutil.rmtree(second)
+    assert Dataset.find(roots["two"]).folder == first, "on another machine there may be nothing but the prepared data"
+
+
+def test_a_damaged_manifest_of_one_of_two_sources_is_prepared_again_in_its_place(tmp_path):
+    chosen = []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        source = mixed_input(tmp_path / name / "in")
+        (source / "d.txt").write_text(f"{name}\n" * 30)
+        chosen.append(experiment("clm-wikitext", tmp_path / "out", source, val_fraction=0.2))
+    folders = [prepare(each)[0] for each in chosen]
+    before = [content(folder) for folder in folders]
+    for each, folder in zip(chosen, folders, strict=True):
+        (Path(folder) / MANIFEST).write_text("{")
+        assert prepare(each)[0] == folder
+    assert [content(folder) for folder in folders] == before
+
+
+def test_a_mixture_finds_the_data_of_its_sources_as_they_are_now(tmp_path):
+    write_jsonl(tmp_path / "more.jsonl", [{"text": text.upper()} for text in texts(60)])
     source = mixed_input(tmp_path / "in")
-    chosen = experiment("clm-wikitext", tmp_path / "out", source, val_fraction=0.2)
-    prepare(chosen)
-    there = Dataset.find(chosen)
-    check_source(there)
-    (tmp_path / "elsewhere").mkdir()
-    other = mixed_input(tmp_path / "elsewhere" / "in")
-    moved = experiment("clm-wikitext", tmp_path / "out", other, val_fraction=0.2)
-    check_source(Dataset.find(moved))  # the same content
-    content = (other / "d.txt").read_text()
-    (other / "d.txt").write_text(content[::-1])  # of the same size
-    with pytest.raises(UserError, match=r"elsewhere/in is not what .* was prepared from \(in/d.txt\): it has changed, or is another one"):
-        check_source(Dataset.find(moved))
-    with logged() as lines:  # a run keeps what it began with
-        check_source(Dataset.find(moved), begun_on=there.manifest.digest)
-    assert len(lines) == 1 and "the run continues with the data that it began with" in lines[0]
-    shutil.rmtree(other)
-    check_source(Dataset.find(moved))  # on another machine there may be nothing but the prepared data
+    mixture = (f"{source}=1", f"{tmp_path / 'more.jsonl'}=1")
+    chosen = experiment("clm-wikitext", tmp_path / "out", "", val_fraction=0.2, mixture=mixture)
+    first, before = prepare(chosen)
+    (source / "d.txt").write_text("other text\n" * 30)
+    with pytest.raises(NotPrepared, match="was prepared from other content: in/d.txt"):
+        Dataset.find(chosen)
+    second, after = prepare(chosen)
+    old, new = Dataset.find(chosen, before.digest), Dataset.find(chosen)
+    assert (old.folder, new.folder) == (first, second) and second.startswith(f"{first}-")
+    assert [a.folder == b.folder for a, b in zip(old.parts, new.parts, strict=True)] == [False, True]
+    (source / "d.txt").write_text("some text\n" * 30)
+    assert prepare(chosen)[0] == first
 
 
-@pytest.mark.parametrize("job", ["ray_jobs.train", "ray_jobs.lr_find", "tuning.sweep"])
-def test_every_job_that_trains_refuses_data_that_was_prepared_from_other_files_before_ray(job, tmp_path, monkeypatch):
+def test_a_job_that_prepares_nothing_says_that_data_was_prepared_from_other_content(tmp_path):
     source = mixed_input(tmp_path / "in")
     small = ["--data.val-fraction", "0.2", "--model.max-seq-len", "16", "--model.max-latents", "8", "--task.sample-tokens", "0"]
-    places = ["--data.root", str(tmp_path / "out"), "--run.storage", str(tmp_path / "runs")]
-    words = ["clm-wikitext-small", "--data.source", str(source), *places, *small]
-    prepare(parse_experiment(words, job))
+    words = ["clm-wikitext-small", "--data.source", str(source), "--data.root", str(tmp_path / "out"), *small]
+    prepared = prepare(parse_experiment(words, "ray_jobs.lr_find"))[1]
     with open(source / "d.txt", "a") as file:
         file.write("more\n")
-    monkeypatch.setattr(ray_env, "connect", lambda *_, **__: pytest.fail("Ray was started"))
-    more = ["--space", "optim.lr=loguniform(1e-4, 1e-3)"] if job == "tuning.sweep" else []
-    with pytest.raises(UserError, match=r"is not what .* was prepared from \(in/d.txt\)"):
-        import_module(job).main([*words, *more])
-    assert not list(tmp_path.glob("runs/*"))
+    with pytest.raises(UserError, match=r"is not prepared: .* was prepared from other content: in/d.txt"):
+        lr_find.main(words)
+    chosen = parse_experiment(words, "ray_jobs.train")
+    assert Dataset.find_early(chosen) is None, "a training prepares it at once"
+    begun = Dataset.find_early(chosen, prepared.digest)
+    with logged() as lines:
+        begun.warn_of_changes()
+    assert len(lines) == 1 and lines[0].endswith("(in/d.txt): the training goes on with what it was prepared from")
 
 
-def test_of_very_large_files_a_training_compares_names_and_sizes(tmp_path, monkeypatch):
+def test_very_large_files_are_read_only_where_names_and_sizes_do_not_decide(tmp_path, monkeypatch):
     source = mixed_input(tmp_path / "in")
     chosen = experiment("clm-wikitext", tmp_path / "out", source, val_fraction=0.2)
-    prepare(chosen)
-    monkeypatch.setattr(source_hashes, "CHECKED_BYTES", 0)
-    monkeypatch.setattr(source_hashes, "file_hash", lambda *place: pytest.fail("read"))
+    first, _ = prepare(chosen)
+    read = []
+
+    def hashed(*place):
+        read.append(place)
+        return file_hash(*place)
+
+    monkeypatch.setattr(prepared_folders, "CHECKED_BYTES", 0)
+    monkeypatch.setattr(source_hashes, "file_hash", hashed)
     (tmp_path / "out" / HASHES).unlink()
-    check_source(Dataset.find(chosen))
+    assert Dataset.find(chosen).folder == first and not read
+    (source / "d.txt").write_text("text some\n" * 30)
+    assert Dataset.find(chosen).folder == first, "of the same size"
+    second, _ = prepare(chosen)
+    (tmp_path / "out" / HASHES).unlink()
+    read.clear()
+    assert Dataset.find(chosen).folder == second != first and read
     with open(source / "d.txt", "a") as file:
         file.write("more\n")
-    with pytest.raises(UserError, match=r"is not what .* was prepared from \(in/d.txt\)"):
-        check_source(Dataset.find(chosen))
+    with pytest.raises(NotPrepared):
+        Dataset.find(chosen)
 
 
 def test_prepared_data_that_cannot_be_written_to_is_trained_on(tmp_path, monkeypatch):
@@ -351,7 +420,7 @@ def test_prepared_data_that_cannot_be_written_to_is_trained_on(tmp_path, monkeyp
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(source_hashes, "write_file", refuse)
-    check_source(Dataset.find(chosen))
+    Dataset.find(chosen)
 
 
 def test_a_damaged_data_set_is_refused_and_prepared_again(tmp_path):

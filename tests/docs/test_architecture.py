@@ -50,7 +50,10 @@ ARROWS = {
         "perceiver.trust",
     },
     "perceiver.data_settings": {"perceiver.config", "perceiver.data"},
-    "perceiver.datasets": {"perceiver.config", "perceiver.data", "perceiver.data_settings", "perceiver.experiments"},
+    "perceiver.prepared_folders": {"perceiver.config", "perceiver.data", "perceiver.data_settings"},
+    "perceiver.datasets": {
+        "perceiver.config", "perceiver.data", "perceiver.data_settings", "perceiver.experiments", "perceiver.prepared_folders",
+    },
     "perceiver.interop": {"perceiver.config", "perceiver.models"},
     "perceiver.training": {
         "perceiver.checkpoints", "perceiver.config", "perceiver.costs", "perceiver.data", "perceiver.disk", "perceiver.extensions",

@@ -13,6 +13,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
@@ -27,17 +28,21 @@ COMMAND = [
 ]  # fmt: skip
 PATIENCE = 240.0
 """Seconds within which a new step must come after a fault."""
+PHASES = ("the run restarts from its last checkpoint", "continuing from step", "a new step")
+"""What follows a fault: lines of the command, that the loss was noticed and that the workers have the checkpoint; and a new step."""
 
 
-def goodput(home: Path, minutes: float, every: float, seed: int) -> float:
+def goodput(home: Path, minutes: float, every: float, seed: int, words: Sequence[str] = ()) -> float:
     """The part of the time in which new steps were taken; says what each fault cost.
 
     Args:
         minutes: no fault is caused after this time.
         every: seconds of training from a new step after a fault to the next fault.
+        words: of the command line, besides.
     """
-    rng, job, run = random.Random(seed), Job("ray_jobs.train", *COMMAND, home=home), Run(home / "runs" / "goodput")
-    costs, redone = [], []
+    rng, job, run = random.Random(seed), Job("ray_jobs.train", *COMMAND, *words, home=home), Run(home / "runs" / "goodput")
+    costs: list[list[float]] = []
+    redone = []
     try:
         job.wait_for_step(run.folder, 20)
         begin, first = time.monotonic(), run.last_step()
@@ -45,26 +50,34 @@ def goodput(home: Path, minutes: float, every: float, seed: int) -> float:
         rate = (run.last_step() - first) / (time.monotonic() - begin)
         print(f"{rate:.2f} steps a second before the first fault", flush=True)
         while time.monotonic() - begin < 60 * minutes:
-            fault = time.monotonic()
+            said, fault = len(job.output), time.monotonic()
             send(rng.sample(job.pids(WORKER), 1), signal.SIGKILL)
-            last = run.last_step()
+            last, seconds = run.last_step(), []
             while run.last_step() <= last:
                 assert time.monotonic() - fault < PATIENCE, job.output[-300:]
                 _train(job, 0.1)
-            costs.append(time.monotonic() - fault)
+                if len(seconds) < len(PHASES) - 1 and PHASES[len(seconds)] in job.output[said:]:
+                    seconds.append(time.monotonic() - fault)
+            costs.append([*seconds, time.monotonic() - fault])
             redone.append(max(0, last - int(re.findall(r"^continuing from step ([\d,]+)", job.output, re.M)[-1].replace(",", ""))))
-            print(f"fault {len(costs)}: a new step after {costs[-1]:.1f} s, {redone[-1]} steps taken again", flush=True)
+            print(f"fault {len(costs)}: {_listed(costs[-1])}, {redone[-1]} steps taken again", flush=True)
             _train(job, every)
         steps, passed = run.last_step() - first, time.monotonic() - begin
     finally:
         job.process.send_signal(signal.SIGINT)
         job.wait(PATIENCE)
     part = steps / rate / passed
+    last = [cost[-1] for cost in costs]
     print(
         f"{len(costs)} faults in {passed / 60:.1f} minutes, {every:.0f} s of training between two: goodput {part:.1%}; a new step after "
-        f"{median(costs):.1f} s (median), {max(costs):.1f} s (max); {sum(redone)} of {steps + sum(redone)} steps were taken again"
+        f"{median(last):.1f} s (median), {max(last):.1f} s (max); {sum(redone)} of {steps + sum(redone)} steps were taken again"
     )
+    print("medians: " + _listed([median(column) for column in zip(*costs, strict=True)]))
     return part
+
+
+def _listed(seconds: Sequence[float]) -> str:
+    return ", ".join(f"{phase} after {second:.1f} s" for phase, second in zip(PHASES, seconds, strict=True))
 
 
 def _train(job: Job, seconds: float) -> None:
@@ -76,13 +89,15 @@ def _train(job: Job, seconds: float) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.faults.goodput", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.faults.goodput", description=__doc__, epilog="Other options are those of the training."
+    )
     parser.add_argument("--minutes", type=float, default=8, help="no fault is caused after this time (%(default)g)")
     parser.add_argument("--every", type=float, default=60, help="seconds of training between two faults (%(default)g)")
     parser.add_argument("--seed", type=int, default=0, help="of the workers that are killed")
-    args = parser.parse_args()
+    args, words = parser.parse_known_args()
     with tempfile.TemporaryDirectory(prefix="goodput-") as home:
-        goodput(Path(home), args.minutes, args.every, args.seed)
+        goodput(Path(home), args.minutes, args.every, args.seed, words)
     return 0
 
 

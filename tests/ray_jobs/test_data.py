@@ -17,6 +17,7 @@ from PIL import Image
 
 from perceiver.config import UserError
 from perceiver.data.examples_shown import thumbnail
+from ray_jobs import data_time
 from ray_jobs.cli import parse_experiment
 from ray_jobs.data import look, main
 from tests.data.test_picture_folders import picture, split_folder
@@ -47,7 +48,8 @@ def test_of_a_table_it_says_columns_labels_lengths_and_duplicates(tmp_path):
         writer.writerows([i, "a" * 300 if i % 4 else "same", 1 + i % 3] for i in range(12))
     lines = look(str(tmp_path / "in.csv"))
     assert "12 rows, columns:" in lines and "classes in 'stars': 1 (4), 2 (4), 3 (4)" in lines
-    assert "longer than 254 bytes (txt-clf's context): 9 of 12; 414 bytes would be cut" in lines and "duplicates: 10" in lines
+    assert "longer than 254 bytes (txt-clf's context): 9 of 12; 414 bytes would be cut" in lines
+    assert "duplicates: 10 (--data.duplicates skip leaves them out)" in lines
     chosen = command(lines, "train")
     assert chosen.task.class_names == ("1", "2", "3") and chosen.data.text_column == "review"
     with pytest.raises(UserError, match=r"--label-column is 'star', which .* does not have \(it has: id, review, stars\)"):
@@ -255,3 +257,20 @@ def test_of_frames_with_their_flow_it_says_pairs_and_scenes(tmp_path):
     assert pairs == "8 pairs of frames with their optical flow, of 32 x 48"
     assert "2 scenes: pairs of a scene are all for training or all for validation" in lines
     assert command(lines, "train").preset == "optical-flow-small"
+
+
+def test_the_time_to_prepare_is_measured_on_a_part_and_extrapolated(tmp_path, monkeypatch):
+    with open(tmp_path / "texts.jsonl", "w") as file:
+        file.writelines(f'{{"text": "text {i} of some length", "label": {i % 2}}}\n' for i in range(30_000))
+    size = (tmp_path / "texts.jsonl").stat().st_size
+    monkeypatch.setattr(data_time, "SAMPLE_BYTES", 1 << 18)
+    monkeypatch.setattr(data_time, "SECONDS", 0.0)
+    (line,) = [line for line in look(str(tmp_path / "texts.jsonl")) if line.startswith("time to prepare")]
+    found = re.fullmatch(
+        r"time to prepare for txt-clf: (.*) \((.*) of (.*) MB took (.*) s here on one CPU; Ray's start comes to it\)", line
+    )
+    assert found is not None and float(found[3]) == round(size / 1e6, 1) and 0 < float(found[2]) < float(found[3]) and float(found[4]) > 0
+    (tmp_path / "rows.csv").write_text("text,label\n" + "a text,1\nanother,2\n" * 20)
+    monkeypatch.setattr(data_time, "MOST_BYTES", 10)
+    (line,) = [line for line in look(str(tmp_path / "rows.csv")) if line.startswith("time to prepare")]
+    assert line == "time to prepare: not measured, rows.csv is read from its beginning to its end"

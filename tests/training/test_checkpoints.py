@@ -177,7 +177,7 @@ def test_a_damaged_checkpoint_is_one_sentence_at_every_door(damage, run, images,
     name, spoil, message = DAMAGES[damage]
     spoil(run / "checkpoints" / "step-00000009" / name)
     evaluating_here(monkeypatch)
-    monkeypatch.setattr("ray_jobs.evaluate.Dataset.find", lambda experiment: Dataset(experiment, str(images), Manifest.load(images)))
+    monkeypatch.setattr("ray_jobs.evaluate.Dataset.find", lambda experiment, _: Dataset(experiment, str(images), Manifest.load(images)))
     for door in (
         lambda: perceiver.load(run, "last"),
         lambda: describe(run, "last"),
@@ -317,7 +317,7 @@ def test_nothing_in_a_foreign_run_is_executed_at_any_door(prepare, old, images, 
     prepare(folder, proof)
     monkeypatch.setenv("PERCEIVER_HOME", str(tmp_path / "home"))
     evaluating_here(monkeypatch)
-    monkeypatch.setattr("ray_jobs.evaluate.Dataset.find", lambda experiment: Dataset(experiment, str(images), Manifest.load(images)))
+    monkeypatch.setattr("ray_jobs.evaluate.Dataset.find", lambda experiment, _: Dataset(experiment, str(images), Manifest.load(images)))
     experiment = Run(old).load()[0]
     shapes = {name: value.shape for name, value in np.load(old / "weights.npz").items()}
 
@@ -472,7 +472,8 @@ def test_evaluating_on_data_without_a_target_is_one_sentence(tmp_path, monkeypat
     train(text_experiment(max_steps=1), tmp_path / "data", tmp_path / "run")
     evaluating_here(monkeypatch)
     monkeypatch.setattr(
-        "ray_jobs.evaluate.Dataset.find", lambda experiment: Dataset(experiment, str(tmp_path / "data"), Manifest.load(tmp_path / "data"))
+        "ray_jobs.evaluate.Dataset.find",
+        lambda experiment, _: Dataset(experiment, str(tmp_path / "data"), Manifest.load(tmp_path / "data")),
     )
     with pytest.raises(UserError, match="the validation data in .* has no target"):
         evaluate_run(tmp_path / "run", "last")

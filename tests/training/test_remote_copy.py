@@ -119,7 +119,7 @@ def test_a_run_of_the_store_is_evaluated_by_its_uri_and_the_result_kept_there(im
     store, _ = moved
     monkeypatch.setenv("PERCEIVER_HOME", str(tmp_path))
     evaluating_here(monkeypatch)
-    monkeypatch.setattr("ray_jobs.evaluate.Dataset.find", lambda experiment: Dataset(experiment, str(images), Manifest.load(images)))
+    monkeypatch.setattr("ray_jobs.evaluate.Dataset.find", lambda experiment, _: Dataset(experiment, str(images), Manifest.load(images)))
     with logged() as said:
         metrics = evaluate_run(f"file://{store}/run/", "last")
     assert metrics["val_loss"] == pytest.approx([r["val_loss"] for r in Run(store / "run").metrics() if "val_loss" in r][-1])

@@ -50,7 +50,7 @@ def test_a_refused_trial_does_not_train_and_says_why(tmp_path, monkeypatch):
     monkeypatch.setattr(trial, "from_dict", lambda tree: made)
     monkeypatch.setattr(trial, "use_gpus", lambda parallel: False)
     monkeypatch.setattr(trial.train, "run", lambda *_, **__: pytest.fail("it was trained"))
-    settings = {"code": {}, "trials": str(tmp_path), "experiment": {}, "constraints": ["parameters<10"]}
+    settings = {"code": {}, "trials": str(tmp_path), "experiment": {}, "data": "", "constraints": ["parameters<10"]}
     with pytest.raises(Refused):
         trial.run_trial({"values": {"optim.lr": 1e-3}}, settings)
     (run,) = tmp_path.iterdir()

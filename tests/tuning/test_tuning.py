@@ -81,7 +81,7 @@ def swept(monkeypatch, tmp_path, *words: str):
     found = []
     monkeypatch.setattr(sweep, "connect", lambda parallel, dashboard: nullcontext())
     monkeypatch.setattr(sweep, "plan_capacity", lambda parallel, concurrent: sweep.Capacity(1, 1.0, 1, "room for one"))
-    monkeypatch.setattr(sweep, "fit", lambda _, folder, base, capacity, steps, edit: found.extend((base, steps)))
+    monkeypatch.setattr(sweep, "fit", lambda _, folder, base, capacity, steps, digest, edit: found.extend((base, steps)))
     monkeypatch.setattr(report, "write", lambda folder: [])
     with pytest.raises(KeyboardInterrupt):  # no trial was run
         sweep.run_sweep(replace(GOOD, preset="clm-c4-small", overrides=words), tmp_path / "sweep")
@@ -101,7 +101,7 @@ def test_a_sweep_finds_a_tokenizer_in_its_prepared_data_as_a_training_does(monke
 
     base, steps = swept(monkeypatch, tmp_path, *words)
     assert Path(base.data.tokenizer).read_bytes() == tiny_sentencepiece_model()
-    settings = {"reports": 1, "trials": str(tmp_path), "population": False}
+    settings = {"reports": 1, "trials": str(tmp_path), "population": False, "data": Dataset.find(base).manifest.digest}
     own = parse_experiment(["clm-c4-small", *words], "tuning.sweep")
     experiment, trial_steps = _experiment(own, {"optim.lr": 1e-3}, "trial-0", settings)
     assert experiment.data.tokenizer == base.data.tokenizer and trial_steps == steps

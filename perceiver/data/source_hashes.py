@@ -8,30 +8,25 @@ import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from perceiver.config import DataConfig, UserError
-from perceiver.data.chunks import fingerprint as stream_fingerprint
 from perceiver.data.examples import is_code
 from perceiver.data.files import InputFile, is_glob
-from perceiver.data.manifest import Manifest
-from perceiver.data.sources import Source, is_path, mixture_sources, resolve, same_file
+from perceiver.data.sources import Source, is_path, same_file
 from perceiver.data.storage import (
     file_hash,
     list_folder,
     read_file,
     write_file,
 )
-from perceiver.data_settings import OtherData, task_kind
-from perceiver.datasets import Dataset
 
 logger = logging.getLogger(__name__)
 
 
 CHECKED_BYTES = 1 << 30
-"""Where more of a source would have to be read, a training compares names and sizes alone."""
+"""Where more of a source would have to be read, a training compares names and sizes alone, if these decide."""
 CHECKED_FILES = 20_000
 """The same of more files."""
 HASHES = ".source-hashes.json"
@@ -110,50 +105,7 @@ def refuse_same_files(fingerprint: dict[str, Any]) -> None:
             raise UserError(same_file(train[file["sha256"]], file["name"]))
 
 
-def refuse_changed_source(data: DataConfig, folder: str, old: Manifest, fingerprint: dict[str, Any]) -> None:
-    """Raises UserError where prepared data was made from other files than the source has now."""
-    if changed := _changed(old.source, fingerprint):
-        now = _entries(fingerprint)
-        what, more = data.source or data.val_source, ", ..." if len(changed) > 5 else ""
-        hint = ""
-        if any(entry["content"].startswith("code:") for entry in now.values() if "content" in entry):
-            hint = " (of code without a method fingerprint() the source file counts, with all that it imports from beside it)"
-        raise UserError(
-            f"data.source {what} is not what {folder} was prepared from ({', '.join(changed[:5])}{more}){hint}: it has changed, or is "
-            "another one of the same name; remove that folder, or choose another --data.root"
-        )
-
-
-def check_source(dataset: Dataset[Any], begun_on: str | None = None) -> None:
-    """Looks whether prepared data was made from what the source is now, as far as its files, or its code, are on this machine.
-
-    Args:
-        begun_on: digest of the data that a run began with, which it keeps: then a warning is given. None: there is no run yet.
-
-    Raises:
-        UserError: it was made from something else.
-    """
-    spec, data = dataset.experiment, dataset.experiment.data
-    if not data.mixture:
-        found = [(spec, dataset.folder, dataset.manifest)]
-    else:
-        alone = [OtherData.of(spec, replace(data, source=part.source, mixture=())) for part in mixture_sources(data)]
-        found = [(other, part.folder, part.manifest) for other, part in zip(alone, dataset.parts, strict=True)]
-    for each, folder, manifest in found:
-        if not all(_is_here(source) for source in (each.data.source, each.data.val_source) if source):
-            continue
-        source = resolve(each.data, task_kind(each))
-        stream = each.data.prepare == "stream"
-        fingerprint = stream_fingerprint(source) if stream else source_fingerprint(each.data, source, CHECKED_BYTES)
-        try:
-            refuse_changed_source(each.data, folder, manifest, fingerprint)
-        except UserError as error:
-            if begun_on != dataset.manifest.digest:
-                raise
-            logger.warning(f"the run continues with the data that it began with: {error}")
-
-
-def _is_here(source: str) -> bool:
+def is_here(source: str) -> bool:
     """Whether a source is code, or files of this machine."""
     if is_code(source):
         return True
@@ -161,8 +113,8 @@ def _is_here(source: str) -> bool:
     return is_path(source) and "://" not in source and (path.exists() or is_glob(source))
 
 
-def _changed(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Names of the files and sources that are not the same. Hashes that are not known (None) fit any."""
+def changed(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Names of the files and sources that are not the same in two fingerprints. Hashes that are not known (None) fit any."""
     old, new = _entries(before), _entries(now)
     return sorted({key[0] for key in old.keys() | new.keys() if not _same(old.get(key), new.get(key))})
 
