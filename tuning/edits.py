@@ -85,21 +85,32 @@ def read_edit(settings: Mapping[str, Any]) -> Edit | None:
     return None if found is None else Edit(**found)
 
 
-def check_edit(old: Mapping[str, Any], new: Mapping[str, Any], before: Experiment | None, now: Experiment) -> None:
+def check_edit(
+    old: Mapping[str, Any],
+    new: Mapping[str, Any],
+    before: Experiment | None,
+    now: Experiment,
+    name: str,
+    trained: Sequence[str] | None = None,
+) -> None:
     """Refuses changes with which the trials that are there and new ones could not be compared.
 
     Args:
         old, new: settings, as they are saved.
         before, now: what trials vary; `before` is None where the old one cannot be made any more.
+        name: of the sweep.
+        trained: how the experiments differ, field by field; None: not known.
 
     Raises:
         UserError: names the setting, and what to do.
     """
-    other = f"choose another --name (with --search optuna --warm-start {old['preset']} it would know what was found here)"
-    for name, why in FIXED.items():
-        if old.get(name) == new.get(name) or (name == "overrides" and before is not None and _same_but_for_machines(before, now)):
+    other = f"choose another --name (with --search optuna --warm-start {name} it would know what was found here)"
+    for field, why in FIXED.items():
+        if old.get(field) == new.get(field) or (field == "overrides" and before is not None and _same_but_for_machines(before, now)):
             continue
-        raise UserError(f"--resume: {name} of the sweep was {old.get(name)!r} and is {new.get(name)!r}, so that {why}: {other}")
+        if field == "experiment" and trained:
+            raise UserError(f"--resume: what the sweep trains has changed ({'; '.join(trained)}), so that {why}: {other}")
+        raise UserError(f"--resume: {field} of the sweep was {old.get(field)!r} and is {new.get(field)!r}, so that {why}: {other}")
     if "pbt" in (old["scheduler"], new["scheduler"]):
         raise UserError(f"--resume: trials of the scheduler pbt change their values while they train, and fit no other settings: {other}")
 

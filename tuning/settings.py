@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import perceiver
-from perceiver.config import Experiment, UserError, differences, digest, flatten
+from perceiver.config import Experiment, UserError, differences, digest, flatten, from_dict, to_dict
 from perceiver.disk import write_json
 from ray_jobs.train_checks import check_free
 from tuning.edits import EDIT, Edit, arrange, check_edit, plan_edit, read_edit
@@ -27,6 +27,8 @@ TUNE = "tune"
 """In a sweep's folder: Ray Tune's state."""
 LATER = ("constraints", "against", "seeds", "warm_start")
 """Fields of a sweep that it describes only where they are set."""
+EXPERIMENT = "trained"
+"""In a sweep's settings: the experiment that trials vary, whole. Its digest alone does not tell a new field from another value."""
 FIRST_VERSION = "0.1.0"
 """Of this package: its sweeps do not say which version began them."""
 
@@ -51,6 +53,9 @@ def check_folder(sweep: Sweep, folder: Path, resume: bool = False) -> list[str]:
         return []
     there, wanted = json.loads(path.read_text()), json.loads(json.dumps(describe(sweep)))
     version, edit = there.pop("version", FIRST_VERSION), there.pop(EDIT, None)
+    trained = _changes(there.pop(EXPERIMENT, None), sweep.experiment())
+    if trained == []:
+        there["experiment"] = wanted["experiment"]  # but for fields that are new since, whose defaults it had
     if version != perceiver.__version__ and there | {"experiment": None} == wanted | {"experiment": None} and there != wanted:
         raise UserError(
             f"{folder} holds a sweep that version {version} began, and in version {perceiver.__version__} its trials would be of "
@@ -60,7 +65,7 @@ def check_folder(sweep: Sweep, folder: Path, resume: bool = False) -> list[str]:
         return []
     changes = differences(flatten(there), flatten(wanted))
     # What follows from other changes is left out where there are any.
-    changes = [line for line in changes if not line.startswith(("default.", "experiment:", "mode:"))] or changes
+    changes = [line for line in changes if not line.startswith(("default.", "experiment:", "mode:"))] or trained or changes
     if edit is None and not any((folder / TRIALS).glob(f"*/{VALUES}")):
         # It ended before its first trial: by a mistake in its space, say, which is mended now.
         logger.info(f"no trial of the sweep in {folder} had begun: it is replaced ({'; '.join(changes)})")
@@ -71,8 +76,16 @@ def check_folder(sweep: Sweep, folder: Path, resume: bool = False) -> list[str]:
             f"{folder} holds another sweep ({'; '.join(changes)}): choose another --name (with --search optuna --warm-start {folder.name} "
             "it knows what was found here), or continue it with these settings by --resume, where trials that fit them count"
         )
-    check_edit(there, wanted, _before(there), sweep.experiment())
+    check_edit(there, wanted, _before(there), sweep.experiment(), folder.name, trained)
     return changes
+
+
+def _changes(saved: dict[str, Any] | None, now: Experiment) -> list[str] | None:
+    """How what is trained differs from a saved experiment, field by field; None: that was not saved, or cannot be read any more."""
+    try:
+        return None if saved is None else differences(flatten(from_dict(saved, foreign=True).identity), flatten(now.identity))
+    except UserError:
+        return None
 
 
 def _before(settings: dict[str, Any]) -> Experiment | None:
@@ -112,7 +125,7 @@ def settle(sweep: Sweep, folder: Path, changes: Sequence[str]) -> Edit | None:
         for line in [*(f"  {line}" for line in changes), *edit.lines()]:
             logger.info(line)
     edited = {} if edit is None else {EDIT: asdict(edit)}
-    write_json(folder / SETTINGS, {**describe(sweep), "version": perceiver.__version__, **edited})
+    write_json(folder / SETTINGS, {**describe(sweep), EXPERIMENT: to_dict(sweep.experiment()), "version": perceiver.__version__, **edited})
     if edit is not None:
         edit = read_edit(read_settings(folder))  # as every later start has it
         assert edit is not None

@@ -23,7 +23,7 @@ from tuning.schedulers import scheduler, search
 from tuning.settings import check_folder, settle
 from tuning.spaces import described, draw, holds
 from tuning.trial import take_waiting
-from tuning.trials import read_trials
+from tuning.trials import SETTINGS, read_trials
 
 WIDE = replace(LONG, space={"optim.lr": tune.loguniform(1e-4, 1e-1)}, trials=4)
 HIGH = replace(WIDE, space={"optim.lr": tune.loguniform(2e-3, 1e-1)})
@@ -205,6 +205,22 @@ def test_changes_after_which_trials_could_not_be_compared_are_refused_with_what_
     with pytest.raises(UserError, match=message):
         check_folder(replace(HIGH, **changes), folder, resume=True)
     assert names(folder, "trials") == {"trial-00000", "trial-00001", "trial-00002"}
+
+
+def test_a_field_that_is_new_since_makes_no_other_sweep_and_another_value_is_named(folder):
+    settle(WIDE, folder, [])
+    saved = json.loads((folder / SETTINGS).read_text())
+    del saved["trained"]["data"]["lanes"]
+    write_json(folder / SETTINGS, saved | {"experiment": "digest without it"})
+    assert check_folder(WIDE, folder) == []
+
+    saved["trained"]["optim"]["weight_decay"] = 0.3
+    write_json(folder / SETTINGS, saved | {"experiment": "another"})
+    with pytest.raises(UserError, match=r"holds another sweep \(optim.weight_decay: 0.3 -> 0.01\)"):
+        check_folder(WIDE, folder)
+    message = rf"what the sweep trains has changed \(optim.weight_decay: 0.3 -> 0.01\), .*--warm-start {folder.name} "
+    with pytest.raises(UserError, match=message):
+        check_folder(WIDE, folder, resume=True)
 
 
 def test_other_workers_are_no_other_sweep_for_resume(folder):

@@ -24,10 +24,6 @@ def rates():
     return Sweep(preset="quickstart", space={"optim.lr": tune.grid_search([1e-3, 3e-3, 1e30, 1e-2])}, trials=1, reports=3,
                  scheduler="fifo", overrides=(*SHORT, "--optim.warmup-steps", "0"))
 
-def bands():
-    return Sweep(preset="quickstart", space={"optim.lr": tune.loguniform(1e-4, 1e-2)}, trials=4, reports=4, reduction=2,
-                 scheduler="hyperband", overrides=(*SHORT, "--optim.warmup-steps", "0"))
-
 def population():
     # The first trial has the preset's 3e-3, the other one far too much: it loses from the first report on.
     return Sweep(preset="quickstart", space={"optim.lr": tune.choice([0.05])}, trials=2, reports=6, scheduler="pbt",
@@ -96,22 +92,6 @@ def test_a_killed_sweep_continues_to_the_results_of_an_undisturbed_one_and_a_fai
     assert other.wait(60) == 2 and "holds another sweep" in other.output
     report = Job("tuning.report", str(folder), home=home)
     assert "trial-00000" in report.finish(60) and "data:image/png" in (folder / "report.html").read_text()
-
-
-def test_brackets_of_hyperband_stop_trials_and_resume_makes_them_anew_with_more_of_them(home):
-    folder = home / "sweeps" / "bands"
-    job = sweep(home, "bands", "bands")
-    wait_for(lambda: list(folder.glob("trials/*/checkpoints/*/checkpoint.json")), job)
-    job.process.send_signal(signal.SIGINT)
-    assert job.wait(120) == 130, job.output
-    there = {path.name for path in folder.glob("trials/*")}
-
-    output = sweep(home, "bands", "bands", "--resume", "--trials", "6").finish(600)
-    assert "trials: 4 -> 6" in output and "the winner at full length" in output
-    rows = results(folder)
-    assert len(rows) == 6 and len(there) <= 4
-    assert {row["status"] for row in rows.values()} == {"finished", "stopped"}
-    assert all((row["step"] == "60") == (row["status"] == "finished") for row in rows.values())
 
 
 def test_a_losing_trial_takes_over_the_winners_sharded_checkpoint_and_goes_its_own_way(home):
