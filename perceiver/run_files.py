@@ -41,6 +41,9 @@ PROGRESS = (METRICS, RESULT)
 """The records that say how far a run is."""
 RECORD_FOLDERS = (TENSORBOARD, SAMPLES)
 LOCK = ".lock"
+TRIAL_FILES = ("values.json", "failed.txt", "costs.json", "earlier.json")
+"""Of a trial of a sweep besides: its values of the fields that are varied; why it failed; what a whole training of it costs; names under
+which it was run before, by which events know it."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +121,8 @@ class RunFiles:
         files = (self.log_file, self.not_finite_file, self.spikes_file, self.labels_file, *self.tokenizer_files, self.ray_folder)
         others = (self.trackers_file, self.trackers_folder, self.profile_folder)
         folders = (CHECKPOINTS, CODE, f"{CODE}-before-*", EVALUATIONS, *RECORD_FOLDERS)
-        return (*RECORDS, *folders, CURVE, LOCK, *(path.name for path in (*files, *others)))
+        trials = TRIAL_FILES if self.is_trial else ()
+        return (*RECORDS, *folders, CURVE, LOCK, *trials, *(path.name for path in (*files, *others)))
 
     @staticmethod
     def is_lock(name: str) -> bool:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import perceiver
 from perceiver.config import UserError
-from perceiver.inference.card import CARD, check_license
+from perceiver.inference.card import CARD, check_license, name_card
 from perceiver.inference.export import FORMATS, read_config, upload
 from perceiver.interop.pretrained import is_hub_name
 from perceiver.terminal import CommandParser, add_checkpoint_option, add_trust_option, summary
@@ -42,6 +42,7 @@ def main(argv: list[str]) -> int:
         if read_config(folder) is None:
             trained = perceiver.load(args.run, args.checkpoint, device="cpu", trust_code=args.trust_code)
             folder = trained.export(Path(temporary) / "export", format=args.format, license=args.license)
+            name_card(folder, args.name)
         elif args.license is not None:
             raise UserError(f"--license is {args.license}, but {folder} is an export already: export again with it, or change its {CARD}")
         _show(folder, args.name, not args.public)

@@ -112,6 +112,8 @@ def _list(args: argparse.Namespace, folder: Path, condition: Condition | None) -
     for run in runs:
         if run["reason"]:
             print(f"damaged {run['name']}: {run['reason']}")
+        if run["failure"]:
+            print(f"failed {run['name']}: {run['failure']}")
         if run["continue"] and args.watch is None:
             print(f"continue {run['name']}: {run['continue']}")
     if args.watch is None and any(Run(folder / run["name"]).is_trial for run in runs):
@@ -163,16 +165,16 @@ def list_runs(folder: str | Path) -> list[dict[str, Any]]:
     """The runs in a folder, by name.
 
     Each has name, preset, task, status (running, finished, failed, stopped, damaged), step (of the last record), of (steps in all,
-    None where the run does not say), best (metric and value), checkpoint (last step), MiB, tags, note, continue (command), reason (what
-    is wrong with its files), fields (its configuration, with dotted names) and metrics (the best value of each among its
-    checkpoints). A damaged run costs its own line alone.
+    None where the run does not say), best (metric and value), checkpoint (last step), MiB, tags, note, continue (command; None where
+    that would only fail again), failure (why it failed), reason (what is wrong with its files), fields (its configuration, with dotted
+    names) and metrics (the best value of each among its checkpoints). A damaged run costs its own line alone.
     """
     return [describe(run) for run in runs(folder)]
 
 
 def describe(run: Run) -> dict[str, Any]:
     """One run; see `list_runs`."""
-    row: dict[str, Any] = dict.fromkeys((*COLUMNS, "continue", "reason")) | {"name": run.name, "MiB": _mebibytes(run.folder)}
+    row: dict[str, Any] = dict.fromkeys((*COLUMNS, "continue", "failure", "reason")) | {"name": run.name, "MiB": _mebibytes(run.folder)}
     labels = read_labels(run)
     row |= {"fields": {}, "metrics": {}, "tags": list(labels.tags), "note": labels.note}
     try:
@@ -180,6 +182,8 @@ def describe(run: Run) -> dict[str, Any]:
         experiment = content["experiment"]
         metric = experiment["run"].get("best_metric", "val_loss")
         checkpoints, state = run.checkpoints(), run.status()
+        # After a loss that was not finite the next start would take the same steps to the same loss.
+        ended = state in ("running", "finished") or (state == "failed" and run.not_finite_file.exists())
         names = dict.fromkeys(name for checkpoint in checkpoints for name in checkpoint.metrics)
         metrics = {name: best.metrics[name] for name in names if (best := best_of(checkpoints, name)) is not None}
         return row | {
@@ -193,12 +197,19 @@ def describe(run: Run) -> dict[str, Any]:
             "checkpoint": checkpoints[-1].step if checkpoints else None,
             "fields": flatten(experiment),
             "metrics": metrics,
-            "continue": None if state in ("running", "finished") or run.is_trial else continue_command(run.folder),
+            "continue": None if ended or run.is_trial else continue_command(run.folder),
+            "failure": _failure(run) if state == "failed" else None,
         }
     except DamagedRun as error:
         return row | {"status": "damaged", "reason": str(error)}
     except Exception as error:  # whatever else stands in files that anybody may have written
         return row | {"status": "damaged", "reason": f"its files are not those of a run ({type(error).__name__}: {error})"}
+
+
+def _failure(run: Run) -> str | None:
+    """Why a run failed, in a line."""
+    lines = str((run.failure() or {}).get("reason", "")).splitlines()
+    return lines[-1] if lines else None
 
 
 def values(run: dict[str, Any]) -> dict[str, Any]:

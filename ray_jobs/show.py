@@ -102,6 +102,8 @@ def _print(found: dict[str, Any], fields: bool) -> None:
     if fields:
         print()
         print_table([["field", "value"], *([name.replace("_", "-"), str(value)] for name, value in found["fields"].items())])
+    if found["failure"]:
+        print(f"\nfailed: {found['failure']}")
     if found["continue"]:
         print(f"\ncontinue: {found['continue']}")
 

@@ -92,9 +92,14 @@ def command(settings: dict[str, Any], trial: Trial, name: str, full_length: bool
         overrides = without_length(overrides)
     values = trial["values"]
     if full_length and settings.get("seeds"):
-        values, overrides = replicates.sample_of(trial), [*overrides, "--seeds", ",".join(map(str, settings["seeds"])) + ","]
+        values, overrides = replicates.sample_of(trial), [*overrides, "--seeds", _listed(settings["seeds"])]
     words = [settings["preset"], *overrides, *arguments(values), "--name", name]
     return f"{program('ray_jobs.train')} {shlex.join(words)}"
+
+
+def _listed(seeds: Sequence[int]) -> str:
+    """As `--seeds` takes them; one alone with a comma, which else would be their number."""
+    return ",".join(map(str, seeds)) + ("," if len(seeds) == 1 else "")
 
 
 def without_length(words: Sequence[str]) -> list[str]:

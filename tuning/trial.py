@@ -16,6 +16,7 @@ from perceiver.config import Experiment, UserError, from_dict
 from perceiver.datasets import Dataset
 from perceiver.disk import write_json
 from perceiver.extensions import Code
+from perceiver.run_files import TRIAL_FILES
 from perceiver.runs import Run
 from perceiver.training.run import total_steps
 from ray_jobs import train
@@ -25,10 +26,7 @@ from tuning.constraints import costs, refuse
 from tuning.population import DonorLost, take_over
 from tuning.sweeps import trial_experiment
 
-VALUES, FAILED, COSTS = "values.json", "failed.txt", "costs.json"
-"""In a trial's run folder: its values of the fields that are varied; why it failed; what a whole training of it costs."""
-EARLIER = "earlier.json"
-"""In a trial's run folder: names under which it was run before, by which events know it."""
+VALUES, FAILED, COSTS, EARLIER = TRIAL_FILES
 WAITING = "waiting"
 """In a sweep's folder: runs of interrupted trials whose sweep has changed since; the first new trial of the same values continues them."""
 KEEP_ALL = 1_000_000

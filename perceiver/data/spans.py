@@ -136,7 +136,8 @@ def chunks(span: Span, start: int) -> Iterator[bytes]:
                 yield chunk[max(0, skip - (read - len(chunk))) :]
     except EOFError:
         kind = {".gz": "gzip", ".bz2": "bzip2"}[file.packing]
-        raise Unreadable("truncated file", f"{file.name} is truncated: its {kind} data ends after byte {read:,}") from None
+        where = f", after byte {read:,} of its text" if read else ""
+        raise Unreadable("truncated file", f"{file.name} is truncated: its {kind} data ends early{where}") from None
     except UnicodeDecodeError as error:
         what = f"byte {error.object[error.start]:#04x} after byte {read:,} of its text ({error.reason})"
         raise Unreadable("other encoding", f"{file.name} is not {file.encoding} (--data.encoding): {what}") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from perceiver.config import DataConfig, UserError
@@ -11,6 +12,8 @@ if TYPE_CHECKING:
     from perceiver.inference.trained import TrainedModel
 
 CARD = "README.md"
+UNNAMED = "OWNER/NAME"
+"""In a card's example, until the name on the hub is known."""
 LICENSES = "https://huggingface.co/docs/hub/repositories-licenses"
 """Where the hub lists the names of licenses."""
 _PIPELINES = {"generate": "text-generation", "fill_mask": "fill-mask"}
@@ -38,6 +41,12 @@ def check_license(license: str | None) -> None:
         not license or not all(c.isascii() and (c.isalnum() or c in "-.") for c in license) or license.lower() != license
     ):
         raise UserError(f"--license is {license!r} and must be one of the hub's names, such as apache-2.0, mit or other ({LICENSES})")
+
+
+def name_card(folder: Path, name: str) -> None:
+    """Writes the model's name on the hub into the example of an exported folder's card."""
+    path = folder / CARD
+    path.write_text(path.read_text(encoding="utf-8").replace(f'load("{UNNAMED}")', f'load("{name}")'), encoding="utf-8")
 
 
 def card(trained: TrainedModel, license: str | None = None) -> str:
@@ -85,7 +94,7 @@ def card(trained: TrainedModel, license: str | None = None) -> str:
     lines += [f"A {type(trained.model).__name__} of {parameters:,} parameters for {task}, trained with perceiver-ray.", ""]
     if ability is not None:
         call = _CALLS[ability].format(example=_EXAMPLES[kind])
-        lines += ["```python", "import perceiver", "", 'model = perceiver.load("OWNER/NAME")  # or this folder', call, "```", ""]
+        lines += ["```python", "import perceiver", "", f'model = perceiver.load("{UNNAMED}")  # or this folder', call, "```", ""]
     lines += ["## Data", "", data or "Not known: the weights are of no run.", ""]
     if digest := known.get("data"):
         lines += [f"Prepared data with the digest `{digest}`.", ""]

@@ -504,7 +504,7 @@ FAULTS = {
     "idx-short": r"train-images-idx3-ubyte has 7,855 bytes, its head .* asks for 7,856",
     "idx-count": r"train-images-idx3-ubyte has 10 images, but its labels file has 9 labels",
     "idx-label": r"train-images-idx3-ubyte image 9: label 10 must be 0 .. 9",
-    "truncated": r"train.jsonl.gz is truncated: its gzip data ends after byte",
+    "truncated": r"train.jsonl.gz is truncated: its gzip data ends early",
     "utf8": r"train.jsonl line 1: is not UTF-8: byte 0xff at byte",
     "empty": r"train.jsonl is empty",
     "json": r"train.jsonl line 10: is not one JSON object a line",

@@ -158,6 +158,7 @@ class Hub:
     """A stand-in for `huggingface_hub.HfApi`, which keeps what it is given."""
 
     made: list = []
+    cards: list = []
 
     def create_repo(self, name, private, exist_ok):
         self.made.append((name, private))
@@ -166,6 +167,7 @@ class Hub:
         import pathlib
 
         self.made.append((repo_id, sorted(path.name for path in pathlib.Path(folder_path).iterdir())))
+        self.cards.append((pathlib.Path(folder_path) / "README.md").read_text())
         return f"https://hub.example/{repo_id}"
 
 
@@ -182,6 +184,7 @@ def test_push_shows_what_it_uploads_and_is_private_by_default(runs, hub, capsys)
     assert hub == [("me/digits", True), ("me/digits", files)]
     said = capsys.readouterr().out
     assert all(name in said for name in files) and "license: mit" in said and "me/digits, private" in said
+    assert 'perceiver.load("me/digits")' in Hub.cards[-1] and "OWNER/NAME" not in Hub.cards[-1]
     assert said.index("model.safetensors") < said.index("uploaded to https://hub.example/me/digits")
 
 

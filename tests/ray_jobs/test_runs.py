@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from perceiver.config import UserError, to_dict
+from perceiver.housekeeping import foreign_files
 from perceiver.runs import TAIL, Run
 from ray_jobs import runs
 from ray_jobs.cli import parse_experiment
@@ -179,6 +180,28 @@ def test_a_trial_of_a_sweep_is_not_offered_for_continuing(tmp_path, capsys):
     assert runs.main([str(tmp_path / "sweep" / "trials")]) == 0
     text = capsys.readouterr().out
     assert "continue trial-0" not in text and "the command of the sweep continues" in text
+
+
+def test_a_run_that_ended_in_nan_is_not_offered_for_continuing_to_the_same_end(folder, capsys):
+    run = Run(folder / "broken")
+    run.save_failure(True, "worker 1:\nthe loss was nan at step 21; a lower optim.lr usually helps")
+    assert runs.main([str(folder)]) == 0
+    text = capsys.readouterr().out
+    assert "failed broken: the loss was nan at step 21; a lower optim.lr usually helps\n" in text and "continue broken:" in text
+    run.not_finite_file.write_text("[]")
+    assert runs.main([str(folder)]) == 0
+    text = capsys.readouterr().out
+    assert "failed broken: the loss was nan" in text and "continue broken:" not in text
+
+
+def test_the_files_of_a_trial_are_its_own(tmp_path):
+    make_run(tmp_path / "sweep" / "trials" / "trial-0", [10], [0.5])
+    run = Run(tmp_path / "sweep" / "trials" / "trial-0")
+    for name in ("values.json", "costs.json", "failed.txt", "mine.txt"):
+        (run.folder / name).write_text("{}")
+    assert [path.name for path in foreign_files(run)] == ["costs.json", "failed.txt", "mine.txt", "values.json"]
+    (tmp_path / "sweep" / "sweep.json").write_text("{}")
+    assert [path.name for path in foreign_files(run)] == ["mine.txt"]
 
 
 def test_a_start_that_is_refused_leaves_no_folder_and_takes_none_away(tmp_path):

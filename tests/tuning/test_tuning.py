@@ -19,6 +19,7 @@ from perceiver.disk import write_json
 from perceiver.presets import PRESETS
 from ray_jobs import preprocess
 from ray_jobs.cli import parse_experiment
+from ray_jobs.seeds import parse_seeds
 from tests.conftest import ROOT
 from tests.data.test_prepare import tiny_sentencepiece_model
 from tests.support.preparing import serially, write_jsonl
@@ -336,6 +337,13 @@ def test_the_winners_command_is_a_valid_one_and_as_long_as_the_preset_says():
     whole, same = (parse_experiment(words[3:], "ray_jobs.train") for words in (whole, same))
     assert whole.training == PRESETS["quickstart"]().training and same.training.max_steps == 60
     assert (whole.optim.lr, whole.optim.optimizer.betas, whole.run.name, whole.data.source) == (0.5, (0.9, 0.95), "winner", "my folder")
+
+
+@pytest.mark.parametrize(("seeds", "said"), [([0, 1], "0,1"), ([7], "7,")])
+def test_the_winners_command_names_seeds_as_they_are_read(seeds, said):
+    trial = {"values": {"optim.lr": 0.5, "training.seed": seeds[0]}}
+    words = shlex.split(report.command({**sweep.describe(GOOD), "seeds": seeds}, trial, "winner", full_length=True))
+    assert words[words.index("--seeds") + 1] == said and parse_seeds(said, 0) == seeds
 
 
 def test_a_trial_is_not_finished_before_ray_tune_says_so(folder):
