@@ -36,43 +36,53 @@ def plan_capacity(parallel: ParallelConfig, concurrent: int | None) -> Capacity:
 
     Args:
         parallel: of each; with a fixed number of workers.
-        concurrent: how many are asked for; None: as many as fit.
+        concurrent: how many are asked for; None: as many as fit beside what other jobs hold now, and one at least, which waits for them.
 
     Raises:
         UserError: not one fits, or fewer than asked for; shows the sum.
     """
     wait_for_growth(parallel, use_gpus(parallel), concurrent or 1)
-    fits, why = _fits(parallel, "a trial")
+    fits, now, why = _fits(parallel, "a trial")
     if fits < (concurrent or 1):
         advice = "lower parallel.workers, parallel.cpus-per-worker or --concurrent, or use a larger cluster"
         raise UserError(f"{why}: {advice}")
-    return _capacity(parallel, concurrent or fits, why)
+    return _capacity(parallel, concurrent or max(1, now), why)
 
 
 def most_at_once(parallel: ParallelConfig, count: int) -> Capacity:
     """How many of a number of trainings run side by side; one, where there is room for no more or for less than each would like."""
     wait_for_growth(parallel, use_gpus(parallel), count)
-    fits, why = _fits(parallel, "a training")
-    return _capacity(parallel, max(1, min(fits, count)), why)
+    _, now, why = _fits(parallel, "a training")
+    return _capacity(parallel, max(1, min(now, count)), why)
 
 
-def _fits(parallel: ParallelConfig, what: str) -> tuple[int, str]:
-    """How many trainings the cluster has room for, and the sum in words."""
+def _fits(parallel: ParallelConfig, what: str) -> tuple[int, int, str]:
+    """How many trainings the cluster has room for, how many beside what other jobs hold now, and the sum in words."""
     gpu, workers = use_gpus(parallel), parallel.workers
     total = ray.cluster_resources()
+    held = {name: max(0.0, total.get(name, 0.0) - ray.available_resources().get(name, 0.0)) for name in ("CPU", "GPU")}
     cpus = total.get("CPU", 0.0)
     share = parallel.cpus_per_worker or 1.0
     need = workers * share + DATA_CPUS
-    fits = int(cpus // need)
-    if gpu:
-        fits = min(fits, int(total.get("GPU", 0) // workers))
-    elif workers > cluster_cores():
-        fits = 0
+
+    def room(cpus: float, gpus: float) -> int:
+        count = int(cpus // need)
+        if gpu:
+            return min(count, int(gpus // workers))
+        return 0 if workers > cluster_cores() else count
+
+    fits = room(cpus, total.get("GPU", 0.0))
+    now = room(cpus - held["CPU"], total.get("GPU", 0.0) - held["GPU"])
     each = f"{number_of(share, 'CPU')}{' and a GPU' if gpu else ''}{' each' if workers > 1 else ''}"
     there = f"{number_of(cpus, 'CPU')} and {number_of(total.get('GPU', 0.0), 'GPU')}"
-    return fits, (
-        f"{what} needs {number_of(workers, 'worker')} with {each} and {number_of(DATA_CPUS, 'CPU')} for data, "
-        f"{number_of(need, 'CPU')} in all; the cluster has {there}, which is room for {fits} at once"
+    others = f" ({now} beside what other jobs hold now)" if now < fits else ""
+    return (
+        fits,
+        now,
+        (
+            f"{what} needs {number_of(workers, 'worker')} with {each} and {number_of(DATA_CPUS, 'CPU')} for data, "
+            f"{number_of(need, 'CPU')} in all; the cluster has {there}, which is room for {fits} at once{others}"
+        ),
     )
 
 
