@@ -96,7 +96,8 @@ def check_name(name: str) -> None:
 
 def _made(name: str, found: Any) -> Experiment:
     if not isinstance(found, Experiment):
-        raise UserError(f"experiment {name!r} is a {type(found).__name__} and must be an Experiment or a function that returns one")
+        kind = "None" if found is None else f"a {type(found).__name__}"
+        raise UserError(f"experiment {name!r} is {kind} and must be an Experiment or a function that returns one")
     check_values(found)
     return replace(found, preset=name)
 

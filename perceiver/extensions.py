@@ -78,7 +78,7 @@ def call(reference: str, function: Any, what: str) -> Any:
         return function()
     except UserError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"{what} {reference!r} fails: {place_of(error)}") from error
 
 
@@ -118,17 +118,17 @@ def _import_module(name: str, what: str) -> ModuleType:
         if error.name and (name == error.name or name.startswith(f"{error.name}.")):
             raise UserError(f"{what} {name!r}: there is no module {error.name} on the import path") from None
         raise UserError(f"{what}: {place_of(error)}") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script without `if __name__ == "__main__"` may end the process
         raise UserError(f"{what}: {place_of(error)}") from error
 
 
-def place_of(error: Exception) -> str:
+def place_of(error: BaseException) -> str:
     """An error of the user's code with the place that it comes from: "weather.py, line 12: NameError: ..."."""
     if isinstance(error, SyntaxError) and error.filename:
         return f"{Path(error.filename).name}, line {error.lineno}: SyntaxError: {error.msg}"
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not _is_library(Path(frame.filename))]
     place = f"{Path(frames[-1].filename).name}, line {frames[-1].lineno}: " if frames else ""
-    return f"{place}{type(error).__name__}: {error}"
+    return f"{place}{error}" if isinstance(error, UserError) else f"{place}{type(error).__name__}: {error}"
 
 
 def installed_experiments() -> dict[str, importlib.metadata.EntryPoint]:

@@ -13,13 +13,13 @@ import ray
 import torch
 from ray.autoscaler.sdk import request_resources
 
-from perceiver.config import Experiment, ParallelConfig, UserError, check_tree, nearest, nodes, type_name
+from perceiver.config import Experiment, ParallelConfig, UserError, nearest, nodes, type_name
 from perceiver.config.core import is_builtin
 from perceiver.config.optimization import averaged_metric
 from perceiver.data.sources import mixture_sources
 from perceiver.models import check_model
 from perceiver.tasks import Task
-from perceiver.tasks.check import check_task, checked_task
+from perceiver.tasks.check import check_task, checked_task, checked_tree
 from perceiver.tasks.check_calls import tried
 from perceiver.terminal import number_of
 from perceiver.training.noise_scale import check_noise_scale
@@ -48,7 +48,7 @@ def check_experiment(experiment: Experiment) -> None:
     Raises:
         UserError: the first field that cannot be right.
     """
-    check_tree(experiment)
+    checked_tree(experiment)
     task = checked_task(experiment)
     if experiment.data.mixture:
         mixture_sources(experiment.data)

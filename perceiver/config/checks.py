@@ -7,7 +7,7 @@ import math
 import re
 from typing import Any
 
-from perceiver.config.core import Config, UserError, nodes, spelled, type_name
+from perceiver.config.core import Config, UserError, nodes, spelled
 from perceiver.config.values import field_types, problem
 
 
@@ -33,7 +33,7 @@ def check_values(config: Config) -> None:
         hints = field_types(type(node))
         for f in dataclasses.fields(node):
             if (why := problem(getattr(node, f.name), hints.get(f.name, Any), Config)) is not None:
-                raise UserError(f"{type_name(type(node))}: {spelled(where + f.name)} {why}")
+                raise UserError(f"{type(node).__name__}: {spelled(where + f.name)} {why}")
 
 
 def check_nodes(config: Config, where: str = "") -> None:

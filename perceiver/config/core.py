@@ -62,6 +62,7 @@ class Config:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        _check_names(cls)
         dataclasses.dataclass(frozen=True, kw_only=True)(cls)
         _REGISTRY[type_name(cls)] = cls
 
@@ -79,6 +80,20 @@ class Config:
     def upgrade(cls, values: dict[str, Any]) -> dict[str, Any]:
         """The fields of a saved node as this version has them. Overridden where a field was renamed or moved."""
         return values
+
+
+def _check_names(cls: type) -> None:
+    """Raises UserError where a class has a field that no file could hold, or a default that would not count."""
+    annotated = cls.__dict__.get("__annotations__", {})
+    if "type" in annotated:
+        raise UserError(f"{cls.__name__} has a field type, which is what files call the class itself: give it another name")
+    inherited = {f.name: f for base in cls.__bases__ if dataclasses.is_dataclass(base) for f in dataclasses.fields(base)}
+    if silent := [name for name in cls.__dict__ if name in inherited and name not in annotated]:
+        name = silent[0]
+        raise UserError(
+            f"{cls.__name__}.{name} is set without a type, so the field {name} of its base class would keep its own default: "
+            f"write `{name}: {getattr(inherited[name].type, '__name__', inherited[name].type)} = ...`"
+        )
 
 
 def type_name(cls: type) -> str:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -84,6 +85,28 @@ def shard_size(shape: tuple[int, ...], shards: int) -> int:
 def float_pair(pair: tuple[float, float]) -> tuple[float, float]:
     """Two numbers as PyTorch's optimizers take them: they refuse a whole one, such as a beta of 0."""
     return float(pair[0]), float(pair[1])
+
+
+def check_covered(optimizer: torch.optim.Optimizer, groups: Sequence[Mapping[str, Any]], config: OptimizerConfig) -> None:
+    """Looks whether an optimizer has all parameters, in groups with what belongs to them.
+
+    Args:
+        groups: what it was built from.
+        config: its configuration, which messages name.
+
+    Raises:
+        UserError: a parameter would not be trained, or would be without its weight decay or learning-rate factor.
+    """
+    name = type(config).__name__
+    found = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
+    for group in groups:
+        for parameter in group["params"]:
+            there = found.get(id(parameter))
+            if there is None:
+                shape = tuple(parameter.shape)
+                raise UserError(f"{name}.build leaves out a parameter of shape {shape}: the optimizer must be made of all groups")
+            if lost := [key for key in group if key not in ("params", "weight_decay", *there) and (key, group[key]) != ("lr_factor", 1)]:
+                raise UserError(f"{name}.build loses {lost[0]!r} of a group of parameters: give the optimizer the groups as they are")
 
 
 class Adam(OptimizerConfig):

@@ -117,9 +117,17 @@ def problem(value: Any, hint: Any, config: type) -> str | None:
         hint: the field's annotation.
         config: the class of configurations, which are looked at by themselves.
     """
+    if isinstance(value, type):
+        return f"is the class {value.__name__} and must be an object of a class: {value.__name__}(...)"
     if (other := _not_plain(value, config)) is not None:
-        return f"is {short(value)}, and a {type(other).__name__} cannot be saved with a run: fields hold {ALLOWED}"
-    if not isinstance(value, config) and of_type(_as_read(value), hint) != value:
+        return f"is {short(value)}, and an object of class {type(other).__name__} cannot be saved with a run: fields hold {ALLOWED}"
+    read = value if isinstance(value, config) else of_type(_as_read(value), hint)
+    if not fits(read, hint):
+        in_python = wanted(hint).replace("a list of", "a tuple of") if get_origin(hint) is tuple else wanted(hint)
+        return f"is {short(value)} and must be {in_python}"
+    if isinstance(value, list) and isinstance(read, tuple):
+        return f"is {short(value)}, a list, and must be a tuple"
+    if read != value and value == value:  # NaN, which is refused by itself, is not equal to itself
         return f"is {short(value)}, which its annotation ({wanted(hint)}) does not say: annotate what it holds"
     return None
 

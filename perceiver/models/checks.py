@@ -1,5 +1,7 @@
 """Checks that configurations of models share. Nothing is built for them."""
 
+from typing import Any
+
 from perceiver.config import Config, UserError
 from perceiver.config.core import spelled
 
@@ -33,6 +35,16 @@ def _most(name: str) -> int:
     if "layers" in name or "blocks" in name:
         return MOST_LAYERS
     return MOST_CHANNELS if "channels" in name else MOST
+
+
+def check_count(part: Config, what: str, number: Any, least: int = 1) -> None:
+    """Checks a number that a method of a model's part returned, which may be the user's.
+
+    Raises:
+        UserError: it is no whole number from `least` on.
+    """
+    if type(number) is not int or number < least:
+        raise UserError(f"{type(part).__name__}.{what} is {number!r:.80} and must be a whole number from {least} on")
 
 
 def check_heads(num_heads: int, num_channels: int, heads_field: str, channels_field: str) -> None:

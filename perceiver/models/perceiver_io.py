@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from perceiver.config import ModelConfig, UserError
-from perceiver.models.checks import check_heads, check_sizes
+from perceiver.models.checks import check_count, check_heads, check_sizes
 from perceiver.models.encoder_decoder import DecoderConfig, EncoderConfig
 from perceiver.models.initialize import initialized
 from perceiver.models.inputs import InputConfig, TextInput
@@ -98,6 +98,14 @@ class PerceiverIOConfig(ModelConfig):
     def check(self, where: str) -> None:
         check_sizes(self, where)
         self.output.check_model(self)
+        check_count(self.input, "adapted_channels", self.input.adapted_channels())
+        check_count(self.input, "num_positions", self.input.num_positions())
+        queries = self.output_queries()
+        if not isinstance(queries, OutputQueries):
+            raise UserError(f"{type(self.output).__name__}.queries returned {queries!r:.80} and must return perceiver.models.OutputQueries")
+        check_count(self.output, "queries(model).num_channels", queries.num_channels)
+        check_count(self.output, "queries(model).num_outputs", queries.num_outputs)
+        check_count(self.output, "queries(model).num_learned", queries.num_learned, least=0)
         for field, heads, channels in self._attention_layers():
             check_heads(heads, channels.qk_channels, f"model.{field}-heads", f"model.{field}-qk-channels")
             check_heads(heads, channels.v_channels, f"model.{field}-heads", f"model.{field}-v-channels")

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from perceiver.config import UserError
 from perceiver.models import factored_attention
 from perceiver.models.attention import CrossAttentionLayer, SelfAttentionLayer
 from perceiver.models.factored_attention import FactoredInput
@@ -44,6 +45,9 @@ class PerceiverEncoder(nn.Module):
         self.num_blocks = encoder.num_self_attention_blocks
         self.num_cross_attention_layers = encoder.num_cross_attention_layers
         self.input_adapter = config.input.build()
+        if not isinstance(self.input_adapter, nn.Module):
+            part = type(config.input).__name__
+            raise UserError(f"{part}.build returned {self.input_adapter!r:.80} and must return a torch.nn.Module, the input adapter")
         self.latents = nn.Parameter(torch.empty(config.num_latents, config.num_latent_channels))
 
         cross, within = config.encoder_cross_attention(), config.encoder_self_attention()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,13 +12,14 @@ import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
-from perceiver.config import Experiment, UserError, nearest, type_name
+from perceiver.config import Experiment, UserError, check_tree, nearest, nodes, type_name
 from perceiver.config.core import is_builtin
 from perceiver.config.optimization import raw_metric
 from perceiver.data.components import Component
 from perceiver.data.manifest import Manifest
 from perceiver.data.row_kind import KINDS
 from perceiver.data.rows import ArrayRows
+from perceiver.extensions import place_of
 from perceiver.tasks.base import EACH, Batch, Sample, Task
 from perceiver.tasks.baselines import Guess
 from perceiver.tasks.check_batches import (
@@ -92,15 +93,36 @@ def _check_model_and_task(experiment: Experiment, task: Task[Any, Any], rows: pa
     check_step(experiment, model, _loss(task, model, batch)[0])
 
 
+def checked_tree(experiment: Experiment) -> None:
+    """`check_tree` of an experiment that may have parts of the user's, whose `check` and other methods may fail.
+
+    Raises:
+        UserError: the first field that cannot be right, or what fails, with file and line.
+    """
+    try:
+        check_tree(experiment)
+    except UserError:
+        raise
+    except Exception as error:
+        own = [name_of(node) for _, node in nodes(experiment) if not is_builtin(type_name(type(node)))]
+        if not own:
+            raise
+        raise UserError(f"the settings of {', '.join(own)} cannot be checked: {place_of(error)}") from error
+
+
 def checked_task(experiment: Experiment) -> Task[Any, Any]:
     """The task of an experiment.
 
     Raises:
-        UserError: the user's `build` fails or returns something else.
+        UserError: the user's `build` fails or returns something else, or what the task says of its metrics cannot be right.
     """
     task = tried(experiment.task, "build", experiment.model, experiment.data, experiment.training.seed)
     if not isinstance(task, Task):
         raise UserError(f"{name_of(experiment.task)}.build returned {shape_of(task)} and must return a perceiver.tasks.base.Task")
+    for name in ("config", "model_config", "data", "seed"):
+        if not hasattr(task, name):
+            raise UserError(f"{name_of(task)}.__init__ did not set {name}: it must call super().__init__(config, model, data, seed)")
+    _check_metrics(task)
     return task
 
 
@@ -144,9 +166,6 @@ def _check_settings(task: Task[Any, Any]) -> None:
         )
     if unknown := [name for name in config.measured if name not in config.__dataclass_fields__]:
         raise UserError(f"{name_of(config)}.measured names {unknown[0]!r}, which is none of its fields")
-    for name, direction in task.metric_directions.items():
-        if direction not in ("min", "max"):
-            raise UserError(f'{name_of(task)}.metric_directions says {direction!r} of {name!r} and must say "min" or "max"')
     if names_columns(task):
         rows = call(config, "rows", task.model_config, task.data)
         if not isinstance(rows, ArrayRows):
@@ -157,6 +176,29 @@ def _check_settings(task: Task[Any, Any]) -> None:
     targets = call(task, "targets_per_example")
     if targets is not None and not (type(targets) is int and 0 < targets <= unit[1]):
         raise UserError(f"{name_of(task)}.targets_per_example returned {targets!r} and must return None or a number from 1 to {unit[1]}")
+
+
+def _check_metrics(task: Task[Any, Any]) -> None:
+    """The names of metrics, and of those that stand beside others."""
+    directions, pairs = task.metric_directions, task.baseline_metrics
+    if not isinstance(directions, Mapping):
+        raise UserError(f'{name_of(task)}.metric_directions is {shape_of(directions)} and must be a dictionary, such as {{"loss": "min"}}')
+    for name, direction in directions.items():
+        if direction not in ("min", "max"):
+            raise UserError(f'{name_of(task)}.metric_directions says {direction!r} of {name!r} and must say "min" or "max"')
+    example = '{"acc": ("usual_acc", "always the commonest class")}'
+    if not isinstance(pairs, Mapping):
+        raise UserError(f"{name_of(task)}.baseline_metrics is {shape_of(pairs)} and must be a dictionary, such as {example}")
+    for name, pair in pairs.items():
+        if not (isinstance(pair, tuple) and len(pair) == 2 and all(isinstance(part, str) for part in pair)):
+            raise UserError(
+                f"{name_of(task)}.baseline_metrics has {pair!r:.80} for {name!r} and must have a pair of texts, such as {example}"
+            )
+        if unknown := [metric for metric in (name, pair[0]) if metric not in directions]:
+            raise UserError(
+                f"{name_of(task)}.baseline_metrics names {unknown[0]!r}, which is none of its metrics: "
+                f"{', '.join(map(str, directions))}{nearest(str(unknown[0]), map(str, directions))}"
+            )
 
 
 def _loss(task: Task[Any, Any], model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -252,7 +294,7 @@ def _check_samples(task: Task[Any, Any], model: nn.Module, batch: Batch, best_me
         if name not in task.metric_directions:
             raise UserError(
                 f"{name_of(task)}.metrics gave {name!r}, but metric_directions does not say whether low or high values are better: "
-                f'metric_directions = {{"loss": "min", {name!r}: "min" or "max"}}'
+                f'add "{name}": "min", or "max", to it'
             )
     best = raw_metric(best_metric).removeprefix("val_").partition("/")[0]
     if best in task.metric_directions and best not in metrics:
@@ -262,6 +304,22 @@ def _check_samples(task: Task[Any, Any], model: nn.Module, batch: Batch, best_me
     samples = call(task, "samples", model, sums, split)
     if not isinstance(samples, list) or not all(isinstance(sample, Sample) for sample in samples):
         raise UserError(f"{name_of(task)}.samples returned {samples!r:.80} and must return a list of perceiver.tasks.base.Sample")
+    for sample in samples:
+        _check_sample(f"{name_of(task)}.samples", sample)
+
+
+def _check_sample(method: str, sample: Sample) -> None:
+    name, image = sample.name, sample.image
+    if not isinstance(name, str) or not name or "/" in name or "\0" in name:
+        raise UserError(f"{method} returned a sample whose name is {name!r} and must be that of a file, without /")
+    if sample.text is not None and not isinstance(sample.text, str):
+        raise UserError(f"{method} returned a sample {name!r} whose text is {shape_of(sample.text)} and must be a str")
+    if image is not None and not (isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3):
+        raise UserError(
+            f"{method} returned a sample {name!r} whose image is {shape_of(image)} and must be an array (height, width, 3) of type uint8"
+        )
+    if sample.file is not None and not isinstance(sample.file, bytes):
+        raise UserError(f"{method} returned a sample {name!r} whose file is {shape_of(sample.file)} and must be bytes")
 
 
 def _check_predict(task: Task[Any, Any], model: nn.Module, rows: pa.Table) -> None:
@@ -271,5 +329,7 @@ def _check_predict(task: Task[Any, Any], model: nn.Module, rows: pa.Table) -> No
         result = call(task, "predict", model, batch_of(task, rows, 2))
     good = isinstance(result, dict) and all(isinstance(value, Tensor) and value.dim() and len(value) == 2 for value in result.values())
     if not good:
-        shapes = {name: shape_of(value) for name, value in result.items()} if isinstance(result, dict) else name_of(result)
+        shapes = {name: shape_of(value) for name, value in result.items()} if isinstance(result, dict) else shape_of(result)
         raise UserError(f"{name_of(task)}.predict of 2 examples returned {shapes} and must return a dictionary of tensors (2, ...)")
+    if wrong := [name for name in result if not isinstance(name, str)]:
+        raise UserError(f"{name_of(task)}.predict calls a prediction {wrong[0]!r}: names are texts, those of columns of the output")

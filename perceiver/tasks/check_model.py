@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from perceiver.config import Experiment, UserError, type_name
 from perceiver.config.core import is_builtin
+from perceiver.config.optimization import check_covered
 from perceiver.extensions import place_of
 from perceiver.models import build_model
 from perceiver.tasks.check_calls import call, name_of, shape_of
@@ -55,6 +56,11 @@ def checked_model(experiment: Experiment) -> nn.Module:
         if not torch.isfinite(one).all():
             raise UserError(f"{name_of(model)}.init_weights left {name} with values that are not finite: it must set every parameter")
     _check_buffers(second, experiment.training.seed)
+    for (name, constant), (_, other) in zip(first.named_buffers(), second.named_buffers(), strict=True):
+        if constant.dtype == other.dtype and not torch.equal(constant.nan_to_num(), other.nan_to_num()):
+            raise UserError(
+                f"{name_of(model)}.reset_buffers gave {name} other values the second time: constants must be the same on every worker"
+            )
     _wake(first)
     return first
 
@@ -104,23 +110,29 @@ def check_optimizer(experiment: Experiment, model: nn.Module) -> None:
         factor = call(schedule, "factor", step, STEPS)
         if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not math.isfinite(factor) or factor < 0:
             raise UserError(
-                f"{name_of(schedule)}.factor({step}, {STEPS}) returned {factor!r} and must return a finite number that is not negative"
+                f"{name_of(schedule)}.factor({step}, {STEPS}) returned {factor!r} and must return a finite float that is not negative"
             )
 
 
 def check_step(experiment: Experiment, model: nn.Module, loss: Tensor) -> None:
-    """Takes a step with an optimizer of the user's.
+    """Looks whether a loss reaches the model, and takes a step with an optimizer of the user's.
 
     Raises:
-        UserError: it fails, or leaves weights that are not finite.
+        UserError: no parameter has a gradient, the step fails, or it leaves weights that are not finite.
     """
     config = experiment.optim.optimizer
+    loss.backward()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if trained and all(parameter.grad is None for parameter in trained):
+        raise UserError(
+            f"{name_of(experiment.task)}: the loss does not depend on any parameter of the model, so nothing is learned: "
+            "is it computed from the model's output, without detach()?"
+        )
     if is_builtin(type_name(type(config))):
         return
     optimizer = _optimizer(experiment, model)
     if optimizer is None:
         return
-    loss.backward()
     try:
         call(optimizer, "step")
     except UserError as error:
@@ -132,10 +144,16 @@ def check_step(experiment: Experiment, model: nn.Module, loss: Tensor) -> None:
 def _optimizer(experiment: Experiment, model: nn.Module) -> torch.optim.Optimizer | None:
     """The optimizer of all that is trained; None where nothing is, or the model has no memory."""
     optim = experiment.optim
-    groups: list[dict[str, Any]] = [{"params": [p for p in model.parameters() if p.requires_grad], "weight_decay": optim.weight_decay}]
-    if not groups[0]["params"] or next(iter(model.parameters())).is_meta:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if not trained or next(iter(model.parameters())).is_meta:
         return None
+    decaying = {"params": trained[:1], "weight_decay": optim.weight_decay}  # two groups, as training makes them
+    groups: list[dict[str, Any]] = [decaying, {"params": trained[1:], "weight_decay": 0.0}][: len(trained)]
     made = call(optim.optimizer, "build", groups, optim.lr)
     if not isinstance(made, torch.optim.Optimizer):
         raise UserError(f"{name_of(optim.optimizer)}.build returned {shape_of(made)} and must return a torch.optim.Optimizer")
+    check_covered(made, groups, optim.optimizer)
+    numbers = call(optim.optimizer, "state_size", (4, 4))
+    if isinstance(numbers, bool) or not isinstance(numbers, (int, float)) or numbers < 0:
+        raise UserError(f"{name_of(optim.optimizer)}.state_size returned {numbers!r} and must return how many numbers it keeps")
     return made

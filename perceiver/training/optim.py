@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from perceiver.config import OptimConfig, UserError
+from perceiver.config.optimization import check_covered
 from perceiver.models.weights import layer_matrices
 
 FACTOR = "lr_factor"
@@ -50,7 +51,9 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
         made[-1] |= {BEGIN: begin} if begin else {}
         made[-1] |= {DECAY: decay} if config.weight_decay_end is not None else {}
         made[-1] |= {HIDDEN: is_hidden} if config.optimizer.apart else {}
-    return config.optimizer.build(made, config.lr)
+    optimizer = config.optimizer.build(made, config.lr)
+    check_covered(optimizer, made, config.optimizer)
+    return optimizer
 
 
 def set_step(optimizer: torch.optim.Optimizer, config: OptimConfig, step: int, total_steps: int, lr: float) -> None:

@@ -29,7 +29,7 @@ from perceiver.data.manifest import Manifest
 from perceiver.data.rows import ArrayRows
 from perceiver.models import build_model
 from perceiver.models.initialize import initialize
-from perceiver.tasks.base import IGNORE_INDEX, Task, dummy_split
+from perceiver.tasks.base import IGNORE_INDEX, Sample, Task, dummy_split
 from perceiver.tasks.baselines import Guess
 from perceiver.tasks.check import check_guess, check_task, checked_task
 from perceiver.training.parallel import build_sharded, join_world
@@ -84,6 +84,13 @@ class Shifted(Net):
         return super().forward(x + self.shift)
 
 
+class Random(Shifted):
+    """With a constant that is another one each time."""
+
+    def reset_buffers(self):
+        self.shift.normal_()
+
+
 class Generated(Net):
     def layers(self):
         return (layer for layer in (self.one, self.two))
@@ -98,7 +105,7 @@ class Empty(Net):
         return [self.one]
 
 
-MODELS = {"Net": Net, "Shifted": Shifted, "Normalized": Normalized, "Generated": Generated, "Empty": Empty}
+MODELS = {"Net": Net, "Shifted": Shifted, "Random": Random, "Normalized": Normalized, "Generated": Generated, "Empty": Empty}
 
 
 class Regression(TaskConfig):
@@ -179,6 +186,24 @@ TASKS = {
     "a loss of chance": ({"loss": loss_of_chance}, "where the model is not training: random choices must be functions of"),
     "targets": ({"targets_per_example": lambda self: 2}, "targets_per_example returned 2 and must return None or a number from 1 to 1"),
     "unit": ({"throughput_unit": lambda self: "tokens"}, "Changed.throughput_unit returned 'tokens'"),
+    "directions": ({"metric_directions": ["loss"]}, "Changed.metric_directions is a list and must be a dictionary"),
+    "a baseline of nothing": (
+        {"baseline_metrics": {"mae": ("usual", "always the mean")}},
+        "Changed.baseline_metrics names 'usual', which is none of its metrics: loss, mae",
+    ),
+    "a baseline without words": ({"baseline_metrics": {"mae": "loss"}}, "has 'loss' for 'mae' and must have a pair of texts"),
+    "an undeclared metric": ({"metric_directions": {"mae": "min"}}, "metrics gave 'loss', but metric_directions does not say"),
+    "__init__": ({"__init__": lambda self, *args: None}, "__init__ did not set config: it must call super().__init__(config, model, data"),
+    "a sample's name": ({"samples": lambda self, *args: [Sample("a/b", text="")]}, "whose name is 'a/b' and must be that of a file"),
+    "a sample's image": (
+        {"samples": lambda self, *args: [Sample("a", image=np.zeros((4, 4)))]},
+        "is an array of shape (4, 4) and type float64 and must be an array (height, width, 3) of type uint8",
+    ),
+    "a prediction's name": ({"predict": lambda self, model, batch: {1: batch["x"]}}, "calls a prediction 1: names are texts"),
+    "a loss of nothing": (
+        {"loss": lambda self, model, batch: ((batch["x"].sum(1) * batch["valid"]).requires_grad_().sum(), {"mae": torch.zeros(())})},
+        "Settings: the loss does not depend on any parameter of the model, so nothing is learned",
+    ),
     "padding of zeros": (
         {"loss": lambda self, model, batch: (((model(batch["x"]) - batch["y"]) ** 2).sum(), {"mae": torch.zeros(())})},
         "with an example of padding, which must add nothing",
@@ -244,6 +269,7 @@ def test_constants_are_set_although_initial_weights_leave_them():
     ("model", "message"),
     [
         ("Normalized", "Normalized.reset_buffers left norm.running_mean as it was"),
+        ("Random", "Random.reset_buffers gave shift other values the second time: constants must be the same on every worker"),
         ("Generated", "Generated.layers returned a generator and must return a list"),
         ("Empty", "Empty has no parameters"),
     ],
@@ -255,7 +281,20 @@ def test_a_mistake_in_a_model_is_named(model, message):
 
 class NeedsClosure(OptimizerConfig):
     def build(self, groups, lr):
-        return torch.optim.LBFGS(groups[0]["params"], lr=lr)
+        return torch.optim.LBFGS([parameter for group in groups for parameter in group["params"]], lr=lr)
+
+
+class LeavesOut(OptimizerConfig):
+    def build(self, groups, lr):
+        return torch.optim.SGD(groups[:1], lr=lr)
+
+
+class Miscounts(OptimizerConfig):
+    def build(self, groups, lr):
+        return torch.optim.SGD(groups, lr=lr)
+
+    def state_size(self, shape, shards=1, hidden=False):
+        return "two"
 
 
 class Explodes(OptimizerConfig):
@@ -265,7 +304,12 @@ class Explodes(OptimizerConfig):
 
 @pytest.mark.parametrize(
     ("optimizer", "message"),
-    [(NeedsClosure(), "NeedsClosure: LBFGS.step fails: TypeError"), (Explodes(), "has values that are not finite")],
+    [
+        (NeedsClosure(), "NeedsClosure: LBFGS.step fails: TypeError"),
+        (Explodes(), "has values that are not finite"),
+        (LeavesOut(), "LeavesOut.build leaves out a parameter of shape .*: the optimizer must be made of all groups"),
+        (Miscounts(), "Miscounts.state_size returned 'two' and must return how many numbers it keeps"),
+    ],
 )
 def test_an_optimizer_is_tried_for_a_step(optimizer, message):
     with pytest.raises(UserError, match=message):
