@@ -90,7 +90,7 @@ def _import_file(path: Path, what: str) -> ModuleType:
         raise UserError(f"{what} {str(path)!r}: a file that is imported needs a name of letters, digits and underscores")
     loaded = sys.modules.get(name)
     if loaded is None:
-        _check_not_installed(name, path, what)
+        check_not_installed(name, path, what)
         if str(path.parent) not in sys.path:
             sys.path.insert(0, str(path.parent))
         loaded = _import_module(name, what)
@@ -99,7 +99,7 @@ def _import_file(path: Path, what: str) -> ModuleType:
     return loaded
 
 
-def _check_not_installed(name: str, path: Path, what: str) -> None:
+def check_not_installed(name: str, path: Path, what: str) -> None:
     """Raises UserError where the file would take the place of a module of Python or of an installed package, for all that imports it."""
     try:
         spec = importlib.util.find_spec(name)

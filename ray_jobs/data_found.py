@@ -61,6 +61,8 @@ def class_lines(classes: Mapping[str, Mapping[str, int]], column: str = "") -> l
         lines.append(f"classes in {place}{name}: {shown_counts({key: counts[key] for key in class_order(Counter(counts))})}")
         if new := sorted(counts.keys() - train.keys()):
             lines.append(f"  not in train: {', '.join(new)}")
+    if len(train) == 1:
+        lines.append(f"there is only one class to train on, {next(iter(train))!r}, so there is nothing to tell apart")
     return lines
 
 

@@ -121,7 +121,7 @@ def _numbers(lines: list[str], source: str, words: list[str], found: TableSurvey
         raise UserError(f"{source} has no texts, and no two columns of which one could be learned (it has: {', '.join(found.columns)})")
     lines = [*lines, f"to predict: {target!r} (a guess: --task.targets names others), from {number_of(len(inputs), 'other column')}"]
     if left := [name for name in found.columns if name not in (*inputs, target)]:
-        lines.append(f"not used: {', '.join(map(repr, left[:SHOWN]))} (different in nearly every row)")
+        lines.append(f"not used: {', '.join(f'{name!r} ({_why_left(found.columns[name])})' for name in left[:SHOWN])}")
     column = found.columns[target]
     if column.values is not None and not column.types.keys() & {"float", "list"}:
         lines.append(f"classes in {target!r}: {shown_counts({name: column.values[name] for name in class_order(column.values)})}")
@@ -144,7 +144,11 @@ def _read_as(column: ColumnSurvey, rows: int) -> str:
     if reading == "text":
         return f"text (tables takes its first {TEXT_LENGTH} tokens)"
     values = len(column.values or ())
-    return f"{number_of(values, 'category', 'categories')}" if reading == "category" else "different in nearly every row: left out"
+    return f"{number_of(values, 'category', 'categories')}" if reading == "category" else f"{_why_left(column)}: left out"
+
+
+def _why_left(column: ColumnSurvey) -> str:
+    return "different in nearly every row" if column.values is None or len(column.values) > 1 else "the same in every row"
 
 
 def _texts(found: TableSurvey, column: str) -> list[str]:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from perceiver.config import Config, DataConfig, Experiment, UserError, check_folder_name
+from perceiver.extensions import check_not_installed
 from perceiver.terminal import CommandParser, summary
 from ray_jobs.cli import main_entry, parse_experiment, refuse_empty
 from ray_jobs.data import add_encoding, find
@@ -51,6 +52,8 @@ def main(argv: list[str]) -> int:
     if not function.isidentifier() or keyword.iskeyword(function):
         raise UserError(f"NAME is {args.name!r} and must begin with a letter and be no word of Python, such as my-experiment")
     file = Path(f"{function}.py")
+    if not Path(function).is_dir():  # such as the data itself, which a file of that name does not hide
+        check_not_installed(function, file.absolute(), "NAME")
     if file.exists():
         raise UserError(f"{file} exists: choose another name, or remove it")
     source = str(Path(args.data).expanduser().absolute()) if "://" not in args.data else args.data

@@ -16,7 +16,7 @@ from perceiver.data.files import PACKINGS, InputFile
 from perceiver.data.read_excel import excel_rows, is_excel
 from perceiver.data.spans import Problems, Span, Unreadable, check_record, chunks
 from perceiver.data.storage import open_folder
-from perceiver.data.tables import MAX_ROWS, NotJson, parquet_tables, parse_json
+from perceiver.data.tables import MAX_ROWS, NotJson, check_once, parquet_tables, parse_json
 
 _SEPARATORS = ",;\t|"
 
@@ -72,6 +72,7 @@ def _with_names(
     for number, fields in records:
         if not header:
             header = fields
+            check_once(name, header)
             if missing := [column for column in wanted if column not in header]:
                 raise Unreadable("wrong schema", f"{name} has no column {missing[0]!r} (it has: {', '.join(header)})")
             continue
@@ -219,9 +220,11 @@ def open_arrow(file: InputFile) -> Iterator[tuple[pa.Schema, Iterator[pa.RecordB
             source.seek(0)
             if stored:
                 reader = pa.ipc.open_file(source)
+                check_once(file.name, reader.schema.names)
                 yield reader.schema, (reader.get_batch(i) for i in range(reader.num_record_batches))
             else:
                 stream = pa.ipc.open_stream(source)
+                check_once(file.name, stream.schema.names)
                 yield stream.schema, iter(stream)
     except (pa.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0].rstrip(".")

@@ -267,7 +267,11 @@ def text_column(found: TableSurvey) -> str | None:
 def target_column(found: TableSurvey) -> str | None:
     """The column of a table of numbers that is most likely to be predicted: one of a usual name, else the last that is no id."""
     usual = next((name for name in found.columns if name.lower() in _LABEL_NAMES), None)
-    rest = [name for name, column in found.columns.items() if not _is_id(found, name) and (column.is_number or column.values)]
+    rest = [
+        name
+        for name, column in found.columns.items()
+        if not _is_id(found, name) and (column.is_number or column.values) and (column.values is None or len(column.values) > 1)
+    ]
     return usual or (rest[-1] if len(rest) > 1 else None)
 
 

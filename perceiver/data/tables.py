@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import reprlib
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -228,12 +229,19 @@ def groups_of(span: Span, table: pa.Table, first: int, keep: list[bool], columns
     return result
 
 
+def check_once(name: str, columns: Sequence[str]) -> None:
+    """Raises Unreadable where a file calls two columns the same: which one is meant? Columns without a name may be many."""
+    if twice := next((column for column, number in Counter(columns).items() if column and number > 1), None):
+        raise Unreadable("wrong schema", f"{name} has several columns {twice!r}: give each a name of its own")
+
+
 @contextmanager
 def open_parquet(file: InputFile) -> Iterator[pq.ParquetFile]:
     """A Parquet file to read; one that is damaged is `Unreadable`."""
     filesystem, path = open_folder(file.path)
     try:
         with filesystem.open_input_file(path) as source, pq.ParquetFile(source) as parquet:
+            check_once(file.name, parquet.schema_arrow.names)
             yield parquet
     except (pa.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0].rstrip(".")

@@ -23,6 +23,7 @@ from perceiver.data.read_excel import EXCEL, is_excel
 from perceiver.data.read_tables import is_json_array, open_arrow
 from perceiver.data.rows import ArrayRows
 from perceiver.data.storage import find_place, open_folder, whole_place
+from perceiver.data.tables import check_once
 from perceiver.inference.csv_parts import csv_cuts, csv_rows_of, excel_count, excel_rows_of
 from perceiver.inference.frames import FRAMES, IMAGES, MUSIC, SOUNDS, frame_cuts, frames_rows, is_flow, media_row
 from perceiver.inference.line_parts import LINES, array_values, bytes_of, json_row, line_cuts, line_part, unpacked_chunks
@@ -200,7 +201,9 @@ def _suffix(path: str) -> str:
 
 
 def _check_columns(name: str, there: Sequence[str], columns: Sequence[str], id_column: str | None, arrays: ArrayRows | None) -> None:
-    """Raises UserError where a file lacks what is read of it."""
+    """Raises UserError where a file lacks what is read of it, or has it twice."""
+    with named(name):
+        check_once(name, there)
     for choice in (columns, (id_column,) if id_column else ()):
         if choice and not set(choice) & set(there):
             names = " or ".join(map(repr, choice))

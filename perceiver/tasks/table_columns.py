@@ -96,7 +96,9 @@ def _found(schema: TableSchema, targets: Collection[str]) -> dict[str, Reading]:
         else:
             found[name] = reading
     if left:
-        logger.info(f"not used: {', '.join(map(repr, left))} (different in nearly every row, or of a type that is not read)")
+        logger.info(
+            f"not used: {', '.join(map(repr, left))} (different in nearly every row, the same in all, or of a type that is not read)"
+        )
     return found
 
 

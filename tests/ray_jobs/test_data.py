@@ -17,6 +17,7 @@ from PIL import Image
 
 from perceiver.config import UserError
 from perceiver.data.examples_shown import thumbnail
+from perceiver.inference.parts import plan_parts
 from ray_jobs import data_time
 from ray_jobs.cli import parse_experiment
 from ray_jobs.data import look, main
@@ -275,3 +276,35 @@ def test_the_time_to_prepare_is_measured_on_a_part_and_extrapolated(tmp_path, mo
     monkeypatch.setattr(data_time, "MOST_BYTES", 10)
     (line,) = [line for line in look(str(tmp_path / "rows.csv")) if line.startswith("time to prepare")]
     assert line == "time to prepare: not measured, rows.csv is read from its beginning to its end"
+
+
+def test_a_file_that_calls_two_columns_the_same_is_refused(tmp_path):
+    """Else the last one would be read, and nobody would know."""
+    table = pa.Table.from_arrays([pa.array([1, 2] * 10), pa.array([3, 4] * 10), pa.array([0, 1] * 10)], names=["a", "a", "y"])
+    pq.write_table(table, tmp_path / "twice.parquet")
+    with pa.OSFile(str(tmp_path / "twice.arrow"), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+    (tmp_path / "twice.csv").write_text("a,a,y\n1,3,0\n2,4,1\n")
+    for ending in ("parquet", "arrow", "csv"):
+        with pytest.raises(UserError, match=f"twice.{ending} has several columns 'a': give each a name of its own"):
+            look(str(tmp_path / f"twice.{ending}"))
+        with pytest.raises(UserError, match=f"twice.{ending} has several columns 'a'"):
+            plan_parts([(str(tmp_path / f"twice.{ending}"), f"twice.{ending}", 0)], 10, "y", None)
+    (tmp_path / "blank.csv").write_text("a,,,y\n1,,,0\n2,,,1\n3,,,1\n")  # as a spreadsheet writes what is empty
+    look(str(tmp_path / "blank.csv"))
+
+
+def test_what_is_the_same_in_every_row_is_neither_called_different_nor_offered_as_a_target(tmp_path):
+    (tmp_path / "in.csv").write_text("x,y,unit\n" + "".join(f"{i},{i % 2},3\n" for i in range(30)))
+    assert "--task.targets y" in look(str(tmp_path / "in.csv"))[-1]
+    (tmp_path / "words.csv").write_text("x,y,unit\n" + "".join(f"{i},{i % 2},m\n" for i in range(30)))
+    assert any("unit" in line and "the same in every row: left out" in line for line in look(str(tmp_path / "words.csv")))
+
+
+def test_one_class_alone_is_said_to_be_nothing_to_learn(tmp_path):
+    folder = split_folder(tmp_path / "in")
+    for split in ("train", "val"):
+        for path in (folder / split / "blue").iterdir():
+            path.unlink()
+        (folder / split / "blue").rmdir()
+    assert "there is only one class to train on, 'red', so there is nothing to tell apart" in look(str(folder))

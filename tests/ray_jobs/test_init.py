@@ -80,6 +80,7 @@ def test_fields_have_their_help_as_comments(tmp_path):
         (["class"], "no word of Python"),
         (["a/b"], "must be a plain folder name"),
         (["there"], "there.py exists"),
+        (["torch"], "torch is the name of an installed module: give the file another name"),
         (["my-own", "--targets", "price"], "--targets is price, and .* is no table"),
         (["my-own", "--label-column", "stars"], "--label-column is 'stars'"),
     ],
