@@ -126,10 +126,26 @@ def _storage(experiment: Experiment, folder: Path) -> str:
 def _read_file(path: Path) -> Experiment:
     """The experiment of a .json or .yaml file: a whole one, or "preset" and what differs from it."""
     file = read_experiment_file(path)
+    _check_ends(file)
     base = None if file.base is None else _base(file, file.base)
     experiment = file.experiment(base)
     name = experiment.run.name or ("" if base is not None and file.says_nothing_more else path.stem)
     return replace(experiment, preset=str(path), run=replace(experiment.run, name=name))
+
+
+def _check_ends(file: ExperimentFile) -> None:
+    """Raises UserError where a file starts from itself, maybe by way of others."""
+    place = f"{file.path}{'' if (line := file.line((PRESET,))) is None else f', line {line}'}"
+    seen, here = {file.path.expanduser().resolve()}, file
+    while here.base is not None and not is_reference(here.base) and Path(here.base).suffix in FILES:
+        path = Path(_beside(here.path, here.base)).expanduser()
+        if path.resolve() in seen:
+            raise UserError(f"{place}: preset is {file.base}, which starts from {path} again: name a preset that ends somewhere")
+        seen.add(path.resolve())
+        try:
+            here = read_experiment_file(path)
+        except UserError:  # which is said where that file is read
+            return
 
 
 def _base(file: ExperimentFile, name: str) -> Experiment:
