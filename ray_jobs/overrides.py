@@ -9,13 +9,14 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Sequence
-from itertools import chain
-from typing import TYPE_CHECKING, TypeVar, get_type_hints
+from itertools import chain, takewhile
+from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
 from perceiver.config import CallbackConfig, Experiment, UserError, flatten, from_dict, nearest, subclasses, to_dict, type_name
 from perceiver.config.core import Config as Node
 from perceiver.config.core import find_type, import_builtins, look_here, nodes
 from perceiver.config.schema import field_documents
+from perceiver.config.values import field_types, wanted
 from ray_jobs.program import program
 
 if TYPE_CHECKING:
@@ -77,8 +78,37 @@ def override(config: Config, args: Sequence[str], prog: str) -> Config:
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
-        raise UserError(_first_sentence(output.getvalue()).removeprefix("Error parsing ")) from None
+        sentence = _first_sentence(output.getvalue()).removeprefix("Error parsing ")
+        raise UserError(_of_field(sentence, config, args) or sentence) from None
     return made
+
+
+def _of_field(sentence: str, config: Any, args: Sequence[str]) -> str | None:
+    """What tyro says of a field's value as other messages say it: the field, the value, and what it must be; None: it is no such sentence.
+
+    Args:
+        sentence: which names the field.
+        config: the tree that is changed.
+        args: the command line.
+    """
+    found = re.search(r"--([a-zA-Z0-9_.-]*[a-zA-Z0-9_])", sentence)
+    if found is None or "unrecognized" in sentence.lower():
+        return None
+    *place, last = found[1].replace("-", "_").split(".")
+    node: Any = config
+    for step in place:
+        node = node[int(step)] if isinstance(node, tuple) and step.isdigit() and int(step) < len(node) else getattr(node, step, None)
+    hint = field_types(type(node)).get(last) if isinstance(node, Node) else None
+    if hint is None:
+        return None
+    flags = [number for number, arg in enumerate(args) if arg.partition("=")[0].replace("_", "-") == f"--{found[1]}".replace("_", "-")]
+    if not flags:
+        return None
+    first = args[flags[-1]].partition("=")
+    given = [first[2]] if first[1] else list(takewhile(lambda arg: not re.match(r"--[a-zA-Z]", arg), args[flags[-1] + 1 :]))
+    if not given:
+        return f"--{found[1]} needs a value: {wanted(hint)}"
+    return f"--{found[1]} is {' '.join(given)!r} and must be {wanted(hint)}"
 
 
 _BESIDES = {

@@ -94,6 +94,8 @@ def wanted(hint: Any) -> str:
     """What a field's type allows, in words."""
     if isinstance(hint, type) and issubclass(hint, Enum):
         return f"one of {', '.join(hint.__members__)}"
+    if hint is bool:
+        return "True or False"
     origin, args = get_origin(hint), get_args(hint)
     if origin is Literal:
         return f"one of {', '.join(map(str, args))}"
@@ -101,6 +103,8 @@ def wanted(hint: Any) -> str:
         return " or ".join("None" if arg is type(None) else wanted(arg) for arg in args)
     if origin in (tuple, list) and args and (origin is list or args[-1] is Ellipsis):
         return f"a list of {wanted(args[0])}"
+    if origin is tuple and args:
+        return f"{len(args)} values ({', '.join(map(wanted, args))})"
     return getattr(hint, "__name__", None) or str(hint)
 
 

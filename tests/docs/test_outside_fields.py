@@ -79,7 +79,7 @@ def test_fields_of_every_type_are_typed_on_a_command_line():
     base, changed = of(EveryField()), of(CHANGED)
     words = [word for name, value in differing(changed, base).items() for word in field_words(name, value)]
     assert override(base, words, "ray_jobs.train") == changed
-    with pytest.raises(UserError, match="'--task.mode'. Expected one of .*FAST.*EXACT"):
+    with pytest.raises(UserError, match="--task.mode is '.*' and must be one of FAST, EXACT"):
         override(base, ["--task.mode", "SLOW"], "ray_jobs.train")
 
 
