@@ -29,6 +29,7 @@ DOMAINS: dict[str, Callable[..., Any]] = {
     "loguniform": tune.loguniform,
     "qloguniform": tune.qloguniform,
     "randint": tune.randint,
+    "qrandint": tune.qrandint,
     "lograndint": tune.lograndint,
     "choice": lambda *values: tune.choice(_members(values)),
     "grid": lambda *values: tune.grid_search(_members(values)),
@@ -89,7 +90,14 @@ def check_space(space: Mapping[str, Any], fits: Callable[[str, Any], Any]) -> No
     """
     for name, domain in space.items():
         for value in _values(name, domain):
-            fits(name, value)
+            try:
+                fits(name, value)
+            except UserError as error:
+                if isinstance(domain, Float) and str(error).endswith(" must be int"):
+                    raise UserError(
+                        f"{error}: randint, qrandint and lograndint draw whole numbers, up to the last value without it"
+                    ) from None
+                raise
 
 
 def described(domain: Any) -> Any:
@@ -119,7 +127,10 @@ def _values(name: str, domain: Any) -> list[Any]:
         )
     if isinstance(_unwrapped(domain.sampler), LogUniform) and lower <= 0:
         raise UserError(f"{name} of the sweep's space is a logarithmic range from {lower:g} and must begin above 0")
-    return [lower, upper - 1] if isinstance(domain, Integer) else [float(lower), float(upper)]
+    if not isinstance(domain, Integer):
+        return [float(lower), float(upper)]
+    in_steps = isinstance(domain.sampler, Quantized) and domain.sampler.q > 1  # then Ray Tune draws the last value, too
+    return [lower, upper if in_steps else upper - 1]
 
 
 def _listed(name: str, values: Any) -> list[Any]:

@@ -46,6 +46,15 @@ def test_ranges_of_whole_numbers_are_checked_at_both_ends():
         checked(model__num_latents=tune.randint(5, 3))
     with pytest.raises(UserError, match=r"num-latents is 0"):
         checked(model__num_latents=tune.randint(0, 3))
+    checked(model__num_latents=tune.qrandint(8, 32, 8))
+    with pytest.raises(UserError, match=r"heads is 4, but must divide .*, 130"):
+        checked(model__num_latent_channels=tune.qrandint(128, 130, 2))
+
+
+def test_a_range_of_fractions_for_a_field_of_whole_numbers_is_refused_with_what_draws_these():
+    for domain in (tune.uniform(8, 16), tune.quniform(8, 16, 2)):
+        with pytest.raises(UserError, match=r"model\.num-latents is .8\.0. and must be int: randint, qrandint and lograndint draw whole"):
+            checked(model__num_latents=domain)
 
 
 def test_what_is_drawn_by_a_function_or_without_bounds_is_left_to_the_trials():
