@@ -37,14 +37,14 @@ def _most(name: str) -> int:
     return MOST_CHANNELS if "channels" in name else MOST
 
 
-def check_count(part: Config, what: str, number: Any, least: int = 1) -> None:
-    """Checks a number that a method of a model's part returned, which may be the user's.
+def check_count(part: Config, what: str, number: Any) -> None:
+    """Checks a number that a method of a model's part returned, which may be the user's. 0: it is not known before the data is.
 
     Raises:
-        UserError: it is no whole number from `least` on.
+        UserError: it is no whole number, or negative.
     """
-    if type(number) is not int or number < least:
-        raise UserError(f"{type(part).__name__}.{what} is {number!r:.80} and must be a whole number from {least} on")
+    if type(number) is not int or number < 0:
+        raise UserError(f"{type(part).__name__}.{what} is {number!r:.80} and must be a whole number from 0 on")
 
 
 def check_heads(num_heads: int, num_channels: int, heads_field: str, channels_field: str) -> None:

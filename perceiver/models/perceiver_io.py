@@ -105,7 +105,7 @@ class PerceiverIOConfig(ModelConfig):
             raise UserError(f"{type(self.output).__name__}.queries returned {queries!r:.80} and must return perceiver.models.OutputQueries")
         check_count(self.output, "queries(model).num_channels", queries.num_channels)
         check_count(self.output, "queries(model).num_outputs", queries.num_outputs)
-        check_count(self.output, "queries(model).num_learned", queries.num_learned, least=0)
+        check_count(self.output, "queries(model).num_learned", queries.num_learned)
         for field, heads, channels in self._attention_layers():
             check_heads(heads, channels.qk_channels, f"model.{field}-heads", f"model.{field}-qk-channels")
             check_heads(heads, channels.v_channels, f"model.{field}-heads", f"model.{field}-v-channels")

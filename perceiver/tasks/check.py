@@ -196,7 +196,7 @@ def _check_metrics(task: Task[Any, Any]) -> None:
             )
         if unknown := [metric for metric in (name, pair[0]) if metric not in directions]:
             raise UserError(
-                f"{name_of(task)}.baseline_metrics names {unknown[0]!r}, which is none of its metrics: "
+                f"{name_of(task)}.baseline_metrics names {unknown[0]!r}, which metric_directions does not say: it has "
                 f"{', '.join(map(str, directions))}{nearest(str(unknown[0]), map(str, directions))}"
             )
 

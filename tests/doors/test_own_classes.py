@@ -79,7 +79,7 @@ class Failing(Answers):
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
-        ({"input": Numbers(channels="4")}, "Numbers.adapted_channels is '4' and must be a whole number from 1 on"),
+        ({"input": Numbers(channels="4")}, "Numbers.adapted_channels is '4' and must be a whole number from 0 on"),
         ({"output": Answers(num_learned=1.0)}, "Answers.queries(model).num_learned is 1.0 and must be a whole number from 0 on"),
         ({"output": Answers(num_learned=0)}, "Answers.queries returned None and must return perceiver.models.OutputQueries"),
         ({"output": Failing()}, "cannot be checked: test_own_classes.py, line "),

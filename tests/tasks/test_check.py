@@ -189,7 +189,7 @@ TASKS = {
     "directions": ({"metric_directions": ["loss"]}, "Changed.metric_directions is a list and must be a dictionary"),
     "a baseline of nothing": (
         {"baseline_metrics": {"mae": ("usual", "always the mean")}},
-        "Changed.baseline_metrics names 'usual', which is none of its metrics: loss, mae",
+        "Changed.baseline_metrics names 'usual', which metric_directions does not say: it has loss, mae",
     ),
     "a baseline without words": ({"baseline_metrics": {"mae": "loss"}}, "has 'loss' for 'mae' and must have a pair of texts"),
     "an undeclared metric": ({"metric_directions": {"mae": "min"}}, "metrics gave 'loss', but metric_directions does not say"),
