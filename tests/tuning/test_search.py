@@ -97,7 +97,7 @@ def test_a_sweep_with_seeds_ranks_samples_by_their_means_and_not_by_their_best_t
     text = "\n".join(report.table(found, json.loads((folder / "sweep.json").read_text())))
     assert re.search(r"1 +0\.9100 +0\.0141 +0\.7829 to 1\.0371 +2 of 2 +0\.002", text) and "1 of 2" in text
     assert "mean val_acc of 0.9100, the preset's own values 0.8100: better (difference +0.1000, 95% interval" in text
-    assert text.splitlines()[-1].endswith("--seeds 0,1, --optim.lr 0.002 --name s-winner")
+    assert text.splitlines()[-1].endswith("--seeds 0,1 --optim.lr 0.002 --name s-winner")
 
 
 @pytest.mark.parametrize(
