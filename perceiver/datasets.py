@@ -108,7 +108,7 @@ class Dataset(Generic[S]):
     def warn_of_changes(self) -> None:
         """Says so where the source is not any more what the data was prepared from, which is used nevertheless."""
         if sentence := what_changed(self.experiment, self.folder, self.manifest):
-            logger.warning(f"{sentence}: the training goes on with what it was prepared from")
+            logger.warning(f"{sentence}: the training continues with what it was prepared from")
 
     @property
     def parts(self) -> list[Component]:

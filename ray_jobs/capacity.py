@@ -9,7 +9,7 @@ import ray
 from perceiver.config import ParallelConfig, UserError
 from perceiver.terminal import number_of
 from ray_jobs.preflight import cluster_cores, wait_for_growth
-from ray_jobs.ray_env import use_gpus
+from ray_jobs.ray_env import held, use_gpus
 from ray_jobs.read_ahead import DATA_CPUS
 
 
@@ -60,7 +60,6 @@ def _fits(parallel: ParallelConfig, what: str) -> tuple[int, int, str]:
     """How many trainings the cluster has room for, how many beside what other jobs hold now, and the sum in words."""
     gpu, workers = use_gpus(parallel), parallel.workers
     total = ray.cluster_resources()
-    held = {name: max(0.0, total.get(name, 0.0) - ray.available_resources().get(name, 0.0)) for name in ("CPU", "GPU")}
     cpus = total.get("CPU", 0.0)
     share = parallel.cpus_per_worker or 1.0
     need = workers * share + DATA_CPUS
@@ -72,7 +71,7 @@ def _fits(parallel: ParallelConfig, what: str) -> tuple[int, int, str]:
         return 0 if workers > cluster_cores() else count
 
     fits = room(cpus, total.get("GPU", 0.0))
-    now = room(cpus - held["CPU"], total.get("GPU", 0.0) - held["GPU"])
+    now = room(cpus - held("CPU"), total.get("GPU", 0.0) - held("GPU"))
     each = f"{number_of(share, 'CPU')}{' and a GPU' if gpu else ''}{' each' if workers > 1 else ''}"
     there = f"{number_of(cpus, 'CPU')} and {number_of(total.get('GPU', 0.0), 'GPU')}"
     others = f" ({now} beside what other jobs hold now)" if now < fits else ""

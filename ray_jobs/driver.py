@@ -29,6 +29,7 @@ from ray_jobs.first_step import start_early
 from ray_jobs.messages import Messages
 from ray_jobs.on_workers import evaluate_worker, train_worker
 from ray_jobs.preflight import Resources
+from ray_jobs.ray_env import held
 from ray_jobs.read_ahead import DataShare
 from ray_jobs.rendezvous import Network
 from ray_jobs.restarts import SayRestarts
@@ -137,7 +138,7 @@ def _fit(
     # What Ray keeps of a run is rebuilt by every start: our own checkpoints say where to continue.
     shutil.rmtree(trained.ray_folder, ignore_errors=True)
     stall = 60 * experiment.run.stall_minutes
-    share = DataShare(others=_held_by_others(), cpus_per_worker=resources.cpus_per_worker)
+    share = DataShare(others=held("CPU"), cpus_per_worker=resources.cpus_per_worker)
     # An elastic run starts with as many workers as find room: nothing may be in their way.
     slots = share.slots(resources.workers, ray.cluster_resources().get("CPU", 0.0))
     early = [] if resources.min_workers else start_early(slots, TASKS if settings.get("spares") else {})
@@ -186,11 +187,6 @@ def _fit(
                 for ref in early:
                     ray.cancel(ref)
     return messages.interrupted
-
-
-def _held_by_others() -> float:
-    """CPUs that other jobs of the cluster, and this process, hold."""
-    return max(0.0, ray.cluster_resources().get("CPU", 0.0) - ray.available_resources().get("CPU", 0.0))
 
 
 def run_until_interrupted(fit: Callable[[], Any], messages: Messages) -> None:

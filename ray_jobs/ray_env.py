@@ -117,6 +117,11 @@ def _leave() -> None:
     ray.shutdown()
 
 
+def held(resource: str) -> float:
+    """How much of a resource of the cluster ("CPU", "GPU") is held now: by other jobs, and by this process."""
+    return max(0.0, ray.cluster_resources().get(resource, 0.0) - ray.available_resources().get(resource, 0.0))
+
+
 def lost_processes() -> str | None:
     """Which of the processes that this process's local cluster rests on has ended; None where all run, or the cluster is another's."""
     node = ray._private.worker._global_node

@@ -45,7 +45,7 @@ PATIENCE = 30.0
 
 
 def wanted(experiment: Experiment) -> bool:
-    """Whether a run's workers shall ask for processes that stand ready: not where it never restarts, nor in a trial of a sweep, which has
+    """Whether a run's workers are to ask for processes that stand ready: not where it never restarts, nor in a trial of a sweep, which has
     many beside it, nor where the job's processes have a setup hook of the user's, whose place ours would take.
     """
     if not experiment.parallel.spare_workers or experiment.run.max_failures == 0:

@@ -381,7 +381,7 @@ def test_a_job_that_prepares_nothing_says_that_data_was_prepared_from_other_cont
     begun = Dataset.find_early(chosen, prepared.digest)
     with logged() as lines:
         begun.warn_of_changes()
-    assert len(lines) == 1 and lines[0].endswith("(in/d.txt): the training goes on with what it was prepared from")
+    assert len(lines) == 1 and lines[0].endswith("(in/d.txt): the training continues with what it was prepared from")
 
 
 def test_very_large_files_are_read_only_where_names_and_sizes_do_not_decide(tmp_path, monkeypatch):
