@@ -17,7 +17,8 @@ from tests.faults.alone import EXPORT, PREPARATION, disturb_alone
 from tests.faults.alone_causes import CAUSES
 from tests.faults.causes import FAULTS
 from tests.faults.disturb import disturb
-from tests.faults.outcome import ALONE, RAY, Outcome
+from tests.faults.nodes import NODE_FAULTS, disturb_nodes
+from tests.faults.outcome import ALONE, HOSTS, RAY, Outcome
 from tests.faults.preparations import PREPARATION as PREPARATION_ON_RAY
 
 
@@ -25,9 +26,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
     parser.add_argument("--minutes", type=float, default=10, help="no further fault is caused after this time")
     parser.add_argument("--seed", type=int, default=0, help="of the order of faults and the steps they are caused at")
-    names = [fault.name for fault in (*FAULTS, *CAUSES)] + [PREPARATION, EXPORT, PREPARATION_ON_RAY]
+    names = [fault.name for fault in (*FAULTS, *NODE_FAULTS, *CAUSES)] + [PREPARATION, EXPORT, PREPARATION_ON_RAY]
     parser.add_argument("--only", nargs="*", default=[], choices=names, help="these faults alone; on Ray in this order")
     parser.add_argument("--alone", action="store_true", help="faults of one process without Ray, many a minute, in place of runs on Ray")
+    parser.add_argument(
+        "--hosts", action="store_true", help="faults of whole machines, on a cluster of hosts that are namespaces of this one"
+    )
     parser.add_argument("--home", type=Path, help="where the runs are; default: a temporary folder, removed in the end")
     parser.add_argument("--out", type=Path, default=Path("faults.json"), help="the outcomes, as JSON")
     parser.add_argument("--table", type=Path, nargs="+", help="cause nothing, show the table of outcomes of before")
@@ -42,6 +46,8 @@ def main() -> int:
             home = args.home or Path(temporary)
             if args.alone:
                 disturb_alone(home / "alone", 60 * args.minutes, args.seed, args.only, outcomes)
+            elif args.hosts:
+                disturb_nodes(home, args.minutes, args.seed, args.only, outcomes)
             else:
                 disturb(home, args.minutes, args.seed, args.only, outcomes)
     finally:
@@ -56,7 +62,9 @@ def table(outcomes: list[Outcome]) -> str:
         "| fault | how | where | times | survived | seconds to train again: median, max | steps redone: median, max |",
         "|---|---|---|---|---|---|---|",
     ]
-    kinds = dict.fromkeys((place, outcome.fault, outcome.how) for place in (RAY, ALONE) for outcome in outcomes if outcome.place == place)
+    kinds = dict.fromkeys(
+        (place, outcome.fault, outcome.how) for place in (RAY, HOSTS, ALONE) for outcome in outcomes if outcome.place == place
+    )
     for place, name, how in kinds:
         ours = [outcome for outcome in outcomes if (outcome.place, outcome.fault) == (place, name)]
         well = [outcome for outcome in ours if not outcome.wrong and outcome.seconds is not None]

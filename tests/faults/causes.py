@@ -33,7 +33,7 @@ class Place:
     def processes(self, part: str) -> list[int]:
         """Processes of the run with a word in their command line, and those of its cluster."""
         found = []
-        for pid in (self.cluster.job if self.cluster else self.job).pids(""):
+        for pid in self.cluster.pids() if self.cluster else self.job.pids(""):
             try:
                 if part in (Path("/proc") / str(pid) / "cmdline").read_text().partition("\0")[0]:
                     found.append(pid)

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import tests.conftest  # noqa: F401  # settings of Ray, before it is imported
+from tests.faults.outcome import RAY
 from tests.support.jobs import Job
 
 EVERY = 0.5
@@ -27,18 +28,32 @@ class Cluster:
     Attributes:
         job: the process that holds it; the cluster's processes have its mark, those of runs on it too.
         address: HOST:PORT.
+        place: what it is, for the table.
     """
+
+    place = RAY
 
     def __init__(self, home: Path) -> None:
         home.mkdir(parents=True, exist_ok=True)
         self._file = home / "cluster.json"
         self._file.unlink(missing_ok=True)
-        self.job = Job("tests.faults.cluster", str(self._file), home=home)
+        self.job = self._hold(home)
         end = time.monotonic() + 180
         while not self._file.exists():
             assert self.job.process.poll() is None and time.monotonic() < end, self.job.output
             time.sleep(0.1)
         self.address: str = self.state()["address"]
+
+    def _hold(self, home: Path) -> Job:
+        return Job("tests.faults.cluster", str(self._file), home=home)
+
+    def train(self, home: Path, *args: str) -> Job:
+        """The command that trains, on this cluster."""
+        return Job("ray_jobs.train", *args, home=home, RAY_ADDRESS=self.address)
+
+    def pids(self) -> list[int]:
+        """Ids of its processes and of those of runs on it."""
+        return self.job.pids("")
 
     def state(self) -> dict:
         return json.loads(self._file.read_text())
@@ -77,7 +92,8 @@ def main(file: Path) -> None:
             groups = ray.util.placement_group_table().values()
             left += [f"placement group {g['placement_group_id'][:8]}" for g in groups if g["state"] != "REMOVED"]
             temporary = file.with_suffix(".new")
-            temporary.write_text(json.dumps({"address": address, "time": time.time(), "left": sorted(left)}))
+            nodes = {node["NodeManagerAddress"]: node["NodeID"] for node in ray.nodes() if node["Alive"]}
+            temporary.write_text(json.dumps({"address": address, "time": time.time(), "left": sorted(left), "nodes": nodes}))
             temporary.replace(file)
             time.sleep(EVERY)
 

@@ -73,8 +73,8 @@ class Disturbed:
             self._clean()
 
     def _start(self, own: bool = False) -> Place:
-        joined = {} if own else {"RAY_ADDRESS": self.cluster.address}
-        self.jobs.append(Job("ray_jobs.train", *command(self.home, self.name, self.stored), home=self.home, **joined))
+        words = command(self.home, self.name, self.stored)
+        self.jobs.append(Job("ray_jobs.train", *words, home=self.home) if own else self.cluster.train(self.home, *words))
         return Place(self.jobs[-1], None if own else self.cluster, self.run, self.home, self.rng)
 
     def _last(self) -> int:
@@ -85,7 +85,7 @@ class Disturbed:
 
     def _cause(self, fault: Fault, place: Place) -> Place:
         """Causes a fault and waits until the run trains again; where it then does."""
-        outcome = Outcome(fault.name, fault.how, self.name, self._last())
+        outcome = Outcome(fault.name, fault.how, self.name, self._last(), self.cluster.place)
         starts, start = self._starts(place), time.monotonic()
         if fault.stopped:
             place.job.process.send_signal(signal.SIGTERM)
@@ -149,7 +149,8 @@ class Disturbed:
         end = time.monotonic() + 30
         while (place.job.pids("") or (place.cluster is not None and place.processes(WORKER))) and time.monotonic() < end:
             time.sleep(0.1)
-        assert not place.job.pids(""), "processes are left"
+        left = [name(pid) for pid in place.job.pids("")]
+        assert not left, f"processes are left: {', '.join(left)}"
 
     def _clean(self) -> None:
         """Ends what is left of this run's own processes."""
@@ -159,6 +160,14 @@ class Disturbed:
                 job.process.wait()
             send(job.pids(""), signal.SIGKILL)
         shutil.rmtree(self.home / "store", ignore_errors=True)
+
+
+def name(pid: int) -> str:
+    """What a process is, in a few words."""
+    try:
+        return " ".join((Path("/proc") / str(pid) / "cmdline").read_text().split("\0"))[:80]
+    except OSError:
+        return "ended"
 
 
 @contextmanager
@@ -171,10 +180,21 @@ def stage(home: Path) -> Iterator[tuple[Cluster, Path]]:
         try:
             plain = home / "runs" / "undisturbed"
             if not (plain / "result.json").exists():
-                Job("ray_jobs.train", *command(home, "undisturbed"), home=home, RAY_ADDRESS=cluster.address).finish(600)
+                cluster.train(home, *command(home, "undisturbed")).finish(600)
             yield cluster, plain
         finally:
             cluster.close()
+
+
+def follow(run: Disturbed, faults: deque[Fault], end: float, outcomes: list[Outcome]) -> None:
+    """Disturbs a run, adds what came of it, and shows the ends of its commands' outputs where something is wrong."""
+    try:
+        run.go(faults, end)
+    finally:
+        outcomes += run.outcomes
+        if any(outcome.wrong for outcome in run.outcomes):
+            print("\n".join(f"  | {line}" for job in run.jobs for line in job.output.splitlines()[-12:]), flush=True)
+            print("\n".join(f"  {word}" for word in dict.fromkeys(w for o in run.outcomes for w in o.wrong)), flush=True)
 
 
 def disturb(home: Path, minutes: float, seed: int, only: list[str], outcomes: list[Outcome]) -> None:
@@ -190,13 +210,7 @@ def disturb(home: Path, minutes: float, seed: int, only: list[str], outcomes: li
                 while waiting and time.monotonic() < end:
                     number += 1
                     run = Disturbed(home, f"seed-{seed}-{number}", plain, cluster, rng, waiting[0].stored)
-                    try:
-                        run.go(waiting, end)
-                    finally:
-                        outcomes += run.outcomes
-                        if any(outcome.wrong for outcome in run.outcomes):
-                            print("\n".join(f"  | {line}" for job in run.jobs for line in job.output.splitlines()[-12:]), flush=True)
-                            print("\n".join(f"  {word}" for word in dict.fromkeys(w for o in run.outcomes for w in o.wrong)), flush=True)
+                    follow(run, waiting, end, outcomes)
             if (not only or PREPARATION in only) and time.monotonic() < end:
                 outcomes.append(prepare_killed(home, f"prepared-{seed}-{number}", cluster, rng))
                 print(outcomes[-1].line(), flush=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-RAY, ALONE = "on Ray", "one process"
+RAY, HOSTS, ALONE = "on Ray", "on Ray, four hosts", "one process"
 
 
 @dataclass

@@ -38,7 +38,7 @@ def prepare_killed(home: Path, name: str, cluster: Cluster, rng: random.Random) 
     outcome = Outcome(PREPARATION, "SIGKILL to its tasks, then to the driver while it writes", name, 0)
     jobs = [start(root)]
     _until(jobs[-1], lambda: len(_files(root)) > rng.randrange(4))
-    send([pid for pid in cluster.job.pids("ray::") if is_data(pid)], signal.SIGKILL)
+    send([pid for pid in cluster.pids() if is_data(pid)], signal.SIGKILL)
     _until(jobs[-1], lambda: len(_files(root)) > 4 + rng.randrange(20))
     jobs[-1].process.kill()
     outcome.status = jobs[-1].wait(30)

@@ -16,6 +16,8 @@ from tests.conftest import ROOT
 PROGRAMS = {"ip": "iproute2", "sshd": "openssh-server", "ssh": "openssh-client", "rsync": "rsync", "unshare": "util-linux"}
 """Needed programs and the Debian packages that they come in."""
 HOME = Path("~").expanduser()
+BUCKET = ["burst", "32kbit", "latency", "400ms"]
+"""Of a slow connection: bytes that pass at once, and how long others wait before they are dropped."""
 SWITCH, CLIENT = "10.87.0.1", "10.87.0.2"
 
 
@@ -53,7 +55,7 @@ class Host:
         (folder / name / "resolv.conf").touch()  # nobody to ask
         self._outer = subprocess.Popen(
             ["setpriv", "--pdeathsig", "KILL", "unshare", "--net", "--mount", "--pid", "--uts", "--fork", "--kill-child",
-             "--mount-proc", "bash", "-c", INIT, name, str(folder / name), str(shared), str(HOME), *visible(), find("sshd")],
+             "--mount-proc", "bash", "-c", INIT, name, str(folder / name), str(shared), str(HOME), visible(shared), find("sshd")],
             stdout=open(folder / name / "init.txt", "w"), stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
         )  # fmt: skip
         self.pid = self._first_process()
@@ -74,15 +76,22 @@ class Host:
 
     def processes(self) -> list[str]:
         """Command lines of what runs on this machine, but for its first process and sshd."""
+        return [line for _, line in self._listed()]
+
+    def _listed(self) -> list[tuple[int, str]]:
         found, own = [], os.stat(f"/proc/{self.pid}/ns/pid").st_ino if self.alive else None
         for folder in Path("/proc").glob("[0-9]*"):
             try:
                 line = (folder / "cmdline").read_text().replace("\0", " ").strip()
                 if os.stat(folder / "ns/pid").st_ino == own and int(folder.name) != self.pid and line:
-                    found.append(line)
+                    found.append((int(folder.name), line))
             except OSError:
                 continue  # it has ended
-        return [line for line in found if "sshd" not in line.split()[0]]
+        return [(pid, line) for pid, line in found if "sshd" not in line.split()[0]]
+
+    def pids(self) -> list[int]:
+        """Ids, in the machine's own numbers, of what `processes` lists."""
+        return [pid for pid, _ in self._listed()]
 
     @property
     def alive(self) -> bool:
@@ -166,6 +175,13 @@ class Hosts:
     def join(self, number: int) -> None:
         self._ip(self._switch.pid, f"link set port{number + 1} up")
 
+    def slow(self, number: int, rate: str) -> None:
+        """Lets no more than so much (`2mbit`) through to a host and from it in a second; `0`: all again."""
+        tc, ends = find("tc"), [(self._switch.pid, f"port{number + 1}"), (self.hosts[number].pid, "eth0")]
+        for pid, end in ends:
+            words = ["del", "dev", end, "root"] if rate == "0" else ["add", "dev", end, "root", "tbf", "rate", rate, *BUCKET]
+            subprocess.run(["nsenter", "--target", str(pid), "--net", tc, "qdisc", *words], check=True)
+
     def close(self) -> None:
         for host in [self.client, *self.hosts]:
             host.kill()
@@ -173,11 +189,10 @@ class Hosts:
         self._switch.wait(30)
 
 
-def visible() -> list[str]:
-    """Folders that a host must see although its own /tmp or home may hide them: Python, and this repository."""
-    folders = sorted({sys.prefix, sys.base_prefix, str(ROOT)})
-    hidden = [f for f in folders if any(Path(f).is_relative_to(place) for place in ("/tmp", HOME, "/mnt"))]
-    return [":".join(hidden)]
+def visible(shared: Path) -> str:
+    """Folders that a host must see although its own /tmp or home may hide them: Python, this repository, and what it shares."""
+    folders = sorted({sys.prefix, sys.base_prefix, str(ROOT), str(shared)})
+    return ":".join(f for f in folders if any(Path(f).is_relative_to(place) for place in ("/tmp", HOME, "/mnt")))
 
 
 TRIAL = """

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -25,6 +26,9 @@ WITHOUT_DROPOUT = ["--model.encoder.dropout", "0", "--model.decoder.dropout", "0
 class Job:
     """`python -m MODULE ARGS`, or a script, with its own home; knows its processes by a mark in their environment."""
 
+    inside: Callable[..., list[str]] | None = None
+    """The command line that runs a command elsewhere than in this machine's own names; see `hosts.Host.inside`."""
+
     def __init__(self, module: str, *args: str, home: Path, folder: Path = ROOT, **environment: str) -> None:
         self.mark = f"PERCEIVER_TEST_MARK={home}/{time.time_ns()}"
         name, _, value = self.mark.partition("=")
@@ -32,6 +36,8 @@ class Job:
         self.log = home / f"log-{time.time_ns()}.txt"
         self.log.parent.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, *([] if module.endswith(".py") else ["-m"]), module, *args]
+        if self.inside is not None:
+            command = self.inside(*command)
         with open(self.log, "w") as output:
             self.process = subprocess.Popen(command, cwd=folder, env=env, stdout=output, stderr=subprocess.STDOUT)
 
