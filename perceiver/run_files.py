@@ -36,7 +36,11 @@ TRACKERS = "trackers.json"
 """Names of the run in trackers (MLflow, Weights & Biases)."""
 DIFFS = ("package.diff", "folder.diff")
 """Changes of the code that were not committed when it began: of this package's, and of the folder that the command was given in."""
-RECORDS = (EXPERIMENT, START, METRICS, RESULT, FAILURE, PROVENANCE, TRACKERS, *DIFFS)
+NOT_FINITE = "not-finite.json"
+"""Steps whose loss or gradient was not finite, each with its rows."""
+SPIKES = "spikes.json"
+"""Spikes of the loss, each with the rows that were left out."""
+RECORDS = (EXPERIMENT, START, METRICS, RESULT, FAILURE, PROVENANCE, TRACKERS, NOT_FINITE, SPIKES, *DIFFS)
 PROGRESS = (METRICS, RESULT)
 """The records that say how far a run is."""
 RECORD_FOLDERS = (TENSORBOARD, SAMPLES)
@@ -102,13 +106,11 @@ class RunFiles:
 
     @property
     def not_finite_file(self) -> Path:
-        """Steps whose loss or gradient was not finite, each with its rows."""
-        return self.folder / "not-finite.json"
+        return self.folder / NOT_FINITE
 
     @property
     def spikes_file(self) -> Path:
-        """Spikes of the loss, each with the rows that were left out."""
-        return self.folder / "spikes.json"
+        return self.folder / SPIKES
 
     @property
     def labels_file(self) -> Path:
@@ -118,7 +120,7 @@ class RunFiles:
     @property
     def own_names(self) -> tuple[str, ...]:
         """Patterns of the names in its folder that this package gives, and nobody else."""
-        files = (self.log_file, self.not_finite_file, self.spikes_file, self.labels_file, *self.tokenizer_files, self.ray_folder)
+        files = (self.log_file, self.labels_file, *self.tokenizer_files, self.ray_folder)
         others = (self.trackers_file, self.trackers_folder, self.profile_folder)
         folders = (CHECKPOINTS, CODE, f"{CODE}-before-*", EVALUATIONS, *RECORD_FOLDERS)
         trials = TRIAL_FILES if self.is_trial else ()

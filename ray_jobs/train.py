@@ -216,6 +216,7 @@ def run(
             words = [*program("ray_jobs.train").split(), *(command_words(experiment.preset, to_dict(experiment)) if argv is None else argv)]
             provenance.record(trained, words, manifest.digest, resources.workers, "GPU" if resources.gpu else "CPU")
             if remote is not None:
+                remote.send_code()
                 remote.send_records()
             logger.info(f"run {experiment.run_name} in {trained.folder}" + (f", kept in {remote.uri}" if remote is not None else ""))
             if chosen is not None:

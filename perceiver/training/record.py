@@ -16,7 +16,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import image, scalar, text
 
 from perceiver.data.storage import write_file
-from perceiver.disk import finite
+from perceiver.disk import finite, to_disk
 from perceiver.run_files import METRICS
 from perceiver.runs import Run
 from perceiver.training.meters import duration
@@ -96,6 +96,13 @@ class Recorder:
         if sample.file is not None:
             (target / f"{sample.name}-{step:08d}{sample.suffix}").write_bytes(sample.file)
 
+    def to_disk(self) -> None:
+        """Puts what was written on disk. A run that continues from a checkpoint takes none of its steps again, so their records must
+        survive whatever the checkpoint survives.
+        """
+        self._record(lambda: to_disk(self.folder / METRICS))
+        self._record(lambda: self._board.to_disk())
+
     def close(self) -> None:
         self._record(lambda: self._board.close())
 
@@ -145,6 +152,10 @@ class Board:
             self._file = None
             raise
 
+    def to_disk(self) -> None:
+        if self._file is not None:
+            to_disk(self._path)
+
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
@@ -160,6 +171,7 @@ class Board:
                 if path.stat().st_size == 0:
                     path.unlink()
             raise
+        (self._path,) = self._folder.glob(f"*{suffix}")
         self._files += 1
         if self._first_step is not None:  # readers drop what an earlier start wrote of these steps
             self._file.write_event(Event(step=self._first_step, file_version="brain.Event:2"))

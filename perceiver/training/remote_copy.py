@@ -28,7 +28,7 @@ from perceiver.data.storage import (
     write_file,
 )
 from perceiver.disk import locked
-from perceiver.run_files import CHECKPOINTS, EXPERIMENT, FAILURE, PROGRESS, RECORD_FOLDERS, RECORDS, RESULT
+from perceiver.run_files import CHECKPOINTS, CODE, EXPERIMENT, FAILURE, PROGRESS, RECORD_FOLDERS, RECORDS, RESULT
 from perceiver.runs import Run
 
 
@@ -93,6 +93,14 @@ class RemoteCopy:
                 copy_file(path.parent, path.name, f"{self.uri}/{path.parent.relative_to(self.folder)}".removesuffix("/."))
                 self._sent[name] = (stat.st_mtime_ns, stat.st_size)
 
+    def send_code(self) -> None:
+        """Copies the source files that the run needs; those that it no longer needs are removed there."""
+        code, here = f"{self.uri}/{CODE}", Run(self.folder).code().files
+        for name in list_tree(code).keys() - here.keys():
+            remove_file(*_place(f"{code}/{name}"))
+        for name in here:
+            copy_file(*_place(self.folder / CODE / name), _place(f"{code}/{name}")[0])
+
     def send_failure(self) -> None:
         """Copies the note of why the run's start failed."""
         copy_file(self.folder, FAILURE, self.uri)
@@ -126,7 +134,8 @@ class RemoteCopy:
         return found
 
     def fetch(self, checkpoints: int | None = 1) -> None:
-        """Brings the local folder to what the store has: all records, and the given number of newest checkpoints (None: all).
+        """Brings the local folder to what the store has: all records, the source files that the run needs, and the given number of
+        newest checkpoints (None: all).
 
         Checkpoints and progress that the store has not are removed: they were not complete, or are of a run that was removed
         there, whose name may by now be another's. Files that differ from their hash are fetched again; what is damaged in the
@@ -136,8 +145,12 @@ class RemoteCopy:
             markers = self.markers()  # first: then all their files are listed
             there = list_tree(self.uri)
             for name in there:
-                if name in self._records or name.partition("/")[0] in RECORD_FOLDERS:
+                if name in self._records or name.partition("/")[0] in (*RECORD_FOLDERS, CODE):
                     self._get(name)
+            code = Run(self.folder).code_folder
+            if stored := {self.folder / name for name in there if name.startswith(f"{CODE}/")}:  # a run of before code was kept has none
+                for path in set(code.rglob("*.py")) - stored:
+                    path.unlink()
             for name in PROGRESS:
                 if name not in there:
                     (self.folder / name).unlink(missing_ok=True)
@@ -170,8 +183,13 @@ class RemoteCopy:
         return path.is_file() and path.stat().st_size == known[0] and file_hash(path.parent, path.name) == known
 
     def _get(self, name: str) -> None:
-        path = self.folder / name
-        copy_file(f"{self.uri}/{name}".rpartition("/")[0], path.name, path.parent)
+        copy_file(*_place(f"{self.uri}/{name}"), (self.folder / name).parent)
+
+
+def _place(path: str | Path) -> tuple[str, str]:
+    """The folder that a file is in, and its name there."""
+    folder, _, name = str(path).rpartition("/")
+    return folder, name
 
 
 def fetch_run(uri: str) -> Run | None:

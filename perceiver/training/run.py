@@ -252,6 +252,7 @@ class Training:
             self.recorder.say(f"ended at step {step:,}: {self.stopped}")
         if checkpoint:
             self.finiteness.check_weights(step, self.state.model)
+            self.recorder.to_disk()
             self._apart(lambda: self.checkpointer.save(self.state, measured, self._more()))
         self.checkpointer.poll()
         return not requests.isdisjoint((STOP, PAUSE))

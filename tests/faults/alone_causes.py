@@ -191,9 +191,11 @@ def foreign(path: Path, rng: random.Random) -> None:
     path.write_text(rng.choice(["", "{", "[]", "null", "{}", '{"step": "x"}', "[" * 5000]))
 
 
-def cut_the_last_record(run: Trained) -> None:
-    path = run.run / "metrics.jsonl"
-    os.truncate(path, path.stat().st_size - run.rng.randint(1, 60))
+def half_a_record(run: Trained) -> None:
+    """A line half written, as a power cut leaves the one of a step after the last checkpoint: those before it are on disk."""
+    line = f'{{"step": {run.last() + 1}, "loss": 2.25, "lr": 0.001'
+    with open(run.run / "metrics.jsonl", "a") as file:
+        file.write(line[: run.rng.randint(1, len(line))])
 
 
 def lost_machine(run: Trained) -> None:
@@ -265,7 +267,7 @@ CAUSES = [
     AloneFault("marker of newest checkpoint cut", "at a random byte", damaged("checkpoint.json", cut), says=ASIDE),
     AloneFault("marker of newest checkpoint of another shape", "JSON or none", damaged("checkpoint.json", foreign), says=ASIDE),
     AloneFault("all checkpoints damaged", "a flipped bit each", damaged("*.safetensors", flip, True), says=ASIDE),
-    AloneFault("last record cut", "metrics.jsonl", between(cut_the_last_record)),
+    AloneFault("a record half written", "metrics.jsonl", between(half_a_record)),
     AloneFault("shard cut", "then put right", shard(cut), (4,), ".parquet"),
     AloneFault("bit of a shard flipped", "then put right", shard(flip), (4, 0), ".parquet"),
     AloneFault("shard gone", "then put right", shard(remove), (4,), ".parquet"),

@@ -1,6 +1,7 @@
 """A cluster that many runs are disturbed on, one after the other: it starts once, and says what runs have left on it.
 
-As a program (`python -m tests.faults.cluster FILE`) it holds the cluster until it is asked to end, and writes what is there to a file.
+As a program (`python -m tests.faults.cluster FILE [ADDRESS]`) it holds the cluster, its own or one that it joins, until it is asked to
+end, and writes what is there to a file.
 """
 
 from __future__ import annotations
@@ -74,15 +75,15 @@ class Cluster:
         self.job.wait(60)
 
 
-def main(file: Path) -> None:
-    """Holds a cluster."""
+def main(file: Path, address: str | None) -> None:
+    """Holds a cluster; None: one of its own."""
     import ray
 
     from perceiver.config import ParallelConfig
     from ray_jobs.ray_env import connect
 
     ended: list[int] = []
-    with connect(ParallelConfig()):
+    with connect(ParallelConfig(address=address)):
         signal.signal(signal.SIGTERM, lambda number, frame: ended.append(number))  # in the place of Ray's
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         address = ray.get_runtime_context().gcs_address
@@ -99,4 +100,4 @@ def main(file: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), next(iter(sys.argv[2:]), None))

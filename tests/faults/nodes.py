@@ -92,7 +92,7 @@ class ClusterOfHosts(Cluster):
         return OnHost(self.hosts.hosts[0], module, *args, home=home, **environment)
 
     def _hold(self, home: Path) -> Job:
-        return self._on_head("tests.faults.cluster", str(self._file), home=home)
+        return self._on_head("tests.faults.cluster", str(self._file), f"{self.hosts.addresses[0]}:{PORT}", home=home)
 
     def train(self, home: Path, *args: str) -> Job:
         return self._on_head("ray_jobs.train", *args, "--parallel.cpus-per-worker", "1.5", home=home)

@@ -18,6 +18,7 @@ from perceiver.tasks import build_task
 from perceiver.training import hooks, record
 from perceiver.training.batches import read_here
 from perceiver.training.callbacks import Callback, Divergence, EarlyStop
+from perceiver.training.checkpoint import Checkpointer
 from perceiver.training.hooks import STATES, CallbackError, misspelt
 from perceiver.training.parallel import join_world
 from perceiver.training.run import Training
@@ -26,6 +27,7 @@ from ray_jobs.preflight import check_experiment
 from tests.faults.invariants import board
 from tests.support.small import Call, heard, image_experiment
 from tests.support.weights import full
+from tests.training.test_not_finite import training_of
 from tests.training.test_training import run
 
 CALLS: list[tuple] = []
@@ -345,6 +347,16 @@ def test_a_run_that_starts_again_shows_each_step_once(resumed, tmp_path):
             path.rename(path.with_name("events.out.tfevents.0"))
     assert board(tmp_path) == {("train/loss", step): 1 for step in range(1, 6)}
     assert [entry["step"] for entry in Run(tmp_path).metrics()] == [1, 2, 3, 4, 5]
+
+
+def test_records_are_on_disk_before_a_checkpoint_whose_steps_are_not_taken_again(images, tmp_path, monkeypatch):
+    """A power cut would otherwise leave the checkpoint, and of its last steps no record."""
+    seen: list[list[str]] = [[]]
+    save = Checkpointer.save
+    monkeypatch.setattr(record, "to_disk", lambda path: seen[-1].append(Path(path).name.split(".")[0]))
+    monkeypatch.setattr(Checkpointer, "save", lambda *args: (seen.append([]), save(*args)))
+    training_of(image_experiment(max_steps=6), images, tmp_path / "run").run()
+    assert len(seen) > 2 and all(files == ["metrics", "events"] for files in seen[:-1])
 
 
 def test_a_line_that_was_cut_off_does_not_take_the_next_one_along(tmp_path):

@@ -17,6 +17,7 @@ import perceiver
 from perceiver.config import Experiment, UserError, from_dict, to_dict
 from perceiver.data.manifest import Manifest
 from perceiver.datasets import Dataset
+from perceiver.extensions import Code
 from perceiver.runs import Run
 from perceiver.tasks import build_task
 from perceiver.training.batches import read_here
@@ -143,6 +144,22 @@ def test_a_run_that_was_replaced_in_the_store_is_fetched_anew(images, moved, tmp
     here = tmp_path / "here" / "run"
     assert (here / marker).with_name(shard).read_bytes() == b"other" and not (here / "result.json").exists()
     assert (here / "experiment.json").is_file()
+
+
+def test_code_of_the_users_is_in_the_store_and_on_any_machine_that_continues(tmp_path):
+    one, other = (RemoteCopy(f"file://{tmp_path}/store", tmp_path / machine / "run") for machine in ("one", "other"))
+
+    def save(**files: str) -> None:
+        Run(one.folder).save_code(Code({name.replace("__", "/") + ".py": text for name, text in files.items()}))
+        one.send_code()
+
+    one.folder.mkdir(parents=True)
+    save(mine="x = 1", part__of="y = 1")
+    other.fetch(0)
+    assert Run(other.folder).code() == Run(one.folder).code() and len(Run(other.folder).code().files) == 2
+    save(mine="x = 2")  # it no longer needs the other file
+    other.fetch(0)
+    assert Run(other.folder).code().files == {"mine.py": "x = 2"}
 
 
 def test_a_checkpoint_that_was_not_completed_in_the_store_is_not_there(images, moved, tmp_path):
