@@ -6,7 +6,7 @@ import logging
 import os
 import socket
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -110,10 +110,20 @@ def joining() -> dict[str, str]:
 
 
 def _leave() -> None:
-    """Leaves the cluster; a local one ends. Where its own processes are lost, its others are not asked but ended."""
+    """Leaves the cluster; a local one ends. Where its own processes are lost, its others are not asked but ended: the raylet's agents
+    would try to reach a lost GCS for a minute.
+    """
     if lost_processes():
-        node = ray._private.worker._global_node
-        node.kill_all_processes(check_alive=False, allow_graceful=False)
+        import psutil  # which Ray brings along, and makes importable when it is imported
+
+        below: list[psutil.Process] = []
+        for pid in own_processes():
+            with suppress(psutil.NoSuchProcess):
+                below += psutil.Process(pid).children(recursive=True)
+        ray._private.worker._global_node.kill_all_processes(check_alive=False, allow_graceful=False)
+        for process in below:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
     ray.shutdown()
 
 

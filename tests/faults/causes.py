@@ -130,9 +130,13 @@ def fill_the_disk(place: Place) -> bool:
     workers = place.processes(WORKER)
     if not os.path.ismount(place.home) or not workers:
         return False
-    path = fill(place.home)
-    place.until(lambda: place.processes(WORKER) != workers, 60)
-    path.unlink()
+
+    def met() -> bool:
+        fill(place.home)  # an old checkpoint's end makes room for the next one
+        return place.processes(WORKER) != workers
+
+    place.until(met, 60)
+    fill(place.home).unlink()
     return True
 
 

@@ -42,9 +42,9 @@ def read_only(folder: Path) -> Iterator[bool]:
 
 
 def fill(folder: Path) -> Path:
-    """A file that takes what is left of a folder's file system."""
+    """A file that takes what is left of a folder's file system, also what was freed since it was filled before."""
     path = folder / "fill"
-    with open(path, "wb", buffering=0) as file:
+    with open(path, "ab", buffering=0) as file:
         try:
             while True:
                 file.write(bytes(4096))

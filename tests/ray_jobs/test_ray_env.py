@@ -3,6 +3,8 @@
 import socket
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import ray
@@ -29,6 +31,42 @@ def test_processes_of_a_local_cluster_ask_their_own_state_service_though_another
         with connect(ParallelConfig(), dashboard=True):
             assert ray.get(seen_nodes.remote()) == [ray.get_runtime_context().get_node_id()]
         other.stdin.close()
+
+
+LOSES_ITS_CLUSTER = """
+import sys
+import time
+from pathlib import Path
+import ray
+from perceiver.config import ParallelConfig
+from ray_jobs.ray_env import connect, own_processes
+import psutil
+with connect(ParallelConfig()):
+    print(*(process.pid for process in psutil.Process().children(recursive=True)), flush=True)
+    (lost,) = ray._private.worker._global_node.all_processes[sys.argv[1]]
+    lost.process.kill()
+    lost.process.wait()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", ["gcs_server", "raylet"])
+def test_nothing_is_left_of_a_local_cluster_whose_own_process_is_lost(lost):
+    """The raylet's agents, which have nobody to ask any more, would look for the lost process for a minute."""
+    done = subprocess.run([sys.executable, "-c", LOSES_ITS_CLUSTER, lost], stdout=subprocess.PIPE, text=True, timeout=180)
+    begun = [int(pid) for pid in done.stdout.splitlines()[0].split()]
+    end = time.monotonic() + 10
+    while left := [pid for pid in begun if running(pid)]:
+        assert time.monotonic() < end, [Path(f"/proc/{pid}/cmdline").read_text().split("\0")[:3] for pid in left]
+        time.sleep(0.1)
+    assert len(begun) > 4
+
+
+def running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def test_an_address_where_nothing_listens_is_refused_at_once_and_one_that_listens_is_not():
