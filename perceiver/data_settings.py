@@ -115,9 +115,9 @@ def settings_without_tokenizer(spec: DataSpec) -> dict[str, Any]:
     if not data.source and not data.val_source and not data.mixture:
         raise UserError(f"{spec.preset}: data.source is empty: name a data set or your own files (see docs/data.md)")
     if data.rows_per_block < 1 or data.blocks_per_shard < 1:
-        raise UserError("data.rows_per_block and data.blocks_per_shard must be at least 1")
+        raise UserError("data.rows-per-block and data.blocks-per-shard must be at least 1")
     if not 0 <= data.val_fraction < 1:
-        raise UserError(f"data.val_fraction is {data.val_fraction}, it must be at least 0 and below 1")
+        raise UserError(f"data.val-fraction is {data.val_fraction}, it must be at least 0 and below 1")
     settings: dict[str, Any] = {
         "kind": kind,
         "source": None if data.mixture else source_label(data.source),

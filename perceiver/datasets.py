@@ -229,7 +229,7 @@ def check_fits(experiment: DataSpec, manifest: Manifest) -> None:
     """
     classes = experiment.model.number_of_classes()
     if manifest.num_classes is not None and classes is not None and manifest.num_classes > classes:
-        raise UserError(f"the data has labels up to {manifest.num_classes - 1}, but model.output.num_classes is {classes}")
+        raise UserError(f"the data has labels up to {manifest.num_classes - 1}, but model.output.num-classes is {classes}")
     if manifest.image_shape is not None:
         check_image_shape(experiment, manifest.image_shape)
 

@@ -32,6 +32,8 @@ class Command:
     """Whether its command line is an experiment with its fields, and so can be checked before the module is loaded."""
     job: bool = False
     """Whether it can be submitted to a cluster."""
+    early: str = ""
+    """Module whose `check_line` reads the command line before the module is loaded; empty: there is none."""
 
 
 _INFERENCE = "perceiver.inference.__main__"
@@ -71,7 +73,7 @@ COMMANDS = {
     "serve": Command("use a model", "serve a model over HTTP, with Ray Serve", "ray_jobs.serve", takes="run"),
     "export": Command("use a model", "write a model as files to keep or share", "ray_jobs.export", job=True, takes="run"),
     "push": Command("use a model", "upload a model to the Hugging Face hub", "ray_jobs.push", takes="run"),
-    "sweep": Command("tune", "search for good settings", "tuning.sweep", job=True),
+    "sweep": Command("tune", "search for good settings", "tuning.sweep", job=True, early="tuning.space_texts"),
     "report": Command("train", "write an HTML report on runs or a sweep", "tuning.report", job=True),
     "scaling-laws": Command("tune", "fit scaling laws to training runs of several sizes", "tuning.scaling_laws", job=True),
     "submit": Command("run on a cluster", "submit a job to a Ray cluster and follow it", "ray_jobs.submit", takes="job"),
@@ -123,6 +125,8 @@ def main(argv: Sequence[str]) -> int:
             show_help(name, arguments[0], run)
             return 0
         return run() or 0
+    if command.early and arguments:
+        import_module(command.early).check_line(arguments)
     return import_module(command.module).main([*command.arguments, *arguments]) or 0
 
 

@@ -79,8 +79,26 @@ def override(config: Config, args: Sequence[str], prog: str) -> Config:
         if stop.code in (0, None):
             raise
         sentence = _first_sentence(output.getvalue()).removeprefix("Error parsing ")
-        raise UserError(_of_field(sentence, config, args) or sentence) from None
+        raise UserError(_of_field(sentence, config, args) or _of_stray_word(sentence, args) or sentence) from None
     return made
+
+
+def _of_stray_word(sentence: str, args: Sequence[str]) -> str | None:
+    """What is said of words that tyro could not assign: the field that they follow, which takes fewer; None: it is no such sentence."""
+    begin, _, words = sentence.partition("nrecognized options: ")
+    if begin != "U" or not words or words.startswith("--"):
+        return None
+    flag, values = "", 0
+    for arg in args:
+        if re.match(r"--[a-zA-Z]", arg):
+            flag, values = arg.partition("=")[0], int("=" in arg)
+            continue
+        values += 1
+        if (words == arg or words.startswith(f"{arg}, ")) and (not flag or values > 1):
+            return (
+                f"{arg!r} is one value too many for {flag}" if flag else f"{arg!r} is not a field: fields are written as --optim.lr 0.001"
+            )
+    return None
 
 
 def _of_field(sentence: str, config: Any, args: Sequence[str]) -> str | None:

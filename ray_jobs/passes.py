@@ -246,15 +246,15 @@ def run_shards(spec: DataSpec, job: Job, notes: list[dict[str, Any]], source: So
 
 def _source_name(spec: DataSpec) -> str:
     data = spec.data
-    return f"data.source {data.source}" if data.source else f"data.val_source {data.val_source}"
+    return f"data.source {data.source}" if data.source else f"data.val-source {data.val_source}"
 
 
 def _empty_split(spec: DataSpec, split: str, source: Source) -> str:
     what = _source_name(spec)
     if any(file.split == "hash" for file in source.inputs):
         return (
-            f"{what} has too few {KINDS[spec.task.kind].made_from}: none fell into the {split} split (data.val_fraction is "
-            f"{spec.data.val_fraction}); give validation files as data.val_source, or change data.val_fraction"
+            f"{what} has too few {KINDS[spec.task.kind].made_from}: none fell into the {split} split (data.val-fraction is "
+            f"{spec.data.val_fraction}); give validation files as data.val-source, or change data.val-fraction"
         )
     return f"{what} has no rows for the {split} split: everything in it is empty or was skipped"
 

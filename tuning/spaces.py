@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import inspect
 import itertools
 import json
 import math
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
@@ -19,64 +17,33 @@ from ray import tune
 from ray.tune.search.sample import Categorical, Domain, Float, Function, Integer, LogUniform, Normal, Quantized
 from ray.tune.search.variant_generator import generate_variants
 
-from perceiver.config import UserError, nearest
+from perceiver.config import UserError
+from tuning.space_texts import RANGES, DomainText, check_range, members, read_space
 
 KINDS = "tune.uniform, tune.loguniform, tune.randint, tune.choice, tune.grid_search or another domain of Ray Tune"
 
-DOMAINS: dict[str, Callable[..., Any]] = {
-    "uniform": tune.uniform,
-    "quniform": tune.quniform,
-    "loguniform": tune.loguniform,
-    "qloguniform": tune.qloguniform,
-    "randint": tune.randint,
-    "qrandint": tune.qrandint,
-    "lograndint": tune.lograndint,
-    "choice": lambda *values: tune.choice(_members(values)),
-    "grid": lambda *values: tune.grid_search(_members(values)),
+MAKERS: dict[str, Callable[..., Any]] = {
+    **{name: getattr(tune, name) for name in RANGES},
+    "choice": lambda *values: tune.choice(members(values)),
+    "grid": lambda *values: tune.grid_search(members(values)),
 }
-"""Domains that a command line may name."""
-EXAMPLES = '"optim.lr=loguniform(1e-4,1e-2)", "optim.warmup-steps=choice(0,50,150)" or "training.seed=grid(0,1,2)"'
+"""Ray Tune's domains by the names that a command line may give."""
 
 
 def parse_space(texts: Iterable[str]) -> dict[str, Any]:
-    """A search space from a command line: FIELD=DOMAIN(VALUE,...), read as Python and never executed.
+    """A search space from a command line: FIELD=DOMAIN(VALUE,...), as Ray Tune's domains.
 
     Raises:
         UserError: a text that is none, a domain that is not known, or values that it does not take.
     """
-    space: dict[str, Any] = {}
-    for text in texts:
-        field, equals, domain = text.partition("=")
-        name = field.strip().removeprefix("--").replace("-", "_")
-        if not equals or not re.fullmatch(r"[a-z_0-9]+(\.[a-z_0-9]+)+", name):
-            raise UserError(f"--space {text!r} must be FILE.py:FUNCTION, or FIELD=DOMAIN(VALUE,...) as in {EXAMPLES}")
-        if name in space:
-            raise UserError(f"--space names {field.strip()} twice")
-        space[name] = _parse_domain(text, domain)
-    return space
+    return {name: _domain(read) for name, read in read_space(texts).items()}
 
 
-def _parse_domain(text: str, domain: str) -> Any:
+def _domain(read: DomainText) -> Any:
     try:
-        call = ast.parse(domain.strip(), mode="eval").body
-        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.keywords:
-            raise ValueError
-        values = [argument.id if isinstance(argument, ast.Name) else ast.literal_eval(argument) for argument in call.args]
-    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
-        raise UserError(f"--space {text!r} cannot be read: give FIELD=DOMAIN(VALUE,...) as in {EXAMPLES}") from None
-    if call.func.id not in DOMAINS:
-        raise UserError(
-            f"--space {text!r}: there is no domain {call.func.id}; there are {', '.join(DOMAINS)}{nearest(call.func.id, DOMAINS)}"
-        )
-    try:
-        return DOMAINS[call.func.id](*values)
+        return MAKERS[read.domain](*read.values)
     except (TypeError, ValueError) as error:
-        raise UserError(f"--space {text!r}: {call.func.id} does not take these values ({error})") from None
-
-
-def _members(values: tuple[Any, ...]) -> list[Any]:
-    """The values of choice(1, 2, 3) or choice([1, 2, 3]); a sequence among several is one value."""
-    return list(values[0]) if len(values) == 1 and isinstance(values[0], (list, tuple)) else list(values)
+        raise UserError(f"--space {read.text!r}: {read.domain} does not take these values ({error})") from None
 
 
 def check_space(space: Mapping[str, Any], fits: Callable[[str, Any], Any]) -> None:
@@ -121,12 +88,7 @@ def _values(name: str, domain: Any) -> list[Any]:
     if not isinstance(domain, (Float, Integer)) or not all(map(math.isfinite, (domain.lower, domain.upper))):
         return []  # what a function or a normal distribution draws shows in the trials
     lower, upper = domain.lower, domain.upper
-    if not lower < upper:
-        raise UserError(
-            f"{name} of the sweep's space is a range from {lower:g} to {upper:g} and must go from a lower value to a higher one"
-        )
-    if isinstance(_unwrapped(domain.sampler), LogUniform) and lower <= 0:
-        raise UserError(f"{name} of the sweep's space is a logarithmic range from {lower:g} and must begin above 0")
+    check_range(name, lower, upper, isinstance(_unwrapped(domain.sampler), LogUniform))
     if not isinstance(domain, Integer):
         return [float(lower), float(upper)]
     in_steps = isinstance(domain.sampler, Quantized) and domain.sampler.q > 1  # then Ray Tune draws the last value, too

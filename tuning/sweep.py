@@ -47,7 +47,8 @@ from tuning.messages import leave_out_messages
 from tuning.record import Record, StopDiverged
 from tuning.schedulers import scheduler, search, slot
 from tuning.settings import TUNE, check_folder, describe, forget_unbegun, settle
-from tuning.spaces import DOMAINS, check_space, draw, grids
+from tuning.space_texts import DOMAINS
+from tuning.spaces import check_space, draw, grids
 from tuning.sweeps import SWEEPS, Sweep, check_sweep, find_sweep, trial_experiment
 from tuning.trial import run_trial
 from tuning.trials import SETTINGS, TRIALS, data_of_trials, prune

@@ -25,6 +25,7 @@ from perceiver.extensions import call, is_reference, load_object
 from perceiver.tasks import build_task
 from ray_jobs.overrides import override
 from tuning.constraints import check_constraints
+from tuning.space_texts import check_names
 from tuning.spaces import parse_space
 
 AGAINST = ("parameters", "flops", "memory", "seconds")
@@ -153,12 +154,7 @@ def check_sweep(sweep: Sweep) -> None:
     """
     if bool(sweep.space) == bool(sweep.points):
         raise UserError("a sweep needs either a space or points")
-    fields = flatten(to_dict(sweep.experiment()))
-    for name in [*sweep.space, *(name for point in sweep.points for name in point)]:
-        if name not in fields:
-            raise UserError(f"field {name} of the sweep's space does not exist{nearest(name, fields)}")
-        if name.startswith(("run.", "parallel.workers")):
-            raise UserError(f"field {name} cannot be varied: it is no part of what is trained")
+    check_names([*sweep.space, *(name for point in sweep.points for name in point)], sweep.experiment())
     for name, value in {"trials": sweep.trials, "reports": sweep.reports, "keep": sweep.keep}.items():
         if value < 1:
             raise UserError(f"{name} is {value} and must be at least 1")

@@ -13,6 +13,7 @@ import importlib
 import json
 import os
 import pkgutil
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -298,12 +299,23 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     ]
 
 
+def _shortens(short: str, name: str) -> bool:
+    """Whether the letters of a name are, in their order, among those of another."""
+    letters = iter(name)
+    return all(letter in letters for letter in short)
+
+
 def nearest(name: str, names: Iterable[str], prefix: str = "") -> str:
     """The words ", did you mean ...?" for a name that is not among `names`; a dotted name may be near in its last part alone."""
     known = list(names)
-    found = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    own = name.rpartition(".")[2]
+    initials = "".join(word[0] for word in re.split("[_-]", own) if word)
+    found = [n for n in known if len(initials) > 1 and n.rpartition(".")[2] == initials]  # learning_rate: lr
+    if not found:
+        # Shortened names before others that are less than one letter off: val_acuracy is val_acc, not val_auroc.
+        close = difflib.get_close_matches(name, known, n=5, cutoff=0.6)
+        found = difflib.get_close_matches(name, close, n=1, cutoff=0.9) or sorted(close, key=lambda n: not _shortens(n, name))
     if not found:
         last = {n.rpartition(".")[2]: n for n in known}
-        close = difflib.get_close_matches(name.rpartition(".")[2], list(last), n=1, cutoff=0.6)
-        found = [last[n] for n in close]
+        found = [last[n] for n in difflib.get_close_matches(own, list(last), n=1, cutoff=0.6)]
     return f", did you mean {prefix}{spelled(found[0]) if prefix else found[0]}?" if found else ""

@@ -106,7 +106,7 @@ def mixture_sources(data: DataConfig) -> list[MixtureSource]:
             validation data for all of them.
     """
     if data.val_source:
-        raise UserError("data.mixture and data.val_source are both given: a mixture's sources each have their own validation data")
+        raise UserError("data.mixture and data.val-source are both given: a mixture's sources each have their own validation data")
     found = []
     for entry in data.mixture:
         source, equals, weight = entry.rpartition("=")
@@ -156,12 +156,12 @@ def resolve(data: DataConfig, kind: str) -> Source:
             what = "examples" if is_code(data.source) else "files"
             raise UserError(f"data.source {data.source} has no {what} to train on, only {', '.join(f.name for f in val)}")
     if data.val_source:
-        unmarked, marked, more, _ = _resolved(data.val_source, kind, "data.val_source", data)
+        unmarked, marked, more, _ = _resolved(data.val_source, kind, "data.val-source", data)
         ignored += [f.name for f in val] + more + ([f.name for f in unmarked] if marked else [])
         val = marked or unmarked
     if not val and data.val_fraction <= 0:
         what = "examples for validation" if is_code(data.source) else "validation files"
-        raise UserError(f"data.source {data.source} has no {what}: give them as data.val_source, or set data.val_fraction above 0")
+        raise UserError(f"data.source {data.source} has no {what}: give them as data.val-source, or set data.val-fraction above 0")
     by_place = {real_place(f.path): f for f in train if isinstance(f, InputFile)}
     for file in val:
         if isinstance(file, InputFile) and (same := by_place.get(real_place(file.path))) is not None:
@@ -208,7 +208,7 @@ def _resolved(source: str, kind: str, field: str, data: DataConfig) -> tuple[lis
 def same_file(train: str, val: str) -> str:
     """What is said of a file that is for training and for validation."""
     what = f"{train} is" if train == val else f"{train} and {val} hold the same, which is"
-    return f"{what} both for training (data.source) and for validation (data.val_source): give validation files that are not trained on"
+    return f"{what} both for training (data.source) and for validation (data.val-source): give validation files that are not trained on"
 
 
 def _assign(found: list[Found], kind: str) -> tuple[list[InputFile], list[InputFile], list[str]]:

@@ -74,11 +74,11 @@ class ImageClassificationConfig(ClassSettings):
         height, width, channels = shape
         crop = self.random_crop
         if crop is not None and not 1 <= crop <= min(height, width):
-            raise UserError(f"task.random_crop is {crop}, but the images have {height} x {width} pixels")
+            raise UserError(f"task.random-crop is {crop}, but the images have {height} x {width} pixels")
         expected = shape if crop is None else (crop, crop, channels)
         if tuple(model.input.image_shape) != expected:
             raise UserError(
-                f"model.input.image_shape is {tuple(model.input.image_shape)}, but the images are {shape}"
+                f"model.input.image-shape is {tuple(model.input.image_shape)}, but the images are {shape}"
                 + ("" if crop is None else f", cropped to {expected}")
             )
 

@@ -175,7 +175,7 @@ def test_without_a_validation_split_examples_are_held_out_by_their_content(folde
     again, other = prepared(arrays(folder, "InThree" if source == "TrainOnly" else "TrainOnly", "again", val_fraction=0.3))
     if source == "nothing_to_validate":
         assert rows_of(again, other, "val")["name"].to_pylist() == val
-    with pytest.raises(UserError, match="has no examples for validation: give them as data.val_source"):
+    with pytest.raises(UserError, match="has no examples for validation: give them as data.val-source"):
         preprocess.prepare(arrays(folder, source, val_fraction=0.0))
 
 

@@ -364,5 +364,5 @@ def test_a_mistake_in_a_mixture_is_named(entries, part):
 
 
 def test_a_mixtures_validation_data_are_its_sources_own():
-    with pytest.raises(UserError, match="data.mixture and data.val_source"):
+    with pytest.raises(UserError, match="data.mixture and data.val-source"):
         mixture_sources(DataConfig(mixture=("c4=1",), val_source="imdb"))

@@ -615,7 +615,7 @@ def test_images_of_another_shape_are_refused_before_any_work(tmp_path):
     write_idx(tmp_path / "in", "t10k", 3, seed=1)
     chosen = experiment("img-clf-mnist", tmp_path / "out", tmp_path / "in")
     model = replace(chosen.model, input=replace(chosen.model.input, image_shape=(32, 32, 1)))
-    with pytest.raises(UserError, match=r"image_shape is \(32, 32, 1\), but the images are \(28, 28, 1\)"):
+    with pytest.raises(UserError, match=r"image-shape is \(32, 32, 1\), but the images are \(28, 28, 1\)"):
         prepare(replace(chosen, model=model))
 
 

@@ -131,7 +131,7 @@ def test_labels_or_images_that_the_model_cannot_take_are_refused(tmp_path):
         num_classes=10,
     )  # fmt: skip
     for manifest, message in (
-        (replace(base, num_classes=11), "labels up to 10, but model.output.num_classes is 10"),
+        (replace(base, num_classes=11), "labels up to 10, but model.output.num-classes is 10"),
         (replace(base, image_shape=(32, 32, 3)), r"\(28, 28, 1\), but the images are \(32, 32, 3\)"),
     ):
         manifest.save(data_folder(experiment))

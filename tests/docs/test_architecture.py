@@ -271,3 +271,15 @@ def test_no_experiment_is_made_up_for_a_function_that_wants_one():
 
 def room_of(path: Path) -> str:
     return room(".".join(path.relative_to(ROOT).with_suffix("").parts))
+
+
+def test_messages_name_fields_as_they_are_typed():
+    """No text of an error has data.val_source, whose option is --data.val-source."""
+    field = re.compile(r"\b(data|task|run|training|optim|parallel|model|input|output|encoder|decoder)\.[a-z]+_[a-z_]+")
+    wrong = []
+    for path in [p for package in ("perceiver", "ray_jobs", "tuning") for p in files(package)]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "").endswith("Error"):
+                texts = [n for n in ast.walk(node) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
+                wrong += [f"{path.name}:{n.lineno} {n.value}" for n in texts if field.search(n.value)]
+    assert not wrong

@@ -1,9 +1,13 @@
 """Domains of search spaces: mistakes are named before anything starts, and a sweep knows its space again in another process."""
 
+import sys
+
 import pytest
 from ray import tune
 
 from perceiver.config import UserError
+from ray_jobs.main import main as perceiver_command
+from tuning.space_texts import check_line
 from tuning.spaces import check_space, described, parse_space
 from tuning.sweep import check_values
 from tuning.sweeps import Sweep, find_sweep
@@ -107,6 +111,38 @@ def test_a_space_that_is_none_is_one_sentence(text, message):
         parse_space([text])
     with pytest.raises(UserError, match="twice"):
         parse_space(["optim.lr=uniform(1,2)", "optim.lr=uniform(1,3)"])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--space", "optim.lr=loguniforn(1,2)"], "did you mean loguniform"),
+        (["--space=optim.lr=loguniform(1)"], "loguniform needs 2 numbers: the first and the last value"),
+        (["--space", "optim.lr=quniform(1,2)"], "quniform needs 3 numbers: the first and the last value, and the step between them"),
+        (["--space", "optim.lr=uniform(1e-3,'a')"], "uniform needs 2 numbers"),
+        (["--space", "optim.lr=uniform(1e-2,1e-3)"], r"optim.lr of the sweep's space is a range from 0.01 to 0.001"),
+        (["--space", "optim.lr=loguniform(0,1e-3)"], "a logarithmic range from 0 and must begin above 0"),
+        (["--space", "optim.lr=choice()"], "has no value to choose from"),
+        (["--space", "optim.lrr=uniform(1e-3,1e-2)"], r"optim.lrr of the sweep's space does not exist, did you mean optim.lr\?"),
+        (["--space", "run.name=choice(a,b)"], "run.name cannot be varied"),
+        (
+            ["--trials", "2", "--space", "optim.lr=uniform(1,2)", "--space", "optim.warmup-steps=choice(1,x)"],
+            "warmup-steps is 'x' and must be",
+        ),
+        (["--space", "optim.optimizer.momentum=uniform(0.8,0.9)"], "optim.optimizer.momentum of the sweep's space does not exist"),
+        (["--space", "optim.lr=uniform(1,2)", "--optim.beta", "3"], "field --optim.beta does not exist"),
+    ],
+)
+def test_a_mistake_in_a_space_is_found_without_ray(words, message, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tuning.sweep", None)  # which imports Ray Tune
+    with pytest.raises(UserError, match=message):
+        perceiver_command(["sweep", "quickstart", *words])
+
+
+def test_what_cannot_be_known_without_ray_is_left_to_the_sweep():
+    right = ["--space", "optim.lr=uniform(1,2)", "--space", "optim.optimizer.momentum=uniform(0.8,0.9)", "--optim.optimizer", "muon"]
+    for words in (["quickstart", *right], ["quickstart", "--space", "own.py:space"], ["own.py:experiment", *right], ["--help"], ["lr"]):
+        check_line(words)
 
 
 def test_fields_that_do_not_exist_and_values_that_do_not_fit_are_named_before_anything_starts():
