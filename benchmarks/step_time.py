@@ -1,12 +1,14 @@
 """Time of a training step against the bound that the machine's matrix products set.
 
     python -m benchmarks.step_time [--workloads img-clf-mnist clm-wikitext mlm-imdb] [--repeats 5] [--out results.json]
+    python -m benchmarks.step_time --workloads optical-flow --with-transformers --threads 1 --cpu-time --repeats 1
 
 A step is zero_grad, forward, loss, backward and a fused AdamW step, in float32, with the dropouts of the preset. The
-bound is the GFLOP of the reference implementation's model (krasserm/perceiver-io, constants below) divided by the rate
-of a large square float32 product, measured between the steps in the same process. The ratio of the two carries over
-between machines; times do not. Peak memory is that of a process which does nothing else. Where `transformers` is
-installed, its Perceiver can run beside ours where it has the same model (--with-transformers).
+bound is the GFLOP of the reference implementation's model (krasserm/perceiver-io, constants below; for optical flow and
+video that of transformers, counted by PyTorch) divided by the rate of a large square float32 product, measured between
+the steps in the same process. The ratio of the two carries over between machines; times do not. Peak memory is that of a
+process which does nothing else. Where `transformers` is installed, its Perceiver can run beside ours where it has the same
+model (--with-transformers).
 """
 
 import argparse
@@ -30,6 +32,7 @@ from perceiver.presets import PRESETS
 from perceiver.training.parallel import reuse_freed_memory
 
 MATMUL_SIZE = 3072
+Clock = Callable[[], float]
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,47 @@ class Workload:
 
 def image_batch(size: int, shape: tuple[int, ...], num_classes: int) -> dict[str, Tensor]:
     return {"x": torch.rand(size, *shape) * 2 - 1, "labels": torch.randint(num_classes, (size,))}
+
+
+def event_batch(size: int) -> dict[str, Tensor]:
+    """Windows of 2,048 events with 1,024 latents; a tenth of the prefix is dropped."""
+    ids = torch.randint(388, (size, 2049))
+    keep = torch.rand(size, 1024).topk(num_kept(1024, 0.1)).indices.sort().values
+    return {"x": ids[:, :-1], "labels": ids[:, -1024:], "prefix_keep": keep}
+
+
+def event_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    logits = model(batch["x"], 1024, prefix_keep=batch["prefix_keep"])
+    return F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten())
+
+
+def flow_batch(size: int) -> dict[str, Tensor]:
+    """Features of pairs of frames of 368 x 496 pixels."""
+    return {"x": torch.randn(size, 2, 27, 368, 496), "flow": torch.randn(size, 368, 496, 2)}
+
+
+def flow_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    return (model(batch["x"]) - batch["flow"]).abs().mean()
+
+
+def video_batch(size: int) -> dict[str, Tensor]:
+    """Videos with sound, of which a step asks for one of 128 parts: 6,272 points and 15 groups of samples."""
+    points = {"asked_video": torch.randperm(802_816)[:6272], "asked_audio": torch.randperm(1920)[:15]}
+    video, audio = torch.rand(size, 16, 224, 224, 3), torch.rand(size, 30_720) * 2 - 1
+    return {"video": video, "audio": audio, "labels": torch.randint(700, (size,)), **points}
+
+
+def video_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    said = model({**batch, "label": torch.full_like(batch["labels"], -1)})
+    return autoencoding_loss(said["video"], said["audio"], said["label"], batch)
+
+
+def autoencoding_loss(video: Tensor, audio: Tensor, label: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    """With the weights of the preset."""
+    colours = batch["video"].flatten(1, 3)[:, batch["asked_video"]]
+    samples = batch["audio"].unflatten(1, (-1, 16))[:, batch["asked_audio"]]
+    errors = 0.03 * (video.flatten(1) - colours.flatten(1)).abs().mean() + (audio.flatten(1) - samples.flatten(1)).abs().mean()
+    return errors + 1e-4 * F.cross_entropy(label, batch["labels"])
 
 
 def classification_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
@@ -82,7 +126,10 @@ WORKLOADS = {
     "img-clf-mnist": Workload(128, 78.68, 1.0, lambda b: image_batch(b, (28, 28, 1), 10), classification_loss),
     "clm-wikitext": Workload(2, 226.31, 1.2, text_batch, causal_loss),
     "mlm-imdb": Workload(1, 362.85, 1.3, masked_batch, masked_loss),
+    "sam-maestro": Workload(1, 241.85, 1.4, event_batch, event_loss),
     "img-clf-imagenet": Workload(1, 1218.37, None, lambda b: image_batch(b, (224, 224, 3), 1000), classification_loss),
+    "optical-flow": Workload(1, 5658.97, None, flow_batch, flow_loss),
+    "multimodal-kinetics": Workload(1, 921.85, None, video_batch, video_loss),
 }
 
 
@@ -95,6 +142,8 @@ def transformers_step(name: str, batch: dict[str, Tensor]) -> tuple[nn.Module, C
         PerceiverConfig,
         PerceiverForImageClassificationFourier,
         PerceiverForMaskedLM,
+        PerceiverForMultimodalAutoencoding,
+        PerceiverForOpticalFlow,
     )
 
     if name == "mlm-imdb":
@@ -109,27 +158,49 @@ def transformers_step(name: str, batch: dict[str, Tensor]) -> tuple[nn.Module, C
         images = batch["x"].permute(0, 3, 1, 2).contiguous()
         model = PerceiverForImageClassificationFourier(config)
         return model, lambda m: m(inputs=images, labels=batch["labels"]).loss
+    if name == "optical-flow":
+        config = PerceiverConfig(
+            num_latents=2048, d_latents=512, d_model=322, num_blocks=1, num_self_attends_per_block=24, num_self_attention_heads=16,
+            num_cross_attention_heads=1, train_size=[368, 496], attention_probs_dropout_prob=0.0,
+        )  # fmt: skip
+        return PerceiverForOpticalFlow(config), lambda m: (m(inputs=batch["x"]).logits - batch["flow"]).abs().mean()
+    if name == "multimodal-kinetics":
+        config = PerceiverConfig(
+            num_latents=784, d_latents=512, d_model=704, num_blocks=1, num_self_attends_per_block=8, num_self_attention_heads=8,
+            num_cross_attention_heads=1, num_frames=16, image_size=56, audio_samples_per_frame=1920, samples_per_patch=16,
+            output_shape=[1, 16, 224, 224], num_labels=700, attention_probs_dropout_prob=0.0,
+        )  # fmt: skip
+        size = len(batch["labels"])
+        image, audio = batch["video"].permute(0, 1, 4, 2, 3).contiguous(), batch["audio"][..., None]
+        inputs = {"image": image, "audio": audio, "label": torch.zeros(size, 700)}
+        asked = {"image": batch["asked_video"], "audio": batch["asked_audio"], "label": None}
+
+        def of_video(m: nn.Module) -> Tensor:
+            said = m(inputs=inputs, subsampled_output_points=asked).logits
+            return autoencoding_loss(said["image"], said["audio"], said["label"], batch)
+
+        return PerceiverForMultimodalAutoencoding(config), of_video
     return None
 
 
 # ------------------------------------------------------------------------------------------------------------ measuring
 
 
-def matmul_rate(a: Tensor, b: Tensor, out: Tensor) -> float:
+def matmul_rate(a: Tensor, b: Tensor, out: Tensor, clock: Clock) -> float:
     """FLOP/s of one large square product."""
-    start = time.perf_counter()
+    start = clock()
     torch.mm(a, b, out=out)
-    return 2 * MATMUL_SIZE**3 / (time.perf_counter() - start)
+    return 2 * MATMUL_SIZE**3 / (clock() - start)
 
 
-def timed_step(optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor]) -> tuple[float, float]:
+def timed_step(optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor], clock: Clock = time.perf_counter) -> tuple[float, float]:
     """Seconds of a whole step, and of its forward and backward pass."""
-    start = time.perf_counter()
+    start = clock()
     optimizer.zero_grad()
     loss().backward()
-    middle = time.perf_counter()
+    middle = clock()
     optimizer.step()
-    return time.perf_counter() - start, middle - start
+    return clock() - start, middle - start
 
 
 def build_side(name: str, side: str, threads: int) -> tuple[nn.Module, Callable[[], Tensor], torch.optim.Optimizer] | None:
@@ -158,8 +229,9 @@ def peak_memory(name: str, side: str, threads: int) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def measure(name: str, repeats: int, threads: int, with_transformers: bool) -> list[dict[str, float | str]]:
+def measure(name: str, repeats: int, threads: int, with_transformers: bool, cpu_time: bool) -> list[dict[str, float | str]]:
     """Rows for one workload, medians over the repeats. Run in a fresh process."""
+    clock = time.process_time if cpu_time else time.perf_counter
     sides = {"ours": build_side(name, "ours", threads)}
     if with_transformers and (other := build_side(name, "transformers", threads)):
         sides["transformers"] = other
@@ -168,8 +240,8 @@ def measure(name: str, repeats: int, threads: int, with_transformers: bool) -> l
     rates = []
     for repeat in range(-1, repeats):  # the first is to warm up
         for side, (_, loss, optimizer) in sides.items():
-            seconds = timed_step(optimizer, loss)
-            rate = matmul_rate(a, b, out)
+            seconds = timed_step(optimizer, loss, clock)
+            rate = matmul_rate(a, b, out, clock)
             if repeat >= 0:
                 times[side].append(seconds)
                 rates.append(rate)
@@ -196,6 +268,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--with-transformers", action="store_true")
+    parser.add_argument("--cpu-time", action="store_true", help="measure processor time, on a machine with other work: with --threads 1")
     parser.add_argument("--out", type=Path, help="JSON file to write the rows to")
     args = parser.parse_args()
     rows: list[dict[str, float | str]] = []
@@ -204,7 +277,7 @@ def main() -> None:
     context = multiprocessing.get_context("spawn")
     for name in args.workloads:
         with context.Pool(1) as pool:
-            new = pool.apply(measure, (name, args.repeats, args.threads, args.with_transformers))
+            new = pool.apply(measure, (name, args.repeats, args.threads, args.with_transformers, args.cpu_time))
         for row in new:
             with context.Pool(1) as pool:
                 row["peak_rss_mib"] = pool.apply(peak_memory, (name, row["implementation"], args.threads))
@@ -218,7 +291,13 @@ def main() -> None:
             )
         rows += new
     if args.out:
-        settings = {"threads": args.threads, "repeats": args.repeats, "torch": torch.__version__, "dtype": "float32"}
+        settings = {
+            "threads": args.threads,
+            "repeats": args.repeats,
+            "torch": torch.__version__,
+            "dtype": "float32",
+            "cpu_time": args.cpu_time,
+        }
         temporary = args.out.with_suffix(".tmp")
         temporary.write_text(json.dumps({"settings": settings, "rows": rows}, indent=2))
         os.replace(temporary, args.out)

@@ -163,6 +163,8 @@ def read_midi(data: bytes) -> np.ndarray:
         raise NotMidi("type 2", "is a MIDI file of type 2 (several independent sequences), which is no one performance")
     try:
         music = pretty_midi.PrettyMIDI(io.BytesIO(data))
+    except EOFError:
+        raise NotMidi("damaged MIDI", "is a damaged MIDI file (it ends too early)") from None
     except Exception as error:  # a parser of foreign bytes: what it raises is not said anywhere
         reason = str(error) or type(error).__name__
         raise NotMidi("damaged MIDI", f"is a damaged MIDI file ({reason.splitlines()[0]})") from None

@@ -99,6 +99,12 @@ def test_a_file_that_is_no_performance_is_named_with_its_reason(reason):
     assert pytest.raises(NotMidi, read_midi, b"").value.args == ("is empty",)
 
 
+def test_a_file_that_is_cut_off_is_said_to_end_too_early():
+    whole = write_midi(encode(performance(0)))
+    with pytest.raises(NotMidi, match="it ends too early"):
+        read_midi(whole[: len(whole) // 2])
+
+
 def test_running_status_is_read():
     """A second note without a status byte of its own, as many files are written."""
     track = b"\0\x90\x3c\x40" + b"\x60\x3c\0" + b"\0\x40\x40" + b"\x60\x40\0" + b"\0\xff\x2f\0"
