@@ -133,5 +133,5 @@ class Messages:
             try:
                 if ray.get(ended):
                     logger.warning("%s: it is ended, and the run restarts from its last checkpoint", text)
-            except ray.exceptions.RayError:
-                pass  # its node is gone: Ray replaces the worker by itself
+            except ray.exceptions.RayError:  # Ray replaces the worker by itself
+                logger.warning("%s; its machine is gone", text)

@@ -119,11 +119,14 @@ class Watch:
             seen.moved += seconds
 
     def overdue(self, now: float | None = None) -> tuple[Beat, str] | None:
-        """A worker that must be ended, and why; it is then forgotten. None: all are well."""
+        """A worker that must be ended, and why. None: all are well.
+
+        It is then forgotten, and the others have their time anew: they cannot move before it is replaced.
+        """
         now = time.monotonic() if now is None else now
-        for rank, seen in self._seen.items():
+        for seen in self._seen.values():
             if now - seen.heard > self._silence:
-                del self._seen[rank]
+                self._forget(seen, now)
                 return seen.beat, f"has not answered for {now - seen.heard:.0f} s (it was at {_at(seen.beat)})"
         standing = [seen for seen in self._seen.values() if now - seen.moved > self._stall]
         if not standing or len(standing) < len(self._seen):
@@ -131,11 +134,16 @@ class Watch:
         # Who waits for the others is not the one that they wait for; one that says nothing any more is.
         silent = {s.beat.rank for s in standing if now - s.heard > 4 * EVERY}
         seen = min(standing, key=lambda s: (s.beat.rank not in silent, s.beat.together, s.beat.step, s.beat.rank))
-        del self._seen[seen.beat.rank]
+        self._forget(seen, now)
         others = "" if len(standing) == 1 else "; the others wait for it"
         if seen.beat.rank in silent:
             return seen.beat, f"has not answered for {now - seen.heard:.0f} s (it was at {_at(seen.beat)}){others}"
         return seen.beat, f"has stood for {now - seen.moved:.0f} s at {_at(seen.beat)}{others}"
+
+    def _forget(self, ended: _Seen, now: float) -> None:
+        del self._seen[ended.beat.rank]
+        for seen in self._seen.values():
+            seen.moved = now
 
 
 def _at(beat: Beat) -> str:

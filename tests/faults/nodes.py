@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from perceiver.runs import Run
-from tests.faults.causes import WORKER, Fault, Place
+from tests.faults.causes import WORKER, Fault, Place, send
 from tests.faults.cluster import Cluster
 from tests.faults.disturb import Disturbed, command, follow
 from tests.faults.outcome import HOSTS, Outcome
@@ -157,8 +157,7 @@ def slow(place: Place, cluster: ClusterOfHosts, number: int) -> None:
 
 
 def freeze(place: Place, cluster: ClusterOfHosts, number: int) -> None:
-    for pid in cluster.hosts.hosts[number].pids():
-        os.kill(pid, signal.SIGSTOP)
+    send(cluster.hosts.hosts[number].pids(), signal.SIGSTOP)
 
 
 def notice(place: Place, cluster: ClusterOfHosts, number: int) -> None:
@@ -177,17 +176,21 @@ def replace(place: Place) -> None:
 
 
 def come_back(again: Callable[[ClusterOfHosts, int], object]) -> Callable[[Place], None]:
-    """The machine is there again: what runs on it must end by itself, as the cluster has given it up; then it joins anew."""
+    """The machine is there again. The cluster has given it up, so its raylet and its workers must end by themselves; the rest of Ray's
+    there (what collects its logs) is ended as by an operator, and the machine joins anew.
+    """
 
     def undo(place: Place) -> None:
         cluster = place.cluster
         assert isinstance(cluster, ClusterOfHosts)
         number = cluster.nodes.pop()
+        host = cluster.hosts.hosts[number]
         again(cluster, number)
         end = time.monotonic() + 120
-        while left := cluster.hosts.hosts[number].processes():
+        while left := [line for line in host.processes() if line.startswith("ray::") or "/raylet " in line.partition("--")[0]]:
             assert time.monotonic() < end, f"left on a machine that came back: {left}"
             time.sleep(0.5)
+        send(host.pids(), signal.SIGKILL)
         cluster.add(number)
 
     return undo
@@ -198,8 +201,7 @@ def join(cluster: ClusterOfHosts, number: int) -> None:
 
 
 def thaw(cluster: ClusterOfHosts, number: int) -> None:
-    for pid in cluster.hosts.hosts[number].pids():
-        os.kill(pid, signal.SIGCONT)
+    send(cluster.hosts.hosts[number].pids(), signal.SIGCONT)
 
 
 NODE_FAULTS = [

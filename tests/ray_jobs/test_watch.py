@@ -52,6 +52,19 @@ def test_one_that_says_nothing_is_named_before_those_that_wait_where_the_limit_f
     assert beat.rank == 1 and why.startswith("has not answered for 46 s (it was at step 6") and why.endswith("the others wait for it")
 
 
+def test_those_that_waited_for_a_worker_that_is_ended_are_not_ended_with_it():
+    """They cannot move before it is replaced, which takes its time, above all where its machine is cut off."""
+    watch = Watch(stall=45, silence=60)
+    watch.hear(WORKING, 0)
+    for now in range(0, 90, 5):
+        watch.hear(replace(WAITING, rank=1), now)
+        ended = watch.overdue(now)
+        assert (ended is not None and ended[0].rank == 0) == (now == 50)
+    for now in range(90, 96):
+        watch.hear(replace(WAITING, rank=1), now)
+    assert watch.overdue(96)[0].rank == 1  # nobody came
+
+
 def test_while_one_worker_moves_nobody_stands():
     watch = watch_of(WAITING, replace(WORKING, rank=1))
     for now in range(10, 2000, 10):
