@@ -32,7 +32,7 @@ from ray_jobs.preflight import Resources
 from ray_jobs.ray_env import held
 from ray_jobs.read_ahead import DataShare
 from ray_jobs.rendezvous import Network
-from ray_jobs.restarts import SayRestarts
+from ray_jobs.restarts import SayRestarts, reason_of
 from ray_jobs.scale import poll_seconds
 from ray_jobs.spares import TASKS, WORKERS, wanted
 
@@ -241,8 +241,9 @@ def _describe_controller(error: ray.exceptions.RayError) -> str:
     return f"Ray failed ({first}); the same command continues from the last checkpoint"
 
 
-def _describe(error: Exception) -> str:
-    """The workers' own errors, the first line of each."""
+def _describe(error: ray.train.TrainingFailedError) -> str:
+    """Why it failed for good: what became of the workers, or of the controller while it started them."""
+    if isinstance(error, ray.train.ControllerError):
+        return f"{reason_of(error.controller_failure)}; the same command continues from the last checkpoint"
     failures = getattr(error, "worker_failures", {}) or {}
-    lines = {str(f).strip().splitlines()[-1] if str(f).strip() else repr(f) for f in failures.values()}
-    return "; ".join(sorted(lines)) or str(error)
+    return "; ".join(sorted({reason_of(failure) for failure in failures.values()})) or reason_of(error)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 
 import pytest
+from ray.train import ControllerError, WorkerGroupError
 
+from ray_jobs.driver import _describe
 from ray_jobs.restarts import SayRestarts, reason_of
 
 DEAD = "The actor is dead because its worker process has died. Worker exit type: {} Worker exit detail: {}"
@@ -54,3 +56,14 @@ def test_a_run_that_may_fail_for_ever_tells_no_limit():
     mailbox = Mailbox()
     SayRestarts(mailbox, max_failures=-1).after_exception(None, {0: RuntimeError("a")})
     assert mailbox.items[0][1].endswith("checkpoint (failure 1)")
+
+
+def test_an_end_for_good_is_a_sentence_though_ray_says_pages():
+    """Ray's text on memory lists every process, and ends in advice on variables of the environment."""
+    pages = "1 worker(s) were killed due to the node running low on memory. Memory on the node (IP: 10.0.0.2) was 22.39GB used / 23.54GB\n"
+    pages += "Top 10 memory users:\n255 0.55 ray::RayTrainWorker\nRefer to the documentation on how to address the out of memory issue: ..."
+    assert (
+        _describe(WorkerGroupError("Training failed", {0: RuntimeError(pages), 1: RuntimeError(pages)})) == "the machine had no memory left"
+    )
+    while_they_start = _describe(ControllerError(RuntimeError(pages)))
+    assert while_they_start == "the machine had no memory left; the same command continues from the last checkpoint"
