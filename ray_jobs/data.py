@@ -16,6 +16,7 @@ from perceiver.data.files import format_of, list_files
 from perceiver.data.picture_folders import names_pictures, picture_folder
 from perceiver.data.sources import NAMED, is_path, resolve
 from perceiver.datasets import Dataset
+from perceiver.disk import local_file
 from perceiver.inference.frames import is_flow
 from perceiver.runs import Run
 from perceiver.terminal import CommandParser, number_of, summary
@@ -61,6 +62,7 @@ def main(argv: list[str]) -> int:
     if run is not None and here.exists() and here.absolute() != run.folder:
         run = None  # data of this name in the working folder, beside a run elsewhere that has it, too
     if args.html is not None:
+        args.html = str(local_file("html", args.html))
         write_page(args.source, args.html, args.text_column, args.label_column, run is not None, args.encoding)
         return 0
     print("\n".join(of_run(run) if run is not None else look(args.source, args.text_column, args.label_column, args.encoding)))

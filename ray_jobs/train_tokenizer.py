@@ -23,6 +23,7 @@ from perceiver.data.tables import Columns
 from perceiver.data.tokenizers import load_tokenizer
 from perceiver.data.train_huggingface import train_huggingface
 from perceiver.data.train_tokenizer import Sample, check_training, choose_pieces, sample_piece, train_sentencepiece
+from perceiver.disk import local_folder
 from ray_jobs.cli import main_entry
 from ray_jobs.logs import show_progress
 from ray_jobs.overrides import override
@@ -102,6 +103,8 @@ def check(out: str, config: TokenizerTraining) -> None:
     if out.endswith("/"):
         raise UserError(f"{out} is a folder, it must be the file to write")
     folder, name = place(out)
+    if "://" not in out:
+        local_folder("OUT", folder)
     filesystem, path = open_folder(folder)
     if filesystem.get_file_info(f"{path}/{name}").type != FileType.NotFound:
         raise UserError(f"{out} exists already: choose another file, or remove it first")
