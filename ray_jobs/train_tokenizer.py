@@ -100,6 +100,8 @@ def check(out: str, config: TokenizerTraining) -> None:
         raise UserError("data.source is empty: name a data set or your own files (see docs/data.md)")
     if not out.strip():
         raise UserError("OUT is empty: it must be the file to write")
+    if "\0" in out:
+        raise UserError(f"OUT is {out!r} and holds a NUL character, which no path can")
     if out.endswith("/"):
         raise UserError(f"{out} is a folder, it must be the file to write")
     folder, name = place(out)
