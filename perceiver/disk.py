@@ -7,12 +7,78 @@ import fcntl
 import json
 import math
 import os
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from perceiver.config import UserError
+
+
+def local_folder(field: str, path: str) -> Path:
+    """A folder that can be made and written to, as an absolute path; nothing is made.
+
+    Args:
+        field: the option that names it, without --, or an argument's name in capitals.
+        path: as it is typed.
+
+    Raises:
+        UserError: names the field and what is in the way.
+    """
+    try:
+        if "\0" in path:
+            raise ValueError("a name holds no NUL")
+        folder = Path(path).expanduser().absolute()
+        there = next(parent for parent in (folder, *folder.parents) if parent.exists() or parent.is_symlink())
+        there.stat()  # raises for a link that leads nowhere, or to itself
+    except (RuntimeError, OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise UserError(f"{_shown(field)} is {path!r} and cannot be a folder: {reason}") from None
+    if not there.is_dir():
+        raise UserError(f"{_shown(field)} is {path!r}, but {there} is a file")
+    # Asked of the system by making something: rights alone do not tell of file systems that are read-only, or no place for files.
+    try:
+        os.rmdir(tempfile.mkdtemp(prefix=".perceiver-", dir=there))
+    except OSError as error:
+        raise UserError(f"{_shown(field)} is {path!r}, but {there} cannot be written to: {error.strerror}") from None
+    return folder
+
+
+def _shown(field: str) -> str:
+    return field if field.isupper() else f"--{field}"
+
+
+def local_file(field: str, path: str, suffix: str = "") -> Path:
+    """A file that can be written, as an absolute path in a folder that exists; nothing is made.
+
+    Args:
+        field: the option that names it, without --.
+        path: as it is typed.
+        suffix: how its name must end, ".html".
+
+    Raises:
+        UserError: names the option and what is in the way.
+    """
+    try:
+        if "\0" in path:
+            raise ValueError("a name holds no NUL")
+        file = Path(path).expanduser().absolute()
+        fits = file.suffix == suffix or not suffix
+        fits = fits and file.parent.is_dir()
+        folder = file.is_dir()
+    except (RuntimeError, OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise UserError(f"{_shown(field)} is {path!r} and cannot be a file: {reason}") from None
+    if not fits:
+        raise UserError(f"{_shown(field)} is {path} and must be a {suffix or 'new'} file in a folder that exists")
+    if folder:
+        raise UserError(f"{_shown(field)} is {path}, which is a folder")
+    try:
+        os.rmdir(tempfile.mkdtemp(prefix=".perceiver-", dir=file.parent))
+    except OSError as error:
+        raise UserError(f"{_shown(field)} is {path}, which cannot be written ({error.strerror})") from None
+    return file
 
 
 @contextmanager

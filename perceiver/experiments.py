@@ -82,6 +82,8 @@ def check_name(name: str) -> None:
     Raises:
         UserError: names the nearest.
     """
+    if not name.strip():
+        raise UserError("the experiment is empty: give a preset, FILE.py:FUNCTION or a run (is a variable of the shell not set?)")
     path, installed = Path(name).expanduser(), installed_experiments()
     if name in CATALOG or name in installed or is_reference(name) or Run(path).exists or path.suffix in FILES:
         return

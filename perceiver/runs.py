@@ -100,12 +100,12 @@ class Run(RunFiles):
         try:
             content = json.loads((self.folder / EXPERIMENT).read_bytes())
         except OSError as error:
-            raise DamagedRun(f"{EXPERIMENT} cannot be read: {error.strerror}") from error
+            raise DamagedRun(f"{self.folder / EXPERIMENT} cannot be read: {error.strerror}") from error
         except (ValueError, RecursionError) as error:
-            raise DamagedRun(f"{EXPERIMENT} is not JSON: {error}") from error
+            raise DamagedRun(f"{self.folder / EXPERIMENT} is not JSON: {error}") from error
         experiment = content.get("experiment") if isinstance(content, dict) else None
         if not isinstance(experiment, dict) or not all(isinstance(experiment.get(name), dict) for name in ("task", "training", "run")):
-            raise DamagedRun(f"{EXPERIMENT} holds no experiment")
+            raise DamagedRun(f"{self.folder / EXPERIMENT} holds no experiment")
         return content
 
     def load(self, trust_code: bool = False, install_code: bool = True) -> tuple[Experiment, str]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from perceiver.config import Experiment
+from perceiver.disk import local_folder
 from perceiver.runs import Run
 from ray_jobs.logs import show_progress
-from ray_jobs.preflight import local_folder
 from ray_jobs.train import run
 
 

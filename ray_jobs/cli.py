@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import errno
+import logging
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -154,7 +157,8 @@ def main_entry(main: Callable[[list[str]], int | None], argv: list[str] | None =
     try:
         words = sys.argv[1:] if argv is None else argv
         _check_text(words)
-        status = main(words)
+        with _of_paths(words):
+            status = main(words)
     except UserError as error:
         print(f"error: {_located(str(error), words)}", file=sys.stderr)
         status = 2
@@ -168,6 +172,56 @@ def main_entry(main: Callable[[list[str]], int | None], argv: list[str] | None =
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it closes it
         status = 141
     sys.exit(status or 0)
+
+
+PATH_ERRORS = frozenset(
+    {
+        errno.EACCES, errno.EEXIST, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENODEV, errno.ENOENT, errno.ENOSPC, errno.ENOTDIR,
+        errno.EPERM, errno.EROFS, errno.EDQUOT, errno.ENXIO, errno.EIO,
+    }
+)  # fmt: skip
+"""What the system says of a path that cannot be used as it was meant."""
+
+
+@contextlib.contextmanager
+def _of_paths(words: Sequence[str]) -> Iterator[None]:
+    """What the system says of a path, and no door has said before, as one sentence; its traceback is shown with --verbose.
+
+    Raises:
+        UserError: it is about a path on the command line.
+        JobFailed: it is about another one.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "home directory" not in str(error):
+            raise
+        whose = next((word for word in words if word.rpartition("=")[2].startswith("~")), "$PERCEIVER_HOME")
+        raise UserError(f"{whose} names the home of a user that does not exist here") from error
+    except OSError as error:
+        if error.errno not in PATH_ERRORS or isinstance(error, ConnectionError):
+            raise
+        logging.getLogger(__name__).debug("what was done with a path:", exc_info=True)
+        place = str(error.filename or "")
+        reason = error.strerror if place and error.strerror else (str(error).splitlines() or [""])[0]
+        said = f"{place}: {reason}" if place else reason
+        named = _word_of(words, f"{os.path.abspath(place)} {reason}")
+        if named is not None:
+            raise UserError(f"{named:.200} cannot be used ({said:.400})") from error
+        raise JobFailed(said) from error
+
+
+def _word_of(words: Sequence[str], text: str) -> str | None:
+    """The path on a command line, with its option, that is the begin of one in a text; None: there is none."""
+    option = ""
+    for word in words:
+        typed = word
+        if word.startswith("--"):
+            option, _, typed = word.partition("=")
+        full = os.path.abspath(os.path.expanduser(typed))
+        if typed.strip("./") and re.search(rf"{re.escape(full)}(?![\w.-])", text):
+            return f"{option} {typed}".strip()
+    return None
 
 
 def _located(message: str, words: Sequence[str]) -> str:

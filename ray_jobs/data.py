@@ -16,6 +16,7 @@ from perceiver.data.files import format_of, list_files
 from perceiver.data.picture_folders import names_pictures, picture_folder
 from perceiver.data.sources import NAMED, is_path, resolve
 from perceiver.datasets import Dataset
+from perceiver.disk import local_file
 from perceiver.inference.frames import is_flow
 from perceiver.runs import Run
 from perceiver.terminal import CommandParser, number_of, summary
@@ -36,6 +37,8 @@ _STATS = {
 """Counts of a manifest that are shown, and what they count."""
 
 
+NO_TEXT = "\ufffd"
+"""What stands for bytes that are no text."""
 _BEGINS = 8
 """Files of text whose begins a page shows."""
 
@@ -61,6 +64,7 @@ def main(argv: list[str]) -> int:
     if run is not None and here.exists() and here.absolute() != run.folder:
         run = None  # data of this name in the working folder, beside a run elsewhere that has it, too
     if args.html is not None:
+        args.html = str(local_file("html", args.html))
         write_page(args.source, args.html, args.text_column, args.label_column, run is not None, args.encoding)
         return 0
     print("\n".join(of_run(run) if run is not None else look(args.source, args.text_column, args.label_column, args.encoding)))
@@ -127,6 +131,14 @@ def of_run(run: Run) -> list[str]:
     return [*lines, "", f"look at the source: {shlex.join(['perceiver', 'data', data.source])}"] if is_path(data.source) else lines
 
 
+def _begins_as_midi(path: str) -> bool:
+    """Whether a file of that name may be MIDI, as far as its first bytes tell; of files elsewhere, and packed ones, that is not asked."""
+    if "://" in path or not path.lower().endswith((".mid", ".midi")):
+        return True
+    with open(path, "rb") as file:
+        return file.read(4) == b"MThd"
+
+
 def find(source: str, text: str | None = None, label: str | None = None, encoding: str = "utf-8") -> Found:
     """What a source holds.
 
@@ -141,6 +153,8 @@ def find(source: str, text: str | None = None, label: str | None = None, encodin
     if is_code(source):
         raise UserError(f"{source} is code, of which there is no page: leave --html out")
     listed = list_files(source, "SOURCE", NAMED)
+    if not sum(size for _, _, size in listed):
+        raise UserError(f"{source} is empty: {number_of(len(listed), 'file')} of 0 bytes")
     formats = Counter(form for path, _, _ in listed if (form := format_of(path)) is not None)
     lines = [f"{source}: {number_of(len(listed), 'file')}, {sum(size for _, _, size in listed):,} bytes"]
     single = len(listed) == 1 and not listed[0][1]
@@ -158,18 +172,29 @@ def find(source: str, text: str | None = None, label: str | None = None, encodin
     if "sound" in formats:
         return sounds_found(lines, source, label)
     if "midi" in formats:
-        return Found([*lines, number_of(formats["midi"], "MIDI file")], "sam-small", given)
+        foreign = [path for path, _, _ in listed if format_of(path) == "midi" and not _begins_as_midi(path)]
+        if len(foreign) == formats["midi"]:
+            raise UserError(f"{foreign[0]} is no MIDI file, whatever its name: it does not begin with MThd")
+        given += ["--data.on-error", "skip"] if foreign else []
+        lines += [f"{number_of(len(foreign), 'file')} left out, as no MIDI file begins so: {foreign[0]}"] if foreign else []
+        return Found([*lines, number_of(formats["midi"] - len(foreign), "MIDI file")], "sam-small", given)
     if formats.keys() & set(TABLES):
         return table_found(lines, source, text, label, encoding)
     if formats.keys() & {"text", "wikitext"}:
         texts = resolve(DataConfig(source=source, val_fraction=0.05, encoding=encoding), "tokens").files
         given += ["--data.encoding", encoding] if encoding != "utf-8" else []
+        begins = {file.name: text_begin(file) for file in texts[:_BEGINS]}
+        strange = [name for name, begin in begins.items() if NO_TEXT in begin]
+        if len(strange) == len(begins) and all(10 * begin.count(NO_TEXT) > len(begin) for begin in begins.values()):
+            raise UserError(f"{strange[0]} is no text in UTF-8: --encoding names another encoding, such as latin-1, if it is text at all")
         size = sum(file.size for file in texts)
         sizes = sorted(file.size for file in texts)
         each = f", {sizes[0]:,} to {sizes[-1]:,} bytes each" if len(texts) > 1 else ""
         lines.append(f"{number_of(len(texts), 'file')} of text without classes, {size:,} bytes{each}")
-        lines += [f"such as {texts[0].name}: {reprlib.repr(begin)}"] if (begin := text_begin(texts[0])) else []
-        return Found(lines, "clm-wikitext-small", given, facts=Facts(begins=[(file.name, text_begin(file)) for file in texts[:_BEGINS]]))
+        lines += [f"such as {texts[0].name}: {reprlib.repr(begin)}"] if (begin := begins[texts[0].name]) else []
+        if strange:
+            lines.append(f"not in UTF-8: {strange[0]}; --data.encoding names another encoding, such as latin-1 or cp1252")
+        return Found(lines, "clm-wikitext-small", given, facts=Facts(begins=list(begins.items())))
     raise UserError(f"{source} has no pictures, sounds, texts, tables, MIDI files or frames with their optical flow")
 
 

@@ -49,6 +49,12 @@ def table_found(lines: list[str], source: str, text: str | None, label: str | No
     files = [file for file in files if file.path not in found.unreadable]
     if not found.rows:
         raise UserError("; ".join(found.faults.first) or f"{source} has no rows")
+    if strange := [name for name in found.columns if any("\ud800" <= letter <= "\udfff" or letter == "\0" for letter in name)]:
+        shown = repr(strange[0].encode(errors="surrogateescape")[:20])
+        raise UserError(
+            f"{files[0].name} has a column whose name is no text in UTF-8, {shown}: --encoding names another encoding, such as "
+            "latin-1, if it is a table at all"
+        )
     if (image := found.columns.get("image")) is not None and image.types.keys() & {"dict", "bytes"}:
         return pictures_found([*lines, number_of(found.rows, "row")], source, label or "label")
     for given, name in (("--text-column", text), ("--label-column", label)):

@@ -18,6 +18,7 @@ import torch
 from perceiver.config import UserError
 from perceiver.data.storage import write_file
 from perceiver.datasets import Dataset, with_prepared_tokenizer, with_tokenizer
+from perceiver.disk import local_file
 from perceiver.plots import png, range_curve
 from perceiver.terminal import CommandParser, summary
 from perceiver.training.lr_range import FEWEST, alone_on, device_of, range_test
@@ -54,9 +55,7 @@ def main(argv: list[str]) -> int:
         raise UserError(f"--from is {own.low:g} and --to {own.high:g}: the first rate must be above 0 and below the last")
     if own.steps < FEWEST:
         raise UserError(f"--steps is {own.steps} and must be at least {FEWEST}")
-    path = Path(own.out).expanduser() if own.out else _free(f"lr-find-{experiment.run_name}", ".png")
-    if path.suffix != ".png" or not path.absolute().parent.is_dir():
-        raise UserError(f"--out is {path} and must be a .png file in a folder that exists")
+    path = local_file("out", own.out or str(_free(f"lr-find-{experiment.run_name}", ".png")), ".png")
     check_experiment(experiment)
     with naming_words(rest):
         dataset = Dataset.find(experiment)

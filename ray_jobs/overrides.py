@@ -60,6 +60,7 @@ def override(config: Config, args: Sequence[str], prog: str) -> Config:
             name = arg[2:].partition("=")[0].replace("-", "_")
             if name not in fields:
                 raise UserError(f"field {arg.partition('=')[0]} does not exist{nearest(name, fields, '--')}")
+    _refuse_unset(flatten(to_dict(config)), args)
     # Here and not above: to import this module takes nothing that lists of runs and presets do not need.
     import tyro
 
@@ -99,6 +100,18 @@ def _of_stray_word(sentence: str, args: Sequence[str]) -> str | None:
                 f"{arg!r} is one value too many for {flag}" if flag else f"{arg!r} is not a field: fields are written as --optim.lr 0.001"
             )
     return None
+
+
+def _refuse_unset(fields: dict[str, Any], args: Sequence[str]) -> None:
+    """Raises UserError for an empty value of a field that has none: it would say nothing, and a variable of the shell was meant.
+
+    A field that has a value may be emptied: `--data.source ""` beside a mixture.
+    """
+    for place, arg in enumerate(args):
+        name, equals, value = arg.partition("=")
+        given = value if equals else args[place + 1] if place + 1 < len(args) else "given"
+        if name.startswith("--") and not given.strip() and fields.get(name[2:].replace("-", "_")) == "":
+            raise UserError(f"{name} is empty: give a value, or leave it out (is a variable of the shell not set?)")
 
 
 def _of_field(sentence: str, config: Any, args: Sequence[str]) -> str | None:

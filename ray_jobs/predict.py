@@ -17,7 +17,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -26,7 +26,8 @@ import pyarrow.parquet as pq
 from perceiver.config import DataConfig, ParallelConfig, UserError
 from perceiver.data.rows import KINDS
 from perceiver.data.storage import atomic_file, list_folder, remove_folder
-from perceiver.generation.options import add_generation_options, given_generation_options
+from perceiver.disk import local_folder
+from perceiver.generation.options import add_generation_options, given_generation_options, named_as_typed
 from perceiver.inference.frames import FRAMES
 from perceiver.inference.joined import join, suffix_of
 from perceiver.inference.load import Description, describe
@@ -52,6 +53,9 @@ READ_CPUS = 0.5
 def main(argv: list[str]) -> int:
     argv = show_progress(argv)
     job, output, placement, model = parse(argv)
+    for option, place in (("output", output), ("html", placement.page)):
+        if place is not None and "://" not in place:
+            local_folder(option, os.path.dirname(place) if suffix_of(place) or option == "html" else place)
     file = output if suffix_of(output) else None
     if file is not None:
         check_new_file(file)
@@ -116,7 +120,7 @@ def parse(argv: list[str]) -> tuple[PredictJob, str, Placement, Description]:
     model = describe(args.run, args.checkpoint, args.trust_code)
     mode = args.mode or _usual_mode(model.abilities, model.name)
     options = PredictOptions(mode=mode, batch_size=args.batch_size, **given_generation_options(args))
-    with _named_as_typed():
+    with named_as_typed():
         options.check()
         causal = model.config.causal_limits() if model.config is not None and options.mode == "generate" else None
         if causal is not None and options.num_latents is not None and options.num_latents > causal[1]:
@@ -263,7 +267,7 @@ class Predictor:
 
 def _absolute(path: str) -> str:
     """A local path as seen from any folder; URIs as they are."""
-    return path if "://" in path else os.path.abspath(os.path.expanduser(path))
+    return path if "://" in path else str(Path(path).expanduser().absolute())
 
 
 def _usual_mode(abilities: tuple[str, ...], name: str) -> str:
@@ -275,16 +279,6 @@ def _usual_mode(abilities: tuple[str, ...], name: str) -> str:
     if usual is None:
         raise UserError(f"--mode is needed for {name}: one of {', '.join(MODES)}")
     return usual
-
-
-@contextmanager
-def _named_as_typed() -> Iterator[None]:
-    """Names the fields in messages about options as the command line does (--top-k, not top_k)."""
-    try:
-        yield
-    except UserError as error:
-        name, _, rest = str(error).partition(" ")
-        raise UserError(f"--{name.replace('_', '-')} {rest}") from None
 
 
 if __name__ == "__main__":

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-import tempfile
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import ray
 import torch
@@ -65,30 +63,6 @@ def check_experiment(experiment: Experiment) -> None:
             check_groups(task.build_model(), experiment.optim)
     if any(not is_builtin(type_name(type(node))) for _, node in nodes(experiment)):
         check_task(experiment)
-
-
-def local_folder(field: str, path: str) -> Path:
-    """A folder that can be made and written to, as an absolute path; nothing is made.
-
-    Raises:
-        UserError: names the field and what is in the way.
-    """
-    try:
-        if "\0" in path:
-            raise ValueError("a name holds no NUL")
-        folder = Path(path).expanduser().absolute()
-        there = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    except (RuntimeError, OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise UserError(f"--{field} is {path!r} and cannot be a folder: {reason}") from None
-    if not there.is_dir():
-        raise UserError(f"--{field} is {path!r}, but {there} is a file")
-    # Asked of the system by making something: rights alone do not tell of file systems that are read-only, or no place for files.
-    try:
-        os.rmdir(tempfile.mkdtemp(prefix=".perceiver-", dir=there))
-    except OSError as error:
-        raise UserError(f"--{field} is {path!r}, but {there} cannot be written to: {error.strerror}") from None
-    return folder
 
 
 def check_balance(experiment: Experiment, task: Task) -> None:

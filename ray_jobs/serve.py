@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from perceiver.config import ParallelConfig, UserError
-from perceiver.generation.options import add_generation_options, given_generation_options
+from perceiver.generation.options import GenerationOptions, add_generation_options, given_generation_options, named_as_typed
 from perceiver.inference.load import Description, describe
 from perceiver.inference.predict import MODES, PredictOptions
 from perceiver.inference.served import OPTIONS, mode_of
@@ -92,6 +92,8 @@ def parse(argv: list[str]) -> tuple[ServeSettings, argparse.Namespace, Descripti
 
     mode = mode_of(model.abilities, args.mode, model.name) if model.abilities else args.mode
     options = {name: value for name, value in given_generation_options(args).items() if name in OPTIONS.get(mode or "", ())}
+    with named_as_typed():
+        GenerationOptions(**given_generation_options(args)).check()
     settings = settings_of(
         model, mode=mode, options=options, batch_size=args.batch_size, precision=args.precision, replicas=args.replicas,
         batch_wait=args.batch_wait, token_hash=None if token is None else hashed(token), needs_token=token is not None,

@@ -15,6 +15,7 @@ from perceiver.data.components import Component
 from perceiver.data.manifest import Manifest
 from perceiver.data.storage import write_file
 from perceiver.datasets import Dataset, with_tokenizer
+from perceiver.disk import local_folder
 from perceiver.experiments import command_words
 from perceiver.extensions import code_of
 from perceiver.plots import png, training_curves
@@ -35,7 +36,7 @@ from ray_jobs.capacity import ONE, Capacity, most_at_once
 from ray_jobs.cli import Interrupted, main_entry, naming_words, parse_experiment
 from ray_jobs.logs import log_file, show_progress
 from ray_jobs.memory_check import check_precision
-from ray_jobs.preflight import check_experiment, local_folder, plan_resources
+from ray_jobs.preflight import check_experiment, plan_resources
 from ray_jobs.program import program
 from ray_jobs.ray_env import joining
 from ray_jobs.recomputation import fit_memory

@@ -14,6 +14,7 @@ from perceiver.checkpoints import CheckpointInfo
 from perceiver.config import CallbackConfig, Experiment, UserError, differences, home
 from perceiver.data.manifest import Manifest
 from perceiver.datasets import with_tokenizer
+from perceiver.disk import local_folder
 from perceiver.experiments import field_words
 from perceiver.run_files import CHECKPOINTS, CURVE, EXPERIMENT, RECORD_FOLDERS, RECORDS
 from perceiver.runs import Run
@@ -26,7 +27,7 @@ from perceiver.training.fork import Fork, check_extension, find_fork, is_extensi
 from perceiver.training.init_from import Start, find_start, forked_run
 from perceiver.training.optim import described_groups
 from perceiver.training.run import total_steps
-from ray_jobs.preflight import check_experiment, local_folder
+from ray_jobs.preflight import check_experiment
 from ray_jobs.program import program
 
 logger = logging.getLogger(__name__)

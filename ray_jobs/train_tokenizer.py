@@ -23,6 +23,7 @@ from perceiver.data.tables import Columns
 from perceiver.data.tokenizers import load_tokenizer
 from perceiver.data.train_huggingface import train_huggingface
 from perceiver.data.train_tokenizer import Sample, check_training, choose_pieces, sample_piece, train_sentencepiece
+from perceiver.disk import local_folder
 from ray_jobs.cli import main_entry
 from ray_jobs.logs import show_progress
 from ray_jobs.overrides import override
@@ -99,9 +100,13 @@ def check(out: str, config: TokenizerTraining) -> None:
         raise UserError("data.source is empty: name a data set or your own files (see docs/data.md)")
     if not out.strip():
         raise UserError("OUT is empty: it must be the file to write")
+    if "\0" in out:
+        raise UserError(f"OUT is {out!r} and holds a NUL character, which no path can")
     if out.endswith("/"):
         raise UserError(f"{out} is a folder, it must be the file to write")
     folder, name = place(out)
+    if "://" not in out:
+        local_folder("OUT", folder)
     filesystem, path = open_folder(folder)
     if filesystem.get_file_info(f"{path}/{name}").type != FileType.NotFound:
         raise UserError(f"{out} exists already: choose another file, or remove it first")

@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 from perceiver.comparison import chosen_metric, read_runs
 from perceiver.config import UserError, home
 from perceiver.data.storage import write_file
+from perceiver.disk import local_file
 from perceiver.plots import GREY, NUM_COLORS, color, far_apart, frame, log_scale, new_figure, plain, png, step_axis
 from perceiver.runs import Run
 from perceiver.terminal import CommandParser, number_of, summary
@@ -69,9 +70,7 @@ def _sweep_of(name: str) -> Path | None:
 
 
 def _report_runs(names: Sequence[str], out: str | None, metric: str | None) -> int:
-    path = Path(out or PAGE).expanduser()
-    if path.suffix != ".html" or not path.absolute().parent.is_dir():
-        raise UserError(f"--out is {path} and must be an .html file in a folder that exists")
+    path = local_file("out", out or PAGE, ".html")
     try:
         found = read_runs(named_runs(names))
     except UserError as error:

@@ -25,6 +25,7 @@ from ray.tune.search.sample import Function
 from perceiver.comparison import SEED
 from perceiver.config import Experiment, UserError, check_folder_name, check_tree, home, to_dict
 from perceiver.datasets import Dataset, with_tokenizer
+from perceiver.disk import local_folder
 from perceiver.extensions import code_of
 from perceiver.runs import held
 from perceiver.terminal import CommandParser, filled, number_of, summary
@@ -134,7 +135,7 @@ def sweep_folder(storage: str | None, name: str) -> Path:
     if storage and "://" in storage:
         raise UserError(f"--storage is {storage} and must be a folder, one that all nodes share: sweeps are not kept in object stores")
     check_folder_name("--name", name)
-    return ((Path(storage).expanduser() if storage else home() / "sweeps") / name).absolute()
+    return local_folder("storage", storage or str(home() / "sweeps")) / name
 
 
 def earlier_sweep(name: str, storage: str | None) -> str:

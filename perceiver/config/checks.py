@@ -53,6 +53,8 @@ def _check_value(name: str, value: Any, default: Any) -> None:
         raise UserError(f"{name} is {value} and must be below 2^63")
     if isinstance(value, str) and not value.strip() and default is None:
         raise UserError(f"--{name} is empty: give a value, or leave it out (is a variable of the shell not set?)")
+    if isinstance(value, str) and "\0" in value:
+        raise UserError(f"{name} is {value!r:.80} and must hold no NUL character")
     if isinstance(value, tuple):
         for member in value:
             _check_value(name, member, dataclasses.MISSING)

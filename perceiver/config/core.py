@@ -52,7 +52,7 @@ class FieldError(UserError):
 
 def home() -> Path:
     """The folder for prepared data and runs by default: $PERCEIVER_HOME, or ~/perceiver."""
-    return Path(os.environ.get("PERCEIVER_HOME", "~/perceiver")).expanduser()
+    return Path(os.environ.get("PERCEIVER_HOME") or "~/perceiver").expanduser()
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)

@@ -74,11 +74,16 @@ def open_folder(folder: str | Path) -> tuple[pafs.FileSystem, str]:
 
     Raises:
         NoStore: the object store's host cannot be reached.
-        UserError: the object store's name is wrong, or its library is not installed.
+        UserError: the object store's name is wrong, or its library is not installed; a path with NUL, or in the home of nobody.
     """
     text = str(folder)
+    if "\0" in text:
+        raise UserError(f"{text!r} holds a NUL character, which no path can")
     if "://" not in text:
-        return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(text))
+        try:
+            return pafs.LocalFileSystem(), os.path.abspath(Path(text).expanduser())
+        except RuntimeError:
+            raise UserError(f"{text} names the home of a user that does not exist here") from None
     check_store(text, STORE_PATIENCE)
     if text.startswith(("gs://", "gcs://")) and "retry_limit_seconds" not in text:
         # By itself it tries for 15 minutes, in which no Ctrl-C is heard.

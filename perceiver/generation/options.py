@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from argparse import ArgumentParser, Namespace
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -86,6 +87,16 @@ def add_generation_options(parser: ArgumentParser, defaults: GenerationOptions, 
 def given_generation_options(args: Namespace) -> dict[str, Any]:
     """The options that `add_generation_options` has parsed, by their names."""
     return {field.name: getattr(args, field.name) for field in fields(GenerationOptions)} | {"stop": tuple(args.stop)}
+
+
+@contextmanager
+def named_as_typed() -> Iterator[None]:
+    """Names the fields in messages about options as the command line does (--top-k, not top_k)."""
+    try:
+        yield
+    except UserError as error:
+        name, _, rest = str(error).partition(" ")
+        raise UserError(f"--{name.replace('_', '-')} {rest}") from None
 
 
 def is_whole(value: object) -> bool:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import perceiver
 from perceiver.config import UserError
-from perceiver.generation.options import GenerationOptions, add_generation_options, given_generation_options
+from perceiver.generation.options import GenerationOptions, add_generation_options, given_generation_options, named_as_typed
 from perceiver.inference.trained import TrainedModel
 from perceiver.terminal import CommandParser, add_checkpoint_option, add_trust_option, print_anything
 
@@ -26,7 +26,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     try:
         if args.action is None or args.action == "generate":  # before the weights are read
-            GenerationOptions(**given_generation_options(args)).check()
+            with named_as_typed():
+                GenerationOptions(**given_generation_options(args)).check()
         model = perceiver.load(args.run, args.checkpoint, device=args.device, precision=args.precision, trust_code=args.trust_code)
         action = args.action or next(iter(model.abilities), "")
         if action in model.abilities and action not in ACTIONS:

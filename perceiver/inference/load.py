@@ -101,7 +101,8 @@ def describe(source: str | Path, checkpoint: str = "best", trust_code: bool = Fa
     """What `load` would load; for its arguments see there.
 
     Raises:
-        UserError: a run without such a checkpoint or with a damaged one, or a path or name that cannot be a model.
+        UserError: a run without such a checkpoint or with a damaged one, an exported folder whose weights have other names or shapes
+            than its model, or a path or name that cannot be a model.
     """
     _check_source(source)
     run = find_run(source)
@@ -117,6 +118,7 @@ def describe(source: str | Path, checkpoint: str = "best", trust_code: bool = Fa
     config = read_config(path)
     if config is not None:
         task, model = _task(config["task"], path / CONFIG), read_model(config["model"], path / CONFIG)
+        fitting_model(model, header_of(path / WEIGHTS), path / WEIGHTS)
         return Description(config["name"], str(path.absolute()), checkpoint, task, model)
     if not path.exists() and not is_hub_name(str(source)):
         raise _nothing(source)

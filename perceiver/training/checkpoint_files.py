@@ -43,7 +43,11 @@ def find_damage(checkpoint: CheckpointInfo, rank: int = 0, size: int = 1) -> str
     Args:
         rank, size: check the share of one of `size` processes.
     """
-    if checkpoint.files is None:
+    if checkpoint.files is None:  # of version 0.1.0, without hashes
+        try:
+            stored_names(checkpoint.path)
+        except DamagedCheckpoint as error:
+            return str(error).removeprefix(f"checkpoint {checkpoint.path.name} is damaged: ")
         return None
     if foreign := sorted({path.name for path in checkpoint.path.glob(f"*{SUFFIX}")} - checkpoint.files.keys()):
         return f"{checkpoint.path / foreign[0]} does not belong to it"

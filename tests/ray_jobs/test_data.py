@@ -5,6 +5,7 @@ import csv
 import gzip
 import io
 import json
+import random
 import re
 import shlex
 import tarfile
@@ -202,7 +203,7 @@ def test_a_page_shows_classes_lengths_columns_and_examples_and_loads_nothing(tmp
     assert "text &lt;b&gt;0&lt;/b&gt;" in page and "<b>0</b>" not in page.partition('id="charts"')[0]
     assert "row 11" in page, "examples of every class are shown"
     assert not re.search(r'(src|href)="https?:', page.partition("<script>")[0])
-    with pytest.raises(UserError, match="--html is .*/none/x.html, which cannot be written"):
+    with pytest.raises(UserError, match="--html is .*/none/x.html and must be a new file in a folder that exists"):
         main([str(tmp_path / "in.csv"), "--html", str(tmp_path / "none" / "x.html")])
 
 
@@ -308,3 +309,31 @@ def test_one_class_alone_is_said_to_be_nothing_to_learn(tmp_path):
             path.unlink()
         (folder / split / "blue").rmdir()
     assert "there is only one class to train on, 'red', so there is nothing to tell apart" in look(str(folder))
+
+
+NOISE = random.Random(0).randbytes(5000)
+
+
+@pytest.mark.parametrize(
+    "name", ["a.csv", "a.tsv", "a.jsonl", "a.json", "a.txt", "a.mid", "a.png", "a.wav", "a.parquet", "a.xlsx", "a.arrow"]
+)
+@pytest.mark.parametrize(
+    "content", [NOISE, NOISE.replace(b"\r", b"").replace(b'"', b""), b""], ids=["noise", "noise without quotes", "nothing"]
+)
+def test_bytes_of_any_name_are_offered_no_command(name, content, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError) as error:
+        look(str(tmp_path / name))
+    assert "\n" not in str(error.value) and name in str(error.value)
+
+
+def test_foreign_files_among_others_are_named(tmp_path):
+    (tmp_path / "a.mid").write_bytes(b"MThd" + bytes(20))
+    (tmp_path / "b.mid").write_bytes(NOISE)
+    lines = look(str(tmp_path))
+    assert any(line.startswith("1 file left out, as no MIDI file begins so: ") and "b.mid" in line for line in lines)
+    assert command(lines, "train").data.on_error == "skip"
+    for name, content in (("a.txt", b"a text"), ("b.txt", NOISE)):
+        (tmp_path / "texts").mkdir(exist_ok=True)
+        (tmp_path / "texts" / name).write_bytes(content)
+    assert any(line.startswith("not in UTF-8: ") and "b.txt" in line for line in look(str(tmp_path / "texts")))

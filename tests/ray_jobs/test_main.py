@@ -6,9 +6,11 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from pathlib import Path
 
 import pytest
 
+from perceiver.config import home
 from perceiver.terminal import number_of
 from ray_jobs import completion
 from ray_jobs.cli import main_entry
@@ -298,3 +300,64 @@ def test_each_command_shows_its_help(name, capsys, monkeypatch):
     described = [line for line in shown.splitlines() if not line.startswith(("usage:", " "))]
     # Where fields are listed, tyro makes one line of each paragraph.
     assert "[OPTIONS]" in shown or not [line for line in described if len(line) > 80], "text is filled to the width of the terminal"
+
+
+LONG, NOBODY = "a" * 300, "~nosuchuser/x"
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        (["data", NOBODY], "~nosuchuser/x names the home of a user that does not exist here"),
+        (["data", LONG], "File name too long"),
+        (["data", "own.jsonl", "--html", NOBODY], "--html is '~nosuchuser/x'"),
+        (["data", "own.jsonl", "--html=file/x.html"], "--html is file/x.html"),
+        (["evaluate", LONG], "File name too long"),
+        (["data", "a\0b"], "holds a NUL character"),
+        (["preprocess", "quickstart", "--source", "\0"], "data.source is '\\x00' and must hold no NUL character"),
+        (["preprocess", "quickstart", "--data.root", NOBODY], "~nosuchuser/x names the home of a user that does not exist here"),
+        (["tokenizer", "a\0b", "--data.source", "own.jsonl"], "holds a NUL character"),
+        (["compare", NOBODY, "other"], "~nosuchuser/x names the home"),
+        (["runs", NOBODY], "~nosuchuser/x names the home"),
+        (["report", "own", "--out", "/proc/x.html"], "--out is /proc/x.html, which cannot be written"),
+        (["lr-find", "quickstart", "--out", "/proc/x.png"], "--out is /proc/x.png, which cannot be written"),
+        (["tokenizer", "file/x.model", "--data.source", "own.jsonl"], "OUT is 'file'"),
+        (["tokenizer", "/proc/x.model", "--data.source", "own.jsonl"], "OUT is '/proc'"),
+        (["preprocess", "quickstart", "--data.root", "file/x"], "--data.root file/x cannot be used"),
+        (["preprocess", "quickstart", "--data.root=link"], "--data.root link cannot be used"),
+        (["train", "quickstart", "--run.storage", "link"], "--run.storage is 'link' and cannot be a folder"),
+        (["train", "quickstart", "--init-from", LONG], "--init-from aaa"),
+        (["sweep", "quickstart", "--space", "optim.lr=uniform(1e-4,1e-3)", "--storage", "file/x"], "--storage is 'file/x'"),
+    ],
+)
+def test_a_path_that_cannot_be_is_one_sentence_at_every_door(typed, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PERCEIVER_HOME", str(tmp_path / "home"))
+    (tmp_path / "file").write_text("")
+    (tmp_path / "own.jsonl").write_text('{"text": "a"}\n' * 20)
+    (tmp_path / "link").symlink_to("link")
+    with pytest.raises(SystemExit) as stop:
+        main_entry(main, typed)
+    printed = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and len(printed) == 1 and printed[0].startswith("error: ") and said in printed[0]
+
+
+def test_what_the_system_says_of_another_path_is_one_sentence_and_other_errors_show_where_they_come_from(tmp_path, capsys):
+    def fails(error):
+        def job(words):
+            raise error
+
+        with pytest.raises(SystemExit) as stop:
+            main_entry(job, ["run", "--out", "x"])
+        return stop.value.code, capsys.readouterr().err
+
+    assert fails(PermissionError(13, "Permission denied", "/elsewhere/y")) == (1, "failed: /elsewhere/y: Permission denied\n")
+    assert fails(OSError(28, "No space left on device")) == (1, "failed: [Errno 28] No space left on device\n")
+    for error in (ConnectionRefusedError(111, "Connection refused"), RuntimeError("of our own"), OSError("without a number")):
+        with pytest.raises(type(error)):
+            fails(error)
+
+
+def test_an_empty_home_is_none(monkeypatch):
+    monkeypatch.setenv("PERCEIVER_HOME", "")
+    assert home() == Path.home() / "perceiver"

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from perceiver.config import UserError
+from perceiver.disk import local_file, local_folder
 from ray_jobs.cli import parse_experiment
 from ray_jobs.memory_check import check_precision, is_out_of_memory, out_of_memory
-from ray_jobs.preflight import local_folder, plan_resources
+from ray_jobs.preflight import plan_resources
 from ray_jobs.train_checks import warn_of_warmup
 
 
@@ -131,6 +132,33 @@ def test_a_folder_that_cannot_be_is_refused_with_what_is_in_the_way(path, reason
     with pytest.raises(UserError, match=reason) as error:
         local_folder("run.storage", path.format(file=tmp_path / "file", folder=tmp_path))
     assert str(error.value).startswith("--run.storage is ")
+
+
+@pytest.mark.parametrize("link", ["nowhere", "itself"])
+def test_a_folder_that_is_a_link_to_nothing_is_refused(link, tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / {"itself": "link"}.get(link, link))
+    with pytest.raises(UserError, match="cannot be a folder: (No such file|Too many levels of symbolic links)"):
+        local_folder("output", str(tmp_path / "link" / "x"))
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        ("{file}/page.html", "must be a .html file in a folder that exists"),
+        ("{folder}/page.htm", "must be a .html file in a folder that exists"),
+        ("{folder}/folder.html", "which is a folder"),
+        ("/proc/page.html", "which cannot be written"),
+        ("~nosuchuser/page.html", "cannot be a file"),
+        ("{folder}/a\0.html", "cannot be a file"),
+    ],
+)
+def test_a_file_that_cannot_be_is_refused_with_what_is_in_the_way(path, reason, tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder.html").mkdir()
+    with pytest.raises(UserError, match=reason) as error:
+        local_file("out", path.format(file=tmp_path / "file", folder=tmp_path), ".html")
+    assert str(error.value).startswith("--out is ")
+    assert local_file("out", str(tmp_path / "page.html"), ".html") == tmp_path / "page.html" and not (tmp_path / "page.html").exists()
 
 
 def test_to_look_at_a_folder_makes_nothing(tmp_path):

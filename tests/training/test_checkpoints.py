@@ -26,7 +26,7 @@ from perceiver.inference.load import describe
 from perceiver.runs import Run
 from perceiver.tasks import build_task
 from perceiver.training.batches import make_val_loaders, read_here
-from perceiver.training.checkpoint_files import stored_shapes
+from perceiver.training.checkpoint_files import check_files, stored_shapes
 from perceiver.training.init_from import find_start
 from perceiver.training.metrics import evaluate
 from perceiver.training.old_checkpoints import OldReader
@@ -345,8 +345,10 @@ def test_nothing_in_a_foreign_run_is_executed_at_any_door(prepare, old, images, 
 
 def test_the_message_names_the_file_and_the_class_that_it_asks_for(old, tmp_path):
     in_index(old / "checkpoints" / "step-00000003", tmp_path / "executed")
-    with pytest.raises(UserError, match="step-00000003/.metadata asks for (pathlib|builtins).*which no checkpoint holds"):
-        perceiver.load(old)
+    message = "^checkpoint step-00000003 is damaged: .*step-00000003/.metadata asks for (pathlib|builtins).*which no checkpoint holds"
+    for door in (lambda: perceiver.load(old), lambda: check_files(old / "checkpoints" / "step-00000003")):  # the latter before Ray starts
+        with pytest.raises(UserError, match=message):
+            door()
 
 
 # Best
