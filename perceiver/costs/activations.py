@@ -125,17 +125,26 @@ def _attention(
     # Gradients of the layer's output, of attention's output and of queries, keys and values, when the MLP's tensors are gone.
     extra: float = e * (queries * (c.q_channels + c.v_channels + c.qk_channels) + keys * (c.qk_channels + c.v_channels))
     if not layout.cuda and (dropout or c.qk_channels != c.v_channels):
-        weights = batch * heads * num_queries * num_keys
+        weights, at_once = (batch * heads * number for number in _weights(num_queries, num_keys, causal))
         # Softmax; with dropout also what it leaves.
         kept += weights * (e + (e if dropout else 0))
-        extra = e * (2 * weights + queries * c.q_channels)  # gradients of softmax's output and input
-        working = e * (weights + keys * c.v_channels)  # scores; values side by side for the product
+        extra = e * (2 * at_once + queries * c.q_channels)  # gradients of softmax's output and input
+        working = e * (at_once + keys * c.v_channels)  # scores; values side by side for the product
     else:
         kept += FP32 * queries * heads  # logarithms of the softmax's sums
         if not layout.cuda and causal and num_queries == num_keys >= LONG_ENOUGH_TO_SPLIT:
             kept += e * queries * c.v_channels  # both halves' outputs and the whole
     kept += e * queries * mlp + e * (query_batch or batch) * num_queries * c.q_channels  # with the normed queries
     return kept, max(e * queries * mlp_extra, extra - e * queries * mlp), working
+
+
+def _weights(num_queries: int, num_keys: int, causal: bool) -> tuple[int, int]:
+    """Attention weights of a head that are kept, and of them those computed at once: `attend` splits long causal attention on CPUs."""
+    if not causal or num_queries != num_keys or num_keys < LONG_ENOUGH_TO_SPLIT:
+        return num_queries * num_keys, num_queries * num_keys
+    half = num_keys // 2
+    second = (num_queries - half) * num_keys
+    return _weights(half, half, True)[0] + second, second
 
 
 def _factored(layout: Layout, config: PerceiverIOConfig, num_inputs: int, shared: bool) -> tuple[float, float, float]:

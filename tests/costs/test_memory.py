@@ -1,6 +1,6 @@
 """The memory model, by formulas and counted, against what the allocator counts while real steps run.
 
-Twelve configurations of all tasks, within 15%.
+Configurations of all tasks, within 15%.
 
 One process is one of N workers: its collectives are a fake group's, which sends nothing, so that memory is real and numbers are not.
 """
@@ -59,6 +59,13 @@ class Case:
         )
 
 
+MUSIC = (
+    ("num_channels", 64),
+    ("num_self_attention_layers", 2),
+    ("max_seq_len", 1280),
+    ("max_latents", 1024),
+    ("post_attention_dropout", 0.1),
+)
 C4 = (("num_channels", 256), ("num_self_attention_layers", 4), ("vocab_size", 2000))
 DROPOUT = (
     ("post_attention_dropout", 0.1), ("residual_dropout", 0.1), ("num_channels", 128), ("max_seq_len", 384), ("max_latents", 128),
@@ -71,6 +78,7 @@ CASES = (
     Case("clm-c4-small", 4, workers=4, replicas=2, precision="bf16", model=C4),
     Case("clm-wikitext-small", 1),
     Case("clm-wikitext-small", 4, workers=2, precision="bf16", recompute=1, model=DROPOUT),
+    Case("sam-small", 1, model=MUSIC),
     Case("mlm-imdb-small", workers=8, precision="bf16"),
     Case("mlm-imdb-small", workers=2, recompute=1),
     Case("txt-clf-imdb-decoder-small"),
@@ -153,8 +161,9 @@ def test_memory_of_a_step_is_what_the_allocator_counts_within_15_percent(case, o
     by_formula, by_count = (step_memory(step, layout).total for step in (step_of(experiment), counted))
     print(f"{measured / 2**20:.1f} MiB measured, {by_formula / measured - 1:+.1%} by formula, {by_count / measured - 1:+.1%} counted")
     assert by_formula == pytest.approx(measured, rel=0.15)
-    # In bf16 on CPUs these leave PyTorch's attention, which would compute in fp32, for their own; the meta device does not see that.
-    if (case.preset, case.precision) not in {("clm-wikitext-small", "bf16"), ("mlm-imdb-small", "bf16")}:
+    # In bf16 on CPUs these leave PyTorch's attention, which would compute in fp32, for their own; long causal attention with dropout is
+    # split there. The meta device sees neither.
+    if (case.preset, case.precision) not in {("clm-wikitext-small", "bf16"), ("mlm-imdb-small", "bf16"), ("sam-small", "fp32")}:
         assert by_count == pytest.approx(measured, rel=0.15)
 
 
