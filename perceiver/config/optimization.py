@@ -185,6 +185,10 @@ class Cosine(ScheduleConfig):
         return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+LARGEST = 1e6
+"""Of learning rates, their factors and weight decays: in float32, larger ones leave weights that are not finite."""
+
+
 @dataclass(frozen=True)
 class ParameterGroup:
     """Parameters by their names, as `optim.groups` describes them."""
@@ -212,7 +216,7 @@ class ParameterGroup:
                     values["freeze"] = True
                 elif name == "from" and "begin" not in values and (step := int(value)) > 0:
                     values["begin"] = step
-                elif name in ("lr", "decay") and name not in values and 0 <= (number := float(value)) < math.inf:
+                elif name in ("lr", "decay") and name not in values and 0 <= (number := float(value)) <= LARGEST:
                     values[name] = number
                 else:
                     raise ValueError
@@ -259,6 +263,9 @@ class OptimConfig(Config):
     def check(self, where: str) -> None:
         if not self.lr > 0:
             raise UserError(f"{where}lr is {self.lr} and must be above 0")
+        for name in ("lr", "weight_decay", "weight_decay_end"):
+            if (value := getattr(self, name)) is not None and value > LARGEST:
+                raise UserError(f"{spelled(where + name)} is {value:g} and must be at most {LARGEST:,.0f}: weights would not stay finite")
         if self.warmup_steps < 0:
             raise UserError(f"{where}warmup-steps is {self.warmup_steps} and must not be negative")
         check_epochs(where, "warmup_epochs", self.warmup_epochs)

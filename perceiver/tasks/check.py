@@ -33,7 +33,7 @@ from perceiver.tasks.check_batches import (
     split_of,
 )
 from perceiver.tasks.check_calls import call, name_of, shape_of, tried
-from perceiver.tasks.check_model import check_optimizer, check_step, checked_model
+from perceiver.tasks.check_model import check_optimizer, check_step, checked_model, positions_within
 
 TOLERANCE = 1e-3
 """Relative difference of sums that counts as none: of float32, in any order."""
@@ -82,10 +82,11 @@ def _check_model_and_task(experiment: Experiment, task: Task[Any, Any], rows: pa
     rows = rows.slice(0, 2)
     rows = check_rows(task, rows)
     batch = check_batches(task, rows)
-    if next(iter(model.parameters())).is_meta:
-        _loss(task, model, {name: tensor.to("meta") for name, tensor in batch.items()})
-        return
-    _check_loss(task, model, rows, batch)
+    with positions_within(experiment, model):
+        if next(iter(model.parameters())).is_meta:
+            _loss(task, model, {name: tensor.to("meta") for name, tensor in batch.items()})
+            return
+        _check_loss(task, model, rows, batch)
     _check_each(task, model, batch)
     _check_samples(task, model, batch, experiment.run.best_metric)
     _check_predict(task, model, rows)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -96,6 +98,35 @@ def _wake(model: nn.Module) -> None:
         for parameter in model.parameters():
             if parameter.is_floating_point() and not parameter.any():
                 parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+
+
+@contextmanager
+def positions_within(experiment: Experiment, model: nn.Module) -> Iterator[None]:
+    """Looks, while the model is called, whether its input's adapter returns at most as many positions as its configuration says: memory and
+    FLOPs are computed from that number, and positions are counted with it.
+
+    Raises:
+        UserError: it returns more.
+    """
+    given: Any = getattr(experiment.model, "input", None)
+    adapter = next((part.input_adapter for part in model.modules() if isinstance(getattr(part, "input_adapter", None), nn.Module)), None)
+    if adapter is None or not hasattr(given, "num_positions"):
+        yield
+        return
+
+    def look(module: nn.Module, args: Any, output: Any) -> None:
+        adapted = output[0] if isinstance(output, tuple) else output
+        if isinstance(adapted, Tensor) and adapted.dim() == 3 and adapted.shape[1] > (most := given.num_positions()):
+            raise UserError(
+                f"{name_of(given)}.num_positions returned {most}, but its adapter returned {adapted.shape[1]} positions of an example: "
+                "it must return the most that there can be"
+            )
+
+    handle = adapter.register_forward_hook(look)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def check_optimizer(experiment: Experiment, model: nn.Module) -> None:

@@ -37,6 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", nargs="*", choices=list(DOORS), default=list(DOORS), help="these doors alone")
     parser.add_argument("--out", type=Path, default=Path("doors.json"), help="what came of it, as JSON")
     args = parser.parse_args(argv)
+    out = args.out.absolute()  # the working folder is a temporary one meanwhile
     found: dict[str, Counter[str]] = {}
     with tempfile.TemporaryDirectory(prefix="doors-") as temporary:
         os.environ["PERCEIVER_HOME"] = str(Path(temporary) / "home")
@@ -47,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
             until = time.monotonic() + 60 * args.minutes / len(args.only)
             found[name] = go_through(DOORS[name], folder, until, args.seed, name)
             print(f"{name}: {dict(found[name])}", flush=True)
-    args.out.write_text(json.dumps(found, indent=1))
+    out.write_text(json.dumps(found, indent=1))
     print(table(found))
     return 1 if any(counts["failed"] for counts in found.values()) else 0
 

@@ -12,7 +12,8 @@ from torch import nn
 from perceiver.config import Cosine, Experiment, OptimConfig, OptimizerConfig, RunConfig, TaskConfig, UserError
 from perceiver.config.checks import check_values
 from perceiver.experiments import find_experiment
-from perceiver.models import InputConfig, OutputConfig, OutputQueries, PerceiverIOConfig
+from perceiver.models import DecoderConfig, EncoderConfig, InputConfig, OutputConfig, OutputQueries, PerceiverIOConfig, build_model
+from perceiver.tasks.check_model import positions_within
 from perceiver.training.optim import build_optimizer
 from ray_jobs.preflight import check_experiment
 from tests.tasks.test_check import experiment
@@ -114,3 +115,31 @@ def test_a_script_that_ends_the_process_is_named(tmp_path):
     finally:
         sys.path.remove(str(tmp_path))
     assert isinstance(experiment(), Experiment)
+
+
+class Counted(Numbers):
+    most: int = 3
+
+    def num_positions(self):
+        return self.most
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_an_input_that_gives_more_positions_than_it_says_is_named(masked):
+    class Adapter(nn.Module):
+        def forward(self, x):
+            return (x, torch.zeros(x.shape[:2], dtype=torch.bool)) if masked else x
+
+    one = {"num_cross_attention_heads": 1}
+    model = PerceiverIOConfig(
+        num_latents=2, num_latent_channels=4, input=Counted(), output=Answers(), decoder=DecoderConfig(**one),
+        encoder=EncoderConfig(**one, num_self_attention_heads=1),
+    )  # fmt: skip
+    built = build_model(model)
+    built.encoder.input_adapter = Adapter()
+    with positions_within(replace(experiment(), model=model), built):
+        built(torch.zeros(2, 3, 4))
+        built(torch.zeros(2, 2, 4))
+        with pytest.raises(UserError, match="Counted.num_positions returned 3, but its adapter returned 4 positions"):
+            built(torch.zeros(2, 4, 4))
+    built(torch.zeros(2, 4, 4))  # looked at during the check alone
