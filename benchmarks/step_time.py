@@ -273,7 +273,7 @@ def main() -> None:
     args = parser.parse_args()
     rows: list[dict[str, float | str]] = []
     columns = ("step ms", "fwd+bwd", "GFLOP/s", "x bound", "goal", "RSS MiB")
-    print(f"{'workload':18}{'implementation':16}" + "".join(f"{column:>9}" for column in columns))
+    print(f"{'workload':20}{'implementation':16}" + "".join(f"{column:>9}" for column in columns))
     context = multiprocessing.get_context("spawn")
     for name in args.workloads:
         with context.Pool(1) as pool:
@@ -284,7 +284,7 @@ def main() -> None:
         for row in new:
             goal = WORKLOADS[name].goal
             print(
-                f"{name:18}{row['implementation']:16}{row['step_ms']:9.0f}{row['forward_backward_ms']:9.0f}"
+                f"{name:20}{row['implementation']:16}{row['step_ms']:9.0f}{row['forward_backward_ms']:9.0f}"
                 f"{row['matmul_gflop_per_s']:9.1f}{row['ratio_to_bound']:9.2f}{goal or '':>9}"
                 f"{row['peak_rss_mib']:9.0f}",
                 flush=True,

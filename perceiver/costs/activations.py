@@ -132,6 +132,10 @@ def _attention(
         working = e * (at_once + keys * c.v_channels)  # scores; values side by side for the product
     else:
         kept += FP32 * queries * heads  # logarithms of the softmax's sums
+        if not layout.cuda and causal:
+            masked = _masked(num_queries, num_keys)
+            kept += e * masked  # numbers that are added to scores, the same for all examples and heads
+            working += masked  # booleans that they are made from
         if not layout.cuda and causal and num_queries == num_keys >= LONG_ENOUGH_TO_SPLIT:
             kept += e * queries * c.v_channels  # both halves' outputs and the whole
     kept += e * queries * mlp + e * (query_batch or batch) * num_queries * c.q_channels  # with the normed queries
@@ -145,6 +149,16 @@ def _weights(num_queries: int, num_keys: int, causal: bool) -> tuple[int, int]:
     half = num_keys // 2
     second = (num_queries - half) * num_keys
     return _weights(half, half, True)[0] + second, second
+
+
+def _masked(num_queries: int, num_keys: int) -> int:
+    """Numbers in the masks of causal attention on a CPU: shorter queries have one, and so has the second half of what is split."""
+    if num_queries != num_keys:
+        return num_queries * num_keys if num_queries > 1 else 0
+    if num_keys < LONG_ENOUGH_TO_SPLIT:
+        return 0
+    half = num_keys // 2
+    return _masked(half, half) + _masked(num_queries - half, num_keys)
 
 
 def _factored(layout: Layout, config: PerceiverIOConfig, num_inputs: int, shared: bool) -> tuple[float, float, float]:
@@ -179,7 +193,7 @@ def _calls_ar(config: PerceiverARConfig, layout: Layout, sizes: StepSizes) -> tu
     # Masks of residual dropout: a byte on GPUs, a number on CPUs, for both outputs of a layer.
     masks = 2 * batch * latents * width * (1 if layout.cuda else e) if config.residual_dropout else 0
     kept, extra, working = _attention(
-        layout, c, config.num_heads, (latents, prefix + latents), dropout, prefix == 0, config.cross_attention_widening_factor
+        layout, c, config.num_heads, (latents, prefix + latents), dropout, True, config.cross_attention_widening_factor
     )
     joined = position * (prefix + latents) if prefix else 0.0  # normed prefix and latents side by side
     calls = [Call(unit=0, held=position * (prefix + latents), saved=kept + joined + masks, extra=extra, working=working)]

@@ -59,13 +59,7 @@ class Case:
         )
 
 
-MUSIC = (
-    ("num_channels", 64),
-    ("num_self_attention_layers", 2),
-    ("max_seq_len", 1280),
-    ("max_latents", 1024),
-    ("post_attention_dropout", 0.1),
-)
+LONG = (("num_channels", 64), ("num_self_attention_layers", 2), ("max_seq_len", 1280), ("max_latents", 1024))
 C4 = (("num_channels", 256), ("num_self_attention_layers", 4), ("vocab_size", 2000))
 DROPOUT = (
     ("post_attention_dropout", 0.1), ("residual_dropout", 0.1), ("num_channels", 128), ("max_seq_len", 384), ("max_latents", 128),
@@ -78,7 +72,8 @@ CASES = (
     Case("clm-c4-small", 4, workers=4, replicas=2, precision="bf16", model=C4),
     Case("clm-wikitext-small", 1),
     Case("clm-wikitext-small", 4, workers=2, precision="bf16", recompute=1, model=DROPOUT),
-    Case("sam-small", 1, model=MUSIC),
+    Case("sam-small", 1, model=LONG),
+    Case("sam-small", 1, model=(*LONG, ("post_attention_dropout", 0.1))),
     Case("mlm-imdb-small", workers=8, precision="bf16"),
     Case("mlm-imdb-small", workers=2, recompute=1),
     Case("txt-clf-imdb-decoder-small"),
