@@ -27,8 +27,13 @@ def main(argv: list[str]) -> int:
     refuse_empty(args, ("run",))
     run = Run.open(args.run)
     content = read_json(run.provenance_file) if run.provenance_file.is_file() else None
-    for line in describe(run, content):
-        print(line, flush=True)
+    try:
+        for line in describe(run, content):
+            print(line, flush=True)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(
+            f"{run.provenance_file} is damaged: it does not say how a run was made ({type(error).__name__}: {error})"
+        ) from error
     if args.name and not args.again:
         raise UserError(f"--name is {args.name!r}, which names the run that --run makes: give --run, too")
     return _again(run, args.name or f"{run.name}-again", args.trust_code) if args.again else 0

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import logging
+import os
 import shlex
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from perceiver.checkpoints import CheckpointInfo
 from perceiver.config import CallbackConfig, Experiment, UserError, differences, home
+from perceiver.data.files import real_place
 from perceiver.data.manifest import Manifest
+from perceiver.data.sources import is_path
 from perceiver.datasets import with_tokenizer
-from perceiver.disk import local_folder
+from perceiver.disk import local_folder, read_json
 from perceiver.experiments import field_words
 from perceiver.run_files import CHECKPOINTS, CURVE, EXPERIMENT, RECORD_FOLDERS, RECORDS
 from perceiver.runs import Run
@@ -62,6 +66,25 @@ def in_its_order(experiment: Experiment, trained: Run) -> Experiment:
     return replace(experiment, data=replace(data, lanes=begun.lanes, shuffle_window_blocks=begun.shuffle_window_blocks))
 
 
+def with_sources_of(experiment: Experiment, old: Experiment, trained: Run) -> Experiment:
+    """An experiment whose sources are spelled as a run has them, where they are the same files: FOLDER/, ./FOLDER and its absolute path.
+
+    For comparisons alone: where the run was begun, a relative path began in another folder.
+
+    Args:
+        old: the run's experiment.
+    """
+    record = trained.provenance_file
+    begun_in = str(read_json(record).get("folder", "")) if record.is_file() else ""
+    same: dict[str, Any] = {}
+    for name in ("source", "val_source"):
+        before, now = getattr(old.data, name), getattr(experiment.data, name)
+        if before and now and before != now and is_path(before) and is_path(now) and "://" not in before + now:
+            if real_place(os.path.join(begun_in, os.path.expanduser(before))) == real_place(os.path.expanduser(now)):
+                same[name] = before
+    return replace(experiment, data=replace(experiment.data, **same)) if same else experiment
+
+
 def check_run(experiment: Experiment, trained: Run) -> dict[str, float] | None:
     """What there is under the run's name: the result of a finished run, or None.
 
@@ -73,7 +96,7 @@ def check_run(experiment: Experiment, trained: Run) -> dict[str, float] | None:
         check_free(trained.folder, EXPERIMENT, "--run.name", names)
         return None
     old, _ = trained.load(install_code=False)
-    changes = differences(old.identity, experiment.identity)
+    changes = differences(old.identity, with_sources_of(experiment, old, trained).identity)
     if changes:
         raise UserError(
             f"run {experiment.run_name!r} in {trained.folder.parent} is another experiment ({'; '.join(changes)}): "
@@ -84,7 +107,10 @@ def check_run(experiment: Experiment, trained: Run) -> dict[str, float] | None:
 
 def is_longer(experiment: Experiment, trained: Run) -> bool:
     """Whether the run under this name is the same but for its length."""
-    return trained.exists and is_extension(trained.load(install_code=False)[0], experiment)
+    if not trained.exists:
+        return False
+    old, _ = trained.load(install_code=False)
+    return is_extension(old, with_sources_of(experiment, old, trained))
 
 
 def check_longer(experiment: Experiment, trained: Run, manifest: Manifest, steps: int) -> None:
@@ -94,6 +120,7 @@ def check_longer(experiment: Experiment, trained: Run, manifest: Manifest, steps
         UserError: says why, and the command that forks the run in its place.
     """
     old, _ = trained.load(install_code=False)
+    experiment = with_sources_of(experiment, old, trained)
     old_steps = total_steps(old, manifest.splits["train"].rows)
 
     def command(step: int) -> str:

@@ -274,7 +274,7 @@ def upload(folder: str | Path, name: str, private: bool = True) -> str:
         private: whether a new repository is seen by its owner alone.
 
     Raises:
-        UserError: the folder holds no exported model, or the hub refuses.
+        UserError: the folder holds no exported model, or the hub refuses or cannot be reached.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -286,7 +286,11 @@ def upload(folder: str | Path, name: str, private: bool = True) -> str:
     try:
         api.create_repo(name, private=private, exist_ok=True)
         return str(api.upload_folder(repo_id=name, folder_path=str(path)))
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
+    except Exception as error:
+        # Without a network, the errors are those of the library that the hub's own uses for HTTP.
+        unreached = any(cls.__name__ in ("TransportError", "RequestException") for cls in type(error).__mro__)
+        if not unreached and not isinstance(error, (HfHubHTTPError, HFValidationError, OSError)):
+            raise
         raise UserError(f"the hub did not take {name} ({_reason(error)})") from error
 
 

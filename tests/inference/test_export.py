@@ -288,6 +288,25 @@ def test_what_cannot_be_exported_or_uploaded_is_one_sentence(loaded, tmp_path):
         upload(tmp_path / "mine", "me/model")
 
 
+def test_an_upload_without_a_network_is_one_sentence_and_other_errors_are_not_hidden(loaded, tmp_path, monkeypatch):
+    class TransportError(Exception):
+        """As the library for HTTP has it, which is no OSError."""
+
+    def fails(error):
+        def create_repo(self, *args, **options):
+            raise error
+
+        monkeypatch.setattr("huggingface_hub.HfApi.create_repo", create_repo)
+
+    folder = loaded.export(tmp_path / "out")
+    fails(type("ConnectError", (TransportError,), {})("Name or service not known"))
+    with pytest.raises(UserError, match="the hub did not take me/model .Name or service not known"):
+        upload(folder, "me/model")
+    fails(ZeroDivisionError("of our own"))
+    with pytest.raises(ZeroDivisionError):
+        upload(folder, "me/model")
+
+
 def test_a_damaged_export_is_one_sentence(tmp_path):
     folder = perceiver.load(write_run(tmp_path / "run", "images"), device="cpu").export(tmp_path / "out")
     weights = (folder / "model.safetensors").read_bytes()

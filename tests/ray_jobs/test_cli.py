@@ -1,6 +1,7 @@
 """Mistakes on the command line: one sentence, exit status 2, before Ray starts."""
 
 import importlib
+import json
 import os
 import subprocess
 import sys
@@ -205,6 +206,30 @@ def test_a_run_of_a_version_with_another_order_keeps_it(tmp_path):
     other = replace(experiment, data=replace(experiment.data, lanes=4))
     with pytest.raises(UserError, match="data.lanes"):
         check_run(in_its_order(other, run), run)
+
+
+def test_a_run_is_the_same_however_its_source_is_spelled(tmp_path, monkeypatch):
+    from ray_jobs.train_checks import check_run, is_longer
+
+    (tmp_path / "there" / "docs").mkdir(parents=True)
+    (tmp_path / "docs").mkdir()
+    monkeypatch.chdir(tmp_path / "there")
+
+    def on(source):
+        return parse_experiment(["clm-wikitext-small", "--data.source", source], "x")
+
+    run = Run(tmp_path / "run")
+    run.save({"experiment": to_dict(on("docs")), "data": "0"})
+    run.provenance_file.write_text(json.dumps({"folder": str(tmp_path / "there")}))
+    for spelling in ("docs/", "./docs", "../there/docs", str(tmp_path / "there" / "docs")):
+        assert check_run(on(spelling), run) is None
+    monkeypatch.chdir(tmp_path)
+    assert check_run(on("there/docs"), run) is None
+    longer = on("there/docs/")
+    assert is_longer(replace(longer, training=replace(longer.training, max_steps=10**6, max_epochs=None)), run)
+    for other in ("./docs", str(tmp_path / "docs"), "wikitext-2-raw"):
+        with pytest.raises(UserError, match="is another experiment .data.source: docs -> "):
+            check_run(on(other), run)
 
 
 def test_output_that_nobody_reads_any_more_is_no_error():

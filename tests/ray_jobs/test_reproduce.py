@@ -90,6 +90,13 @@ def test_the_record_is_of_the_first_start_and_runs_without_one_say_so(run, tmp_p
         reproduce.main([str(old), "--name", "x"])
 
 
+@pytest.mark.parametrize("content", [{}, {"command": 3}, {"command": ["x"], "folder": "y", "code": []}], ids=["empty", "number", "list"])
+def test_a_record_of_another_shape_is_one_sentence(run, content):
+    write_json(run.provenance_file, content)
+    with pytest.raises(UserError, match="provenance.json is damaged: it does not say how a run was made"):
+        reproduce.main([str(run.folder)])
+
+
 def test_weights_that_are_not_the_same_bits_are_counted_with_their_largest_difference(tmp_path):
     write_images(tmp_path / "data")
     manifest, world = Manifest.load(tmp_path / "data"), join_world(torch.device("cpu"))
