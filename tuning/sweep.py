@@ -28,6 +28,7 @@ from perceiver.datasets import Dataset, with_tokenizer
 from perceiver.disk import local_folder
 from perceiver.extensions import code_of
 from perceiver.runs import held
+from perceiver.tasks.check import checked_task
 from perceiver.terminal import CommandParser, filled, number_of, summary
 from perceiver.training.meters import duration
 from perceiver.training.run import total_steps
@@ -36,7 +37,7 @@ from ray_jobs.capacity import Capacity, plan_capacity
 from ray_jobs.cli import main_entry, refuse_empty
 from ray_jobs.logs import show_progress
 from ray_jobs.overrides import UNDOTTED
-from ray_jobs.preflight import check_experiment
+from ray_jobs.preflight import check_best_metric, check_experiment
 from ray_jobs.program import program
 from ray_jobs.ray_env import connect
 from ray_jobs.seeds import parse_seeds
@@ -227,7 +228,11 @@ def check_values(sweep: Sweep) -> None:
     check_space(sweep.space, check)
     _check_functions(sweep, base)
     for point in sweep.points:
-        trial_experiment(base, point)
+        check_tree(trial_experiment(base, point))
+    try:
+        check_best_metric(replace(base, run=replace(base.run, best_metric=sweep.metric)), checked_task(base))
+    except UserError as error:
+        raise UserError(str(error).replace("run.best-metric", "metric of the sweep", 1)) from None
 
 
 def _check_functions(sweep: Sweep, base: Experiment) -> None:

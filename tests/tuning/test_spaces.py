@@ -158,3 +158,12 @@ def test_a_space_of_grids_alone_has_each_combination_once():
         find_sweep("quickstart", ["optim.lr=grid(0.1,0.2)", "optim.weight-decay=uniform(0,1)"]).size
         == 2 * Sweep(preset="quickstart").trials
     )
+
+
+def test_a_metric_that_the_task_has_not_and_points_that_cannot_be_are_named_before_anything_starts():
+    space = {"optim.lr": tune.uniform(0.1, 1)}
+    check_values(Sweep(preset="quickstart", space=space, metric="val_acc"))
+    with pytest.raises(UserError, match="metric of the sweep is 'val_acuracy' and must be one of .*, did you mean val_acc"):
+        check_values(Sweep(preset="quickstart", space=space, metric="val_acuracy"))
+    with pytest.raises(UserError, match="optim.lr is -1"):
+        check_values(Sweep(preset="quickstart", points=({"optim.lr": -1},)))
