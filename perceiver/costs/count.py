@@ -25,7 +25,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.flop_counter import flop_registry
 
 from perceiver.config import UserError
 from perceiver.costs.activations import Call, Layout, Loss
@@ -161,6 +160,9 @@ class _Watch(TorchDispatchMode):
 
     def __init__(self, model: nn.Module, batch: Batch) -> None:
         super().__init__()
+        from torch.utils.flop_counter import flop_registry  # here, as it loads Triton: 70 MiB in each process that imports a preset
+
+        self._formulas = flop_registry
         self.flops = 0.0
         self.live = 0.0
         self.runs: list[_Run] = []
@@ -183,7 +185,7 @@ class _Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        formula = flop_registry.get(func._overloadpacket)
+        formula = self._formulas.get(func._overloadpacket)
         if formula is not None:
             self.flops += formula(*args, **kwargs, out_val=out)
         for tensor in tree_leaves(out):

@@ -220,7 +220,8 @@ def test_the_completion_script_is_one_that_its_shell_reads(shell, capsys):
 
 def test_tasks_and_models_load_no_compiler():
     """It takes seconds in every process of a training: it is loaded where something is compiled."""
-    code = "import sys, perceiver.tasks, perceiver.presets; print({'torch._dynamo', 'torch._inductor'} & sys.modules.keys() or 'none')"
+    loaded = "{'torch._dynamo', 'torch._inductor', 'triton'} & sys.modules.keys() or 'none'"
+    code = f"import sys, perceiver.tasks, perceiver.presets; print({loaded})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.strip() == "none"
 
