@@ -36,7 +36,9 @@ class Messages:
     ) -> None:
         # On this node: losing another machine must not lose the run's messages. Its process may be lost and is then replaced.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        self.actor = Mailbox.options(scheduling_strategy=here, max_restarts=-1).remote()  # type: ignore[attr-defined]
+        # Twice a second it is asked what has come: the cluster need not keep account of each time.
+        options = {"scheduling_strategy": here, "max_restarts": -1, "enable_task_events": False}
+        self.actor = Mailbox.options(**options).remote()  # type: ignore[attr-defined]
         self.interrupted = False
         """Whether the workers have been asked to save and end."""
         self.lost: str | None = None

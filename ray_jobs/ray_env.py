@@ -27,6 +27,8 @@ VARIABLES = {
 """Environment of Ray's processes in a job, where the user has not set these."""
 ALONE = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
 """The same where the cluster is this machine, which nobody takes away: one process less that starts and polls."""
+CLUSTER = {"RAY_task_events_max_num_task_in_gcs": "10000"}
+"""Read by Ray where it starts a cluster: of so many tasks the dashboard tells, and at 4 KiB each Ray's 100,000 would be 400 MiB."""
 PORT = "RAY_GCS_SERVER_PORT"
 """Read by Ray where it starts a cluster: the port of the cluster's address."""
 ADDRESS_PATIENCE = 5.0
@@ -73,13 +75,15 @@ def connect(parallel: ParallelConfig, dashboard: bool = False) -> Iterator[None]
         cpus, port = os.cpu_count() or 1, _free_port()
         settings["runtime_env"]["env_vars"] |= {name: value for name, value in ALONE.items() if name not in os.environ}
         settings["runtime_env"]["env_vars"]["RAY_ADDRESS"] = f"{ray.util.get_node_ip_address()}:{port}"
-        os.environ[PORT] = str(port)
+        started = {PORT: str(port)} | {name: value for name, value in CLUSTER.items() if name not in os.environ}
+        os.environ |= started
         try:
             ray.init(address="local", num_cpus=cpus + 1, include_dashboard=dashboard or _with_dashboard(), **settings)
         except Exception as error:
             raise UserError(f"Ray could not be started on this machine (is it overloaded?): {str(error).splitlines()[0]}") from error
         finally:
-            del os.environ[PORT]
+            for name in started:
+                del os.environ[name]
         session = Path(ray._private.worker._global_node.get_session_dir_path())
         mark(session)
         remove_old(session.parent)

@@ -19,6 +19,7 @@ import numpy as np
 
 import tests.conftest  # noqa: F401  # settings of Ray, before it is imported
 from perceiver.plots import color, frame, new_figure, plain, png
+from perceiver.runs import Run
 from tests.faults.alone_causes import Trained
 from tests.support.jobs import Job
 
@@ -55,8 +56,8 @@ def look(pid: int, seconds: float) -> Look | None:
 def soak(minutes: float, home: Path) -> dict[str, list[Look]]:
     """Trains for so long; what each process held, by its name and id. The training is then interrupted, as by Ctrl-C."""
     job = Job("ray_jobs.train", *COMMAND, home=home)
-    looks: dict[str, list[Look]] = defaultdict(list)
-    names: dict[int, str] = {}
+    looks: dict[int, list[Look]] = defaultdict(list)
+    names: dict[int, str] = {}  # Ray's processes have their names later than they begin
     start = time.monotonic()
     try:
         while time.monotonic() - start < 60 * minutes:
@@ -64,13 +65,15 @@ def soak(minutes: float, home: Path) -> dict[str, list[Look]]:
             for pid in job.pids(""):
                 seen = look(pid, time.monotonic() - start)
                 if seen is not None:
-                    looks[names.setdefault(pid, _name(pid))].append(seen)
+                    looks[pid].append(seen)
+                    names[pid] = _name(pid)
             time.sleep(EVERY)
     finally:
         job.process.send_signal(signal.SIGINT)
         status = job.wait(240)
     assert status == 130, job.output
-    return looks
+    print(f"{Run(home / 'runs' / 'soak').last_step():,} steps")
+    return {names[pid]: seen for pid, seen in looks.items()}
 
 
 def soak_alone(minutes: float, home: Path) -> dict[str, list[Look]]:
