@@ -29,6 +29,10 @@ ALONE = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
 """The same where the cluster is this machine, which nobody takes away: one process less that starts and polls."""
 CLUSTER = {"RAY_task_events_max_num_task_in_gcs": "10000"}
 """Read by Ray where it starts a cluster: of so many tasks the dashboard tells, and at 4 KiB each Ray's 100,000 would be 400 MiB."""
+UNSEEN = {"RAY_enable_metrics_collection": "0"}
+"""The same where there is no dashboard, so that nobody sees Ray's metrics: an actor and an agent would keep those of every data set that
+was ever read, 2 MiB a minute.
+"""
 PORT = "RAY_GCS_SERVER_PORT"
 """Read by Ray where it starts a cluster: the port of the cluster's address."""
 ADDRESS_PATIENCE = 5.0
@@ -75,10 +79,13 @@ def connect(parallel: ParallelConfig, dashboard: bool = False) -> Iterator[None]
         cpus, port = os.cpu_count() or 1, _free_port()
         settings["runtime_env"]["env_vars"] |= {name: value for name, value in ALONE.items() if name not in os.environ}
         settings["runtime_env"]["env_vars"]["RAY_ADDRESS"] = f"{ray.util.get_node_ip_address()}:{port}"
-        started = {PORT: str(port)} | {name: value for name, value in CLUSTER.items() if name not in os.environ}
+        seen = dashboard or _with_dashboard()
+        started = {PORT: str(port)} | {
+            name: value for name, value in (CLUSTER | ({} if seen else UNSEEN)).items() if name not in os.environ
+        }
         os.environ |= started
         try:
-            ray.init(address="local", num_cpus=cpus + 1, include_dashboard=dashboard or _with_dashboard(), **settings)
+            ray.init(address="local", num_cpus=cpus + 1, include_dashboard=seen, **settings)
         except Exception as error:
             raise UserError(f"Ray could not be started on this machine (is it overloaded?): {str(error).splitlines()[0]}") from error
         finally:

@@ -38,7 +38,7 @@ QUANTITIES = tuple(GROWTH)
 class Look:
     seconds: float
     memory: float
-    """MiB that are resident."""
+    """MiB that are resident and its own: what it has read of the object store or of a library is there once for all."""
     files: float
     threads: float
 
@@ -48,7 +48,7 @@ def look(pid: int, seconds: float) -> Look | None:
     folder = Path("/proc") / str(pid)
     try:
         status = dict(line.split(":", 1) for line in (folder / "status").read_text().splitlines() if ":" in line)
-        return Look(seconds, int(status["VmRSS"].split()[0]) / 1024, len(list((folder / "fd").iterdir())), int(status["Threads"]))
+        return Look(seconds, int(status["RssAnon"].split()[0]) / 1024, len(list((folder / "fd").iterdir())), int(status["Threads"]))
     except (OSError, KeyError):
         return None
 

@@ -1,5 +1,6 @@
 """Joining and starting Ray."""
 
+import os
 import socket
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import pytest
 import ray
 
 from perceiver.config import ParallelConfig, UserError
-from ray_jobs.ray_env import VARIABLES, _home, check_address, connect, unset_variables
+from ray_jobs.ray_env import CLUSTER, UNSEEN, VARIABLES, _home, check_address, connect, unset_variables
 from ray_jobs.ray_hints import leave_out_hints
 
 OTHER = "import ray, sys; ray.init(address='local', num_cpus=1, include_dashboard=False); print('up', flush=True); sys.stdin.read()"
@@ -31,6 +32,21 @@ def test_processes_of_a_local_cluster_ask_their_own_state_service_though_another
         with connect(ParallelConfig(), dashboard=True):
             assert ray.get(seen_nodes.remote()) == [ray.get_runtime_context().get_node_id()]
         other.stdin.close()
+
+
+@ray.remote(num_cpus=0.1)
+def variables(names: list[str]) -> dict[str, str | None]:
+    return {name: os.environ.get(name) for name in names}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dashboard", [False, True])
+def test_a_local_cluster_keeps_no_account_that_nobody_sees_and_of_few_tasks(dashboard):
+    """Each would grow with every task and data set of a long training."""
+    with connect(ParallelConfig(), dashboard=dashboard):
+        assert not os.environ.keys() & (CLUSTER | UNSEEN).keys()  # for whatever this process starts besides
+        assert ray.get(variables.remote(list(CLUSTER))) == CLUSTER
+        assert ray.get(variables.remote(list(UNSEEN))) == dict.fromkeys(UNSEEN) | ({} if dashboard else UNSEEN)
 
 
 LOSES_ITS_CLUSTER = """
