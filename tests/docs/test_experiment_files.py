@@ -80,7 +80,7 @@ MISTAKES = {
     "preset: quickstart\noptim:\n  schedule:\n    type: Constant\n    dekay: 1\n": "line 5: field optim.schedule.dekay does not",
     "preset: quickstart\noptim: {lr: 1}\noptim: {lr: 2}\n": "typo.yaml, line 3: optim is given twice, first in line 2",
     "preset: quickstart\noptim: {lr: high}\n": "typo.yaml, line 2: optim.lr is 'high' and must be float",
-    "preset: quickstart\noptim:\n  learning_rate: 1\n": "line 3: field optim.learning_rate does not exist; there are ema_decay, ",
+    "preset: quickstart\noptim:\n  learning_rate: 1\n": "line 3: field optim.learning_rate does not exist, did you mean lr",
     "preset: quickstart\ntraining:\n  seed: 1\n  max-steps: 1.5\n": "line 4: training.max_steps is 1.5 and must be int or None",
     "preset: quickstart\ntraining:\n  precision: fp64\n": "line 3: training.precision is 'fp64' and must be one of fp32, tf32, bf16",
     "preset: quickstart\nrun: 3\n": "line 2: run is 3 and must be a mapping of fields",
