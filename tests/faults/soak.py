@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections import defaultdict
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,8 @@ EVERY = 5.0
 GROWTH = {"memory": 0.10, "files": 0.05, "threads": 0.05}
 """How much a process may grow over the second half, as a part of what it has."""
 QUANTITIES = tuple(GROWTH)
+LOGS = 250
+"""Ray's reader of log files keeps up to 200 of them open, one or two of each process that was ever started, and some of its own."""
 
 
 @dataclass(frozen=True)
@@ -94,11 +97,15 @@ def soak_alone(minutes: float, home: Path) -> dict[str, list[Look]]:
 
 
 def _name(pid: int) -> str:
+    """Ray's own title of a process, or the program that it runs, with its id."""
     try:
         words = (Path("/proc") / str(pid) / "cmdline").read_text().split("\0")
     except OSError:
         words = ["ended"]
-    return f"{words[0] if words[0].startswith('ray::') else Path(words[0]).name} {pid}"
+    scripts = [Path(word).stem for word in words[1:] if word.endswith(".py")]
+    modules = [after for word, after in pairwise(words) if word == "-m"]
+    title = words[0] if words[0].startswith("ray::") else (scripts + modules + [Path(words[0]).name])[0]
+    return f"{title} {pid}"
 
 
 def growth(looks: list[Look], quantity: str) -> float:
@@ -116,6 +123,8 @@ def growing(looks: dict[str, list[Look]], minutes: float) -> list[str]:
         if len(seen) < 10 or seen[-1].seconds - seen[0].seconds < 0.7 * 60 * minutes:
             continue
         for quantity, limit in GROWTH.items():
+            if quantity == "files" and name.startswith("log_monitor") and seen[-1].files <= LOGS:
+                continue
             if (rate := growth(seen, quantity)) > limit:
                 found.append(f"{name}: {quantity} grew by {rate:.0%} in the second half, to {getattr(seen[-1], quantity):.0f}")
     return found

@@ -35,6 +35,9 @@ def test_a_process_that_grows_is_found_and_one_that_does_not_is_not():
     late = [Look(5.0 * n, 100 + min(n, 40), 10, 4) for n in range(100)]  # what is made once is made in the first half
     (found,) = growing({"grows": grows, "stays": stays, "late": late}, 500 / 60)
     assert found.startswith("grows: memory grew by")
+    opens = [Look(5.0 * n, 100, 40 + n, 4) for n in range(100)]
+    assert not growing({"log_monitor 1": opens}, 500 / 60) and growing({"raylet 1": opens}, 500 / 60)
+    assert growing({"log_monitor 1": [Look(5.0 * n, 100, 200 + n, 4) for n in range(100)]}, 500 / 60)
 
 
 def test_a_process_is_looked_at_and_one_that_has_ended_is_nothing():
