@@ -28,6 +28,8 @@ COMMAND = [
     "quickstart", "--training.max-epochs", "None", "--training.max-steps", "1000000", "--training.global-batch-size", "32",
     "--workers", "2", "--run.checkpoint-every", "50", "--run.val-every", "100", "--run.val-batches", "4", "--name", "soak",
 ]  # fmt: skip
+NAMED = 5
+"""Processes with a name and a colour of their own in the plot: those with most memory."""
 EVERY = 5.0
 """Seconds between two looks."""
 GROWTH = {"memory": 0.10, "files": 0.05, "threads": 0.05}
@@ -132,18 +134,18 @@ def growing(looks: dict[str, list[Look]], minutes: float) -> list[str]:
 
 def plot(looks: dict[str, list[Look]], path: Path) -> None:
     figure = new_figure(1000, 1000, "What processes of a long training hold")
+    largest = sorted((item for item in looks.items() if len(item[1]) >= 10), key=lambda item: -max(look.memory for look in item[1]))
     for axes, quantity in zip(figure.subplots(len(QUANTITIES), sharex=True), QUANTITIES, strict=True):
-        for n, (name, seen) in enumerate(sorted(looks.items())):
-            if len(seen) >= 10:
-                minutes, values = [entry.seconds / 60 for entry in seen], [getattr(entry, quantity) for entry in seen]
-                axes.plot(minutes, values, color=color(n), label=plain(name))
+        for n, (name, seen) in enumerate(largest):
+            minutes, values = [entry.seconds / 60 for entry in seen], [getattr(entry, quantity) for entry in seen]
+            axes.plot(minutes, values, color=color(n), label=plain(name) if n < NAMED else None, zorder=-n)
         frame(
             axes,
             x="minutes" if quantity == QUANTITIES[-1] else "",
             y={"memory": "memory (MiB)", "files": "open files"}.get(quantity, quantity),
         )
         axes.set_ylim(bottom=0)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize=6)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     path.write_bytes(png(figure))
 
 
