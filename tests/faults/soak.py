@@ -138,7 +138,7 @@ def plot(looks: dict[str, list[Look]], path: Path) -> None:
     for axes, quantity in zip(figure.subplots(len(QUANTITIES), sharex=True), QUANTITIES, strict=True):
         for n, (name, seen) in enumerate(largest):
             minutes, values = [entry.seconds / 60 for entry in seen], [getattr(entry, quantity) for entry in seen]
-            axes.plot(minutes, values, color=color(n), label=plain(name) if n < NAMED else None, zorder=-n)
+            axes.plot(minutes, values, color=color(n), label=plain(name) if n < NAMED else None, zorder=3 - n / 100)
         frame(
             axes,
             x="minutes" if quantity == QUANTITIES[-1] else "",
