@@ -185,8 +185,8 @@ class Cosine(ScheduleConfig):
         return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-LARGEST = 1e6
-"""Of learning rates, their factors and weight decays: in float32, larger ones leave weights that are not finite."""
+LARGEST, LARGEST_RATE = 1e6, 1e30
+"""Of factors of learning rates and weight decays, and of learning rates: in float32, larger ones leave weights that are not finite."""
 
 
 @dataclass(frozen=True)
@@ -264,8 +264,9 @@ class OptimConfig(Config):
         if not self.lr > 0:
             raise UserError(f"{where}lr is {self.lr} and must be above 0")
         for name in ("lr", "weight_decay", "weight_decay_end"):
-            if (value := getattr(self, name)) is not None and value > LARGEST:
-                raise UserError(f"{spelled(where + name)} is {value:g} and must be at most {LARGEST:,.0f}: weights would not stay finite")
+            largest = LARGEST_RATE if name == "lr" else LARGEST
+            if (value := getattr(self, name)) is not None and value > largest:
+                raise UserError(f"{spelled(where + name)} is {value:g} and must be at most {largest:g}: weights would not stay finite")
         if self.warmup_steps < 0:
             raise UserError(f"{where}warmup-steps is {self.warmup_steps} and must not be negative")
         check_epochs(where, "warmup_epochs", self.warmup_epochs)

@@ -43,7 +43,7 @@ MISTAKES = {
     "no length": (["quickstart", "--training.max-epochs", "None"], "set one of them"),
     "batch of zero": (["quickstart", "--training.global-batch-size", "0"], "at least 1"),
     "learning rate": (["quickstart", "--optim.lr", "-1"], "optim.lr"),
-    "learning rate that overflows": (["quickstart", "--optim.lr", "1e300"], "optim.lr is 1e+300 and must be at most 1,000,000"),
+    "learning rate that overflows": (["quickstart", "--optim.lr", "1e300"], "optim.lr is 1e+300 and must be at most 1e+30"),
     "weight decay that overflows": (["quickstart", "--optim.weight-decay", "1e7"], "optim.weight-decay is 1e+07 and must be at most"),
     "weight decay that comes to overflow": (["quickstart", "--optim.weight-decay-end", "1e7"], "optim.weight-decay-end is 1e+07 and must"),
     "factor that overflows": (["quickstart", "--optim.groups", "encoder.*:lr=1e300"], "--optim.groups has 'encoder.*:lr=1e300'"),
