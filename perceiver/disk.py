@@ -26,15 +26,10 @@ def local_folder(field: str, path: str) -> Path:
     Raises:
         UserError: names the field and what is in the way.
     """
-    try:
-        if "\0" in path:
-            raise ValueError("a name holds no NUL")
-        folder = Path(path).expanduser().absolute()
+    with _naming(field, path, "folder"):
+        folder = _absolute(path)
         there = next(parent for parent in (folder, *folder.parents) if parent.exists() or parent.is_symlink())
         there.stat()  # raises for a link that leads nowhere, or to itself
-    except (RuntimeError, OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise UserError(f"{_shown(field)} is {path!r} and cannot be a folder: {reason}") from None
     if not there.is_dir():
         raise UserError(f"{_shown(field)} is {path!r}, but {there} is a file")
     # Asked of the system by making something: rights alone do not tell of file systems that are read-only, or no place for files.
@@ -43,6 +38,22 @@ def local_folder(field: str, path: str) -> Path:
     except OSError as error:
         raise UserError(f"{_shown(field)} is {path!r}, but {there} cannot be written to: {error.strerror}") from None
     return folder
+
+
+def _absolute(path: str) -> Path:
+    if "\0" in path:
+        raise ValueError("a name holds no NUL")
+    return Path(path).expanduser().absolute()
+
+
+@contextmanager
+def _naming(field: str, path: str, what: str) -> Iterator[None]:
+    """Turns what the system says of a path into a sentence that names the field."""
+    try:
+        yield
+    except (RuntimeError, OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise UserError(f"{_shown(field)} is {path!r} and cannot be a {what}: {reason}") from None
 
 
 def _shown(field: str) -> str:
@@ -60,16 +71,11 @@ def local_file(field: str, path: str, suffix: str = "") -> Path:
     Raises:
         UserError: names the option and what is in the way.
     """
-    try:
-        if "\0" in path:
-            raise ValueError("a name holds no NUL")
-        file = Path(path).expanduser().absolute()
+    with _naming(field, path, "file"):
+        file = _absolute(path)
         fits = file.suffix == suffix or not suffix
         fits = fits and file.parent.is_dir()
         folder = file.is_dir()
-    except (RuntimeError, OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise UserError(f"{_shown(field)} is {path!r} and cannot be a file: {reason}") from None
     if not fits:
         raise UserError(f"{_shown(field)} is {path} and must be a {suffix or 'new'} file in a folder that exists")
     if folder:

@@ -28,7 +28,7 @@ VARIABLES = {
 ALONE = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
 """The same where the cluster is this machine, which nobody takes away: one process less that starts and polls."""
 CLUSTER = {"RAY_task_events_max_num_task_in_gcs": "10000"}
-"""Read by Ray where it starts a cluster: of so many tasks the dashboard tells, and at 4 KiB each Ray's 100,000 would be 400 MiB."""
+"""Read by Ray where it starts a cluster: the number of tasks that the dashboard knows. At 4 KiB each, Ray's 100,000 would be 400 MiB."""
 UNSEEN = {"RAY_enable_metrics_collection": "0"}
 """The same where there is no dashboard, so that nobody sees Ray's metrics: an actor and an agent would keep those of every data set that
 was ever read, 2 MiB a minute.
