@@ -2,8 +2,10 @@
 
     python -m benchmarks.step_time [--workloads img-clf-mnist clm-wikitext mlm-imdb] [--repeats 5] [--out results.json]
     python -m benchmarks.step_time --workloads optical-flow --with-transformers --threads 1 --cpu-time --repeats 1
+    python -m benchmarks.step_time --precision fp32 bf16
 
-A step is zero_grad, forward, loss, backward and a fused AdamW step, in float32, with the dropouts of the preset. The
+A step is zero_grad, forward, loss, backward and a fused AdamW step, in float32 (or, with --precision bf16, as `--training.precision
+bf16` trains: parameters in float32, computed with copies in bfloat16), with the dropouts of the preset. The
 bound is the GFLOP of the reference implementation's model (krasserm/perceiver-io, constants below; for optical flow and
 video that of transformers, counted by PyTorch) divided by the rate of a large square float32 product, measured between
 the steps in the same process. The ratio of the two carries over between machines; times do not. Peak memory is that of a
@@ -30,8 +32,11 @@ from perceiver.costs.flops import num_kept
 from perceiver.models import build_model
 from perceiver.presets import PRESETS
 from perceiver.training.parallel import reuse_freed_memory
+from perceiver.training.whole import compute_in
 
 MATMUL_SIZE = 3072
+OURS = {"fp32": "ours", "bf16": "ours bf16"}
+"""This project's side in each precision."""
 Clock = Callable[[], float]
 
 
@@ -61,7 +66,7 @@ def event_batch(size: int) -> dict[str, Tensor]:
 
 def event_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     logits = model(batch["x"], 1024, prefix_keep=batch["prefix_keep"])
-    return F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten())
+    return F.cross_entropy(logits.flatten(0, 1).float(), batch["labels"].flatten())
 
 
 def flow_batch(size: int) -> dict[str, Tensor]:
@@ -94,7 +99,7 @@ def autoencoding_loss(video: Tensor, audio: Tensor, label: Tensor, batch: dict[s
 
 
 def classification_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    return F.cross_entropy(model(batch["x"]), batch["labels"])
+    return F.cross_entropy(model(batch["x"]).float(), batch["labels"])
 
 
 def text_batch(size: int) -> dict[str, Tensor]:
@@ -107,7 +112,7 @@ def text_batch(size: int) -> dict[str, Tensor]:
 
 def causal_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     logits = model(batch["x"], 3584, prefix_keep=batch["prefix_keep"])
-    return F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten())
+    return F.cross_entropy(logits.flatten(0, 1).float(), batch["labels"].flatten())
 
 
 def masked_batch(size: int) -> dict[str, Tensor]:
@@ -119,7 +124,7 @@ def masked_batch(size: int) -> dict[str, Tensor]:
 
 def masked_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     logits = model(batch["x"], positions=batch["positions"])
-    return F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten())
+    return F.cross_entropy(logits.flatten(0, 1).float(), batch["labels"].flatten())
 
 
 WORKLOADS = {
@@ -204,14 +209,20 @@ def timed_step(optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor], clo
 
 
 def build_side(name: str, side: str, threads: int) -> tuple[nn.Module, Callable[[], Tensor], torch.optim.Optimizer] | None:
-    """A model, its loss on a fixed batch and its optimizer; None where transformers does not have the model."""
+    """A model, its loss on a fixed batch and its optimizer; None where transformers does not have the model.
+
+    Args:
+        side: "ours", "ours bf16" or "transformers".
+    """
     torch.set_num_threads(threads)
     reuse_freed_memory()
     torch.manual_seed(0)
     workload = WORKLOADS[name]
     batch = workload.batch(workload.batch_size)
-    if side == "ours":
+    if side in OURS.values():
         model, loss = build_model(PRESETS[name]().model), workload.loss
+        if side == OURS["bf16"]:
+            compute_in(torch.bfloat16, model, model.layers())
         step = lambda: loss(model, batch)  # noqa: E731
     elif other := transformers_step(name, batch):
         model, other_loss = other
@@ -229,10 +240,12 @@ def peak_memory(name: str, side: str, threads: int) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def measure(name: str, repeats: int, threads: int, with_transformers: bool, cpu_time: bool) -> list[dict[str, float | str]]:
+def measure(
+    name: str, repeats: int, threads: int, precisions: list[str], with_transformers: bool, cpu_time: bool
+) -> list[dict[str, float | str]]:
     """Rows for one workload, medians over the repeats. Run in a fresh process."""
     clock = time.process_time if cpu_time else time.perf_counter
-    sides = {"ours": build_side(name, "ours", threads)}
+    sides = {OURS[precision]: build_side(name, OURS[precision], threads) for precision in precisions}
     if with_transformers and (other := build_side(name, "transformers", threads)):
         sides["transformers"] = other
     a, b, out = torch.rand(3, MATMUL_SIZE, MATMUL_SIZE).unbind()
@@ -267,6 +280,7 @@ def main() -> None:
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=[n for n, w in WORKLOADS.items() if w.goal])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--precision", nargs="+", choices=OURS, default=["fp32"], help="of this project's step, measured alternately")
     parser.add_argument("--with-transformers", action="store_true")
     parser.add_argument("--cpu-time", action="store_true", help="measure processor time, on a machine with other work: with --threads 1")
     parser.add_argument("--out", type=Path, help="JSON file to write the rows to")
@@ -277,7 +291,7 @@ def main() -> None:
     context = multiprocessing.get_context("spawn")
     for name in args.workloads:
         with context.Pool(1) as pool:
-            new = pool.apply(measure, (name, args.repeats, args.threads, args.with_transformers, args.cpu_time))
+            new = pool.apply(measure, (name, args.repeats, args.threads, args.precision, args.with_transformers, args.cpu_time))
         for row in new:
             with context.Pool(1) as pool:
                 row["peak_rss_mib"] = pool.apply(peak_memory, (name, row["implementation"], args.threads))
@@ -295,7 +309,6 @@ def main() -> None:
             "threads": args.threads,
             "repeats": args.repeats,
             "torch": torch.__version__,
-            "dtype": "float32",
             "cpu_time": args.cpu_time,
         }
         temporary = args.out.with_suffix(".tmp")

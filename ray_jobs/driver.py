@@ -22,7 +22,9 @@ from perceiver.data_settings import OtherData
 from perceiver.datasets import Dataset, with_prepared_tokenizer
 from perceiver.extensions import code_of
 from perceiver.runs import Run
+from perceiver.tasks import build_task
 from perceiver.terminal import number_of
+from perceiver.training.batches import own_steps
 from perceiver.training.remote_copy import RemoteCopy
 from ray_jobs.cli import JobFailed
 from ray_jobs.first_step import start_early
@@ -141,7 +143,8 @@ def _fit(
     share = DataShare(others=held("CPU"), cpus_per_worker=resources.cpus_per_worker)
     # An elastic run starts with as many workers as find room: nothing may be in their way.
     slots = share.slots(resources.workers, ray.cluster_resources().get("CPU", 0.0))
-    early = [] if resources.min_workers else start_early(slots, TASKS if settings.get("spares") else {})
+    reading = bool(own_steps(build_task(experiment)))
+    early = [] if resources.min_workers else start_early(slots, reading, TASKS if settings.get("spares") else {})
     with Messages(lambda: _why_no_workers(resources), on_report, stall=stall) as messages:
         trainer = TorchTrainer(
             function,

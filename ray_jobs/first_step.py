@@ -19,7 +19,7 @@ from ray.train.v2._internal.constants import (
 
 from perceiver.training.callbacks import Callback
 from perceiver.training.loop import StepResult
-from ray_jobs.ingest import warm_up
+from ray_jobs.data_task import warm_up
 from ray_jobs.read_ahead import DATA_CPUS
 
 logger = logging.getLogger(__name__)
@@ -27,11 +27,13 @@ MOST_PROCESSES = 16
 """That are started early: the others start when there is more to read."""
 
 
-def start_early(tasks: int, variables: Mapping[str, str]) -> list[ray.ObjectRef]:
+def start_early(tasks: int, with_tasks: bool, variables: Mapping[str, str]) -> list[ray.ObjectRef]:
     """Starts what the first reads need beside the workers, which start at the same time: processes of data tasks with their imports,
     and the two actors that Ray Data has in every cluster.
 
     Args:
+        tasks: data tasks that find a free CPU.
+        with_tasks: whether the training's task has a part in reading (`warm_up`).
         variables: environment that the workers give to their tasks besides.
 
     Returns:
@@ -44,7 +46,7 @@ def start_early(tasks: int, variables: Mapping[str, str]) -> list[ray.ObjectRef]
     environment.setdefault(RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR, DEFAULT_RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_VALUE)
     task = ray.remote(num_cpus=DATA_CPUS, max_retries=0)(warm_up)
     task = task.options(scheduling_strategy="SPREAD", runtime_env={"env_vars": environment})
-    return [task.remote() for _ in range(min(tasks, MOST_PROCESSES))]
+    return [task.remote(with_tasks) for _ in range(min(tasks, MOST_PROCESSES))]
 
 
 @dataclass(frozen=True)

@@ -61,36 +61,23 @@ def connect(parallel: ParallelConfig, dashboard: bool = False) -> Iterator[None]
     leave_out_hints()
     variables = unset_variables(os.environ)
     os.environ.update(variables)
-    settings: dict[str, Any] = {
-        "log_to_driver": False,
-        "logging_level": logging.WARNING,
-        "runtime_env": {"env_vars": variables | _python_path() | _home()},
-    }
+    settings: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
     if address:
         check_address(address)
         choose_authentication()
         try:
-            ray.init(address=address, **settings)
+            ray.init(address=address, runtime_env={"env_vars": variables | _python_path() | _home()}, **settings)
         except Exception as error:
             raise UserError(f"no Ray cluster could be joined at {address!r}: {_reason(error)}") from error
     else:
         # The token that Ray makes for a cluster of this process alone is nothing that a user need act on.
         logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
-        cpus, port = os.cpu_count() or 1, _free_port()
-        settings["runtime_env"]["env_vars"] |= {name: value for name, value in ALONE.items() if name not in os.environ}
-        settings["runtime_env"]["env_vars"]["RAY_ADDRESS"] = f"{ray.util.get_node_ip_address()}:{port}"
         seen = dashboard or _with_dashboard()
-        started = {PORT: str(port)} | {
-            name: value for name, value in (CLUSTER | ({} if seen else UNSEEN)).items() if name not in os.environ
-        }
-        os.environ |= started
         try:
-            ray.init(address="local", num_cpus=cpus + 1, include_dashboard=seen, **settings)
+            with _environment_of_local_cluster(seen):
+                ray.init(address="local", num_cpus=(os.cpu_count() or 1) + 1, include_dashboard=seen, **settings)
         except Exception as error:
             raise UserError(f"Ray could not be started on this machine (is it overloaded?): {str(error).splitlines()[0]}") from error
-        finally:
-            for name in started:
-                del os.environ[name]
         session = Path(ray._private.worker._global_node.get_session_dir_path())
         mark(session)
         remove_old(session.parent)
@@ -98,6 +85,32 @@ def connect(parallel: ParallelConfig, dashboard: bool = False) -> Iterator[None]
         yield
     finally:
         _leave()
+
+
+@contextmanager
+def _environment_of_local_cluster(seen: bool) -> Iterator[None]:
+    """What a cluster's processes inherit from this one while it starts them.
+
+    A runtime environment would say the same, but every process that Ray starts for it first starts another one, and those that Ray starts
+    with the cluster could not be used.
+
+    Args:
+        seen: the cluster has a dashboard.
+    """
+    port = str(_free_port())
+    address = {PORT: port, "RAY_ADDRESS": f"{ray.util.get_node_ip_address()}:{port}"}
+    asked = ALONE | CLUSTER | ({} if seen else UNSEEN)
+    set_here = address | _python_path() | _home() | {name: value for name, value in asked.items() if name not in os.environ}
+    before = {name: os.environ.get(name) for name in set_here}
+    os.environ |= set_here
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def unset_variables(environment: Mapping[str, str]) -> dict[str, str]:

@@ -2,15 +2,17 @@
 
 Ray Data (2.60) divides the free CPUs by the executions that are open, an integer that becomes zero where there are more executions than
 free CPUs, and takes half of the object store for each of them. Every worker has an execution of its own, and another one while it
-validates. So its own division is switched off (`ingest.py`), and these are the limits: the same for all workers, whatever else is open.
+validates. So its own division is switched off, and these are the limits: the same for all workers, whatever else is open.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import ray
+from ray.data._internal.execution.backpressure_policy import ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY, BackpressurePolicy
 
 DATA_CPUS = 0.5
 """CPUs that a data task asks for."""
@@ -20,6 +22,8 @@ MOST_BYTES = 512 << 20
 """Read ahead by one worker at most, however large the object store is."""
 STORE_SHARE = 0.25
 """Of the object store, for what all workers read ahead of training; as much again for validation."""
+_LIMIT = "perceiver.read_ahead"
+"""Under this name the context of an execution holds its limit."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,3 +78,20 @@ class DataShare:
         """A worker's limits in the cluster as it is now."""
         total = ray.cluster_resources()
         return self.of_a_worker(workers, total.get("CPU", 0.0), total.get("object_store_memory", 0.0))
+
+
+class Bounded(BackpressurePolicy):  # type: ignore[misc]  # Ray's types are not followed
+    """Starts the tasks of an execution within its limit, which its context holds; the only rule of such an execution."""
+
+    def can_add_input(self, op: Any) -> bool:
+        """Whether an operator may start a task."""
+        limit, expected = self._data_context.get_config(_LIMIT)
+        size = max(expected, op.metrics.average_bytes_outputs_per_task or 0.0)
+        return bool(limit.may_start(op.num_active_tasks(), self._resource_manager.get_mem_op_outputs(op), size))
+
+
+def set_limit(context: ray.data.DataContext, limit: ReadAhead, task_bytes: int) -> None:
+    """Makes the executions that are begun with a context keep a limit; `task_bytes`: of the rows of a task, before one is measured."""
+    context.op_resource_reservation_enabled = False
+    context.set_config(ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY, [Bounded])
+    context.set_config(_LIMIT, (limit, task_bytes))

@@ -23,6 +23,7 @@ from perceiver.costs.count import CountedStep
 from perceiver.costs.memory import FormulaStep, Step, has_formulas
 from perceiver.data.components import Component, weighted
 from perceiver.data.manifest import Manifest, Split
+from perceiver.data.reader import as_stored
 from perceiver.data.rows import ArrayRows
 from perceiver.models import build_model
 from perceiver.tasks.baselines import Baseline, Guess, beside
@@ -91,7 +92,7 @@ class Task(ABC, Generic[C, M]):
             epoch: the pass over the data; random choices may depend on (seed, epoch, row) alone.
             train: whether the examples are for training (random choices) or for validation (none).
         """
-        return block.slice(0, block.num_rows - split.lookahead)
+        return as_stored(block, split, first_row, epoch, train)
 
     def decode(self, rows: pa.Table, split: Split, train: bool) -> pa.Table:
         """Turns chosen examples into what `collate` takes: for work that is worth its time only for rows that are used. Runs in data

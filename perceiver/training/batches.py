@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from perceiver.config import DataConfig, Experiment, TrainingConfig
 from perceiver.data.balance import balanced
-from perceiver.data.chunks import Chunks, no_tokens, open_chunks
+from perceiver.data.chunks import Chunks, open_chunks
 from perceiver.data.components import Component, components
 from perceiver.data.manifest import Manifest, Split
 from perceiver.data.mixture import Mixture, MixtureReadTask, mixture_batches, mixture_plan
@@ -29,12 +29,10 @@ from perceiver.data.order import (
     plan,
     worker_slots,
 )
-from perceiver.data.pieces import Piece
+from perceiver.data.reader import MixtureReader, Reader, SplitReader, StreamReader
 from perceiver.data.sources import mixture_sources
-from perceiver.data.stream import empty_rows, rank_batches, read_unit
-
-if TYPE_CHECKING:
-    from perceiver.tasks.base import Task
+from perceiver.data.stream import rank_batches
+from perceiver.tasks.base import Task
 
 Batch = dict[str, Tensor]
 
@@ -51,12 +49,10 @@ class Loader(ABC):
     micro_batch_size: int | None
     """Most examples of a micro-batch."""
 
-    task_type: ClassVar[type[Any]]
-    """The class of the units of its reading plan."""
-
+    @property
     @abstractmethod
-    def read(self, unit: Any) -> pa.Table:
-        """The rows of a unit of the reading plan."""
+    def reader(self) -> Reader:
+        """Reads the units of its reading plan; what data tasks get."""
 
     @abstractmethod
     def plan(self, rank: int, world: int, start: int, stop: int) -> Iterator[Any]:
@@ -66,26 +62,10 @@ class Loader(ABC):
     def batches(self, rank: int, world: int, start: int, stop: int, tables: Iterable[pa.Table]) -> Iterator[pa.Table | None]:
         """A worker's rows of the steps start .. stop - 1, from the rows of its plan; None where a step has no row for it."""
 
-    @abstractmethod
-    def empty_rows(self) -> pa.Table:
-        """A table without rows, with the columns of `read`."""
-
     @property
     @abstractmethod
     def row_bytes(self) -> int:
         """Bytes of what a row is made from, about."""
-
-    def pieces(self) -> tuple[Sequence[Piece], ...]:
-        """The parts of a source's files that blocks are read from, where these are not prepared: one list a data set."""
-        return ()
-
-    def pieces_of(self, unit: Any) -> tuple[int, Sequence[int]]:
-        """Which of them a unit is read from: number of the list, numbers in it."""
-        return 0, ()
-
-    def with_pieces(self, pieces: Sequence[Sequence[Piece]]) -> Self:
-        """A loader that reads these instead, one list for each of `pieces()`."""
-        return self
 
     def micro_batches(self, world: int) -> tuple[int, int]:
         """Number of micro-batches in a worker's share of a step, and examples of each."""
@@ -99,7 +79,7 @@ class Loader(ABC):
         tables = read_all(self, self.plan(rank, world, start, stop))
         for step, rows in enumerate(self.batches(rank, world, start, stop, tables), start):
             if rows is None:
-                rows = self.empty_rows()
+                rows = self.reader.empty_rows()
             rows = self.task.arrange(rows)
             yield [self.collate(rows.slice(i * size, size), size, step) for i in range(count)]
 
@@ -116,20 +96,15 @@ class SplitLoader(Loader):
     numbered: bool = False
     """Whether batches have "row" besides, (B,) int64: the number of each example's row in the split (padding: -1)."""
 
-    task_type = ReadTask
-
-    def read(self, unit: ReadTask) -> pa.Table:
-        rows = read_unit(self.folder, self.split, self.order, unit, self.task.examples, self.train)
-        return self.task.decode(rows, self.split, self.train)
+    @property
+    def reader(self) -> SplitReader:
+        return SplitReader(folder=self.folder, split=self.split, order=self.order, train=self.train, **own_steps(self.task))
 
     def plan(self, rank: int, world: int, start: int, stop: int) -> Iterator[ReadTask]:
         return plan(self.order, rank, world, start, stop)
 
     def batches(self, rank: int, world: int, start: int, stop: int, tables: Iterable[pa.Table]) -> Iterator[pa.Table | None]:
         return rank_batches(self.order, rank, world, start, stop, tables)
-
-    def empty_rows(self) -> pa.Table:
-        return self.task.decode(empty_rows(self.folder, self.split, self.task.examples), self.split, False)
 
     def collate(self, rows: pa.Table, size: int, step: int) -> Batch:
         batch = super().collate(rows, size, step)
@@ -151,21 +126,9 @@ class StreamLoader(SplitLoader):
 
     chunks: Chunks
 
-    def read(self, unit: ReadTask) -> pa.Table:
-        return read_unit(self.folder, self.split, self.order, unit, self.task.examples, self.train, self.chunks.read)
-
-    def empty_rows(self) -> pa.Table:
-        return empty_rows(self.folder, self.split, self.task.examples, lambda *_: no_tokens(self.split.row_length))
-
-    def pieces(self) -> tuple[Sequence[Piece], ...]:
-        return (self.chunks.pieces,)
-
-    def pieces_of(self, unit: ReadTask) -> tuple[int, Sequence[int]]:
-        return 0, self.order.window_blocks_of(unit.epoch, unit.window).tolist()
-
-    def with_pieces(self, pieces: Sequence[Sequence[Piece]]) -> Self:
-        (own,) = pieces
-        return replace(self, chunks=replace(self.chunks, pieces=own))
+    @property
+    def reader(self) -> StreamReader:
+        return StreamReader(**vars(super().reader), chunks=self.chunks)
 
     @property
     def row_bytes(self) -> int:
@@ -183,21 +146,15 @@ class MixtureLoader(Loader):
     order: Mixture
     loaders: tuple[SplitLoader, ...]
 
-    task_type = MixtureReadTask
-
-    def read(self, unit: MixtureReadTask) -> pa.Table:
-        rows = self.loaders[unit.source].read(unit.unit)
-        rows = rows.filter(pa.array(unit.kept(self.order)))
-        return rows.append_column("source", pa.array(np.full(rows.num_rows, unit.source)))
+    @property
+    def reader(self) -> MixtureReader:
+        return MixtureReader(order=self.order, readers=tuple(loader.reader for loader in self.loaders))
 
     def plan(self, rank: int, world: int, start: int, stop: int) -> Iterator[MixtureReadTask]:
         return mixture_plan(self.order, rank, world, start, stop)
 
     def batches(self, rank: int, world: int, start: int, stop: int, tables: Iterable[pa.Table]) -> Iterator[pa.Table | None]:
         return mixture_batches(self.order, rank, world, start, stop, tables)
-
-    def empty_rows(self) -> pa.Table:
-        return self.loaders[0].empty_rows().append_column("source", pa.array([], pa.int64()))
 
     def collate(self, rows: pa.Table, size: int, step: int) -> Batch:
         sources = np.zeros((size, len(self.loaders)), bool)
@@ -208,14 +165,11 @@ class MixtureLoader(Loader):
     def row_bytes(self) -> int:
         return max(loader.row_bytes for loader in self.loaders)
 
-    def pieces(self) -> tuple[Sequence[Piece], ...]:
-        return tuple(next(iter(loader.pieces()), ()) for loader in self.loaders)
 
-    def pieces_of(self, unit: MixtureReadTask) -> tuple[int, Sequence[int]]:
-        return unit.source, self.loaders[unit.source].pieces_of(unit.unit)[1]
-
-    def with_pieces(self, pieces: Sequence[Sequence[Piece]]) -> Self:
-        return replace(self, loaders=tuple(loader.with_pieces([own]) for loader, own in zip(self.loaders, pieces, strict=True)))
+def own_steps(task: Task) -> dict[str, Any]:
+    """What a task itself does with rows in data tasks, of which most do nothing."""
+    own = {"examples": task.examples, "decode": task.decode}
+    return {name: method for name, method in own.items() if getattr(type(task), name) is not getattr(Task, name)}
 
 
 ReadAll = Callable[[Loader, Iterator[Any]], Iterable[pa.Table]]
@@ -224,7 +178,7 @@ ReadAll = Callable[[Loader, Iterator[Any]], Iterable[pa.Table]]
 
 def read_here(loader: Loader, units: Iterator[Any]) -> Iterator[pa.Table]:
     """Reads the units in this process, one when it is asked for."""
-    return map(loader.read, units)
+    return map(loader.reader.read, units)
 
 
 def make_loader(

@@ -84,7 +84,7 @@ def rows_of_steps(loader, world, start, stop):
     """(row, epoch) of each step's slots, over all workers."""
     found = [[] for _ in range(start, stop)]
     for rank in range(world):
-        tables = map(loader.read, loader.plan(rank, world, start, stop))
+        tables = map(loader.reader.read, loader.plan(rank, world, start, stop))
         for step, rows in enumerate(loader.batches(rank, world, start, stop, tables)):
             if rows is not None:
                 found[step] += zip(rows["row"].to_pylist(), rows["epoch"].to_pylist(), rows["label"].to_pylist(), strict=True)

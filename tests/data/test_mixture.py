@@ -215,13 +215,13 @@ def test_workers_batches_have_the_sources_own_windows(prepared):
 
 
 def test_a_feed_and_its_units_travel_to_data_tasks(prepared):
-    """As `ray_jobs.ingest` sends them: units as plain data, the loader pickled."""
+    """As `ray_jobs.ingest` sends them: units as plain data, the reader pickled."""
     chosen, folder, manifest, _ = prepared
     loader = make_train_loader(chosen, build_task(chosen), folder, manifest)
-    there = pickle.loads(pickle.dumps(loader))
+    there = pickle.loads(pickle.dumps(loader.reader))
     for unit in loader.plan(1, 2, 3, 9):
-        rows = there.read(there.task_type(**json.loads(json.dumps(asdict(unit)))))
-        assert rows.num_rows == unit.num_rows and rows.equals(loader.read(unit))
+        rows = there.read(there.unit_type(**json.loads(json.dumps(asdict(unit)))))
+        assert rows.num_rows == unit.num_rows and rows.equals(loader.reader.read(unit))
 
 
 def test_metrics_are_those_of_all_sources_by_their_shares():

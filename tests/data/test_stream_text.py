@@ -19,7 +19,8 @@ from perceiver.data.tables import Columns
 from perceiver.datasets import Dataset, data_folder
 from perceiver.tasks import build_task
 from perceiver.training.batches import make_train_loader, read_here
-from ray_jobs.ingest import _item, _read, _Rest
+from ray_jobs.data_task import Rest, read_units
+from ray_jobs.ingest import _item
 from ray_jobs.preprocess import prepare
 from ray_jobs.shipping import Shipped
 from tests.support.logged import logged
@@ -170,7 +171,7 @@ def test_no_document_is_on_both_sides(prepared):
 
 def rows_of_steps(loader, rank: int, world: int, start: int, stop: int) -> list[list[dict]]:
     """A worker's rows of each step."""
-    tables = map(loader.read, loader.plan(rank, world, start, stop))
+    tables = map(loader.reader.read, loader.plan(rank, world, start, stop))
     return [[] if table is None else table.to_pylist() for table in loader.batches(rank, world, start, stop, tables)]
 
 
@@ -231,32 +232,33 @@ def test_a_data_task_is_sent_its_own_byte_ranges_and_reads_the_same_rows(prepare
     loader = loader_of(prepared)
     units = list(loader.plan(0, 1, 0, 3))
     fetched = []
-    monkeypatch.setattr("ray_jobs.ingest.ray.put", lambda value: value)
-    monkeypatch.setattr("ray_jobs.ingest.ray.get", lambda value: fetched.append(value) or value)
-    rest = _Rest(loader.pieces())
-    shipped = Shipped(loader.with_pieces([()]))
-    whole = len(cloudpickle.dumps(loader.pieces()))
+    monkeypatch.setattr("ray_jobs.data_task.ray.put", lambda value: value)
+    monkeypatch.setattr("ray_jobs.data_task.ray.get", lambda value: fetched.append(value) or value)
+    reader = loader.reader
+    rest = Rest(reader.pieces())
+    shipped = Shipped(reader.with_pieces([()]))
+    whole = len(cloudpickle.dumps(reader.pieces()))
     for unit in units:
-        item = _item(loader, unit)
+        item = _item(reader, unit)
         assert len(cloudpickle.loads(item["pieces"])[1]) == 1 and len(item["pieces"]) < whole / 5
-        (table,) = _read(pa.Table.from_pylist([item]), shipped, rest)
-        assert table.equals(loader.read(unit))
+        (table,) = read_units(pa.Table.from_pylist([item]), shipped, rest)
+        assert table.equals(reader.read(unit))
     assert not fetched
 
 
 def test_a_task_whose_chunk_begins_no_document_gets_the_others(prepared, monkeypatch):
     loader = loader_of(prepared)
     unit = next(loader.plan(0, 1, 0, 3))
-    (block,) = loader.pieces_of(unit)[1]
-    pieces = list(loader.pieces()[0])
+    (block,) = loader.reader.pieces_of(unit)[1]
+    pieces = list(loader.reader.pieces()[0])
     pieces[block] = Piece((), 0)  # nothing begins in it
-    changed = loader.with_pieces([pieces])
-    monkeypatch.setattr("ray_jobs.ingest.ray.put", lambda value: value)
-    monkeypatch.setattr("ray_jobs.ingest.ray.get", lambda value: value)
-    (table,) = _read(pa.Table.from_pylist([_item(changed, unit)]), Shipped(changed.with_pieces([()])), _Rest(changed.pieces()))
+    changed = loader.reader.with_pieces([pieces])
+    monkeypatch.setattr("ray_jobs.data_task.ray.put", lambda value: value)
+    monkeypatch.setattr("ray_jobs.data_task.ray.get", lambda value: value)
+    (table,) = read_units(pa.Table.from_pylist([_item(changed, unit)]), Shipped(changed.with_pieces([()])), Rest(changed.pieces()))
     assert table.equals(changed.read(unit))
 
 
 def test_chunks_of_a_file_share_what_they_say_of_it(prepared):
-    files = {id(span.file): span.file for piece in loader_of(prepared).pieces()[0] for span in piece.spans}
+    files = {id(span.file): span.file for piece in loader_of(prepared).reader.pieces()[0] for span in piece.spans}
     assert len(files) == len({file.path for file in files.values()})

@@ -9,9 +9,9 @@ import pytest
 import ray
 
 from perceiver.config import ParallelConfig
-from ray_jobs.ingest import _LIMIT, Bounded, read_with_ray
+from ray_jobs.ingest import read_with_ray
 from ray_jobs.ray_env import connect
-from ray_jobs.read_ahead import DATA_CPUS, MOST_BYTES, STORE_SHARE, TASK_BYTES, DataShare, ReadAhead
+from ray_jobs.read_ahead import _LIMIT, DATA_CPUS, MOST_BYTES, STORE_SHARE, TASK_BYTES, Bounded, DataShare, ReadAhead
 
 GIB = 2**30
 
@@ -77,11 +77,10 @@ def test_an_operator_starts_no_task_beyond_its_limit():
     assert not may_start(1, 0, measured=51)
 
 
-class SlowLoader:
+class SlowReader:
     """Units of which each takes a while to read, and whose rows say from when to when it was read."""
 
-    task_type = dict
-    row_bytes = TASK_BYTES  # a task each
+    unit_type = dict
 
     def read(self, unit):
         start = time.time()
@@ -93,6 +92,11 @@ class SlowLoader:
 
     def with_pieces(self, pieces):
         return self
+
+
+class SlowLoader:
+    row_bytes = TASK_BYTES  # a task each
+    reader = SlowReader()
 
 
 def most_at_once(spans):
