@@ -144,6 +144,7 @@ class PerceiverAR(nn.Module):
             qkv_bias=False,
             mlp_bias=False,
         )
+        self.cross_attention.lengths_vary = True  # those of prefixes, see `build_sharded`
         self.self_attention = nn.ModuleList(
             SelfAttentionLayer(
                 same,

@@ -92,8 +92,11 @@ class Rotation:
         return torch.cat([rotated, rest], dim=-1) if rest.shape[-1] else rotated
 
     def last(self, num_positions: int) -> "Rotation":
-        """The rotation of the last positions, of the given number."""
-        return Rotation(self.sin[:, :, -num_positions:], self.cos[:, :, -num_positions:])
+        """The rotation of the last positions, of the given number: copies, as a view's strides would make a compiled layer that gets it
+        depend on how many positions come before.
+        """
+        sin, cos = (t[:, :, -num_positions:].clone(memory_format=torch.contiguous_format) for t in (self.sin, self.cos))
+        return Rotation(sin, cos)
 
 
 def rotation(positions: Tensor, num_channels: int) -> Rotation:

@@ -98,7 +98,8 @@ def build_sharded(
     """Shards a model that was built on the meta device, gives it memory on this worker, and draws its initial weights.
 
     Each of `layers` becomes a unit of sharding, recomputation and compilation; what is left belongs to the model itself. One worker alone
-    keeps the whole model: the hooks of sharding took half of a small model's step.
+    keeps the whole model: the hooks of sharding took half of a small model's step. A layer may say by an attribute `lengths_vary` that it
+    is given inputs of other lengths from step to step: it is compiled for all of them at once.
     With `parallel.cpu_offload` the shards stay in the host's memory (pinned for GPUs): a layer's parameters come to the device when they
     are used, gradients go back, and the optimizer computes on the host.
     No process ever holds the whole model. Initial weights depend on the seed alone, not on the number of workers.
@@ -110,7 +111,7 @@ def build_sharded(
         if parallel.recompute_every and number % parallel.recompute_every == 0:
             checkpoint(layer)
         if parallel.compile:
-            layer.compile()
+            layer.compile(dynamic=getattr(layer, "lengths_vary", None))
         if shard is not None:
             shard(layer)
     if shard is not None:
