@@ -163,7 +163,7 @@ def test_guide_names_all_files_and_blanks_and_opens_nothing(tmp_path):
     for path in CLUSTER.iterdir():
         if path.name != "README.md" and not path.name.startswith("my-"):
             assert path.name in guide, path.name
-    for name in (*LAUNCHERS[:2], "aws-head-policy.json"):
+    for name in (*LAUNCHERS[:2], "aws-efa.yaml", "aws-head-policy.json"):
         for blank in set(re.findall(r"[\w-]*REPLACE_\w+", (CLUSTER / name).read_text())):
             assert blank in guide, blank
     for link in re.findall(r"\]\(([^)#]+)\)", guide):

@@ -80,7 +80,7 @@ def cloud_node_problems(name: str, node_type: dict, is_head: bool, provider: str
     node = node_type["node_config"]
     if provider == "aws":
         spot = node.get("InstanceMarketOptions", {}).get("MarketType") == "spot"
-        private = bool(node.get("SecurityGroupIds"))
+        private = bool(node.get("SecurityGroupIds")) or all(card.get("Groups") for card in node.get("NetworkInterfaces", [{}]))
         if node.get("MetadataOptions", {}).get("HttpTokens") != "required":
             problems.append(f"{name}: instance metadata without a session token")
         if node.get("IamInstanceProfile") != {"Name": f"perceiver-ray-{'head' if is_head else 'worker'}"}:
@@ -103,6 +103,27 @@ def cloud_node_problems(name: str, node_type: dict, is_head: bool, provider: str
 @pytest.mark.parametrize("name", LAUNCHERS)
 def test_launcher_file_passes_rays_schema_and_our_checks(name):
     assert launcher_problems(launcher(name)) == []
+
+
+def with_efa() -> dict:
+    """aws.yaml with the node type of aws-efa.yaml, as the guide puts them together."""
+    whole, efa = launcher("aws.yaml"), launcher("aws-efa.yaml")
+    whole["available_node_types"] |= efa.pop("available_node_types")
+    return whole | {"max_workers": whole["max_workers"] + 7} | efa
+
+
+def test_nodes_with_several_network_cards_pass_the_same_checks():
+    config = with_efa()
+    assert launcher_problems(config) == []
+    node = config["available_node_types"]["gpu8"]["node_config"]
+    cards = node["NetworkInterfaces"]
+    assert [card["NetworkCardIndex"] for card in cards] == [0, 1, 2, 3] and {card["InterfaceType"] for card in cards} == {"efa"}
+    # Ray refuses a subnet or group beside the cards, and a card without one.
+    assert not node.keys() & {"SubnetId", "SubnetIds", "SecurityGroupIds"}
+    assert all(card["SubnetId"] and card["Groups"] for card in cards)
+    group = f"placement-group/{node['Placement']['GroupName']}"
+    statements = json.loads((CLUSTER / "aws-head-policy.json").read_text())["Statement"]
+    assert any(group in resource for statement in statements for resource in statement["Resource"])
 
 
 def test_rays_checks_refuse_a_misspelt_key_and_an_unknown_head_type():
