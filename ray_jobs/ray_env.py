@@ -23,8 +23,12 @@ VARIABLES = {
     # A thread that has done its half of an operation looks for the other one in a loop, and then sleeps. By default it looks for long,
     # and where another process takes a core, it keeps the very thread from running that it waits for (docs/speed.md).
     "GOMP_SPINCOUNT": "3000",
+    # GPU memory in segments that grow: batches of other lengths do not leave holes that nothing fits into.
+    "PYTORCH_ALLOC_CONF": "expandable_segments:True",
 }
 """Environment of Ray's processes in a job, where the user has not set these."""
+OTHER_NAMES = {"OMP_WAIT_POLICY": "GOMP_SPINCOUNT", "PYTORCH_CUDA_ALLOC_CONF": "PYTORCH_ALLOC_CONF"}
+"""By which a user may have said the same: of a variable that would be overruled, the one of `VARIABLES`."""
 ALONE = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
 """The same where the cluster is this machine, which nobody takes away: one process less that starts and polls."""
 CLUSTER = {"RAY_task_events_max_num_task_in_gcs": "10000"}
@@ -114,11 +118,9 @@ def _environment_of_local_cluster(seen: bool) -> Iterator[None]:
 
 
 def unset_variables(environment: Mapping[str, str]) -> dict[str, str]:
-    """Those of `VARIABLES` that the user has not set; nor how threads wait, where the user has said so by OpenMP's own variable, which the
-    other one would overrule.
-    """
-    own = set(environment) | ({"GOMP_SPINCOUNT"} if "OMP_WAIT_POLICY" in environment else set())
-    return {name: value for name, value in VARIABLES.items() if name not in own}
+    """Those of `VARIABLES` that the user has not set, nor said by another name, which they would overrule."""
+    said = set(environment) | {ours for name, ours in OTHER_NAMES.items() if name in environment}
+    return {name: value for name, value in VARIABLES.items() if name not in said}
 
 
 def _home() -> dict[str, str]:

@@ -20,9 +20,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import (
     get_state_dict,
 )
@@ -87,6 +89,7 @@ class Checkpointer:
         self.blocked_seconds = 0.0
         self._copies = ThreadPoolExecutor(1, "checkpoint")
         self._group: dist.ProcessGroup | None = dist.new_group(backend="gloo")
+        self._stager: DefaultStager | None = None
         self._pending: Future | None = None
         self._saved_step = -1
         self._best: list[float] = []
@@ -162,9 +165,10 @@ class Checkpointer:
             shutil.rmtree(path)
         dist.barrier(self._group)
         writer = ShardWriter(path, self.rank)
-        written = dcp.async_save(
-            state_tensors(state, *get_state_dict(state.model, state.optimizer)), storage_writer=writer, process_group=self._group
-        )
+        tensors = state_tensors(state, *get_state_dict(state.model, state.optimizer))
+        if self._stager is None and (options := staging_of(next(state.model.parameters()).device)):
+            self._stager = DefaultStager(options)
+        written = dcp.async_save(tensors, storage_writer=writer, process_group=self._group, async_stager=self._stager)
         higher = frozenset(filter(self.higher_is_better, metrics))
         self._pending = self._copies.submit(self._end, written, writer, CheckpointInfo(path, state.step, metrics, higher), more)
         self._saved_step = state.step
@@ -175,6 +179,8 @@ class Checkpointer:
         start = time.perf_counter()
         self._finish()
         self._copies.shutdown()
+        if self._stager is not None:
+            self._stager.close()
         if self._group is not None:
             dist.destroy_process_group(self._group)
             self._group = None
@@ -281,3 +287,12 @@ class Checkpointer:
         values = [value]
         dist.broadcast_object_list(values, src=0, group=self._group)
         return values[0]
+
+
+def staging_of(device: torch.device) -> StagingOptions | None:
+    """How the state is copied to the host, for which training waits: from GPUs to pinned memory, which all saves use again (as large as a
+    checkpoint's part). None: PyTorch's way, which takes new memory each time.
+    """
+    if device.type != "cuda":
+        return None
+    return StagingOptions(use_pinned_memory=True, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=True)

@@ -110,10 +110,11 @@ def test_a_hint_of_rays_that_is_no_matter_of_the_users_is_not_printed_and_all_el
     assert printed == [(["a node has failed"], {"ignore_prefix": False})]
 
 
-def test_variables_of_the_user_are_kept_and_how_threads_wait_is_not_overruled():
+def test_variables_of_the_user_are_kept_also_by_their_other_names():
     assert unset_variables({}) == VARIABLES
     assert "GOMP_SPINCOUNT" not in unset_variables({"GOMP_SPINCOUNT": "7"})
-    assert set(VARIABLES) - set(unset_variables({"OMP_WAIT_POLICY": "ACTIVE"})) == {"GOMP_SPINCOUNT"}
+    for name, ours in (("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"), ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")):
+        assert set(VARIABLES) - set(unset_variables({name: "its value"})) == {ours}
 
 
 def test_processes_of_a_cluster_that_was_started_without_it_get_this_ones_home(monkeypatch, tmp_path):

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
+from torch.distributed.checkpoint.staging import StagingOptions
 
 import perceiver
 from perceiver.checkpoints import best_of, list_checkpoints
@@ -26,7 +27,8 @@ from perceiver.inference.load import describe
 from perceiver.runs import Run
 from perceiver.tasks import build_task
 from perceiver.training.batches import make_val_loaders, read_here
-from perceiver.training.checkpoint_files import check_files, stored_shapes
+from perceiver.training.checkpoint import staging_of
+from perceiver.training.checkpoint_files import check_files, differing_weights, stored_shapes
 from perceiver.training.init_from import find_start
 from perceiver.training.metrics import evaluate
 from perceiver.training.old_checkpoints import OldReader
@@ -104,6 +106,23 @@ def old(tmp_path) -> Path:
 
 
 # What is written
+
+
+def test_gpus_copy_to_pinned_memory_that_all_saves_use():
+    assert staging_of(torch.device("cpu")) is None
+    assert staging_of(torch.device("cuda", 1)) == StagingOptions(
+        use_pinned_memory=True, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=True
+    )
+
+
+def test_checkpoints_that_are_copied_to_the_same_memory_each_have_their_own_steps_weights(plain, images, tmp_path, monkeypatch):
+    """As on GPUs, but for the memory, which is pinned there."""
+    folder, _ = plain
+    monkeypatch.setattr("perceiver.training.checkpoint.staging_of", lambda device: StagingOptions(False, False, False, False))
+    train(image_experiment(), images, tmp_path)
+    assert steps(tmp_path) == steps(folder) and len(steps(folder)) > 1
+    for one, other in zip(list_checkpoints(tmp_path / "checkpoints"), list_checkpoints(folder / "checkpoints"), strict=True):
+        assert differing_weights(one.path, other.path)[1] == {}
 
 
 def test_a_checkpoint_is_safetensors_that_any_tool_reads_and_no_pickle(plain):
