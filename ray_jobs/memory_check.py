@@ -14,6 +14,7 @@ from perceiver.costs.activations import Layout
 from perceiver.costs.devices import DEVICES, GIB
 from perceiver.costs.memory import Step, largest_micro_batch, step_memory
 from perceiver.tasks import build_task
+from perceiver.training.float8 import check_package
 from perceiver.training.optim import freeze
 from perceiver.training.parallel import is_alone
 
@@ -26,6 +27,9 @@ RAY_TYPES = {"A100-40G": "a100-40gb", "A100-80G": "a100-80gb", "A10G": "a10g", "
 """Names of Ray's accelerator types that tell the memory ("A100" alone does not)."""
 WITHOUT_BF16 = {"K80", "P4", "P100", "V100", "T4"}
 """Names of Ray's accelerator types that have no units for bf16."""
+NO_FLOAT8_ON_CPUS = "--training.precision is 'float8', for which CPUs have no units: use --training.precision bf16 or fp32"
+WITHOUT_FLOAT8 = WITHOUT_BF16 | {"A10G", "A100", "A100-40G", "A100-80G"}
+"""The same of float8."""
 
 
 def usable(memory: float) -> float:
@@ -52,8 +56,10 @@ def layout(training: TrainingConfig, parallel: ParallelConfig, optim: OptimConfi
         accumulated=count,
         shards=parallel.workers // parallel.replicas,
         alone=is_alone(parallel.workers, parallel),
-        precision=training.precision,
+        precision="bf16" if training.in_bf16 else training.precision,
         checkpoint_every=parallel.recompute_every,
+        layers_per_unit=parallel.layers_per_unit,
+        reshard_after_forward=parallel.reshard_after_forward,
         cpu_offload=parallel.cpu_offload,
         cuda=cuda,
         averaged=optim.ema_decay is not None,
@@ -152,13 +158,34 @@ def check_memory(experiment: Experiment, gpu: bool) -> None:
         check_step_fits(step_of(experiment), experiment.training, parallel, experiment.optim, limit, gpu, where)
 
 
+def check_float8(training: TrainingConfig, parallel: ParallelConfig) -> None:
+    """What is known of float8 before a cluster is joined.
+
+    Raises:
+        UserError: its package is missing, or no worker will have a GPU.
+    """
+    if training.precision != "float8":
+        return
+    check_package("--training.precision")
+    joins = parallel.address or os.environ.get("RAY_ADDRESS")
+    if parallel.device == "cpu" or not (joins or torch.cuda.is_available()):
+        raise UserError(NO_FLOAT8_ON_CPUS)
+
+
 def check_precision(experiment: Experiment, gpu: bool) -> None:
-    """Raises UserError where a run in bf16 might get GPUs that have no units for it: they would emulate it, slower than fp32."""
-    lacking = sorted(_gpu_types() & WITHOUT_BF16) if gpu and experiment.training.precision == "bf16" else []
+    """Raises UserError where a run in bf16 or float8 might get GPUs, or one in float8 CPUs, that have no units for it: they would emulate
+    it, slower than fp32.
+    """
+    precision = experiment.training.precision
+    if precision == "float8" and not gpu:
+        raise UserError(NO_FLOAT8_ON_CPUS)
+    without = {"bf16": WITHOUT_BF16, "float8": WITHOUT_FLOAT8}.get(precision, set())
+    lacking = _gpu_types() & without if gpu else set()
     if lacking:
+        other = "fp32" if precision == "bf16" or lacking & WITHOUT_BF16 else "bf16"
         raise UserError(
-            f"--training.precision is 'bf16', but the cluster has GPUs without units for it ({', '.join(lacking)}): use "
-            "--training.precision fp32"
+            f"--training.precision is {precision!r}, but the cluster has GPUs without units for it ({', '.join(sorted(lacking))}): use "
+            f"--training.precision {other}"
         )
 
 

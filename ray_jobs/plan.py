@@ -36,7 +36,7 @@ from ray_jobs.overrides import UNDOTTED
 from ray_jobs.preflight import check_experiment
 from ray_jobs.program import program
 from ray_jobs.recomputation import describe, resolve
-from ray_jobs.scale import plan_lines
+from ray_jobs.scale import PEAKS, plan_lines
 
 FACTORS = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""), (1e-3, "m"), (1e-6, "µ"))
 
@@ -86,7 +86,7 @@ def make_plan(experiment: Experiment, device: Device, mfu: float) -> Plan:
     step, limit, batch = step_of(experiment), usable(device.memory), experiment.training.global_batch_size
     unit, per_example = task.throughput_unit()
     flops = step.flops_per_example() if isinstance(step, CountedStep) else task.flops_per_example()
-    peak = {"bf16": device.bf16, "tf32": device.tf32_peak, "fp32": device.fp32}[experiment.training.precision]
+    peak = getattr(device, PEAKS[experiment.training.precision])
     return Plan(
         parameters=num_parameters(experiment.model),
         unit=unit,

@@ -16,7 +16,8 @@ from ray_jobs import collector, watch
 from ray_jobs.memory_check import layout_of, step_of
 from ray_jobs.messages import PUMP_EVERY
 
-PEAKS = {"bf16": "bf16", "tf32": "tf32_peak", "fp32": "fp32"}
+PEAKS = {"bf16": "bf16", "float8": "bf16", "tf32": "tf32_peak", "fp32": "fp32"}
+"""The peak of a device by precision, which MFU refers to: with float8 linear layers alone may be faster than it."""
 ACTORS_PER_SECOND = 50.0
 """That Ray starts in a cluster. An assumption, as is the next."""
 NCCL_SECONDS, NCCL_SECONDS_PER_WORKER = 2.0, 0.01

@@ -35,7 +35,7 @@ from ray_jobs import BEGUN
 from ray_jobs.capacity import ONE, Capacity, most_at_once
 from ray_jobs.cli import Interrupted, main_entry, naming_words, parse_experiment
 from ray_jobs.logs import log_file, show_progress
-from ray_jobs.memory_check import check_precision
+from ray_jobs.memory_check import check_float8, check_precision
 from ray_jobs.preflight import check_experiment, plan_resources
 from ray_jobs.program import program
 from ray_jobs.ray_env import joining
@@ -150,6 +150,7 @@ def run(
     asked_at = BEGUN if argv is not None else time.time()
     experiment = with_tokenizer(experiment)
     check_experiment(experiment)
+    check_float8(experiment.training, experiment.parallel)
     callbacks = ready_callbacks(experiment)
     trained = Run(local_folder("run.storage", experiment.run.storage_path) / experiment.run_name)
     remote = RemoteCopy.of(experiment.run, trained.folder)

@@ -27,6 +27,12 @@ class ParallelConfig(Config):
     whole share at once."""
     activation_checkpointing: int | Literal["auto"] = 0
     """Recompute every n-th layer in the backward pass to save memory. 0: none; 1: all; auto: as few as fit, by the memory plan."""
+    layers_per_unit: int = 1
+    """Neighbouring layers of a block whose parameters are gathered, and gradients reduced, in one message (FSDP). More: fewer messages, and
+    more memory for gathered parameters."""
+    reshard_after_forward: bool = True
+    """Free the gathered parameters of a layer after its forward pass, and gather them again for the backward pass. False: keep them, which
+    saves a third of the traffic and takes memory for all parameters in the type of computation."""
     cpu_offload: bool = False
     """Keep parameters, gradients and optimizer state in the host's memory and update them there (no effect on CPUs)."""
     compile: bool = False
@@ -54,7 +60,7 @@ class ParallelConfig(Config):
         return 0 if self.activation_checkpointing == "auto" else self.activation_checkpointing
 
     def check(self, where: str) -> None:
-        check_positive(self, where, "workers", "min_workers", "replicas", "micro_batch_size", "threads_per_worker")
+        check_positive(self, where, "workers", "min_workers", "replicas", "micro_batch_size", "layers_per_unit", "threads_per_worker")
         for name in ("cpus_per_worker", "device_memory_gib"):
             if (value := getattr(self, name)) is not None and not value > 0:
                 raise UserError(f"{spelled(where + name)} is {value} and must be above 0, or None for what is found")

@@ -19,9 +19,11 @@ class TrainingConfig(Config):
     """Length in optimizer steps. With max-epochs also set, the training ends at whichever comes first."""
     seed: int = 0
     """Seed of initial weights, data order, masks, random shifts and dropout."""
-    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    precision: Literal["fp32", "tf32", "bf16", "float8"] = "fp32"
     """fp32: full precision. tf32: on GPUs, matrix products round their fp32 inputs to 10 bits of mantissa, which is several times as
-    fast. bf16: forward and backward passes use bfloat16; reductions and updates stay in fp32."""
+    fast. bf16: forward and backward passes use bfloat16; reductions and updates stay in fp32; on CPUs with units for it, less than half of
+    the time. float8: the same, but linear layers multiply in 8 bits (GPUs such as H100 and L40S; needs perceiver-ray[float8], and
+    parallel.compile to be fast)."""
     deterministic: bool = False
     """Use deterministic algorithms only, so that a run gives the same bits every time on GPUs as well; slower. On CPUs it always does."""
     skip_not_finite: int = 0
@@ -45,6 +47,11 @@ class TrainingConfig(Config):
     state, step count and place in the data order. Fields on which these do not depend may be changed."""
     fork_weights_only: bool = False
     """With --fork: take over only the weights that fit; optimizer, step count and data order start afresh. Short: --fork-weights-only."""
+
+    @property
+    def in_bf16(self) -> bool:
+        """Whether forward and backward passes use bfloat16."""
+        return self.precision in ("bf16", "float8")
 
     def check(self, where: str) -> None:
         check_positive(self, where, "global_batch_size", "max_steps", "max_epochs")

@@ -47,6 +47,10 @@ class Layout:
     precision: str = "fp32"
     checkpoint_every: int = 0
     """Every n-th layer is recomputed; 0: none."""
+    layers_per_unit: int = 1
+    """Neighbouring layers that are gathered and reduced together."""
+    reshard_after_forward: bool = True
+    """Gathered parameters are freed after the forward pass, and gathered again."""
     cpu_offload: bool = False
     """Shards of parameters, gradients and the optimizer's state are in the host's memory."""
     averaged: bool = False

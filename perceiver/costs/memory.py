@@ -14,7 +14,7 @@ Not counted: what the allocator loses to fragments, the device's context, the co
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from typing import Protocol, TypeGuard
@@ -27,7 +27,7 @@ from perceiver.config.core import is_builtin
 from perceiver.config.optimization import shard_size
 from perceiver.costs.activations import FP32, Call, Layout, Loss, StepSizes, step_calls
 from perceiver.models import PerceiverARConfig, PerceiverIOConfig, build_model
-from perceiver.models.weights import layer_matrices
+from perceiver.models.weights import blocks_of, layer_matrices, neighbours
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +73,8 @@ class Unit:
     """Those of them that get gradients."""
     weights: tuple[Weight, ...] = ()
     """What those are."""
+    block: str = ""
+    """Of a layer: the list of layers that it is in."""
 
 
 class Step(Protocol):
@@ -121,13 +123,14 @@ def units_of(model: nn.Module, shards: int) -> tuple[Unit, ...]:
     parts.append([parameter for parameter in model.parameters() if id(parameter) not in own])
     matrices = layer_matrices(model)
     units = []
-    for part in parts:
+    for part, block in zip(parts, [*blocks_of(model), ""], strict=True):
         trained = [parameter for parameter in part if parameter.requires_grad]
         units.append(
             Unit(
                 size=shards * sum(shard_size(p.shape, shards) for p in part),  # those that do not divide evenly are padded
                 trained=shards * sum(shard_size(p.shape, shards) for p in trained),
                 weights=tuple(Weight(tuple(p.shape), id(p) in matrices) for p in trained),
+                block=block,
             )
         )
     return tuple(units)
@@ -190,20 +193,53 @@ class Traffic:
 
 
 def step_traffic(step: Step, layout: Layout, replicas: int = 1) -> Traffic:
-    """What FSDP2 sends: a layer is gathered for each of its runs forward and backward, what belongs to no layer once.
+    """What FSDP2 sends: a layer is gathered for each of its runs forward and backward, what belongs to no layer once; where layers stay
+    gathered after the forward pass, once for all of its runs forward and the last one backward.
 
     Gradients are reduced once a step, also those of a layer that runs several times.
     """
     *layers, root = step.units(layout.shards)
     calls, _ = step.walk(layout)
     others = (layout.shards - 1) / layout.shards
-    runs = sum(layers[call.unit].size * (2 if call.trained else 1) for call in calls) + root.size
+    if layout.reshard_after_forward:
+        runs = sum(layers[call.unit].size * (2 if call.trained else 1) for call in calls) + root.size
+    else:
+        once, again = {call.unit for call in calls}, [call.unit for call in calls if call.trained]
+        runs = sum(layers[unit].size for unit in once) + sum(layers[unit].size for unit in again) + root.size
+        runs -= sum(layers[unit].size for unit in set(again))
     reduced = sum(unit.trained for unit in layers) + root.trained
     return Traffic(
         gathered=layout.accumulated * layout.element_size * others * runs,
         reduced=FP32 * others * reduced,
         all_reduced=FP32 * 2 * (replicas - 1) / replicas * reduced / layout.shards,
     )
+
+
+def gathers(step: Step, layout: Layout) -> int:
+    """Messages in which parameters arrive in a step."""
+    *layers, _ = step.units(layout.shards)
+    calls, _ = step.walk(layout)
+    first = {part[0] for part in _parts(layers, layout)}
+    forward, backward = (
+        [call.unit for call in calls if call.unit in first],
+        [call.unit for call in calls if call.unit in first and call.trained],
+    )
+    if not layout.reshard_after_forward:  # each once, and again for the earlier runs of one that runs several times
+        return layout.accumulated * (len(set(forward)) + len(backward) - len(set(backward)) + 1)
+    return layout.accumulated * (len(forward) + len(backward) + 1)
+
+
+def _parts(layers: Sequence[Unit], layout: Layout) -> list[list[int]]:
+    return neighbours([unit.block for unit in layers], layout.layers_per_unit)
+
+
+def _together(layers: Sequence[Unit], layout: Layout) -> list[Unit]:
+    """For each layer the unit that it is gathered with."""
+    found: list[Unit] = []
+    for part in _parts(layers, layout):
+        size, trained = sum(layers[n].size for n in part), sum(layers[n].trained for n in part)
+        found += [Unit(size=size, trained=trained)] * len(part)
+    return found
 
 
 def _moments(step: Step, layout: Layout) -> Iterator[Memory]:
@@ -218,6 +254,8 @@ def _moments(step: Step, layout: Layout) -> Iterator[Memory]:
     size, trained = sum(unit.size for unit in parts) / shards, sum(unit.trained for unit in parts) / shards
     base = {"parameters": owned * FP32 * size, "optimizer": owned * optimizer_bytes(parts, layout), "gathered": e * root.size}
     calls, loss = step.walk(layout)
+    together = _together(layers, layout)
+    kept: set[int] = set()
     whole = 0.0
     if layout.accumulated > 1:  # gradients stay whole, in fp32, until the step's last micro-batch
         whole = FP32 * sum(unit.trained for unit in parts)
@@ -226,8 +264,13 @@ def _moments(step: Step, layout: Layout) -> Iterator[Memory]:
     live = defaultdict(float, base)
     live["reduced"] += whole
     for call in calls:
-        arriving = 2 * layers[call.unit].size if shards > 1 else 0
-        yield _memory(live, activations=call.held + call.saved + call.working, gathered=e * (layers[call.unit].size + arriving))
+        unit = together[call.unit]
+        arriving = 2 * unit.size if shards > 1 else 0
+        here = 0 if call.unit in kept else unit.size
+        yield _memory(live, activations=call.held + call.saved + call.working, gathered=e * (here + arriving))
+        if not layout.reshard_after_forward and call.unit not in kept:
+            kept.add(call.unit)
+            live["gathered"] += e * layers[call.unit].size
         live["activations"] += call.held + (call.saved if _keeps(call, layout) else 0.0)
     live["activations"] += loss.held
     yield _memory(live, loss=loss.peak)
@@ -238,18 +281,23 @@ def _moments(step: Step, layout: Layout) -> Iterator[Memory]:
     for number, call in reversed(list(enumerate(calls))):
         if not call.trained:
             break
-        unit = layers[call.unit]
-        before = layers[calls[number - 1].unit].size if number and shards > 1 else 0
+        unit = together[call.unit]
+        before = together[calls[number - 1].unit].size if number and shards > 1 else 0
+        if not layout.reshard_after_forward:
+            before = 0
         if not _keeps(call, layout):
             live["activations"] += call.saved
         gradients = 0.0 if whole and e == FP32 else e * unit.trained
-        yield _memory(live, activations=call.extra, gathered=e * (unit.size + before), reduced=held_input + gradients)
+        here = 0 if call.unit in kept else unit.size
+        yield _memory(live, activations=call.extra, gathered=e * (here + before), reduced=held_input + gradients)
         live["activations"] -= call.saved + call.held
         yield _memory(live, gathered=e * before, reduced=gradients + FP32 * unit.trained)
         held_input = FP32 * unit.trained
         if call.unit not in reduced:
-            live["gradients"] += owned * FP32 * unit.trained / shards
+            live["gradients"] += owned * FP32 * layers[call.unit].trained / shards
         reduced.add(call.unit)
+        if call.unit in kept and all(other.unit != call.unit for other in calls[:number]):
+            live["gathered"] -= e * layers[call.unit].size
     live["activations"] = 0.0
     # Embeddings: a dense gradient, added to that of the output matrix where it is the same one.
     live["reduced"] += held_input

@@ -10,7 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from perceiver.costs.activations import Layout
-from perceiver.costs.memory import Step, step_traffic
+from perceiver.costs.memory import Step, gathers, step_traffic
+from perceiver.models.weights import neighbours
 
 GB = 1e9
 
@@ -90,9 +91,8 @@ def step_time(step: Step, layout: Layout, replicas: int, computing: float, clust
     """The time of a step that computes for `computing` seconds."""
     traffic, shards = step_traffic(step, layout, replicas), layout.shards
     *layers, _ = step.units(shards)
-    calls, _ = step.walk(layout)
-    runs = layout.accumulated * (sum(2 if call.trained else 1 for call in calls) + 1)
-    units = len(layers) + 1
+    runs = gathers(step, layout)
+    units = len(neighbours([layer.block for layer in layers], layout.layers_per_unit)) + 1
     gathering = collective_seconds(cluster, traffic.gathered, shards, count=runs)
     reducing = collective_seconds(cluster, traffic.reduced, shards, count=units)
     over_replicas = collective_seconds(cluster, traffic.all_reduced, replicas, shards, count=2 * units)

@@ -18,6 +18,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from perceiver.config import ParallelConfig, TrainingConfig
+from perceiver.models.weights import blocks_of, neighbours
+from perceiver.training.float8 import use_float8
 from perceiver.training.whole import compute_in
 
 # Of malloc.h.
@@ -97,7 +99,8 @@ def build_sharded(
 ) -> nn.Module:
     """Shards a model that was built on the meta device, gives it memory on this worker, and draws its initial weights.
 
-    Each of `layers` becomes a unit of sharding, recomputation and compilation; what is left belongs to the model itself. One worker alone
+    Each of `layers` becomes a unit of recomputation and compilation, and alone or with its neighbours one of sharding;
+    what is left belongs to the model itself. One worker alone
     keeps the whole model: the hooks of sharding took half of a small model's step. A layer may say by an attribute `lengths_vary` that it
     is given inputs of other lengths from step to step: it is compiled for all of them at once.
     With `parallel.cpu_offload` the shards stay in the host's memory (pinned for GPUs): a layer's parameters come to the device when they
@@ -107,14 +110,16 @@ def build_sharded(
     layers = list(layers)
     alone = is_alone(world.size, parallel)
     shard = None if alone else _sharding(world, parallel, training)
+    if training.precision == "float8":
+        use_float8(layers, world.device)
     for number, layer in enumerate(layers):
         if parallel.recompute_every and number % parallel.recompute_every == 0:
             checkpoint(layer)
         if parallel.compile:
             layer.compile(dynamic=getattr(layer, "lengths_vary", None))
-        if shard is not None:
-            shard(layer)
     if shard is not None:
+        for numbers in neighbours(blocks_of(model), parallel.layers_per_unit):
+            shard([layers[number] for number in numbers], reshard_after_forward=parallel.reshard_after_forward)
         # What belongs to no layer stays whole from the forward to the backward pass, so that a loss may use the output matrix.
         shard(model, reshard_after_forward=False)
     model.to_empty(device="cpu" if parallel.cpu_offload else world.device)
@@ -124,7 +129,7 @@ def build_sharded(
                 setattr(module, name, buffer.to(world.device))
     model.reset_buffers()
     model.init_weights(training.seed)
-    if alone and training.precision == "bf16":
+    if alone and training.in_bf16:
         compute_in(torch.bfloat16, model, layers)
     return model
 
@@ -137,7 +142,7 @@ def is_alone(workers: int, parallel: ParallelConfig) -> bool:
 def _sharding(world: World, parallel: ParallelConfig, training: TrainingConfig) -> Callable[..., object]:
     """What makes a module a unit of sharding."""
     policy = MixedPrecisionPolicy()
-    if training.precision == "bf16":
+    if training.in_bf16:
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     offload = CPUOffloadPolicy(pin_memory=world.device.type == "cuda") if parallel.cpu_offload else OffloadPolicy()
     return partial(fully_shard, mesh=world.mesh, mp_policy=policy, offload_policy=offload)

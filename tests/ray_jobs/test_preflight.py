@@ -1,6 +1,7 @@
 """What a run asks Ray for, given what the cluster has."""
 
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from perceiver.config import UserError
 from perceiver.disk import local_file, local_folder
 from ray_jobs.cli import parse_experiment
-from ray_jobs.memory_check import check_precision, is_out_of_memory, out_of_memory
+from ray_jobs.memory_check import check_float8, check_precision, is_out_of_memory, out_of_memory
 from ray_jobs.preflight import plan_resources
 from ray_jobs.train_checks import warn_of_warmup
 
@@ -92,6 +93,26 @@ def test_bf16_is_refused_where_a_gpu_has_no_units_for_it(monkeypatch, precision)
             check_precision(experiment, gpu=True)
     else:
         check_precision(experiment, gpu=True)
+
+
+def test_float8_is_refused_where_there_are_no_units_or_is_no_package_for_it(monkeypatch):
+    experiment = parse_experiment(["quickstart", "--training.precision", "float8"], "x")
+    for types, other in (({"T4"}, "fp32"), ({"A100-40G", "H100"}, "bf16")):
+        cluster(monkeypatch, 8.0, gpus=2, types=types)
+        with pytest.raises(UserError, match=f"'float8', but the cluster has GPUs without units for it .*use --training.precision {other}"):
+            check_precision(experiment, gpu=True)
+    cluster(monkeypatch, 8.0, gpus=2, types=("H100",))
+    check_precision(experiment, gpu=True)
+    with pytest.raises(UserError, match="CPUs have no units"):
+        check_precision(experiment, gpu=False)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    for found, message in ((None, r"needs torchao: pip install 'perceiver-ray\[float8\]'"), (object(), "CPUs have no units")):
+        monkeypatch.setattr("importlib.util.find_spec", lambda name, found=found: found)
+        with pytest.raises(UserError, match=message):
+            check_float8(experiment.training, experiment.parallel)
+    check_float8(experiment.training, replace(experiment.parallel, address="10.0.0.1:6379"))
+    check_float8(replace(experiment.training, precision="bf16"), experiment.parallel)
 
 
 @pytest.mark.parametrize("change, size, offered", [

@@ -34,6 +34,10 @@ LAYOUTS = {
     "2 x 2 workers (HSDP)": ParallelConfig(workers=4, replicas=2),
     "2 workers, every layer recomputed": ParallelConfig(workers=2, activation_checkpointing=1),
     "2 workers, every second layer recomputed": ParallelConfig(workers=2, activation_checkpointing=2),
+    "2 workers, 2 layers together": ParallelConfig(workers=2, layers_per_unit=2),
+    "2 workers, recomputed, 2 layers together, kept": ParallelConfig(
+        workers=2, layers_per_unit=2, reshard_after_forward=False, activation_checkpointing=1
+    ),
     "1 worker, 4 accumulated micro-batches": ParallelConfig(workers=1, micro_batch_size=2),
     "2 workers, recomputed, 2 accumulated": ParallelConfig(workers=2, micro_batch_size=2, activation_checkpointing=1),
 }
