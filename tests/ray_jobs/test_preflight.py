@@ -8,11 +8,13 @@ import pytest
 import torch
 
 from perceiver.config import UserError
+from perceiver.costs.devices import cpu_has_bf16
 from perceiver.disk import local_file, local_folder
 from ray_jobs.cli import parse_experiment
 from ray_jobs.memory_check import check_float8, check_precision, is_out_of_memory, out_of_memory
-from ray_jobs.preflight import plan_resources
+from ray_jobs.preflight import plan_resources, say_cpu_precision
 from ray_jobs.train_checks import warn_of_warmup
+from tests.support.small import heard
 
 
 def cluster(monkeypatch, *cpus: float, gpus: float = 0, types: tuple[str, ...] = (), grows_to: dict[str, float] | None = None) -> None:
@@ -93,6 +95,38 @@ def test_bf16_is_refused_where_a_gpu_has_no_units_for_it(monkeypatch, precision)
             check_precision(experiment, gpu=True)
     else:
         check_precision(experiment, gpu=True)
+
+
+@pytest.mark.parametrize(
+    ("units", "words", "said"),
+    [
+        (False, "clm-wikitext-small --training.precision bf16", "no units for bf16: --training.precision fp32 is faster"),
+        (False, "clm-wikitext-small", None),
+        (True, "clm-wikitext-small", "has units for bf16: --training.precision bf16 may take half the time"),
+        (True, "clm-wikitext-small --training.precision bf16", None),
+        (True, "quickstart", None),
+        (None, "clm-wikitext-small --training.precision bf16", None),
+        (False, "clm-wikitext-small --training.precision bf16 --parallel.address 10.0.0.1:6379", None),
+    ],
+)
+def test_a_training_on_a_cpu_says_which_precision_would_be_faster(units, words, said, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("ray_jobs.preflight.cpu_has_bf16", lambda: units)
+    experiment = parse_experiment(words.split(), "x")
+    with heard() as lines:
+        say_cpu_precision(experiment, gpu=True)
+        assert lines == []
+        say_cpu_precision(experiment, gpu=False)
+    assert len(lines) == bool(said) and all(said in line for line in lines)
+
+
+def test_a_cpu_with_units_for_bf16_is_known_by_its_features(tmp_path):
+    described = tmp_path / "cpuinfo"
+    for line, units in (("flags\t\t: fpu avx512f avx512_bf16", True), ("flags\t\t: fpu avx2", False), ("Features\t: asimd bf16", True)):
+        described.write_text(f"processor\t: 0\n{line}\n")
+        assert cpu_has_bf16(described) is units
+    described.write_text("processor\t: 0\n")
+    assert cpu_has_bf16(described) is None and cpu_has_bf16(tmp_path / "none") is None
 
 
 def test_float8_is_refused_where_there_are_no_units_or_is_no_package_for_it(monkeypatch):
