@@ -13,6 +13,9 @@ from perceiver.models.dropout import softmax_drop
 LONG_ENOUGH_TO_SPLIT = 512
 """CPU kernels compute what causality masks. From this length on, the first half of the queries is left alone with the
 first half of the keys, which saves a quarter of the work."""
+MOST_PLAIN_WEIGHTS = 2**25
+"""Attention weights in bf16 (64 MiB) up to which CPUs compute attention step by step: in bf16 PyTorch's fused CPU kernel takes three times
+as long, for a single query seventeen times (docs/speed.md)."""
 GPU_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 """Kernels that PyTorch may choose from on GPUs. cuDNN's is none of them: it plans anew for every length (137 ms, an H200), fails where
 queries are expanded and heads of values larger than those of keys, and gives NaN with some masks (PyTorch issue 196678)."""
@@ -42,7 +45,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, causa
         return torch.cat([first, attend(q[:, :, half:], k, v, causal=True, dropout=dropout)], dim=2)
     elif causal and num_queries != num_keys:  # `is_causal` aligns shorter queries at the left
         mask, causal = right_aligned(num_queries, num_keys, q.device), False
-    if q.device.type == "cpu" and (dropout or q.shape[-1] != v.shape[-1]):
+    reduced, num_weights = q.dtype != torch.float32, q.shape[:-1].numel() * num_keys
+    if q.device.type == "cpu" and is_plain(dropout, q.shape[-1], v.shape[-1], reduced, num_weights):
         mask = causal_mask(num_queries, num_keys, q.device) if causal else mask
         return _attend_plainly(q, k, v, mask, dropout)
     if q.device.type != "cuda":
@@ -52,6 +56,17 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, causa
     with sdpa_kernel(GPU_KERNELS):
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale)
     return out[..., :value_size]
+
+
+def is_plain(dropout: float, qk_size: int, value_size: int, reduced: bool, num_weights: int) -> bool:
+    """Whether attention is computed step by step on a CPU, not by PyTorch's fused kernel.
+
+    Args:
+        qk_size, value_size: channels of a head.
+        reduced: in fewer than 32 bits.
+        num_weights: of all examples and heads together.
+    """
+    return bool(dropout) or qk_size != value_size or (reduced and num_weights <= MOST_PLAIN_WEIGHTS)
 
 
 def head_sizes(qk_size: int, value_size: int, masked: bool) -> tuple[int, int, int]:
