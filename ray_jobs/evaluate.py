@@ -117,7 +117,7 @@ def evaluate_run(
     path = found.evaluation_file(chosen.step, manifest.digest, averaged)
     result["baselines"] = {name: asdict(baseline) for name, baseline in baselines.items()}
     examples = result.pop("examples")
-    source = " ".join(data.mixture) or data.source or data.val_source
+    source = " ".join(data.mixture) or data.val_source or data.source
     where_from = {"folder": data_folder, "source": source, "digest": manifest.digest}
     content = {"checkpoint": chosen.path.name, "data": where_from, **result}
     write_json(path, content)
@@ -136,9 +136,9 @@ def _data(asked: DataConfig, trained: DataConfig, run: Run, overrides: Sequence[
     """What is evaluated on, and whether that is other data than the run's own: then all of it, whatever is validation data there."""
     if asked.tokenizer == trained.tokenizer and run.tokenizer_file.is_file():
         asked = replace(asked, tokenizer=str(run.tokenizer_file))
-    # The source beside a mixture is read by nobody: given here, it is another one in any case.
+    # The source beside a mixture is read by nobody, and what is beside val_source was trained on: given here, it is another one.
     named = any(SHORTCUTS.get(word := text.partition("=")[0], word) == "--data.source" for text in overrides)
-    if not (named if trained.mixture else asked.source != trained.source):
+    if not (named if trained.mixture or trained.val_source else asked.source != trained.source):
         return asked, False
     return replace(asked, source="", val_source=asked.source, mixture=(), prepare="shards"), True
 

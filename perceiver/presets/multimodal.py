@@ -45,8 +45,9 @@ def multimodal_small() -> Experiment:
     shape, samples, group = (made_video.FRAMES, made_video.SIZE, made_video.SIZE, 3), made_video.SAMPLES, 16
     return Experiment(
         preset="multimodal-small",
+        # With a weight of 1, the video takes the latents for itself, and silence is what is left of the sound.
         task=MultimodalAutoencodingConfig(
-            class_names=made_video.CLASSES, asked_video=256, asked_audio=16, label_weight=0.05, video_weight=1.0
+            class_names=made_video.CLASSES, asked_video=256, asked_audio=32, label_weight=0.05, video_weight=0.3
         ),
         model=PerceiverIOConfig(
             num_latents=48,
@@ -60,7 +61,7 @@ def multimodal_small() -> Experiment:
                 ),
                 masked=(0.0, 0.0, 1.0),
             ),
-            encoder=EncoderConfig(num_cross_attention_heads=1, num_self_attention_heads=4, num_self_attention_layers_per_block=4),
+            encoder=EncoderConfig(num_cross_attention_heads=4, num_self_attention_heads=4, num_self_attention_layers_per_block=4),
             decoder=DecoderConfig(num_cross_attention_heads=4, num_cross_attention_qk_channels=96),
             output=AutoencoderOutput(
                 video_shape=shape,
@@ -78,7 +79,7 @@ def multimodal_small() -> Experiment:
             init_scale=0.1,
         ),
         data=DataConfig(source="perceiver.data.made_video:SoundingShapes"),
-        optim=OptimConfig(lr=2e-3, schedule=Cosine(), warmup_steps=50, max_grad_norm=1.0),
-        training=TrainingConfig(global_batch_size=16, max_epochs=10),
+        optim=OptimConfig(lr=4e-3, schedule=Cosine(), warmup_steps=50, max_grad_norm=1.0),
+        training=TrainingConfig(global_batch_size=16, max_epochs=20),
         run=RunConfig(log_every=50, val_every=512, checkpoint_every=512, best_metric="val_loss"),
     )

@@ -64,7 +64,8 @@ class Autoregressive(Task[A, PerceiverARConfig]):
         prefix_len = batch["ids"].shape[1] - labels.shape[1]
         hidden = model(batch["ids"], prefix_len, batch.get("pad_mask"), batch.get("prefix_keep"), return_hidden=True)
         # The output matrix is the model's own, not a layer's: sharding leaves it whole from forward to backward.
-        weight, bias = model.output_matrix()
+        # Where a pass without gradients has ended, a worker alone has it in fp32 again.
+        weight, bias = (part if part is None else part.to(hidden.dtype) for part in model.output_matrix())
         loss, each = chunked_cross_entropy(hidden, weight, bias, labels)
         return loss, loss_of_sources(each, batch) if torch.is_grad_enabled() else of_examples(each, labels != IGNORE_INDEX)
 

@@ -145,3 +145,21 @@ def test_an_evaluation_prints_and_stores_baselines_and_counts_the_training_label
     with logged() as said:
         evaluate_run(run_folder, "last", ["--data.source", str(tmp_path / "other.jsonl")])
     assert [line.rpartition("(")[2] for line in said if line.split()[0] == "val_acc"][0] == "always answering 'positive': 0.1)"
+
+
+def test_the_files_that_a_run_was_trained_on_beside_a_source_for_validation_may_be_evaluated(tmp_path, monkeypatch):
+    serially(monkeypatch)
+    train, held_out = (tmp_path / name for name in ("train.jsonl", "held-out.jsonl"))
+    write_reviews(train, [1, 0] * 10)
+    write_reviews(held_out, [0, 0, 1], seed=1)
+    chosen = classifier(tmp_path / "data", train, val_source=str(held_out))
+    manifest, run_folder = prepare(chosen), tmp_path / "run"
+    folder = load_prepared(chosen)[0]
+    save_experiment(Run(run_folder), chosen, manifest, folder)
+    world = join_world(torch.device("cpu"))
+    Training(chosen, build_task(chosen), folder, manifest, world, run_folder, read_here).run()
+    evaluating_here(monkeypatch)
+    for options, place, number in (([], held_out, 3), (["--data.source", str(train)], train, 20)):
+        with logged() as said:
+            evaluate_run(run_folder, "last", options)
+        assert any(f"on {place}: {number} targets" in line for line in said), "what was measured is what is named"

@@ -62,7 +62,7 @@ def test_a_step_is_counted_by_the_points_that_it_asks_for() -> None:
 
 
 def test_the_points_that_are_asked_for_depend_on_seed_and_step_alone() -> None:
-    task = build_task(experiment())
+    task = build_task(experiment(asked_audio=16))
     one, again, next_step = (collated(task, first, 2, 3, True, step) for first, step in ((0, 4), (2, 4), (0, 5)))
     for name in ("asked_video", "asked_audio"):
         assert torch.equal(one[name], again[name]) and not torch.equal(one[name], next_step[name])

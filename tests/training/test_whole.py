@@ -107,6 +107,18 @@ def test_a_pass_in_bf16_computes_with_the_weights_as_they_are(alone, world):
     assert not torch.equal(used(), average_of)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_loss_in_bf16_is_the_same_with_gradients_and_without(kind, world):
+    """Without them, the output matrix is in fp32 again when a loss uses it."""
+    make, batch_of = KINDS[kind]
+    experiment = make(precision="bf16")
+    task = build_task(experiment)
+    model, batch = build_state(experiment, task, world).model.eval(), batch_of(0)
+    expected = task.loss(model, batch)[0]
+    with torch.no_grad():
+        assert task.loss(model, batch)[0].item() == expected.item()
+
+
 def test_after_a_pass_that_fails_the_parameters_are_in_their_place(world):
     experiment = text_experiment(precision="bf16")
     state = build_state(experiment, build_task(experiment), world)
