@@ -13,22 +13,26 @@ GOALS = {"img-clf-mnist": 0.6, "clm-wikitext": 1.1, "mlm-imdb": 1.12, "img-clf-i
 
 def main() -> None:
     start, step, busy = (
-        json.loads((RESULTS / f"{name}_2_cores{number}.json").read_text())
-        for name, number in (("first_step", ""), ("step_time", "_2"), ("busy_neighbour", ""))
+        json.loads((RESULTS / f"{name}_2_cores{suffix}.json").read_text())
+        for name, suffix in (("first_step", "_2"), ("step_time", "_bf16"), ("busy_neighbour", ""))
     )
     figure = Figure(figsize=(11, 3.4), layout="constrained")
     FigureCanvasAgg(figure)
     first, second, third = figure.subplots(1, 3)
-    names = ["before", "read early", "now"]
-    first.bar(names, [one["first_step_s"] for one in start["medians"]], color=["0.7", "0.55", "tab:blue"])
-    first.bar(names, [one["waiting_s"] for one in start["medians"]], color="tab:orange", label="of it waiting for the first batch")
+    for key, label, shift, color in (("first_step_s", "time", -0.2, "tab:blue"), ("cpu_s", "processor time", 0.2, "0.7")):
+        first.bar([place + shift for place in range(2)], [one[key] for one in start["medians"]], 0.4, color=color, label=label)
+    first.set_xticks(range(2), ["before", "now"])
     first.set_title("quickstart: seconds to the first step", fontsize=10)
-    first.set_ylim(top=40)
+    first.set_ylim(top=42)
     first.legend(fontsize=8)
-    second.barh(list(GOALS), [row["ratio_to_bound"] for row in step["rows"]], color="tab:blue", label="now")
-    second.plot(list(GOALS.values()), list(GOALS), "k|", markersize=16, label="goal")
+    for side, shift, color in (("ours", 0.2, "0.7"), ("ours bf16", -0.2, "tab:blue")):
+        ratios = {row["workload"]: row["ratio_to_bound"] for row in step["rows"] if row["implementation"] == side}
+        label = "bf16" if side.endswith("bf16") else "fp32"
+        second.barh([place + shift for place in range(len(GOALS))], [ratios[name] for name in GOALS], 0.4, color=color, label=label)
+    second.set_yticks(range(len(GOALS)), list(GOALS))
+    second.plot(list(GOALS.values()), range(len(GOALS)), "k|", markersize=24, label="goal")
     second.set_title("a step, times the bound", fontsize=10)
-    second.legend(fontsize=8)
+    second.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=3)
     places = range(len(busy["ways"]))
     third.barh([place + 0.2 for place in places], busy["at_rest"], 0.4, color="0.7", label="at rest")
     third.barh([place - 0.2 for place in places], busy["beside_a_busy_process"], 0.4, color="tab:blue", label="beside a busy process")
