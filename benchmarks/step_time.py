@@ -240,14 +240,16 @@ def peak_memory(name: str, side: str, threads: int) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def measure(
-    name: str, repeats: int, threads: int, precisions: list[str], with_transformers: bool, cpu_time: bool
-) -> list[dict[str, float | str]]:
-    """Rows for one workload, medians over the repeats. Run in a fresh process."""
+def measure(name: str, repeats: int, threads: int, asked: list[str], cpu_time: bool) -> list[dict[str, float | str]]:
+    """Rows for one workload, medians over the repeats. Run in a fresh process.
+
+    Args:
+        asked: the sides, measured alternately; one that does not have the workload is left out.
+    """
     clock = time.process_time if cpu_time else time.perf_counter
-    sides = {OURS[precision]: build_side(name, OURS[precision], threads) for precision in precisions}
-    if with_transformers and (other := build_side(name, "transformers", threads)):
-        sides["transformers"] = other
+    sides = {side: built for side in asked if (built := build_side(name, side, threads))}
+    if not sides:
+        return []
     a, b, out = torch.rand(3, MATMUL_SIZE, MATMUL_SIZE).unbind()
     times: dict[str, list[tuple[float, float]]] = {side: [] for side in sides}
     rates = []
@@ -282,6 +284,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--precision", nargs="+", choices=OURS, default=["fp32"], help="of this project's step, measured alternately")
     parser.add_argument("--with-transformers", action="store_true")
+    parser.add_argument("--apart", action="store_true", help="one after the other, where models do not fit into memory beside each other")
     parser.add_argument("--cpu-time", action="store_true", help="measure processor time, on a machine with other work: with --threads 1")
     parser.add_argument("--out", type=Path, help="JSON file to write the rows to")
     args = parser.parse_args()
@@ -290,8 +293,11 @@ def main() -> None:
     print(f"{'workload':20}{'implementation':16}" + "".join(f"{column:>9}" for column in columns))
     context = multiprocessing.get_context("spawn")
     for name in args.workloads:
-        with context.Pool(1) as pool:
-            new = pool.apply(measure, (name, args.repeats, args.threads, args.precision, args.with_transformers, args.cpu_time))
+        sides = [OURS[precision] for precision in args.precision] + (["transformers"] if args.with_transformers else [])
+        new = []
+        for together in [[side] for side in sides] if args.apart else [sides]:
+            with context.Pool(1) as pool:
+                new += pool.apply(measure, (name, args.repeats, args.threads, together, args.cpu_time))
         for row in new:
             with context.Pool(1) as pool:
                 row["peak_rss_mib"] = pool.apply(peak_memory, (name, row["implementation"], args.threads))

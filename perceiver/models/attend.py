@@ -45,7 +45,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, causa
         return torch.cat([first, attend(q[:, :, half:], k, v, causal=True, dropout=dropout)], dim=2)
     elif causal and num_queries != num_keys:  # `is_causal` aligns shorter queries at the left
         mask, causal = right_aligned(num_queries, num_keys, q.device), False
-    reduced, num_weights = q.dtype != torch.float32, q.shape[:-1].numel() * num_keys
+    reduced, num_weights = q.dtype.itemsize < 4, q.shape[:-1].numel() * num_keys
     if q.device.type == "cpu" and is_plain(dropout, q.shape[-1], v.shape[-1], reduced, num_weights):
         mask = causal_mask(num_queries, num_keys, q.device) if causal else mask
         return _attend_plainly(q, k, v, mask, dropout)
