@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from perceiver.config import AdamW, OptimizerConfig
 from perceiver.costs.flops import num_kept
 from perceiver.models import PerceiverARConfig, PerceiverIOConfig
-from perceiver.models.attend import LONG_ENOUGH_TO_SPLIT, is_plain
+from perceiver.models.attend import LONG_ENOUGH_TO_SPLIT, MOST_PLAIN_WEIGHTS, is_plain
 from perceiver.models.factored_attention import is_cheaper
 from perceiver.models.shapes import AttentionChannels
 
@@ -129,7 +129,7 @@ def _attention(
     # Gradients of the layer's output, of attention's output and of queries, keys and values, when the MLP's tensors are gone.
     extra: float = e * (queries * (c.q_channels + c.v_channels + c.qk_channels) + keys * (c.qk_channels + c.v_channels))
     weights, at_once = (batch * heads * number for number in _weights(num_queries, num_keys, causal))
-    if not layout.cuda and is_plain(dropout, c.qk_channels, c.v_channels, e < FP32, at_once):
+    if not layout.cuda and is_plain(dropout, c.qk_channels, c.v_channels, e < FP32 and at_once <= MOST_PLAIN_WEIGHTS):
         # Softmax; with dropout also what it leaves.
         kept += weights * (e + (e if dropout else 0))
         extra = e * (2 * at_once + queries * c.q_channels)  # gradients of softmax's output and input

@@ -50,8 +50,8 @@ class Kernels(TorchFunctionMode):
         self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, *args: Any,
         **kwargs: Any,
     ) -> Tensor:  # fmt: skip
-        reduced, num_weights = query.dtype.itemsize < 4, query.shape[:-1].numel() * key.shape[-2]
-        if not self._cuda and attend.is_plain(dropout_p, query.shape[-1], value.shape[-1], reduced, num_weights):
+        few = query.dtype.itemsize < 4 and query.shape[:-1].numel() * key.shape[-2] <= attend.MOST_PLAIN_WEIGHTS
+        if not self._cuda and attend.is_plain(dropout_p, query.shape[-1], value.shape[-1], few):
             return SDPA(query, key, value, attn_mask, dropout_p, *args, **kwargs)
         if attn_mask is not None and attn_mask.dtype == torch.bool:
             attn_mask = torch.empty_like(attn_mask, dtype=query.dtype)  # kernels add masks

@@ -45,8 +45,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, causa
         return torch.cat([first, attend(q[:, :, half:], k, v, causal=True, dropout=dropout)], dim=2)
     elif causal and num_queries != num_keys:  # `is_causal` aligns shorter queries at the left
         mask, causal = right_aligned(num_queries, num_keys, q.device), False
-    reduced, num_weights = q.dtype.itemsize < 4, q.shape[:-1].numel() * num_keys
-    if q.device.type == "cpu" and is_plain(dropout, q.shape[-1], v.shape[-1], reduced, num_weights):
+    # Numbers of weights are asked for only where they matter: where a model is exported, they would fix its sizes.
+    few = q.dtype.itemsize < 4 and q.shape[:-1].numel() * num_keys <= MOST_PLAIN_WEIGHTS
+    if q.device.type == "cpu" and is_plain(dropout, q.shape[-1], v.shape[-1], few):
         mask = causal_mask(num_queries, num_keys, q.device) if causal else mask
         return _attend_plainly(q, k, v, mask, dropout)
     if q.device.type != "cuda":
@@ -58,15 +59,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, causa
     return out[..., :value_size]
 
 
-def is_plain(dropout: float, qk_size: int, value_size: int, reduced: bool, num_weights: int) -> bool:
+def is_plain(dropout: float, qk_size: int, value_size: int, few: bool) -> bool:
     """Whether attention is computed step by step on a CPU, not by PyTorch's fused kernel.
 
     Args:
         qk_size, value_size: channels of a head.
-        reduced: in fewer than 32 bits.
-        num_weights: of all examples and heads together.
+        few: its weights have fewer than 32 bits, and are at most `MOST_PLAIN_WEIGHTS` of all examples and heads together.
     """
-    return bool(dropout) or qk_size != value_size or (reduced and num_weights <= MOST_PLAIN_WEIGHTS)
+    return bool(dropout) or qk_size != value_size or few
 
 
 def head_sizes(qk_size: int, value_size: int, masked: bool) -> tuple[int, int, int]:

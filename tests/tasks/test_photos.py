@@ -132,7 +132,7 @@ def test_batches_are_the_same_whoever_reads_them_and_change_with_the_epoch(tmp_p
     loader = make_loader(task, folder, manifest.splits["train"], True, data=chosen.data, training=chosen.training)
 
     def steps(rank: int, world: int) -> list[dict[str, torch.Tensor]]:
-        return [batch for (batch,) in loader.steps(lambda own, units: map(own.read, units), rank, world, 0, 8)]
+        return [batch for (batch,) in loader.steps(lambda own, units: map(own.reader.read, units), rank, world, 0, 8)]
 
     one, two = steps(0, 1), list(zip(steps(0, 2), steps(1, 2), strict=True))
     for whole, parts in zip(one, two, strict=True):
