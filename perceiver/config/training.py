@@ -20,9 +20,8 @@ class TrainingConfig(Config):
     seed: int = 0
     """Seed of initial weights, data order, masks, random shifts and dropout."""
     precision: Literal["fp32", "tf32", "bf16", "float8"] = "fp32"
-    """fp32: full precision. tf32: on GPUs, matrix products round their fp32 inputs to 10 bits of mantissa, which is several times as
-    fast. bf16: forward and backward passes use bfloat16; reductions and updates stay in fp32. float8: the same, but linear layers multiply
-    in 8 bits (GPUs such as H100; needs the extra float8)."""
+    """fp32: full precision. tf32: products on GPUs round their inputs to 10 bits of mantissa; several times as fast. bf16: passes use
+    bfloat16, updates fp32. float8: the same, but linear layers multiply in 8 bits (H100 and later)."""
     deterministic: bool = False
     """Use deterministic algorithms only, so that a run gives the same bits every time on GPUs as well; slower. On CPUs it always does."""
     skip_not_finite: int = 0
