@@ -133,6 +133,15 @@ class Task(ABC, Generic[C, M]):
         batch = {name: padded(values, size) for name, values in self.rows.arrays(rows).items()}
         return {**batch, "valid": padded(np.ones(rows.num_rows, bool), size)}
 
+    def examples_of(self, rows: pa.Table, size: int) -> np.ndarray | None:
+        """Which of a validation batch's examples each of its parts belongs to, (B,) from 0 to size - 1, of a task whose batches may have
+        several parts for an example (windows that overlap). None: one each.
+
+        Args:
+            rows, size: what `collate` was given.
+        """
+        return None
+
     @abstractmethod
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Sum (not mean) of the loss over the batch's valid targets, and sums of what `metrics` needs.

@@ -157,6 +157,12 @@ class NextToken(Autoregressive[S]):
             batch["prefix_keep"] = keep
         return batch
 
+    def examples_of(self, rows: pa.Table, size: int) -> np.ndarray | None:
+        of = np.repeat(np.arange(size), self.model_config.max_seq_len // self._stride)
+        if self._stride == self.model_config.max_latents:
+            of = np.concatenate([of, *(np.full(len(self._first_ends), head) for head in self._heads(rows))])
+        return of
+
     def _heads(self, rows: pa.Table) -> np.ndarray:
         """Places of the rows in which a text begins: int64 (n,)."""
         return np.flatnonzero(rows["row"].to_numpy() == 0)
@@ -171,10 +177,15 @@ class NextToken(Autoregressive[S]):
             Windows (n, T + 1) as if they began before the text; which targets are scored (n, T + 1); padding (n, T).
         """
         length, latents = self.model_config.max_seq_len, self.model_config.max_latents
-        ends = np.arange(latents, length, latents)  # the last target of each
+        ends = self._first_ends
         shown = np.minimum(ends + 1, real)[:, None]
         position = np.arange(length + 1) - (length + 1 - shown)
         return tokens[np.maximum(position, 0)], position > (ends - latents)[:, None], position[:, :-1] < 0
+
+    @property
+    def _first_ends(self) -> np.ndarray:
+        """The last target of each of a text's first windows."""
+        return np.arange(self.model_config.max_latents, self.model_config.max_seq_len, self.model_config.max_latents)
 
     @property
     def _stride(self) -> int:

@@ -112,6 +112,8 @@ class SplitLoader(Loader):
             return batch
         numbers = np.full(size, -1)
         numbers[: rows.num_rows] = rows["row"].to_numpy()
+        if (of := self.task.examples_of(rows, size)) is not None:
+            numbers = numbers[of]
         return {**batch, "row": torch.from_numpy(numbers)}
 
     @property

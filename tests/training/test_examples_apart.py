@@ -1,6 +1,7 @@
 """What each example adds to a validation's sums: exact, in the order of the rows, whatever the number of workers."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -36,7 +37,10 @@ def prepare(kind, folder):
         return classification_experiment(), write_documents(folder)
     if kind == "masked":
         return masked_experiment(), write_stream(folder, ids, ids[:400], length=32)
-    return text_experiment(), write_stream(folder, ids, ids[:300])
+    made = text_experiment()
+    stride = int(kind.partition("every ")[2] or made.model.max_seq_len)
+    made = replace(made, task=replace(made.task, val_stride=stride))
+    return made, write_stream(folder, ids, ids[:300])
 
 
 def build(experiment):
@@ -53,7 +57,7 @@ def measured(experiment, folder, manifest, task, model):
     return metrics, sums, kept[""]
 
 
-@pytest.mark.parametrize("kind", ["images", "documents", "masked", "tokens"])
+@pytest.mark.parametrize("kind", ["images", "documents", "masked", "tokens", "tokens every 8", "tokens every 4", "tokens every 2"])
 def test_examples_add_up_to_the_metrics_and_are_the_same_for_one_and_three_workers(kind, tmp_path):
     experiment, manifest = prepare(kind, tmp_path)
     task, model = build(experiment)
