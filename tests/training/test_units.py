@@ -43,6 +43,8 @@ def count(rank: int, port: int, results) -> None:
         found.append([sum(n for name, n in counts.items() if kind in name) for kind in ("gather", "reduce")])
     if rank == 0:
         results.put(found)
+    results.close()
+    results.join_thread()  # what is put is sent by a thread, which the end of the process would not wait for
     leave()
 
 
