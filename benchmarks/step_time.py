@@ -21,8 +21,10 @@ import resource
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +40,7 @@ MATMUL_SIZE = 3072
 OURS = {"fp32": "ours", "bf16": "ours bf16"}
 """This project's side in each precision."""
 Clock = Callable[[], float]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -277,6 +280,12 @@ def measure(name: str, repeats: int, threads: int, asked: list[str], cpu_time: b
     return rows
 
 
+def apart(function: Callable[..., T], *arguments: object) -> T:
+    """What a function returns in a process of its own; an error where that is ended (out of memory, say)."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=[n for n, w in WORKLOADS.items() if w.goal])
@@ -291,16 +300,13 @@ def main() -> None:
     rows: list[dict[str, float | str]] = []
     columns = ("step ms", "fwd+bwd", "GFLOP/s", "x bound", "goal", "RSS MiB")
     print(f"{'workload':20}{'implementation':16}" + "".join(f"{column:>9}" for column in columns))
-    context = multiprocessing.get_context("spawn")
     for name in args.workloads:
         sides = [OURS[precision] for precision in args.precision] + (["transformers"] if args.with_transformers else [])
         new = []
         for together in [[side] for side in sides] if args.apart else [sides]:
-            with context.Pool(1) as pool:
-                new += pool.apply(measure, (name, args.repeats, args.threads, together, args.cpu_time))
+            new += apart(measure, name, args.repeats, args.threads, together, args.cpu_time)
         for row in new:
-            with context.Pool(1) as pool:
-                row["peak_rss_mib"] = pool.apply(peak_memory, (name, row["implementation"], args.threads))
+            row["peak_rss_mib"] = apart(peak_memory, name, row["implementation"], args.threads)
         for row in new:
             goal = WORKLOADS[name].goal
             print(
