@@ -14,17 +14,9 @@ from perceiver.config import Experiment, UserError
 from perceiver.costs.count import CountedStep
 from perceiver.costs.devices import DEVICES, GIB, Device
 from perceiver.costs.flops import num_parameters
-from perceiver.costs.memory import (
-    Memory,
-    Traffic,
-    checkpoint_bytes,
-    largest_micro_batch,
-    most_of_each,
-    optimizer_bytes,
-    step_memory,
-    step_traffic,
-)
+from perceiver.costs.memory import Memory, checkpoint_bytes, largest_micro_batch, most_of_each, optimizer_bytes, step_memory
 from perceiver.costs.scale import GB, Cluster, step_time
+from perceiver.costs.traffic import Traffic, step_traffic
 from perceiver.data.balance import described
 from perceiver.datasets import Dataset, train_counts, with_tokenizer
 from perceiver.tasks import build_task

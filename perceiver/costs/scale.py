@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from perceiver.costs.activations import Layout
-from perceiver.costs.memory import Step, gathers, step_traffic
-from perceiver.models.weights import neighbours
+from perceiver.costs.memory import Step, gathered_parts
+from perceiver.costs.traffic import gathers, step_traffic
 
 GB = 1e9
 
@@ -92,7 +92,7 @@ def step_time(step: Step, layout: Layout, replicas: int, computing: float, clust
     traffic, shards = step_traffic(step, layout, replicas), layout.shards
     *layers, _ = step.units(shards)
     runs = gathers(step, layout)
-    units = len(neighbours([layer.block for layer in layers], layout.layers_per_unit)) + 1
+    units = len(gathered_parts(layers, layout)) + 1
     gathering = collective_seconds(cluster, traffic.gathered, shards, count=runs)
     reducing = collective_seconds(cluster, traffic.reduced, shards, count=units)
     over_replicas = collective_seconds(cluster, traffic.all_reduced, replicas, shards, count=2 * units)

@@ -11,7 +11,8 @@ from perceiver.config import UserError
 from perceiver.costs.activations import Layout, StepSizes
 from perceiver.costs.count import CountedStep, count_step
 from perceiver.costs.flops import num_kept, training_flops
-from perceiver.costs.memory import FormulaStep, has_formulas, most_of_each, step_memory, step_traffic
+from perceiver.costs.memory import FormulaStep, has_formulas, most_of_each, step_memory
+from perceiver.costs.traffic import step_traffic
 from perceiver.models import ImageInput, PerceiverARConfig, TextInput, TextOutput, build_model
 from perceiver.presets import PRESETS
 from perceiver.tasks import build_task

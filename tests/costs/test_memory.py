@@ -21,7 +21,8 @@ from perceiver.config import AdamW, Experiment, OptimizerConfig, ParallelConfig
 from perceiver.config.optimizers import Adafactor, Muon, Sgd
 from perceiver.costs.activations import Layout, StepSizes, step_calls
 from perceiver.costs.flops import num_kept, num_parameters
-from perceiver.costs.memory import FormulaStep, largest_micro_batch, most_of_each, step_memory, step_traffic
+from perceiver.costs.memory import FormulaStep, largest_micro_batch, most_of_each, step_memory
+from perceiver.costs.traffic import step_traffic
 from perceiver.models import PerceiverARConfig
 from perceiver.presets import PRESETS
 from perceiver.tasks import Batch, build_task

@@ -11,7 +11,8 @@ import torch.distributed as dist
 from torch.distributed.tensor.debug import CommDebugMode
 
 from perceiver.config import ParallelConfig
-from perceiver.costs.memory import FormulaStep, gathers, step_memory, step_traffic
+from perceiver.costs.memory import FormulaStep, step_memory
+from perceiver.costs.traffic import gathers, step_traffic
 from perceiver.models import build_model
 from perceiver.models.weights import neighbours
 from perceiver.training.parallel import build_sharded, join_world
