@@ -14,7 +14,6 @@ from typing import Any
 
 import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer
 
 from perceiver.config import Experiment, UserError, to_dict
 from perceiver.data.manifest import Manifest
@@ -36,7 +35,8 @@ from ray_jobs.read_ahead import DataShare
 from ray_jobs.rendezvous import Network
 from ray_jobs.restarts import SayRestarts, reason_of
 from ray_jobs.scale import poll_seconds
-from ray_jobs.spares import TASKS, WORKERS, wanted
+from ray_jobs.spares import WORKERS, wanted
+from ray_jobs.trainer import Trainer
 
 
 class TrainingFailed(JobFailed):
@@ -144,9 +144,9 @@ def _fit(
     # An elastic run starts with as many workers as find room: nothing may be in their way.
     slots = share.slots(resources.workers, ray.cluster_resources().get("CPU", 0.0))
     reading = bool(own_steps(build_task(experiment)))
-    early = [] if resources.min_workers else start_early(slots, reading, TASKS if settings.get("spares") else {})
+    early = [] if resources.min_workers else start_early(slots, reading, resources.workers, settings.get("spares", False))
     with Messages(lambda: _why_no_workers(resources), on_report, stall=stall) as messages:
-        trainer = TorchTrainer(
+        trainer = Trainer(
             function,
             train_loop_config={
                 "experiment": to_dict(experiment),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Mapping
@@ -20,33 +21,50 @@ from ray.train.v2._internal.constants import (
 from perceiver.training.callbacks import Callback
 from perceiver.training.loop import StepResult
 from ray_jobs.data_task import warm_up
+from ray_jobs.ray_env import own_processes
 from ray_jobs.read_ahead import DATA_CPUS
+from ray_jobs.spares import TASKS, WORKERS, prestart
 
 logger = logging.getLogger(__name__)
+WAITED = 120
+"""Seconds for which a process that is started early waits for its worker."""
 MOST_PROCESSES = 16
 """That are started early: the others start when there is more to read."""
 
 
-def start_early(tasks: int, with_tasks: bool, variables: Mapping[str, str]) -> list[ray.ObjectRef]:
-    """Starts what the first reads need beside the workers, which start at the same time: processes of data tasks with their imports,
-    and the two actors that Ray Data has in every cluster.
+def start_early(tasks: int, with_tasks: bool, workers: int, spares: bool) -> list[ray.ObjectRef]:
+    """Starts what the first step needs while Ray Train's controller starts: processes of data tasks with their imports, the two actors
+    that Ray Data has in every cluster, and, where the cluster is this machine, the workers' processes with theirs.
 
     Args:
         tasks: data tasks that find a free CPU.
         with_tasks: whether the training's task has a part in reading (`warm_up`).
-        variables: environment that the workers give to their tasks besides.
+        workers: of the training.
+        spares: whether their environment is that of processes which can stand ready (`ray_jobs.spares`).
 
     Returns:
         What the caller cancels when the training has ended: a full cluster may not have run it.
     """
+    if spares and own_processes():
+        prestart(_environment(WORKERS), workers, WAITED)
     get_or_create_stats_actor()
     get_or_create_autoscaling_coordinator()
-    # A process serves tasks of one environment alone: these have that of the tasks which Ray Train's workers start.
-    environment = get_env_vars_to_propagate() | dict(variables)
-    environment.setdefault(RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR, DEFAULT_RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_VALUE)
-    task = ray.remote(num_cpus=DATA_CPUS, max_retries=0)(warm_up)
-    task = task.options(scheduling_strategy="SPREAD", runtime_env={"env_vars": environment})
+    environment = _environment(TASKS if spares else {})
+    task = ray.remote(num_cpus=DATA_CPUS, max_retries=0, runtime_env=json.loads(environment))(warm_up)
+    account = json.loads(task._serialized_base_runtime_env_info)
+    task._serialized_base_runtime_env_info = json.dumps(account | {"serializedRuntimeEnv": environment})
+    task = task.options(scheduling_strategy="SPREAD")
     return [task.remote(with_tasks) for _ in range(min(tasks, MOST_PROCESSES))]
+
+
+def _environment(variables: Mapping[str, str]) -> str:
+    """The runtime environment that Ray Train's controller gives to its workers, or these to their tasks.
+
+    Processes serve those whose environments agree to the letter: it is spelled as Ray's core does where it adds variables to those of the
+    worker or actor which starts another.
+    """
+    handed_on = {RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR: DEFAULT_RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_VALUE} | get_env_vars_to_propagate()
+    return json.dumps({"env_vars": handed_on | dict(variables)}, sort_keys=True, separators=(",", ":"))
 
 
 @dataclass(frozen=True)

@@ -30,13 +30,23 @@ VARIABLES = {
 OTHER_NAMES = {"OMP_WAIT_POLICY": "GOMP_SPINCOUNT", "PYTORCH_CUDA_ALLOC_CONF": "PYTORCH_ALLOC_CONF"}
 """By which a user may have said the same: of a variable that would be overruled, the one of `VARIABLES`."""
 ALONE = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
-"""The same where the cluster is this machine, which nobody takes away: one process less that starts and polls."""
-CLUSTER = {"RAY_task_events_max_num_task_in_gcs": "10000"}
-"""Read by Ray where it starts a cluster: the number of tasks that the dashboard knows. At 4 KiB each, Ray's 100,000 would be 400 MiB."""
+"""The same where the cluster is this machine, which nobody takes away: one process less that starts and polls. Also this process has it, as
+Ray Train's controller hands it to the workers and they to their data tasks, which find no process that was started early without it.
+"""
+CLUSTER = {
+    # Tasks that the dashboard knows: at 4 KiB each, Ray's 100,000 would be 400 MiB.
+    "RAY_task_events_max_num_task_in_gcs": "10000",
+    # After so many milliseconds an idle process ends. After Ray's 1,000, each validation of a training would wait for processes that load
+    # everything anew, and those that are started early would be gone before there is something to read.
+    "RAY_idle_worker_killing_time_threshold_ms": "60000",
+}
+"""Read by Ray where it starts a cluster."""
 UNSEEN = {"RAY_enable_metrics_collection": "0"}
 """The same where there is no dashboard, so that nobody sees Ray's metrics: an actor and an agent would keep those of every data set that
 was ever read, 2 MiB a minute.
 """
+SETTINGS: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
+"""Of `ray.init`, for any cluster."""
 PORT = "RAY_GCS_SERVER_PORT"
 """Read by Ray where it starts a cluster: the port of the cluster's address."""
 ADDRESS_PATIENCE = 5.0
@@ -65,34 +75,57 @@ def connect(parallel: ParallelConfig, dashboard: bool = False) -> Iterator[None]
     leave_out_hints()
     variables = unset_variables(os.environ)
     os.environ.update(variables)
-    settings: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
-    if address:
-        check_address(address)
-        choose_authentication()
+    alone = {} if address else {name: value for name, value in ALONE.items() if name not in os.environ}
+    with _environment(alone):
+        if address:
+            _join(address, variables)
+        else:
+            _start(dashboard or _with_dashboard())
         try:
-            ray.init(address=address, runtime_env={"env_vars": variables | _python_path() | _home()}, **settings)
-        except Exception as error:
-            raise UserError(f"no Ray cluster could be joined at {address!r}: {_reason(error)}") from error
-    else:
-        # The token that Ray makes for a cluster of this process alone is nothing that a user need act on.
-        logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
-        seen = dashboard or _with_dashboard()
-        try:
-            with _environment_of_local_cluster(seen):
-                ray.init(address="local", num_cpus=(os.cpu_count() or 1) + 1, include_dashboard=seen, **settings)
-        except Exception as error:
-            raise UserError(f"Ray could not be started on this machine (is it overloaded?): {str(error).splitlines()[0]}") from error
-        session = Path(ray._private.worker._global_node.get_session_dir_path())
-        mark(session)
-        remove_old(session.parent)
+            yield
+        finally:
+            _leave()
+
+
+def _join(address: str, variables: Mapping[str, str]) -> None:
+    check_address(address)
+    choose_authentication()
     try:
-        yield
-    finally:
-        _leave()
+        ray.init(address=address, runtime_env={"env_vars": {**variables, **_python_path(), **_home()}}, **SETTINGS)
+    except Exception as error:
+        raise UserError(f"no Ray cluster could be joined at {address!r}: {_reason(error)}") from error
+
+
+def _start(seen: bool) -> None:
+    """Starts a local cluster; `seen`: with a dashboard."""
+    # The token that Ray makes for a cluster of this process alone is nothing that a user need act on.
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
+    try:
+        with _environment(_of_local_cluster(seen)):
+            ray.init(address="local", num_cpus=(os.cpu_count() or 1) + 1, include_dashboard=seen, **SETTINGS)
+    except Exception as error:
+        raise UserError(f"Ray could not be started on this machine (is it overloaded?): {str(error).splitlines()[0]}") from error
+    session = Path(ray._private.worker._global_node.get_session_dir_path())
+    mark(session)
+    remove_old(session.parent)
 
 
 @contextmanager
-def _environment_of_local_cluster(seen: bool) -> Iterator[None]:
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Sets variables of this process, which those that it starts inherit, for the time being."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ |= variables
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _of_local_cluster(seen: bool) -> dict[str, str]:
     """What a cluster's processes inherit from this one while it starts them.
 
     A runtime environment would say the same, but every process that Ray starts for it first starts another one, and those that Ray starts
@@ -103,18 +136,8 @@ def _environment_of_local_cluster(seen: bool) -> Iterator[None]:
     """
     port = str(_free_port())
     address = {PORT: port, "RAY_ADDRESS": f"{ray.util.get_node_ip_address()}:{port}"}
-    asked = ALONE | CLUSTER | ({} if seen else UNSEEN)
-    set_here = address | _python_path() | _home() | {name: value for name, value in asked.items() if name not in os.environ}
-    before = {name: os.environ.get(name) for name in set_here}
-    os.environ |= set_here
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+    asked = CLUSTER | ({} if seen else UNSEEN)
+    return address | _python_path() | _home() | {name: value for name, value in asked.items() if name not in os.environ}
 
 
 def unset_variables(environment: Mapping[str, str]) -> dict[str, str]:

@@ -89,10 +89,22 @@ class Spare(Callback):
 
 
 def _ask() -> None:
-    """Ray's way to do so is no public one: where a version of Ray has none, runs start again as they always did."""
+    prestart(ray.get_runtime_context().get_runtime_env_string(), 1, KEPT)
+
+
+def prestart(environment: str, number: int, seconds: int) -> None:
+    """Asks this machine for processes that stand ready for workers or tasks of a runtime environment.
+
+    Ray's way to do so is no public one: where a version of Ray has none, workers start as they always did.
+
+    Args:
+        environment: as Ray's core spells it.
+        number: of processes.
+        seconds: for which each waits at most.
+    """
     try:
         with _machine() as channel:
-            NodeManagerServiceStub(channel).PrestartWorkers(_request(), timeout=PATIENCE)
+            NodeManagerServiceStub(channel).PrestartWorkers(_request(environment, number, seconds), timeout=PATIENCE)
     except Exception as error:
         logger.debug("no process stands ready: %s", error)
 
@@ -104,12 +116,10 @@ def _machine() -> Any:
     return init_grpc_channel(f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}")
 
 
-def _request() -> PrestartWorkersRequest:
-    context = ray.get_runtime_context()
-    environment = context.get_runtime_env_string()
+def _request(environment: str, number: int, seconds: int) -> PrestartWorkersRequest:
     info = get_runtime_env_info(RuntimeEnv.deserialize(environment))
     info.serialized_runtime_env = environment  # to the letter: by it Ray knows whose environment it is
-    job = ray.JobID(bytes.fromhex(context.get_job_id()))
+    job = ray.JobID(bytes.fromhex(ray.get_runtime_context().get_job_id()))
     return PrestartWorkersRequest(
-        language=Language.PYTHON, job_id=job.binary(), runtime_env_info=info, keep_alive_duration_secs=KEPT, num_workers=1
+        language=Language.PYTHON, job_id=job.binary(), runtime_env_info=info, keep_alive_duration_secs=seconds, num_workers=number
     )

@@ -288,6 +288,7 @@ def fit(sweep: Sweep, folder: Path, base: Experiment, capacity: Capacity, steps:
                 search_alg=search(searched, capacity.concurrent, edit),
                 num_samples=number_of_samples(sweep, edit),
                 max_concurrent_trials=None,
+                reuse_actors=True,
             ),
             run_config=tune.RunConfig(
                 name=state.name, storage_path=str(folder), callbacks=[Record(folder, sweep, steps, edit)], verbose=0, stop=StopDiverged(),

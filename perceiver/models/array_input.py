@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from perceiver.config.core import UserError, spelled
 from perceiver.models.checks import check_sizes
+from perceiver.models.initialize import Embedding
 from perceiver.models.inputs import InputConfig
 from perceiver.models.position import coordinate_features, fourier_features, rotation
 from perceiver.models.tensor_shapes import Shape, Size
@@ -97,7 +98,7 @@ class ArrayAdapter(nn.Module):
         super().__init__()
         self.config = config
         self.linear = nn.Linear(config.num_features, config.num_channels)
-        self.pos_embedding = nn.Embedding(config.max_positions, config.num_channels) if config.positions == "learned" else None
+        self.pos_embedding = Embedding(config.max_positions, config.num_channels) if config.positions == "learned" else None
         self.register_buffer("table", fourier_features(config.grid, config.num_frequency_bands) if config.grid else None, persistent=False)
 
     def reset_buffers(self) -> None:

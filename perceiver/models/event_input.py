@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from perceiver.config.core import UserError, spelled
 from perceiver.models.checks import check_sizes
+from perceiver.models.initialize import Embedding
 from perceiver.models.inputs import InputConfig
 
 
@@ -70,8 +71,8 @@ class EventAdapter(nn.Module):
     def __init__(self, config: EventInput) -> None:
         super().__init__()
         self.config = config
-        self.kinds = nn.Embedding(config.num_ids, config.num_channels)
-        self.directions = nn.Embedding(config.num_ids, config.num_channels)
+        self.kinds = Embedding(config.num_ids, config.num_channels)
+        self.directions = Embedding(config.num_ids, config.num_channels)
 
     def reset_buffers(self) -> None:
         """Nothing: all is learned."""

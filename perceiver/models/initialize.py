@@ -17,6 +17,17 @@ class Initializable(Protocol):
     def to_empty(self, *, device: torch.device | None) -> object: ...
 
 
+class Embedding(nn.Embedding):
+    """Draws nothing on the meta device, where this would be an operation in Python: the first of these loads PyTorch's compiler, which
+    takes half a second and 100 MiB.
+    """
+
+    def reset_parameters(self) -> None:
+        """Draws the weights, from torch's own generator."""
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
 def initialized(build: Callable[[Any, Any], None]) -> Callable[..., None]:
     """Turns a constructor `build(self, config)` into one of (self, config, seed=0) that leaves initial weights in its module.
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from perceiver.config.core import Config, UserError, spelled
 from perceiver.models.checks import check_sizes
+from perceiver.models.initialize import Embedding
 from perceiver.models.position import fine_features, fourier_features, grid_points
 from perceiver.models.tensor_shapes import Shape, check_tensor
 
@@ -203,8 +204,8 @@ class TextAdapter(nn.Module):
     def __init__(self, vocab_size: int, max_seq_len: int, num_channels: int, positions: bool = True) -> None:
         super().__init__()
         self.num_channels = num_channels
-        self.txt_embedding = nn.Embedding(vocab_size, num_channels)
-        self.pos_embedding = nn.Embedding(max_seq_len, num_channels) if positions else None
+        self.txt_embedding = Embedding(vocab_size, num_channels)
+        self.pos_embedding = Embedding(max_seq_len, num_channels) if positions else None
 
     def reset_buffers(self) -> None:
         """Nothing: all is learned."""

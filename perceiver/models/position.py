@@ -3,6 +3,7 @@
 Shapes: B batch, N positions, H heads, D channels of a head, R rotated channels.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +35,8 @@ def fourier_features(shape: tuple[int, ...], num_bands: int, device: torch.devic
         (points, axes * (2 * num_bands + 1)), points in row-major order; channels: the coordinates, then the sines of
         all axes, then the cosines.
     """
+    if (device or torch.get_default_device()).type == "meta":  # see `perceiver.models.initialize.Embedding`
+        return torch.empty(math.prod(shape), len(shape) * (2 * num_bands + 1), device="meta")
     return coordinate_features(grid_points(shape, device), shape, num_bands)
 
 

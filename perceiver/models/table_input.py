@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from perceiver.config.core import Config, UserError, spelled
 from perceiver.config.data import TEXT_LENGTH
 from perceiver.models.checks import check_sizes
+from perceiver.models.initialize import Embedding
 from perceiver.models.inputs import InputConfig
 from perceiver.models.tensor_shapes import Shape, check_tensor
 
@@ -191,13 +192,13 @@ class TableAdapter(nn.Module):
         super().__init__()
         self.cells = config.cells()
         self.columns = nn.ModuleList(nn.Linear(cells.channels, config.num_channels, bias=False) for cells in config.numbers())
-        self.pos_embedding = nn.Embedding(max(1, config.num_positions()), config.num_channels)
+        self.pos_embedding = Embedding(max(1, config.num_positions()), config.num_channels)
         kinds = {cells.kind for cells in self.cells}
         if "category" in kinds:
             found = [cells for cells in self.cells if cells.kind == "category"]
-            self.categories = nn.ModuleList(nn.Embedding(len(cells.values) + 1, config.num_channels) for cells in found)
+            self.categories = nn.ModuleList(Embedding(len(cells.values) + 1, config.num_channels) for cells in found)
         if "text" in kinds:
-            self.txt_embedding = nn.Embedding(config.vocab_size, config.num_channels)
+            self.txt_embedding = Embedding(config.vocab_size, config.num_channels)
             self.neighbours = nn.Linear(KERNEL * config.num_channels, config.num_channels)
 
     def reset_buffers(self) -> None:

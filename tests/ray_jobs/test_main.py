@@ -218,10 +218,21 @@ def test_the_completion_script_is_one_that_its_shell_reads(shell, capsys):
     subprocess.run([program, "-n"], input=capsys.readouterr().out, text=True, check=True)
 
 
-def test_tasks_and_models_load_no_compiler():
+COMPILER = "{'torch._dynamo', 'torch._inductor', 'triton'} & sys.modules.keys() or 'none'"
+META = """
+import sys, torch
+from perceiver.presets import PRESETS
+from perceiver.tasks import build_task
+with torch.device("meta"):
+    for preset in ("quickstart", "mlm-imdb", "clm-c4", "forecast-seasons", "optical-flow"):
+        build_task(PRESETS[preset]()).build_model()
+"""
+
+
+@pytest.mark.parametrize("code", ["import sys, perceiver.tasks, perceiver.presets", META], ids=["loaded", "built on the meta device"])
+def test_tasks_and_models_load_no_compiler(code):
     """It takes seconds in every process of a training: it is loaded where something is compiled."""
-    loaded = "{'torch._dynamo', 'torch._inductor', 'triton'} & sys.modules.keys() or 'none'"
-    code = f"import sys, perceiver.tasks, perceiver.presets; print({loaded})"
+    code = f"{code}\nprint({COMPILER})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.strip() == "none"
 

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import ray
+from ray.train.v2._internal.constants import get_env_vars_to_propagate
 
 from perceiver.config import ParallelConfig, UserError
-from ray_jobs.ray_env import CLUSTER, UNSEEN, VARIABLES, _home, check_address, connect, unset_variables
+from ray_jobs.ray_env import ALONE, CLUSTER, UNSEEN, VARIABLES, _home, check_address, connect, unset_variables
 from ray_jobs.ray_hints import leave_out_hints
 
 OTHER = "import ray, sys; ray.init(address='local', num_cpus=1, include_dashboard=False); print('up', flush=True); sys.stdin.read()"
@@ -47,6 +48,20 @@ def test_a_local_cluster_keeps_no_account_that_nobody_sees_and_of_few_tasks(dash
         assert not os.environ.keys() & (CLUSTER | UNSEEN).keys()  # for whatever this process starts besides
         assert ray.get(variables.remote(list(CLUSTER))) == CLUSTER
         assert ray.get(variables.remote(list(UNSEEN))) == dict.fromkeys(UNSEEN) | ({} if dashboard else UNSEEN)
+
+
+@ray.remote(num_cpus=0.1)
+def handed_on() -> dict[str, str]:
+    return get_env_vars_to_propagate()
+
+
+@pytest.mark.slow
+def test_processes_of_a_local_cluster_hand_on_what_this_one_does():
+    """What is started early for data tasks serves these only in the environment that Ray Train's controller hands to the workers."""
+    with connect(ParallelConfig()):
+        assert ray.get(handed_on.remote()) == get_env_vars_to_propagate()
+        assert get_env_vars_to_propagate().items() >= ALONE.items()
+    assert not os.environ.keys() & ALONE.keys()
 
 
 LOSES_ITS_CLUSTER = """
