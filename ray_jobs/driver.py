@@ -16,7 +16,7 @@ import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 
 from perceiver.config import Experiment, UserError, to_dict
-from perceiver.data.manifest import Manifest
+from perceiver.data.manifest import Manifest, Split
 from perceiver.data_settings import OtherData
 from perceiver.datasets import Dataset, with_prepared_tokenizer
 from perceiver.extensions import code_of
@@ -31,7 +31,7 @@ from ray_jobs.messages import Messages
 from ray_jobs.on_workers import evaluate_worker, train_worker
 from ray_jobs.preflight import Resources
 from ray_jobs.ray_env import held
-from ray_jobs.read_ahead import DataShare
+from ray_jobs.read_ahead import DataShare, tasks_of_an_epoch
 from ray_jobs.rendezvous import Network
 from ray_jobs.restarts import SayRestarts, reason_of
 from ray_jobs.scale import poll_seconds
@@ -76,10 +76,12 @@ def train(
     if remote is not None:
         remote.forget_failure()
     failed, interrupted = None, False
-    experiment = with_prepared_tokenizer(experiment, data_folder, Manifest.load(data_folder))
+    manifest = Manifest.load(data_folder)
+    experiment = with_prepared_tokenizer(experiment, data_folder, manifest)
     settings = {"stop_at": stop_at, "begun": begun or time.time(), "spares": wanted(experiment)}
     try:
-        interrupted = _fit(train_worker, experiment, data_folder, trained, resources, settings, on_report, run_until_interrupted)
+        split = manifest.splits["train"]
+        interrupted = _fit(train_worker, experiment, data_folder, split, trained, resources, settings, on_report, run_until_interrupted)
     except TrainingFailed as error:
         failed = error
     if remote is not None:
@@ -113,7 +115,8 @@ def evaluate_checkpoint(
     read = with_prepared_tokenizer(dataset.experiment, dataset.folder, dataset.manifest)
     settings = {"data": to_dict(read.data), "checkpoint": str(checkpoint), "origin": origin, "averaged": averaged}
     try:
-        _fit(evaluate_worker, experiment, dataset.folder, trained, resources, settings, results.append)
+        split = dataset.manifest.splits["val"]
+        _fit(evaluate_worker, experiment, dataset.folder, split, trained, resources, settings, results.append)
     except TrainingFailed:
         if faults := [result["fault"] for result in results if "fault" in result]:
             raise UserError(faults[0]) from None
@@ -125,13 +128,17 @@ def _fit(
     function: Callable[[dict[str, Any]], None],
     experiment: Experiment,
     data_folder: str,
+    split: Split,
     trained: Run,
     resources: Resources,
     settings: dict[str, Any],
     on_report: Callable[[dict[str, float]], None] | None = None,
     run: Callable[[Callable[[], Any], Messages], None] = lambda fit, messages: fit(),
 ) -> bool:
-    """Runs a function on workers; whether it was interrupted. `run` calls the given function, which waits for their end."""
+    """Runs a function on workers, which read a split; whether it was interrupted.
+
+    `run` calls the given function, which waits for their end.
+    """
     if resources.min_workers:
         # After the loss of a node Ray first counts on what it had: it must not wait a minute for that.
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "20")
@@ -143,8 +150,9 @@ def _fit(
     share = DataShare(others=held("CPU"), cpus_per_worker=resources.cpus_per_worker)
     # An elastic run starts with as many workers as find room: nothing may be in their way.
     slots = share.slots(resources.workers, ray.cluster_resources().get("CPU", 0.0))
+    tasks = min(slots, tasks_of_an_epoch(split.rows * split.bytes_per_row, resources.workers))
     reading = bool(own_steps(build_task(experiment)))
-    early = [] if resources.min_workers else start_early(slots, reading, resources.workers, settings.get("spares", False))
+    early = [] if resources.min_workers else start_early(tasks, reading, resources.workers, settings.get("spares", False))
     with Messages(lambda: _why_no_workers(resources), on_report, stall=stall) as messages:
         trainer = Trainer(
             function,

@@ -26,6 +26,8 @@ def load() -> None:
     reported.
     """
     with suppress(Exception):
+        import torch._dynamo  # noqa: F401  # which every optimizer loads
+
         import ray_jobs.worker  # noqa: F401
 
 

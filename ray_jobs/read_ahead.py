@@ -80,6 +80,11 @@ class DataShare:
         return self.of_a_worker(workers, total.get("CPU", 0.0), total.get("object_store_memory", 0.0))
 
 
+def tasks_of_an_epoch(num_bytes: int, workers: int) -> int:
+    """Data tasks in which workers read so many bytes once: at least one each."""
+    return workers * max(1, -(-num_bytes // (workers * TASK_BYTES)))
+
+
 class Bounded(BackpressurePolicy):  # type: ignore[misc]  # Ray's types are not followed
     """Starts the tasks of an execution within its limit, which its context holds; the only rule of such an execution."""
 

@@ -11,7 +11,7 @@ import ray
 from perceiver.config import ParallelConfig
 from ray_jobs.ingest import read_with_ray
 from ray_jobs.ray_env import connect
-from ray_jobs.read_ahead import _LIMIT, DATA_CPUS, MOST_BYTES, STORE_SHARE, TASK_BYTES, Bounded, DataShare, ReadAhead
+from ray_jobs.read_ahead import _LIMIT, DATA_CPUS, MOST_BYTES, STORE_SHARE, TASK_BYTES, Bounded, DataShare, ReadAhead, tasks_of_an_epoch
 
 GIB = 2**30
 
@@ -42,6 +42,12 @@ def test_bytes_are_bounded_by_the_object_store_and_absolutely():
     assert DataShare().of_a_worker(512, 8192, 512 * 200 * GIB).bytes == MOST_BYTES
     small = DataShare().of_a_worker(8, 200, GIB)
     assert small.bytes == GIB * STORE_SHARE / 8 and small.tasks == small.bytes // TASK_BYTES == 2
+
+
+def test_an_epoch_is_read_in_tasks_of_about_one_size_and_each_worker_reads():
+    assert tasks_of_an_epoch(1, 1) == 1 and tasks_of_an_epoch(0, 4) == 4
+    assert tasks_of_an_epoch(10 * TASK_BYTES, 2) == 10
+    assert tasks_of_an_epoch(10 * TASK_BYTES, 3) == 12  # of a third each
 
 
 @pytest.mark.parametrize("task_mib", [1, 16, 100, 600])

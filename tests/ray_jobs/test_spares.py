@@ -82,7 +82,7 @@ def test_a_machine_that_cannot_be_asked_disturbs_no_training(monkeypatch):
         raise RuntimeError("no such thing")
 
     monkeypatch.setattr(spares, "_machine", broken)
-    spares._ask()
+    spares.prestart('{"env_vars":{}}', 1, spares.KEPT)
 
 
 def ready(cluster: Cluster) -> set[int]:
