@@ -1,4 +1,4 @@
-"""The parts of `benchmarks.gpu_check` that compare with others: transformers, krasserm/perceiver-io."""
+"""The parts of `benchmarks.gpu_check` that compare with others: transformers, krasserm/perceiver-io, Liger Kernel."""
 
 import gc
 import json
@@ -7,6 +7,8 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -16,6 +18,8 @@ from benchmarks import step_time
 from benchmarks.gpu_measuring import Check, random_batch, same, seconds, take_steps
 from perceiver.models import build_model
 from perceiver.presets import PRESETS
+from perceiver.tasks.base import IGNORE_INDEX
+from perceiver.tasks.chunked_loss import chunked_cross_entropy
 
 
 def others(check: Check) -> None:
@@ -66,6 +70,54 @@ def reference(check: Check) -> None:
         check.add(f"clm-wikitext {precision}: the reference's step / ours", faster, "", ">= 3", faster >= 3, reference_ms=theirs["step_ms"])
         if ours.peak_bytes:
             check.add(f"clm-wikitext {precision}: the reference's memory / ours", theirs["peak_bytes"] / ours.peak_bytes, "")
+
+
+def liger(check: Check) -> None:
+    """The loss of clm-c4 with its gradients, by the fused kernel of Liger Kernel (where it is installed) and by this project. On a CPU only
+    in Triton's interpreter (TRITON_INTERPRET=1).
+    """
+    cuda = check.device.type == "cuda"
+    if find_spec("liger_kernel") is None or not (cuda or os.environ.get("TRITON_INTERPRET") == "1"):
+        return
+    from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
+
+    model = PRESETS["clm-c4"]().model
+    rows, classes, channels = (48, 200, 32) if check.tiny else (32 * model.max_latents, model.vocab_size, model.num_channels)
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(size, channels, generator=generator) for size in (rows, classes))
+    labels = torch.randint(classes, (rows,), generator=generator)
+    labels[:: rows // 8] = IGNORE_INDEX
+    dtype = torch.bfloat16 if cuda else torch.float32
+    hidden, weight = (t.to(check.device, dtype).requires_grad_() for t in (hidden, weight / channels**0.5))
+    labels = labels.to(check.device)
+
+    def own() -> torch.Tensor:
+        return chunked_cross_entropy(hidden, weight, None, labels)[0]
+
+    def theirs() -> torch.Tensor:
+        found = LigerFusedLinearCrossEntropyFunction.apply(hidden, weight, labels, None, None, IGNORE_INDEX, 0.0, 0.0, "sum")
+        return found[0] if isinstance(found, tuple) else found
+
+    ours, other = (value_and_gradients(loss, hidden, weight) for loss in (own, theirs))
+    near = 2e-2 if cuda else 1e-5
+    for name, a, b in zip(("loss", "gradient of the hidden states", "gradient of the matrix"), ours, other, strict=True):
+        apart = ((a - b).norm() / a.norm()).item()
+        check.add(f"Liger's {name} and ours, difference", apart, "", f"<= {near:g}", apart <= near)
+    if not cuda:
+        return
+    times, memory = [], []
+    for loss in (own, theirs):
+        torch.cuda.reset_peak_memory_stats(check.device)
+        times.append(seconds(check.device, partial(value_and_gradients, loss, hidden, weight)))
+        memory.append(torch.cuda.max_memory_allocated(check.device))
+    check.add("Liger's time / ours", times[1] / times[0], "", ">= 1", times[1] >= times[0], ours_ms=1e3 * times[0])
+    check.add("Liger's memory / ours", memory[1] / memory[0], "", ">= 1", memory[1] >= memory[0])
+
+
+def value_and_gradients(loss: Callable[[], torch.Tensor], *inputs: torch.Tensor) -> list[torch.Tensor]:
+    """A loss and its gradients with respect to what it is computed from, in fp32."""
+    value = loss()
+    return [t.float() for t in (value, *torch.autograd.grad(value, inputs))]
 
 
 def other_step(check: Check, name: str, side: str, size: int, precision: str) -> Callable[[], None]:

@@ -15,6 +15,7 @@ one starts, and a part that fails is noted with its error. At the end there is a
     generation  tokens a second, batch 1 and 8, and compiled
     transformers  the same steps by transformers
     reference   the same step by krasserm/perceiver-io (--reference: see benchmarks.generation)
+    liger       the loss over a large vocabulary by Liger Kernel's fused kernel, where that is installed: numbers, time, memory
 """
 
 import argparse
@@ -35,7 +36,7 @@ import torch
 from torch.nn.attention import SDPBackend
 
 from benchmarks import generation
-from benchmarks.gpu_beside import others, reference
+from benchmarks.gpu_beside import liger, others, reference
 from benchmarks.gpu_measuring import Check, float32_products, line, random_batch, report_step, same, seconds, synchronize, take_steps
 from benchmarks.gpu_parity import parity
 from perceiver.config import Experiment
@@ -271,6 +272,7 @@ PARTS: dict[str, Callable[[Check], None]] = {
     "generation": generating,
     "transformers": others,
     "reference": reference,
+    "liger": liger,
 }
 
 

@@ -1,6 +1,9 @@
 """`benchmarks.gpu_check` runs as a whole where there is no GPU, and notes what fails."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -30,6 +33,16 @@ def test_a_part_that_fails_is_noted_and_the_others_run(tmp_path, monkeypatch, ca
     status, found = run(tmp_path, "parity", "generation")
     assert status == 1 and found["rows"][0]["error"] == "ValueError: no such kernel" and len(found["rows"]) > 1
     assert "FAILED: ValueError: no such kernel" in capsys.readouterr().out
+
+
+def test_the_loss_over_a_large_vocabulary_has_the_numbers_of_another_library(tmp_path):
+    """Liger Kernel's fused kernel, in Triton's interpreter, which must be known before Triton is loaded."""
+    pytest.importorskip("liger_kernel")
+    out = tmp_path / "found.json"
+    words = [sys.executable, "-m", "benchmarks.gpu_check", *ON_CPU, "--parts", "liger", "--out", str(out)]
+    subprocess.run(words, env={**os.environ, "TRITON_INTERPRET": "1"}, check=True, capture_output=True)
+    apart = [row["value"] for row in json.loads(out.read_text())["rows"] if "difference" in row["what"]]
+    assert len(apart) == 3 and max(apart) < 1e-6
 
 
 @pytest.mark.slow
