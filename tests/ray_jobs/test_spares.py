@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -83,6 +85,25 @@ def test_a_machine_that_cannot_be_asked_disturbs_no_training(monkeypatch):
 
     monkeypatch.setattr(spares, "_machine", broken)
     spares.prestart('{"env_vars":{}}', 1, spares.KEPT)
+
+
+LOADS = """
+import torch
+asked = []
+places = (torch._C, "_cuda_getDeviceCount"), (torch.cuda, "is_available"), (torch.cuda, "device_count"), (torch.cuda, "_lazy_init")
+for module, name in places:
+    setattr(module, name, lambda *args, name=name: asked.append(name))
+from ray_jobs.on_workers import load
+load()
+import sys
+print("ray_jobs.worker" in sys.modules, asked)
+"""
+
+
+def test_a_process_that_stands_ready_has_looked_for_no_gpu():
+    """Ray says which are its own when it becomes a worker; CUDA would go on with those that it has counted before."""
+    done = subprocess.run([sys.executable, "-c", LOADS], capture_output=True, text=True, check=True)
+    assert done.stdout == "True []\n"
 
 
 def ready(cluster: Cluster) -> set[int]:
