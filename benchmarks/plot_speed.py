@@ -14,14 +14,16 @@ GOALS = {"img-clf-mnist": 0.6, "clm-wikitext": 1.1, "mlm-imdb": 1.12, "img-clf-i
 def main() -> None:
     start, step, busy = (
         json.loads((RESULTS / f"{name}_2_cores{suffix}.json").read_text())
-        for name, suffix in (("first_step", "_2"), ("step_time", "_bf16"), ("busy_neighbour", ""))
+        for name, suffix in (("first_step", "_3"), ("step_time", "_bf16"), ("busy_neighbour", ""))
     )
     figure = Figure(figsize=(11, 3.4), layout="constrained")
     FigureCanvasAgg(figure)
     first, second, third = figure.subplots(1, 3)
     for key, label, shift, color in (("first_step_s", "time", -0.2, "tab:blue"), ("cpu_s", "processor time", 0.2, "0.7")):
-        first.bar([place + shift for place in range(2)], [one[key] for one in start["medians"]], 0.4, color=color, label=label)
-    first.set_xticks(range(2), ["before", "now"])
+        places = range(len(start["medians"]))
+        first.bar([place + shift for place in places], [one[key] for one in start["medians"]], 0.4, color=color, label=label)
+    first.set_xticks(places, start["trees"])
+    first.set_xlabel("commit")
     first.set_title("quickstart: seconds to the first step", fontsize=10)
     first.set_ylim(top=42)
     first.legend(fontsize=8)

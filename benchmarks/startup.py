@@ -96,7 +96,16 @@ def first_steps(preset: str, trees: list[Path], repeats: int, out: Path | None) 
     if out:
         machine = {"cpus": os.cpu_count(), "load_at_end": round(os.getloadavg()[0], 1)}
         out.write_text(
-            json.dumps({"machine": machine, "preset": preset, "medians": list(results.values()), "all": list(found.values())}, indent=1)
+            json.dumps(
+                {
+                    "machine": machine,
+                    "preset": preset,
+                    "trees": [tree.name for tree in trees],
+                    "medians": list(results.values()),
+                    "all": list(found.values()),
+                },
+                indent=1,
+            )
         )
 
 

@@ -44,6 +44,7 @@ from ray_jobs.seeds import parse_seeds
 from ray_jobs.train_checks import ready_callbacks
 from tuning import report
 from tuning.constraints import COSTS
+from tuning.controller import handing_processes_on
 from tuning.edits import Edit
 from tuning.messages import leave_out_messages
 from tuning.record import Record, StopDiverged
@@ -295,7 +296,8 @@ def fit(sweep: Sweep, folder: Path, base: Experiment, capacity: Capacity, steps:
                 failure_config=tune.FailureConfig(max_failures=0),
             ),
         )  # fmt: skip
-    tuner.fit()
+    with handing_processes_on():
+        tuner.fit()
 
 
 def number_of_samples(sweep: Sweep, edit: Edit | None) -> int:
