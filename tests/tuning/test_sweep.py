@@ -63,7 +63,7 @@ def test_a_killed_sweep_continues_to_the_results_of_an_undisturbed_one_and_a_fai
     assert [row["status"] for row in plain.values()].count("finished") == 3
     (failed,) = [row for row in plain.values() if row["status"] == "failed"]
     assert failed["optim.lr"] == "1e+30" and "the loss became" in failed["reason"] and "the loss became" in output
-    assert "the winner at full length: python -m ray_jobs.train quickstart" in output
+    assert "no trial is better than the preset's own values (trial-00001)" in output
 
     folder = home / "sweeps" / "killed"
     job = sweep(home, "rates", "killed")
@@ -87,7 +87,7 @@ def test_a_killed_sweep_continues_to_the_results_of_an_undisturbed_one_and_a_fai
     assert {n: [row[c] for c in same] for n, row in killed.items()} == {n: [row[c] for c in same] for n, row in plain.items()}
 
     again = sweep(home, "rates", "killed")
-    assert "the winner at full length" in again.finish(120)
+    assert "no trial is better than the preset's own values" in again.finish(120)
     other = sweep(home, "rates", "killed", "--optim.weight-decay", "0.5")
     assert other.wait(60) == 2 and "holds another sweep" in other.output
     report = Job("tuning.report", str(folder), home=home)
