@@ -15,6 +15,7 @@ _REASONS = (
     (r"placement group was removed", "Ray took its place in the cluster away"),
     (r"node (was|has been) (terminated|lost)|node died|node is dead|nodediederror", "its machine was lost"),
     (r"worker process has died|actor died unexpectedly", "its process ended, or was ended"),
+    (r"gloo/transport|ncclremoteerror", "its connection to another worker broke"),
 )
 """What Ray says of a lost worker, and what it means. The first that fits counts."""
 

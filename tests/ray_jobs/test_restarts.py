@@ -30,6 +30,8 @@ class Mailbox:
             "its process ended, or was ended",
         ),
         (DEAD.format("INTENDED_SYSTEM_EXIT", "since its placement group was removed."), "Ray took its place in the cluster away"),
+        ("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:545] Read error [192.0.2.2]:53211: Connection reset by peer",
+         "its connection to another worker broke"),
         ("Task was killed due to the node running low on memory. Memory on the node was 7.6GB / 8GB",
          "the machine had no memory left"),
         ("The actor died because its node has died. NodeDiedError: node was terminated unexpectedly", "its machine was lost"),
