@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from perceiver.config import UserError
+from perceiver.data.hub import why_unreachable
 from perceiver.data.tokenizer_base import MOST_IDS, TOKENIZER_JSON, Tokenizer, WordTable
 
 _BLANK = string.whitespace
@@ -204,7 +205,7 @@ def hub_file(name: str) -> str:
     model, _, revision = name.partition("@")
     what = f"data.tokenizer is hub:{name}"
     try:
-        return hf_hub_download(model, TOKENIZER_JSON, revision=revision or None)
+        return hf_hub_download(model, TOKENIZER_JSON, revision=revision or None, local_files_only=why_unreachable() is not None)
     except LocalEntryNotFoundError:  # before EntryNotFoundError, of which it is a kind
         raise UserError(
             f"{what}: the hub cannot be reached and it was not fetched before: fetch it where there is a network, or give the path of its "

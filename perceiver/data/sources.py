@@ -10,6 +10,7 @@ from typing import Any
 from perceiver.config import DataConfig, UserError
 from perceiver.data.examples import ExamplePart, find_parts, is_code, name_of
 from perceiver.data.files import MARKS, UNCUT, Format, Found, InputFile, files_of, format_of, is_glob, list_files, real_place, split_glob
+from perceiver.data.hub import why_unreachable
 from perceiver.data.picture_folders import picture_folder
 from perceiver.data.read_tables import is_json_array
 from perceiver.data.rows import KINDS
@@ -252,6 +253,8 @@ def _hub_files(hub: _Hub, source: str, kind: str) -> tuple[list[Found], dict[str
     import datasets
 
     try:
+        if not Path(hub.repository).exists() and (reason := why_unreachable()):
+            raise OSError(reason)
         builder = datasets.load_dataset_builder(hub.repository, hub.config)
         listed = {str(split): list(paths) for split, paths in (builder.config.data_files or {}).items()}
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:

@@ -229,8 +229,8 @@ def test_the_hubs_copy_is_used_and_its_absence_said(trained, tmp_path, monkeypat
     (tmp_path / "tokenizer.json").write_bytes(trained["bpe"].model)
     asked = []
 
-    def fetched(model, file, revision=None):
-        asked.append((model, file, revision))
+    def fetched(model, file, revision=None, local_files_only=False):
+        asked.append((model, file, revision, local_files_only))
         if model == "owner/away":
             raise LocalEntryNotFoundError("No network.")
         if model == "owner/none":
@@ -239,8 +239,9 @@ def test_the_hubs_copy_is_used_and_its_absence_said(trained, tmp_path, monkeypat
 
     huggingface_tokenizer.hub_file.cache_clear()
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetched)
+    monkeypatch.setattr(huggingface_tokenizer, "why_unreachable", lambda: "no network")
     assert load_tokenizer("hub:owner/name@v1").fingerprint == trained["bpe"].fingerprint
-    assert asked == [("owner/name", "tokenizer.json", "v1")]
+    assert asked == [("owner/name", "tokenizer.json", "v1", True)]
     with pytest.raises(UserError, match=r"hub:owner/away: the hub cannot be reached and it was not fetched before: fetch it where"):
         load_tokenizer("hub:owner/away")
     with pytest.raises(UserError, match=r"hub:owner/none: the model has no tokenizer\.json"):

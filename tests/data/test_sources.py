@@ -4,15 +4,19 @@ cut.
 
 import gzip
 import json
+import os
+import socket
 from dataclasses import replace
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from perceiver.config import DataConfig, UserError
-from perceiver.data import spans
+from perceiver.data import sources, spans
+from perceiver.data.hub import why_unreachable
 from perceiver.data.images import parse_idx
 from perceiver.data.read_documents import read_documents
 from perceiver.data.sources import SHIPPED, resolve, source_label
@@ -135,9 +139,32 @@ def test_nothing_to_validate_on_is_refused(tmp_path):
         resolve(DataConfig(source=str(tmp_path), val_fraction=0), "tokens")
 
 
-def test_hub_names_without_a_network_say_what_to_do():
-    with pytest.raises(UserError, match="data set stanfordnlp/imdb could not be found on the hub.*--data.source PATH"):
+@pytest.mark.parametrize("reason", ["huggingface.co: Name or service not known", None], ids=["seen at once", "found by the library"])
+def test_hub_names_without_a_network_say_what_to_do(reason, monkeypatch):
+    def ask(*names):
+        assert reason is None  # the library would try for half a minute
+        raise ConnectionError("Couldn't reach 'stanfordnlp/imdb' on the Hub")
+
+    monkeypatch.setattr(sources, "why_unreachable", lambda: reason)
+    monkeypatch.setattr(datasets, "load_dataset_builder", ask)
+    said = rf"data set stanfordnlp/imdb could not be found on the hub \({reason or 'Could.*'}\).*--data.source PATH"
+    with pytest.raises(UserError, match=said):
         resolve(DataConfig(source="imdb"), "documents")
+
+
+def test_whether_the_hub_is_there_shows_at_once_unless_a_proxy_knows(monkeypatch):
+    def unknown(*args):
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    assert why_unreachable().endswith(": Name or service not known")
+    monkeypatch.setenv("HTTPS_PROXY", "http://proxy:3128")
+    assert why_unreachable() is None
+    monkeypatch.delenv("HTTPS_PROXY")
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args: [()])
+    assert why_unreachable() is None
 
 
 def test_hub_names_give_the_files_of_their_splits(tmp_path):
