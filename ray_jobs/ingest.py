@@ -50,8 +50,7 @@ def read_with_ray(loader: Loader, units: Iterator[Any], share: DataShare | None 
         context.enable_progress_bars = False
         context.print_on_execution_start = False
         set_limit(context, share.here(workers), -(-rows * loader.row_bytes // num_tasks))
-        parts = growing([_item(reader, unit) for unit in chunk], -(-len(chunk) // num_tasks))
-        plan = ray.data.from_arrow([pa.Table.from_pylist(part) for part in parts])
+        plan = ray.data.from_items([_item(reader, unit) for unit in chunk], override_num_blocks=num_tasks)
         tables = plan.map_batches(
             read_units,
             fn_kwargs={"shipped": shipped, "rest": rest},
@@ -64,16 +63,6 @@ def read_with_ray(loader: Loader, units: Iterator[Any], share: DataShare | None 
             if table.column_names == [FAULT]:
                 raise DataFault(table[FAULT][0].as_py())
             yield table
-
-
-def growing(items: list[dict[str, Any]], most: int) -> Iterator[list[dict[str, Any]]]:
-    """Items as the tasks of an execution get them: one, then twice as many each time, at last `most`. So the first rows come soon: a task
-    of small rows may read for seconds, and returns them all at once.
-    """
-    start, size = 0, 1
-    while start < len(items):
-        yield items[start : start + size]
-        start, size = start + size, min(2 * size, most)
 
 
 def _item(reader: Reader, unit: Any) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from perceiver.datasets import data_folder
 from perceiver.tasks import build_task
 from perceiver.training.batches import make_train_loader, own_steps, read_here
 from ray_jobs.data_task import FAULT, read_units
-from ray_jobs.ingest import _item, growing, read_with_ray
+from ray_jobs.ingest import _item, read_with_ray
 from ray_jobs.preprocess import prepare
 from ray_jobs.ray_env import connect
 from ray_jobs.read_ahead import ReadAhead, set_limit
@@ -32,15 +32,6 @@ def test_data_that_cannot_be_read_leaves_a_data_task_as_a_sentence():
 
     (table,) = read_units(pa.table({"number": [3, 4]}), Shipped(Damaged()))
     assert table.to_pydict() == {FAULT: ["x/train-00003.parquet is damaged"]}
-
-
-@pytest.mark.parametrize(
-    ("num", "most", "sizes"), [(1, 1, [1]), (5, 1, [1] * 5), (20, 6, [1, 2, 4, 6, 6, 1]), (1024, 1024, [2**n for n in range(10)] + [1])]
-)
-def test_the_first_task_reads_a_single_unit_and_all_read_each_unit_once_in_order(num, most, sizes):
-    items = [{"number": number} for number in range(num)]
-    parts = list(growing(items, most))
-    assert [len(part) for part in parts] == sizes and [item for part in parts for item in part] == items
 
 
 READS = """
