@@ -14,7 +14,7 @@ GOALS = {"img-clf-mnist": 0.6, "clm-wikitext": 1.1, "mlm-imdb": 1.12, "img-clf-i
 def main() -> None:
     start, step, busy = (
         json.loads((RESULTS / f"{name}_2_cores{suffix}.json").read_text())
-        for name, suffix in (("first_step", "_3"), ("step_time", "_bf16"), ("busy_neighbour", ""))
+        for name, suffix in (("first_step", ""), ("step_time", "_bf16"), ("busy_neighbour", ""))
     )
     figure = Figure(figsize=(11, 3.4), layout="constrained")
     FigureCanvasAgg(figure)

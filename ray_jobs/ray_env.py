@@ -36,7 +36,7 @@ Ray Train's controller hands it to the workers and they to their data tasks, whi
 CLUSTER = {
     # Tasks that the dashboard knows: at 4 KiB each, Ray's 100,000 would be 400 MiB.
     "RAY_task_events_max_num_task_in_gcs": "10000",
-    # After so many milliseconds an idle process ends. After Ray's 1,000, each validation of a training would wait for processes that load
+    # Milliseconds after which an idle process ends. After Ray's 1,000, each validation of a training would wait for processes that load
     # everything anew, and those that are started early would be gone before there is something to read.
     "RAY_idle_worker_killing_time_threshold_ms": "60000",
 }

@@ -81,7 +81,7 @@ class DataShare:
 
 
 def tasks_of_an_epoch(num_bytes: int, workers: int) -> int:
-    """Data tasks in which workers read so many bytes once: at least one each."""
+    """Number of data tasks in which workers together read `num_bytes` once: at least one each."""
     return workers * max(1, -(-num_bytes // (workers * TASK_BYTES)))
 
 
